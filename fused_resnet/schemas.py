@@ -1,0 +1,39 @@
+"""The operators' schemas, written once. Python registers them; the C++ libraries carry a digest of them.
+
+Plain strings and no imports of ours, so that setup.py can read this file without building anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+_CONV_OPERANDS = (
+    "Tensor x, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, "
+    "float eps, Tensor? bias, Tensor? residual, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
+    "SymInt groups, str activation"
+)
+
+# What users call, through `functional` or torch.ops.
+PUBLIC = {
+    "conv_bn_act": f"({_CONV_OPERANDS}, str backend) -> Tensor",
+    "add_relu": "(Tensor a, Tensor b, str backend) -> Tensor",
+    "add_relu_backward": "(Tensor grad, Tensor out, str backend) -> Tensor",
+}
+
+# One kernel each, implemented in csrc/; they write into `out` and never allocate. The first word is the library.
+KERNELS = {
+    "cpu": {
+        "cpu_add_relu": "(Tensor a, Tensor b, Tensor(a!) out) -> ()",
+    },
+    "cuda": {
+        "cuda_add_relu": "(Tensor a, Tensor b, Tensor(a!) out) -> ()",
+        "cuda_add_relu_backward": "(Tensor grad, Tensor out, Tensor(a!) grad_input) -> ()",
+        "cuda_conv_bn_act": f"({_CONV_OPERANDS}, bool allow_tf32, Tensor(a!) out) -> ()".replace("SymInt", "int"),
+    },
+}
+
+
+def digest(library: str) -> str:
+    """Identifies the schemas a library ("cpu" or "cuda") was compiled against."""
+    text = "\n".join(f"{name}{schema}" for name, schema in sorted(KERNELS[library].items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
