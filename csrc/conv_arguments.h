@@ -1,0 +1,32 @@
+// The arguments of the convolution kernel, as the launcher fills them.
+#pragma once
+
+#include <cstdint>
+
+#include "problem.h"
+
+namespace fused_resnet {
+
+// One value per output channel, or null.
+struct ChannelVector {
+  const void* data;
+  Dtype dtype;
+};
+
+struct EpilogueArguments {
+  ChannelVector bn_weight, bn_bias, bn_mean, bn_var, bias;
+  float eps;
+  Activation activation;
+  const void* residual;  // the output's dtype and layout, or null
+};
+
+struct ConvArguments {
+  ConvShape shape;
+  EpilogueArguments epilogue;
+  const void* x;         // N H W C
+  const void* weight;    // K R S C/groups
+  void* out;             // N P Q K
+  bool has_vector_rows;  // K, K / groups, out and residual allow 16-byte accesses
+};
+
+}  // namespace fused_resnet

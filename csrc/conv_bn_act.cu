@@ -1,0 +1,100 @@
+// Chooses a tile for the problem and the device, and launches its kernel.
+#include "conv_bn_act.cuh"
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace fused_resnet {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("cuda_conv_bn_act: ") + what + ": " + cudaGetErrorString(error));
+  }
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), "cannot query the device");
+  return value;
+}
+
+DeviceLimits device_limits(int device) {
+  return {attribute(cudaDevAttrMultiProcessorCount, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
+}
+
+bool is_aligned_to_chunk(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kChunkBytes == 0; }
+
+template <class Element, int kTileIndex, bool kIsAligned>
+void launch(const ConvArguments& args, int device, cudaStream_t stream, int64_t blocks) {
+  constexpr int kSmemBytes = smem_bytes(kTiles[kTileIndex]);
+  const auto kernel = conv_bn_act_kernel<Element, kTileIndex, kIsAligned>;
+  // more than 48 KB must be asked for, once per kernel and device
+  static std::atomic<uint64_t> devices_done{0};
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  if (device >= 64 || (devices_done.load(std::memory_order_relaxed) & bit) == 0) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
+          "cannot reserve shared memory");
+    devices_done.fetch_or(device < 64 ? bit : 0, std::memory_order_relaxed);
+  }
+  kernel<<<static_cast<unsigned>(blocks), num_threads(kTiles[kTileIndex]), kSmemBytes, stream>>>(args);
+  check(cudaGetLastError(), "launch failed");
+}
+
+// The kernel of run-time index `tile`, counting up to it at compile time.
+template <class Element, int kTileIndex = 0>
+void launch_tile(int tile, bool is_aligned, const ConvArguments& args, int device, cudaStream_t stream,
+                 int64_t blocks) {
+  if constexpr (kTileIndex < kNumTiles) {
+    if (tile != kTileIndex) {
+      launch_tile<Element, kTileIndex + 1>(tile, is_aligned, args, device, stream, blocks);
+    } else if (is_aligned) {
+      launch<Element, kTileIndex, true>(args, device, stream, blocks);
+    } else if constexpr (kTiles[kTileIndex].any_alignment) {
+      launch<Element, kTileIndex, false>(args, device, stream, blocks);
+    }
+  }
+}
+
+template <class Element>
+void launch_element(ConvArguments args, int device, cudaStream_t stream) {
+  constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(Element));
+  const ConvShape& s = args.shape;
+  const bool is_aligned =
+      s.group_channels % kChunk == 0 && is_aligned_to_chunk(args.x) && is_aligned_to_chunk(args.weight);
+  args.has_vector_rows =
+      s.group_filters % kChunk == 0 && is_aligned_to_chunk(args.out) && is_aligned_to_chunk(args.epilogue.residual);
+
+  if (!spans_fit(s, is_aligned ? kChunk : 1)) {
+    throw std::runtime_error("cuda_conv_bn_act: one image of x has too many elements for 32-bit offsets.");
+  }
+  const int64_t reduction_bytes = static_cast<int64_t>(s.reduction) * static_cast<int64_t>(sizeof(Element));
+  const GemmSize size{num_rows(s), s.group_filters, reduction_bytes, s.groups};
+  const int tile = choose_tile(size, device_limits(device), is_aligned);
+  if (tile < 0) throw std::runtime_error("cuda_conv_bn_act: no tile fits this device's shared memory.");
+  const int64_t blocks = num_blocks(kTiles[tile], size);
+  if (blocks > INT32_MAX) throw std::runtime_error("cuda_conv_bn_act: the output needs more than 2^31 - 1 blocks.");
+  launch_tile<Element>(tile, is_aligned, args, device, stream, blocks);
+}
+
+}  // namespace
+
+void launch_conv_bn_act(const ConvArguments& args, Dtype dtype, int device, void* stream) {
+  if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 8) {
+    throw std::runtime_error("cuda_conv_bn_act: compute capability 8.0 or later is needed.");
+  }
+  if (num_rows(args.shape) == 0) return;
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  switch (dtype) {
+    case Dtype::kFloat32: launch_element<float>(args, device, cuda_stream); break;
+    case Dtype::kFloat16: launch_element<Half>(args, device, cuda_stream); break;
+    case Dtype::kBFloat16: launch_element<BFloat16>(args, device, cuda_stream); break;
+  }
+}
+
+}  // namespace fused_resnet

@@ -1,0 +1,154 @@
+// The operators of _C_cuda.so: tensors and schemas in, pointers and shapes out.
+#include "operators.h"
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "conv_arguments.h"
+#include "kernels.h"
+
+FUSED_RESNET_EMBED_DIGEST("cuda")
+
+namespace fused_resnet {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::accelerator::DeviceGuard;
+
+void* current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return stream;
+}
+
+Dtype dtype_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Half: return Dtype::kFloat16;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    default: STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float16 or bfloat16");
+  }
+}
+
+void check_device(const char* op, const char* name, const Tensor& t, const Tensor& first) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == first.get_device_index(), op, ": ", name,
+                  " is on another device than the first tensor");
+}
+
+void add_relu(Tensor a, Tensor b, Tensor out) {
+  const char* op = "cuda_add_relu";
+  check_pointwise(op, a, b, out);
+  check_device(op, "b", b, a);
+  check_device(op, "out", out, a);
+  const DeviceGuard guard(a.get_device_index());
+  launch_add_relu(a.const_data_ptr(), b.const_data_ptr(), out.mutable_data_ptr(), a.numel(), dtype_of(op, "a", a),
+                  current_stream(a));
+}
+
+void add_relu_backward(Tensor grad, Tensor out, Tensor grad_input) {
+  const char* op = "cuda_add_relu_backward";
+  check_pointwise(op, grad, out, grad_input);
+  check_device(op, "out", out, grad);
+  check_device(op, "grad_input", grad_input, grad);
+  const DeviceGuard guard(grad.get_device_index());
+  launch_add_relu_backward(grad.const_data_ptr(), out.const_data_ptr(), grad_input.mutable_data_ptr(), grad.numel(),
+                           dtype_of(op, "grad", grad), current_stream(grad));
+}
+
+constexpr const char* kConv = "cuda_conv_bn_act";
+
+int32_t as_int32(const char* name, int64_t value) {
+  STD_TORCH_CHECK(value >= 0 && value <= INT32_MAX, kConv, ": ", name, " is ", value, ", out of range");
+  return static_cast<int32_t>(value);
+}
+
+ConvShape shape_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
+                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4, kConv, ": x and weight must have 4 dimensions");
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, kConv,
+                  ": stride, padding and dilation must have 2 values");
+  STD_TORCH_CHECK(stride[0] > 0 && stride[1] > 0 && dilation[0] > 0 && dilation[1] > 0 && groups > 0, kConv,
+                  ": stride, dilation and groups must be positive");
+  STD_TORCH_CHECK(weight.numel() > 0 && x.size(1) == weight.size(1) * groups && weight.size(0) % groups == 0, kConv,
+                  ": the channels of x and weight do not fit these groups");
+  ConvShape s{};
+  s.N = x.size(0);
+  s.C = as_int32("C", x.size(1));
+  s.H = as_int32("H", x.size(2));
+  s.W = as_int32("W", x.size(3));
+  s.K = as_int32("K", weight.size(0));
+  s.R = as_int32("R", weight.size(2));
+  s.S = as_int32("S", weight.size(3));
+  s.stride_h = as_int32("stride", stride[0]);
+  s.stride_w = as_int32("stride", stride[1]);
+  s.pad_h = as_int32("padding", padding[0]);
+  s.pad_w = as_int32("padding", padding[1]);
+  s.dilation_h = as_int32("dilation", dilation[0]);
+  s.dilation_w = as_int32("dilation", dilation[1]);
+  s.groups = as_int32("groups", groups);
+  const char* reason = derive(s);
+  STD_TORCH_CHECK(reason == nullptr, kConv, ": ", reason != nullptr ? reason : "");
+  return s;
+}
+
+ChannelVector channel_vector(const char* name, const std::optional<Tensor>& v, const Tensor& x, int64_t K) {
+  if (!v.has_value()) return {nullptr, Dtype::kFloat32};
+  STD_TORCH_CHECK(v->dim() == 1 && v->size(0) == K && (K == 1 || v->stride(0) == 1), kConv, ": ", name,
+                  " must be a contiguous vector with one value per output channel");
+  check_device(kConv, name, *v, x);
+  return {v->const_data_ptr(), dtype_of(kConv, name, *v)};
+}
+
+Activation parse_activation(const std::string& name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "relu6") return Activation::kRelu6;
+  STD_TORCH_CHECK(name == "silu", kConv, ": unknown activation ", name);
+  return Activation::kSilu;
+}
+
+void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
+                 std::optional<Tensor> bn_mean, std::optional<Tensor> bn_var, double eps, std::optional<Tensor> bias,
+                 std::optional<Tensor> residual, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                 std::vector<int64_t> dilation, int64_t groups, std::string activation, bool allow_tf32, Tensor out) {
+  ConvArguments args{};
+  args.shape = shape_of(x, weight, stride, padding, dilation, groups);
+  const ConvShape& s = args.shape;
+  STD_TORCH_CHECK(s.P > 0 && s.Q > 0, kConv, ": the output would be empty");
+  STD_TORCH_CHECK(out.dim() == 4 && out.size(0) == s.N && out.size(1) == s.K && out.size(2) == s.P &&
+                      out.size(3) == s.Q,
+                  kConv, ": out has the wrong shape");
+  STD_TORCH_CHECK(!residual.has_value() || same_sizes(*residual, out), kConv, ": residual must have the shape of out");
+  const std::pair<const char*, const Tensor*> activations[] = {
+      {"x", &x}, {"weight", &weight}, {"out", &out}, {"residual", residual.has_value() ? &*residual : &x}};
+  for (const auto& [name, tensor] : activations) {
+    STD_TORCH_CHECK(is_channels_last(*tensor), kConv, ": ", name, " must be channels_last in memory");
+    STD_TORCH_CHECK(tensor->scalar_type() == x.scalar_type(), kConv, ": ", name, " must have the dtype of x");
+    check_device(kConv, name, *tensor, x);
+  }
+  const Dtype dtype = dtype_of(kConv, "x", x);
+  STD_TORCH_CHECK(dtype != Dtype::kFloat32 || allow_tf32, kConv, ": in float32 it multiplies in TF32, which is not allowed");
+
+  args.epilogue = {channel_vector("bn_weight", bn_weight, x, s.K), channel_vector("bn_bias", bn_bias, x, s.K),
+                   channel_vector("bn_mean", bn_mean, x, s.K),     channel_vector("bn_var", bn_var, x, s.K),
+                   channel_vector("bias", bias, x, s.K),           static_cast<float>(eps),
+                   parse_activation(activation),                   nullptr};
+  if (residual.has_value()) args.epilogue.residual = residual->const_data_ptr();
+  args.x = x.const_data_ptr();
+  args.weight = weight.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  const DeviceGuard guard(x.get_device_index());
+  launch_conv_bn_act(args, dtype, x.get_device_index(), current_stream(x));
+}
+
+}  // namespace
+}  // namespace fused_resnet
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CUDA, m) {
+  m.impl("cuda_add_relu", TORCH_BOX(&fused_resnet::add_relu));
+  m.impl("cuda_add_relu_backward", TORCH_BOX(&fused_resnet::add_relu_backward));
+  m.impl("cuda_conv_bn_act", TORCH_BOX(&fused_resnet::conv_bn_act));
+}
