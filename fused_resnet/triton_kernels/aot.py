@@ -1,0 +1,204 @@
+"""Compile the kernels without a GPU and read what came out: registers, spills, shared memory, instructions.
+
+    python -m fused_resnet.triton_kernels.aot --arch 80,90,100 [--dtype float16] [--all-configs] [--json]
+
+Compiles for the very specialisation a launch of the problem would produce. Needs Triton with its NVIDIA tools, and
+TRITON_INTERPRET unset: interpreted kernels cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple, Optional
+
+import torch
+
+from fused_resnet.problem import AddReluProblem, ConvOperands, ConvProblem, dtype_name
+from fused_resnet.triton_kernels import add_relu, conv_bn_act, runtime
+from fused_resnet.triton_kernels.conv_bn_act import TritonConfig
+from fused_resnet.triton_kernels.runtime import triton
+
+ARCHITECTURES = (80, 90, 100)
+# What each kind of instruction looks like, and where. tcgen05 is Blackwell's tensor core, HGMMA Hopper's.
+_KINDS = {
+    "HMMA": ("sass", r"\bHMMA\."),
+    "HGMMA": ("sass", r"\bHGMMA\."),
+    "UTCHMMA": ("sass", r"\bUTC\w*MMA\b"),
+    "FFMA": ("sass", r"\bFFMA2?\b"),
+    "LDGSTS": ("sass", r"\bLDGSTS\."),
+    "LDG.128": ("sass", r"\bLDG\.\S*128"),
+    "STG.128": ("sass", r"\bSTG\.\S*128"),
+    "spill": ("sass", r"\b(STL|LDL)\b"),
+    "max.NaN": ("ptx", r"\bmax\.NaN\.f32"),
+    "max": ("ptx", r"\bmax\.(?!NaN)\w*\.?f32"),
+    "min.NaN": ("ptx", r"\bmin\.NaN\.f32"),
+}
+_DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class Compiled(NamedTuple):
+    """One kernel for one architecture. stack_bytes is per thread and 0 where no register spills."""
+
+    kernel: str
+    problem: str
+    config: Optional[TritonConfig]
+    arch: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    instructions: dict[str, int]
+
+
+def compile_conv(problem: ConvProblem, arch: int, config: Optional[TritonConfig] = None) -> Compiled:
+    """The kernel `conv_bn_act.launch` would start for this problem (fp32 vectors, aligned tensors)."""
+    p, meta = problem, dict(device="meta")
+    config = config or conv_bn_act.default_config(problem)
+    vectors = [torch.empty(p.K, **meta) if p.has_bn else None] * 4
+    operands = ConvOperands(
+        torch.empty(p.N, p.C, p.H, p.W, dtype=p.dtype, **meta),
+        torch.empty(p.K, p.C // p.groups, p.R, p.S, dtype=p.dtype, **meta),
+        *vectors,
+        bias=torch.empty(p.K, **meta) if p.has_bias else None,
+        residual=torch.empty(p.output_shape, dtype=p.dtype, **meta) if p.has_residual else None,
+    )
+    out = torch.empty(p.output_shape, dtype=p.dtype, **meta)
+    kernel, _, arguments, options = conv_bn_act.prepare(problem, operands, out, config)
+    return _compile(kernel, arguments, options, arch, str(problem), config)
+
+
+def compile_add_relu(problem: AddReluProblem, arch: int, *, backward: bool = False) -> Compiled:
+    """The kernel `add_relu.launch` or `launch_backward` would start for this problem."""
+    tensor = torch.empty(problem.shape, dtype=problem.dtype, device="meta")
+    kernel = add_relu._add_relu_backward_kernel if backward else add_relu._add_relu_kernel
+    _, arguments, options = add_relu.flat_arguments(problem, tensor, tensor, tensor)
+    return _compile(kernel, arguments, options, arch, str(problem), None)
+
+
+def specialise(kernel, arguments: tuple, options: dict) -> tuple[dict, dict, dict, dict]:
+    """(signature, constants, attributes, compiler options), as Triton's launcher derives them from a call's values."""
+    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
+    compiler_options = {name: value for name, value in options.items() if name not in constants}
+    values = {**dict(zip(kernel.arg_names, arguments)), **constants}
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if name in constants or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(position,)] = f"*{_DTYPE_NAMES[value.dtype]}", _divisible()
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(position,)] = _divisible()
+    return signature, constants, attributes, compiler_options
+
+
+def problems(dtype: torch.dtype) -> Iterator[ConvProblem]:
+    """Convolutions that between them use every kernel, path and activation: ResNet-50's, ResNeXt's, CIFAR's."""
+    def problem(C, size, K, filter_size=1, stride=1, groups=1, activation="relu", residual=False):
+        return ConvProblem(
+            32, C, size, size, K, filter_size, filter_size, (stride,) * 2, (filter_size // 2,) * 2, (1, 1), groups,
+            activation, True, False, residual, dtype, "cuda",
+        )  # fmt: skip
+
+    yield problem(64, 56, 256, residual=True)
+    yield problem(1024, 14, 256)
+    yield problem(64, 56, 64, 3)
+    yield problem(512, 7, 512, 3)
+    yield problem(128, 56, 128, 3, stride=2)
+    yield problem(256, 56, 512, stride=2, activation="none")
+    yield problem(3, 224, 64, 7, stride=2)
+    yield problem(128, 56, 128, 3, groups=32)
+    yield problem(16, 32, 16, 3, residual=True, activation="silu")
+    yield problem(20, 14, 52, activation="relu6")
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fused_resnet.triton_kernels.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", default=",".join(map(str, ARCHITECTURES)), help="compute capabilities, times ten")
+    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
+    parser.add_argument("--all-configs", action="store_true", help="every config of the search space, not the default")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
+    arguments = parser.parse_args(argv)
+    if reason := cannot_compile():
+        print(f"aot: {reason}.", file=sys.stderr)
+        return 1
+    reports = []
+    for arch in map(int, arguments.arch.split(",")):
+        for report in _compile_all(arch, getattr(torch, arguments.dtype), arguments.all_configs):
+            reports.append(report)
+            if not arguments.json:
+                print(_row(report), flush=True)
+    if arguments.json:
+        print(json.dumps([dict(report._asdict(), config=report.config and report.config._asdict()) for report in reports]))
+    return 0
+
+
+def cannot_compile() -> Optional[str]:
+    """Why nothing can be compiled in this process, or None."""
+    if runtime.IMPORT_ERROR is not None:
+        return f"Triton cannot be imported: {runtime.IMPORT_ERROR}"
+    if runtime.INTERPRETED:
+        return "TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it"
+    return None
+
+
+def _compile_all(arch: int, dtype: torch.dtype, all_configs: bool) -> Iterator[Compiled]:
+    for problem in problems(dtype):
+        for config in conv_bn_act.configs(problem) if all_configs else [None]:
+            yield compile_conv(problem, arch, config)
+    for backward in (False, True):
+        yield compile_add_relu(AddReluProblem((32, 256, 56, 56), True, dtype, "cuda"), arch, backward=backward)
+
+
+def _compile(kernel, arguments: tuple, options: dict, arch: int, problem: str, config: Optional[Any]) -> Compiled:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes, compiler_options = specialise(kernel, arguments, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=compiler_options)
+    usage, sass = _dump(compiled.asm["cubin"], "--dump-resource-usage"), _dump(compiled.asm["cubin"], "-sass")
+    text = {"sass": sass, "ptx": compiled.asm["ptx"]}
+    counts = {kind: len(re.findall(pattern, text[where])) for kind, (where, pattern) in _KINDS.items()}
+    return Compiled(
+        kernel.__name__, problem, config, arch,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
+        shared_bytes=compiled.metadata.shared,
+        instructions={kind: count for kind, count in counts.items() if count},
+    )  # fmt: skip
+
+
+def _dump(cubin: bytes, option: str) -> str:
+    """What the cuobjdump inside the Triton wheel says about a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _divisible() -> list:
+    return [["tt.divisibility", 16]]
+
+
+def _row(report: Compiled) -> str:
+    config = "x".join(map(str, report.config)) if report.config else "-"
+    counts = " ".join(f"{kind}:{count}" for kind, count in report.instructions.items())
+    return (
+        f"sm_{report.arch:<4}{report.problem:<62}{config:<22}{report.registers:>4} regs {report.stack_bytes:>5} B stack "
+        f"{report.shared_bytes:>7} B shared  {counts}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Triton itself: the one guarded import, what it cannot do here, and how a kernel is started.
+
+Without Triton the kernel files still import: `jit` is then the identity, and `why_not` says what is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from fused_resnet.problem import dtype_name
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+
+    IMPORT_ERROR = None
+except Exception as error:  # a broken installation raises whatever its shared library or its LLVM raises
+    triton = tl = None
+    IMPORT_ERROR = error
+
+    def jit(fn):
+        return fn
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MIN_CAPABILITY = (7, 5)
+
+
+@jit
+def _probe_kernel():
+    pass
+
+
+# Decided when kernels are decorated, by TRITON_INTERPRET at that moment: changing the variable later changes nothing.
+INTERPRETED = IMPORT_ERROR is None and type(_probe_kernel).__name__ == "InterpretedFunction"
+
+
+def why_not(device: str, dtype: torch.dtype) -> Optional[str]:
+    """Why no kernel of ours can run on tensors of this device type and dtype, or None."""
+    if isinstance(IMPORT_ERROR, ModuleNotFoundError) and IMPORT_ERROR.name == "triton":
+        return "Triton is not installed"
+    if IMPORT_ERROR is not None:
+        return f"Triton cannot be imported ({_one_line(IMPORT_ERROR)})"
+    if dtype not in _DTYPES:
+        return f"{dtype_name(dtype)} is not supported ({', '.join(map(dtype_name, _DTYPES))} are)"
+    if INTERPRETED and device in ("cpu", "cuda"):
+        return None
+    if device == "cpu":
+        return "on a CPU it runs only in the interpreter: set TRITON_INTERPRET=1"
+    if device != "cuda":
+        return f"device {device!r} is not supported (cuda is)"
+    if torch.version.hip is not None:
+        return "it is not supported on ROCm"
+    capability = torch.cuda.get_device_capability()
+    shown = "this GPU has {}.{}".format(*capability)
+    if capability < _MIN_CAPABILITY:
+        return "it needs compute capability {}.{} or later, {}".format(*_MIN_CAPABILITY, shown)
+    if dtype == torch.bfloat16 and capability < (8, 0):
+        return f"bfloat16 needs compute capability 8.0 or later, {shown}"
+    return _driver_error()
+
+
+@functools.lru_cache(maxsize=None)
+def _driver_error() -> Optional[str]:
+    """Triton compiles its CUDA driver module on first use, which fails without a C compiler or a CUDA driver."""
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return f"Triton does not work on this machine ({_one_line(error)})"
+    return None
+
+
+def start(kernel, num_programs: int, like: Tensor, arguments: tuple, options: dict) -> None:
+    """Run `num_programs` programs of a kernel on the device of `like`, on its current stream."""
+    grid = (num_programs,)
+    if INTERPRETED:
+        from fused_resnet.triton_kernels.interpreter import gpu_arithmetic
+
+        with gpu_arithmetic():
+            kernel[grid](*arguments, **options)
+    elif like.device.index == torch.cuda.current_device():
+        kernel[grid](*arguments, **options)
+    else:
+        with torch.cuda.device(like.device):
+            kernel[grid](*arguments, **options)
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
