@@ -1,0 +1,13 @@
+"""Residual networks that touch memory as rarely as the arithmetic allows.
+
+fuse(model) for training and editing, freeze(model, example_input) for serving, functional and nn for building.
+"""
+
+from fused_resnet import functional, models, nn
+from fused_resnet.backends import BackendError
+from fused_resnet.convert import fuse, unfuse
+from fused_resnet.plan import freeze
+
+__version__ = "0.1.0"
+
+__all__ = ["BackendError", "freeze", "functional", "fuse", "models", "nn", "unfuse", "__version__"]

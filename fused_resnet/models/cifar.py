@@ -1,0 +1,140 @@
+"""The CIFAR ResNets of He et al. 2015 (arXiv 1512.03385), section 4.2: depth 6n + 2, widths 16, 32, 64.
+
+Option A shortcuts (zero-padded identity) are the paper's choice for CIFAR; option B projects with a 1x1 convolution.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_resnet.models.resnet import init_conv_and_norm, zero_last_norms
+from fused_resnet.models.weights import Source, load_weights
+from fused_resnet.nn import BasicBlock, conv1x1, conv3x3
+
+INPUT_SHAPE = (3, 32, 32)
+WIDTHS = (16, 32, 64)
+
+
+class PadShortcut(nn.Module):
+    """The option-A shortcut: every `stride`-th row and column, and zero channels around those of x. No parameters.
+
+    (N, C, H, W) -> (N, C + before + after, ceil(H/stride), ceil(W/stride)).
+    """
+
+    def __init__(self, stride: int, before: int, after: int) -> None:
+        super().__init__()
+        self.stride, self.before, self.after = stride, before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, before={self.before}, after={self.after}"
+
+
+class CifarResNet(nn.Module):
+    """A 3x3 stem, three stages of n BasicBlocks, average pool, classifier. x: (N, 3, H, W) -> (N, num_classes).
+
+    option: "A" or "B", the shortcut where a stage changes shape. inner_widths: channels between the two convolutions
+    of each of the 3n blocks, for channel-pruned networks; None means as wide as the block's output. Keys are those of
+    akamaster/pytorch_resnet_cifar10; `load_weights` also takes the names in `key_aliases`.
+    Raises ValueError for another option or number of widths.
+    """
+
+    # other people's names for our children, component by component: distiller's classifier, akamaster's projections
+    key_aliases = {"fc": "linear", "shortcut": "downsample"}
+
+    def __init__(
+        self,
+        n: int,
+        num_classes: int = 10,
+        option: str = "A",
+        inner_widths: Optional[Sequence[int]] = None,
+        zero_init_residual: bool = False,
+    ) -> None:
+        super().__init__()
+        if option not in ("A", "B"):
+            raise ValueError(f"CifarResNet: option must be 'A' (zero padding) or 'B' (1x1 conv), got {option!r}.")
+        if inner_widths is None:
+            inner_widths = [planes for planes in WIDTHS for _ in range(n)]
+        if len(inner_widths) != 3 * n:
+            raise ValueError(
+                f"CifarResNet: inner_widths needs one width for each of the {3 * n} blocks, got {len(inner_widths)}."
+            )
+        self.conv1 = conv3x3(3, WIDTHS[0])
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.relu = nn.ReLU(inplace=True)
+        inplanes = WIDTHS[0]
+        for stage, planes in enumerate(WIDTHS):
+            widths = inner_widths[stage * n : (stage + 1) * n]
+            layer = nn.Sequential(_block(inplanes, planes, 1 if stage == 0 else 2, option, widths[0]))
+            layer.extend(_block(planes, planes, 1, option, width) for width in widths[1:])
+            setattr(self, f"layer{stage + 1}", layer)
+            inplanes = planes
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.linear = nn.Linear(WIDTHS[-1], num_classes)
+        init_conv_and_norm(self)
+        if zero_init_residual:
+            zero_last_norms(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(torch.flatten(self.avgpool(x), 1))
+
+
+def _block(inplanes: int, planes: int, stride: int, option: str, inner_width: int) -> BasicBlock:
+    downsample = None
+    if stride != 1 or inplanes != planes:
+        added = planes - inplanes
+        if option == "A":
+            downsample = PadShortcut(stride, added // 2, added - added // 2)
+        else:
+            downsample = nn.Sequential(conv1x1(inplanes, planes, stride), nn.BatchNorm2d(planes))
+    block = BasicBlock(inplanes, planes, stride, downsample)
+    if inner_width != planes:
+        block.conv1 = conv3x3(inplanes, inner_width, stride)
+        block.bn1 = nn.BatchNorm2d(inner_width)
+        block.conv2 = conv3x3(inner_width, planes)
+    return block
+
+
+def _cifar_resnet(depth: int, weights: Optional[Source], progress: bool, **kwargs) -> CifarResNet:
+    model = CifarResNet((depth - 2) // 6, **kwargs)
+    if weights is not None:
+        load_weights(model, weights, progress=progress)
+    return model
+
+
+def resnet20(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarResNet:
+    """ResNet-20, 0.27 M parameters. weights: what `load_weights` reads; kwargs: CifarResNet's."""
+    return _cifar_resnet(20, weights, progress, **kwargs)
+
+
+def resnet32(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarResNet:
+    """ResNet-32, 0.46 M parameters. weights: what `load_weights` reads; kwargs: CifarResNet's."""
+    return _cifar_resnet(32, weights, progress, **kwargs)
+
+
+def resnet44(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarResNet:
+    """ResNet-44, 0.66 M parameters. weights: what `load_weights` reads; kwargs: CifarResNet's."""
+    return _cifar_resnet(44, weights, progress, **kwargs)
+
+
+def resnet56(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarResNet:
+    """ResNet-56, 0.85 M parameters. weights: what `load_weights` reads; kwargs: CifarResNet's."""
+    return _cifar_resnet(56, weights, progress, **kwargs)
+
+
+def resnet110(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarResNet:
+    """ResNet-110, 1.7 M parameters. weights: what `load_weights` reads; kwargs: CifarResNet's."""
+    return _cifar_resnet(110, weights, progress, **kwargs)
+
+
+def resnet1202(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarResNet:
+    """ResNet-1202, 19.4 M parameters. weights: what `load_weights` reads; kwargs: CifarResNet's."""
+    return _cifar_resnet(1202, weights, progress, **kwargs)

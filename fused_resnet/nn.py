@@ -1,0 +1,270 @@
+"""Residual blocks, plain and fused, with torchvision's constructors, attributes and keys.
+
+A fused block holds exactly what its plain class holds: the same children, parameters, buffers and hooks. Only
+`forward` differs, so a block becomes fused by changing its class (see `convert`) and plain again by changing it back.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from fused_resnet import functional
+from fused_resnet.problem import ACTIVATIONS
+
+_ACTIVATION_OF = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Identity: "none"}
+
+
+def conv3x3(inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inplanes, planes, 3, stride, dilation, dilation, groups, bias=False)
+
+
+def conv1x1(inplanes: int, planes: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inplanes, planes, 1, stride, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), both filters 3x3. He et al. 2015 (arXiv 1512.03385).
+
+    x: (N, inplanes, H, W) -> (N, planes, H/stride, W/stride). The widths of the forward pass are those of the
+    convolutions, so a pruned block (another inner width) or one with convolution biases works as it is.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: Optional[nn.Module] = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Optional[Callable[..., nn.Module]] = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        if groups != 1 or base_width != 64:
+            raise ValueError(f"BasicBlock supports groups=1 and base_width=64, got {groups} and {base_width}.")
+        if dilation > 1:
+            raise NotImplementedError(f"BasicBlock supports dilation=1, got {dilation}; Bottleneck supports any.")
+        self.conv1 = conv3x3(inplanes, planes, stride)
+        self.bn1 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = conv3x3(planes, planes)
+        self.bn2 = norm_layer(planes)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += identity
+        return self.relu(out)
+
+
+class Bottleneck(nn.Module):
+    """1x1 reduce, 3x3, 1x1 expand, each with BN, plus the shortcut. x: (N, inplanes, H, W) -> (N, 4*planes, ...).
+
+    The stride sits in the 3x3 (torchvision, "v1.5"); `stride_in_1x1` puts it into the first 1x1, as in the paper and
+    in the weights of Caffe and Keras.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: Optional[nn.Module] = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Optional[Callable[..., nn.Module]] = None,
+        *,
+        stride_in_1x1: bool = False,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        self.conv1 = conv1x1(inplanes, width, stride if stride_in_1x1 else 1)
+        self.bn1 = norm_layer(width)
+        self.conv2 = conv3x3(width, width, 1 if stride_in_1x1 else stride, groups, dilation)
+        self.bn2 = norm_layer(width)
+        self.conv3 = conv1x1(width, planes * self.expansion)
+        self.bn3 = norm_layer(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += identity
+        return self.relu(out)
+
+
+class FusedBlock:
+    """What the fused blocks share: forward through `functional`, or the plain class's forward where that is unsafe.
+
+    In eval mode each conv+BN(+add)+ReLU is one call that reads the live parameters, so weights never go stale. A BN
+    in training mode runs as it is, and the residual add and ReLU are one call. Whenever a child was replaced, hooked
+    or parametrized since, the block runs as its plain class.
+    """
+
+    backend = "auto"
+    plain_class: type[nn.Module]
+    stage_names: tuple[tuple[str, str], ...]
+
+    def forward(self, x: Tensor) -> Tensor:
+        stages = [(getattr(self, conv), getattr(self, bn)) for conv, bn in self.stage_names]
+        if why_not_fused(self.relu, stages) is not None:
+            return self.plain_class.forward(self, x)
+        identity = x if self.downsample is None else _shortcut(self.downsample, x, self.backend)
+        out = x
+        for conv, bn in stages[:-1]:
+            out = _conv_bn_act(out, conv, bn, "relu", None, self.backend)
+        return _conv_bn_act(out, *stages[-1], "relu", identity, self.backend)
+
+
+class FusedBasicBlock(FusedBlock, BasicBlock):
+    __doc__ = BasicBlock.__doc__
+    plain_class = BasicBlock
+    stage_names = (("conv1", "bn1"), ("conv2", "bn2"))
+
+
+class FusedBottleneck(FusedBlock, Bottleneck):
+    __doc__ = Bottleneck.__doc__
+    plain_class = Bottleneck
+    stage_names = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+
+
+class ConvBNAct(nn.Sequential):
+    """act(BN(conv(x)) + residual): torchvision's Conv2dNormActivation with its constructor and keys, and a residual.
+
+    padding=None means "same" for odd filters and stride 1; bias=None means a bias exactly when there is no norm.
+    activation_layer: nn.ReLU, nn.ReLU6, nn.SiLU or None. x: (N, in_channels, H, W).
+    """
+
+    backend = "auto"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: Optional[int] = None,
+        groups: int = 1,
+        norm_layer: Optional[Callable[..., nn.Module]] = nn.BatchNorm2d,
+        activation_layer: Optional[Callable[..., nn.Module]] = nn.ReLU,
+        dilation: int = 1,
+        inplace: Optional[bool] = True,
+        bias: Optional[bool] = None,
+    ) -> None:
+        if padding is None:
+            padding = (kernel_size - 1) // 2 * dilation
+        if bias is None:
+            bias = norm_layer is None
+        layers: list[nn.Module] = [
+            nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=bias)
+        ]
+        if norm_layer is not None:
+            layers.append(norm_layer(out_channels))
+        if activation_layer is not None:
+            layers.append(activation_layer(**({} if inplace is None else {"inplace": inplace})))
+        super().__init__(*layers)
+
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        conv, *rest = self
+        bn = rest.pop(0) if rest and type(rest[0]) not in _ACTIVATION_OF else None
+        act = rest.pop(0) if rest else None
+        activation = "none" if act is None else _ACTIVATION_OF.get(type(act))
+        if rest or activation is None or why_not_fused(act, [(conv, bn)]) is not None:
+            return self._plain_forward(x, residual, act)
+        return _conv_bn_act(x, conv, bn, activation, residual, self.backend)
+
+    def _plain_forward(self, x: Tensor, residual: Optional[Tensor], act: Optional[nn.Module]) -> Tensor:
+        for layer in self:
+            if layer is act and residual is not None:
+                x = x + residual
+            x = layer(x)
+        return x + residual if act is None and residual is not None else x
+
+
+def why_not_fused(act: Optional[nn.Module], stages: list) -> Optional[str]:
+    """None when this activation and these (conv, bn) pairs may be bypassed, else the reason. Cheap: runs every call."""
+    if torch_module._has_any_global_hook():
+        return "a global module hook is installed"
+    for child in (act, *(child for stage in stages for child in stage)):
+        if child is not None and _has_hooks(child):
+            return f"{type(child).__name__} has hooks"
+    if act is not None and type(act) not in _ACTIVATION_OF:
+        return f"the activation is {type(act).__name__}, not nn.ReLU, nn.ReLU6 or nn.SiLU"
+    for conv, bn in stages:
+        reason = why_not_conv_bn(conv, bn)
+        if reason is not None:
+            return reason
+    return None
+
+
+def why_not_conv_bn(conv: nn.Module, bn: Optional[nn.Module]) -> Optional[str]:
+    """None when conv and bn are the plain modules whose parameters may be read instead of calling them."""
+    if type(conv) is not nn.Conv2d:
+        return f"the convolution is {type(conv).__name__}, not nn.Conv2d"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"padding_mode={conv.padding_mode!r} with padding={conv.padding!r}"
+    if bn is not None:
+        if type(bn) is not nn.BatchNorm2d:
+            return f"the norm is {type(bn).__name__}, not nn.BatchNorm2d"
+        if bn.running_mean is None or bn.running_var is None:
+            return "the BatchNorm2d keeps no running statistics"
+    if not _is_plain_tensor(conv.weight):
+        return f"the weight is a {type(conv.weight).__name__}, not a plain parameter"
+    return None
+
+
+def _conv_bn_act(
+    x: Tensor, conv: nn.Conv2d, bn: Optional[nn.BatchNorm2d], activation: str, residual: Optional[Tensor], backend: str
+) -> Tensor:
+    if bn is not None and bn.training:
+        out = bn(conv(x))
+        if residual is not None and activation == "relu":
+            return functional.add_relu(out, residual)
+        return functional.activate(out if residual is None else out + residual, activation)
+    vectors = (None,) * 4 if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    return functional.conv_bn_act(
+        x, conv.weight, *vectors,
+        eps=1e-5 if bn is None else bn.eps, bias=conv.bias, residual=residual, stride=conv.stride,
+        padding=conv.padding, dilation=conv.dilation, groups=conv.groups, activation=activation, backend=backend,
+    )  # fmt: skip
+
+
+def _shortcut(downsample: nn.Module, x: Tensor, backend: str) -> Tensor:
+    """The projection, fused when it is exactly Sequential(conv, bn); anything else is called."""
+    if type(downsample) is nn.Sequential and len(downsample) == 2 and not _has_hooks(downsample):
+        conv, bn = downsample
+        if type(bn) is nn.BatchNorm2d and why_not_fused(None, [(conv, bn)]) is None:
+            return _conv_bn_act(x, conv, bn, "none", None, backend)
+    return downsample(x)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _is_plain_tensor(value) -> bool:
+    return type(value) is nn.Parameter or type(value) is torch.Tensor
+
+
+assert set(_ACTIVATION_OF.values()) == set(ACTIVATIONS)

@@ -1,0 +1,200 @@
+"""The torch.library operators of namespace `fused_resnet`: schemas, shapes, gradients, autocast, flops.
+
+Kernels are registered elsewhere: the public operators by `backends`, the C++ ones by the libraries of csrc/.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fused_resnet import reference, schemas
+from fused_resnet.problem import ConvOperands, add_relu_problem, conv_problem
+
+LIBRARY = torch.library.Library("fused_resnet", "DEF")
+_NUM_OPERANDS = len(ConvOperands._fields)
+_CONV_ARGUMENTS = (*ConvOperands._fields, "stride", "padding", "dilation", "groups", "activation", "backend")
+
+for _name, _schema in schemas.PUBLIC.items():
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
+for _kernels in schemas.KERNELS.values():
+    for _name, _schema in _kernels.items():
+        LIBRARY.define(_name + _schema)
+
+
+@torch.library.register_fake("fused_resnet::conv_bn_act", lib=LIBRARY)
+def _conv_bn_act_fake(*args) -> Tensor:
+    operands, window = ConvOperands(*args[:_NUM_OPERANDS]), args[_NUM_OPERANDS:-1]
+    return empty_output(conv_problem(operands, *_pairs(window)), operands.x)
+
+
+@torch.library.register_fake("fused_resnet::add_relu", lib=LIBRARY)
+def _add_relu_fake(a: Tensor, b: Tensor, backend: str) -> Tensor:
+    add_relu_problem(a, b)
+    return torch.empty_like(a)
+
+
+@torch.library.register_fake("fused_resnet::add_relu_backward", lib=LIBRARY)
+def _add_relu_backward_fake(grad: Tensor, out: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(out)
+
+
+def empty_output(problem, like: Tensor) -> Tensor:
+    return torch.empty(
+        problem.output_shape, dtype=problem.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- gradients
+
+
+def _conv_bn_act_setup(ctx, inputs, output) -> None:
+    o = ConvOperands(*inputs[:_NUM_OPERANDS])
+    ctx.eps, ctx.has_residual = o.eps, o.residual is not None
+    ctx.window = _pairs(inputs[_NUM_OPERANDS:-1])
+    # SiLU's gradient needs the value before it, so the residual is kept; ReLU's is in the output's sign
+    kept = (o.residual, None) if ctx.window[-1] == "silu" else (None, output)
+    ctx.save_for_backward(o.x, o.weight, o.bn_weight, o.bn_bias, o.bn_mean, o.bn_var, o.bias, *kept)
+
+
+def _conv_bn_act_backward(ctx, grad: Tensor):
+    """Gradients with frozen statistics. With y = scale*(conv(x, w) + bias - mean) + bn_bias (+ residual):
+
+    dL/dx is the transposed convolution of g with w*scale, so one convolution_backward with the scaled weight gives
+    dx and G = dL/d(conv) without the scale; then dw = G*scale and, conv being linear in w, dscale = <G, w> per
+    output channel plus (bias - mean)*sum(g), which needs no second forward convolution.
+    """
+    x, weight, bn_weight, bn_bias, bn_mean, bn_var, bias, residual, out = ctx.saved_tensors
+    stride, padding, dilation, groups, activation = ctx.window
+    vectors = ConvOperands(x, weight, bn_weight, bn_bias, bn_mean, bn_var, ctx.eps, bias)
+    needs = dict(zip(_CONV_ARGUMENTS, ctx.needs_input_grad))
+    if activation == "silu":
+        args = (*vectors[:8], residual, stride, padding, dilation, groups, "none", "auto")
+        g = _silu_backward(grad, torch.ops.fused_resnet.conv_bn_act(*args))
+    elif activation == "relu":
+        g = torch.ops.aten.threshold_backward(grad, out, 0)
+    elif activation == "relu6":
+        g = torch.ops.aten.hardtanh_backward(grad, out, 0.0, 6.0)
+    else:
+        g = grad
+
+    grads = dict.fromkeys(needs)
+    if ctx.has_residual and needs["residual"]:
+        grads["residual"] = g
+    wide = torch.promote_types(torch.float32, x.dtype)
+    scale, _ = reference.scale_and_shift(vectors, wide)
+    needs_scale = bn_weight is not None and needs["bn_weight"]
+    grad_x, grad_folded, _ = torch.ops.aten.convolution_backward(
+        g, x, (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), None, stride, padding, dilation, False, [0, 0],
+        groups, [needs["x"], needs["weight"] or needs_scale, False],
+    )  # fmt: skip
+    grads["x"] = grad_x
+    if needs["weight"]:
+        grads["weight"] = (grad_folded * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+    if not (needs_scale or needs["bn_bias"] or needs["bias"]):
+        return tuple(grads.values())
+    grad_shift = g.sum((0, 2, 3), dtype=wide)
+    if needs["bn_bias"] and bn_bias is not None:
+        grads["bn_bias"] = grad_shift.to(bn_bias.dtype)
+    if needs["bias"] and bias is not None:
+        grads["bias"] = (grad_shift * scale).to(bias.dtype)
+    if needs_scale:
+        grad_scale = (grad_folded.to(wide) * weight.to(wide)).sum((1, 2, 3))
+        for vector, sign in ((bias, 1), (bn_mean, -1)):
+            if vector is not None:
+                grad_scale = grad_scale + sign * vector * grad_shift
+        inv_std = 1.0 if bn_var is None else torch.rsqrt(bn_var.to(wide) + ctx.eps)
+        grads["bn_weight"] = (grad_scale * inv_std).to(bn_weight.dtype)
+    return tuple(grads.values())
+
+
+def _silu_backward(grad: Tensor, y: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(grad, y)
+    s = torch.sigmoid(y)  # create_graph: ATen's kernel has no derivative of its own
+    return grad * s * (1 + y * (1 - s))
+
+
+def _add_relu_setup(ctx, inputs, output) -> None:
+    ctx.backend = inputs[2]
+    ctx.save_for_backward(output)
+
+
+def _add_relu_backward(ctx, grad: Tensor):
+    (out,) = ctx.saved_tensors
+    g = torch.ops.fused_resnet.add_relu_backward(grad, out, ctx.backend)
+    return g, g, None
+
+
+def _add_relu_backward_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _add_relu_double_backward(ctx, grad: Tensor):
+    (out,) = ctx.saved_tensors
+    return torch.ops.aten.threshold_backward(grad, out, 0), None, None
+
+
+torch.library.register_autograd(
+    "fused_resnet::conv_bn_act", _conv_bn_act_backward, setup_context=_conv_bn_act_setup, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "fused_resnet::add_relu", _add_relu_backward, setup_context=_add_relu_setup, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "fused_resnet::add_relu_backward",
+    _add_relu_double_backward,
+    setup_context=_add_relu_backward_setup,
+    lib=LIBRARY,
+)
+
+
+# -------------------------------------------------------------------------------------------------------- autocast
+
+
+def _register_autocast(device: str, key: str) -> None:
+    """x, weight, residual and both addends are cast; BN vectors and bias stay as they are, the epilogue is fp32."""
+    below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(tensor):
+        wanted = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(torch.get_autocast_dtype(device)) if wanted else tensor
+
+    def conv_bn_act(*args):
+        operands = ConvOperands(*args[:_NUM_OPERANDS])
+        operands = operands._replace(x=cast(operands.x), weight=cast(operands.weight), residual=cast(operands.residual))
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            return torch.ops.fused_resnet.conv_bn_act(*operands, *args[_NUM_OPERANDS:])
+
+    def add_relu(a, b, backend):
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            return torch.ops.fused_resnet.add_relu(cast(a), cast(b), backend)
+
+    LIBRARY.impl("conv_bn_act", conv_bn_act, key)
+    LIBRARY.impl("add_relu", add_relu, key)
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
+
+
+# ----------------------------------------------------------------------------------------------------------- flops
+
+
+@register_flop_formula(torch.ops.fused_resnet.conv_bn_act)
+def _conv_bn_act_flops(x_shape, w_shape, *args, out_shape=None, **kwargs) -> int:
+    """2 * outputs * reduction, as torch counts a convolution; the epilogue is not counted."""
+    return 2 * math.prod(out_shape) * math.prod(w_shape[1:])
+
+
+@register_flop_formula([torch.ops.fused_resnet.add_relu, torch.ops.fused_resnet.add_relu_backward])
+def _add_relu_flops(*args, **kwargs) -> int:
+    return 0
+
+
+def _pairs(window) -> tuple:
+    stride, padding, dilation, groups, activation = window
+    return tuple(stride), tuple(padding), tuple(dilation), groups, activation
