@@ -65,4 +65,4 @@ def flat_arguments(problem: AddReluProblem, first: Tensor, second: Tensor, resul
 def _launch_flat(kernel, problem: AddReluProblem, *tensors: Tensor) -> None:
     if problem.numel:
         num_programs, arguments, options = flat_arguments(problem, *tensors)
-        runtime.start(kernel, num_programs, tensors[0], arguments, options)
+        runtime.start(kernel, num_programs, arguments, options, like=tensors[0])

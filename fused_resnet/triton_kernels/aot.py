@@ -1,6 +1,6 @@
 """Compile the kernels without a GPU and read what came out: registers, spills, shared memory, instructions.
 
-    python -m fused_resnet.triton_kernels.aot --arch 80,90,100 [--dtype float16] [--all-configs] [--json]
+    python -m fused_resnet.triton_kernels.aot --arch 80,90,100 [--dtype float16] [--only TEXT] [--all-configs] [--json]
 
 Compiles for the very specialisation a launch of the problem would produce. Needs Triton with its NVIDIA tools, and
 TRITON_INTERPRET unset: interpreted kernels cannot be compiled.
@@ -19,9 +19,9 @@ from typing import Any, Iterator, NamedTuple, Optional
 
 import torch
 
-from fused_resnet.problem import AddReluProblem, ConvOperands, ConvProblem, dtype_name
+from fused_resnet.problem import AddReluProblem, ConvOperands, ConvProblem
 from fused_resnet.triton_kernels import add_relu, conv_bn_act, runtime
-from fused_resnet.triton_kernels.conv_bn_act import TritonConfig
+from fused_resnet.triton_kernels.conv_configs import TritonConfig
 from fused_resnet.triton_kernels.runtime import triton
 
 ARCHITECTURES = (80, 90, 100)
@@ -103,6 +103,7 @@ def specialise(kernel, arguments: tuple, options: dict) -> tuple[dict, dict, dic
 
 def problems(dtype: torch.dtype) -> Iterator[ConvProblem]:
     """Convolutions that between them use every kernel, path and activation: ResNet-50's, ResNeXt's, CIFAR's."""
+
     def problem(C, size, K, filter_size=1, stride=1, groups=1, activation="relu", residual=False):
         return ConvProblem(
             32, C, size, size, K, filter_size, filter_size, (stride,) * 2, (filter_size // 2,) * 2, (1, 1), groups,
@@ -122,9 +123,11 @@ def problems(dtype: torch.dtype) -> Iterator[ConvProblem]:
 
 
 def main(argv: Optional[list[str]] = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fused_resnet.triton_kernels.aot", description=__doc__.split("\n")[0])
+    prog = "python -m fused_resnet.triton_kernels.aot"
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.split("\n")[0])
     parser.add_argument("--arch", default=",".join(map(str, ARCHITECTURES)), help="compute capabilities, times ten")
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
+    parser.add_argument("--only", default="", metavar="TEXT", help="only problems whose description contains this")
     parser.add_argument("--all-configs", action="store_true", help="every config of the search space, not the default")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     arguments = parser.parse_args(argv)
@@ -133,12 +136,13 @@ def main(argv: Optional[list[str]] = None) -> int:
         return 1
     reports = []
     for arch in map(int, arguments.arch.split(",")):
-        for report in _compile_all(arch, getattr(torch, arguments.dtype), arguments.all_configs):
+        for report in _compile_all(arch, getattr(torch, arguments.dtype), arguments.only, arguments.all_configs):
             reports.append(report)
             if not arguments.json:
                 print(_row(report), flush=True)
     if arguments.json:
-        print(json.dumps([dict(report._asdict(), config=report.config and report.config._asdict()) for report in reports]))
+        as_dict = [dict(report._asdict(), config=report.config and report.config._asdict()) for report in reports]
+        print(json.dumps(as_dict))
     return 0
 
 
@@ -151,12 +155,15 @@ def cannot_compile() -> Optional[str]:
     return None
 
 
-def _compile_all(arch: int, dtype: torch.dtype, all_configs: bool) -> Iterator[Compiled]:
+def _compile_all(arch: int, dtype: torch.dtype, only: str, all_configs: bool) -> Iterator[Compiled]:
     for problem in problems(dtype):
-        for config in conv_bn_act.configs(problem) if all_configs else [None]:
-            yield compile_conv(problem, arch, config)
+        if only in str(problem):
+            for config in conv_bn_act.configs(problem) if all_configs else [None]:
+                yield compile_conv(problem, arch, config)
+    problem = AddReluProblem((32, 256, 56, 56), True, dtype, "cuda")
     for backward in (False, True):
-        yield compile_add_relu(AddReluProblem((32, 256, 56, 56), True, dtype, "cuda"), arch, backward=backward)
+        if only in str(problem):
+            yield compile_add_relu(problem, arch, backward=backward)
 
 
 def _compile(kernel, arguments: tuple, options: dict, arch: int, problem: str, config: Optional[Any]) -> Compiled:
@@ -195,8 +202,8 @@ def _row(report: Compiled) -> str:
     config = "x".join(map(str, report.config)) if report.config else "-"
     counts = " ".join(f"{kind}:{count}" for kind, count in report.instructions.items())
     return (
-        f"sm_{report.arch:<4}{report.problem:<62}{config:<22}{report.registers:>4} regs {report.stack_bytes:>5} B stack "
-        f"{report.shared_bytes:>7} B shared  {counts}"
+        f"sm_{report.arch:<4}{report.problem:<62}{config:<22}{report.registers:>4} regs "
+        f"{report.stack_bytes:>5} B stack {report.shared_bytes:>7} B shared  {counts}"
     )
 
 

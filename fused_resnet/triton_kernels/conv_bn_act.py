@@ -8,28 +8,22 @@ is a compile-time constant and costs nothing.
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from fused_resnet.problem import ConvOperands, ConvProblem
 from fused_resnet.triton_kernels import runtime
+from fused_resnet.triton_kernels.conv_configs import TritonConfig, configs, default_config, is_gemm, num_programs
 from fused_resnet.triton_kernels.runtime import jit, tl
 
-_MAX_ROWS = 2**31 - 2**10  # row numbers are 32-bit (their divisions are the slow part), every memory offset is 64-bit
+# Row numbers are 32-bit, since dividing them is the slow part, and so are offsets within a tile; offsets of tiles and
+# of whole tensors are 64-bit.
+_MAX_ROWS = 2**31 - 2**10
+_MAX_CHANNELS = 2**22
 
-
-class TritonConfig(NamedTuple):
-    """A tile of rows (n, p, q) by output channels by reduction, and how its programs are ordered and compiled."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    GROUP_M: int
-    num_warps: int
-    num_stages: int
+__all__ = ["TritonConfig", "allows_tf32", "configs", "default_config", "launch", "prepare", "why_not"]
 
 
 @jit
@@ -63,7 +57,7 @@ def _epilogue(
     if bn_bias_ptr is not None:
         y += tl.load(bn_bias_ptr + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
 
-    # the tile's place is a 64-bit scalar, the places within it are 32-bit: half the registers
+    # the tile's place is a 64-bit scalar, the places within it are 32-bit: fewer registers
     tile = first_row.to(tl.int64) * K
     offsets = local_rows[:, None] * K + channels[None, :]
     stored = live_rows[:, None] & live_channels[None, :]
@@ -107,7 +101,8 @@ def _pointwise_bn_act_kernel(
         else:
             live_steps = c + steps < C
             x = tl.load(x_tile + c + x_offsets, mask=live_rows[:, None] & live_steps[None, :], other=0.0)
-            weight = tl.load(weight_tile + c + weight_offsets, mask=live_channels[None, :] & live_steps[:, None], other=0.0)
+            live_weights = live_channels[None, :] & live_steps[:, None]
+            weight = tl.load(weight_tile + c + weight_offsets, mask=live_weights, other=0.0)
         acc = tl.dot(x, weight, acc, input_precision=INPUT_PRECISION)
 
     _epilogue(
@@ -153,10 +148,8 @@ def _conv_bn_act_kernel(
             inside = live_rows & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             tap = (tl.cast(r * dilation_h, tl.int64) * W + s * dilation_w) * C + c
             x = tl.load(x_rows[:, None] + (tap + steps)[None, :], mask=inside[:, None], other=0.0)
-            weight = tl.load(
-                weight_rows[None, :] + (k + steps)[:, None], mask=live_channels[None, :], other=0.0
-            )
-            # carried along rather than divided out of k: two divisions per step would cost as much as a small tile
+            weight = tl.load(weight_rows[None, :] + (k + steps)[:, None], mask=live_channels[None, :], other=0.0)
+            # carried along rather than divided out of k, so that the loop has no divisions
             c += BLOCK_K
             s = tl.where(c == group_C, s + 1, s)
             c = tl.where(c == group_C, 0, c)
@@ -171,11 +164,8 @@ def _conv_bn_act_kernel(
             inside = live_rows[:, None] & live_steps[None, :] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             tap = ((tap_r * dilation_h).to(tl.int64) * W + tap_s * dilation_w) * C + (k + steps) % group_C
             x = tl.load(x_rows[:, None] + tap[None, :], mask=inside, other=0.0)
-            weight = tl.load(
-                weight_rows[None, :] + (k + steps)[:, None],
-                mask=live_channels[None, :] & live_steps[:, None],
-                other=0.0,
-            )
+            live_weights = live_channels[None, :] & live_steps[:, None]
+            weight = tl.load(weight_rows[None, :] + (k + steps)[:, None], mask=live_weights, other=0.0)
         acc = tl.dot(x, weight, acc, input_precision=INPUT_PRECISION)
 
     _epilogue(
@@ -187,47 +177,15 @@ def _conv_bn_act_kernel(
 
 def why_not(problem: ConvProblem) -> Optional[str]:
     """Why this machine cannot run the problem, or None."""
-    if problem.N * problem.P * problem.Q > _MAX_ROWS:
-        return f"{problem.N * problem.P * problem.Q} output pixels are too many (at most {_MAX_ROWS})"
+    rows, channels = problem.N * problem.P * problem.Q, max(problem.C, problem.K)
+    if rows > _MAX_ROWS:
+        return f"{rows} output pixels are too many (at most {_MAX_ROWS})"
+    if channels > _MAX_CHANNELS:
+        return f"{channels} channels are too many (at most {_MAX_CHANNELS})"
     return runtime.why_not(problem.device, problem.dtype)
 
 
-def configs(problem: ConvProblem) -> list[TritonConfig]:
-    """The tiles worth measuring for this problem, large to small. Any of them computes it; no two are alike.
-
-    All fit into 99 KiB of shared memory, so that they run on every GPU from sm_80 on. Eight warps are for pointwise
-    convolutions only: for filters, a flattened (r, s, c) loop has been miscompiled with them (pytorch issue 173068).
-    """
-    if not _step_divides(problem):  # masks and divisions for each element need the registers of larger tiles
-        tiles = [(64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 3)]
-    elif problem.dtype == torch.float32:
-        tiles = [(64, 64, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3), (32, 32, 4, 3)]
-    elif _is_gemm(problem):
-        tiles = [(128, 128, 8, 3), (256, 64, 8, 2), (128, 64, 4, 4), (64, 64, 4, 4), (64, 32, 4, 4)]
-    else:
-        tiles = [(128, 64, 4, 3), (64, 64, 4, 4), (128, 32, 4, 4), (64, 32, 4, 4)]
-    channels = problem.K // problem.groups
-    widest = max(16, 1 << (channels - 1).bit_length())
-    step = _step(problem)
-    return list(dict.fromkeys(TritonConfig(m, min(n, widest), step, 8, *compiler) for m, n, *compiler in tiles))
-
-
-@functools.lru_cache(maxsize=4096)
-def default_config(problem: ConvProblem) -> TritonConfig:
-    """The first of `configs` that gives every SM of a large GPU a tile, or else the one with the most tiles.
-
-    A guess from arithmetic, not a measurement.
-    """
-    candidates = configs(problem)
-    for config in candidates:
-        if _num_programs(problem, config) >= 132:  # the SMs of an H100 or H200
-            return config
-    return max(candidates, key=lambda config: _num_programs(problem, config))
-
-
-def launch(
-    problem: ConvProblem, operands: ConvOperands, out: Tensor, config: Optional[TritonConfig] = None
-) -> None:
+def launch(problem: ConvProblem, operands: ConvOperands, out: Tensor, config: Optional[TritonConfig] = None) -> None:
     """out = act(scale * conv(x, w) + shift + residual), accumulated in fp32; NaN stays NaN.
 
     x, residual and out are NHWC, the weight KRSC in memory, all dense, and the vectors are contiguous: the caller has
@@ -235,8 +193,8 @@ def launch(
     TF32 where torch's own convolution would use it (`allows_tf32`), else fp32.
     """
     if out.numel():
-        kernel, num_programs, arguments, options = prepare(problem, operands, out, config or default_config(problem))
-        runtime.start(kernel, num_programs, out, arguments, options)
+        prepared = prepare(problem, operands, out, config or default_config(problem))
+        runtime.start(*prepared, like=out)
 
 
 def prepare(
@@ -254,12 +212,11 @@ def prepare(
         INPUT_PRECISION="tf32" if p.dtype == torch.float32 and allows_tf32() else "ieee",
         WHOLE_STEPS=p.C // p.groups % config.BLOCK_K == 0,
     )
-    num_programs = _num_programs(problem, config)
-    if _is_gemm(problem):
-        return _pointwise_bn_act_kernel, num_programs, (*pointers, *sizes), options
+    if is_gemm(problem):
+        return _pointwise_bn_act_kernel, num_programs(p, config), (*pointers, *sizes), options
     window = (*p.stride, *p.padding, *p.dilation)
     sizes += (p.H, p.W, p.P, p.Q, p.S, p.K // p.groups, p.C // p.groups, p.reduction)
-    return _conv_bn_act_kernel, num_programs, (*pointers, *sizes, *window), options
+    return _conv_bn_act_kernel, num_programs(p, config), (*pointers, *sizes, *window), options
 
 
 def allows_tf32() -> bool:
@@ -269,24 +226,3 @@ def allows_tf32() -> bool:
     """
     precision = getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", None)
     return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
-
-
-def _is_gemm(problem: ConvProblem) -> bool:
-    return problem.is_pointwise and problem.groups == 1
-
-
-def _num_programs(problem: ConvProblem, config: TritonConfig) -> int:
-    rows = -(-problem.N * problem.P * problem.Q // config.BLOCK_M)
-    return rows * -(-(problem.K // problem.groups) // config.BLOCK_N) * problem.groups
-
-
-def _step(problem: ConvProblem) -> int:
-    """BLOCK_K: the largest that divides the channels of a group, 128 bytes at most, or else 32 with masks."""
-    for step in (128 // problem.dtype.itemsize, 32, 16):
-        if problem.C // problem.groups % step == 0:
-            return step
-    return 32
-
-
-def _step_divides(problem: ConvProblem) -> bool:
-    return problem.C // problem.groups % _step(problem) == 0

@@ -20,7 +20,8 @@ def gpu_arithmetic():
 
     Infinities and NaN come without numpy's warnings.
     """
-    from triton.runtime.interpreter import TensorHandle, interpreter_builder as builder
+    from triton.runtime.interpreter import TensorHandle
+    from triton.runtime.interpreter import interpreter_builder as builder
 
     stock_cast, stock_dot = builder.cast_impl, builder.create_dot
 

@@ -28,7 +28,7 @@ except Exception as error:  # a broken installation raises whatever its shared l
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MIN_CAPABILITY = (7, 5)
+_MIN_CAPABILITY = (8, 0)  # below, Triton has no tensor cores, no bfloat16, and spills thousands of bytes
 
 
 @jit
@@ -57,11 +57,8 @@ def why_not(device: str, dtype: torch.dtype) -> Optional[str]:
     if torch.version.hip is not None:
         return "it is not supported on ROCm"
     capability = torch.cuda.get_device_capability()
-    shown = "this GPU has {}.{}".format(*capability)
     if capability < _MIN_CAPABILITY:
-        return "it needs compute capability {}.{} or later, {}".format(*_MIN_CAPABILITY, shown)
-    if dtype == torch.bfloat16 and capability < (8, 0):
-        return f"bfloat16 needs compute capability 8.0 or later, {shown}"
+        return "it needs compute capability {}.{} or later, this GPU has {}.{}".format(*_MIN_CAPABILITY, *capability)
     return _driver_error()
 
 
@@ -75,7 +72,7 @@ def _driver_error() -> Optional[str]:
     return None
 
 
-def start(kernel, num_programs: int, like: Tensor, arguments: tuple, options: dict) -> None:
+def start(kernel, num_programs: int, arguments: tuple, options: dict, *, like: Tensor) -> None:
     """Run `num_programs` programs of a kernel on the device of `like`, on its current stream."""
     grid = (num_programs,)
     if INTERPRETED:
