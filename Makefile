@@ -1,0 +1,67 @@
+# make demo | test | test-full | lint | gpu-check | clean
+#
+# From a fresh clone every target first makes .venv (python3 >= 3.10), installs requirements.txt into it and builds
+# the package in place. Stamp files make a second call quick; an edit of csrc/ or setup.py builds again.
+#
+# PYTHON=/path/to/python uses an interpreter that already has torch, as it is: nothing is installed, and compiled
+# parts are taken as they lie in fused_resnet/ (`PYTHON=python3 make gpu-check` on a prepared GPU machine).
+# FUSED_RESNET_CUDA=1 also compiles _C_cuda beside a CPU-only torch.
+
+VENV := .venv
+BOOTSTRAP ?= python3
+FUSED_RESNET_CUDA ?=
+export FUSED_RESNET_CUDA
+WORKERS ?= 2
+OUT ?=
+STEPS ?=
+
+ifeq ($(origin PYTHON), undefined)
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built$(if $(FUSED_RESNET_CUDA),-cuda$(FUSED_RESNET_CUDA))
+else
+BUILT :=
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
+
+# Tests run in $(WORKERS) processes of one thread each, so that they do not fight over the cores.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: demo test test-full lint gpu-check clean
+
+demo: $(BUILT)
+	$(PYTHON) -m benchmarks.demo $(if $(OUT),--out $(OUT))
+
+test: $(BUILT)
+	$(PYTEST) -m "not full" tests
+
+test-full: $(BUILT)
+	$(PYTEST) -m full tests
+
+lint: $(BUILT)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy fused_resnet
+	$(PYTHON) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+	$(PYTHON) -c 'from clang_format import clang_format; clang_format()' --dry-run --Werror csrc/*
+
+gpu-check: $(BUILT)
+	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(if $(STEPS),--only $(STEPS))
+
+ifdef BUILT
+$(VENV)/.installed: requirements.txt
+	@$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fused_resnet needs Python 3.10 or later")'
+	test -x $(VENV)/bin/python || $(BOOTSTRAP) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -r requirements.txt
+	@touch $@
+
+# One stamp per choice of parts; the other choice's stamp is removed, since both build into fused_resnet/.
+$(BUILT): $(INSTALLED) setup.py pyproject.toml fused_resnet/schemas.py $(wildcard csrc/*)
+	$(VENV)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
+	@rm -f $(VENV)/.built*
+	@touch $@
+endif
+
+clean:
+	rm -rf build out *.egg-info .benchmarks .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -f fused_resnet/*.so fused_resnet/_build.json $(VENV)/.built*
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

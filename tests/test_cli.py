@@ -1,0 +1,276 @@
+"""The command line: every verb with tiny settings, its JSON, its errors and exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import fused_resnet
+from fused_resnet import __main__ as command_line
+from fused_resnet import models, provenance, testing, timing
+
+TINY = ["--rounds", "1", "--device", "cpu"]
+NO_PLACE = (str(provenance.ROOT), os.uname().nodename)
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def quick_roofline(monkeypatch):
+    monkeypatch.setattr(timing, "roofline", lambda device, dtype: timing.Roofline(1e10, 1e11))
+
+
+def run(*arguments):
+    return CliRunner().invoke(command_line.cli, [str(argument) for argument in arguments])
+
+
+def json_of(*arguments, exit_code=0):
+    result = run(*arguments, "--json")
+    assert result.exit_code == exit_code, result.output + repr(result.exception)
+    return json.loads(result.stdout)
+
+
+def check_environment(record, kind):
+    assert record["kind"] == kind
+    assert record["environment"]["torch"] == torch.__version__
+    text = json.dumps(record)
+    assert not any(place in text for place in NO_PLACE)
+
+
+# --------------------------------------------------------------------------------------------------------------- info
+
+
+def test_info_as_json():
+    record = json_of("info")
+    assert record["versions"]["fused_resnet"] == fused_resnet.__version__
+    entries = {(entry["op"], entry["backend"], entry["device"]): entry for entry in record["backends"]}
+    assert entries["conv_bn_act", "eager", "cpu"]["dtypes"]["float32"] is None
+    assert entries["conv_bn_act", "onednn", "cpu"]["auto"] is True
+    assert "NVIDIA" in entries["conv_bn_act", "cudnn", "cpu"]["dtypes"]["float16"]
+    assert {"_C_cpu", "_C_cuda", "_host_checks"} <= set(record["parts"])
+    assert record["provenance"]["sentence"].startswith("kernels ")
+
+
+def test_info_for_people():
+    result = run("info")
+    assert result.exit_code == 0
+    for expected in ("conv_bn_act", "onednn (auto)", "_C_cuda", "Provenance: kernels", "oneDNN bf16"):
+        assert expected in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_info_says_why_there_is_no_gpu():
+    why = json_of("info")["devices"]["cuda"]["why"]
+    assert why is not None and why in run("info").output
+
+
+# ------------------------------------------------------------------------------------------------------------- verify
+
+
+def test_verify_as_json():
+    record = json_of("verify", "--problems", 6, "--seed", 3, "--device", "cpu", "--backend", "eager")
+    assert record["passed"] is True and (record["problems"], record["seed"]) == (6, 3)
+    assert sum(entry["ok"] for entry in record["backends"].values()) == 6
+    assert set(record["backends"]) <= {"conv_bn_act/eager", "add_relu/eager"}
+
+
+def test_verify_shows_what_did_not_run():
+    result = run("verify", "--problems", 4, "--device", "cpu", "--backend", "eager", "--backend", "cudnn")
+    assert "4 problems" in result.output and "it runs on NVIDIA GPUs" in result.output
+    assert result.exit_code == 1 and "'cudnn' could not run any" in result.output
+
+
+def test_verify_fails_on_a_mismatch(monkeypatch):
+    wrong = lambda case, backend: testing.Outcome(backend, "mismatch", "got 1, expected 2", 3.0)  # noqa: E731
+    monkeypatch.setattr(testing, "check", wrong)
+    record = json_of("verify", "--problems", 2, "--device", "cpu", "--backend", "eager", exit_code=1)
+    assert record["passed"] is False
+    result = run("verify", "--problems", 2, "--device", "cpu", "--backend", "eager")
+    assert result.exit_code == 1
+    assert result.output.count("MISMATCH") == 2 and "got 1, expected 2" in result.output
+
+
+# -------------------------------------------------------------------------------------------------------------- bench
+
+
+def test_bench_ops(tmp_path):
+    out = tmp_path / "ops.json"
+    record = json_of("bench", "ops", "--model", "resnet20", "--batch", 2, "--out", out, *TINY)
+    check_environment(record, "bench ops")
+    assert json.loads(out.read_text()) == record
+    assert len(record["rows"]) == 9 and sum(row["count"] for row in record["rows"]) == 19
+    for row in record["rows"]:
+        assert {"unfused", "eager folded", "onednn"} <= set(row["variants"])
+        one = row["variants"]["onednn"]
+        assert one["tflops"] == pytest.approx(row["gflop"] * 1e3 / one["median_us"], rel=1e-6)
+        assert one["gb_per_s"] == pytest.approx(row["mbytes"] * 1e3 / one["median_us"], rel=1e-6)
+        assert one["roofline_percent"] == pytest.approx(100 * row["least_us"] / one["median_us"])
+        assert one["speedup"] == pytest.approx(row["variants"]["unfused"]["median_us"] / one["median_us"])
+        assert 0 < one["error_ratio"] <= 1
+        assert "NVIDIA" in row["skipped"]["cudnn"]
+    assert {(entry["variant"], entry["against"]) for entry in record["summary"]} == {
+        ("eager folded", "unfused"), ("onednn", "unfused"), ("onednn", "eager folded"),
+    }  # fmt: skip
+
+
+def test_bench_ops_for_people_lists_losses(monkeypatch):
+    def measured(problems, **_):
+        stats = {"median_us": 1.0, "min_us": 1.0, "p10": 1.0, "p90": 1.0, "samples": 1, "tflops": 1.0, "gb_per_s": 1.0}
+        stats |= {"roofline_percent": 50.0, "error_ratio": 0.5}
+        variants = {"unfused": {**stats, "speedup": 1.0}, "onednn": {**stats, "median_us": 4.0, "speedup": 0.25}}
+        row = {"problem": "the problem", "count": 1, "auto": "onednn", "variants": variants, "skipped": {}}
+        rows = [{**row, "not_timed": {"triton": 7.0}}]
+        return {
+            "roofline": {"gb_per_s": 1.0, "tflops": 1.0},
+            "rows": rows,
+            "summary": timing.summarise(rows, "unfused"),
+            "mismatches": [{"problem": "the problem", "variant": "triton", "error_ratio": 7.0}],
+        }
+
+    monkeypatch.setattr(timing, "bench_ops", measured)
+    result = run("bench", "ops", "--model", "resnet20", *TINY)
+    assert result.exit_code == 1  # triton is wrong
+    assert "0.25x LOSS" in result.output and "LOSS 0.25x the problem" in result.output
+    assert "1 losses" in result.output and "WRONG" in result.output
+
+
+def test_bench_blocks():
+    record = json_of("bench", "blocks", "--model", "resnet20", "--dtype", "fp32", "--image", 16, *TINY)
+    check_environment(record, "bench blocks")
+    assert [row["problem"] for row in record["rows"]] == [
+        "BasicBlock layer1.2 1x16x16x16", "BasicBlock layer2.2 1x32x8x8", "BasicBlock layer3.2 1x64x4x4",
+    ]  # fmt: skip
+    for row in record["rows"]:
+        names = {"eager NCHW fp32", "eager NHWC fp32", "fused fp32", "folded fp32", "frozen fp32"}
+        assert names <= set(row["variants"])
+        assert ("compile fp32" in row["variants"]) != ("compile fp32" in row["skipped"])
+        assert all(one["max_rel_error"] < 1e-4 for one in row["variants"].values())
+    assert {entry["against"] for entry in record["summary"]} == {"eager NCHW fp32"}
+
+
+def test_bench_model():
+    record = json_of(
+        "bench", "model", "--model", "resnet20", "--batch", "1,3", "--dtype", "fp32,bf16", "--threads", 1,
+        "--baseline", "eager", "--baseline", "folded", "--baseline", "cudnn", *TINY,
+    )  # fmt: skip
+    check_environment(record, "bench model")
+    assert record["environment"]["threads"] == 1
+    assert [run["batch"] for run in record["runs"]] == [1, 3]
+    for measured in record["runs"]:
+        variants = measured["variants"]
+        names = {f"{kind} {dtype}" for kind in ("eager NHWC", "folded", "frozen") for dtype in ("fp32", "bf16")}
+        assert set(variants) == {"eager NCHW fp32"} | names
+        assert variants["frozen fp32"]["max_rel_error"] < 1e-4 < variants["frozen bf16"]["max_rel_error"] < 0.3
+        assert set(measured["skipped"]) == {"cudnn fp32", "cudnn bf16"}
+        one = variants["frozen fp32"]
+        assert one["ratio"] == pytest.approx(variants["eager NCHW fp32"]["median_us"] / one["median_us"])
+        assert one["images_per_s"] == pytest.approx(measured["batch"] * 1e6 / one["median_us"])
+        assert one["ratio_to_compile"] is None
+
+
+def test_bench_model_with_torch_compile_for_people():
+    result = run(
+        "bench", "model", "--model", "resnet20", "--batch", 1, "--dtype", "fp32", "--image", 8,
+        "--baseline", "compile", "--baseline", "openvino", *TINY,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "compile fp32" in result.output and "frozen fp32" in result.output
+    assert "resnet20, batch 1, 8 px" in result.output
+
+
+def test_models_keep_their_convolution_counts():
+    """23 convolution shapes in ResNet-50; one of them has two epilogues."""
+    problems = timing.convs_of(models.create("resnet50"), (3, 224, 224), 256, torch.float16, "cuda:0")
+    assert (len(problems), sum(count for _, count in problems)) == (24, 53)
+    assert len({problem._replace(has_residual=False, activation="none") for problem, _ in problems}) == 23
+    first = problems[0].problem
+    assert (first.N, first.dtype, first.device, first.output_shape) == (256, torch.float16, "cuda", (256, 64, 112, 112))
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["bench", "ops", "--model", "resnet51"], "unknown model 'resnet51'; known ones are resnet18, "),
+        (["bench", "ops", "--dtype", "fp8"], "unknown dtype 'fp8'; known ones are fp32, fp16, bf16."),
+        (["bench", "model", "--dtype", "fp32,int8"], "unknown dtype 'int8'"),
+        (["bench", "model", "--baseline", "mxnet"], "unknown baseline 'mxnet'; known ones are eager, "),
+        (["bench", "model", "--backend", "best"], "unknown backend 'best'; known ones are auto, onednn, "),
+        (["bench", "model", "--batch", "1,x"], "'1,x' is not a list of numbers"),
+        (["bench", "model", "--batch", "0"], "at least one image"),
+        (["bench", "ops", "--budget", "0"], "x>0"),
+        (["bench", "ops", "--device", "tpu"], "unknown device 'tpu'; known ones are cpu, cuda."),
+        (["verify", "--backend", "best"], "unknown backend 'best'; known ones are onednn, "),
+        (["verify", "--problems", "0"], "x>=1"),
+        (["benchmark"], "No such command"),
+    ],
+)
+def test_wrong_arguments_exit_with_2_and_say_what_is_known(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_said_and_not_a_crash():
+    result = run("verify", "--device", "cuda")
+    assert result.exit_code == 2 and ("without CUDA" in result.output or "no CUDA device" in result.output)
+
+
+def test_interrupted_is_130_and_leaves_no_file(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timing, "interleaved", interrupted)
+    out = tmp_path / "ops.json"
+    arguments = ["bench", "ops", "--model", "resnet20", "--out", str(out), *TINY]
+    assert command_line.main(arguments) == 130
+    assert "interrupted" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "ops.json"
+    assert command_line.main(["bench", "ops", "--model", "resnet20", "--out", str(out), *TINY]) == 1
+    assert "fused-resnet: " in capsys.readouterr().err
+
+
+def test_exit_codes_of_main(capsys):
+    assert command_line.main(["--version"]) == 0
+    assert fused_resnet.__version__ in capsys.readouterr().out
+    assert command_line.main(["bench", "ops", "--model", "nope"]) == 2
+    assert command_line.main(["verify", "--problems", "3", "--device", "cpu", "--backend", "cudnn"]) == 1
+
+
+def test_json_is_alone_on_stdout():
+    """Progress goes to stderr, also through `python -m`, so that stdout can be piped."""
+    command = [sys.executable, "-m", "fused_resnet", "verify", "--problems", "2", "--device", "cpu", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=provenance.ROOT)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["problems"] == 2
+    reasons = [reason for entry in record["backends"].values() for reason in entry["cannot_run"]]
+    assert any("NVIDIA" in reason for reason in reasons)
+
+
+def test_importing_the_package_imports_no_click_and_no_rich():
+    script = (
+        "import sys, fused_resnet; "
+        "print([n for n in ('click', 'rich', 'matplotlib', 'torchvision') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=provenance.ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    script = "import sys, fused_resnet.__main__; print('rich' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=provenance.ROOT)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
