@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from fused_resnet import models, timing
+from fused_resnet import bench, models
 
 STAGED_MODELS = ("resnet18", "resnet50")
 
@@ -21,12 +21,12 @@ def convs(model: str, batch: int = 1, dtype: torch.dtype = torch.float32, device
     One convolution shape stands twice: layer1's 64 -> 256, which once is a shortcut without residual and ReLU.
     """
     network = models.create(model)
-    return tuple(timing.convs_of(network, models.input_shape(model), batch, dtype, device))
+    return tuple(bench.convs_of(network, models.input_shape(model), batch, dtype, device))
 
 
 @functools.lru_cache(maxsize=None)
 def blocks(model: str):
     """(name, block in eval mode with calibrated BN, its input's (C, H, W)): the last residual block of each stage."""
     shape = models.input_shape(model)
-    network = timing.calibrated(models.create(model), shape)
-    return tuple(timing.blocks_of(network, shape))
+    network = bench.calibrated(models.create(model), shape)
+    return tuple(bench.blocks_of(network, shape))

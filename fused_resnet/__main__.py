@@ -17,7 +17,7 @@ import click
 import torch
 
 import fused_resnet
-from fused_resnet import backends, extension, models, provenance, testing, timing
+from fused_resnet import backends, bench, extension, models, provenance, testing, timing
 from fused_resnet.problem import ACTIVATIONS, FLOAT_DTYPES, ConvProblem, dtype_name
 
 _SECONDS_BETWEEN_LINES = 2.0
@@ -86,9 +86,9 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON docume
 _device = click.option("--device", type=_Device(), default=lambda: "cuda" if torch.cuda.is_available() else "cpu",
                        help="cpu or cuda; default, cuda where there is one.")  # fmt: skip
 _model = click.option("--model", type=_Listed("model", models.names), default="resnet50", show_default=True)
-_dtype = click.option("--dtype", type=_Listed("dtype", lambda: tuple(timing.SHORT_DTYPES)), default="fp32",
+_dtype = click.option("--dtype", type=_Listed("dtype", lambda: tuple(bench.SHORT_DTYPES)), default="fp32",
                       show_default=True)  # fmt: skip
-_dtypes = click.option("--dtype", "dtypes", type=_Listed("dtype", lambda: tuple(timing.SHORT_DTYPES), many=True),
+_dtypes = click.option("--dtype", "dtypes", type=_Listed("dtype", lambda: tuple(bench.SHORT_DTYPES), many=True),
                        default="fp32,bf16", show_default=True)  # fmt: skip
 _measuring = _options(
     click.option("--image", type=click.IntRange(min=1), default=None, help="Image size; default, the model's own."),
@@ -161,7 +161,7 @@ def collect_info() -> dict[str, Any]:
                 "name": record["cpu"],
                 "threads": record["threads"],
                 "flags": record["cpu_flags"],
-                "onednn": {short: backends.onednn_missing(dtype) for short, dtype in timing.SHORT_DTYPES.items()},
+                "onednn": {short: backends.onednn_missing(dtype) for short, dtype in bench.SHORT_DTYPES.items()},
             },
             "cuda": {"names": names, "why": None if has_cuda else _why_no_cuda()},
         },
@@ -268,12 +268,12 @@ def _show_report(report: testing.Report) -> None:
 # -------------------------------------------------------------------------------------------------------------- bench
 
 
-@cli.group()
-def bench() -> None:
+@cli.group("bench")
+def bench_group() -> None:
     """Measure: variants interleaved in one process, medians, each checked before it is timed."""
 
 
-@bench.command("ops")
+@bench_group.command("ops")
 @_model
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
 @_dtype
@@ -289,8 +289,8 @@ def bench_ops(ctx, model, batch, dtype, device, image, threads, budget_s, rounds
     with _progress(f"bench ops, {model}") as progress:
         progress(0.0, "reading the model's convolutions")
         network = models.create(model)
-        problems = timing.convs_of(network, shape, batch, timing.SHORT_DTYPES[dtype], device)
-        measured = timing.bench_ops(problems, device=device, budget_s=budget_s, rounds=rounds, progress=progress)
+        problems = bench.convs_of(network, shape, batch, bench.SHORT_DTYPES[dtype], device)
+        measured = bench.bench_ops(problems, device=device, budget_s=budget_s, rounds=rounds, progress=progress)
     record = _finish("bench ops", settings, device, measured, out)
     if as_json:
         _print_json(record)
@@ -299,7 +299,7 @@ def bench_ops(ctx, model, batch, dtype, device, image, threads, budget_s, rounds
     ctx.exit(1 if record["mismatches"] else 0)
 
 
-@bench.command("blocks")
+@bench_group.command("blocks")
 @_model
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
 @_dtypes
@@ -313,18 +313,18 @@ def bench_blocks(model, batch, dtypes, device, image, threads, budget_s, rounds,
                 "budget_s": budget_s, "rounds": rounds}  # fmt: skip
     rows = []
     with _progress(f"bench blocks, {model}") as progress:
-        network = timing.calibrated(models.create(model), shape).to(device)
-        blocks = timing.blocks_of(network, shape)
+        network = bench.calibrated(models.create(model), shape).to(device)
+        blocks = bench.blocks_of(network, shape)
         for index, (name, block, input_shape) in enumerate(blocks):
             x = torch.randn(batch, *input_shape, device=device)
-            measured = timing.bench_network(
+            measured = bench.bench_network(
                 block, x, device=device, budget_s=budget_s / len(blocks), rounds=rounds, with_fused=True,
-                dtypes=[timing.SHORT_DTYPES[dtype] for dtype in dtypes],
+                dtypes=[bench.SHORT_DTYPES[dtype] for dtype in dtypes],
                 progress=_part_of(progress, index, len(blocks), name),
             )  # fmt: skip
             problem = f"{type(block).__name__} {name} {'x'.join(map(str, x.shape))}"
             rows.append({"problem": problem, "input": list(input_shape), **measured})
-    measured = {"rows": rows, "summary": timing.summarise(rows, "eager NCHW fp32")}
+    measured = {"rows": rows, "summary": bench.summarise(rows, "eager NCHW fp32")}
     record = _finish("bench blocks", settings, device, measured, out)
     if as_json:
         return _print_json(record)
@@ -334,12 +334,12 @@ def bench_blocks(model, batch, dtypes, device, image, threads, budget_s, rounds,
     _show_summary(console, record["summary"])
 
 
-@bench.command("model")
+@bench_group.command("model")
 @_model
 @click.option("--batch", "batches", type=_Batches(), default="1,8", show_default=True)
 @_dtypes
-@click.option("--baseline", "baselines", multiple=True, type=_Listed("baseline", lambda: timing.BASELINES),
-              help=f"Repeat for several: {', '.join(timing.BASELINES)}. Default: eager, folded, compile.")
+@click.option("--baseline", "baselines", multiple=True, type=_Listed("baseline", lambda: bench.BASELINES),
+              help=f"Repeat for several: {', '.join(bench.BASELINES)}. Default: eager, folded, compile.")
 @click.option("--backend", "frozen_backends", multiple=True, default=("auto",), show_default=True,
               type=_Listed("backend", lambda: ("auto", *backends.known("conv_bn_act"))),
               help="Backends to freeze with.")
@@ -357,11 +357,11 @@ def bench_model(
     runs = []
     with _progress(f"bench model, {model}") as progress:
         progress(0.0, "calibrating BN statistics")
-        network = timing.calibrated(models.create(model), shape).to(device)
+        network = bench.calibrated(models.create(model), shape).to(device)
         for index, batch in enumerate(batches):
-            measured = timing.bench_network(
+            measured = bench.bench_network(
                 network, torch.randn(batch, *shape, device=device), device=device, budget_s=budget_s / len(batches),
-                rounds=rounds, dtypes=[timing.SHORT_DTYPES[dtype] for dtype in dtypes], baselines=baselines,
+                rounds=rounds, dtypes=[bench.SHORT_DTYPES[dtype] for dtype in dtypes], baselines=baselines,
                 frozen_backends=frozen_backends,
                 progress=_part_of(progress, index, len(batches), f"batch {batch}"),
             )  # fmt: skip
@@ -413,7 +413,7 @@ def _show_ops(record: dict[str, Any]) -> None:
     out, settings = _console(), record["settings"]
     roof = record["roofline"]
     title = f"{settings['model']}, batch {settings['batch']}, {settings['dtype']}, {record['device']}"
-    table = _table("convolution", "times", "variant", "us", "TFLOP/s", "GB/s", "% of roofline", f"vs {timing.UNFUSED}",
+    table = _table("convolution", "times", "variant", "us", "TFLOP/s", "GB/s", "% of roofline", f"vs {bench.UNFUSED}",
                    "error / bound", title=title)  # fmt: skip
     for row in record["rows"]:
         for index, (name, one) in enumerate(row["variants"].items()):
@@ -466,7 +466,7 @@ def _show_network(out, title: str, measured: dict[str, Any]) -> None:
 
 def _ratio(speedup: float) -> str:
     text = f"{speedup:.2f}x"
-    return f"[bold red]{text} LOSS[/]" if speedup < timing.LOSS_BELOW else text
+    return f"[bold red]{text} LOSS[/]" if speedup < bench.LOSS_BELOW else text
 
 
 def _error_ratio(ratio: Optional[float]) -> str:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import gpu_check, shapes  # noqa: E402
-from fused_resnet import provenance, timing  # noqa: E402
+from fused_resnet import bench, provenance  # noqa: E402
 
 
 def script(*arguments, **environment):
@@ -39,9 +39,9 @@ def test_every_conv_of_the_benchmarks_is_right_on_this_machine(model):
     last = [problem for problem, _ in shapes.convs(model) if problem.H <= 7]
     assert last
     for problem in last:
-        found, _ = timing.op_variants(problem, timing.random_operands(problem, "cpu"))
+        found, _ = bench.op_variants(problem, bench.random_operands(problem, "cpu"))
         for name, prepared in found.items():
-            assert timing.error_ratio(prepared) <= 1, f"{name}: {problem}"
+            assert bench.error_ratio(prepared) <= 1, f"{name}: {problem}"
 
 
 @pytest.mark.full

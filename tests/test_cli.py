@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import fused_resnet
 from fused_resnet import __main__ as command_line
-from fused_resnet import models, provenance, testing, timing
+from fused_resnet import bench, models, provenance, testing, timing
 
 TINY = ["--rounds", "1", "--device", "cpu"]
 NO_PLACE = (str(provenance.ROOT), os.uname().nodename)
@@ -132,11 +132,11 @@ def test_bench_ops_for_people_lists_losses(monkeypatch):
         return {
             "roofline": {"gb_per_s": 1.0, "tflops": 1.0},
             "rows": rows,
-            "summary": timing.summarise(rows, "unfused"),
+            "summary": bench.summarise(rows, "unfused"),
             "mismatches": [{"problem": "the problem", "variant": "triton", "error_ratio": 7.0}],
         }
 
-    monkeypatch.setattr(timing, "bench_ops", measured)
+    monkeypatch.setattr(bench, "bench_ops", measured)
     result = run("bench", "ops", "--model", "resnet20", *TINY)
     assert result.exit_code == 1  # triton is wrong
     assert "0.25x LOSS" in result.output and "LOSS 0.25x the problem" in result.output
@@ -189,7 +189,7 @@ def test_bench_model_with_torch_compile_for_people():
 
 def test_models_keep_their_convolution_counts():
     """23 convolution shapes in ResNet-50; one of them has two epilogues."""
-    problems = timing.convs_of(models.create("resnet50"), (3, 224, 224), 256, torch.float16, "cuda:0")
+    problems = bench.convs_of(models.create("resnet50"), (3, 224, 224), 256, torch.float16, "cuda:0")
     assert (len(problems), sum(count for _, count in problems)) == (24, 53)
     assert len({problem._replace(has_residual=False, activation="none") for problem, _ in problems}) == 23
     first = problems[0].problem

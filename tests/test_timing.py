@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fused_resnet import backends, models, plan, provenance, timing
+from fused_resnet import backends, bench, models, plan, provenance, timing
 from fused_resnet.problem import ConvProblem
 
 SMALL = ConvProblem(4, 8, 6, 5, 16, 3, 3, (1, 1), (1, 1), (1, 1), 1, "relu", False, True, True, torch.float32, "cpu")
@@ -144,11 +144,11 @@ def test_write_json_refuses_nan(tmp_path):
 
 
 def test_op_variants_are_right_and_say_why_others_are_missing():
-    found, skipped = timing.op_variants(SMALL, timing.random_operands(SMALL, "cpu"))
-    assert {timing.UNFUSED, timing.FOLDED, "onednn"} <= set(found)
+    found, skipped = bench.op_variants(SMALL, bench.random_operands(SMALL, "cpu"))
+    assert {bench.UNFUSED, bench.FOLDED, "onednn"} <= set(found)
     assert "NVIDIA" in skipped["cudnn"]
     for name, prepared in found.items():
-        assert 0 < timing.error_ratio(prepared) <= 1, name
+        assert 0 < bench.error_ratio(prepared) <= 1, name
 
 
 def test_a_wrong_kernel_is_found_and_not_timed(monkeypatch):
@@ -162,16 +162,16 @@ def test_a_wrong_kernel_is_found_and_not_timed(monkeypatch):
 
     monkeypatch.setattr(plan.FrozenConv, "forward", wrong_in_the_last_image)
     assert onednn.why_not(SMALL) is None
-    measured = timing.bench_ops([timing.CountedProblem(SMALL, 1)], device="cpu", budget_s=0.01, rounds=1)
+    measured = bench.bench_ops([bench.CountedProblem(SMALL, 1)], device="cpu", budget_s=0.01, rounds=1)
     (mismatch,) = measured["mismatches"]  # eager is not a FrozenConv, so only oneDNN has been broken
     assert mismatch["variant"] == "onednn" and mismatch["error_ratio"] > 1
     assert "onednn" not in measured["rows"][0]["variants"]
 
 
 def test_a_kernel_that_writes_nan_counts_as_infinitely_wrong(monkeypatch):
-    found, _ = timing.op_variants(SMALL, timing.random_operands(SMALL, "cpu"))
+    found, _ = bench.op_variants(SMALL, bench.random_operands(SMALL, "cpu"))
     broken = found["onednn"]._replace(run=lambda: torch.full(SMALL.output_shape, math.nan))
-    assert timing.error_ratio(broken) == math.inf
+    assert bench.error_ratio(broken) == math.inf
 
 
 def test_summary_lists_every_loss():
@@ -180,7 +180,7 @@ def test_summary_lists_every_loss():
         return {"problem": problem, "count": count, "variants": variants}
 
     rows = [row("win", 1, 40.0, 10.0), row("loss", 2, 10.0, 40.0), row("even", 1, 10.0, 10.0)]
-    (entry,) = timing.summarise(rows, "base")
+    (entry,) = bench.summarise(rows, "base")
     assert entry["geomean_speedup"] == pytest.approx(1.0)
     assert (entry["worst_problem"], entry["worst_speedup"]) == ("loss", 0.25)
     assert (entry["total_us"], entry["total_us_against"]) == (100.0, 70.0)
@@ -188,7 +188,7 @@ def test_summary_lists_every_loss():
 
 
 def test_calibrated_model_has_sane_activations_and_its_momenta_back():
-    model = timing.calibrated(models.create("resnet20"), (3, 32, 32))
+    model = bench.calibrated(models.create("resnet20"), (3, 32, 32))
     assert not model.training and model.bn1.momentum == 0.1
     outputs = []
     model.layer3[-1].bn2.register_forward_hook(lambda module, args, out: outputs.append(out))
@@ -198,7 +198,7 @@ def test_calibrated_model_has_sane_activations_and_its_momenta_back():
 
 
 def test_blocks_of_the_stages():
-    found = timing.blocks_of(models.create("resnet18"), (3, 64, 64))
+    found = bench.blocks_of(models.create("resnet18"), (3, 64, 64))
     assert [(name, shape) for name, _, shape in found] == [
         ("layer1.1", (64, 16, 16)), ("layer2.1", (128, 8, 8)), ("layer3.1", (256, 4, 4)), ("layer4.1", (512, 2, 2)),
     ]  # fmt: skip
@@ -211,7 +211,7 @@ def test_one_variant_that_cannot_be_built_does_not_cost_the_others():
     def missing():
         raise ModuleNotFoundError("No module named 'x'", name="x")
 
-    found, skipped = timing.build_variants({"a": broken, "b": lambda: "built", "c": missing})
+    found, skipped = bench.build_variants({"a": broken, "b": lambda: "built", "c": missing})
     assert found == {"b": "built"}
     assert skipped == {"a": "RuntimeError: no C++ compiler", "c": "x is not installed"}
 
@@ -220,7 +220,7 @@ def test_max_error_is_relative_to_the_largest_output():
     model, x = torch.nn.Identity(), torch.tensor([[1.0, -4.0], [9.0, 9.0], [2.0, 0.5]])
     wrong = x.clone()
     wrong[2, 1] += 1.0  # of the last image
-    assert timing.max_error(model, x, {"right": lambda: x, "wrong": lambda: wrong}) == {"right": 0.0, "wrong": 0.25}
+    assert bench.max_error(model, x, {"right": lambda: x, "wrong": lambda: wrong}) == {"right": 0.0, "wrong": 0.25}
 
 
 # ---------------------------------------------------------------------------------------------------------- provenance
