@@ -94,7 +94,13 @@ def plan(tools: Toolchain) -> list[Part]:
         raise SetupError(f"FUSED_RESNET_CUDA must be 0, 1 or unset, got {wish!r}.")
     parts = [
         _part(tools, "cpu", "_C_cpu.so", ("cpu_ops.cpp",)),
-        _part(tools, "cuda", "_C_cuda.so", ("cuda_ops.cpp", "conv_bn_act.cu", "add_relu.cu"), _why_no_cuda(tools, wish)),
+        _part(
+            tools,
+            "cuda",
+            "_C_cuda.so",
+            ("cuda_ops.cpp", "conv_bn_act.cu", "add_relu.cu"),
+            _why_no_cuda(tools, wish),
+        ),
         _part(
             tools,
             "host_checks",
@@ -119,7 +125,10 @@ def _why_no_cuda(tools: Toolchain, wish: str) -> Optional[tuple[str, str]]:
         return "FUSED_RESNET_CUDA=0 said so", "build again without it"
     if wish == "" and not tools.torch_cuda:
         version = tools.torch.__version__ if tools.torch else "missing"
-        return f"torch {version} is not a CUDA build", "install torch for CUDA, or set FUSED_RESNET_CUDA=1 to build anyway"
+        return (
+            f"torch {version} is not a CUDA build",
+            "install torch for CUDA, or set FUSED_RESNET_CUDA=1 to build anyway",
+        )
     if tools.nvcc is None:
         return "nvcc was not found", "install the CUDA toolkit, or point CUDA_HOME at it"
     if tools.nvcc_version is None:
@@ -289,7 +298,12 @@ class BuildParts(build_ext):
             "nvcc": tools.nvcc_version if has_cuda else None,
             "cuda_archs": cuda_archs(tools) if has_cuda else [],
             "parts": {
-                part.name: {"file": part.filename, "built": part.is_built, "why": part.why, "what_to_do": part.what_to_do}
+                part.name: {
+                    "file": part.filename,
+                    "built": part.is_built,
+                    "why": part.why,
+                    "what_to_do": part.what_to_do,
+                }
                 for part in parts
             },
         }
@@ -369,7 +383,7 @@ if __name__ == "__main__":
     setup(
         version=VERSION,
         packages=find_packages(include=["fused_resnet", "fused_resnet.*"]),
-        package_data={"fused_resnet": ["py.typed", "configs/*.json"]},
+        package_data={"fused_resnet": ["py.typed", "**/*.json"]},
         ext_modules=[Extension("fused_resnet._host_checks", sources=["csrc/host_checks.cpp"])],
         cmdclass={"build_ext": BuildParts},
     )

@@ -1,10 +1,9 @@
 // Launchers of the pointwise kernels.
-#include "add_relu.cuh"
-
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
+#include "add_relu.cuh"
 #include "kernels.h"
 
 namespace fused_resnet {
@@ -26,12 +25,20 @@ void launch_any(const char* name, const void* a, const void* b, void* out, int64
   if (numel == 0) return;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (dtype) {
-    case Dtype::kFloat32: launch<Op, float>(a, b, out, numel, cuda_stream); break;
-    case Dtype::kFloat16: launch<Op, Half>(a, b, out, numel, cuda_stream); break;
-    case Dtype::kBFloat16: launch<Op, BFloat16>(a, b, out, numel, cuda_stream); break;
+    case Dtype::kFloat32:
+      launch<Op, float>(a, b, out, numel, cuda_stream);
+      break;
+    case Dtype::kFloat16:
+      launch<Op, Half>(a, b, out, numel, cuda_stream);
+      break;
+    case Dtype::kBFloat16:
+      launch<Op, BFloat16>(a, b, out, numel, cuda_stream);
+      break;
   }
   const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": launch failed: " + cudaGetErrorString(error));
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(name) + ": launch failed: " + cudaGetErrorString(error));
+  }
 }
 
 }  // namespace

@@ -13,7 +13,8 @@ namespace fused_resnet {
 struct AddRelu {
   template <class Element>
   FUSED_RESNET_HD static Element apply(Element a, Element b) {
-    return static_cast<Element>(relu(static_cast<float>(static_cast<Element>(static_cast<float>(a) + static_cast<float>(b)))));
+    const auto sum = static_cast<Element>(static_cast<float>(a) + static_cast<float>(b));
+    return static_cast<Element>(relu(static_cast<float>(sum)));
   }
 };
 

@@ -1,10 +1,9 @@
 // Chooses a tile for the problem and the device, and launches its kernel.
-#include "conv_bn_act.cuh"
-
 #include <atomic>
 #include <stdexcept>
 #include <string>
 
+#include "conv_bn_act.cuh"
 #include "kernels.h"
 
 namespace fused_resnet {
@@ -23,12 +22,13 @@ int attribute(cudaDeviceAttr name, int device) {
 }
 
 DeviceLimits device_limits(int device) {
-  return {attribute(cudaDevAttrMultiProcessorCount, device),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+  return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
 }
 
-bool is_aligned_to_chunk(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kChunkBytes == 0; }
+bool is_aligned_to_chunk(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % kChunkBytes == 0;
+}
 
 template <class Element, int kTileIndex, bool kIsAligned>
 void launch(const ConvArguments& args, int device, cudaStream_t stream, int64_t blocks) {
@@ -91,9 +91,15 @@ void launch_conv_bn_act(const ConvArguments& args, Dtype dtype, int device, void
   if (num_rows(args.shape) == 0) return;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (dtype) {
-    case Dtype::kFloat32: launch_element<float>(args, device, cuda_stream); break;
-    case Dtype::kFloat16: launch_element<Half>(args, device, cuda_stream); break;
-    case Dtype::kBFloat16: launch_element<BFloat16>(args, device, cuda_stream); break;
+    case Dtype::kFloat32:
+      launch_element<float>(args, device, cuda_stream);
+      break;
+    case Dtype::kFloat16:
+      launch_element<Half>(args, device, cuda_stream);
+      break;
+    case Dtype::kBFloat16:
+      launch_element<BFloat16>(args, device, cuda_stream);
+      break;
   }
 }
 

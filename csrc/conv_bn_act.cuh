@@ -1,5 +1,5 @@
-// y[m, k] = act(scale[k] * sum x[n, p*stride + r*dilation - pad, ..., c] * w[k, r, s, c] + shift[k] + residual[m, k])
-// Implicit GEMM for sm_80 and later: cp.async ring, ldmatrix, mma.sync, fp32 accumulation, output through shared memory.
+// out[m, k] = act(scale[k] * sum x[n, p*stride - pad + r*dilation, ..., c] * w[k, r, s, c] + shift[k] + residual[m, k])
+// Implicit GEMM for sm_80 and later: cp.async ring, ldmatrix, mma.sync, fp32 sums, output through shared memory.
 // row m = (n, p, q), column k; reduction (r, s, c), c fastest.
 #pragma once
 

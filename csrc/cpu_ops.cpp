@@ -1,13 +1,13 @@
 // The operators of _C_cpu.so. No CUDA here.
 //
 // cpu_add_relu: out = max(a + b, 0) in one pass over memory, which is what limits it; torch.relu(a + b) takes two.
-#include "operators.h"
-
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstring>
 #include <type_traits>
+
+#include "operators.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -69,8 +69,9 @@ inline void add_relu_loop(const Half* a, const Half* b, Half* out, int64_t n) {
 #if defined(__x86_64__)
 // The same loops compiled for newer instructions.
 template <class T>
-__attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512"))) void add_relu_avx512(
-    const T* a, const T* b, T* out, int64_t n) {
+__attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512"))) void add_relu_avx512(const T* a,
+                                                                                                  const T* b, T* out,
+                                                                                                  int64_t n) {
   add_relu_loop(a, b, out, n);
 }
 
@@ -99,8 +100,8 @@ bool has_avx2() {
 }
 
 bool has_avx512() {
-  static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl");
+  static const bool has =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   return has;
 }
 #endif
@@ -129,15 +130,22 @@ void add_relu(Tensor a, Tensor b, Tensor out) {
   void* to = out.mutable_data_ptr();
   const int64_t numel = a.numel();
   switch (a.scalar_type()) {
-    case ScalarType::Float: return add_relu_parallel<float>(from_a, from_b, to, numel);
-    case ScalarType::Double: return add_relu_parallel<double>(from_a, from_b, to, numel);
-    case ScalarType::Half: return add_relu_parallel<Half>(from_a, from_b, to, numel);
-    case ScalarType::BFloat16: return add_relu_parallel<BFloat16Bits>(from_a, from_b, to, numel);
-    default: STD_TORCH_CHECK(false, "cpu_add_relu: the dtype must be float32, float16, bfloat16 or float64");
+    case ScalarType::Float:
+      return add_relu_parallel<float>(from_a, from_b, to, numel);
+    case ScalarType::Double:
+      return add_relu_parallel<double>(from_a, from_b, to, numel);
+    case ScalarType::Half:
+      return add_relu_parallel<Half>(from_a, from_b, to, numel);
+    case ScalarType::BFloat16:
+      return add_relu_parallel<BFloat16Bits>(from_a, from_b, to, numel);
+    default:
+      STD_TORCH_CHECK(false, "cpu_add_relu: the dtype must be float32, float16, bfloat16 or float64");
   }
 }
 
 }  // namespace
 }  // namespace fused_resnet
 
-STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) { m.impl("cpu_add_relu", TORCH_BOX(&fused_resnet::add_relu)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
+  m.impl("cpu_add_relu", TORCH_BOX(&fused_resnet::add_relu));
+}

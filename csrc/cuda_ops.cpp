@@ -1,6 +1,4 @@
 // The operators of _C_cuda.so: tensors and schemas in, pointers and shapes out.
-#include "operators.h"
-
 #include <torch/csrc/stable/accelerator.h>
 
 #include <optional>
@@ -9,6 +7,7 @@
 
 #include "conv_arguments.h"
 #include "kernels.h"
+#include "operators.h"
 
 FUSED_RESNET_EMBED_DIGEST("cuda")
 
@@ -26,10 +25,14 @@ void* current_stream(const Tensor& t) {
 
 Dtype dtype_of(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Half: return Dtype::kFloat16;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    default: STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float16 or bfloat16");
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float16 or bfloat16");
   }
 }
 
@@ -118,9 +121,9 @@ void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::
   args.shape = shape_of(x, weight, stride, padding, dilation, groups);
   const ConvShape& s = args.shape;
   STD_TORCH_CHECK(s.P > 0 && s.Q > 0, kConv, ": the output would be empty");
-  STD_TORCH_CHECK(out.dim() == 4 && out.size(0) == s.N && out.size(1) == s.K && out.size(2) == s.P &&
-                      out.size(3) == s.Q,
-                  kConv, ": out has the wrong shape");
+  STD_TORCH_CHECK(
+      out.dim() == 4 && out.size(0) == s.N && out.size(1) == s.K && out.size(2) == s.P && out.size(3) == s.Q, kConv,
+      ": out has the wrong shape");
   STD_TORCH_CHECK(!residual.has_value() || same_sizes(*residual, out), kConv, ": residual must have the shape of out");
   const std::pair<const char*, const Tensor*> activations[] = {
       {"x", &x}, {"weight", &weight}, {"out", &out}, {"residual", residual.has_value() ? &*residual : &x}};
@@ -130,12 +133,17 @@ void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::
     check_device(kConv, name, *tensor, x);
   }
   const Dtype dtype = dtype_of(kConv, "x", x);
-  STD_TORCH_CHECK(dtype != Dtype::kFloat32 || allow_tf32, kConv, ": in float32 it multiplies in TF32, which is not allowed");
+  STD_TORCH_CHECK(dtype != Dtype::kFloat32 || allow_tf32, kConv,
+                  ": in float32 it multiplies in TF32, which is not allowed");
 
-  args.epilogue = {channel_vector("bn_weight", bn_weight, x, s.K), channel_vector("bn_bias", bn_bias, x, s.K),
-                   channel_vector("bn_mean", bn_mean, x, s.K),     channel_vector("bn_var", bn_var, x, s.K),
-                   channel_vector("bias", bias, x, s.K),           static_cast<float>(eps),
-                   parse_activation(activation),                   nullptr};
+  args.epilogue = {channel_vector("bn_weight", bn_weight, x, s.K),
+                   channel_vector("bn_bias", bn_bias, x, s.K),
+                   channel_vector("bn_mean", bn_mean, x, s.K),
+                   channel_vector("bn_var", bn_var, x, s.K),
+                   channel_vector("bias", bias, x, s.K),
+                   static_cast<float>(eps),
+                   parse_activation(activation),
+                   nullptr};
   if (residual.has_value()) args.epilogue.residual = residual->const_data_ptr();
   args.x = x.const_data_ptr();
   args.weight = weight.const_data_ptr();

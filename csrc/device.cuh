@@ -9,11 +9,21 @@
 
 namespace fused_resnet {
 
-__device__ __forceinline__ int thread_index() { return threadIdx.x; }
-__device__ __forceinline__ int64_t block_index() { return blockIdx.x; }
-__device__ __forceinline__ int64_t num_grid_blocks() { return gridDim.x; }
-__device__ __forceinline__ int threads_per_block() { return blockDim.x; }
-__device__ __forceinline__ void sync_block() { __syncthreads(); }
+__device__ __forceinline__ int thread_index() {
+  return threadIdx.x;
+}
+__device__ __forceinline__ int64_t block_index() {
+  return blockIdx.x;
+}
+__device__ __forceinline__ int64_t num_grid_blocks() {
+  return gridDim.x;
+}
+__device__ __forceinline__ int threads_per_block() {
+  return blockDim.x;
+}
+__device__ __forceinline__ void sync_block() {
+  __syncthreads();
+}
 
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char memory[];
@@ -31,7 +41,9 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
                : "memory");
 }
 
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Waits until at most kPending of this thread's groups are still on their way.
 template <int kPending>
@@ -56,10 +68,11 @@ __device__ __forceinline__ void prepare_fragment<float>(uint32_t (&r)[4]) {
   for (int i = 0; i < 4; ++i) asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r[i]) : "f"(__uint_as_float(r[i])));
 }
 
-#define FUSED_RESNET_MMA(SHAPE_AND_TYPES)                                                                   \
-  asm volatile("mma.sync.aligned." SHAPE_AND_TYPES " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "        \
-               "{%0, %1, %2, %3};"                                                                          \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                             \
+#define FUSED_RESNET_MMA(SHAPE_AND_TYPES)                        \
+  asm volatile("mma.sync.aligned." SHAPE_AND_TYPES               \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
+               "{%0, %1, %2, %3};"                               \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])  \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 
 // d (16 x 8) += a (16 x 32 bytes) * b (32 bytes x 8), fp32 accumulation.

@@ -8,6 +8,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <deque>
@@ -40,6 +41,12 @@ class EmulatedBlock {
   int64_t block = 0, num_blocks = 1;
   int num_threads = 0;
 
+  // Where asynchronous copies may read.
+  struct Range {
+    const void *first, *last;
+  };
+  std::vector<Range> readable;
+
   static EmulatedBlock*& current() {
     static thread_local EmulatedBlock* block = nullptr;
     return block;
@@ -47,11 +54,13 @@ class EmulatedBlock {
 
   // Runs kernel() in every thread of every block. Throws what the kernel throws, or if it deadlocks.
   template <class Kernel>
-  static void run_grid(int64_t blocks, int threads, size_t shared_bytes, Schedule schedule, const Kernel& kernel) {
+  static void run_grid(int64_t blocks, int threads, size_t shared_bytes, Schedule schedule,
+                       const std::vector<Range>& readable, const Kernel& kernel) {
     for (int64_t i = 0; i < blocks; ++i) {
       EmulatedBlock block(threads, shared_bytes, schedule);
       block.block = i;
       block.num_blocks = blocks;
+      block.readable = readable;
       block.entry_ = [](void* k) { (*static_cast<const Kernel*>(k))(); };
       block.kernel_ = const_cast<Kernel*>(&kernel);
       block.run();
@@ -89,7 +98,13 @@ class EmulatedBlock {
 
   void copy_async(void* shared, const void* global, bool is_valid) {
     require_shared_chunk(shared);
-    require(!is_valid || reinterpret_cast<uintptr_t>(global) % 16 == 0, "misaligned asynchronous copy");
+    if (is_valid) {
+      const auto* byte = static_cast<const unsigned char*>(global);
+      const bool is_inside = std::any_of(readable.begin(), readable.end(),
+                                         [&](const Range& r) { return byte >= r.first && byte + 16 <= r.last; });
+      require(is_inside, "asynchronous copy from outside the operands");
+      require(reinterpret_cast<uintptr_t>(global) % 16 == 0, "misaligned asynchronous copy");
+    }
     Fiber& fiber = *fibers_[running_];
     fiber.open.push_back({shared, is_valid ? global : nullptr});
     if (schedule_.copies_land_early) land(fiber.open.back());
@@ -193,7 +208,7 @@ class EmulatedBlock {
   }
 
   struct Barrier {
-    int64_t Fiber::*counter = nullptr;
+    int64_t Fiber::* counter = nullptr;
     int64_t arrival = 0;
     int first = 0, last = 0;
   };
@@ -208,7 +223,7 @@ class EmulatedBlock {
     return true;
   }
 
-  void wait(int64_t arrival, int64_t Fiber::*counter, int first, int last) {
+  void wait(int64_t arrival, int64_t Fiber::* counter, int first, int last) {
     const int self = running_;
     if (barriers_.empty()) barriers_.resize(fibers_.size());
     barriers_[self] = {counter, arrival, first, last};
@@ -235,16 +250,30 @@ class EmulatedBlock {
   void* kernel_ = nullptr;
 };
 
-inline int thread_index() { return EmulatedBlock::current()->thread(); }
-inline int64_t block_index() { return EmulatedBlock::current()->block; }
-inline int64_t num_grid_blocks() { return EmulatedBlock::current()->num_blocks; }
-inline int threads_per_block() { return EmulatedBlock::current()->num_threads; }
-inline void sync_block() { EmulatedBlock::current()->sync_block(); }
-inline unsigned char* shared_memory() { return EmulatedBlock::current()->shared(); }
+inline int thread_index() {
+  return EmulatedBlock::current()->thread();
+}
+inline int64_t block_index() {
+  return EmulatedBlock::current()->block;
+}
+inline int64_t num_grid_blocks() {
+  return EmulatedBlock::current()->num_blocks;
+}
+inline int threads_per_block() {
+  return EmulatedBlock::current()->num_threads;
+}
+inline void sync_block() {
+  EmulatedBlock::current()->sync_block();
+}
+inline unsigned char* shared_memory() {
+  return EmulatedBlock::current()->shared();
+}
 inline void copy_async(void* shared, const void* global, bool is_valid) {
   EmulatedBlock::current()->copy_async(shared, global, is_valid);
 }
-inline void commit_copies() { EmulatedBlock::current()->commit(); }
+inline void commit_copies() {
+  EmulatedBlock::current()->commit();
+}
 template <int kPending>
 void wait_copies() {
   EmulatedBlock::current()->wait_groups(kPending);

@@ -41,9 +41,12 @@ struct ScaleShift {
 FUSED_RESNET_HD float load_channel(const ChannelVector& v, int k, float missing) {
   if (v.data == nullptr) return missing;
   switch (v.dtype) {
-    case Dtype::kFloat16: return static_cast<float>(static_cast<const Half*>(v.data)[k]);
-    case Dtype::kBFloat16: return static_cast<float>(static_cast<const BFloat16*>(v.data)[k]);
-    default: return static_cast<const float*>(v.data)[k];
+    case Dtype::kFloat16:
+      return static_cast<float>(static_cast<const Half*>(v.data)[k]);
+    case Dtype::kBFloat16:
+      return static_cast<float>(static_cast<const BFloat16*>(v.data)[k]);
+    default:
+      return static_cast<const float*>(v.data)[k];
   }
 }
 
@@ -55,14 +58,20 @@ FUSED_RESNET_HD ScaleShift scale_and_shift(const EpilogueArguments& e, int k) {
 }
 
 // The comparisons let NaN through, as torch does, and give +0 for -0, as torch does on CUDA.
-FUSED_RESNET_HD float relu(float v) { return v <= 0.0f ? 0.0f : v; }
+FUSED_RESNET_HD float relu(float v) {
+  return v <= 0.0f ? 0.0f : v;
+}
 
 FUSED_RESNET_HD float activate(float v, Activation activation) {
   switch (activation) {
-    case Activation::kRelu: return relu(v);
-    case Activation::kRelu6: return v > 6.0f ? 6.0f : relu(v);
-    case Activation::kSilu: return v / (1.0f + expf(-v));
-    default: return v;
+    case Activation::kRelu:
+      return relu(v);
+    case Activation::kRelu6:
+      return v > 6.0f ? 6.0f : relu(v);
+    case Activation::kSilu:
+      return v / (1.0f + expf(-v));
+    default:
+      return v;
   }
 }
 

@@ -17,6 +17,7 @@ using namespace fused_resnet;
 namespace {
 
 using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using OptionalArray = std::optional<FloatArray>;
 
 // Elements between NaN: reading past an end spoils the result, writing past it is found.
 template <class Element>
@@ -32,6 +33,7 @@ class GuardedBuffer {
   }
 
   Element* data() { return data_; }
+  EmulatedBlock::Range range() const { return {data_, data_ + size_}; }
 
   void copy_to(FloatArray& values) const {
     for (int64_t i = 0; i < size_; ++i) values.mutable_data()[i] = static_cast<float>(data_[i]);
@@ -49,6 +51,10 @@ class GuardedBuffer {
   Element* data_;
 };
 
+std::vector<int64_t> sizes(const FloatArray& a) {
+  return {a.shape(), a.shape() + a.ndim()};
+}
+
 Dtype parse_dtype(const std::string& name) {
   if (name == "float32") return Dtype::kFloat32;
   if (name == "float16") return Dtype::kFloat16;
@@ -60,9 +66,12 @@ Dtype parse_dtype(const std::string& name) {
 template <class F>
 auto with_element(Dtype dtype, const F& f) {
   switch (dtype) {
-    case Dtype::kFloat16: return f(Half());
-    case Dtype::kBFloat16: return f(BFloat16());
-    default: return f(float());
+    case Dtype::kFloat16:
+      return f(Half());
+    case Dtype::kBFloat16:
+      return f(BFloat16());
+    default:
+      return f(float());
   }
 }
 
@@ -94,16 +103,17 @@ const Tile& tile_at(int index) {
 }
 
 template <class Element, int kTileIndex = 0>
-void run_conv(int tile, bool is_aligned, const ConvArguments& args, int64_t blocks, Schedule schedule) {
+void run_conv(int tile, bool is_aligned, const ConvArguments& args, int64_t blocks, Schedule schedule,
+              const std::vector<EmulatedBlock::Range>& readable) {
   if constexpr (kTileIndex < kNumTiles) {
     constexpr const Tile& t = kTiles[kTileIndex];
     if (tile != kTileIndex) {
-      run_conv<Element, kTileIndex + 1>(tile, is_aligned, args, blocks, schedule);
+      run_conv<Element, kTileIndex + 1>(tile, is_aligned, args, blocks, schedule, readable);
     } else if (is_aligned) {
-      EmulatedBlock::run_grid(blocks, num_threads(t), smem_bytes(t), schedule,
+      EmulatedBlock::run_grid(blocks, num_threads(t), smem_bytes(t), schedule, readable,
                               [&] { conv_bn_act_kernel<Element, kTileIndex, true>(args); });
     } else if constexpr (t.any_alignment) {
-      EmulatedBlock::run_grid(blocks, num_threads(t), smem_bytes(t), schedule,
+      EmulatedBlock::run_grid(blocks, num_threads(t), smem_bytes(t), schedule, readable,
                               [&] { conv_bn_act_kernel<Element, kTileIndex, false>(args); });
     } else {
       throw py::value_error("this tile is compiled for aligned channels only");
@@ -113,21 +123,19 @@ void run_conv(int tile, bool is_aligned, const ConvArguments& args, int64_t bloc
 
 // x (N, H, W, C), weight (K, R, S, C/groups), residual (N, P, Q, K), vectors (K,), all as fp32 arrays that are rounded
 // to `dtype` (`vector_dtype` for the vectors). `misalignment` shifts every buffer by that many elements.
-FloatArray emulate_conv_bn_act(const FloatArray& x, const FloatArray& weight, const std::optional<FloatArray>& bn_weight,
-                               const std::optional<FloatArray>& bn_bias, const std::optional<FloatArray>& bn_mean,
-                               const std::optional<FloatArray>& bn_var, double eps,
-                               const std::optional<FloatArray>& bias, const std::optional<FloatArray>& residual,
+FloatArray emulate_conv_bn_act(const FloatArray& x, const FloatArray& weight, const OptionalArray& bn_weight,
+                               const OptionalArray& bn_bias, const OptionalArray& bn_mean, const OptionalArray& bn_var,
+                               double eps, const OptionalArray& bias, const OptionalArray& residual,
                                std::pair<int, int> stride, std::pair<int, int> padding, std::pair<int, int> dilation,
                                int groups, int activation, const std::string& dtype, const std::string& vector_dtype,
                                int tile, int misalignment, bool copies_land_early, bool last_warp_first) {
-  const ConvShape shape = make_shape({x.shape(), x.shape() + x.ndim()}, {weight.shape(), weight.shape() + weight.ndim()},
-                                     stride, padding, dilation, groups);
+  const ConvShape shape = make_shape(sizes(x), sizes(weight), stride, padding, dilation, groups);
   const Tile& t = tile_at(tile);
-  FloatArray result({shape.N, static_cast<int64_t>(shape.P), static_cast<int64_t>(shape.Q), static_cast<int64_t>(shape.K)});
+  FloatArray result(std::vector<int64_t>{shape.N, shape.P, shape.Q, shape.K});
 
   const Dtype of_vectors = parse_dtype(vector_dtype);
   std::vector<std::vector<unsigned char>> storage;
-  const auto channel_vector = [&](const std::optional<FloatArray>& values) -> ChannelVector {
+  const auto channel_vector = [&](const OptionalArray& values) -> ChannelVector {
     if (!values) return {nullptr, of_vectors};
     return with_element(of_vectors, [&](auto zero) -> ChannelVector {
       using Element = decltype(zero);
@@ -147,9 +155,14 @@ FloatArray emulate_conv_bn_act(const FloatArray& x, const FloatArray& weight, co
 
     ConvArguments args{};
     args.shape = shape;
-    args.epilogue = {channel_vector(bn_weight), channel_vector(bn_bias), channel_vector(bn_mean),
-                     channel_vector(bn_var),    channel_vector(bias),    static_cast<float>(eps),
-                     static_cast<Activation>(activation), residual ? residual_buffer.data() : nullptr};
+    args.epilogue = {channel_vector(bn_weight),
+                     channel_vector(bn_bias),
+                     channel_vector(bn_mean),
+                     channel_vector(bn_var),
+                     channel_vector(bias),
+                     static_cast<float>(eps),
+                     static_cast<Activation>(activation),
+                     residual ? residual_buffer.data() : nullptr};
     args.x = x_buffer.data();
     args.weight = weight_buffer.data();
     args.out = out.data();
@@ -157,7 +170,8 @@ FloatArray emulate_conv_bn_act(const FloatArray& x, const FloatArray& weight, co
     const bool is_aligned = pointers_aligned && shape.group_channels % kChunk == 0;
     args.has_vector_rows = pointers_aligned && shape.group_filters % kChunk == 0;
     const GemmSize size{num_rows(shape), shape.group_filters, shape.reduction * int64_t{sizeof(Element)}, groups};
-    run_conv<Element>(tile, is_aligned, args, num_blocks(t, size), {copies_land_early, last_warp_first});
+    run_conv<Element>(tile, is_aligned, args, num_blocks(t, size), {copies_land_early, last_warp_first},
+                      {x_buffer.range(), weight_buffer.range()});
     out.copy_to(result);
   });
   return result;
@@ -171,7 +185,7 @@ FloatArray emulate_add_relu(const FloatArray& a, const FloatArray& b, const std:
     using Element = decltype(zero);
     GuardedBuffer<Element> from_a(a, std::get<0>(misalignment)), from_b(b, std::get<1>(misalignment));
     GuardedBuffer<Element> out(a.size(), std::get<2>(misalignment));
-    EmulatedBlock::run_grid(blocks, kPointwiseThreads, 0, {}, [&] {
+    EmulatedBlock::run_grid(blocks, kPointwiseThreads, 0, {}, {}, [&] {
       if (backward) {
         pointwise_kernel<Element, AddReluBackward>(from_a.data(), from_b.data(), out.data(), a.size());
       } else {
@@ -223,10 +237,18 @@ PYBIND11_MODULE(_host_checks, m) {
       py::arg("is_aligned"));
 
   m.def("chunk_position", &chunk_position);
-  m.def("copy_source", [](int thread) { return std::make_pair(copy_row(thread), copy_chunk(thread)); });
-  m.def("ldmatrix_a", [](int lane, int step) { return std::make_pair(ldmatrix_a(lane, step).row, ldmatrix_a(lane, step).chunk); });
-  m.def("ldmatrix_b", [](int lane, int step) { return std::make_pair(ldmatrix_b(lane, step).row, ldmatrix_b(lane, step).chunk); });
-  m.def("accumulator_position", [](int lane, int i) { return std::make_pair(accumulator_row(lane, i), accumulator_column(lane, i)); });
+  using Pair = std::pair<int, int>;  // row, chunk or row, column
+  m.def("copy_source", [](int thread) { return Pair(copy_row(thread), copy_chunk(thread)); });
+  m.def("ldmatrix_a", [](int lane, int step) {
+    const ChunkSource source = ldmatrix_a(lane, step);
+    return Pair(source.row, source.chunk);
+  });
+  m.def("ldmatrix_b", [](int lane, int step) {
+    const ChunkSource source = ldmatrix_b(lane, step);
+    return Pair(source.row, source.chunk);
+  });
+  m.def("accumulator_position",
+        [](int lane, int i) { return Pair(accumulator_row(lane, i), accumulator_column(lane, i)); });
   m.def("staging_position", &staging_position);
   m.def("block_origin", [](const ConvShape& s, int64_t block, int block_m, int block_n) {
     const BlockOrigin o = block_origin(s, block, block_m, block_n);

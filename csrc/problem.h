@@ -48,9 +48,9 @@ struct ConvShape {
   int32_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
 
   int32_t P, Q;
-  int32_t group_channels;  // C / groups
-  int32_t group_filters;   // K / groups
-  int32_t reduction;       // R * S * C / groups
+  int32_t group_channels;                                   // C / groups
+  int32_t group_filters;                                    // K / groups
+  int32_t reduction;                                        // R * S * C / groups
   FastDivisor by_pixels, by_columns, by_taps, by_channels;  // P * Q, Q, S, C / groups
 };
 
@@ -67,7 +67,9 @@ inline const char* derive(ConvShape& s) {
   const int64_t window_w = static_cast<int64_t>(s.dilation_w) * (s.S - 1);
   if (s.H >= kLargestExtent || s.W >= kLargestExtent) return "height and width must be below 2^28";
   if (s.pad_h >= kLargestExtent || s.pad_w >= kLargestExtent) return "padding must be below 2^28";
-  if (window_h >= kLargestExtent || window_w >= kLargestExtent) return "dilation * (filter size - 1) must be below 2^28";
+  if (window_h >= kLargestExtent || window_w >= kLargestExtent) {
+    return "dilation * (filter size - 1) must be below 2^28";
+  }
   s.P = static_cast<int32_t>((s.H + 2LL * s.pad_h - window_h - 1) / s.stride_h + 1);
   s.Q = static_cast<int32_t>((s.W + 2LL * s.pad_w - window_w - 1) / s.stride_w + 1);
   s.group_channels = s.C / s.groups;
@@ -94,7 +96,9 @@ inline bool spans_fit(const ConvShape& s, int unit) {
   return (rows_of_x * s.W + 2.0 * s.pad_w) * s.C < 2147483648.0 * unit;
 }
 
-FUSED_RESNET_HD int64_t num_rows(const ConvShape& s) { return s.N * s.P * s.Q; }
+FUSED_RESNET_HD int64_t num_rows(const ConvShape& s) {
+  return s.N * s.P * s.Q;
+}
 
 // Row m as (image, pixel). One 64-bit division per tile; the rows of the tile go on from there in 32 bits.
 struct RowOrigin {

@@ -6,17 +6,23 @@
 
 namespace fused_resnet {
 
-constexpr int kChunkBytes = 16;   // one cp.async, one row of an 8x8 ldmatrix
-constexpr int kChunksPerRow = 8;  // 128 bytes of the reduction
-constexpr int kStepsPerStage = 4; // one mma takes 32 bytes of the reduction: m16n8k16 half, m16n8k8 TF32
+constexpr int kChunkBytes = 16;    // one cp.async, one row of an 8x8 ldmatrix
+constexpr int kChunksPerRow = 8;   // 128 bytes of the reduction
+constexpr int kStepsPerStage = 4;  // one mma takes 32 bytes of the reduction: m16n8k16 half, m16n8k8 TF32
 
 // Shared memory of a tile is rows of eight chunks. The XOR spreads the same chunk of eight consecutive rows, which
 // is what one ldmatrix phase reads, over all 32 banks.
-FUSED_RESNET_HD int chunk_position(int row, int chunk) { return row * kChunksPerRow + (chunk ^ (row & 7)); }
+FUSED_RESNET_HD int chunk_position(int row, int chunk) {
+  return row * kChunksPerRow + (chunk ^ (row & 7));
+}
 
 // Thread t copies chunk t % 8 of rows t / 8, t / 8 + threads / 8, ...: eight threads fetch one row's 128 bytes.
-FUSED_RESNET_HD int copy_chunk(int thread) { return thread % kChunksPerRow; }
-FUSED_RESNET_HD int copy_row(int thread) { return thread / kChunksPerRow; }
+FUSED_RESNET_HD int copy_chunk(int thread) {
+  return thread % kChunksPerRow;
+}
+FUSED_RESNET_HD int copy_row(int thread) {
+  return thread / kChunksPerRow;
+}
 
 // The row and chunk whose address a lane hands to ldmatrix.x4.
 struct ChunkSource {
@@ -24,7 +30,9 @@ struct ChunkSource {
 };
 
 // A, 16 rows: matrices (rows 0-7, low half), (8-15, low), (0-7, high), (8-15, high) = registers a0..a3 of the mma.
-FUSED_RESNET_HD ChunkSource ldmatrix_a(int lane, int step) { return {lane & 15, 2 * step + (lane >> 4)}; }
+FUSED_RESNET_HD ChunkSource ldmatrix_a(int lane, int step) {
+  return {lane & 15, 2 * step + (lane >> 4)};
+}
 
 // B, 16 columns: matrices (columns 0-7, low), (0-7, high), (8-15, low), (8-15, high) = b0, b1 of two mma.
 FUSED_RESNET_HD ChunkSource ldmatrix_b(int lane, int step) {
@@ -32,8 +40,12 @@ FUSED_RESNET_HD ChunkSource ldmatrix_b(int lane, int step) {
 }
 
 // Accumulator i of a lane lies at this row and column of the 16 x 8 product.
-FUSED_RESNET_HD int accumulator_row(int lane, int i) { return lane / 4 + 8 * (i / 2); }
-FUSED_RESNET_HD int accumulator_column(int lane, int i) { return 2 * (lane % 4) + i % 2; }
+FUSED_RESNET_HD int accumulator_row(int lane, int i) {
+  return lane / 4 + 8 * (i / 2);
+}
+FUSED_RESNET_HD int accumulator_column(int lane, int i) {
+  return 2 * (lane % 4) + i % 2;
+}
 
 // Float index of (row, column) in the staged output, `pitch` floats per row. Reading eight floats per thread would
 // meet every bank twice; exchanging neighbouring quads in every other group of 32 columns prevents that.

@@ -81,6 +81,8 @@ def build_record() -> dict:
 
 def embedded_digest(path: Path, library: str) -> Optional[str]:
     """The schema digest in a library's file, found without loading it."""
+    if path.stat().st_size == 0:  # which mmap refuses
+        return None
     marker = re.compile(rb"fused_resnet schemas of %s: ([0-9a-f]{16})\0" % library.encode())
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         found = marker.search(content)

@@ -1,0 +1,471 @@
+"""csrc/ without a GPU: its index maths against formulas, and its kernels' own source run thread by thread on the host.
+
+The emulation takes the kernels as they are written and replaces only the machine: fibers for threads, ldmatrix, mma
+and cp.async as the PTX ISA describes them. NaN lies in shared memory and around every buffer.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fused_resnet import reference
+from fused_resnet.problem import ACTIVATIONS, ConvOperands, ConvProblem, conv_problem
+
+checks = pytest.importorskip(
+    "fused_resnet._host_checks", reason="_host_checks is not built (it needs a C++ compiler and pybind11)"
+)
+
+TILES = range(checks.NUM_TILES)
+HALF_DTYPES = ("float16", "bfloat16")
+DTYPES = (*HALF_DTYPES, "float32")
+# Opt-in shared memory of a block and that of a multiprocessor, KB (CUDA C++ Programming Guide, compute capabilities).
+SMEM_KB = {
+    "8.0": (163, 164),
+    "8.6": (99, 100),
+    "8.9": (99, 100),
+    "9.0": (227, 228),
+    "10.0": (227, 228),
+    "12.0": (99, 100),
+}
+BANKS = 32
+
+
+def device(arch: str, num_sms: int = 108):
+    per_block, per_sm = SMEM_KB[arch]
+    return checks.DeviceLimits(num_sms, per_block * 1024, per_sm * 1024)
+
+
+# ---------------------------------------------------------------------------------------------------- index maths
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(1, 2**31 - 1))
+def test_fast_division(n, d):
+    assert checks.fast_divide(n, d) == n // d
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 7, 49, 64, 3136, 2**16 - 1, 2**30, 2**30 + 1, 2**31 - 1])
+def test_fast_division_at_multiples(d):
+    for multiple in {0, 1, 2, (2**31 - 1) // d}:
+        for n in (multiple * d - 1, multiple * d, multiple * d + 1):
+            if 0 <= n < 2**31:
+                assert checks.fast_divide(n, d) == n // d
+
+
+class Window(NamedTuple):
+    """Shapes of one convolution, and the two letters that follow."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def P(self) -> int:
+        return (self.H + 2 * self.padding[0] - self.dilation[0] * (self.R - 1) - 1) // self.stride[0] + 1
+
+    @property
+    def Q(self) -> int:
+        return (self.W + 2 * self.padding[1] - self.dilation[1] * (self.S - 1) - 1) // self.stride[1] + 1
+
+    def shape(self):
+        weight = (self.K, self.R, self.S, self.C // self.groups)
+        x = (self.N, self.H, self.W, self.C)
+        return checks.ConvShape(x, weight, self.stride, self.padding, self.dilation, self.groups)
+
+    def input_offset(self, m: int, k: int, group: int) -> int:
+        """The element of x that row m meets at reduction index k, -1 in the padding: the definition."""
+        per_group = self.C // self.groups
+        n, p, q = m // (self.P * self.Q), m // self.Q % self.P, m % self.Q
+        r, s, c = k // (self.S * per_group), k // per_group % self.S, k % per_group
+        h = p * self.stride[0] + r * self.dilation[0] - self.padding[0]
+        w = q * self.stride[1] + s * self.dilation[1] - self.padding[1]
+        if n >= self.N or r >= self.R or not (0 <= h < self.H and 0 <= w < self.W):
+            return -1
+        return ((n * self.H + h) * self.W + w) * self.C + group * per_group + c
+
+
+@st.composite
+def windows(draw, most_images=3, most_pixels=9, most_channels=24):
+    """Any convolution with a non-empty output, small by default."""
+    pair = lambda least, most: (draw(st.integers(least, most)), draw(st.integers(least, most)))  # noqa: E731
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    R, S = pair(1, 4)
+    stride, padding, dilation = pair(1, 3), pair(0, 3), pair(1, 2)
+    least = [max(1, d * (f - 1) + 1 - 2 * p) for d, f, p in zip(dilation, (R, S), padding)]
+    H, W = (draw(st.integers(low, low + most_pixels)) for low in least)
+    C = groups * draw(st.sampled_from([c for c in (1, 3, 4, 5, 8, 16, 24, 64, 72) if c <= most_channels]))
+    K = groups * draw(st.sampled_from([1, 3, 4, 7, 8, 16, 17, 64, 72, 130]))
+    return Window(draw(st.integers(1, most_images)), C, H, W, K, R, S, stride, padding, dilation, groups)
+
+
+@given(windows(most_images=2**33, most_pixels=5000, most_channels=72), st.data())
+def test_input_offset_is_the_definition(window, data):
+    """Also far beyond 2^31 elements, and for rows and k past the last, where nothing may be read."""
+    shape = window.shape()
+    assert (shape.P, shape.Q, shape.reduction) == (window.P, window.Q, window.R * window.S * window.C // window.groups)
+    assert shape.num_rows == window.N * window.P * window.Q
+    group = data.draw(st.integers(0, window.groups - 1))
+    last = shape.num_rows - 1
+    origin = data.draw(st.integers(0, last) | st.integers(max(0, last - 300), last))
+    row = data.draw(st.integers(0, 255))
+    k = data.draw(st.integers(0, shape.reduction + 63))
+    assert shape.input_offset(origin, row, k, group) == window.input_offset(origin + row, k, group)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(H=2**28), "height"),
+        (dict(padding=(2**28, 0)), "padding"),
+        (dict(R=2**27 + 1, dilation=(2, 1), padding=(2**27, 0)), "dilation"),
+        (dict(H=2**16, W=2**16), "pixels"),
+        (dict(C=2**30, R=2, H=2), "R \\* S"),
+    ],
+)
+def test_what_cannot_be_indexed_is_refused(change, reason):
+    with pytest.raises(ValueError, match=reason):
+        Window(1, 8, 1, 1, 8, 1, 1)._replace(**change).shape()
+
+
+def test_rows_of_huge_images_do_not_fit_32_bits():
+    assert Window(1, 64, 4096, 4096, 64, 3, 3, padding=(1, 1)).shape().spans_fit(8)
+    assert not Window(1, 64, 4096, 4096, 64, 3, 3, padding=(1, 1)).shape().spans_fit(1)
+
+
+@given(windows(most_images=40, most_pixels=20), st.sampled_from(TILES))
+def test_blocks_cover_the_output_once(window, tile):
+    shape, t = window.shape(), checks.tile(tile)
+    columns = window.K // window.groups
+    tiles_m, tiles_n = -(-shape.num_rows // t["block_m"]), -(-columns // t["block_n"])
+    blocks = tiles_m * tiles_n * window.groups
+    origins = [checks.block_origin(shape, b, t["block_m"], t["block_n"]) for b in range(blocks)]
+    expected = itertools.product(
+        range(0, shape.num_rows, t["block_m"]), range(0, columns, t["block_n"]), range(window.groups)
+    )
+    assert sorted(origins) == sorted(expected)
+
+
+# ------------------------------------------------------------------------------------------ layouts, conflicts, tiles
+
+
+def banks_of_chunks(positions) -> list[int]:
+    return [4 * position % BANKS + word for position in positions for word in range(4)]
+
+
+@pytest.mark.parametrize("source", [checks.ldmatrix_a, checks.ldmatrix_b])
+@pytest.mark.parametrize("step", range(4))
+def test_ldmatrix_has_no_bank_conflicts(source, step):
+    """Each of the four phases reads eight chunks: all 32 banks, each once."""
+    for first_row in (0, 16, 32, 112):
+        for phase in range(4):
+            sources = [source(lane, step) for lane in range(8 * phase, 8 * phase + 8)]
+            banks = banks_of_chunks(checks.chunk_position(first_row + row, chunk) for row, chunk in sources)
+            assert sorted(banks) == list(range(BANKS))
+
+
+def test_copies_have_no_bank_conflicts_and_fill_the_tile():
+    for first in range(0, 256, 8):
+        row_chunks = [checks.copy_source(thread) for thread in range(first, first + 8)]
+        assert len({row for row, _ in row_chunks}) == 1, "eight threads fetch 128 consecutive bytes"
+        assert sorted(banks_of_chunks(checks.chunk_position(*rc) for rc in row_chunks)) == list(range(BANKS))
+    positions = [checks.chunk_position(*checks.copy_source(thread)) for thread in range(256)]
+    assert sorted(positions) == list(range(256))
+
+
+def test_ldmatrix_reads_every_chunk_of_a_step():
+    """A: 16 rows, B: 16 columns, both with the two chunks of the step, each by one lane."""
+    for source, step in itertools.product((checks.ldmatrix_a, checks.ldmatrix_b), range(4)):
+        read = sorted(source(lane, step) for lane in range(32))
+        assert read == sorted(itertools.product(range(16), (2 * step, 2 * step + 1)))
+
+
+def test_accumulators_cover_16_by_8_once():
+    positions = [checks.accumulator_position(lane, i) for lane in range(32) for i in range(4)]
+    assert sorted(positions) == list(itertools.product(range(16), range(8)))
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_staging_is_a_permutation_without_conflicts_on_writes(tile):
+    t = checks.tile(tile)
+    pitch, columns = t["staging_pitch"], t["block_n"]
+    positions = [checks.staging_position(r, c, pitch) for r in range(16) for c in range(columns)]
+    assert len(set(positions)) == len(positions)
+    # a half warp writes 8 bytes per lane at once
+    for first_column, half, high in itertools.product(range(0, columns, 8), (0, 16), (0, 2)):
+        banks = []
+        for lane in range(half, half + 16):
+            for i in (high, high + 1):
+                row, column = checks.accumulator_position(lane, i)
+                banks.append(checks.staging_position(row, first_column + column, pitch) % BANKS)
+        assert sorted(banks) == list(range(BANKS))
+
+
+@pytest.mark.parametrize("tile", [tile for tile in TILES if checks.tile(tile)["block_n"] >= 64])
+@pytest.mark.parametrize("per_thread", [4, 8])
+def test_staging_has_no_conflicts_on_reads(tile, per_thread):
+    """Eight threads read 16 bytes each, neighbours `per_thread` columns apart, as the store of fp32 and half does."""
+    t = checks.tile(tile)
+    for first, quad in itertools.product(range(0, t["block_n"], 8 * per_thread), range(0, per_thread, 4)):
+        columns = [first + thread * per_thread + quad for thread in range(8)]
+        starts = [checks.staging_position(3, column, t["staging_pitch"]) for column in columns]
+        assert all(start % 4 == 0 for start in starts)
+        assert sorted(start % BANKS for start in starts) == list(range(0, BANKS, 4))
+
+
+@pytest.mark.parametrize("arch", SMEM_KB)
+def test_legal_tiles_fit_the_device(arch):
+    per_block = SMEM_KB[arch][0] * 1024
+    for is_aligned in (True, False):
+        legal = [tile for tile in TILES if checks.why_illegal(tile, device(arch), is_aligned) is None]
+        assert legal, "every device can run every problem"
+        for tile in legal:
+            t = checks.tile(tile)
+            assert t["smem_bytes"] <= per_block and t["threads"] <= 1024
+            assert t["live_registers"] <= t["registers"] <= 255
+            assert t["registers"] * t["threads"] * t["resident_blocks"] <= 65536
+            assert is_aligned or t["any_alignment"]
+
+
+def test_an_illegal_tile_names_the_hardware():
+    small = checks.DeviceLimits(10, 48 * 1024, 64 * 1024)
+    reasons = [checks.why_illegal(tile, small, True) for tile in TILES]
+    for tile, reason in zip(TILES, reasons):
+        assert (reason is None) == (checks.tile(tile)["smem_bytes"] <= 48 * 1024)
+        assert reason is None or "shared memory" in reason
+
+
+@given(
+    st.integers(1, 10**7), st.integers(1, 4096), st.integers(1, 40000), st.sampled_from([1, 2, 32, 512]),
+    st.sampled_from(sorted(SMEM_KB)), st.booleans(),
+)  # fmt: skip
+def test_the_chosen_tile_is_legal(rows, columns, reduction_bytes, groups, arch, is_aligned):
+    chosen = checks.choose_tile(rows, columns, reduction_bytes, groups, device(arch), is_aligned)
+    assert chosen in TILES and checks.why_illegal(chosen, device(arch), is_aligned) is None
+
+
+def test_the_chosen_tile_suits_the_problem():
+    """ResNet-50 layers at batch 256 on 108 multiprocessors, and the narrow and small extremes."""
+
+    def choose(rows, columns, reduction, groups=1):
+        return checks.tile(checks.choose_tile(rows, columns, 2 * reduction, groups, device("8.0"), True))
+
+    assert choose(256 * 56 * 56, 64, 576)["block_n"] == 64, "no wider than layer1's filters"
+    assert choose(256 * 14 * 14, 1024, 256)["block_n"] == 128
+    assert choose(256 * 56 * 56, 4, 36, groups=32)["block_n"] == 16
+    few_rows = choose(49, 512, 4608)
+    assert few_rows["block_m"] * few_rows["block_n"] <= 64 * 64, "smaller tiles on more multiprocessors"
+
+
+# ------------------------------------------------------------------------------------------- the kernels themselves
+
+
+class Emulation(NamedTuple):
+    """One run of the convolution kernel on the host."""
+
+    problem: ConvProblem
+    operands: ConvOperands
+    actual: torch.Tensor
+
+    def assert_close(self) -> None:
+        expected = reference.conv_bn_act(self.problem, self.operands)
+        eps_acc = 2.0**-11 if self.problem.dtype == torch.float32 else 2.0**-24  # TF32 products
+        bound = reference.error_bound(self.problem, self.operands, expected=expected, eps_acc=eps_acc)
+        error = (self.actual - expected).abs()
+        worst = (error / bound).nan_to_num(math.inf).argmax()
+        assert bool((error <= bound).all()), (
+            f"{self.problem}: at {np.unravel_index(int(worst), error.shape)} got {self.actual.flatten()[worst]}, "
+            f"wanted {expected.flatten()[worst]} within {bound.flatten()[worst]}"
+        )
+
+
+def random_operands(window, dtype, *, vectors="all", vector_dtype="float32", residual=True) -> ConvOperands:
+    """Normal values of a size that keeps sums near 1. vectors: a name below, or which of the five are there."""
+    as_dtype, of_vectors = getattr(torch, dtype), getattr(torch, vector_dtype)
+    x = torch.randn(window.N, window.C, window.H, window.W).to(as_dtype)
+    weight = torch.randn(window.K, window.C // window.groups, window.R, window.S)
+    weight = (weight / math.sqrt(weight[0].numel())).to(as_dtype)
+    present = {"all": (1, 1, 1, 1, 1), "bn": (1, 1, 1, 1, 0), "bias": (0, 0, 0, 0, 1), "none": (0, 0, 0, 0, 0)}
+    keep = present[vectors] if isinstance(vectors, str) else vectors
+    drawn = [torch.randn(window.K), torch.randn(window.K), torch.randn(window.K), torch.rand(window.K) + 0.1]
+    drawn = [v.to(of_vectors) if kept else None for v, kept in zip((*drawn, torch.randn(window.K)), keep)]
+    skip = torch.randn(window.N, window.K, window.P, window.Q).to(as_dtype) if residual else None
+    return ConvOperands(x, weight, *drawn[:4], 1e-5, drawn[4], skip)
+
+
+def emulate(window: Window, operands: ConvOperands, activation="relu", *, tile=1, **how) -> Emulation:
+    o = operands
+    channels_last = lambda t: t.float().permute(0, 2, 3, 1).contiguous().numpy()  # noqa: E731
+    given_vectors = {**o.bn_vectors, "bias": o.bias}
+    vectors = {name: v.float().numpy() for name, v in given_vectors.items() if v is not None}
+    if vectors:
+        how["vector_dtype"] = str(next(v for v in given_vectors.values() if v is not None).dtype)[6:]
+    if o.residual is not None:
+        vectors["residual"] = channels_last(o.residual)
+    y = checks.emulate_conv_bn_act(
+        channels_last(o.x), channels_last(o.weight), **vectors, eps=o.eps, stride=window.stride,
+        padding=window.padding, dilation=window.dilation, groups=window.groups,
+        activation=ACTIVATIONS.index(activation), dtype=str(o.x.dtype)[6:], tile=tile, **how,
+    )  # fmt: skip
+    problem = conv_problem(o, window.stride, window.padding, window.dilation, window.groups, activation)
+    return Emulation(problem, o, torch.from_numpy(y).permute(0, 3, 1, 2).double())
+
+
+def can_run(tile: int, window: Window, dtype: str, misalignment: int = 0) -> bool:
+    chunk = 4 if dtype == "float32" else 8
+    is_aligned = window.C // window.groups % chunk == 0 and misalignment % chunk == 0
+    return is_aligned or checks.tile(tile)["any_alignment"]
+
+
+def _property(window, data):
+    dtype = data.draw(st.sampled_from(DTYPES))
+    misalignment = data.draw(st.sampled_from([0, 0, 1, 3, 8]))
+    tile = data.draw(st.sampled_from([t for t in TILES if can_run(t, window, dtype, misalignment)]))
+    operands = random_operands(
+        window, dtype, vectors=data.draw(st.tuples(*[st.booleans()] * 5)),
+        vector_dtype=data.draw(st.sampled_from(DTYPES)), residual=data.draw(st.booleans()),
+    )  # fmt: skip
+    emulate(
+        window, operands, data.draw(st.sampled_from(ACTIVATIONS)), tile=tile, misalignment=misalignment,
+        copies_land_early=data.draw(st.booleans()), last_warp_first=data.draw(st.booleans()),
+    ).assert_close()  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(windows(), st.data())
+def test_conv_kernel_on_any_problem(window, data):
+    _property(window, data)
+
+
+@pytest.mark.full
+@settings(max_examples=600, deadline=None)
+@given(windows(most_images=5, most_pixels=14, most_channels=72), st.data())
+def test_conv_kernel_on_any_problem_longer(window, data):
+    _property(window, data)
+
+
+# name -> window; each has something the others lack
+WINDOWS = {
+    "pointwise": Window(2, 64, 7, 5, 72, 1, 1),
+    "3x3, 9 steps of the ring": Window(2, 64, 8, 8, 64, 3, 3, padding=(1, 1)),
+    "downsample": Window(2, 32, 9, 7, 136, 1, 1, stride=(2, 2)),
+    "stem": Window(1, 3, 17, 15, 64, 7, 7, stride=(2, 2), padding=(3, 3)),
+    "several row and column tiles": Window(3, 16, 12, 11, 144, 3, 3, padding=(1, 1)),
+    "dilated": Window(1, 24, 9, 9, 40, 3, 3, padding=(2, 2), dilation=(2, 2)),
+    "resnext groups": Window(1, 64, 6, 6, 64, 3, 3, padding=(1, 1), groups=8),
+    "depthwise": Window(1, 12, 6, 5, 12, 3, 3, padding=(1, 1), groups=12),
+    "asymmetric": Window(1, 8, 9, 6, 8, 1, 4, stride=(3, 1), padding=(0, 3), dilation=(1, 2)),
+    "one pixel": Window(1, 8, 1, 1, 8, 1, 1),
+    "filter larger than the image": Window(2, 8, 2, 2, 9, 5, 5, padding=(2, 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", WINDOWS)
+def test_conv_kernel(name, dtype):
+    window = WINDOWS[name]
+    operands = random_operands(window, dtype)
+    for tile in TILES:
+        if can_run(tile, window, dtype):
+            emulate(window, operands, tile=tile).assert_close()
+
+
+@pytest.mark.parametrize("copies_land_early", [False, True])
+@pytest.mark.parametrize("last_warp_first", [False, True])
+@pytest.mark.parametrize("tile", TILES)
+def test_conv_kernel_does_not_depend_on_timing(tile, copies_land_early, last_warp_first):
+    window = WINDOWS["3x3, 9 steps of the ring"]
+    operands = random_operands(window, "float16")
+    usual = emulate(window, operands, tile=tile)
+    other = emulate(window, operands, tile=tile, copies_land_early=copies_land_early, last_warp_first=last_warp_first)
+    assert torch.equal(usual.actual, other.actual)
+    usual.assert_close()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("vectors", ["all", "bn", "bias", "none"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_epilogue(activation, vectors, residual):
+    window = Window(1, 8, 5, 5, 16, 3, 3, padding=(1, 1))
+    for vector_dtype in DTYPES:
+        operands = random_operands(window, "bfloat16", vectors=vectors, vector_dtype=vector_dtype, residual=residual)
+        operands = operands._replace(x=operands.x * 4)  # relu6 and silu beyond their bends
+        emulate(window, operands, activation, tile=2).assert_close()
+
+
+@pytest.mark.parametrize("variance", [0.0, 1e-12, 1e12])
+def test_extreme_variance_and_negative_gamma(variance):
+    window = Window(1, 8, 4, 4, 8, 3, 3, padding=(1, 1))
+    operands = random_operands(window, "bfloat16")
+    operands = operands._replace(bn_var=torch.full((8,), variance), bn_weight=-operands.bn_weight.abs())
+    emulate(window, operands, "none").assert_close()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [1, 2])
+def test_non_finite_values_stay_where_torch_has_them(tile, dtype, activation):
+    window = Window(1, 16, 7, 7, 16, 3, 3, padding=(1, 1))
+    operands = random_operands(window, dtype)
+    operands.x[0, 3, 1, 1] = math.nan
+    operands.x[0, 5, 5, 5] = math.inf
+    operands.residual[0, 0, 6, 0] = math.nan
+    operands.residual[0, 1, 0, 6] = -math.inf
+    run = emulate(window, operands, activation, tile=tile)
+    expected = reference.conv_bn_act(run.problem, operands)
+    assert torch.equal(run.actual.isnan(), expected.isnan())
+    assert torch.equal(run.actual.isinf(), expected.isinf())
+    assert expected.isnan().sum() >= 9 * 16, "the test has something to lose"
+    bound = reference.error_bound(run.problem, operands, expected=expected, eps_acc=2.0**-11)
+    finite = bound.isfinite()
+    assert finite.sum() > 200
+    assert bool(((run.actual - expected).abs() <= bound)[finite].all())
+
+
+def test_an_unaligned_problem_needs_a_tile_for_it():
+    window = WINDOWS["stem"]
+    with pytest.raises(ValueError, match="aligned"):
+        emulate(window, random_operands(window, "float16"), tile=0)
+
+
+SPECIAL = np.array([0.0, -0.0, 1.0, -1.0, 3e-5, -3e-5, np.nan, np.inf, -np.inf, 6e4, -6e4], dtype=np.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("misalignment", [(0, 0, 0), (1, 1, 1), (3, 3, 3), (0, 1, 0), (1, 2, 3)])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 4099])
+def test_add_relu_kernel(dtype, misalignment, size):
+    as_dtype = getattr(torch, dtype)
+    pairs = np.array(list(itertools.product(SPECIAL, SPECIAL)))
+    a, b = (np.resize(pairs[:, i], size).astype(np.float32) for i in (0, 1))
+    if size > len(pairs):
+        a[len(pairs) :], b[len(pairs) :] = np.random.randn(2, size - len(pairs))
+    typed_a, typed_b = torch.from_numpy(a).to(as_dtype), torch.from_numpy(b).to(as_dtype)
+    for blocks in (1, 3):
+        got = checks.emulate_add_relu(a, b, dtype, False, misalignment, blocks)
+        expected = torch.relu(typed_a + typed_b).float()
+        assert torch.equal(torch.from_numpy(got).nan_to_num(-1.0), expected.nan_to_num(-1.0))
+        assert not np.signbit(got).any() or np.isnan(got[np.signbit(got)]).all(), "zeros are positive"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("misalignment", [(0, 0, 0), (2, 2, 2), (0, 1, 0)])
+def test_add_relu_backward_kernel(dtype, misalignment):
+    pairs = np.array(list(itertools.product(SPECIAL, SPECIAL)))
+    grad, out = torch.from_numpy(pairs[:, 0]).to(getattr(torch, dtype)), torch.from_numpy(pairs[:, 1])
+    out = out.to(grad.dtype)
+    got = checks.emulate_add_relu(grad.float().numpy(), out.float().numpy(), dtype, True, misalignment, 1)
+    expected = torch.ops.aten.threshold_backward(grad, out, 0).float()
+    assert torch.equal(torch.from_numpy(got).nan_to_num(-1.0), expected.nan_to_num(-1.0))
