@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet import backends, convert, plan, reference, testing
+from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.problem import ConvOperands, ConvProblem
 from fused_resnet.timing import Progress, Roofline, Variants, interleaved, roofline, silent
 from fused_resnet.triton_kernels import runtime
@@ -247,8 +248,13 @@ def summarise(rows: Sequence[dict[str, Any]], against: str) -> list[dict[str, An
 def calibrated(model: nn.Module, image_shape: Sequence[int], *, batch: int = 4, seed: int = 0) -> nn.Module:
     """Give a randomly initialised model the BN statistics of random images, so that its activations are sane.
 
-    One forward in training mode; the model is returned in eval mode with its BN momenta as they were.
+    The last BN of each residual block scales by a quarter: by 1, the depth of a random ResNet-50 amplifies rounding
+    as no trained network does (bf16 logits off by 13 % instead of 1.5 %, one image batch, on a CPU). Then one forward
+    in training mode; the model is returned in eval mode with its BN momenta as they were.
     """
+    for block in model.modules():
+        if isinstance(block, (BasicBlock, Bottleneck)):
+            nn.init.constant_(getattr(block, "bn3", block.bn2).weight, 0.25)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -29,7 +29,6 @@ _FUSED_CLASS = {
     for module in (BasicBlock.__module__, "torchvision.models.resnet")
     for plain, fused in ((BasicBlock, FusedBasicBlock), (Bottleneck, FusedBottleneck))
 }
-_PLAIN_ATTRIBUTES = {"conv1", "bn1", "conv2", "bn2", "relu", "downsample"}
 
 
 class LeftAlone(NamedTuple):
@@ -108,20 +107,29 @@ def _recognise(module: nn.Module) -> tuple[Optional[type], Optional[str]]:
         return None, f"{cls.__qualname__} is a subclass of {bases[0].__qualname__}" if bases else None
     if not _has_stock_forward(module, fused_class):
         return None, f"the forward of {cls.__qualname__} was replaced"
+    missing = [name for name in sorted(_attributes(fused_class)) if not hasattr(module, name)]
+    if missing:
+        return None, f"it has no {missing[0]}"
     stages = [(getattr(module, conv), getattr(module, bn)) for conv, bn in fused_class.stage_names]
     reason = why_not_fused(module.relu, stages)
     return (None, reason) if reason is not None else (fused_class, None)
 
 
 def _has_stock_forward(module: nn.Module, fused_class: type) -> bool:
-    """A patched forward may keep its name and module (functools.wraps), but not the attributes its code reads."""
+    """A patched forward may keep its name and module (functools.wraps), but not the attributes that its code reads
+    and the file that its code comes from, which is the constructor's."""
     forward, cls = type(module).forward, type(module)
-    code = getattr(forward, "__code__", None)
-    if code is None or "forward" in module.__dict__ or cls.__call__ is not nn.Module.__call__:
+    code, constructor = getattr(forward, "__code__", None), getattr(cls.__init__, "__code__", None)
+    if code is None or constructor is None or "forward" in module.__dict__ or cls.__call__ is not nn.Module.__call__:
         return False
-    expected = _PLAIN_ATTRIBUTES | {attribute for stage in fused_class.stage_names for attribute in stage}
     return (
         forward.__module__ == cls.__module__
         and forward.__qualname__ == f"{cls.__qualname__}.forward"
-        and set(code.co_names) == expected
+        and code.co_filename == constructor.co_filename
+        and set(code.co_names) == _attributes(fused_class)
     )
+
+
+def _attributes(fused_class: type[FusedBlock]) -> set[str]:
+    """What the stock forward of this kind of block reads of the block."""
+    return {"relu", "downsample"} | {attribute for stage in fused_class.stage_names for attribute in stage}

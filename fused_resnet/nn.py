@@ -10,6 +10,7 @@ from typing import Callable, Optional
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from fused_resnet import functional
@@ -128,11 +129,12 @@ class FusedBlock:
         stages = [(getattr(self, conv), getattr(self, bn)) for conv, bn in self.stage_names]
         if why_not_fused(self.relu, stages) is not None:
             return self.plain_class.forward(self, x)
+        activation = _ACTIVATION_OF[type(self.relu)]
         identity = x if self.downsample is None else _shortcut(self.downsample, x, self.backend)
         out = x
         for conv, bn in stages[:-1]:
-            out = _conv_bn_act(out, conv, bn, "relu", None, self.backend)
-        return _conv_bn_act(out, *stages[-1], "relu", identity, self.backend)
+            out = _conv_bn_act(out, conv, bn, activation, None, self.backend)
+        return _conv_bn_act(out, *stages[-1], activation, identity, self.backend)
 
 
 class FusedBasicBlock(FusedBlock, BasicBlock):
@@ -182,10 +184,11 @@ class ConvBNAct(nn.Sequential):
         if activation_layer is not None:
             layers.append(activation_layer(**({} if inplace is None else {"inplace": inplace})))
         super().__init__(*layers)
+        self.has_norm = norm_layer is not None
 
     def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
         conv, *rest = self
-        bn = rest.pop(0) if rest and type(rest[0]) not in _ACTIVATION_OF else None
+        bn = rest.pop(0) if rest and self.has_norm else None
         act = rest.pop(0) if rest else None
         activation = "none" if act is None else _ACTIVATION_OF.get(type(act))
         if rest or activation is None or why_not_fused(act, [(conv, bn)]) is not None:
@@ -207,6 +210,8 @@ def why_not_fused(act: Optional[nn.Module], stages: list) -> Optional[str]:
     for child in (act, *(child for stage in stages for child in stage)):
         if child is not None and _has_hooks(child):
             return f"{type(child).__name__} has hooks"
+        if child is not None and "forward" in child.__dict__:
+            return f"the forward of {type(child).__name__} was replaced"
     if act is not None and type(act) not in _ACTIVATION_OF:
         return f"the activation is {type(act).__name__}, not nn.ReLU, nn.ReLU6 or nn.SiLU"
     for conv, bn in stages:
@@ -264,7 +269,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _is_plain_tensor(value) -> bool:
-    return type(value) is nn.Parameter or type(value) is torch.Tensor
+    return type(value) in (nn.Parameter, torch.Tensor, FakeTensor)  # torch.export shows parameters as fake tensors
 
 
 assert set(_ACTIVATION_OF.values()) == set(ACTIVATIONS)

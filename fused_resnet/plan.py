@@ -35,7 +35,7 @@ _ACTIVATIONS: dict[Any, str] = {
 # Operations besides fused convolutions whose result is memory of its own, which a later sum may overwrite.
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 _POOL_FUNCTIONS = (F.max_pool2d, F.avg_pool2d)
-_AUGMENTED = {name for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name}__")}
+_AUGMENTED = {f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
 
 
 def freeze(
@@ -151,36 +151,53 @@ class FrozenModel(nn.Module):
 # ---------------------------------------------------------------------------------------------------------- tracing
 
 
+class _Proxy(fx.Proxy):
+    """Keeps `a += b` the write to a's memory that it is; torch.fx alone records a new tensor."""
+
+
+def _augmented(operation: Callable) -> Callable:
+    return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
+for _name in _AUGMENTED:
+    setattr(_Proxy, f"__{_name}__", _augmented(getattr(operator, _name)))
+
+
 class _Tracer(fx.Tracer):
     """Traces into our own modules; a fused block shows its plain form, because its weights are proxies here."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if isinstance(module, nn.Sequential):
             return False
         return super().is_leaf_module(module, qualified_name)
 
-    def call_module(self, module, forward, args, kwargs):
-        if not self.is_leaf_module(module, "") and (module._forward_hooks or module._forward_pre_hooks):
-            raise ValueError(
-                f"freeze: {self.path_of_module(module) or 'the model'} has forward hooks, which a plan would drop. "
-                "Remove them first."
-            )
-        return super().call_module(module, forward, args, kwargs)
-
 
 def _trace(model: nn.Module) -> fx.GraphModule:
     """The model as a graph over copies of its leaf modules, so that the plan does not change with the model."""
+    tracer = _Tracer()
+    for name, module in model.named_modules():
+        is_traced_into = module is model or not tracer.is_leaf_module(module, name)
+        if is_traced_into and (module._forward_hooks or module._forward_pre_hooks):
+            raise ValueError(
+                f"freeze: {name or 'the model'} has forward hooks, which a plan would drop. Remove them first."
+            )
     try:
-        graph = _Tracer().trace(model)
-    except ValueError:
-        raise
+        graph = tracer.trace(model)
     except Exception as error:
         raise ValueError(
             f"freeze: torch.fx cannot trace {type(model).__name__}: {error}. Freeze the part that is a plain network, "
             "or use fused_resnet.fuse."
         ) from error
-    traced = fx.GraphModule(model, graph)
-    return copy.deepcopy(traced).eval()
+    modules = dict(model.named_modules())
+    for node in graph.nodes:
+        node.type = None  # annotations are of no use here, and as strings they cannot be pickled
+        is_view = (node.op, node.target) == ("call_method", "view")
+        if is_view and not any(_writes_in_place(user, modules) for user in node.users):
+            node.target = "reshape"  # a plan's activations are channels_last, which few views survive
+    return copy.deepcopy(fx.GraphModule(model, graph)).eval()
 
 
 # --------------------------------------------------------------------------------------------------------- lowering
@@ -316,6 +333,8 @@ def _matches(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[_Match]:
         conv = _module_of(node, modules)
         if conv is None or why_not_fused(None, [(conv, None)]) is not None:
             continue
+        if len(node.args) != 1 or node.kwargs or len(_shape_of(node.args[0]) or ()) != 4:
+            continue
         user = _only_user(node)
         bn = _module_of(user, modules)
         has_bn = type(bn) is nn.BatchNorm2d and why_not_fused(None, [(conv, bn)]) is None
@@ -328,7 +347,9 @@ def _matches(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[_Match]:
             (other,) = [arg for arg in add.args if arg is not head] or [None]
             # both addends may be convolutions (a projection shortcut): the later one takes the sum
             is_later = other in heads and _only_user(other) is add and order[other] > order[head]
-            if other is not None and not is_later and _shape_of(other) == _shape_of(head):
+            # an augmented add writes its first argument, which others may read later unless it is a convolution's own
+            is_private = not _writes_in_place(add, modules) or add.args[0] in heads and _only_user(add.args[0]) is add
+            if other is not None and not is_later and is_private and _shape_of(other) == _shape_of(head):
                 match = match._replace(add=add)
         act = _only_user(match.nodes[-1])
         if act is not None and _activation_of(act, modules) != "none":
@@ -400,17 +421,19 @@ def _owns_its_memory(node: fx.Node, modules: dict) -> bool:
 
 
 def _convert_the_rest(module: fx.GraphModule, dtype: torch.dtype) -> None:
-    """Give copies in `dtype` to the modules that were not lowered; norms keep the dtype of their vectors."""
+    """Give copies in `dtype` to the modules that were not lowered; a norm's vectors are fp32 beside 16-bit inputs."""
     for name, child in list(module.named_modules()):
         tensors = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
-        if isinstance(child, nn.modules.batchnorm._NormBase) or not any(_differs(t, dtype) for t in tensors):
+        is_norm = isinstance(child, nn.modules.batchnorm._NormBase)
+        wanted = torch.promote_types(dtype, torch.float32) if is_norm else dtype
+        if not any(_differs(t, wanted) for t in tensors):
             continue
         if child is module:  # tensors that the graph reads as attributes
             for key, tensor in [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]:
                 delattr(child, key)
                 child.register_buffer(key, tensor.detach().to(dtype) if _differs(tensor, dtype) else tensor.detach())
         else:
-            module.set_submodule(name, copy.deepcopy(child).to(dtype))
+            module.set_submodule(name, copy.deepcopy(child).to(wanted))
 
 
 def _differs(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -65,7 +65,9 @@ class ConvProblem(NamedTuple):
     dtype: torch.dtype
     device: str
 
-    op = "conv_bn_act"
+    @property
+    def op(self) -> str:
+        return "conv_bn_act"
 
     @property
     def P(self) -> int:
@@ -130,7 +132,9 @@ class AddReluProblem(NamedTuple):
     dtype: torch.dtype
     device: str
 
-    op = "add_relu"
+    @property
+    def op(self) -> str:
+        return "add_relu"
 
     @property
     def numel(self) -> int:

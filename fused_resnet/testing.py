@@ -195,7 +195,9 @@ def check(case: Case, backend: str) -> Outcome:
         with _poisoned_memory(case):
             actual = case.run(backend)
             is_addition = isinstance(case.problem, AddReluProblem)
-            grad = torch.ops.fused_resnet.add_relu_backward(case.operands.grad, actual, backend) if is_addition else None
+            grad = (
+                torch.ops.fused_resnet.add_relu_backward(case.operands.grad, actual, backend) if is_addition else None
+            )
     except Exception as error:  # the backend said that it can run this
         return Outcome(backend, "mismatch", f"raised {type(error).__name__}: {error}")
     for name, tensor in before.items():

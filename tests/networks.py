@@ -1,0 +1,146 @@
+"""Small residual networks for tests, and how far a network is from itself in fp64."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet.nn import BasicBlock, Bottleneck
+
+# torchvision's blocks as far as `fuse` sees them: their names, their attributes and a forward of this file's own.
+_TORCHVISION_LIKE = """
+from torch import nn
+from fused_resnet.nn import BasicBlock as _Basic, Bottleneck as _Bottleneck
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        for name, child in _Basic(*args, **kwargs).named_children():
+            setattr(self, name, child)
+        self.downsample = getattr(self, "downsample", None)
+
+    def forward(self, x):
+        identity = x
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.bn2(out)
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        out = self.relu(out)
+        return out
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        for name, child in _Bottleneck(*args, **kwargs).named_children():
+            setattr(self, name, child)
+        self.downsample = getattr(self, "downsample", None)
+
+    def forward(self, x):
+        identity = x
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.bn2(out)
+        out = self.relu(out)
+        out = self.conv3(out)
+        out = self.bn3(out)
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        out = self.relu(out)
+        return out
+"""
+
+
+def torchvision_like(folder, monkeypatch) -> ModuleType:
+    """A module registered as torchvision.models.resnet, with blocks as torchvision writes them."""
+    name = "torchvision.models.resnet"
+    file = folder / "resnet.py"
+    file.write_text(_TORCHVISION_LIKE)
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Norms as after training, in eval mode: no vector is neutral, some gammas are negative."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                if module.affine:
+                    module.weight.uniform_(0.5, 1.5)
+                    module.weight[::3].neg_()
+                    module.bias.normal_(0, 0.3)
+                if module.track_running_stats:
+                    module.running_mean.normal_(0, 0.3)
+                    module.running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+class Network(nn.Module):
+    """A stem, three stages of residual blocks (two, one, one) and a classifier, all narrow. x: (N, 3, H, W)."""
+
+    def __init__(self, block: type[nn.Module], **options) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+        self.layer1 = nn.Sequential(
+            _block(block, 16, 8, 1, **options), _block(block, 8 * block.expansion, 8, 1, **options)
+        )
+        self.layer2 = nn.Sequential(_block(block, 8 * block.expansion, 12, 2, **options))
+        self.layer3 = nn.Sequential(_block(block, 12 * block.expansion, 16, 2, **options))
+        self.fc = nn.Linear(16 * block.expansion, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def _block(block: type[nn.Module], inplanes: int, planes: int, stride: int, **options) -> nn.Module:
+    outplanes, downsample = planes * block.expansion, None
+    if stride != 1 or outplanes != inplanes:
+        downsample = nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), nn.BatchNorm2d(outplanes))
+    return block(inplanes, planes, stride, downsample, **options)
+
+
+def small(block: type[nn.Module] = BasicBlock, **options) -> nn.Module:
+    """A Network, randomised, in eval mode. Its four blocks have three projections, or two with expansion 1."""
+    return randomize(Network(block, **options))
+
+
+def single(block: type[nn.Module] = BasicBlock, stride: int = 2, channels: int = 8, **options) -> nn.Module:
+    """One block with a projection where the shape changes, in eval mode. Input: (N, 16, H, W)."""
+    return randomize(_block(block, 16, channels, stride, **options))
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, (BasicBlock, Bottleneck))]
+
+
+def in_fp64(model: nn.Module, x: Tensor) -> Tensor:
+    """What the model would answer without rounding."""
+    with torch.no_grad():
+        return copy.deepcopy(model).double()(x.double())
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """Root mean square of the difference, relative to that of the exact result."""
+    return ((actual.double() - exact).square().mean() / exact.square().mean()).sqrt().item()

@@ -1,0 +1,492 @@
+"""fuse and unfuse: what is fused, what is left alone and why, and that only the forward of a model changes."""
+
+import copy
+import functools
+import logging
+import pickle
+
+import networks
+import pytest
+import real_data
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import fused_resnet
+from fused_resnet import models
+from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBlock, FusedBottleneck
+
+
+def fused_blocks(model):
+    return [module for module in model.modules() if isinstance(module, FusedBlock)]
+
+
+def snapshot(model):
+    """Everything about a model that a conversion might disturb."""
+    state = {key: (tensor.data_ptr(), tensor.clone()) for key, tensor in model.state_dict(keep_vars=True).items()}
+    modules = {
+        name: (id(module), type(module), module.training, set(module.__dict__), list(module._modules))
+        for name, module in model.named_modules()
+    }
+    return state, modules
+
+
+def unchanged(model, before):
+    (state, modules), (old_state, old_modules) = snapshot(model), before
+    assert list(state) == list(old_state)
+    for key, (pointer, value) in state.items():
+        assert pointer == old_state[key][0] and torch.equal(value, old_state[key][1]), key
+    assert modules == old_modules
+
+
+def as_good_as_plain(model, plain, x):
+    """Fused and plain round differently, so each is held against fp64. Sums in another order are up to 2.2 times worse
+    or better (seen); a mistake is a thousand times worse."""
+    exact = networks.in_fp64(plain, x)
+    with torch.no_grad():
+        allowed = 4 * networks.error(plain(x), exact)
+        assert networks.error(model(x), exact) <= allowed < 1e-4
+
+
+# --------------------------------------------------------------------------------------------------------- what fuses
+
+
+@pytest.mark.parametrize("block, fused_class", ((BasicBlock, FusedBasicBlock), (Bottleneck, FusedBottleneck)))
+def test_our_blocks(block, fused_class):
+    plain = networks.small(block)
+    before = snapshot(plain)
+    model = copy.deepcopy(plain)
+    keys = list(model.state_dict())
+    assert fused_resnet.fuse(model) is model
+    assert {type(module) for module in networks.blocks_of(model)} == {fused_class}
+    assert list(model.state_dict()) == keys and len(fused_blocks(model)) == 4
+    as_good_as_plain(model, plain, torch.randn(4, 3, 16, 16))
+    fused_resnet.unfuse(plain)
+    unchanged(plain, before)
+
+
+def test_fuse_and_unfuse_change_nothing_else():
+    model = networks.small()
+    before = snapshot(model)
+    fused_resnet.unfuse(fused_resnet.fuse(model))
+    unchanged(model, before)
+    assert {type(module) for module in networks.blocks_of(model)} == {BasicBlock}
+
+
+def test_fusing_twice_is_fusing_once():
+    model = fused_resnet.fuse(networks.small())
+    classes = [type(module) for module in model.modules()]
+    fused_resnet.fuse(model, backend="eager")
+    assert [type(module) for module in model.modules()] == classes
+    assert {block.backend for block in fused_blocks(model)} == {"eager"}
+    fused_resnet.unfuse(model)
+    assert not fused_blocks(model)
+
+
+@pytest.mark.parametrize("name", ("BasicBlock", "Bottleneck"))
+def test_torchvision_like_blocks(name, tmp_path, monkeypatch):
+    block = getattr(networks.torchvision_like(tmp_path, monkeypatch), name)
+    plain = networks.small(block)
+    model = fused_resnet.fuse(copy.deepcopy(plain), strict=True)
+    assert len(fused_blocks(model)) == 4
+    as_good_as_plain(model, plain, torch.randn(4, 3, 16, 16))
+    assert copy.deepcopy(model).layer1[0]._stock_class is block
+    fused_resnet.unfuse(model)
+    assert type(model.layer1[0]) is block and not fused_blocks(model)
+
+
+def test_the_real_torchvision():
+    plain = networks.randomize(real_data.torchvision().models.resnet50(num_classes=10))
+    model = fused_resnet.fuse(copy.deepcopy(plain), strict=True)
+    assert len(fused_blocks(model)) == 16
+    as_good_as_plain(model, plain, torch.randn(1, 3, 64, 64))
+    assert {type(module) for module in fused_resnet.unfuse(model).modules()} == {type(m) for m in plain.modules()}
+
+
+def test_conv_bn_act_modules_are_given_the_backend():
+    model = nn.Sequential(ConvBNAct(3, 8), ConvBNAct(8, 8))
+    fused_resnet.fuse(model, backend="eager", strict=True)
+    assert [module.backend for module in model] == ["eager"] * 2
+    fused_resnet.unfuse(model)
+    assert [module.backend for module in model] == ["auto"] * 2 and "backend" not in model[0].__dict__
+
+
+def test_a_model_that_is_one_block():
+    block = networks.single()
+    assert type(fused_resnet.fuse(block)) is FusedBasicBlock
+    assert type(fused_resnet.unfuse(block)) is BasicBlock
+
+
+def test_pruned_inner_widths_and_dilation():
+    pruned = networks.randomize(models.cifar.resnet20(option="B", inner_widths=(11, 8, 9, 22, 20, 32, 52, 56, 64)))
+    dilated = networks.small(Bottleneck, dilation=2)
+    for plain in (pruned, dilated):
+        as_good_as_plain(fused_resnet.fuse(copy.deepcopy(plain), strict=True), plain, torch.randn(4, 3, 16, 16))
+
+
+# ------------------------------------------------------------------------------------------------- what is left alone
+
+
+class Subclass(BasicBlock):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Detection's norm: the statistics and the affine map as buffers."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        return x * scale.view(1, -1, 1, 1) + (self.bias - self.running_mean * scale).view(1, -1, 1, 1)
+
+
+class DoubledConv(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _wrapped(block):
+    forward = block.forward
+
+    @functools.wraps(forward)
+    def twice(x):
+        return 2 * forward(x)
+
+    block.forward = twice
+
+
+def _weight_norm(block):
+    parametrizations.weight_norm(block.conv2)
+
+
+def _old_weight_norm(block):
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(block.conv1)
+
+
+def _set(name, make):
+    return lambda block: setattr(block, name, make())
+
+
+LEFT_ALONE = {
+    "forward of the instance": (_wrapped, "the forward of BasicBlock was replaced"),
+    "subclass": (_set("__class__", lambda: Subclass), "Subclass is a subclass of BasicBlock"),
+    "frozen norm": (_set("bn1", lambda: FrozenBatchNorm2d(8)), "the norm is FrozenBatchNorm2d"),
+    "group norm": (_set("bn2", lambda: nn.GroupNorm(4, 8)), "the norm is GroupNorm, not nn.BatchNorm2d"),
+    "no statistics": (
+        _set("bn1", lambda: nn.BatchNorm2d(8, track_running_stats=False)), "keeps no running statistics"),
+    "sync norm": (_set("bn1", lambda: nn.SyncBatchNorm(8)), "the norm is SyncBatchNorm"),
+    "another activation": (_set("relu", nn.PReLU), "the activation is PReLU"),
+    "another convolution": (
+        _set("conv1", lambda: DoubledConv(16, 8, 3, 1, 1)), "the convolution is DoubledConv, not nn.Conv2d"),
+    "padding mode": (
+        _set("conv1", lambda: nn.Conv2d(16, 8, 3, 1, 1, padding_mode="reflect")), "padding_mode='reflect'"),
+    "padding same": (_set("conv1", lambda: nn.Conv2d(16, 8, 3, padding="same")), "padding='same'"),
+    "hook": (lambda block: block.conv2.register_forward_hook(lambda *_: None), "Conv2d has hooks"),
+    "pre-hook": (lambda block: block.bn1.register_forward_pre_hook(lambda *_: None), "BatchNorm2d has hooks"),
+    "backward hook": (lambda block: block.relu.register_full_backward_hook(lambda *_: None), "ReLU has hooks"),
+    "parametrization": (_weight_norm, "the convolution is ParametrizedConv2d"),
+    "old weight_norm": (_old_weight_norm, "Conv2d has hooks"),
+    "forward of a child": (lambda block: setattr(block.bn2, "forward", lambda x: x), "forward of BatchNorm2d was"),
+    "missing child": (lambda block: delattr(block, "relu"), "it has no relu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, reason", LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_a_changed_block_is_left_alone(change, reason, caplog):
+    model = networks.small()
+    change(model.layer1[0])
+    with caplog.at_level(logging.INFO, "fused_resnet"):
+        fused_resnet.fuse(model)
+    assert len(fused_blocks(model)) == 3 and not isinstance(model.layer1[0], FusedBlock)
+    assert "fused 3 blocks, left 1 alone" in caplog.text and "layer1.0: " in caplog.text and reason in caplog.text
+    fused_resnet.unfuse(model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="strict=True and some blocks cannot be fused:\n  layer1.0: ") as error:
+        fused_resnet.fuse(model, strict=True)
+    assert reason in str(error.value)
+    unchanged(model, before)
+
+
+def _doubled(forward):
+    @functools.wraps(forward)
+    def patched(self, x):
+        return 2 * forward(self, x)
+
+    return patched
+
+
+def _same_attributes(forward):
+    @functools.wraps(forward)
+    def patched(self, x):
+        """Half of the branch, as in stochastic depth at test time: only a constant differs from the stock forward."""
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(0.5 * out + identity)
+
+    return patched
+
+
+@pytest.mark.parametrize("patch", (_doubled, _same_attributes))
+@pytest.mark.parametrize("whose", ("ours", "torchvision-like"))
+def test_a_patched_class_is_left_alone(patch, whose, tmp_path, monkeypatch):
+    block = BasicBlock if whose == "ours" else networks.torchvision_like(tmp_path, monkeypatch).BasicBlock
+    model = networks.small(block)
+    monkeypatch.setattr(block, "forward", patch(block.forward))
+    with pytest.raises(ValueError, match="layer1.0: the forward of BasicBlock was replaced"):
+        fused_resnet.fuse(model, strict=True)
+    assert not fused_blocks(fused_resnet.fuse(model))
+
+
+def test_a_class_of_the_same_name_elsewhere_is_left_alone(tmp_path, monkeypatch):
+    block = networks.torchvision_like(tmp_path, monkeypatch).BasicBlock
+    monkeypatch.setattr(block, "__module__", "timm.models.resnet")
+    model = networks.small(block)
+    assert not fused_blocks(fused_resnet.fuse(model))
+    with pytest.raises(ValueError, match="no residual block was recognised"):
+        fused_resnet.fuse(model, strict=True)
+
+
+def test_filter():
+    model, seen = networks.small(), []
+
+    def keep(module, name):
+        seen.append(name)
+        return name != "layer2.0"
+
+    fused_resnet.fuse(model, filter_fn=keep, strict=True)
+    assert type(model.layer2[0]) is BasicBlock and len(fused_blocks(model)) == 3
+    assert seen == [name for name, _ in model.named_modules()]
+
+
+def test_a_filter_that_raises_leaves_the_model_as_it_was():
+    model = networks.small()
+    before = snapshot(model)
+
+    def keep(module, name):
+        if name == "layer3.0":
+            raise KeyError(name)
+        return True
+
+    with pytest.raises(KeyError):
+        fused_resnet.fuse(model, filter_fn=keep)
+    unchanged(model, before)
+
+
+def test_an_unknown_backend_leaves_the_model_as_it_was():
+    model = networks.small()
+    before = snapshot(model)
+    with pytest.raises(fused_resnet.BackendError, match="unknown backend 'cudn'"):
+        fused_resnet.fuse(model, backend="cudn")
+    unchanged(model, before)
+
+
+# --------------------------------------------------------------------------------------------- a fused model is a model
+
+
+def test_hooks_before_and_after_fusing_fire_once():
+    model, seen = networks.small(), []
+    model.layer1[0].register_forward_hook(lambda *_: seen.append("before"))
+    model.layer2[0].bn1.register_forward_hook(lambda *_: seen.append("left alone"))
+    fused_resnet.fuse(model)
+    model.layer1[0].register_forward_hook(lambda *_: seen.append("after"))
+    model.layer3[0].conv1.register_forward_pre_hook(lambda *_: seen.append("child"))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 16, 16))
+    assert seen == ["before", "after", "left alone", "child"]
+
+
+def steps(model, count=4, ema=None):
+    """A few SGD steps as in practice; the batches come from the seed."""
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=1e-4)
+    model.train()
+    for _ in range(count):
+        x, y = torch.randn(8, 3, 16, 16, generator=generator), torch.randint(10, (8,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        if ema is not None:
+            ema.update_parameters(model)
+    return model.eval()
+
+
+def equal_after_training(model, plain):
+    """The same up to what different rounding grows to in four steps: 3e-6 was seen, ten times that is allowed."""
+    for (name, p), q in zip(plain.state_dict().items(), model.state_dict().values()):
+        assert networks.error(q, p.double()) < 3e-5 if p.is_floating_point() else torch.equal(p, q), name
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        assert networks.error(model(x), plain(x).double()) < 3e-5
+
+
+@pytest.mark.parametrize("block", (BasicBlock, Bottleneck))
+def test_fuse_train_eval_equals_unfused(block):
+    plain = networks.small(block)
+    model = fused_resnet.fuse(copy.deepcopy(plain))
+    start = copy.deepcopy(plain.state_dict())
+    steps(plain), steps(model)
+    assert networks.error(plain.fc.weight, start["fc.weight"].double()) > 1e-2, "nothing was learnt"
+    equal_after_training(model, plain)
+    equal_after_training(fused_resnet.unfuse(model), plain)
+
+
+def test_fine_tuning_with_frozen_norms():
+    plain = networks.small()
+    model = fused_resnet.fuse(copy.deepcopy(plain))
+    for network in (plain, model):
+        network.train = functools.partial(_train_without_norms, network)
+        steps(network)
+    equal_after_training(model, plain)
+
+
+def _train_without_norms(network, mode=True):
+    nn.Module.train(network, mode)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return network
+
+
+def test_load_state_dict_after_fuse():
+    model, other = fused_resnet.fuse(networks.small()), networks.small()
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        model(x)
+    model.load_state_dict(other.state_dict())
+    as_good_as_plain(model, other, x)
+
+
+def test_ema_after_fuse():
+    plain = networks.small()
+    model = fused_resnet.fuse(copy.deepcopy(plain))
+    averages = [
+        AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True) for network in (plain, model)
+    ]
+    for network, average in zip((plain, model), averages):
+        steps(network, ema=average)
+    assert len(fused_blocks(averages[1])) == 4
+    equal_after_training(averages[1].eval(), averages[0].eval())
+    assert networks.error(averages[1].module.fc.weight, model.fc.weight.double()) > 1e-4
+
+
+def test_functional_call():
+    model, other = fused_resnet.fuse(networks.small()), networks.small()
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        actual = torch.func.functional_call(model, dict(other.state_dict()), (x,))
+        assert networks.error(actual, other(x).double()) < 1e-5
+        assert networks.error(model(x), other(x).double()) > 1e-2
+
+
+def test_copies_and_pickles():
+    model = fused_resnet.fuse(networks.small(), backend="eager")
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(x)
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert len(fused_blocks(copied)) == 4 and copied.layer1[0].backend == "eager"
+            assert torch.equal(copied(x), expected)
+            fused_resnet.unfuse(copied)
+            assert {type(module) for module in networks.blocks_of(copied)} == {BasicBlock}
+    assert len(fused_blocks(model)) == 4
+
+
+def test_bf16_and_channels_last_models():
+    plain = networks.small().to(torch.bfloat16)
+    model = fused_resnet.fuse(copy.deepcopy(plain)).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)
+    exact = networks.in_fp64(plain, x)
+    with torch.no_grad():
+        assert model(x).dtype == torch.bfloat16
+        # the same number of roundings to bf16 as plain, in another order: half as much again is allowed
+        assert networks.error(model(x), exact) <= 1.5 * networks.error(plain(x), exact)
+
+
+def test_autocast():
+    plain = networks.small()
+    model = fused_resnet.fuse(copy.deepcopy(plain))
+    x = torch.randn(4, 3, 16, 16)
+    exact = networks.in_fp64(plain, x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == plain(x).dtype == torch.bfloat16
+        assert networks.error(model(x), exact) <= 1.5 * networks.error(plain(x), exact)
+
+
+# ------------------------------------------------------------------------------------------------ compile and export
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def operator_names(graph):
+    return [
+        node.target._opname for node in graph.graph.nodes if getattr(node.target, "namespace", "") == "fused_resnet"
+    ]
+
+
+@pytest.mark.parametrize("training", (False, True))
+def test_compile_keeps_the_operators_in_one_graph(training, fresh_dynamo):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    plain = networks.small().train() if training else networks.randomize(models.resnet18(num_classes=10))
+    model = fused_resnet.fuse(copy.deepcopy(plain))
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(2):
+        x = torch.randn(2, 3, 48, 48)
+        with torch.set_grad_enabled(training):
+            actual, expected = compiled(x), plain(x)
+        assert networks.error(actual, expected.double()) < 1e-4
+    # ResNet-18: 8 blocks of two convolutions and 3 projections; in training one addition for each of the 4 blocks
+    expected_names = ["add_relu"] * 4 if training else ["conv_bn_act"] * 19
+    assert [operator_names(graph) for graph in backend.graphs] == [expected_names]
+    assert backend.frame_count == 1 and not fresh_dynamo["graph_break"] and not fresh_dynamo["recompiles"]
+    if training:
+        actual.sum().backward()
+        expected.sum().backward()
+        for (name, p), q in zip(plain.named_parameters(), model.parameters()):
+            assert networks.error(q.grad, p.grad.double()) < 1e-3, name
+
+
+@pytest.mark.full
+def test_inductor_on_a_network(fresh_dynamo):
+    plain = networks.small()
+    model = fused_resnet.fuse(copy.deepcopy(plain))
+    compiled = torch.compile(model, fullgraph=True)
+    for _ in range(2):
+        as_good_as_plain(compiled, plain, torch.randn(4, 3, 16, 16))
+    assert not fresh_dynamo["graph_break"] and not fresh_dynamo["recompiles"]
+
+
+def test_inductor_on_one_block(fresh_dynamo):
+    """Strides of the fake outputs are those of the real ones where Inductor relies on them."""
+    plain = networks.single()
+    compiled = torch.compile(fused_resnet.fuse(copy.deepcopy(plain)), fullgraph=True)
+    x = torch.randn(2, 16, 9, 7, requires_grad=True)
+    actual, expected = compiled(x), plain(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    actual_grad, expected_grad = (torch.autograd.grad(out.square().sum(), x)[0] for out in (actual, expected))
+    torch.testing.assert_close(actual_grad, expected_grad, rtol=1e-4, atol=1e-4)
+
+
+def test_export_keeps_the_operators(tmp_path):
+    plain = networks.small()
+    model = fused_resnet.fuse(copy.deepcopy(plain))
+    x = torch.randn(4, 3, 16, 16)
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2")
+    assert operator_names(program.graph_module) == ["conv_bn_act"] * (4 * 2 + 3)
+    with torch.no_grad():
+        assert torch.equal(program.module()(x), model(x))

@@ -1,0 +1,275 @@
+"""The public functions: values on every backend by position, gradients as torch.nn's, dispatch, empty batches, NaN."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fused_resnet import backends, functional, testing
+from fused_resnet.problem import ACTIVATIONS, ConvOperands, conv_problem
+
+VECTORS = ("bn_weight", "bn_bias", "bn_mean", "bn_var")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# (N, C, H, W, K, R, S, stride, padding, dilation, groups), each odd in its own way
+SHAPES = {
+    "odd channels": (2, 5, 9, 7, 19, 3, 3, (1, 1), (1, 1), (1, 1), 1),
+    "pointwise": (3, 17, 5, 7, 33, 1, 1, (1, 1), (0, 0), (1, 1), 1),
+    "strided pointwise": (2, 8, 9, 8, 16, 1, 1, (2, 2), (0, 0), (1, 1), 1),
+    "stem": (1, 3, 33, 31, 8, 7, 7, (2, 2), (3, 3), (1, 1), 1),
+    "grouped": (2, 12, 8, 9, 20, 3, 3, (2, 2), (1, 1), (1, 1), 4),
+    "depthwise": (1, 7, 8, 6, 7, 3, 5, (1, 1), (1, 2), (1, 1), 7),
+    "dilated": (1, 16, 11, 12, 16, 3, 3, (1, 1), (2, 2), (2, 2), 1),
+    "every pair uneven": (2, 6, 13, 10, 8, 4, 2, (2, 1), (3, 0), (1, 3), 2),
+    "one pixel": (2, 64, 1, 1, 70, 3, 3, (1, 1), (1, 1), (1, 1), 1),
+    "one channel": (2, 1, 6, 5, 1, 2, 2, (1, 1), (0, 0), (1, 1), 1),
+    "long reduction": (1, 64, 4, 4, 9, 5, 5, (1, 1), (2, 2), (1, 1), 1),
+}
+
+
+# where each backend has anything to run: a pair for every parameter set below
+PLACES = [(name, "cpu") for name in ("eager", "onednn", "triton")] + [
+    pytest.param(name, "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))
+    for name in ("eager", "cudnn", "cuda", "triton")
+]  # fmt: skip
+on_every_backend = pytest.mark.parametrize("backend, device", PLACES)
+on_live_backends = pytest.mark.parametrize(
+    "backend, device", [place for place in PLACES if not {"onednn", "cudnn"} & set(getattr(place, "values", place))]
+)
+
+
+def case_of(shape, dtype, device, activation="relu", vectors=VECTORS, bias=False, residual=True):
+    N, C, H, W, K, R, S, *window = SHAPES[shape]
+    P, Q = F.conv2d(torch.empty(N, C, H, W, device="meta"), torch.empty(K, C // window[3], R, S, device="meta"),
+                    None, *window).shape[2:]  # fmt: skip
+    values = dict(zip(VECTORS, (torch.randn(K), torch.randn(K), torch.randn(K), torch.rand(K) + 0.1)))
+    operands = ConvOperands(
+        torch.randn(N, C, H, W), torch.randn(K, C // window[3], R, S) / (C // window[3] * R * S) ** 0.5,
+        **{name: values[name] for name in vectors},
+        bias=torch.randn(K) if bias else None, residual=torch.randn(N, K, P, Q) if residual else None,
+    ).map(lambda tensor: tensor.to(device, dtype if tensor.dim() == 4 else torch.float32))  # fmt: skip
+    return testing.Case(conv_problem(operands, *window, activation), operands)
+
+
+def check(case, backend):
+    """The result is right; skips where the backend cannot run on this machine."""
+    outcome = testing.check(case, backend)
+    if outcome.status == "cannot run":
+        pytest.skip(f"{backend}: {outcome.detail}")
+    assert outcome.status == "ok", f"{case}: {outcome.detail}"
+
+
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [(shape, torch.float32) for shape in SHAPES]
+    + [(shape, dtype) for shape in ("odd channels", "strided pointwise", "grouped") for dtype in DTYPES[1:]],
+    ids=str,
+)
+@on_every_backend
+def test_live_bn_and_residual(backend, shape, dtype, device):
+    folds = backend in ("onednn", "cudnn")  # they take a bias only
+    check(case_of(shape, dtype, device, vectors=() if folds else VECTORS, bias=folds), backend)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("residual", (False, True))
+@on_every_backend
+def test_activations(backend, residual, activation, device):
+    options = dict(activation=activation, vectors=(), bias=True, residual=residual)
+    check(case_of("odd channels", torch.float32, device, **options), backend)
+
+
+@pytest.mark.parametrize("present", [c for n in range(5) for c in itertools.combinations(VECTORS, n)], ids="-".join)
+@pytest.mark.parametrize("bias", (False, True))
+@on_live_backends
+def test_any_subset_of_vectors(backend, bias, present, device):
+    check(case_of("one channel", torch.bfloat16, device, vectors=present, bias=bias), backend)
+
+
+@pytest.mark.parametrize("op", ("conv_bn_act", "add_relu"))
+def test_forcing_a_backend_that_cannot_run_says_why(op):
+    """The sentence that selects is the sentence that is raised, for every backend."""
+    case = next(c for c in (testing.case_at(5, i) for i in range(99)) if c.problem.op == op)
+    for name, backend in backends.known(op).items():
+        reason = backend.why_not(case.problem)
+        if reason is None:
+            assert backends.select(case.problem, name) is backend
+        else:
+            with pytest.raises(backends.BackendError) as error:
+                case.run(name)
+            assert str(error.value).startswith(f"backend {name!r} cannot run this: {reason}. Use backend='eager'")
+
+
+def test_auto_takes_the_first_that_can_and_may(monkeypatch):
+    calls = []
+
+    def backend(name, auto, reason):
+        def run(problem, operands):
+            calls.append(name)
+            return operands.x
+
+        return backends.Backend(name, lambda problem: reason, run, auto)
+
+    registered = (
+        backend("not on this device", ("cuda",), None), backend("cannot", ("cpu",), "it is broken"),
+        backend("unverified", (), None), backend("first", ("cpu",), None), backend("second", ("cpu",), None),
+    )  # fmt: skip
+    monkeypatch.setitem(backends._REGISTRY, "conv_bn_act", {b.name: b for b in registered})
+    functional.conv_bn_act(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+    assert calls == ["first"]
+    with pytest.raises(backends.BackendError, match="'cannot' cannot run this: it is broken"):
+        functional.conv_bn_act(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), backend="cannot")
+
+
+def test_auto_on_the_cpu():
+    """Folded: oneDNN. Live BN, and fp64: ATen. Nothing that runs in an interpreter."""
+    problem = case_of("stem", torch.float32, "cpu", vectors=(), bias=True).problem
+    assert backends.select(problem).name == "onednn"
+    assert backends.select(problem._replace(has_bn=True)).name == "eager"
+    assert backends.select(problem._replace(dtype=torch.float64)).name == "eager"
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", ("odd channels", "stem", "every pair uneven"))
+def test_gradients_equal_those_of_the_unfused_modules(shape, activation):
+    case = case_of(shape, torch.float32, "cpu", activation=activation, bias=True)
+    p, o = case.problem, case.operands
+    names = ("x", "weight", "bn_weight", "bn_bias", "bias", "residual")
+    fused = {name: getattr(o, name).clone().requires_grad_() for name in names}
+    plain = {name: getattr(o, name).clone().requires_grad_() for name in names}
+    window = (p.stride, p.padding, p.dilation, p.groups)
+    y = F.batch_norm(
+        F.conv2d(plain["x"], plain["weight"], plain["bias"], *window),
+        o.bn_mean, o.bn_var, plain["bn_weight"], plain["bn_bias"], eps=o.eps,
+    ) + plain["residual"]  # fmt: skip
+    expected = {"none": nn.Identity(), "relu": nn.ReLU(), "relu6": nn.ReLU6(), "silu": nn.SiLU()}[activation](y)
+    operands = o._replace(**fused)
+    actual = functional.conv_bn_act(
+        *operands[:6], eps=o.eps, bias=operands.bias, residual=operands.residual,
+        **dict(zip(("stride", "padding", "dilation", "groups"), window)), activation=activation,
+    )  # fmt: skip
+    grad = torch.randn_like(expected)
+    expected.backward(grad)
+    actual.backward(grad)
+    for name in names:
+        # two fp32 sums of up to 2*17*16*19 terms, in another order: sqrt(terms) * 2**-24 of the largest gradient
+        scale = plain[name].grad.abs().max().item()
+        torch.testing.assert_close(
+            fused[name].grad, plain[name].grad, rtol=0, atol=1e-5 * scale, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add_relu_is_torchs_to_the_last_bit(dtype, device):
+    a, b = (torch.randn(3, 5, 7, 9, device=device, dtype=dtype).requires_grad_() for _ in "ab")
+    a_plain, b_plain = (tensor.detach().clone().requires_grad_() for tensor in (a, b))
+    actual, expected = functional.add_relu(a, b), torch.relu(a_plain + b_plain)
+    assert torch.equal(actual, expected)
+    grad = torch.randn_like(actual)
+    actual.backward(grad)
+    expected.backward(grad)
+    assert torch.equal(a.grad, a_plain.grad) and torch.equal(b.grad, b_plain.grad)
+
+
+def test_autograd_is_skipped_only_when_no_gradient_is_wanted():
+    case = case_of("odd channels", torch.float32, "cpu")
+    weight = case.operands.weight.requires_grad_()
+    call = lambda: functional.conv_bn_act(case.operands.x, weight, padding=1)  # noqa: E731
+    assert call().grad_fn is not None
+    with torch.no_grad():
+        assert call().grad_fn is None and not call().requires_grad
+    with torch.inference_mode():
+        assert call().is_inference()
+    assert functional.conv_bn_act(case.operands.x, weight.detach(), padding=1).grad_fn is None
+    only_residual = case.operands.residual.requires_grad_()
+    out = functional.conv_bn_act(case.operands.x, weight.detach(), padding=1, residual=only_residual)
+    assert out.requires_grad
+
+
+def test_a_direct_call_of_the_operator_has_its_gradient():
+    x, weight = torch.randn(2, 3, 6, 5, requires_grad=True), torch.randn(4, 3, 3, 3)
+    vectors, window = (None,) * 4, ((1, 1), (1, 1), (1, 1), 1, "relu", "auto")
+    direct = torch.ops.fused_resnet.conv_bn_act(x, weight, *vectors, 1e-5, None, None, *window)
+    plain = torch.relu(torch.conv2d(x, weight, padding=1))
+    torch.testing.assert_close(torch.autograd.grad(direct.sum(), x), torch.autograd.grad(plain.sum(), x))
+
+
+# -------------------------------------------------------------------------------------------------------- odd inputs
+
+
+@pytest.mark.parametrize("backend", ("auto", *backends.known("conv_bn_act")))
+def test_empty_batch(backend):
+    x, weight = torch.empty(0, 4, 6, 5, requires_grad=True), torch.randn(8, 4, 3, 3, requires_grad=True)
+    problem = conv_problem(ConvOperands(x, weight), (1, 1), (1, 1), (1, 1), 1, "relu")
+    if backend != "auto" and backends.known("conv_bn_act")[backend].why_not(problem) is not None:
+        pytest.skip(backends.known("conv_bn_act")[backend].why_not(problem))
+    out = functional.conv_bn_act(x, weight, padding=1, backend=backend)
+    assert (
+        out.shape == (0, 8, 6, 5)
+        and out.stride() == torch.empty(0, 8, 6, 5, memory_format=torch.channels_last).stride()
+    )
+    out.sum().backward()
+    assert x.grad.shape == x.shape and torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_empty_batch_with_everything(activation):
+    vectors = [torch.ones(8, requires_grad=name in VECTORS[:2]) for name in VECTORS]
+    bias, residual = torch.ones(8, requires_grad=True), torch.ones(0, 8, 4, 3, requires_grad=True)
+    out = functional.conv_bn_act(
+        torch.ones(0, 4, 6, 5), torch.ones(8, 4, 3, 3), *vectors, bias=bias, residual=residual, activation=activation
+    )
+    out.sum().backward()
+    for tensor in (*vectors[:2], bias):
+        assert torch.equal(tensor.grad, torch.zeros(8))
+
+
+@pytest.mark.parametrize("shape", ((0,), (0, 3, 4, 5), (2, 0, 4, 5), (), (1,)))
+def test_empty_and_scalar_sums(shape):
+    for name, backend in (("auto", None), *backends.known("add_relu").items()):
+        a = torch.ones(shape, requires_grad=True)
+        if backend is None or backend.why_not(testing.add_relu_problem(a, a)) is None:
+            out = functional.add_relu(a, a, backend=name)
+            out.sum().backward()
+            assert torch.equal(out, 2 * torch.ones(shape)) and torch.equal(a.grad, 2 * torch.ones(shape)), name
+
+
+@on_live_backends
+def test_nan_stays_nan_in_live_operators(backend, device):
+    x = torch.zeros(1, 4, 5, 5, device=device)
+    x[0, 1, 2, 2] = torch.nan
+    case = testing.Case(*_problem_and_operands(ConvOperands(x, torch.ones(3, 4, 3, 3, device=device))))
+    check(case, backend)
+    out = case.run(backend)
+    assert out[:, :, 1:4, 1:4].isnan().all() and out.isnan().sum() == 3 * 9
+
+
+def _problem_and_operands(operands):
+    return conv_problem(operands, (1, 1), (1, 1), (1, 1), 1, "relu"), operands
+
+
+def test_nothing_shared_with_the_inputs():
+    """The result is memory of its own, even where there is nothing to compute."""
+    x, weight = torch.randn(1, 1, 2, 2), torch.ones(1, 1, 1, 1)
+    residual = torch.zeros(1, 1, 2, 2)
+    for options in ({}, {"residual": residual}):
+        out = functional.conv_bn_act(x, weight, activation="none", **options)
+        assert torch.equal(out, x)
+        out.zero_()
+        assert x.abs().sum() > 0 and residual.abs().sum() == 0
+    out = functional.add_relu(residual, x.abs())
+    out.zero_()
+    assert x.abs().sum() > 0
+
+
+@pytest.mark.parametrize("pairs", (dict(stride=2, padding=1), dict(stride=[2, 2], padding=torch.Size([1, 1]))))
+def test_pairs_may_be_any_sequence(pairs):
+    x, weight = torch.randn(1, 3, 7, 7), torch.randn(4, 3, 3, 3)
+    assert torch.equal(
+        functional.conv_bn_act(x, weight, **pairs),
+        functional.conv_bn_act(x, weight, stride=(2, 2), padding=(1, 1)),
+    )

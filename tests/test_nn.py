@@ -1,0 +1,318 @@
+"""The blocks: fused and plain compute the same in every mode, and a fused one steps aside where it must."""
+
+import copy
+import pickle
+
+import networks
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from fused_resnet import functional
+from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBottleneck
+
+FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """The problems for which a module called the fused operators, in order."""
+    calls = []
+    for name in ("conv_bn_act", "add_relu"):
+        function = getattr(functional, name)
+
+        def call(*args, _function=function, _name=name, **kwargs):
+            calls.append((_name, kwargs.get("activation"), kwargs.get("residual") is not None))
+            return _function(*args, **kwargs)
+
+        monkeypatch.setattr(functional, name, call)
+    return calls
+
+
+def twins(block=BasicBlock, **options):
+    """(plain, fused) with the same parameters."""
+    plain = networks.single(block, **options)
+    fused = copy.deepcopy(plain)
+    fused.__class__ = FUSED[type(plain)]
+    return plain, fused
+
+
+def close(actual, expected):
+    # another order of fp32 sums of at most a few hundred terms, and normalisation by another formula
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("block, convolutions", ((BasicBlock, 3), (Bottleneck, 4)))
+@pytest.mark.parametrize("stride", (1, 2))
+def test_eval_is_one_call_per_convolution(block, convolutions, stride, fused_calls):
+    plain, fused = twins(block, stride=stride)
+    x = torch.randn(2, 16, 9, 7)
+    with torch.no_grad():
+        close(fused(x), plain(x))
+    projected = plain.downsample is not None
+    expected = [("conv_bn_act", "none", False)] * projected + [("conv_bn_act", "relu", False)] * (convolutions - 2)
+    assert fused_calls == [*expected, ("conv_bn_act", "relu", True)]
+
+
+@pytest.mark.parametrize("block", (BasicBlock, Bottleneck))
+def test_training_steps_are_the_plain_ones(block, fused_calls):
+    plain, fused = (model.train() for model in twins(block))
+    x = torch.randn(4, 16, 9, 7)
+    for model in (plain, fused):
+        model(x).square().mean().backward()
+    assert fused_calls == [("add_relu", None, False)]
+    for p, q in zip(plain.parameters(), fused.parameters()):
+        close(q.grad, p.grad)
+    for (name, b), c in zip(plain.named_buffers(), fused.buffers()):
+        assert torch.equal(b, c), name
+
+
+@pytest.mark.parametrize("frozen", ("bn1", "bn2", "both"))
+def test_half_frozen_norms(frozen, fused_calls):
+    """Fine-tuning: some norms in eval mode inside a model in training mode; gradients reach everything trainable."""
+    plain, fused = (model.train() for model in twins())
+    x = torch.randn(4, 16, 9, 7, requires_grad=True)
+    gradients = []
+    for model in (plain, fused):
+        for name in ("bn1", "bn2"):
+            if frozen in (name, "both"):
+                getattr(model, name).eval()
+        (gradient,) = torch.autograd.grad(model(x).square().mean(), x, retain_graph=True)
+        model(x).square().mean().backward()
+        gradients.append(gradient)
+    assert any(name == "conv_bn_act" for name, *_ in fused_calls)
+    close(gradients[1], gradients[0])
+    for p, q in zip(plain.parameters(), fused.parameters()):
+        close(q.grad, p.grad)
+    for b, c in zip(plain.buffers(), fused.buffers()):
+        close(c, b)
+
+
+def test_eval_mode_gradients(fused_calls):
+    plain, fused = twins()
+    x = torch.randn(2, 16, 6, 5)
+    for model in (plain, fused):
+        model(x).square().mean().backward()
+    assert len(fused_calls) == 3
+    for p, q in zip(plain.parameters(), fused.parameters()):
+        close(q.grad, p.grad)
+
+
+def test_weights_never_go_stale():
+    plain, fused = twins()
+    x = torch.randn(1, 16, 6, 5)
+    with torch.no_grad():
+        fused(x)
+        for model in (plain, fused):
+            model.conv1.weight.mul_(2)
+            model.bn2.running_mean.add_(1)
+            model.bn1.eps = 0.1
+        close(fused(x), plain(x))
+
+
+def test_pruned_widths_and_convolution_biases(fused_calls):
+    """The widths are those of the convolutions, and a bias before the norm is part of the sum."""
+    plain = networks.single()
+    plain.conv1, plain.bn1 = nn.Conv2d(16, 5, 3, 2, 1), nn.BatchNorm2d(5, eps=1e-3)
+    plain.conv2 = nn.Conv2d(5, 8, 3, 1, 1)
+    networks.randomize(plain)
+    fused = copy.deepcopy(plain)
+    fused.__class__ = FusedBasicBlock
+    x = torch.randn(2, 16, 9, 7)
+    with torch.no_grad():
+        close(fused(x), plain(x))
+    assert len(fused_calls) == 3
+
+
+@pytest.mark.parametrize(
+    "options", (dict(dilation=2, stride=1), dict(groups=4, base_width=32), dict(stride_in_1x1=True)), ids=str
+)
+def test_bottleneck_options(options, fused_calls):
+    plain, fused = twins(Bottleneck, **options)
+    x = torch.randn(2, 16, 9, 7)
+    with torch.no_grad():
+        close(fused(x), plain(x))
+    assert len(fused_calls) == 4
+
+
+@pytest.mark.parametrize("activation", (nn.ReLU6, nn.SiLU))
+def test_the_activation_is_the_blocks_own(activation):
+    """A replaced activation is computed, not taken for ReLU."""
+    plain, fused = twins()
+    plain.relu, fused.relu = activation(), activation()
+    x = 4 * torch.randn(2, 16, 9, 7)
+    with torch.no_grad():
+        close(fused(x), plain(x))
+
+
+# ------------------------------------------------------------------------------------------------------ stepping aside
+
+
+def _replace_conv(block):
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    block.conv1.__class__ = Doubled
+
+
+def _patch(name):
+    def change(block):
+        child = block.get_submodule(name)
+        forward = child.forward
+        child.forward = lambda x: 2 * forward(x)
+
+    return change
+
+
+def _parametrize(block):
+    parametrizations.weight_norm(block.conv2)
+    block.conv2.parametrizations.weight.original0.data.mul_(2)
+
+
+def _old_weight_norm(block):
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(block.conv1)
+    block.conv1.weight_g.data.mul_(2)
+
+
+def _group_norm(block):
+    block.bn2 = nn.GroupNorm(2, 8)
+
+
+def _no_statistics(block):
+    block.bn1 = nn.BatchNorm2d(8, track_running_stats=False)
+
+
+def _reflect(block):
+    block.conv1.padding_mode = "reflect"
+    block.conv1._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+
+def _prelu(block):
+    block.relu = nn.PReLU()
+
+
+def _hooked(name):
+    def change(block):
+        block.get_submodule(name).register_forward_hook(lambda module, args, out: 2 * out)
+
+    return change
+
+
+STEPPING_ASIDE = {
+    "replaced conv": _replace_conv, "patched conv": _patch("conv1"), "patched bn": _patch("bn2"),
+    "patched relu": _patch("relu"), "parametrized": _parametrize, "old weight_norm": _old_weight_norm,
+    "group norm": _group_norm, "no statistics": _no_statistics, "padding mode": _reflect, "prelu": _prelu,
+    "hook on conv": _hooked("conv2"), "hook on bn": _hooked("bn1"), "hook on relu": _hooked("relu"),
+    "hook on projection": _hooked("downsample"), "hook in projection": _hooked("downsample.0"),
+    "patched projection": _patch("downsample.0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", STEPPING_ASIDE.values(), ids=STEPPING_ASIDE)
+def test_a_changed_child_is_called(change):
+    """Whatever is done to a child after fusing has the effect it has on the plain block."""
+    plain, fused = twins()
+    x = torch.randn(2, 16, 9, 7)
+    with torch.no_grad():
+        before = plain(x)
+        for block in (plain, fused):
+            change(block)
+        assert not torch.allclose(plain(x), before, rtol=1e-3), "the change must matter for this test to mean anything"
+        close(fused(x), plain(x))
+
+
+def test_hooks_fire_exactly_once():
+    _, fused = twins(Bottleneck)
+    seen = []
+    for name, module in fused.named_modules():
+        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    with torch.no_grad():
+        fused(torch.randn(1, 16, 5, 5))
+    leaves = [name for name, module in fused.named_modules() if name != "relu"]
+    assert sorted(seen) == sorted([*leaves, *["relu"] * 3])
+
+
+def test_global_hooks_see_every_child():
+    plain, fused = twins()
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        with torch.no_grad():
+            fused(torch.randn(1, 16, 5, 5))
+    finally:
+        handle.remove()
+    assert sorted(seen) == sorted(
+        ["Conv2d"] * 3 + ["BatchNorm2d"] * 3 + ["ReLU"] * 2 + ["Sequential", "FusedBasicBlock"]
+    )
+
+
+def test_removing_a_hook_fuses_again(fused_calls):
+    _, fused = twins()
+    handle = fused.conv1.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        fused(torch.randn(1, 16, 5, 5))
+        # the projection has no hook and stays fused only if the whole block is
+        assert fused_calls == []
+        handle.remove()
+        fused(torch.randn(1, 16, 5, 5))
+    assert len(fused_calls) == 3
+
+
+def test_backend_is_passed_on():
+    _, fused = twins()
+    fused.backend = "cudnn"
+    with pytest.raises(RuntimeError, match="backend 'cudnn' cannot run this: it runs on NVIDIA GPUs"):
+        fused(torch.randn(1, 16, 5, 5))
+
+
+# ----------------------------------------------------------------------------------------------------------- ConvBNAct
+
+
+@pytest.mark.parametrize("residual", (False, True))
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("norm", (nn.BatchNorm2d, None, lambda channels: nn.GroupNorm(2, channels)))
+@pytest.mark.parametrize("activation", (nn.ReLU, nn.ReLU6, nn.SiLU, None, nn.GELU, nn.Identity))
+def test_conv_bn_act_module(residual, training, norm, activation):
+    options = {} if activation in (nn.ReLU, nn.ReLU6, nn.SiLU, None) else {"inplace": None}
+    module = ConvBNAct(6, 8, 3, 2, norm_layer=norm, activation_layer=activation, **options)
+    networks.randomize(module).train(training)
+    layers = dict(zip(("conv", *(["bn"] if norm else []), *(["act"] if activation else [])), copy.deepcopy(module)))
+    x, addend = torch.randn(3, 6, 9, 7), torch.randn(3, 8, 5, 4) if residual else torch.zeros(())
+    expected = layers["conv"](x)
+    expected = layers["bn"](expected) if norm else expected
+    expected = expected + addend
+    expected = layers["act"](expected) if activation else expected
+    close(module(x, addend if residual else None), expected)
+    assert module(x).shape == (3, 8, 5, 4)
+
+
+def test_conv_bn_act_module_is_one_call(fused_calls):
+    module = networks.randomize(ConvBNAct(6, 8))
+    module(torch.randn(1, 6, 4, 4))
+    module(torch.randn(1, 6, 4, 4), torch.randn(1, 8, 4, 4))
+    assert fused_calls == [("conv_bn_act", "relu", False), ("conv_bn_act", "relu", True)]
+    module[2].register_forward_hook(lambda *_: None)
+    module(torch.randn(1, 6, 4, 4))
+    assert len(fused_calls) == 2
+
+
+def test_conv_bn_act_module_has_torchvisions_keys_and_defaults():
+    assert list(ConvBNAct(3, 4).state_dict()) == [
+        "0.weight", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"
+    ]  # fmt: skip
+    module = ConvBNAct(3, 4, 5, dilation=2, norm_layer=None)
+    assert module[0].padding == (4, 4) and module[0].bias is not None and ConvBNAct(3, 4)[0].bias is None
+    assert module[1].inplace and not ConvBNAct(3, 4, inplace=False)[2].inplace
+
+
+@pytest.mark.parametrize("make", (lambda: twins(Bottleneck)[1], lambda: networks.randomize(ConvBNAct(16, 8))))
+def test_copies_and_pickles(make):
+    module = make()
+    x = torch.randn(1, 16, 5, 5)
+    with torch.no_grad():
+        for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert type(copied) is type(module)
+            assert torch.equal(copied(x), module(x))

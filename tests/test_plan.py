@@ -1,0 +1,660 @@
+"""freeze: the same answers for every shape, dtype and thread, memory nobody else sees, refusals, and the way back."""
+
+import copy
+import operator
+import pickle
+import threading
+
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fused_resnet
+from fused_resnet import BackendError, backends, models, plan, testing
+from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct
+from fused_resnet.plan import FrozenConv
+
+X = (2, 3, 16, 16)
+full = pytest.mark.full
+needs_onednn = pytest.mark.skipif(
+    backends.onednn_missing(torch.float32) is not None, reason=str(backends.onednn_missing(torch.float32))
+)
+needs_bf16 = pytest.mark.skipif(
+    backends.onednn_missing(torch.bfloat16) is not None, reason=str(backends.onednn_missing(torch.bfloat16))
+)
+
+
+def convolutions(frozen, x):
+    return [module for module in frozen.plan(x).modules() if isinstance(module, FrozenConv)]
+
+
+def as_good_as_plain(frozen, model, x, factor=4.0):
+    """Folding rounds the weights instead of the activations, in another order: up to `factor` times the error against
+    fp64 that the unfrozen model makes in the same dtype. A mistake is a thousand times worse in fp32."""
+    exact = networks.in_fp64(model, x)
+    with torch.no_grad():
+        plain = copy.deepcopy(model).to(frozen.dtype)(x.to(frozen.dtype))
+        assert networks.error(frozen(x), exact) <= factor * networks.error(plain, exact) < 0.1
+
+
+def unchanged(model, before, x, expected):
+    modules, state = before
+    assert modules == [(name, id(m), type(m), m.training, sorted(m.__dict__)) for name, m in model.named_modules()]
+    assert list(state) == list(model.state_dict())
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        assert state[key][0] is tensor and torch.equal(state[key][1], tensor), key
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
+def remember(model):
+    modules = [(name, id(m), type(m), m.training, sorted(m.__dict__)) for name, m in model.named_modules()]
+    return modules, {key: (t, t.detach().clone()) for key, t in model.state_dict(keep_vars=True).items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)), ids=str)
+@pytest.mark.parametrize("block", (BasicBlock, Bottleneck))
+@pytest.mark.parametrize("shape", (X, (1, 3, 17, 13), (3, 3, 4, 4)), ids=str)
+def test_values(block, dtype, shape):
+    """Down to maps of one pixel (4x4 inputs), whose strides are ambiguous."""
+    model = networks.small(block)
+    x = torch.randn(shape)
+    frozen = fused_resnet.freeze(model, x, dtype=dtype)
+    as_good_as_plain(frozen, model, x)
+    assert frozen(x).dtype == x.dtype and frozen.dtype == dtype
+
+
+def test_fp16_and_fp64():
+    model, x = networks.small(), torch.randn(X)
+    as_good_as_plain(fused_resnet.freeze(model, x, dtype=torch.float16), model, x)
+    # rounded once, at the output
+    assert networks.error(fused_resnet.freeze(model, x, dtype=torch.float64)(x), networks.in_fp64(model, x)) < 2**-24
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", (torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)), ids=str)
+@pytest.mark.parametrize(
+    "create",
+    (lambda: models.resnet18(num_classes=10), lambda: models.cifar.resnet20(option="A"),
+     lambda: models.cifar.resnet20(option="B"), pytest.param(lambda: models.resnet50(num_classes=10), marks=full),
+     pytest.param(lambda: models.resnext50_32x4d(num_classes=10), marks=full)),
+    ids=("resnet18", "resnet20-A", "resnet20-B", "resnet50", "resnext50"),
+)  # fmt: skip
+def test_models(create, dtype):
+    """Every convolution is one oneDNN call with everything up to its ReLU; images so small that maps end at 1x1."""
+    model, x = networks.randomize(create()), torch.randn(2, 3, 33, 32)
+    frozen = fused_resnet.freeze(model, x, dtype=dtype)
+    count = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert [conv.backend.name for conv in convolutions(frozen, x)] == ["onednn"] * count
+    assert not any(isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)) for module in frozen.plan(x).modules())
+    as_good_as_plain(frozen, model, x)
+
+
+@pytest.mark.parametrize("backend", ("eager", "triton"))
+def test_forced_backends(backend):
+    model, x = networks.small(), torch.randn(1, 3, 8, 8)
+    frozen = fused_resnet.freeze(model, x, backend=backend)
+    assert {conv.backend.name for conv in convolutions(frozen, x)} == {backend}
+    as_good_as_plain(frozen, model, x)
+
+
+def test_folding_by_hand():
+    conv, bn = nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, eps=1.0).eval()
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([2.0, 3.0]).view(2, 1, 1, 1))
+        for tensor, value in (
+            (conv.bias, (1, -1)), (bn.weight, (4, -2)), (bn.bias, (0.5, 0)), (bn.running_mean, (2, 1)),
+            (bn.running_var, (3, 8)),
+        ):  # fmt: skip
+            tensor.copy_(torch.tensor(value))
+    weight, bias = plan.fold(conv, bn, torch.float32)
+    assert torch.equal(weight.flatten(), torch.tensor([2 * 4 / 2.0, 3 * -2 / 3.0]))
+    torch.testing.assert_close(bias, torch.tensor([(1 - 2) * 2 + 0.5, (-1 - 1) * -2 / 3]))
+    assert plan.fold(nn.Conv2d(1, 1, 1, bias=False), None, torch.float32)[1] is None
+
+
+def test_fused_models_freeze_like_plain_ones():
+    model, x = networks.small(), torch.randn(X)
+    expected = fused_resnet.freeze(model, x)(x)
+    frozen = fused_resnet.freeze(fused_resnet.fuse(model), x)
+    assert torch.equal(frozen(x), expected)
+    assert len(convolutions(frozen, x)) == 12
+
+
+def test_conv_bn_act_modules():
+    model = networks.randomize(nn.Sequential(ConvBNAct(3, 8), ConvBNAct(8, 8, activation_layer=nn.SiLU)))
+    x = torch.randn(X)
+    frozen = fused_resnet.freeze(model, x)
+    assert [conv.problem.activation for conv in convolutions(frozen, x)] == ["relu", "silu"]
+    as_good_as_plain(frozen, model, x)
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_input_layouts(layout):
+    model = networks.small()
+    frozen = fused_resnet.freeze(model, torch.randn(X))
+    x = testing.laid_out(torch.randn(X), layout)
+    before = x.clone()
+    assert networks.error(frozen(x), networks.in_fp64(model, x)) < 1e-5
+    assert torch.equal(x, before)
+    channels = torch.randn(2, 6, 16, 16).to(memory_format=torch.channels_last)[:, ::2]
+    assert networks.error(frozen(channels), networks.in_fp64(model, channels)) < 1e-5
+
+
+def test_empty_batch():
+    model = networks.small()
+    frozen = fused_resnet.freeze(model, torch.randn(X))
+    assert frozen(torch.randn(0, 3, 16, 16)).shape == (0, 10)
+
+
+def test_unbatched_input():
+    """Where the model takes (C, H, W), so does the plan."""
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(3, 8, 8)
+    assert networks.error(fused_resnet.freeze(model, x)(x), networks.in_fp64(model, x)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_norms_that_stay_take_the_plans_dtype(dtype):
+    """Pre-activation: a norm before its convolution cannot be folded."""
+    model = networks.randomize(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3))).half()
+    x = torch.randn(X, dtype=torch.float16)
+    frozen = fused_resnet.freeze(model, x, dtype=dtype)
+    assert networks.error(frozen(x), networks.in_fp64(model, x)) < 1e-3  # the output is rounded to fp16
+
+
+def test_other_outputs():
+    """Dictionaries, tuples and feature maps from the middle come back as they are, in the input's dtype."""
+
+    class Features(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = networks.small()
+
+        def forward(self, x):
+            a = self.net.relu(self.net.bn1(self.net.conv1(x)))
+            b = self.net.layer1(a)
+            return {"a": a, "deep": (b, self.net.layer2(b)), "best": b.flatten(1).argmax(1)}
+
+    model, x = Features().eval(), torch.randn(X)
+    out, expected = fused_resnet.freeze(model, x, dtype=torch.float64)(x), model(x)
+    assert list(out) == ["a", "deep", "best"] and torch.equal(out["best"], expected["best"])
+    for actual, wanted in zip((out["a"], *out["deep"]), (expected["a"], *expected["deep"])):
+        assert actual.dtype == torch.float32 and networks.error(actual, wanted.double()) < 1e-5
+
+
+# --------------------------------------------------------------------------------------------------- shapes and plans
+
+
+def test_unseen_shapes_get_their_own_plan():
+    model = networks.small()
+    frozen = fused_resnet.freeze(model, torch.randn(X))
+    for shape in ((1, 3, 16, 16), (2, 3, 9, 11), X, (5, 3, 7, 30)):
+        x = torch.randn(shape)
+        as_good_as_plain(frozen, model, x)
+        assert frozen.plan(x) is frozen.plan(torch.randn(shape))
+        assert convolutions(frozen, x)[0].problem.N == shape[0]
+    assert len(frozen._plans) == 4
+
+
+def test_the_least_recently_used_plan_goes(monkeypatch):
+    monkeypatch.setattr(plan, "MAX_PLANS", 3)
+    frozen = fused_resnet.freeze(networks.small(), torch.randn(1, 3, 8, 8))
+    for batch in (2, 3, 1, 4):  # 1 is used again before the fourth comes
+        frozen(torch.randn(batch, 3, 8, 8))
+    assert [shape[0] for shape in frozen._plans] == [3, 1, 4]
+
+
+def test_first_seen_in_inference_mode():
+    model, x = networks.small(), torch.randn(1, 3, 8, 8)
+    frozen = fused_resnet.freeze(model, torch.randn(X))
+    with torch.inference_mode():
+        expected = frozen(x).clone()
+    assert torch.equal(frozen(x), expected) and not frozen(x).requires_grad
+
+
+def test_plans_print_as_python():
+    model, x = networks.small(), torch.randn(X)
+    code = fused_resnet.freeze(model, x).plan(x).code
+    assert code.count("fused_") >= 12 and "batch_norm" not in code and "bn1" not in code.replace("fused_", "")
+
+
+def test_threads():
+    """Several threads, several shapes at once, plans made on the way: every answer is the serial one."""
+    model = networks.small()
+    frozen = fused_resnet.freeze(model, torch.randn(1, 3, 8, 8))
+    inputs = [torch.randn(1 + i % 3, 3, 8 + i % 2, 8) for i in range(12)]
+    serial = fused_resnet.freeze(model, inputs[0])
+    expected = [serial(x) for x in inputs]
+    wrong, barrier = [], threading.Barrier(4)
+
+    def work(offset):
+        barrier.wait()
+        for turn in range(2 * len(inputs)):
+            i = (turn * 7 + offset) % len(inputs)
+            if not torch.equal(frozen(inputs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(5 * n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and set(frozen._plans) == {tuple(x.shape) for x in inputs}
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def test_outputs_are_fresh_and_inputs_are_not_written():
+    model = networks.small()
+    x = torch.randn(X).to(memory_format=torch.channels_last)
+    frozen, before = fused_resnet.freeze(model, x), x.clone()
+    first = frozen(x)
+    kept = first.clone()
+    second = frozen(x)
+    assert first.data_ptr() != second.data_ptr() and torch.equal(first, second)
+    second.zero_()
+    frozen(torch.randn(X))
+    assert torch.equal(first, kept) and torch.equal(x, before) and torch.equal(frozen(x), kept)
+
+
+def test_the_sum_over_the_input_is_not_written_into_the_input():
+    class Shortcut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return torch.relu(self.conv(x) + x)
+
+    model, x = Shortcut().eval(), torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last)
+    frozen, before = fused_resnet.freeze(model, x), x.clone()
+    assert networks.error(frozen(x), networks.in_fp64(model, x)) < 1e-5 and torch.equal(x, before)
+    assert [conv.problem.has_residual for conv in convolutions(frozen, x)] == [True]
+
+
+def test_later_changes_do_not_reach_the_frozen_copy():
+    model, x = networks.small(), torch.randn(X)
+    frozen = fused_resnet.freeze(model, x)
+    expected, other = frozen(x).clone(), frozen(x[:1]).clone()
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.add_(1)
+    frozen._plans.clear()  # made again: from the copy, too
+    assert torch.equal(frozen(x), expected) and torch.equal(frozen(x[:1]), other)
+
+
+@needs_onednn
+def test_sums_are_written_over_what_nobody_reads_again():
+    model, x = networks.small(), torch.randn(X)
+    sums = [conv for conv in convolutions(fused_resnet.freeze(model, x), x) if conv.problem.has_residual]
+    assert len(sums) == 4 and all(conv.in_place for conv in sums)
+
+
+def later_reader(x, conv, pool):
+    a = torch.relu(conv(x))
+    b = torch.relu(conv(a) + a)
+    return a + b
+
+
+def both_readers_and_output(x, conv, pool):
+    a = pool(x)
+    b = torch.relu(conv(a) + a)
+    return a, b, conv(b) + b
+
+
+def same_value_twice(x, conv, pool):
+    a = torch.relu(conv(x))
+    return conv(a) + a, conv(a) + conv(a), a + a
+
+
+def inplace_relu_on_what_is_read_again(x, conv, pool):
+    a = conv(x)
+    b = conv(a)
+    c = F.relu(a, inplace=True)
+    return b + a, c
+
+
+def inplace_relu_between_convolution_and_sum(x, conv, pool):
+    a = pool(x)
+    b = conv(a)
+    a.relu_()
+    return torch.relu(b + a), conv(a)
+
+
+def augmented_add_on_what_is_read_again(x, conv, pool):
+    a = pool(x)
+    c = conv(a)
+    a += c
+    return conv(a) + a
+
+
+def augmented_add_read_through_the_old_name(x, conv, pool):
+    a, b = conv(x), pool(x)
+    old = b.view(b.shape)
+    b = operator.iadd(b, a)
+    return old * 2, b
+
+
+def view_of_a_residual(x, conv, pool):
+    a = torch.relu(conv(x))
+    v = a[:, :2]
+    b = torch.relu(conv(a) + a)
+    return v + 1, b
+
+
+def view_of_a_view_written(x, conv, pool):
+    a = torch.relu(conv(x))
+    b = conv(a)
+    a[:, 1:3][:, 1:].mul_(0.5)
+    return b + a
+
+
+def flattened_by_view(x, conv, pool):
+    """`view` where a plan's channels_last memory allows none: the old way into a classifier."""
+    return conv(x).view(x.size(0), -1), pool(torch.relu(conv(x))).view(-1)
+
+
+def called_by_keyword(x, conv, pool):
+    return torch.relu(conv(input=x) + x)
+
+
+def pre_activation(x, conv, pool):
+    a = conv(torch.relu(x)) + x
+    return conv(torch.relu(a)) + a
+
+
+def dense_concatenation(x, conv, pool):
+    a = torch.relu(conv(x))
+    b = torch.relu(conv(torch.cat([x, a], 1)[:, 2:6]))
+    return torch.cat([x, a, b], 1)
+
+
+def three_addends(x, conv, pool):
+    a, b = conv(x), conv(pool(x))
+    return torch.relu(a + b + x)
+
+
+def two_sums_over_one_residual(x, conv, pool):
+    a = pool(torch.relu(x))
+    return torch.relu(conv(x) + a), torch.relu(conv(a) + a)
+
+
+def residual_is_a_pool_of_a_residual(x, conv, pool):
+    a = torch.relu(conv(x))
+    b = pool(a)
+    return conv(x) + a, conv(a) + b
+
+
+def scaled_sum(x, conv, pool):
+    return torch.add(conv(x), x, alpha=2), conv(x) + 1.0, conv(x) + x.mean((2, 3), keepdim=True)
+
+
+AWKWARD = (
+    later_reader, both_readers_and_output, same_value_twice, inplace_relu_on_what_is_read_again,
+    inplace_relu_between_convolution_and_sum, augmented_add_on_what_is_read_again,
+    augmented_add_read_through_the_old_name, view_of_a_residual, view_of_a_view_written, flattened_by_view,
+    called_by_keyword, pre_activation,
+    dense_concatenation, three_addends, two_sums_over_one_residual, residual_is_a_pool_of_a_residual, scaled_sum,
+)  # fmt: skip
+
+
+class Network(nn.Module):
+    """One of the functions above over one shared convolution and one pooling that keeps the shape."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.conv, self.pool = nn.Conv2d(4, 4, 3, padding=1), nn.MaxPool2d(3, 1, 1)
+
+    def forward(self, x):
+        return self.function(x, self.conv, self.pool)
+
+
+def equal_outputs(actual, expected):
+    actual, expected = (value if isinstance(value, tuple) else (value,) for value in (actual, expected))
+    for index, (a, b) in enumerate(zip(actual, expected)):
+        # fp32 against fp64 through a dozen layers; corrupted memory is wrong by about 1
+        torch.testing.assert_close(
+            a.double(),
+            b,
+            rtol=0,
+            atol=1e-4 * max(1.0, b.abs().max().item()),
+            msg=lambda m, index=index: f"output {index}: {m}",
+        )
+
+
+@pytest.mark.parametrize("function", AWKWARD, ids=lambda function: function.__name__)
+def test_memory_is_never_corrupted(function):
+    model, x = Network(function).eval(), torch.randn(2, 4, 6, 7)
+    frozen = fused_resnet.freeze(model, x)
+    equal_outputs(frozen(x), networks.in_fp64(model, x))
+    equal_outputs(frozen(x), networks.in_fp64(model, x))
+
+
+class Program(nn.Module):
+    """A network given as a list of instructions over a growing list of values, all of one shape."""
+
+    def __init__(self, instructions, outputs):
+        super().__init__()
+        self.instructions, self.outputs = instructions, outputs
+        self.convs = nn.ModuleList(
+            [nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 3, padding=1, groups=2)]
+        )
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+        self.relu, self.inplace, self.pool = nn.ReLU(), nn.ReLU(inplace=True), nn.AvgPool2d(3, 1, 1)
+        networks.randomize(self)
+
+    def forward(self, x):
+        values = [x + 0]  # instructions write in place; the caller's tensor is not theirs
+        for name, i, j in self.instructions:
+            a, b = values[i % len(values)], values[j % len(values)]
+            values.append(self._step(name, j, a, b))
+        return tuple(values[i % len(values)] for i in self.outputs)
+
+    def _step(self, name, number, a, b):
+        conv, norm = self.convs[number % 3], self.norms[number % 2]
+        if name == "conv":
+            return conv(a)
+        if name == "conv-bn":
+            return norm(conv(a))
+        if name == "conv-bn-relu":
+            return self.inplace(norm(conv(a)))
+        if name == "residual":
+            return self.relu(norm(conv(a)) + b)
+        if name == "residual, augmented":
+            out = conv(a)
+            out += b
+            return self.inplace(out)
+        if name == "add":
+            return a + b
+        if name == "add_":
+            return a.add_(b)
+        if name == "iadd":
+            return operator.iadd(a, b)
+        if name == "relu":
+            return self.relu(a)
+        if name == "relu_":
+            return self.inplace(a)
+        if name == "norm":
+            return norm(a)
+        if name == "pool":
+            return self.pool(a)
+        if name == "view":
+            return a.view(a.shape)
+        if name == "halve a view":
+            return a[:, 1:3].mul_(0.5).sum() * 0 + a
+        assert name == "concatenate"
+        return torch.cat([a, b], 1)[:, 2:6]
+
+
+STEPS = (
+    "conv", "conv-bn", "conv-bn-relu", "residual", "residual, augmented", "add", "add_", "iadd", "relu", "relu_",
+    "norm", "pool", "view", "halve a view", "concatenate",
+)  # fmt: skip
+number = st.integers(0, 11)
+programs = st.builds(
+    Program,
+    # an instruction reads recent values more often than not, since only those are ever fused
+    st.lists(
+        st.tuples(st.sampled_from(STEPS), st.sampled_from((-1, -1, -2, -3, 0, 1)), number), min_size=1, max_size=10
+    ),
+    st.lists(st.sampled_from((-1, -1, -2, -3, 0)), min_size=1, max_size=3),
+)
+
+
+def frozen_program_is_right(program, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(2, 4, 5, 3)
+    frozen, before = fused_resnet.freeze(program.eval(), x), x.clone()
+    expected = networks.in_fp64(program, x)
+    equal_outputs(frozen(x), expected)
+    equal_outputs(frozen(x), expected)
+    assert torch.equal(x, before)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(programs, st.integers(0, 99))
+def test_random_programs(program, seed):
+    frozen_program_is_right(program, seed)
+
+
+@full
+@settings(max_examples=3000, deadline=None, derandomize=True)
+@given(programs, st.integers(0, 99))
+def test_many_random_programs(program, seed):
+    frozen_program_is_right(program, seed)
+
+
+# ------------------------------------------------------------------------------------------------- refusals, ways back
+
+
+def test_training_mode_is_refused():
+    model, x = networks.small(), torch.randn(X)
+    model.layer2[0].bn1.train()
+    with pytest.raises(RuntimeError, match=r"freeze: layer2.0.bn1 is in training mode; call model.eval\(\) first"):
+        fused_resnet.freeze(model, x)
+    with pytest.raises(RuntimeError, match="freeze: the model is in training mode"):
+        fused_resnet.freeze(model.train(), x)
+
+
+class TwoBranches(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+REFUSED = {
+    "wrong channels": (lambda m: fused_resnet.freeze(m, torch.randn(2, 4, 16, 16)), ValueError, "cannot take an input"),
+    "wrong rank": (lambda m: fused_resnet.freeze(m, torch.randn(2, 3)), ValueError, r"input of shape \(2, 3\)"),
+    "integers": (lambda m: fused_resnet.freeze(m, torch.ones(X).int()), TypeError, "floating-point tensor .* int32"),
+    "not a tensor": (lambda m: fused_resnet.freeze(m, [1.0]), TypeError, "example_input must be .*list"),
+    "not a module": (lambda m: fused_resnet.freeze(torch.relu, torch.ones(X)), TypeError, "expected an nn.Module"),
+    "dtype": (lambda m: fused_resnet.freeze(m, torch.ones(X), dtype=torch.int8), TypeError, "dtype must be float32"),
+    "unknown backend": (
+        lambda m: fused_resnet.freeze(m, torch.ones(X), backend="tpu"), BackendError, "unknown backend 'tpu'; known"),
+    "forced backend": (
+        lambda m: fused_resnet.freeze(m, torch.ones(X), backend="cudnn"), BackendError, "'cudnn' cannot run this"),
+    "forced dtype": (
+        lambda m: fused_resnet.freeze(m, torch.ones(X), dtype=torch.float64, backend="onednn"), BackendError,
+        "'onednn' cannot run this: float64 is not supported"),
+    "example on another device": (
+        lambda m: fused_resnet.freeze(m, torch.ones(X, device="meta")), (TypeError, ValueError), "meta"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call, error, message", REFUSED.values(), ids=REFUSED)
+def test_refused_and_the_model_unchanged(call, error, message):
+    model, x = networks.small(), torch.randn(X)
+    model.fc.register_forward_hook(lambda *_: None)
+    before, expected = remember(model), model(x)
+    with pytest.raises(error, match=message):
+        call(model)
+    unchanged(model, before, x, expected)
+
+
+def test_untraceable_models_are_refused():
+    with pytest.raises(
+        ValueError, match="torch.fx cannot trace TwoBranches: .*Freeze the part that is a plain network"
+    ):
+        fused_resnet.freeze(TwoBranches().eval(), torch.ones(X))
+
+
+def test_the_model_is_unchanged_by_success_and_comes_back():
+    model, x = networks.small(), torch.randn(X)
+    before, expected = remember(model), model(x)
+    frozen = fused_resnet.freeze(model, x, dtype=torch.float64)
+    frozen(x)
+    unchanged(model, before, x, expected)
+    assert frozen.unfreeze() is model
+
+
+def test_calls_that_do_not_fit_are_refused():
+    frozen = fused_resnet.freeze(networks.small(), torch.randn(X))
+    with pytest.raises(TypeError, match="frozen for float32 inputs on cpu, got float64 on cpu"):
+        frozen(torch.randn(X).double())
+    with pytest.raises(TypeError, match="frozen for float32 inputs on cpu, got float32 on meta"):
+        frozen(torch.randn(X, device="meta"))
+    with pytest.raises(TypeError, match="got list"):
+        frozen([1])
+    with pytest.raises(ValueError, match=r"cannot take an input of shape \(2, 5, 16, 16\)"):
+        frozen(torch.randn(2, 5, 16, 16))
+    x = torch.randn(X, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no gradients: use fused_resnet.fuse"):
+        frozen(x)
+    with torch.no_grad():
+        assert not frozen(x).requires_grad
+
+
+def test_a_frozen_model_stays_as_it_is():
+    frozen = fused_resnet.freeze(networks.small(), torch.randn(X))
+    assert frozen.eval() is frozen and not frozen.training
+    for call in (frozen.train, frozen.half, lambda: frozen.to(torch.float64)):
+        with pytest.raises(RuntimeError, match="a frozen model cannot be .*frozen.unfreeze"):
+            call()
+
+
+def test_hooks_of_leaves_are_kept_and_those_of_containers_refused():
+    model, x, seen = networks.small(), torch.randn(X), []
+    handle = model.layer1[0].conv1.register_forward_hook(
+        lambda module, args, out: seen.append(tuple(out.shape)) or 2 * out
+    )
+    frozen = fused_resnet.freeze(model, x)
+    seen.clear()
+    as_good_as_plain(frozen, model, x)
+    seen.clear()
+    frozen(x)
+    assert seen == [(2, 8, 16, 16)]
+    handle.remove()
+    for module, name in ((model.layer1[0], "layer1.0"), (model, "the model")):
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            handle = register(lambda *_: None)
+            with pytest.raises(ValueError, match=f"freeze: {name} has forward hooks, which a plan would drop"):
+                fused_resnet.freeze(model, x)
+            handle.remove()
+
+
+@pytest.mark.parametrize(
+    "copied", (copy.deepcopy, lambda frozen: pickle.loads(pickle.dumps(frozen))), ids=("copy", "pickle")
+)
+def test_copies_and_pickles(copied):
+    model, x = networks.small(), torch.randn(X)
+    frozen = fused_resnet.freeze(model, x)
+    again = copied(frozen)
+    assert torch.equal(again(x), frozen(x)) and again.dtype == torch.float32
+    assert torch.equal(again(x[:1]), frozen(x[:1])) and isinstance(again.unfreeze(), networks.Network)
+
+
+def test_parametrized_and_replaced_modules_are_called():
+    model, x = networks.small(), torch.randn(X)
+    nn.utils.parametrizations.weight_norm(model.layer1[0].conv1)
+    model.layer2[0].bn1 = nn.GroupNorm(4, 12)
+    model.layer3[0].relu = nn.SiLU()
+    model.layer1[1].bn2 = nn.BatchNorm2d(8, track_running_stats=False)
+    as_good_as_plain(fused_resnet.freeze(model.eval(), x), model, x)

@@ -1,0 +1,183 @@
+"""Whole random problems on every backend of this machine, and that the comparison would notice a mistake."""
+
+import json
+
+import pytest
+import torch
+
+from fused_resnet import backends, testing
+from fused_resnet.problem import AddReluProblem
+
+SEED = 0
+FIRST_TIER, FULL, CHUNK = 150, 2000, 100
+# Of 150 problems, at least this many ran; seed 0 has 30 sums. Where a backend may be absent its sentence is the skip.
+MINIMUM = {
+    "conv_bn_act/eager": 110, "conv_bn_act/triton": 95, "conv_bn_act/onednn": 25,
+    "add_relu/eager": 25, "add_relu/triton": 20, "add_relu/cpu": 20,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report():
+    return testing.verify(FIRST_TIER, SEED)
+
+
+def test_no_mismatch(report):
+    assert report.passed and report.problems == FIRST_TIER, str(report)
+
+
+@pytest.mark.parametrize("name", MINIMUM)
+def test_every_backend_really_ran(report, name):
+    entry = report.backends[name]
+    op, backend = name.split("/")
+    everywhere = {"float64 is not supported", "it takes only a bias", "no float16 instructions"}
+    missing = [why for why in entry.cannot_run if not any(part in why for part in everywhere)]
+    if missing and entry.ok == 0:
+        pytest.skip(f"{name}: {missing[0]}")
+    assert entry.ok >= MINIMUM[name], entry.cannot_run
+    assert 0 <= entry.worst_error <= 1
+
+
+def test_reports_are_json_and_reproducible(report):
+    plain = json.loads(json.dumps(report.as_dict()))
+    assert plain["passed"] is True and set(plain["backends"]) >= set(MINIMUM)
+    # the call that is printed is a call
+    worst = plain["backends"]["conv_bn_act/eager"]
+    outcome = eval(worst["worst_case"].split(": ")[0], vars(testing).copy())
+    assert (outcome.status, outcome.worst_error) == ("ok", worst["worst_error"])
+    one, other = (
+        testing.verify(range(3, 6), SEED, backends=["eager"]),
+        testing.verify(range(3, 6), SEED, backends=["eager"]),
+    )
+    assert one.as_dict() == other.as_dict() and all(name.endswith("/eager") for name in one.backends)
+
+
+def test_progress():
+    seen = []
+    testing.verify(range(2, 5), SEED, backends=["eager"], progress=seen.append)
+    assert seen == [2, 3, 4]
+
+
+def test_draws_cover_what_they_should():
+    """Over 600 cases: every dtype, activation, layout, kind of filter and subset of operands that the issue lists."""
+    cases = [testing.case_at(SEED, index) for index in range(600)]
+    convolutions = [case for case in cases if case.problem.op == "conv_bn_act"]
+    problems = [case.problem for case in convolutions]
+    assert {p.dtype for p in problems} == {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+    assert {p.activation for p in problems} == {"none", "relu", "relu6", "silu"}
+    assert {p.N for p in problems} == {0, 1, 2, 3, 4}
+    assert {p.R for p in problems} == {p.S for p in problems} == set(range(1, 8))
+    depthwise = [p for p in problems if p.groups == p.C > 1]
+    for interesting in (
+        depthwise,
+        [p for p in problems if 1 < p.groups < p.C], [p for p in problems if p.is_pointwise],
+        [p for p in problems if p.C % 8 and p.K % 8], [p for p in problems if p.R != p.S],
+        [p for p in problems if p.stride[0] != p.stride[1]], [p for p in problems if p.padding[0] != p.padding[1]],
+        [p for p in problems if p.dilation[0] != p.dilation[1]], [p for p in problems if p.has_residual],
+        [p for p in problems if p.has_bn and p.has_bias], [p for p in problems if not p.has_bn and not p.has_bias],
+        [c for c in convolutions if 0 < sum(v is not None for v in c.operands.bn_vectors.values()) < 4],
+        [c for c in convolutions if len({t.dtype for t in c.tensors.values()}) > 2],
+        [c for c in convolutions if not all(t.isfinite().all() for t in c.tensors.values())],
+        [c for c in convolutions if c.operands.bn_weight is not None and (c.operands.bn_weight < 0).any()],
+        [c for c in convolutions if c.operands.bn_var is not None and 0 < c.operands.bn_var.max() < 1e-8],
+        [c for c in convolutions if c.operands.bn_var is not None and c.operands.bn_var.min() > 1e3],
+        [c for c in convolutions if c.operands.x.numel() and c.operands.x.abs().max() > 1e6],
+        [c for c in convolutions if 0 in c.operands.x.stride()],
+        [c for c in convolutions if not c.operands.x.is_contiguous(memory_format=torch.channels_last)],
+        [c for c in cases if c.problem.op == "add_relu" and c.problem.same_dense_layout],
+        [c for c in cases if c.problem.op == "add_relu" and not c.problem.same_dense_layout],
+        [c for c in cases if c.problem.op == "add_relu" and len(c.problem.shape) != 4],
+    ):  # fmt: skip
+        assert len(interesting) >= 5
+
+
+# ------------------------------------------------------------------------------------ the comparison notices mistakes
+
+
+def broken(monkeypatch, op, spoil):
+    """`check` of a backend that is eager with its result spoilt."""
+    eager = backends.known(op)["eager"]
+    monkeypatch.setitem(
+        backends._REGISTRY[op], "broken",
+        eager._replace(name="broken", run=lambda problem, *operands: spoil(eager.run(problem, *operands), *operands)),
+    )  # fmt: skip
+    indices = range(60)
+    return [testing.check(case, "broken") for case in (testing.case_at(7, i) for i in indices) if case.problem.op == op]
+
+
+def _poke(value):
+    def spoil(out, *operands):
+        if out.numel():
+            out[(-1,) * out.dim()] = value
+        return out
+
+    return spoil
+
+
+def _write_input(out, operands):
+    operands.weight.view(-1)[0] = 3
+    return out
+
+
+SPOILT = {
+    "last element never written": (_poke(torch.nan), "1 of"),
+    "last element wrong": (_poke(-77.0), "1 of"),
+    "shape": (lambda out, *_: out[:, :-1], "the output's shape is"),
+    "dtype": (lambda out, *_: out.to(torch.float64 if out.dtype != torch.float64 else torch.float32), "dtype is"),
+    "channels swapped": (lambda out, *_: out.flip(1).contiguous(memory_format=torch.channels_last), "elements differ"),
+    "raises": (lambda out, *_: 1 / 0, "raised ZeroDivisionError"),
+    "input written": (_write_input, "weight was written to"),
+    "strides": (lambda out, *_: out.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2), "the output's strides is"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil, detail", SPOILT.values(), ids=SPOILT)
+def test_a_broken_convolution_is_a_mismatch(spoil, detail, monkeypatch):
+    outcomes = broken(monkeypatch, "conv_bn_act", spoil)
+    found = [outcome for outcome in outcomes if outcome.status == "mismatch"]
+    assert len(found) >= 0.6 * len(outcomes) and any(detail in outcome.detail for outcome in found)
+
+
+def test_a_broken_sum_is_a_mismatch(monkeypatch):
+    for spoil in (_poke(torch.nan), lambda out, *_: out.mul_(1 + 2**-7), lambda out, *_: out.sub_(1).relu_()):
+        outcomes = broken(monkeypatch, "add_relu", spoil)
+        assert sum(outcome.status == "mismatch" for outcome in outcomes) >= len(outcomes) // 2
+
+
+def test_a_broken_gradient_of_a_sum_is_a_mismatch(monkeypatch):
+    eager = backends.known("add_relu")["eager"]
+    spoilt = eager._replace(name="broken", backward=lambda grad, out: grad * (out >= 0))
+    monkeypatch.setitem(backends._REGISTRY["add_relu"], "broken", spoilt)
+    cases = [case for case in (testing.case_at(7, i) for i in range(60)) if case.problem.op == "add_relu"]
+    assert sum("of the gradient differ" in testing.check(case, "broken").detail for case in cases) >= len(cases) // 2
+
+
+def test_an_exception_is_reported_with_the_call_that_shows_it(monkeypatch):
+    def run(problem, *operands):
+        raise MemoryError("no")
+
+    eager = backends.known("conv_bn_act")["eager"]
+    monkeypatch.setitem(backends._REGISTRY["conv_bn_act"], "broken", eager._replace(name="broken", run=run))
+    report = testing.verify(range(4), 3, backends=["broken"])
+    assert not report.passed and report.as_dict()["passed"] is False
+    convolutions = [i for i in range(4) if not isinstance(testing.case_at(3, i).problem, AddReluProblem)]
+    assert f"check(case_at(3, {convolutions[0]}, 'cpu'), 'broken')" in str(report) and "MemoryError: no" in str(report)
+
+
+def test_unknown_backends_are_refused():
+    with pytest.raises(backends.BackendError, match="unknown backend 'tpu'; known ones are"):
+        testing.check(testing.case_at(SEED, 0), "tpu")
+
+
+# -------------------------------------------------------------------------------------------------------------- 2,000
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("start", range(0, FULL, CHUNK))
+def test_two_thousand(start):
+    """Twenty tests of a hundred problems each, so that xdist shares them among cores."""
+    report = testing.verify(range(start, start + CHUNK), seed=1)
+    assert report.passed, str(report)
+    for name in ("conv_bn_act/eager", "conv_bn_act/triton", "conv_bn_act/onednn", "add_relu/eager", "add_relu/triton"):
+        entry = report.backends[name]
+        assert entry.ok >= MINIMUM[name] * CHUNK // FIRST_TIER // 2, (name, entry.cannot_run)
