@@ -7,7 +7,7 @@ backend was asked for by name, so the three cannot disagree. Adding a backend is
 from __future__ import annotations
 
 import functools
-from typing import Callable, NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional, Union, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from fused_resnet.triton_kernels import add_relu as triton_add_relu
 from fused_resnet.triton_kernels import conv_bn_act as triton_conv_bn_act
 
 Problem = Union[ConvProblem, AddReluProblem]
+Backward = Callable[[Tensor, Tensor], Tensor]
 
 
 class BackendError(RuntimeError):
@@ -35,16 +36,16 @@ class BackendError(RuntimeError):
 class Backend(NamedTuple):
     """One way to compute one operator.
 
-    why_not: None, or why it cannot run the problem. run: (problem, *operands) -> output. backward: add_relu only.
-    auto: the devices on which `auto` may choose it. A kernel of ours gets a CUDA device there only once it has been
-    verified against the reference on that kind of device.
+    why_not: None, or why it cannot run a problem of its operator. run: (problem, *operands) -> output. backward:
+    add_relu only. auto: the devices on which `auto` may choose it. A kernel of ours gets a CUDA device there only once
+    it has been verified against the reference on that kind of device.
     """
 
     name: str
-    why_not: Callable[[Problem], Optional[str]]
+    why_not: Callable[[Any], Optional[str]]
     run: Callable[..., Tensor]
     auto: tuple[str, ...] = ()
-    backward: Optional[Callable[[Tensor, Tensor], Tensor]] = None
+    backward: Optional[Backward] = None
 
 
 _REGISTRY: dict[str, dict[str, Backend]] = {"conv_bn_act": {}, "add_relu": {}}
@@ -168,7 +169,7 @@ def onednn_missing(dtype: torch.dtype) -> Optional[str]:
     """Why oneDNN's fused convolutions are not to be had for this dtype on this machine, or None."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
         return "this torch has no oneDNN fused convolutions"
-    supported = {
+    supported: dict[torch.dtype, Callable[[], bool]] = {
         torch.float32: lambda: True,
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
@@ -248,9 +249,48 @@ def _triton_conv_bn_act(problem: ConvProblem, operands: ConvOperands) -> Tensor:
 
 def _cuda_conv_why_not(problem: ConvProblem) -> Optional[str]:
     reason = _cuda_why_not(problem)
-    if reason is None and problem.dtype == torch.float32 and not triton_conv_bn_act.allows_tf32():
+    if reason is not None:
+        return reason
+    if problem.dtype == torch.float32 and not triton_conv_bn_act.allows_tf32():
         return "in float32 it multiplies in TF32, which torch.backends.cudnn does not allow"
-    return reason
+    return _cuda_limits(problem)
+
+
+# As in csrc/problem.h, where it says why.
+_CUDA_EXTENT = 2**28
+_CUDA_DIVIDEND = 2**31 - 1025
+_CUDA_TILE_ROWS = 256
+_CUDA_CHUNK_BYTES = 16
+
+
+@functools.lru_cache(maxsize=1024)  # it is asked at every call
+def _cuda_limits(problem: ConvProblem) -> Optional[str]:
+    """Why csrc's kernel cannot index this problem, or None.
+
+    Of x and the weight it assumes 16-byte alignment, as tensors have it that are not views into the middle of others.
+    """
+    p = problem
+    if max(p.C, p.K, p.R, p.S, p.groups, *p.stride, *p.dilation) >= 2**31:
+        return "channels, filter sizes, groups, strides and dilations must be below 2^31"
+    if max(p.H, p.W) >= _CUDA_EXTENT:
+        return f"an input of {p.H}x{p.W} is too large (height and width must be below 2^28)"
+    if max(p.padding) >= _CUDA_EXTENT:
+        return f"padding {max(p.padding)} is too large (it must be below 2^28)"
+    window = max(p.dilation[0] * (p.R - 1), p.dilation[1] * (p.S - 1))
+    if window >= _CUDA_EXTENT:
+        return f"a window of {window + 1} pixels is too large (dilation * (filter size - 1) must be below 2^28)"
+    pixels = p.P * p.Q
+    if pixels >= _CUDA_DIVIDEND:
+        return f"an output of {p.P}x{p.Q} is too large (P * Q must be below 2^31 - 1025)"
+    if p.reduction >= _CUDA_DIVIDEND:
+        return f"a sum of {p.reduction} products is too long (R * S * C/groups must be below 2^31 - 1025)"
+    images = _CUDA_TILE_ROWS // pixels + 2
+    span = ((images * p.H + 2 * p.padding[0] + 2) * p.W + 2 * p.padding[1]) * p.C
+    chunk = _CUDA_CHUNK_BYTES // p.dtype.itemsize
+    reach = 2**31 * (chunk if p.C // p.groups % chunk == 0 else 1)
+    if span >= reach:
+        return f"one tile may span {span} elements of x, too many for its 32-bit offsets (they reach {reach})"
+    return None
 
 
 def _cuda_why_not(problem: Problem) -> Optional[str]:
@@ -293,7 +333,7 @@ def _add_relu(a: Tensor, b: Tensor, backend: str) -> Tensor:
 
 def _add_relu_backward(grad: Tensor, out: Tensor, backend: str) -> Tensor:
     problem = add_relu_problem(out, grad)
-    return select(problem, backend).backward(grad, out)
+    return cast(Backward, select(problem, backend).backward)(grad, out)
 
 
 def _eager_add_relu(problem: AddReluProblem, a: Tensor, b: Tensor) -> Tensor:

@@ -254,7 +254,8 @@ def calibrated(model: nn.Module, image_shape: Sequence[int], *, batch: int = 4, 
     """
     for block in model.modules():
         if isinstance(block, (BasicBlock, Bottleneck)):
-            nn.init.constant_(getattr(block, "bn3", block.bn2).weight, 0.25)
+            last: Any = getattr(block, "bn3", block.bn2)
+            nn.init.constant_(last.weight, 0.25)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -6,7 +6,7 @@ A block is fused only when its forward is known to be the stock one. Everything 
 from __future__ import annotations
 
 import logging
-from typing import Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional, cast
 
 from torch import nn
 
@@ -61,7 +61,8 @@ def fuse(
     if backend != "auto" and backend not in backends.known("conv_bn_act"):
         known = ", ".join(("auto", *backends.known("conv_bn_act")))
         raise backends.BackendError(f"fuse: unknown backend {backend!r}; known ones are {known}.")
-    chosen, left_alone = [], []
+    chosen: list[tuple[Any, type]] = []
+    left_alone = []
     for name, module in model.named_modules():
         if filter_fn is not None and not filter_fn(module, name):
             continue
@@ -111,7 +112,7 @@ def _recognise(module: nn.Module) -> tuple[Optional[type], Optional[str]]:
     if missing:
         return None, f"it has no {missing[0]}"
     stages = [(getattr(module, conv), getattr(module, bn)) for conv, bn in fused_class.stage_names]
-    reason = why_not_fused(module.relu, stages)
+    reason = why_not_fused(cast(nn.Module, module.relu), stages)
     return (None, reason) if reason is not None else (fused_class, None)
 
 

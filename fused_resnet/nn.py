@@ -62,10 +62,9 @@ class BasicBlock(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        out += identity
+        out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
 
 
@@ -105,11 +104,10 @@ class Bottleneck(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        out += identity
+        out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
 
 
@@ -124,6 +122,8 @@ class FusedBlock:
     backend = "auto"
     plain_class: type[nn.Module]
     stage_names: tuple[tuple[str, str], ...]
+    relu: nn.ReLU
+    downsample: Optional[nn.Module]
 
     def forward(self, x: Tensor) -> Tensor:
         stages = [(getattr(self, conv), getattr(self, bn)) for conv, bn in self.stage_names]

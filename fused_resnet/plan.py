@@ -34,6 +34,8 @@ _ACTIVATIONS: dict[Any, str] = {
 }  # fmt: skip
 # Operations besides fused convolutions whose result is memory of its own, which a later sum may overwrite.
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+# Modules that return new memory, never their input or a view of it.
+_FRESH = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._NormBase, *_POOLS, nn.AdaptiveAvgPool2d)
 _POOL_FUNCTIONS = (F.max_pool2d, F.avg_pool2d)
 _AUGMENTED = {f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
 
@@ -61,7 +63,8 @@ def freeze(
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: expected an nn.Module, got {type(model).__name__}.")
     if not isinstance(example_input, Tensor) or not example_input.is_floating_point():
-        got = f"a {dtype_name(example_input.dtype)} tensor" if isinstance(example_input, Tensor) else type(example_input)
+        is_tensor = isinstance(example_input, Tensor)
+        got = f"a {dtype_name(example_input.dtype)} tensor" if is_tensor else type(example_input)
         raise TypeError(f"freeze: example_input must be a floating-point tensor as the model takes it, got {got}.")
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     if training:
@@ -191,13 +194,26 @@ def _trace(model: nn.Module) -> fx.GraphModule:
             f"freeze: torch.fx cannot trace {type(model).__name__}: {error}. Freeze the part that is a plain network, "
             "or use fused_resnet.fuse."
         ) from error
-    modules = dict(model.named_modules())
     for node in graph.nodes:
         node.type = None  # annotations are of no use here, and as strings they cannot be pickled
-        is_view = (node.op, node.target) == ("call_method", "view")
-        if is_view and not any(_writes_in_place(user, modules) for user in node.users):
-            node.target = "reshape"  # a plan's activations are channels_last, which few views survive
+    _let_views_copy(graph, dict(model.named_modules()))
     return copy.deepcopy(fx.GraphModule(model, graph)).eval()
+
+
+def _let_views_copy(graph: fx.Graph, modules: dict) -> None:
+    """`view` as `reshape`: a plan's activations are channels_last, which few views survive. Not where the memory that
+    is viewed may be written later, since a copy would not follow."""
+    memory: dict[fx.Node, set[fx.Node]] = {}  # the nodes whose memory a node may be
+    for node in graph.nodes:
+        owners = [] if isinstance(_module_of(node, modules), _FRESH) else node.all_input_nodes
+        memory[node] = {node}.union(*(memory[owner] for owner in owners))
+    written: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        is_view = (node.op, node.target) == ("call_method", "view") and not isinstance(node.args[-1], torch.dtype)
+        if is_view and not memory[node] & written:
+            node.target = "reshape"
+        if _writes_in_place(node, modules):
+            written |= memory[node]
 
 
 # --------------------------------------------------------------------------------------------------------- lowering
@@ -258,8 +274,8 @@ class _Plan:
         self.module, self.dtype, self.output_dtype = module, dtype, output_dtype
 
     def __call__(self, x: Tensor) -> Any:
-        layout = {"memory_format": torch.channels_last} if x.dim() == 4 else {}
-        out = self.module(x.to(self.dtype, **layout))
+        x = x.to(self.dtype)  # not together with the layout: fp32 to bf16 and NHWC at once took 2.5 times as long
+        out = self.module(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
         if self.dtype == self.output_dtype:
             return out
         return pytree.tree_map(self._converted, out)
@@ -442,9 +458,12 @@ def _differs(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 def fold(conv: nn.Conv2d, bn: Optional[nn.BatchNorm2d], dtype: torch.dtype) -> tuple[Tensor, Optional[Tensor]]:
     """(weight * scale, shift) of conv -> BN in eval mode, computed in fp64; the weight in channels_last."""
-    vectors = (None,) * 4 if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    operands = ConvOperands(conv.weight, conv.weight, bias=conv.bias)
+    if bn is not None:
+        operands = operands._replace(
+            bn_weight=bn.weight, bn_bias=bn.bias, bn_mean=bn.running_mean, bn_var=bn.running_var, eps=bn.eps
+        )
     with torch.no_grad():
-        operands = ConvOperands(conv.weight, conv.weight, *vectors, 0.0 if bn is None else bn.eps, conv.bias)
         scale, shift = reference.scale_and_shift(operands, torch.float64)
         weight = conv.weight.double() * scale.view(-1, 1, 1, 1)
     has_shift = conv.bias is not None or bn is not None
@@ -465,7 +484,8 @@ def _only_user(node: fx.Node) -> Optional[fx.Node]:
 
 def _shape_of(node: Any) -> Optional[tuple[int, ...]]:
     meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
-    return tuple(meta.shape) if hasattr(meta, "shape") else None
+    shape = getattr(meta, "shape", None)
+    return None if shape is None else tuple(shape)
 
 
 def _is_plain_add(node: fx.Node) -> bool:

@@ -28,6 +28,7 @@ from fused_resnet.problem import (
 )
 from fused_resnet.triton_kernels.conv_bn_act import allows_tf32
 
+Pair = tuple[int, int]
 LAYOUTS = ("channels_last", "contiguous", "sliced", "expanded", "permuted")
 # Triton's interpreter, the slowest backend, takes about a millisecond for each tile and step of the reduction
 _MAX_TILE_STEPS = 150
@@ -171,8 +172,9 @@ def _record(report: Report, case: Case, call: str, outcome: Outcome) -> None:
         entry.mismatches.append({"call": call, "problem": str(case), "detail": outcome.detail})
     else:
         entry.ok += 1
-        if outcome.worst_error >= entry.worst_error:
-            entry.worst_error, entry.worst_case = outcome.worst_error, f"{call}: {case}"
+        worst_error = outcome.worst_error or 0.0
+        if worst_error >= entry.worst_error:
+            entry.worst_error, entry.worst_case = worst_error, f"{call}: {case}"
 
 
 # ------------------------------------------------------------------------------------------------------- comparing
@@ -414,7 +416,7 @@ def _random_conv(draw: _Draw) -> Case:
     return Case(conv_problem(operands, *window, rng.choice(ACTIVATIONS)), operands)
 
 
-def _random_window(rng: random.Random) -> tuple[tuple, tuple[int, ...]]:
+def _random_window(rng: random.Random) -> tuple[tuple[Pair, Pair, Pair, int], tuple[int, ...]]:
     """((stride, padding, dilation, groups), (N, C, H, W, K, R, S)) of a convolution with an output, small enough."""
     while True:
         kind = rng.choice(("dense", "dense", "grouped", "depthwise", "pointwise"))
@@ -442,7 +444,7 @@ def _random_dtype(rng: random.Random) -> torch.dtype:
     return rng.choice(3 * [dtype for dtype in FLOAT_DTYPES if dtype != torch.float64] + [torch.float64])
 
 
-def _pair(rng: random.Random, values: Sequence[int]) -> tuple[int, int]:
+def _pair(rng: random.Random, values: Sequence[int]) -> Pair:
     first = rng.choice(values)
     return (first, first if rng.random() < 0.6 else rng.choice(values))
 

@@ -15,9 +15,9 @@ NO_CUDA = None if torch.cuda.is_available() else "needs a CUDA GPU and a CUDA bu
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "full: takes minutes; the first tier is everything else")
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    if "OMP_NUM_THREADS" not in os.environ:
+        workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 @pytest.fixture(autouse=True)

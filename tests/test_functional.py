@@ -1,14 +1,17 @@
 """The public functions: values on every backend by position, gradients as torch.nn's, dispatch, empty batches, NaN."""
 
 import itertools
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from fused_resnet import backends, functional, testing
-from fused_resnet.problem import ACTIVATIONS, ConvOperands, conv_problem
+from fused_resnet.problem import ACTIVATIONS, ConvOperands, ConvProblem, conv_problem
 
 VECTORS = ("bn_weight", "bn_bias", "bn_mean", "bn_var")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -128,6 +131,77 @@ def test_auto_on_the_cpu():
     assert backends.select(problem).name == "onednn"
     assert backends.select(problem._replace(has_bn=True)).name == "eager"
     assert backends.select(problem._replace(dtype=torch.float64)).name == "eager"
+
+
+ONE_BY_ONE = ConvProblem(
+    1, 8, 1, 1, 8, 1, 1, (1, 1), (0, 0), (1, 1), 1, "relu", False, False, False, torch.float16, "cuda"
+)  # fmt: skip
+# What csrc's kernel cannot index, the same a little smaller, and the reason
+BEYOND_CUDA = {
+    "height": (dict(H=2**28), dict(H=2**28 - 1), "an input of 268435456x1 is too large"),
+    "width": (dict(W=2**28), dict(W=2**28 - 1), "an input of 1x268435456 is too large"),
+    "padding": (dict(padding=(0, 2**28)), dict(padding=(0, 2**28 - 1)), "padding 268435456 is too large"),
+    "window": (
+        dict(R=2**27 + 1, dilation=(2, 1), padding=(2**27, 0)), dict(R=2**27, dilation=(2, 1), padding=(2**27, 0)),
+        "a window of 268435457 pixels is too large",
+    ),
+    "window's width": (
+        dict(S=2**27 + 1, dilation=(1, 2), padding=(0, 2**27)), dict(S=2**27, dilation=(1, 2), padding=(0, 2**27)),
+        "a window of 268435457 pixels is too large",
+    ),
+    "pixels": (  # 13299 * 161477 = 2^31 - 1025
+        dict(padding=(6649, 80738)), dict(padding=(6649, 80737)), "an output of 13299x161477 is too large"
+    ),
+    "reduction": (  # 1023 * 1429 * 1469 = 2^31 - 1025
+        dict(C=1023, R=1429, S=1469, padding=(714, 734)), dict(C=1023, R=1429, S=1468, padding=(714, 734)),
+        "a sum of 2147482623 products is too long",
+    ),
+    "span": (
+        dict(C=64, K=64, H=4096, W=4096, groups=64), dict(C=64, K=64, H=4096, W=4096),
+        "one tile may span 2148007936 elements of x, too many for its 32-bit offsets",
+    ),
+    "span of 258 images": (
+        dict(C=16, H=2048, R=2048, W=2040, S=2040), dict(C=16, H=2048, R=2048, W=2031, S=2031),
+        "one tile may span 17246519040 elements of x, too many for its 32-bit offsets",
+    ),
+    "stride": (dict(stride=(1, 2**31)), dict(stride=(1, 2**31 - 1)), "strides and dilations must be below 2^31"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("beyond, within, reason", BEYOND_CUDA.values(), ids=BEYOND_CUDA)
+def test_what_the_cuda_kernel_cannot_index(monkeypatch, beyond, within, reason):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(backends.extension, "load", lambda library: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with pytest.raises(backends.BackendError, match=f"backend 'cuda' cannot run this: .*{re.escape(reason)}"):
+        backends.select(ONE_BY_ONE._replace(**beyond), "cuda")
+    assert backends.select(ONE_BY_ONE._replace(**within), "cuda").name == "cuda"
+
+
+def near_powers(most):
+    return st.builds(lambda n, more: max(1, 2**n + more), st.integers(0, most), st.integers(-2, 2))
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_the_cuda_limits_are_those_of_csrc(data):
+    checks = pytest.importorskip("fused_resnet._host_checks", reason="_host_checks is not built")
+    draw = data.draw
+    H, W, R, S, channels, *dilation = (draw(near_powers(most)) for most in (28, 28, 12, 12, 16, 17, 17))
+    fitting = [min(2**29, d * (taps - 1) // 2 + 1) for d, taps in zip(dilation, (R, S))]
+    padding = tuple(draw(st.sampled_from([0, pad, pad])) for pad in fitting)
+    groups, dtype = draw(st.sampled_from([1, 8])), draw(st.sampled_from(DTYPES))
+    p = ONE_BY_ONE._replace(
+        C=channels * groups, H=H, W=W, R=R, S=S, padding=padding, dilation=tuple(dilation), groups=groups, dtype=dtype
+    )
+    assume(p.P > 0 and p.Q > 0)
+    try:
+        shape = checks.ConvShape((1, H, W, p.C), (p.K, R, S, channels), p.stride, padding, p.dilation, groups)
+    except ValueError:
+        assert backends._cuda_limits(p) is not None
+    else:
+        chunk = 16 // dtype.itemsize
+        assert (backends._cuda_limits(p) is None) == shape.spans_fit(1 if channels % chunk else chunk)
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients

@@ -439,6 +439,59 @@ def test_memory_is_never_corrupted(function):
     equal_outputs(frozen(x), networks.in_fp64(model, x))
 
 
+def flat_view_of_what_is_written(x, conv, pool):
+    a = conv(x)
+    flat = a.view(x.size(0), -1)
+    a.mul_(2)
+    return flat
+
+
+def flat_view_written_through_a_slice(x, conv, pool):
+    a = conv(x)
+    a.view(-1)[1:].mul_(0.5)
+    return a + 1
+
+
+@pytest.mark.parametrize("function", (flat_view_of_what_is_written, flat_view_written_through_a_slice))
+def test_a_view_that_must_alias_is_right_or_refused(function):
+    """In channels_last memory these views do not exist; a copy in their place would give wrong answers silently."""
+    model, x = Network(function).eval(), torch.randn(2, 4, 6, 7)
+    try:
+        actual = fused_resnet.freeze(model, x)(x)
+    except RuntimeError as error:
+        assert "view" in str(error)
+    else:
+        equal_outputs(actual, networks.in_fp64(model, x))
+
+
+def test_a_classifier_with_in_place_activations_after_a_view():
+    """The old AlexNet and VGG way: what is written later is the classifier's memory, not the view's."""
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True)
+            self.first, self.last = nn.Linear(4 * 6 * 7, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.relu(self.conv(x))
+            return self.last(self.relu(self.first(x.view(x.size(0), -1))))
+
+    model, x = Classifier().eval(), torch.randn(2, 4, 6, 7)
+    equal_outputs(fused_resnet.freeze(model, x)(x), networks.in_fp64(model, x))
+
+
+def viewed_as_another_dtype(x, conv, pool):
+    return (conv(x).view(torch.int32) & 0x7FFFFFFF).view(torch.float32)
+
+
+def test_views_as_another_dtype_stay_views():
+    model, x = Network(viewed_as_another_dtype).eval(), torch.randn(2, 4, 6, 7)
+    with torch.no_grad():
+        expected = model(x)
+    torch.testing.assert_close(fused_resnet.freeze(model, x)(x), expected, rtol=1e-4, atol=1e-5)
+
+
 class Program(nn.Module):
     """A network given as a list of instructions over a growing list of values, all of one shape."""
 

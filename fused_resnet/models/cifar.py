@@ -48,6 +48,10 @@ class CifarResNet(nn.Module):
     # other people's names for our children, component by component: distiller's classifier, akamaster's projections
     key_aliases = {"fc": "linear", "shortcut": "downsample"}
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(
         self,
         n: int,
@@ -88,7 +92,7 @@ class CifarResNet(nn.Module):
 
 
 def _block(inplanes: int, planes: int, stride: int, option: str, inner_width: int) -> BasicBlock:
-    downsample = None
+    downsample: Optional[nn.Module] = None
     if stride != 1 or inplanes != planes:
         added = planes - inplanes
         if option == "A":

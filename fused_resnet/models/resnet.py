@@ -5,7 +5,7 @@ He et al. 2015 (arXiv 1512.03385), Xie et al. 2016 (arXiv 1611.05431), Zagoruyko
 
 from __future__ import annotations
 
-from typing import Callable, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from fused_resnet.models.weights import Source, load_weights
 from fused_resnet.nn import BasicBlock, Bottleneck, conv1x1
 
 INPUT_SHAPE = (3, 224, 224)
+Block = Union[BasicBlock, Bottleneck]
 
 
 class ResNet(nn.Module):
@@ -27,7 +28,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[nn.Module],
+        block: type[Block],
         layers: Sequence[int],
         num_classes: int = 1000,
         zero_init_residual: bool = False,
@@ -45,7 +46,7 @@ class ResNet(nn.Module):
             )
         if stride_in_1x1 and issubclass(block, BasicBlock):
             raise ValueError("ResNet: stride_in_1x1 needs Bottleneck blocks; BasicBlock has no 1x1 convolution.")
-        self._block_options = {"stride_in_1x1": True} if stride_in_1x1 else {}
+        self._block_options: dict[str, Any] = {"stride_in_1x1": True} if stride_in_1x1 else {}
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self.inplanes = 64
         self.dilation = 1
@@ -66,7 +67,7 @@ class ResNet(nn.Module):
             zero_last_norms(self)
 
     def _make_layer(
-        self, block: type[nn.Module], planes: int, blocks: int, stride: int = 1, dilate: bool = False
+        self, block: type[Block], planes: int, blocks: int, stride: int = 1, dilate: bool = False
     ) -> nn.Sequential:
         first_dilation = self.dilation  # the first block of a dilated stage still sees the undilated map
         if dilate:
@@ -116,7 +117,7 @@ def zero_last_norms(model: nn.Module) -> None:
     """Every residual branch starts as zero, every block as its shortcut: Goyal et al. 2017 (arXiv 1706.02677)."""
     for module in model.modules():
         if isinstance(module, (BasicBlock, Bottleneck)):
-            last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+            last: Any = module.bn3 if isinstance(module, Bottleneck) else module.bn2
             if last.weight is not None:
                 nn.init.zeros_(last.weight)
 

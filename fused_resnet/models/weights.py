@@ -10,7 +10,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Optional, Union
+from typing import Optional, Union, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,15 +66,15 @@ def load_keras_weights(
     arrays = _read(path)
     state = _from_keras(path, arrays, convs)
     expected = dict(model.state_dict())
-    for conv, _, _, _ in convs:
-        weight = model.get_submodule(conv).weight
-        expected.setdefault(f"{conv}.bias", weight.detach().new_zeros(weight.shape[0]))
+    for name, _, _, _ in convs:
+        weight = cast(Tensor, model.get_submodule(name).weight)
+        expected.setdefault(f"{name}.bias", weight.detach().new_zeros(weight.shape[0]))
     _check_fit(path, type(model).__name__, expected, state, strict=True)
-    for conv, bn, _, _ in convs:
-        conv, bn = model.get_submodule(conv), model.get_submodule(bn)
+    for name, bn_name, _, _ in convs:
+        conv = cast(nn.Conv2d, model.get_submodule(name))
         if conv.bias is None:
             conv.bias = nn.Parameter(conv.weight.detach().new_zeros(conv.out_channels))
-        bn.eps = eps
+        cast(nn.BatchNorm2d, model.get_submodule(bn_name)).eps = eps
     model.load_state_dict(state)
     return model
 

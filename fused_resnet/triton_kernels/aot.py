@@ -9,6 +9,7 @@ TRITON_INTERPRET unset: interpreted kernels cannot be compiled.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import subprocess
@@ -57,17 +58,17 @@ class Compiled(NamedTuple):
 
 def compile_conv(problem: ConvProblem, arch: int, config: Optional[TritonConfig] = None) -> Compiled:
     """The kernel `conv_bn_act.launch` would start for this problem (fp32 vectors, aligned tensors)."""
-    p, meta = problem, dict(device="meta")
+    p, empty = problem, functools.partial(torch.empty, device="meta")
     config = config or conv_bn_act.default_config(problem)
-    vectors = [torch.empty(p.K, **meta) if p.has_bn else None] * 4
+    vector = empty(p.K) if p.has_bn else None
     operands = ConvOperands(
-        torch.empty(p.N, p.C, p.H, p.W, dtype=p.dtype, **meta),
-        torch.empty(p.K, p.C // p.groups, p.R, p.S, dtype=p.dtype, **meta),
-        *vectors,
-        bias=torch.empty(p.K, **meta) if p.has_bias else None,
-        residual=torch.empty(p.output_shape, dtype=p.dtype, **meta) if p.has_residual else None,
+        empty(p.N, p.C, p.H, p.W, dtype=p.dtype),
+        empty(p.K, p.C // p.groups, p.R, p.S, dtype=p.dtype),
+        *(vector, vector, vector, vector),
+        bias=empty(p.K) if p.has_bias else None,
+        residual=empty(p.output_shape, dtype=p.dtype) if p.has_residual else None,
     )
-    out = torch.empty(p.output_shape, dtype=p.dtype, **meta)
+    out = empty(p.output_shape, dtype=p.dtype)
     kernel, _, arguments, options = conv_bn_act.prepare(problem, operands, out, config)
     return _compile(kernel, arguments, options, arch, str(problem), config)
 
@@ -160,10 +161,10 @@ def _compile_all(arch: int, dtype: torch.dtype, only: str, all_configs: bool) ->
         if only in str(problem):
             for config in conv_bn_act.configs(problem) if all_configs else [None]:
                 yield compile_conv(problem, arch, config)
-    problem = AddReluProblem((32, 256, 56, 56), True, dtype, "cuda")
+    addition = AddReluProblem((32, 256, 56, 56), True, dtype, "cuda")
     for backward in (False, True):
-        if only in str(problem):
-            yield compile_add_relu(problem, arch, backward=backward)
+        if only in str(addition):
+            yield compile_add_relu(addition, arch, backward=backward)
 
 
 def _compile(kernel, arguments: tuple, options: dict, arch: int, problem: str, config: Optional[Any]) -> Compiled:
@@ -178,8 +179,8 @@ def _compile(kernel, arguments: tuple, options: dict, arch: int, problem: str, c
     counts = {kind: len(re.findall(pattern, text[where])) for kind, (where, pattern) in _KINDS.items()}
     return Compiled(
         kernel.__name__, problem, config, arch,
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
+        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
+        stack_bytes=int(re.findall(r"STACK:(\d+)", usage)[0]),
         shared_bytes=compiled.metadata.shared,
         instructions={kind: count for kind, count in counts.items() if count},
     )  # fmt: skip

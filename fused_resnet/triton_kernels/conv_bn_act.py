@@ -205,7 +205,7 @@ def prepare(
     pointers = (
         o.x, o.weight, o.bn_weight, o.bn_bias, o.bn_mean, o.bn_var, float(o.eps), o.bias, o.residual, out
     )  # fmt: skip
-    sizes = (p.N * p.P * p.Q, p.K, p.C)
+    sizes: tuple[int, ...] = (p.N * p.P * p.Q, p.K, p.C)
     options = dict(
         config._asdict(),
         ACTIVATION=p.activation,
