@@ -8,9 +8,14 @@ else stays the module or function it was. A plan is an fx.GraphModule, so it pri
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
+import itertools
+import logging
+import math
 import operator
 import threading
+from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple, Optional
 
 import torch
@@ -20,11 +25,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 
-from fused_resnet import backends, reference
+from fused_resnet import backends, reference, workspace
 from fused_resnet.nn import why_not_fused
 from fused_resnet.problem import ConvOperands, ConvProblem, conv_problem, dtype_name
+from fused_resnet.tracing import POOL_FUNCTIONS, POOLS, has_stock_call, module_of, only_user, trace, writes_in_place
 
 MAX_PLANS = 8
+
+log = logging.getLogger("fused_resnet")
+_CAPTURING = threading.Lock()
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _ACTIVATIONS: dict[Any, str] = {
@@ -32,12 +41,6 @@ _ACTIVATIONS: dict[Any, str] = {
     F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
     F.relu6: "relu6", F.silu: "silu",
 }  # fmt: skip
-# Operations besides fused convolutions whose result is memory of its own, which a later sum may overwrite.
-_POOLS = (nn.MaxPool2d, nn.AvgPool2d)
-# Modules that return new memory, never their input or a view of it.
-_FRESH = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._NormBase, *_POOLS, nn.AdaptiveAvgPool2d)
-_POOL_FUNCTIONS = (F.max_pool2d, F.avg_pool2d)
-_AUGMENTED = {f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
 
 
 def freeze(
@@ -54,8 +57,9 @@ def freeze(
     dtype: what the arithmetic runs in (fp32, bf16, fp16); default, the model's own. Inputs and outputs keep the
     example's dtype. backend: "auto", or the one that every convolution must use.
 
-    Calls are safe from several threads, and outputs are fresh tensors. A frozen CPU plan may turn NaN into 0 where
-    it meets a ReLU, as oneDNN does.
+    Calls are safe from several threads, outputs are fresh tensors, and autocast around a call changes nothing. A
+    frozen CPU plan may turn NaN into 0 where it meets a ReLU, as oneDNN does. On glibc, malloc is told to keep as much
+    freed memory as a plan works in (`workspace`).
 
     Raises RuntimeError when the model is in training mode, TypeError and ValueError when the example does not fit the
     model or the model cannot be traced, BackendError when `backend` cannot run one of its convolutions.
@@ -71,14 +75,18 @@ def freeze(
         raise RuntimeError(
             f"freeze: {training[0]} is in training mode; call model.eval() first. To train, use fused_resnet.fuse."
         )
+    device = next((p.device for p in model.parameters()), example_input.device)
+    if example_input.device != device:
+        raise TypeError(f"freeze: example_input is on {example_input.device} but the model is on {device}.")
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if dtype is None:
         dtype = dtypes.pop() if len(dtypes) == 1 else example_input.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"freeze: dtype must be float32, bfloat16, float16 or float64, got {dtype}.")
-    if backend != "auto" and backend not in backends.known("conv_bn_act"):
-        known = ", ".join(("auto", *backends.known("conv_bn_act")))
-        raise backends.BackendError(f"freeze: unknown backend {backend!r}; known ones are {known}.")
+    backends.check_name("freeze", backend)
+    frozen = [name for name, module in model.named_modules() if isinstance(module, FrozenModel)]
+    if frozen:
+        raise ValueError(f"freeze: {frozen[0] or 'the model'} is frozen already. Freeze what it was made from.")
     return FrozenModel(model, example_input, dtype, backend)
 
 
@@ -91,14 +99,14 @@ class FrozenModel(nn.Module):
         self.dtype, self.backend = dtype, backend
         self.device, self.input_dtype = example_input.device, example_input.dtype
         self.__dict__["_original"] = model  # not a submodule: its parameters are not this model's
-        self._traced = _trace(model)
+        self.__dict__["_traced"] = trace(model)
         self._reset_plans()
         self._plan_for(example_input)
 
     def forward(self, x: Tensor) -> Any:
         self._check_input(x)
         plan = self._plan_for(x)
-        with torch.no_grad():
+        with _plainly(self.device):
             return plan(x)
 
     def plan(self, x: Tensor) -> fx.GraphModule:
@@ -132,7 +140,8 @@ class FrozenModel(nn.Module):
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:
-                plan = self._plans[key] = _make_plan(self._traced, x, self.dtype, self.backend)
+                with _plainly(self.device):
+                    plan = self._plans[key] = _make_plan(self._traced, x.detach(), self.dtype, self.backend)
                 if len(self._plans) > MAX_PLANS:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(key)
@@ -149,71 +158,6 @@ class FrozenModel(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._reset_plans()
-
-
-# ---------------------------------------------------------------------------------------------------------- tracing
-
-
-class _Proxy(fx.Proxy):
-    """Keeps `a += b` the write to a's memory that it is; torch.fx alone records a new tensor."""
-
-
-def _augmented(operation: Callable) -> Callable:
-    return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
-
-
-for _name in _AUGMENTED:
-    setattr(_Proxy, f"__{_name}__", _augmented(getattr(operator, _name)))
-
-
-class _Tracer(fx.Tracer):
-    """Traces into our own modules; a fused block shows its plain form, because its weights are proxies here."""
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if isinstance(module, nn.Sequential):
-            return False
-        return super().is_leaf_module(module, qualified_name)
-
-
-def _trace(model: nn.Module) -> fx.GraphModule:
-    """The model as a graph over copies of its leaf modules, so that the plan does not change with the model."""
-    tracer = _Tracer()
-    for name, module in model.named_modules():
-        is_traced_into = module is model or not tracer.is_leaf_module(module, name)
-        if is_traced_into and (module._forward_hooks or module._forward_pre_hooks):
-            raise ValueError(
-                f"freeze: {name or 'the model'} has forward hooks, which a plan would drop. Remove them first."
-            )
-    try:
-        graph = tracer.trace(model)
-    except Exception as error:
-        raise ValueError(
-            f"freeze: torch.fx cannot trace {type(model).__name__}: {error}. Freeze the part that is a plain network, "
-            "or use fused_resnet.fuse."
-        ) from error
-    for node in graph.nodes:
-        node.type = None  # annotations are of no use here, and as strings they cannot be pickled
-    _let_views_copy(graph, dict(model.named_modules()))
-    return copy.deepcopy(fx.GraphModule(model, graph)).eval()
-
-
-def _let_views_copy(graph: fx.Graph, modules: dict) -> None:
-    """`view` as `reshape`: a plan's activations are channels_last, which few views survive. Not where the memory that
-    is viewed may be written later, since a copy would not follow."""
-    memory: dict[fx.Node, set[fx.Node]] = {}  # the nodes whose memory a node may be
-    for node in graph.nodes:
-        owners = [] if isinstance(_module_of(node, modules), _FRESH) else node.all_input_nodes
-        memory[node] = {node}.union(*(memory[owner] for owner in owners))
-    written: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        is_view = (node.op, node.target) == ("call_method", "view") and not isinstance(node.args[-1], torch.dtype)
-        if is_view and not memory[node] & written:
-            node.target = "reshape"
-        if _writes_in_place(node, modules):
-            written |= memory[node]
 
 
 # --------------------------------------------------------------------------------------------------------- lowering
@@ -289,27 +233,43 @@ class _GraphedPlan(_Plan):
 
     def __init__(self, plan: _Plan, example: Tensor) -> None:
         super().__init__(plan.module, plan.dtype, plan.output_dtype)
-        self._lock, self._finished = threading.Lock(), torch.cuda.Event()
-        self._input = example.clone()
-        stream = torch.cuda.Stream(example.device)
-        stream.wait_stream(torch.cuda.current_stream(example.device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                plan(self._input)
-        torch.cuda.current_stream(example.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._output = plan(self._input)
+        self._lock = threading.Lock()
+        # CUDA allows one capture at a time in a process; a normal tensor can be written in and out of inference mode
+        with _CAPTURING, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(example.device):
+            self._finished = torch.cuda.Event()
+            self._input = torch.empty_like(example).copy_(example)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # kernels are compiled, and workspaces made, before the capture
+                for _ in range(3):
+                    plan(self._input)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._output = plan(self._input)
 
     def __call__(self, x: Tensor) -> Any:
-        with self._lock:
-            stream = torch.cuda.current_stream(x.device)
+        with self._lock, torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream()
             stream.wait_event(self._finished)  # another stream may still be reading the buffers
             self._input.copy_(x)
             self._graph.replay()
             out = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, self._output)
             self._finished.record(stream)
             return out
+
+    def __del__(self) -> None:
+        # the plan may be dropped while another stream still replays it
+        if finished := self.__dict__.get("_finished"):
+            finished.synchronize()
+
+
+@contextlib.contextmanager
+def _plainly(device: torch.device) -> Iterator[None]:
+    """Without gradients and outside autocast: a plan's dtypes are its own."""
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext():
+        yield
 
 
 def _make_plan(traced: fx.GraphModule, x: Tensor, dtype: torch.dtype, backend: str) -> _Plan:
@@ -323,10 +283,41 @@ def _make_plan(traced: fx.GraphModule, x: Tensor, dtype: torch.dtype, backend: s
     _convert_the_rest(module, dtype)
     module.recompile()
     plan = _Plan(module.eval(), dtype, x.dtype)
-    if x.device.type == "cuda" and not torch.version.hip:
-        with torch.no_grad():
-            return _GraphedPlan(plan, x)
-    return plan
+    if x.device.type == "cpu":
+        workspace.keep(*_workspace_of(module.graph, dtype))
+    _try(plan, x)
+    if x.device.type != "cuda" or torch.version.hip:
+        return plan
+    try:
+        return _GraphedPlan(plan, x)
+    except RuntimeError as error:
+        log.warning("frozen without a CUDA graph: %s cannot be captured (%s)", _shown(x), error)
+        return plan
+
+
+def _try(plan: _Plan, x: Tensor) -> None:
+    """Run a new plan once, so that what it cannot do is said where it is made."""
+    try:
+        plan(x)
+    except Exception as error:
+        raise ValueError(f"freeze: the plan for an input of {_shown(x)} does not run: {error}") from error
+
+
+def _shown(x: Tensor) -> str:
+    return f"shape {tuple(x.shape)} in {dtype_name(x.dtype)}"
+
+
+def _workspace_of(graph: fx.Graph, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the largest tensor, and of all that are alive at once, as a plan computes its nodes in order."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    change = [0] * (len(order) + 1)  # bytes that come alive at each node
+    largest = 0
+    for node, index in order.items():
+        size = math.prod(_shape_of(node) or (0,)) * dtype.itemsize
+        largest = max(largest, size)
+        change[index] += size
+        change[1 + max((order[user] for user in node.users), default=index)] -= size
+    return largest, max(itertools.accumulate(change))
 
 
 def _infer_shapes(module: fx.GraphModule, x: Tensor) -> None:
@@ -346,33 +337,34 @@ def _matches(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[_Match]:
     order = {node: index for index, node in enumerate(graph.nodes)}
     heads: dict[fx.Node, _Match] = {}  # by the last node of conv -> bn?
     for node in graph.nodes:
-        conv = _module_of(node, modules)
+        conv = module_of(node, modules)
         if conv is None or why_not_fused(None, [(conv, None)]) is not None:
             continue
         if len(node.args) != 1 or node.kwargs or len(_shape_of(node.args[0]) or ()) != 4:
             continue
-        user = _only_user(node)
-        bn = _module_of(user, modules)
+        user = only_user(node)
+        bn = module_of(user, modules)
         has_bn = type(bn) is nn.BatchNorm2d and why_not_fused(None, [(conv, bn)]) is None
         heads[user if has_bn else node] = _Match(node, user if has_bn else None, None, None)
 
     matches = []
     for head, match in heads.items():
-        add = _only_user(head)
+        add = only_user(head)
         if add is not None and _is_plain_add(add):
             (other,) = [arg for arg in add.args if arg is not head] or [None]
             # both addends may be convolutions (a projection shortcut): the later one takes the sum
-            is_later = other in heads and _only_user(other) is add and order[other] > order[head]
+            is_later = other in heads and only_user(other) is add and order[other] > order[head]
             # an augmented add writes its first argument, which others may read later unless it is a convolution's own
-            is_private = not _writes_in_place(add, modules) or add.args[0] in heads and _only_user(add.args[0]) is add
-            if other is not None and not is_later and is_private and _shape_of(other) == _shape_of(head):
+            is_private = not writes_in_place(add, modules) or add.args[0] in heads and only_user(add.args[0]) is add
+            is_alike = _shape_of(other) == _shape_of(head) and _dtype_of(other) == _dtype_of(head)
+            if other is not None and not is_later and is_private and is_alike:
                 match = match._replace(add=add)
-        act = _only_user(match.nodes[-1])
+        act = only_user(match.nodes[-1])
         if act is not None and _activation_of(act, modules) != "none":
             match = match._replace(act=act)
         matches.append(match)
     owned = {node for match in matches for node in match.nodes}
-    writes = [order[node] for node in graph.nodes if node not in owned and _writes_in_place(node, modules)]
+    writes = [order[node] for node in graph.nodes if node not in owned and writes_in_place(node, modules)]
     return [_before_writes(match, order, writes) for match in matches]
 
 
@@ -401,6 +393,8 @@ def _lower(module: fx.GraphModule, modules: dict, match: _Match, dtype: torch.dt
     problem = conv_problem(described, conv.stride, conv.padding, conv.dilation, conv.groups, activation)
     problem = problem._replace(device=weight.device.type)
     name = f"fused_{match.conv.name}"
+    while hasattr(module, name):
+        name += "_"
     modules[name] = FrozenConv(problem, backends.select(problem, backend), weight, bias)
     module.add_submodule(name, modules[name])
     with module.graph.inserting_before(tail):
@@ -420,7 +414,7 @@ def _mark_sums_in_place(graph: fx.Graph, modules: dict) -> None:
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        conv = _module_of(node, modules)
+        conv = module_of(node, modules)
         if not isinstance(conv, FrozenConv) or len(node.args) < 2 or not conv.uses_onednn:
             continue
         source, residual = node.args
@@ -433,7 +427,10 @@ def _mark_sums_in_place(graph: fx.Graph, modules: dict) -> None:
 
 
 def _owns_its_memory(node: fx.Node, modules: dict) -> bool:
-    return isinstance(_module_of(node, modules), (FrozenConv, *_POOLS)) or node.target in _POOL_FUNCTIONS
+    module = module_of(node, modules)
+    if module is not None:
+        return isinstance(module, (FrozenConv, *POOLS)) and has_stock_call(module)
+    return node.op == "call_function" and node.target in POOL_FUNCTIONS
 
 
 def _convert_the_rest(module: fx.GraphModule, dtype: torch.dtype) -> None:
@@ -444,12 +441,14 @@ def _convert_the_rest(module: fx.GraphModule, dtype: torch.dtype) -> None:
         wanted = torch.promote_types(dtype, torch.float32) if is_norm else dtype
         if not any(_differs(t, wanted) for t in tensors):
             continue
-        if child is module:  # tensors that the graph reads as attributes
-            for key, tensor in [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]:
-                delattr(child, key)
-                child.register_buffer(key, tensor.detach().to(dtype) if _differs(tensor, dtype) else tensor.detach())
-        else:
-            module.set_submodule(name, copy.deepcopy(child).to(wanted))
+        converted = module if child is module else copy.copy(child)
+        own = {**dict(child.named_parameters(recurse=False)), **dict(child.named_buffers(recurse=False))}
+        converted._parameters, converted._modules = {}, dict(child._modules)
+        converted._buffers = {k: t.detach().to(wanted) if _differs(t, wanted) else t.detach() for k, t in own.items()}
+        for key in child._parameters.keys() - own.keys():  # bias=None stays None
+            converted.register_parameter(key, None)
+        if child is not module:
+            module.set_submodule(name, converted)
 
 
 def _differs(tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -473,13 +472,9 @@ def fold(conv: nn.Conv2d, bn: Optional[nn.BatchNorm2d], dtype: torch.dtype) -> t
 # ------------------------------------------------------------------------------------------------- questions to nodes
 
 
-def _module_of(node: Optional[fx.Node], modules: dict[str, nn.Module]) -> Optional[nn.Module]:
-    return modules[node.target] if node is not None and node.op == "call_module" else None
-
-
-def _only_user(node: fx.Node) -> Optional[fx.Node]:
-    users = list(node.users)
-    return users[0] if len(users) == 1 else None
+def _dtype_of(node: Any) -> Optional[torch.dtype]:
+    meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
+    return getattr(meta, "dtype", None)
 
 
 def _shape_of(node: Any) -> Optional[tuple[int, ...]]:
@@ -500,14 +495,3 @@ def _activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     if node.op not in ("call_function", "call_method") or len(node.args) != 1 or set(node.kwargs) - {"inplace"}:
         return "none"
     return _ACTIVATIONS.get(node.target, "none")
-
-
-def _writes_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(modules[node.target], "inplace", False))
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    is_inplace_name = name.endswith("_") and not name.endswith("__")
-    is_augmented = getattr(node.target, "__module__", "") == "_operator" and name in _AUGMENTED
-    return is_inplace_name or is_augmented or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
