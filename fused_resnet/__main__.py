@@ -21,7 +21,7 @@ from fused_resnet import backends, bench, extension, models, provenance, testing
 from fused_resnet.problem import ACTIVATIONS, FLOAT_DTYPES, ConvProblem, dtype_name
 
 _SECONDS_BETWEEN_LINES = 2.0
-_TEXT_COLUMNS = {"operator", "backend", "device", "dtypes", "otherwise", "operator/backend", "convolution", "variant"}
+_TEXT_COLUMNS = {"operator", "backend", "cpu", "cuda", "operator/backend", "convolution", "variant"}
 
 
 # --------------------------------------------------------------------------------------------------------- parameters
@@ -62,10 +62,20 @@ class _Device(click.ParamType):
     name = "device"
 
     def convert(self, value, param, ctx):
-        if value.split(":")[0] not in ("cpu", "cuda"):
-            self.fail(f"unknown device {value!r}; known ones are cpu, cuda.", param, ctx)
-        if value.startswith("cuda") and not torch.cuda.is_available():
+        try:
+            device = torch.device(value)
+        except RuntimeError:
+            device = None
+        if device is None or value not in ("cpu", "cpu:0") and device.type != "cuda":
+            self.fail(f"unknown device {value!r}; known ones are cpu, cuda and cuda:N.", param, ctx)
+        if device.type == "cpu":
+            return "cpu"
+        if not torch.cuda.is_available():
             self.fail(f"{_why_no_cuda()}.", param, ctx)
+        last = torch.cuda.device_count() - 1
+        # torch keeps an index in eight bits: to it cuda:256 is cuda:0
+        if str(device) != value or not 0 <= (device.index or 0) <= last:
+            self.fail(f"there is no device {value!r}; the last one is cuda:{last}.", param, ctx)
         return value
 
 
@@ -128,13 +138,18 @@ def info(as_json: bool) -> None:
     for name in gpu["names"] or [f"none ({gpu['why']})"]:
         out.print(f"GPU: {name}")
     out.print(f"Triton: {record['triton_error'] or 'imported'}\n")
-    table = _table("operator", "backend", "device", "dtypes", "otherwise", title="Backends")
+    rows: dict[tuple[str, str], list[str]] = {}
+    reasons: list[str] = []
     for entry in record["backends"]:
-        missing = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in _by_reason(entry["dtypes"]).items())
-        runs = [dtype for dtype, reason in entry["dtypes"].items() if reason is None]
-        auto = " (auto)" if entry["auto"] else ""
-        table.add_row(entry["op"], entry["backend"] + auto, entry["device"], ", ".join(runs) or "none", missing)
+        rows.setdefault((entry["op"], entry["backend"]), []).append(_support(entry, reasons))
+    devices = dict.fromkeys(entry["device"] for entry in record["backends"])
+    table = _table("operator", "backend", *devices, title="Backends: the dtypes they run; (1), (2): why not")
+    for operator_and_backend, cells in rows.items():
+        table.add_row(*operator_and_backend, *cells)
     out.print(table)
+    for number, reason in enumerate(reasons, 1):
+        out.print(f"({number}) {reason}", markup=False)
+    out.print()
     for part, entry in record["parts"].items():
         out.print(f"{part}: {'present' if entry['present'] else 'absent'}{', loaded' if entry['loaded'] else ''}")
         if entry["why"]:
@@ -197,12 +212,25 @@ def _example(op: str, dtype: torch.dtype, device: str) -> backends.Problem:
     )  # fmt: skip
 
 
-def _by_reason(reasons: dict[str, Optional[str]]) -> dict[str, list[str]]:
-    grouped: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        if reason is not None:
-            grouped.setdefault(reason, []).append(name)
-    return grouped
+def _support(entry: dict[str, Any], reasons: list[str]) -> str:
+    """The dtypes an entry of `collect_info` runs, and the others with the number of their reason in `reasons`, where
+    new ones are added."""
+    runs: list[str] = []
+    others: dict[int, list[str]] = {}
+    for dtype, reason in entry["dtypes"].items():
+        short = dtype.replace("bfloat", "bf").replace("float", "fp")
+        if reason is None:
+            runs.append(short)
+            continue
+        if reason not in reasons:
+            reasons.append(reason)
+        others.setdefault(reasons.index(reason) + 1, []).append(short)
+    if not runs and len(others) == 1:
+        return f"no ({next(iter(others))})"
+    parts = [("auto: " if entry["auto"] else "") + ", ".join(runs)] if runs else []
+    if others:
+        parts.append("no: " + ", ".join(f"{', '.join(names)} ({number})" for number, names in others.items()))
+    return "; ".join(parts)
 
 
 def _why_no_cuda() -> str:
@@ -383,7 +411,7 @@ def _prepare(device: str, threads: Optional[int]) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     if device != "cpu":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.device(device).index or 0)  # takes no "cuda"
         torch.backends.cudnn.benchmark = True  # the competitor's best algorithm, not its first guess
 
 

@@ -191,7 +191,7 @@ def _written(write: fx.Node) -> list[fx.Node]:
 
 def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
-        return isinstance(modules[node.target], _FRESH) and has_stock_call(modules[node.target])
+        return isinstance(modules[str(node.target)], _FRESH) and has_stock_call(modules[str(node.target)])
     is_call = node.op in ("call_function", "call_method")
     return is_call and node.target in _FRESH_FUNCTIONS and not writes_in_place(node, modules)
 
@@ -203,7 +203,7 @@ def has_stock_call(module: nn.Module) -> bool:
 
 
 def module_of(node: Optional[fx.Node], modules: dict[str, nn.Module]) -> Optional[nn.Module]:
-    return modules[node.target] if node is not None and node.op == "call_module" else None
+    return modules[str(node.target)] if node is not None and node.op == "call_module" else None
 
 
 def only_user(node: fx.Node) -> Optional[fx.Node]:
@@ -214,7 +214,7 @@ def only_user(node: fx.Node) -> Optional[fx.Node]:
 def writes_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a node writes into memory that it is given."""
     if node.op == "call_module":
-        return bool(getattr(modules[node.target], "inplace", False))
+        return bool(getattr(modules[str(node.target)], "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
     schema = getattr(node.target, "_schema", None)  # of an operator, torch.ops.aten.relu_.default

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -63,8 +65,38 @@ def test_info_as_json():
 def test_info_for_people():
     result = run("info")
     assert result.exit_code == 0
-    for expected in ("conv_bn_act", "onednn (auto)", "_C_cuda", "Provenance: kernels", "oneDNN bf16"):
+    for expected in ("conv_bn_act", "auto: fp32", "_C_cuda", "Provenance: kernels", "oneDNN bf16"):
         assert expected in result.output
+
+
+def test_info_has_a_line_for_each_backend_and_a_reason_once(monkeypatch):
+    """Both devices, nothing folded at 100 columns."""
+    reasons = {"cpu": "it runs on NVIDIA GPUs, the tensors are on cpu", "cuda": "no library", "no": "not this dtype"}
+    names = ("float32", "float16", "bfloat16", "float64")
+    record = command_line.collect_info()
+    record["backends"] = [
+        {"op": "conv_bn_act", "backend": backend, "device": device, "auto": auto, "dtypes": dict(zip(names, values))}
+        for backend, device, auto, values in (
+            ("onednn", "cpu", True, (None, reasons["no"], None, reasons["no"])),
+            ("onednn", "cuda", False, (reasons["cuda"],) * 4),
+            ("cuda", "cpu", False, (reasons["cpu"],) * 4),
+            ("cuda", "cuda", False, (None, None, reasons["no"], reasons["cuda"])),
+            ("mixed", "cpu", False, (reasons["no"], reasons["no"], reasons["no"], reasons["cpu"])),
+            ("mixed", "cuda", True, (None, None, None, None)),
+        )
+    ]
+    monkeypatch.setattr(command_line, "collect_info", lambda: record)
+    lines = run("info").output.splitlines()
+    rows = [re.split(r"  +", line.strip()) for line in lines if line.startswith("  conv_bn_act")]
+    assert rows == [
+        ["conv_bn_act", "onednn", "auto: fp32, bf16; no: fp16, fp64 (1)", "no (2)"],
+        ["conv_bn_act", "cuda", "no (3)", "fp32, fp16; no: bf16 (1), fp64 (2)"],
+        ["conv_bn_act", "mixed", "no: fp32, fp16, bf16 (1), fp64 (3)", "auto: fp32, fp16, bf16, fp64"],
+    ]
+    assert [line for line in lines if re.match(r"\(\d\) ", line)] == [
+        f"(1) {reasons['no']}", f"(2) {reasons['cuda']}", f"(3) {reasons['cpu']}",
+    ]  # fmt: skip
+    assert max(len(line.rstrip()) for line in lines if line.startswith("  conv_bn_act")) <= 100
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -188,9 +220,10 @@ def test_bench_model_with_torch_compile_for_people():
 
 
 def test_models_keep_their_convolution_counts():
-    """23 convolution shapes in ResNet-50; one of them has two epilogues."""
+    """23 convolution shapes in ResNet-50. In the four first blocks the projection carries sum and ReLU, and the last
+    1x1 neither, so four shapes have two epilogues."""
     problems = bench.convs_of(models.create("resnet50"), (3, 224, 224), 256, torch.float16, "cuda:0")
-    assert (len(problems), sum(count for _, count in problems)) == (24, 53)
+    assert (len(problems), sum(count for _, count in problems)) == (27, 53)
     assert len({problem._replace(has_residual=False, activation="none") for problem, _ in problems}) == 23
     first = problems[0].problem
     assert (first.N, first.dtype, first.device, first.output_shape) == (256, torch.float16, "cuda", (256, 64, 112, 112))
@@ -210,7 +243,11 @@ def test_models_keep_their_convolution_counts():
         (["bench", "model", "--batch", "1,x"], "'1,x' is not a list of numbers"),
         (["bench", "model", "--batch", "0"], "at least one image"),
         (["bench", "ops", "--budget", "0"], "x>0"),
-        (["bench", "ops", "--device", "tpu"], "unknown device 'tpu'; known ones are cpu, cuda."),
+        (["bench", "ops", "--device", "tpu"], "unknown device 'tpu'; known ones are cpu, cuda and cuda:N."),
+        (["bench", "ops", "--device", "cpu:foo"], "unknown device 'cpu:foo'"),
+        (["verify", "--device", "cpu:1"], "unknown device 'cpu:1'"),
+        (["verify", "--device", "cuda:-1"], "unknown device 'cuda:-1'"),
+        (["bench", "model", "--device", "mps"], "unknown device 'mps'"),
         (["verify", "--backend", "best"], "unknown backend 'best'; known ones are onednn, "),
         (["verify", "--problems", "0"], "x>=1"),
         (["benchmark"], "No such command"),
@@ -226,6 +263,29 @@ def test_wrong_arguments_exit_with_2_and_say_what_is_known(arguments, message):
 def test_a_missing_gpu_is_said_and_not_a_crash():
     result = run("verify", "--device", "cuda")
     assert result.exit_code == 2 and ("without CUDA" in result.output or "no CUDA device" in result.output)
+
+
+@pytest.mark.parametrize("device, why", (("cuda", None), ("cuda:1", None), ("cuda:2", "no"), ("cuda:9", "no"),
+                                         ("cuda:128", "no"), ("cuda:256", "no"), ("cpu:0", None)))  # fmt: skip
+def test_a_device_is_one_of_those_torch_finds(device, why, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    convert = command_line._Device().convert
+    if why is None:
+        assert convert(device, None, None) == device.removesuffix(":0")
+    else:
+        with pytest.raises(click.UsageError, match=f"there is no device '{device}'; the last one is cuda:1"):
+            convert(device, None, None)
+
+
+@pytest.mark.parametrize("device, index", (("cuda", 0), ("cuda:1", 1)))
+def test_benchmarks_run_on_the_device_asked_for(device, index, monkeypatch):
+    """torch.cuda.set_device refuses a plain "cuda"."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    chosen = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    command_line._prepare(device, threads=None)
+    assert chosen == [index]
 
 
 def test_interrupted_is_130_and_leaves_no_file(tmp_path, monkeypatch, capsys):

@@ -236,7 +236,7 @@ def test_a_download_is_kept(model, trained, checkpoint, server, hub):
     (server.folder / "small.pth").write_bytes(checkpoint.read_bytes())
     load_weights(model, f"{server.url}/small.pth?download=true", progress=False, sha256=digest(checkpoint))
     assert same(model, trained.state_dict())
-    assert [file.name for file in hub.iterdir()] == ["small.pth"]
+    assert [re.sub("url-[0-9a-f]{12}", "url-X", file.name) for file in hub.iterdir()] == ["small.url-X.pth"]
     again = small_model(seed=3)
     load_weights(again, f"{server.url}/small.pth?download=true", progress=False)
     assert same(again, trained.state_dict())
@@ -244,11 +244,37 @@ def test_a_download_is_kept(model, trained, checkpoint, server, hub):
 
 
 def test_a_kept_download_with_another_digest_is_replaced(model, trained, checkpoint, server, hub):
-    hub.mkdir(parents=True)
-    (hub / "small.pth").write_bytes(b"an older file of that name")
+    other = small_model(seed=5).state_dict()
+    torch.save(other, server.folder / "small.pth")
+    load_weights(model, f"{server.url}/small.pth", progress=False)
     (server.folder / "small.pth").write_bytes(checkpoint.read_bytes())
+    load_weights(model, f"{server.url}/small.pth", progress=False)
+    assert same(model, other) and len(server.requests) == 1
     load_weights(model, f"{server.url}/small.pth", progress=False, sha256=digest(checkpoint)[:8])
-    assert same(model, trained.state_dict())
+    assert same(model, trained.state_dict()) and len(server.requests) == 2
+    assert len(list(hub.iterdir())) == 1
+
+
+def test_downloads_of_one_file_name_are_told_apart(model, server, hub):
+    states = {}
+    for seed, folder in ((1, "first"), (2, "second")):
+        (server.folder / folder).mkdir()
+        states[f"{server.url}/{folder}/model.pth"] = state = small_model(seed=seed).state_dict()
+        torch.save(state, server.folder / folder / "model.pth")
+    for _ in range(2):
+        for url, state in states.items():
+            load_weights(model, url, progress=False)
+            assert same(model, state)
+    assert len(server.requests) == len(list(hub.iterdir())) == 2
+
+
+def test_a_download_with_a_digest_in_its_name_keeps_that_name(model, trained, checkpoint, server, hub):
+    """As torch.hub and torchvision name it, so each finds what the other has downloaded."""
+    name = f"small-{digest(checkpoint)[:8]}.pth"
+    hub.mkdir(parents=True)
+    (hub / name).write_bytes(checkpoint.read_bytes())
+    load_weights(model, f"{server.url}/elsewhere/{name}", progress=False)
+    assert same(model, trained.state_dict()) and server.requests == []
 
 
 @pytest.mark.parametrize("name, match", (("small-deadbeef.pth", "wanted deadbeef"), ("small.pth", "not a readable")))

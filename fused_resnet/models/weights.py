@@ -102,8 +102,8 @@ def _fetch(source: Source, progress: bool, sha256: Optional[str]) -> Path:
 def _download(url: str, name: str, progress: bool, sha256: Optional[str]) -> Path:
     if not name:
         raise ValueError(f"load_weights: the URL {url} names no file.")
-    folder = Path(torch.hub.get_dir(), "checkpoints")
-    path, wanted = folder / name, _digest_wanted(name, sha256)
+    folder, wanted = Path(torch.hub.get_dir(), "checkpoints"), _digest_wanted(name, sha256)
+    path = folder / _name_kept(url, name)
     if path.is_file() and (wanted is None or _digest(path).startswith(wanted)):
         return path
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,6 +117,15 @@ def _download(url: str, name: str, progress: bool, sha256: Optional[str]) -> Pat
         _read(arrived, shown=url)  # a download cut short must not stay in the cache
         os.replace(arrived, path)
     return path
+
+
+def _name_kept(url: str, name: str) -> str:
+    """The file name in the URL if it tells contents apart, else that with a digest of the URL: many are model.pth."""
+    if _NAME_HASH.search(name):
+        return name
+    # a dot before the digest, since `_NAME_HASH` reads digits after a dash as the file's own digest
+    stem, extension = os.path.splitext(name)
+    return f"{stem}.url-{hashlib.sha256(url.encode()).hexdigest()[:12]}{extension}"
 
 
 def _digest_wanted(name: str, sha256: Optional[str]) -> Optional[str]:
