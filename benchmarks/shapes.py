@@ -16,9 +16,9 @@ STAGED_MODELS = ("resnet18", "resnet50")
 
 @functools.lru_cache(maxsize=None)
 def convs(model: str, batch: int = 1, dtype: torch.dtype = torch.float32, device: str = "cpu"):
-    """The distinct fused convolutions of a model with their counts: 24 in ResNet-50, of 23 convolution shapes.
+    """The distinct fused convolutions of a model with their counts: 27 in ResNet-50, of 23 convolution shapes.
 
-    One convolution shape stands twice: layer1's 64 -> 256, which once is a shortcut without residual and ReLU.
+    The last 1x1 of each stage's first block stands apart from the others of its shape: the projection takes the sum.
     """
     network = models.create(model)
     return tuple(bench.convs_of(network, models.input_shape(model), batch, dtype, device))

@@ -54,13 +54,12 @@ def fuse(
     backend: asked for by every fused block; "auto" chooses per problem. filter_fn(module, name) -> bool keeps blocks
     out. strict: raise ValueError when a block that looks fusible was left alone, or when there is none at all.
 
-    Raises BackendError for an unknown backend. A call that raises leaves the model as it was.
+    Raises BackendError for an unknown backend and for one that cannot run live BN ("onednn", "cudnn"). A call that
+    raises leaves the model as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected an nn.Module, got {type(model).__name__}.")
-    if backend != "auto" and backend not in backends.known("conv_bn_act"):
-        known = ", ".join(("auto", *backends.known("conv_bn_act")))
-        raise backends.BackendError(f"fuse: unknown backend {backend!r}; known ones are {known}.")
+    backends.check_name("fuse", backend)
     chosen: list[tuple[Any, type]] = []
     left_alone = []
     for name, module in model.named_modules():
@@ -77,6 +76,11 @@ def fuse(
     if strict and (left_alone or not chosen):
         lines = [f"{name}: {reason}" for name, reason in left_alone] or ["no residual block was recognised"]
         raise ValueError("fuse: strict=True and some blocks cannot be fused:\n  " + "\n  ".join(lines))
+    reason = backends.why_never_live(backend)
+    if reason is not None and any(getattr(module, "has_norm", True) for module, _ in chosen):
+        raise backends.BackendError(
+            f"fuse: backend {backend!r} cannot run blocks with live BN: {reason}, or backend='auto'."
+        )
     for module, fused_class in chosen:
         if type(module) is not fused_class:
             module._stock_class = type(module)

@@ -7,8 +7,10 @@ from typing import Optional, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fused_resnet import backends  # noqa: F401  (registers the implementations)
+from fused_resnet import backends, ops, reference
+from fused_resnet.problem import ConvOperands, add_relu_problem, conv_problem
 
 IntPair = Union[int, tuple[int, int]]
 
@@ -31,7 +33,7 @@ def conv_bn_act(
     activation: str = "relu",
     backend: str = "auto",
 ) -> Tensor:
-    """act(BN(conv(x, weight) + bias) + residual) with BN's running statistics, one pass over memory.
+    """act(BN(conv(x, weight) + bias) + residual) with BN's running statistics.
 
     Equals relu(batch_norm(conv2d(x, weight, bias, stride, padding, dilation, groups), bn_mean, bn_var, bn_weight,
     bn_bias, eps=eps) + residual).
@@ -42,27 +44,32 @@ def conv_bn_act(
     (N, K, P, Q) tensor in channels_last memory; channels_last inputs are read as they are, others converted.
 
     activation: "none", "relu", "relu6" or "silu". backend: "auto", "eager", "cudnn", "onednn", "triton", "cuda".
-    Gradients reach x, weight, bn_weight, bn_bias, bias and residual; bn_mean and bn_var are constants.
+    A kernel makes one pass over memory, eager one per step, onednn a second one for what it does not fuse.
+    Gradients reach x, weight, bn_weight, bn_bias, bias and residual; bn_mean and bn_var are constants. Under the
+    transforms of torch.func and forward-mode AD the same is computed by ATen, whatever the backend, in ATen's layout.
 
     Raises ValueError for shapes and parameters, TypeError for dtypes and devices, BackendError when `backend` is
     unknown or cannot run this; nothing has been computed by then.
     """
-    args = (
-        x, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, bias, residual,
-        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups, activation, backend,
-    )  # fmt: skip
-    return _call(torch.ops.fused_resnet.conv_bn_act.default, *args)
+    operands = ConvOperands(x, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, bias, residual)
+    window = (_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups, activation)
+    if _is_transformed():
+        return _composite_conv_bn_act(operands, window, backend)
+    return _call(torch.ops.fused_resnet.conv_bn_act.default, *operands, *window, backend)
 
 
 def add_relu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
-    """max(a + b, 0), one pass over memory.
+    """max(a + b, 0), one pass over memory except in eager.
 
     a, b: same shape and dtype; fp32, fp16, bf16, fp64; any strides. Returns a new tensor in a's layout. Equals
-    torch.relu(a + b) to the last bit. Gradient: grad where out > 0, to both inputs.
+    torch.relu(a + b) to the last bit, except under autocast, which casts a and b here and leaves that sum alone.
+    Gradient: grad where out > 0, to both inputs. Under torch.func and forward-mode AD as conv_bn_act.
 
     Raises ValueError if the shapes differ, TypeError if the dtypes or devices do, BackendError when `backend` is
     unknown or cannot run this.
     """
+    if _is_transformed():
+        return _composite_add_relu(a, b, backend)
     return _call(torch.ops.fused_resnet.add_relu.default, a, b, backend)
 
 
@@ -79,6 +86,37 @@ def _call(op, *args) -> Tensor:
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode AD is active: for those the operators have no rules."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def _composite_conv_bn_act(o: ConvOperands, window: tuple, backend: str) -> Tensor:
+    """conv_bn_act by ATen, nothing in place: it can be differentiated and mapped in any mode. Checked as ever."""
+    device = o.x.device.type
+    if device in ops.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+        o = ops.cast_operands(o, device)
+    backends.select(conv_problem(o, *window), backend)
+    mean, var = (None if vector is None else vector.detach() for vector in (o.bn_mean, o.bn_var))
+    o = o._replace(bn_mean=mean, bn_var=var)
+    *conv_window, activation = window
+    y = F.conv2d(o.x, o.weight, None, *conv_window)
+    if o.bias is not None or any(vector is not None for vector in o.bn_vectors.values()):
+        scale, shift = reference.scale_and_shift(o, torch.promote_types(torch.float32, y.dtype))
+        y = (y * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(y.dtype)
+    return activate(y if o.residual is None else y + o.residual, activation)
+
+
+def _composite_add_relu(a: Tensor, b: Tensor, backend: str) -> Tensor:
+    device = a.device.type
+    if device in ops.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+        a, b = ops.cast(a, device), ops.cast(b, device)
+    backends.select(add_relu_problem(a, b), backend)
+    return torch.relu(a + b)
 
 
 def _pair(name: str, value: IntPair) -> tuple[int, int]:

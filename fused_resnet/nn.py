@@ -208,10 +208,9 @@ def why_not_fused(act: Optional[nn.Module], stages: list) -> Optional[str]:
     if torch_module._has_any_global_hook():
         return "a global module hook is installed"
     for child in (act, *(child for stage in stages for child in stage)):
-        if child is not None and _has_hooks(child):
-            return f"{type(child).__name__} has hooks"
-        if child is not None and "forward" in child.__dict__:
-            return f"the forward of {type(child).__name__} was replaced"
+        reason = None if child is None else _why_called(child)
+        if reason is not None:
+            return reason
     if act is not None and type(act) not in _ACTIVATION_OF:
         return f"the activation is {type(act).__name__}, not nn.ReLU, nn.ReLU6 or nn.SiLU"
     for conv, bn in stages:
@@ -255,17 +254,20 @@ def _conv_bn_act(
 
 def _shortcut(downsample: nn.Module, x: Tensor, backend: str) -> Tensor:
     """The projection, fused when it is exactly Sequential(conv, bn); anything else is called."""
-    if type(downsample) is nn.Sequential and len(downsample) == 2 and not _has_hooks(downsample):
+    if type(downsample) is nn.Sequential and len(downsample) == 2 and _why_called(downsample) is None:
         conv, bn = downsample
         if type(bn) is nn.BatchNorm2d and why_not_fused(None, [(conv, bn)]) is None:
             return _conv_bn_act(x, conv, bn, "none", None, backend)
     return downsample(x)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _why_called(module: nn.Module) -> Optional[str]:
+    """Why calling this module may do more than the forward of its class, or None."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"{type(module).__name__} has hooks"
+    if "forward" in module.__dict__:
+        return f"the forward of {type(module).__name__} was replaced"
+    return None
 
 
 def _is_plain_tensor(value) -> bool:

@@ -55,8 +55,10 @@ def _conv_bn_act_setup(ctx, inputs, output) -> None:
     o = ConvOperands(*inputs[:_NUM_OPERANDS])
     ctx.eps, ctx.has_residual = o.eps, o.residual is not None
     ctx.window = _pairs(inputs[_NUM_OPERANDS:-1])
-    # SiLU's gradient needs the value before it, so the residual is kept; ReLU's is in the output's sign
-    kept = (o.residual, None) if ctx.window[-1] == "silu" else (None, output)
+    # SiLU's gradient needs the value before it, so the residual is kept; ReLU's is in the output's sign; without an
+    # activation nothing is kept, so that the caller may write to the output
+    activation = ctx.window[-1]
+    kept = (o.residual, None) if activation == "silu" else (None, output if activation != "none" else None)
     ctx.save_for_backward(o.x, o.weight, o.bn_weight, o.bn_bias, o.bn_mean, o.bn_var, o.bias, *kept)
 
 
@@ -155,30 +157,38 @@ torch.library.register_autograd(
 # -------------------------------------------------------------------------------------------------------- autocast
 
 
+AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def cast(tensor, device: str):
+    """What autocast on this kind of device makes of an operand."""
+    wanted = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(device)) if wanted else tensor
+
+
+def cast_operands(o: ConvOperands, device: str) -> ConvOperands:
+    """x, weight and residual are cast; BN vectors and bias stay as they are, the epilogue is fp32."""
+    return o._replace(x=cast(o.x, device), weight=cast(o.weight, device), residual=cast(o.residual, device))
+
+
 def _register_autocast(device: str, key: str) -> None:
-    """x, weight, residual and both addends are cast; BN vectors and bias stay as they are, the epilogue is fp32."""
     below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def cast(tensor):
-        wanted = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(torch.get_autocast_dtype(device)) if wanted else tensor
-
     def conv_bn_act(*args):
-        operands = ConvOperands(*args[:_NUM_OPERANDS])
-        operands = operands._replace(x=cast(operands.x), weight=cast(operands.weight), residual=cast(operands.residual))
+        operands = cast_operands(ConvOperands(*args[:_NUM_OPERANDS]), device)
         with torch._C._ExcludeDispatchKeyGuard(below):
             return torch.ops.fused_resnet.conv_bn_act(*operands, *args[_NUM_OPERANDS:])
 
     def add_relu(a, b, backend):
         with torch._C._ExcludeDispatchKeyGuard(below):
-            return torch.ops.fused_resnet.add_relu(cast(a), cast(b), backend)
+            return torch.ops.fused_resnet.add_relu(cast(a, device), cast(b, device), backend)
 
     LIBRARY.impl("conv_bn_act", conv_bn_act, key)
     LIBRARY.impl("add_relu", add_relu, key)
 
 
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+for _device, _key in AUTOCAST_DEVICES.items():
+    _register_autocast(_device, _key)
 
 
 # ----------------------------------------------------------------------------------------------------------- flops

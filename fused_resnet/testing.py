@@ -395,6 +395,8 @@ def _random_conv(draw: _Draw) -> Case:
         residual = draw.with_nonfinite(residual)
     vector_magnitude = min(magnitude, 1e3)  # vectors may be fp16 beside any x
     vector_dtypes = [dtype] * 3 + [d for d in FLOAT_DTYPES if d != torch.float64 or dtype == d]
+    if rng.random() < 0.5:
+        vector_dtypes = [rng.choice((dtype, torch.float32))]  # all alike, as in a model: ATen's batch_norm takes those
     spread = 1.0 if rng.random() < 0.7 else rng.choice((1e-10, 1e4))
     variance = (draw.normal(K).square() + 0.1) * spread
     vectors = {

@@ -288,6 +288,17 @@ def test_an_unknown_backend_leaves_the_model_as_it_was():
     unchanged(model, before)
 
 
+@pytest.mark.parametrize("backend", ("onednn", "cudnn"))
+def test_a_backend_that_takes_no_live_norm_leaves_the_model_as_it_was(backend):
+    model = nn.Sequential(networks.small(), ConvBNAct(3, 8))
+    before = snapshot(model)
+    with pytest.raises(fused_resnet.BackendError, match=f"'{backend}' .*needs folded BN: use fused_resnet.freeze"):
+        fused_resnet.fuse(model, backend=backend)
+    unchanged(model, before)
+    without_norm = fused_resnet.fuse(ConvBNAct(3, 8, norm_layer=None), backend=backend)
+    assert without_norm.backend == backend
+
+
 # --------------------------------------------------------------------------------------------- a fused model is a model
 
 

@@ -133,6 +133,82 @@ def test_auto_on_the_cpu():
     assert backends.select(problem._replace(dtype=torch.float64)).name == "eager"
 
 
+@pytest.mark.parametrize("vector_dtype", (torch.float64, *DTYPES), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
+@on_live_backends
+def test_vectors_of_one_dtype_beside_any_activations(backend, device, dtype, vector_dtype):
+    case = case_of("odd channels", dtype, device)
+    vectors = {name: vector.to(vector_dtype) for name, vector in case.operands.bn_vectors.items()}
+    if vector_dtype == torch.float64 != dtype:
+        with pytest.raises(TypeError, match="bn_weight has dtype float64"):
+            testing.Case(case.problem, case.operands._replace(**vectors)).run(backend)
+    else:
+        check(testing.Case(case.problem, case.operands._replace(**vectors)), backend)
+
+
+def test_auto_on_rocm(monkeypatch):
+    """No kernel of ours and none of cuDNN's: ATen."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    sums = testing.add_relu_problem(torch.ones(2), torch.ones(2))._replace(device="cuda")
+    for has_bias in (False, True):
+        assert backends.select(ONE_BY_ONE._replace(has_bias=has_bias)).name == "eager"
+    assert backends.select(sums).name == "eager"
+    for op, problem in (("conv_bn_act", ONE_BY_ONE), ("add_relu", sums)):
+        assert backends.known(op)["cuda"].why_not(problem) == "it does not run on ROCm"
+    assert backends.known("conv_bn_act")["cudnn"].why_not(ONE_BY_ONE) == "it does not run on ROCm"
+
+
+@pytest.mark.parametrize("backend", backends.known("conv_bn_act"))
+def test_who_never_takes_live_bn(backend):
+    """What refuses a name for every problem is the sentence that refuses one problem on the backend's own device."""
+    reason = backends.why_never_live(backend)
+    assert (reason is not None) == (backend in ("onednn", "cudnn"))
+    if reason is not None:
+        device = "cpu" if backend == "onednn" else "cuda"
+        problem = case_of("stem", torch.float32, "cpu").problem._replace(device=device)
+        refused = backends.known("conv_bn_act")[backend].why_not(problem)
+        assert refused in (reason, "this torch has no cuDNN", "it does not run on ROCm")
+    assert backends.why_never_live("auto") is None
+
+
+def test_names_are_checked_in_one_place():
+    for name in ("auto", *backends.known("conv_bn_act")):
+        backends.check_name("freeze", name)
+    with pytest.raises(backends.BackendError, match="freeze: unknown backend 'cpu'; known ones are auto, onednn"):
+        backends.check_name("freeze", "cpu")
+
+
+@pytest.mark.parametrize("capabilities, reason", (
+    ([(9, 0), (8, 0)], None), ([(9, 0), (7, 5)], "capability 8.0 or later on every visible GPU, one has 7.5"),
+))  # fmt: skip
+def test_the_least_capable_gpu_decides(monkeypatch, capabilities, reason):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(backends.extension, "load", lambda library: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=0: capabilities[device])
+    backends._least_capability.cache_clear()
+    try:
+        found = backends.known("conv_bn_act")["cuda"].why_not(ONE_BY_ONE)
+    finally:
+        backends._least_capability.cache_clear()
+    assert found == reason if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    "size, layout, as_it_is",
+    ((4, torch.contiguous_format, False), (4, torch.channels_last, True), (32, torch.contiguous_format, True)),
+)
+def test_eager_on_the_cpu_converts_the_smaller_of_activations_and_weight(monkeypatch, size, layout, as_it_is):
+    seen, conv2d = [], F.conv2d
+    monkeypatch.setattr(backends.F, "conv2d", lambda x, *rest: seen.append(x) or conv2d(x, *rest))
+    x = torch.randn(1, 16, size, size).to(memory_format=torch.channels_last)
+    weight = torch.randn(24, 16, 3, 3).to(memory_format=layout)
+    operands = ConvOperands(x, weight, residual=torch.randn(1, 24, size, size))
+    case = testing.Case(*_problem_and_operands(operands))
+    check(case, "eager")
+    assert (seen[0] is x) == as_it_is and seen[0].is_contiguous() != as_it_is
+
+
 ONE_BY_ONE = ConvProblem(
     1, 8, 1, 1, 8, 1, 1, (1, 1), (0, 0), (1, 1), 1, "relu", False, False, False, torch.float16, "cuda"
 )  # fmt: skip
@@ -172,7 +248,7 @@ BEYOND_CUDA = {
 def test_what_the_cuda_kernel_cannot_index(monkeypatch, beyond, within, reason):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(backends.extension, "load", lambda library: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(backends, "_least_capability", lambda: (9, 0))
     with pytest.raises(backends.BackendError, match=f"backend 'cuda' cannot run this: .*{re.escape(reason)}"):
         backends.select(ONE_BY_ONE._replace(**beyond), "cuda")
     assert backends.select(ONE_BY_ONE._replace(**within), "cuda").name == "cuda"
@@ -270,6 +346,80 @@ def test_a_direct_call_of_the_operator_has_its_gradient():
     direct = torch.ops.fused_resnet.conv_bn_act(x, weight, *vectors, 1e-5, None, None, *window)
     plain = torch.relu(torch.conv2d(x, weight, padding=1))
     torch.testing.assert_close(torch.autograd.grad(direct.sum(), x), torch.autograd.grad(plain.sum(), x))
+
+
+# ------------------------------------------------------------------------------------- torch.func and forward-mode AD
+
+
+def _plain_conv_bn_act(o, p):
+    window = (p.stride, p.padding, p.dilation, p.groups)
+    y = F.batch_norm(F.conv2d(o.x, o.weight, o.bias, *window), o.bn_mean, o.bn_var, o.bn_weight, o.bn_bias, eps=o.eps)
+    return functional.activate(y + o.residual, p.activation)
+
+
+def _fused_conv_bn_act(o, p, **options):
+    return functional.conv_bn_act(
+        *o[:6], eps=o.eps, bias=o.bias, residual=o.residual, stride=p.stride, padding=p.padding, dilation=p.dilation,
+        groups=p.groups, activation=p.activation, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_forward_mode_in_every_operand(activation):
+    case = case_of("every pair uneven", torch.float64, "cpu", activation=activation, bias=True)
+    p, operands = case.problem, case.operands.map(torch.Tensor.double)
+    names = ("x", "weight", "bn_weight", "bn_bias", "bias", "residual")
+    values = tuple(getattr(operands, name) for name in names)
+    tangents = tuple(torch.randn_like(value) for value in values)
+
+    def derivative(function):
+        return torch.func.jvp(lambda *v: function(operands._replace(**dict(zip(names, v))), p), values, tangents)
+
+    for actual, expected in zip(derivative(_fused_conv_bn_act), derivative(_plain_conv_bn_act)):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_statistics_are_constants_of_the_transforms_too():
+    p, o = (case := case_of("stem", torch.float32, "cpu")).problem, case.operands
+    function = lambda mean, var: _fused_conv_bn_act(o._replace(bn_mean=mean, bn_var=var), p)  # noqa: E731
+    statistics = (o.bn_mean, o.bn_var)
+    assert not torch.func.jvp(function, statistics, tuple(map(torch.ones_like, statistics)))[1].any()
+    assert not torch.func.grad(lambda mean: function(mean, o.bn_var).sum())(o.bn_mean).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_transforms_of_add_relu(dtype):
+    a, b = torch.randn(3, 4, 5, dtype=dtype), torch.randn(3, 4, 5, dtype=dtype)
+
+    def results(function):
+        loss = lambda a, b: function(a, b).square().sum()  # noqa: E731
+        yield from torch.func.jvp(function, (a, b), (b, a))
+        yield from torch.func.grad(loss, (0, 1))(a, b)
+        yield torch.func.vmap(torch.func.grad(loss))(a, b.transpose(1, 2).contiguous().transpose(1, 2))
+        yield torch.func.vmap(function, (0, None))(a, b[0])
+
+    for actual, expected in zip(results(functional.add_relu), results(lambda a, b: torch.relu(a + b))):
+        assert torch.equal(actual, expected)
+
+
+def test_transforms_check_and_cast_as_the_operators_do():
+    case = case_of("odd channels", torch.float32, "cpu")
+    p, o = case.problem, case.operands
+    transformed = lambda function: torch.func.vmap(lambda x: function(o._replace(x=x)))(o.x[None])[0]  # noqa: E731
+    with pytest.raises(backends.BackendError, match="backend 'onednn' cannot run this"):
+        transformed(lambda o: _fused_conv_bn_act(o, p, backend="onednn"))
+    with pytest.raises(ValueError, match="residual must have the output's shape"):
+        transformed(lambda o: _fused_conv_bn_act(o._replace(residual=o.x), p))
+    with pytest.raises(ValueError, match="must have the same shape"):
+        torch.func.vmap(functional.add_relu)(torch.ones(2, 3), torch.ones(2, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = transformed(lambda o: _fused_conv_bn_act(o, p)), _fused_conv_bn_act(o, p)
+        assert out.dtype == expected.dtype == torch.bfloat16
+        # two roundings to bf16 each: of the sum after the convolution or BN, and of the output
+        torch.testing.assert_close(out, expected, rtol=2**-6, atol=2**-6 * expected.abs().max().item())
+        added = torch.func.vmap(functional.add_relu)(o.x, o.x)
+        assert torch.equal(added, functional.add_relu(o.x, o.x)) and added.dtype == torch.bfloat16
 
 
 # -------------------------------------------------------------------------------------------------------- odd inputs

@@ -7,6 +7,7 @@ import networks
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 
 from fused_resnet import functional
@@ -207,7 +208,7 @@ STEPPING_ASIDE = {
     "group norm": _group_norm, "no statistics": _no_statistics, "padding mode": _reflect, "prelu": _prelu,
     "hook on conv": _hooked("conv2"), "hook on bn": _hooked("bn1"), "hook on relu": _hooked("relu"),
     "hook on projection": _hooked("downsample"), "hook in projection": _hooked("downsample.0"),
-    "patched projection": _patch("downsample.0"),
+    "patched projection": _patch("downsample"), "patched conv in projection": _patch("downsample.0"),
 }  # fmt: skip
 
 
@@ -266,6 +267,79 @@ def test_backend_is_passed_on():
     fused.backend = "cudnn"
     with pytest.raises(RuntimeError, match="backend 'cudnn' cannot run this: it runs on NVIDIA GPUs"):
         fused(torch.randn(1, 16, 5, 5))
+
+
+# ------------------------------------------------------------------------------------- torch.func and forward-mode AD
+
+
+def _jvp(model, x):
+    return torch.func.jvp(model, (x,), (torch.cos(x),))
+
+
+def _dual(model, x):
+    with forward_ad.dual_level():
+        return tuple(forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.cos(x)))))
+
+
+def _jvp_of_the_parameters(model, x):
+    parameters = dict(model.named_parameters())
+    tangents = {name: torch.cos(p) for name, p in parameters.items()}
+    return torch.func.jvp(lambda p: torch.func.functional_call(model, p, (x,)), (parameters,), (tangents,))
+
+
+def _grad_of_the_parameters(model, x):
+    loss = lambda p, x: torch.func.functional_call(model, p, (x,)).square().sum()  # noqa: E731
+    return tuple(torch.func.grad(loss)(dict(model.named_parameters()), x).values())
+
+
+def _per_sample_gradients(model, x):
+    loss = lambda p, x: torch.func.functional_call(model, p, (x[None],)).square().sum()  # noqa: E731
+    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(dict(model.named_parameters()), x)
+    return tuple(gradients.values())
+
+
+def _jacrev(model, x):
+    return (torch.func.jacrev(lambda x: model(x).sum((2, 3)))(x),)
+
+
+def _hessian(model, x):
+    return (torch.func.hessian(lambda v: model(x * v[:, None, None, None]).square().sum())(torch.ones(3)),)
+
+
+def _ensemble(model, x):
+    models = [copy.deepcopy(model), copy.deepcopy(model)]
+    with torch.no_grad():
+        models[1].conv1.weight.mul_(2)
+        models[1].bn1.running_var.mul_(3)
+    state = torch.func.stack_module_state(models)
+    return (torch.func.vmap(lambda p, b: torch.func.functional_call(models[0], (p, b), (x,)))(*state),)
+
+
+TRANSFORMS = (
+    _jvp, _dual, _jvp_of_the_parameters, _grad_of_the_parameters, _per_sample_gradients, _jacrev, _hessian, _ensemble,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_an_eval_block(transform):
+    plain, fused = twins()
+    x = torch.randn(3, 16, 6, 5)
+    for actual, expected in zip(transform(fused, x), transform(plain, x)):
+        assert expected.abs().max() > 0
+        close(actual, expected)
+
+
+def test_transforms_of_a_training_block():
+    """The norms run as they are, here without updating their statistics, which no transform allows."""
+    results = []
+    x = torch.randn(3, 16, 6, 5)
+    for model in (block.train() for block in twins()):
+        for child in model.modules():
+            if isinstance(child, nn.BatchNorm2d):
+                child.track_running_stats = False
+        results.append(_jvp(model, x) + _grad_of_the_parameters(model, x))
+    for expected, actual in zip(*results):
+        close(actual, expected)
 
 
 # ----------------------------------------------------------------------------------------------------------- ConvBNAct

@@ -103,6 +103,12 @@ def test_opcheck_add_relu(layout):
     )
 
 
+def test_opcheck_cpu_add_relu():
+    needs_cpu_library()
+    a, b = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    torch.library.opcheck(torch.ops.fused_resnet.cpu_add_relu.default, (a, b, torch.empty_like(a)))
+
+
 @pytest.mark.parametrize("shape", ((2, 1, 4, 5), (2, 3, 1, 1), (1, 1, 1, 1), (1, 3, 4, 1), (0, 3, 4, 5)))
 @pytest.mark.parametrize("backend", ("eager", "onednn", "triton"))
 def test_strides_are_the_promised_ones(shape, backend):
@@ -210,6 +216,16 @@ def test_statistics_are_constants():
     operands.x.requires_grad_()
     conv_bn_act(*arguments(operands)).sum().backward()
     assert operands.x.grad is not None and operands.bn_mean.grad is None
+
+
+def test_an_output_without_activation_may_be_written_to():
+    """As that of torch's batch_norm: the gradient does not depend on it."""
+    function, tensors = as_function(requiring_grad(operands_of()), "none")
+    expected = torch.autograd.grad(function(*tensors).sum(), tensors)
+    out = function(*tensors)
+    out += 1
+    for gradient, wanted in zip(torch.autograd.grad(out.sum(), tensors), expected):
+        assert torch.equal(gradient, wanted)
 
 
 def test_gradients_have_the_dtype_and_device_of_their_tensors():

@@ -77,6 +77,8 @@ def test_draws_cover_what_they_should():
         [p for p in problems if p.has_bn and p.has_bias], [p for p in problems if not p.has_bn and not p.has_bias],
         [c for c in convolutions if 0 < sum(v is not None for v in c.operands.bn_vectors.values()) < 4],
         [c for c in convolutions if len({t.dtype for t in c.tensors.values()}) > 2],
+        [c for c in convolutions if c.problem.dtype == torch.float64 and _vector_dtypes(c) == {torch.float32}],
+        [c for c in convolutions if c.problem.dtype == torch.float16 and _vector_dtypes(c) == {torch.float32}],
         [c for c in convolutions if not all(t.isfinite().all() for t in c.tensors.values())],
         [c for c in convolutions if c.operands.bn_weight is not None and (c.operands.bn_weight < 0).any()],
         [c for c in convolutions if c.operands.bn_var is not None and 0 < c.operands.bn_var.max() < 1e-8],
@@ -89,6 +91,10 @@ def test_draws_cover_what_they_should():
         [c for c in cases if c.problem.op == "add_relu" and len(c.problem.shape) != 4],
     ):  # fmt: skip
         assert len(interesting) >= 5
+
+
+def _vector_dtypes(case):
+    return {tensor.dtype for tensor in case.tensors.values() if tensor.dim() == 1}
 
 
 # ------------------------------------------------------------------------------------ the comparison notices mistakes
