@@ -28,8 +28,9 @@ def script(*arguments, **environment):
 
 def test_shapes_come_from_the_models():
     convs = shapes.convs("resnet18")
-    # the stem, layer1 with and without the addition, and four in each later stage: stride 2, shortcut, with, without
-    assert (len(convs), sum(count for _, count in convs)) == (1 + 2 + 3 * 4, 20)
+    # the stem, layer1 with and without the addition, and five in each later stage: the stride-2 one, the main path
+    # before its sum, the projection, which takes the sum, and the second block with and without the addition
+    assert (len(convs), sum(count for _, count in convs)) == (1 + 2 + 3 * 5, 20)
     assert [name for name, _, _ in shapes.blocks("resnet20")] == ["layer1.2", "layer2.2", "layer3.2"]
 
 
