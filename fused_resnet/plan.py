@@ -212,7 +212,7 @@ class FrozenConv(nn.Module):
 
 
 class FrozenLinear(nn.Module):
-    """A classifier on a CPU, its weight packed for oneDNN and the batch: a fifth to a half less time than F.linear."""
+    """A classifier on a CPU, its weight packed for oneDNN and the batch size."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, batch: int) -> None:
         super().__init__()
