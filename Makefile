@@ -5,6 +5,7 @@
 #
 # PYTHON=/path/to/python uses an interpreter that already has torch, as it is: nothing is installed, and compiled
 # parts are taken as they lie in fused_resnet/ (`PYTHON=python3 make gpu-check` on a prepared GPU machine).
+# gpu-check takes BUDGET=560 seconds in all, and goes on in later calls: STEPS=rest, or STEPS=tune,ops.
 # FUSED_RESNET_CUDA=1 also compiles _C_cuda beside a CPU-only torch.
 
 VENV := .venv
@@ -14,6 +15,7 @@ export FUSED_RESNET_CUDA
 WORKERS ?= 2
 OUT ?=
 STEPS ?=
+BUDGET ?=
 
 ifeq ($(origin PYTHON), undefined)
 PYTHON := $(VENV)/bin/python
@@ -45,7 +47,8 @@ lint: $(BUILT)
 	$(PYTHON) -c 'from clang_format import clang_format; clang_format()' --dry-run --Werror csrc/*
 
 gpu-check: $(BUILT)
-	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(if $(STEPS),--only $(STEPS))
+	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(if $(STEPS),--only $(STEPS)) \
+		$(if $(BUDGET),--budget $(BUDGET))
 
 ifdef BUILT
 $(VENV)/.installed: requirements.txt

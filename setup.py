@@ -93,7 +93,7 @@ def plan(tools: Toolchain) -> list[Part]:
     if wish not in ("", "0", "1"):
         raise SetupError(f"FUSED_RESNET_CUDA must be 0, 1 or unset, got {wish!r}.")
     parts = [
-        _part(tools, "cpu", "_C_cpu.so", ("cpu_ops.cpp",)),
+        _part(tools, "cpu", "_C_cpu.so", ("cpu_ops.cpp", "cpu_winograd.cpp")),
         _part(
             tools,
             "cuda",
@@ -297,6 +297,7 @@ class BuildParts(build_ext):
             "compiler": tools.cxx and _first_line([tools.cxx, "--version"]),
             "nvcc": tools.nvcc_version if has_cuda else None,
             "cuda_archs": cuda_archs(tools) if has_cuda else [],
+            "cuda_kernels": _load_file("provenance", PACKAGE / "provenance.py").kernel_digest("cuda", ROOT),
             "parts": {
                 part.name: {
                     "file": part.filename,
@@ -383,7 +384,7 @@ if __name__ == "__main__":
     setup(
         version=VERSION,
         packages=find_packages(include=["fused_resnet", "fused_resnet.*"]),
-        package_data={"fused_resnet": ["py.typed", "**/*.json"]},
+        package_data={"fused_resnet": ["py.typed", "**/*.json", "*.jinja"]},
         ext_modules=[Extension("fused_resnet._host_checks", sources=["csrc/host_checks.cpp"])],
         cmdclass={"build_ext": BuildParts},
     )

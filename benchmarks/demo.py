@@ -19,7 +19,7 @@ from rich.table import Table
 
 import fused_resnet
 from benchmarks import data
-from fused_resnet import backends, bench, models, timing
+from fused_resnet import backends, bench, charts, models, timing
 
 DTYPES = (torch.float32, torch.bfloat16)
 console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
@@ -58,7 +58,7 @@ def main() -> int:
     written = [
         timing.write_json(options.out / "demo.json", record),
         write_markdown(options.out / "demo.md", record, device),
-        draw_chart(options.out / "demo.png", record, device),
+        charts.save_png(record, options.out / "demo.png"),
     ]
     console.print(f"\n[bold]3. Written[/] after {time.monotonic() - started:.0f} s: {', '.join(map(str, written))}")
     return 0
@@ -212,49 +212,6 @@ def write_markdown(path: Path, record: dict[str, Any], device: str) -> Path:
     lines += [f"| {row['variant']} | {row['correct']} of {row['images']} | {row['changed']} |"
               for row in record["accuracy"]]  # fmt: skip
     path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def draw_chart(path: Path, record: dict[str, Any], device: str) -> Path:
-    """Speedup over eager per variant, one panel a batch size; losses end left of the line at 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    runs = record["runs"]
-    names = [name for name in runs[0]["variants"]]
-    figure, axes = pyplot.subplots(
-        1, len(runs), figsize=(5.2 * len(runs) + 0.8, 1.5 + 0.36 * len(names)), sharey=True, squeeze=False
-    )
-    longest = max(one["ratio"] for run in runs for one in run["variants"].values())
-    for axis, run in zip(axes[0], runs):
-        for position, name in enumerate(names):
-            one = run["variants"].get(name)
-            if one is None:
-                axis.text(0.05, position, "not run", va="center", fontsize=9, color="#888888")
-                continue
-            ours = name.startswith("frozen")
-            axis.barh(position, one["ratio"], height=0.72, color="#c2410c" if ours else "#94a3b8")
-            axis.text(
-                one["ratio"] + 0.015 * longest, position, f"{one['ratio']:.2f}x   {one['ms']:.0f} ms", va="center",
-                fontsize=9, fontweight="bold" if ours else "normal",
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-            )  # fmt: skip
-        axis.axvline(1, color="#334155", linewidth=0.8, linestyle=":")
-        axis.set_xlim(0, longest * 1.32)
-        axis.set_title(f"batch {run['batch']}", fontsize=11, loc="left")
-        axis.set_xlabel("speedup over eager NCHW fp32 (longer is faster)", fontsize=9)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params(axis="y", length=0)
-    axes[0][0].set_yticks(range(len(names)), [label(name, device) for name in names], fontsize=9)
-    axes[0][0].invert_yaxis()
-    settings = record["settings"]
-    figure.suptitle(f"{settings['model']}, {settings['image']} px", fontsize=13, x=0.01, ha="left", fontweight="bold")
-    figure.text(0.01, 0.01, caption(record), fontsize=8, color="#475569")
-    figure.tight_layout(rect=(0, 0.035, 1, 0.99))
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
     return path
 
 

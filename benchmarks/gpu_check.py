@@ -1,121 +1,184 @@
-"""Everything that needs a GPU, in one call: python -m benchmarks.gpu_check [--out folder] [--only tests,verify].
+"""Everything that needs a GPU, in one call: python -m benchmarks.gpu_check [--out folder] [--only tests,ops].
 
-Builds _C_cuda where there is none, runs the GPU tests, compute-sanitizer, `verify` and the benchmarks. Writes
-check.json, with what was verified, and one file per benchmark: six in all, in benchmarks/results/<device>/.
-A later call with --only repeats some of the steps; check.json keeps the others with their dates.
+Builds _C_cuda where there is none, then by value: a smoke test, the GPU tests, compute-sanitizer, the baselines,
+`verify`, the tuner, the benchmarks. Each step is a process group of its own, so that one that crashes or hangs costs
+only itself. Writes check.json, with what was verified, after each step, beside log.txt, configs.json and one file per
+benchmark: eight in all, in benchmarks/results/<device>/.
+
+--budget says how many seconds the call may take. A later call goes on: --only names steps, "rest" those that have not
+passed on these sources; check.json keeps the others with their dates, and benchmarks go on in their files.
+--device cpu runs what a CPU can of it, to try the whole out.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import datetime
-import hashlib
 import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import torch
 
-from fused_resnet import provenance, timing
+from benchmarks.isolated import CLOSING_CHARACTERS, FAILED, NOT_RUN, PASSED, Result, execute, executed
+from fused_resnet import provenance, timing, tuning
 
 PYTHON = sys.executable
 CLI = (PYTHON, "-m", "fused_resnet")
 OURS = ("cuda", "triton")
-PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
-
-
-class Result(NamedTuple):
-    """outcome: PASSED, FAILED or NOT_RUN; detail: the closing line, or why not."""
-
-    outcome: str
-    detail: str
+NEEDED = ("click", "rich", "platformdirs", "filelock", "pytest", "hypothesis", "expecttest", "numpy", "PIL")
 
 
 class Step(NamedTuple):
-    """One step: its name, its limit in seconds, and what it does within the seconds it is given."""
+    """One step. needs_s: it is given at least so many seconds, and not begun with fewer; limit_s: at most so many.
+    share: 0 for what takes as long as it takes; what makes use of any time shares what is left by it with the steps
+    after it. run: does it within the seconds it is given."""
 
     name: str
+    needs_s: float
     limit_s: float
+    share: float
     run: Callable[[float], Result]
 
 
 def main() -> int:
     options = parse_arguments()
-    if not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu-check: needs a CUDA GPU and a CUDA build of torch; this torch sees none.", file=sys.stderr)
         return 2
-    device = torch.cuda.get_device_name()
+    device = timing.device_name(options.device)
     out = options.out or provenance.ROOT / "benchmarks" / "results" / device.lower().replace(" ", "-")
     out.mkdir(parents=True, exist_ok=True)
-    steps = all_steps(out, options.model, options.problems)
-    unknown = set(options.only or ()) - {step.name for step in steps}
+    file = out / "check.json"
+    steps = all_steps(Setup(out, options.device, options.model, options.problems, options.configs))
+    unknown = set(options.only or ()) - {"rest", *(step.name for step in steps)}
     if unknown:
         known = ", ".join(step.name for step in steps)
-        print(f"gpu-check: unknown step {', '.join(sorted(unknown))}; known ones are {known}.", file=sys.stderr)
+        print(f"gpu-check: unknown step {', '.join(sorted(unknown))}; known ones are rest, {known}.", file=sys.stderr)
         return 2
-    chosen = [step for step in steps if options.only is None or step.name in options.only]
-    record = run_steps(chosen, out / "check.json", device, options.budget)
-    print(f"\nrecords in {out}: {', '.join(sorted(file.name for file in out.glob('*.json')))}")
-    return 1 if any(record["steps"][step.name]["outcome"] == FAILED for step in chosen) else 0
+    record = run_steps(chosen(steps, options.only, file), file, device, options.budget)
+    print(f"\nrecords in {out}: {', '.join(sorted(file.name for file in out.iterdir() if file.is_file()))}")
+    for name, step in record["steps"].items():
+        print(f"  {name:18} {step['outcome']:8} {step['seconds']:6.0f} s  {step['detail'][:100]}")
+    return 1 if any(step["outcome"] == FAILED for step in record["steps"].values()) else 0
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/<device>")
-    parser.add_argument("--only", type=lambda text: text.split(","), default=None, help="steps, separated by commas")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=None,
+                        help='steps, separated by commas; "rest": those that have not passed yet')  # fmt: skip
     parser.add_argument("--budget", type=float, default=1500, help="seconds in all (default: 1500)")
     parser.add_argument("--problems", type=int, default=300, help="random problems per backend (default: 300)")
     parser.add_argument("--model", default="resnet50", help="what the benchmarks measure (default: resnet50)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    parser.add_argument("--configs", type=Path, default=None,
+                        help="of the tuner's winners (default: fused_resnet/configs; on a CPU, OUT/tuned)")  # fmt: skip
     return parser.parse_args()
-
-
-def all_steps(out: Path, model: str, problems: int) -> list[Step]:
-    def bench(name: str, limit_s: float, *arguments: str) -> Step:
-        file = str(out / f"{name}.json")
-        command = (*CLI, "bench", *arguments, "--model", model, "--device", "cuda", "--out", file)
-        return Step(name, limit_s, lambda seconds: execute(command, seconds))
-
-    def verified_by_random_problems(name: str) -> Step:
-        return Step(f"verify-{name}", 300, lambda seconds: verify(name, problems, seconds))
-
-    chosen = [argument for name in ("auto", *OURS) for argument in ("--backend", name)]
-    return [
-        Step("build", 400, build),
-        Step("tests", 500, lambda seconds: execute(test_command(), seconds)),
-        Step("sanitizer", 240, sanitize),
-        *map(verified_by_random_problems, (*OURS, "cudnn", "eager")),
-        bench("ops-fp16-b256", 240, "ops", "--dtype", "fp16", "--batch", "256", "--budget", "60"),
-        bench("ops-fp16-b8", 240, "ops", "--dtype", "fp16", "--batch", "8", "--budget", "30"),
-        bench("ops-fp32-b32", 240, "ops", "--dtype", "fp32", "--batch", "32", "--budget", "30"),
-        bench("blocks", 240, "blocks", "--dtype", "fp16", "--batch", "32", "--budget", "20"),
-        bench("model", 500, "model", "--dtype", "fp32,fp16", "--batch", "1,32,256", "--budget", "60", *chosen),
-    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- steps
 
 
-def run_steps(steps: list[Step], file: Path, device: str, budget_s: float) -> dict[str, Any]:
+class Setup(NamedTuple):
+    """What the steps of one call share."""
+
+    out: Path
+    device: str
+    model: str
+    problems: int
+    configs: Optional[Path]
+
+    @property
+    def log(self) -> Path:
+        return self.out / "log.txt"
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device == "cuda"
+
+
+def all_steps(setup: Setup) -> list[Step]:
+    """In the order in which they run: what later steps stand on first, then by value."""
+
+    def bench(name: str, needs_s: float, limit_s: float, share: float, *arguments: str) -> Step:
+        return Step(name, needs_s, limit_s, share, lambda seconds: benchmark(setup, name, arguments, seconds))
+
+    def random_problems(name: str) -> Step:
+        return Step(f"verify-{name}", 30, 200, 0, lambda seconds: verify(setup, name, setup.problems, seconds))
+
+    if setup.is_gpu:
+        verified, large, batches, dtypes = (*OURS, "cudnn", "cublaslt", "eager"), "256", "256,32,128,8,1", "fp16,bf16"
+    else:
+        verified, large, batches, dtypes = ("onednn", "eager"), "2", "2,1", "fp32"
+    frozen = [argument for name in (("auto", *OURS) if setup.is_gpu else ("auto",)) for argument in ("--backend", name)]
+    rivals = ("--baseline", "compile", "--baseline", "cudnn")
+    dtype = dtypes.split(",")[0]
+    return [
+        Step("environment", 45, 120, 0, lambda seconds: environment(setup, seconds)),
+        Step("build", 5, 400, 0, lambda seconds: build(setup, seconds)),
+        Step("smoke", 60, 300, 0, lambda seconds: smoke(setup, verified, seconds)),
+        Step("tests", 60, 300, 0, lambda seconds: gpu_tests(setup, seconds)),
+        Step("sanitizer", 20, 150, 0, lambda seconds: sanitize(setup, seconds)),
+        bench("baselines", 60, 240, 3, "model", "--batch", f"{large},1", "--dtype", dtype, *rivals),
+        *map(random_problems, verified),
+        Step("tune", 30, 1200, 6, lambda seconds: tune(setup, batches, dtypes, seconds)),
+        Step("sanitizer-configs", 30, 300, 0, lambda seconds: sanitize_configs(setup, seconds)),
+        bench("ops", 30, 400, 5, "ops", "--batch", batches, "--dtype", dtypes),
+        bench("model", 60, 400, 4, "model", "--batch", f"{large},1", "--dtype", dtypes, *rivals, *frozen),
+        bench("autotune", 60, 500, 4, "model", "--batch", large, "--dtype", dtype, *rivals, "--baseline", "autotune",
+              "--baseline", "tensorrt"),
+        bench("blocks", 40, 200, 1, "blocks", "--batch", large, "--dtype", dtype, *rivals),
+    ]  # fmt: skip
+
+
+def chosen(steps: Sequence[Step], only: Optional[Sequence[str]], file: Path) -> list[Step]:
+    """The steps asked for: all, those named, or with "rest" also those that check.json does not call passed."""
+    if only is None:
+        return list(steps)
+    done = read_record(file)["steps"] if "rest" in only else {}
+    rest = [step.name for step in steps if not has_passed(done.get(step.name, {}))] if "rest" in only else []
+    return [step for step in steps if step.name in only or step.name in rest]
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """check.json as an earlier call left it; an empty one where there is none, or where it cannot be read."""
+    try:
+        record = json.loads(file.read_text())
+        return record if isinstance(record["steps"], dict) else {"kind": "gpu-check", "steps": {}}
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"gpu-check: {file.name} cannot be read and is begun anew ({error})", file=sys.stderr)
+    return {"kind": "gpu-check", "steps": {}}
+
+
+def has_passed(step: dict[str, Any]) -> bool:
+    return step.get("outcome") == PASSED and step.get("sources") == provenance.source_digest()
+
+
+def run_steps(steps: Sequence[Step], file: Path, device: str, budget_s: float) -> dict[str, Any]:
     """Run the steps one after the other, and keep check.json up to date after each."""
-    record = json.loads(file.read_text()) if file.exists() else {"kind": "gpu-check", "steps": {}}
+    record = read_record(file)
     deadline = time.monotonic() + budget_s
-    for step in steps:
-        remaining = deadline - time.monotonic()
-        print(f"\n=== {step.name}", flush=True)
+    for index, step in enumerate(steps):
+        left_s = deadline - time.monotonic()
+        given_s = given(step, steps[index + 1 :], left_s)
+        print(f"\n=== {index + 1}/{len(steps)} {step.name}: {given_s:.0f} s of the {left_s:.0f} s left", flush=True)
         started = time.monotonic()
-        result = step.run(min(step.limit_s, remaining)) if remaining > 1 else Result(NOT_RUN, "out of time")
+        result = run_step(step, given_s)
         print(f"=== {step.name}: {result.outcome} ({result.detail})", flush=True)
         record["steps"][step.name] = {
             **result._asdict(),
             "seconds": round(time.monotonic() - started, 1),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "sources": source_digest(),
+            "sources": provenance.source_digest(),
         }
         record["device"] = device
         record["environment"] = timing.environment("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,83 +187,117 @@ def run_steps(steps: list[Step], file: Path, device: str, budget_s: float) -> di
     return record
 
 
+def given(step: Step, later: Sequence[Step], left_s: float) -> float:
+    """The seconds a step is given of those that are left."""
+    if not step.share:
+        return min(step.limit_s, left_s)
+    free_s = left_s - sum(other.needs_s for other in later if not other.share)
+    shares = step.share + sum(other.share for other in later)
+    return min(step.limit_s, left_s, max(step.needs_s, free_s * step.share / shares))
+
+
+def run_step(step: Step, given_s: float) -> Result:
+    if given_s < step.needs_s:
+        return Result(NOT_RUN, f"it needs {step.needs_s:.0f} s, and {max(given_s, 0):.0f} s were left")
+    try:
+        return step.run(given_s)
+    except Exception as error:  # whatever it is, the next step does not depend on it
+        return Result(FAILED, f"{type(error).__name__}: {error}"[:CLOSING_CHARACTERS])
+
+
 def verified(steps: dict[str, dict], device: str) -> Optional[dict[str, Any]]:
     """The provenance record of those backends that passed on the sources as they are now, or None."""
-
-    def passed(name: str) -> bool:
-        step = steps.get(name, {})
-        return step.get("outcome") == PASSED and step.get("sources") == source_digest()
-
-    backends = [name for name in OURS if passed("tests") and passed(f"verify-{name}")]
+    backends = [name for name in OURS if all(has_passed(steps.get(one, {})) for one in ("tests", f"verify-{name}"))]
     if not backends:
         return None
     date = max(steps[f"verify-{name}"]["date"] for name in backends)
     return provenance.verified_record(device, date, backends)
 
 
-def source_digest() -> str:
-    return hashlib.sha256(json.dumps(provenance.digests(), sort_keys=True).encode()).hexdigest()[:16]
+# ------------------------------------------------------------------------------------------------- what the steps do
 
 
-def execute(command: tuple[str, ...], limit_s: float, **environment: str) -> Result:
-    """Run a command, its output shown as it comes. Passed is exit code 0."""
-    result, _ = executed(command, limit_s, **environment)
-    return result
+def environment(setup: Setup, limit_s: float) -> Result:
+    """What is here: kept whole in the log, and what is missing in the result."""
+    result = execute((*CLI, "info", "--json"), limit_s, setup.log)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        return Result(FAILED, f"not installed: {', '.join(missing)}")
+    return result if result.outcome == FAILED else Result(PASSED, "`info --json` is in log.txt")
 
 
-def executed(command: tuple[str, ...], limit_s: float, **environment: str) -> tuple[Result, str]:
-    """The result and everything the command printed, stderr included."""
-    lines: list[str] = []
-    started = time.monotonic()
-    with subprocess.Popen(
-        ("timeout", f"{limit_s:.0f}", *command), cwd=provenance.ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env={**os.environ, **environment},
-    ) as process:  # fmt: skip
-        for line in process.stdout:
-            lines.append(line)
-            print(line, end="", flush=True)
-    output = "".join(lines)
-    if process.returncode == 124 and time.monotonic() - started >= limit_s - 1:
-        return Result(FAILED, f"stopped after {limit_s:.0f} s"), output
-    closing = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-    return Result(PASSED if process.returncode == 0 else FAILED, closing), output
-
-
-def build(limit_s: float) -> Result:
+def build(setup: Setup, limit_s: float) -> Result:
     """The library that is there, when it loads; else a new one, when there is a compiler for it."""
+    if not setup.is_gpu:
+        return Result(NOT_RUN, "it needs a CUDA build of torch")
     load = (PYTHON, "-c", "import sys; from fused_resnet import extension; sys.exit(extension.load('cuda'))")
-    result = execute(load, limit_s)
+    result = execute(load, limit_s, setup.log)
     if result.outcome == PASSED:
         return Result(PASSED, "the library that was there loads")
     command = (PYTHON, "setup.py", "build_ext", "--inplace")
     if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
         return Result(NOT_RUN, f"{result.detail}; and there is no nvcc to build it with")
-    built = execute(command, limit_s, FUSED_RESNET_CUDA="1")
+    built = execute(command, limit_s, setup.log, FUSED_RESNET_CUDA="1")
     if built.outcome == FAILED:
         return built
-    loaded = execute(load, limit_s)
+    loaded = execute(load, limit_s, setup.log)
     return loaded if loaded.outcome == FAILED else Result(PASSED, "built, and it loads")
 
 
-def test_command() -> tuple[str, ...]:
+def smoke(setup: Setup, backends: Sequence[str], limit_s: float) -> Result:
+    """A few random problems on each backend, each in a process of its own."""
+    results = {name: verify(setup, name, 2, limit_s / len(backends)) for name in backends}
+    broken = [f"{name}: {result.detail}" for name, result in results.items() if result.outcome == FAILED]
+    return Result(FAILED, "; ".join(broken)) if broken else Result(PASSED, f"{', '.join(backends)} ran")
+
+
+def verify(setup: Setup, backend: str, problems: int, limit_s: float) -> Result:
+    """Random problems against the reference, on a GPU in several processes: most of the time goes into compiling."""
+    workers = min(8, max(1, (os.cpu_count() or 1) // 2), problems) if setup.is_gpu else 1
+
+    def part(seed: int) -> Result:
+        command = (*CLI, "verify", "--device", setup.device, "--backend", backend, "--seed", str(seed),
+                   "--problems", str(-(-problems // workers)))  # fmt: skip
+        return execute(command, limit_s, setup.log, OMP_NUM_THREADS="2")
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        results = list(pool.map(part, range(workers)))
+    broken = [f"seed {seed}: {result.detail}" for seed, result in enumerate(results) if result.outcome == FAILED]
+    return Result(FAILED, "; ".join(broken)) if broken else results[0]
+
+
+def gpu_tests(setup: Setup, limit_s: float) -> Result:
+    if not setup.is_gpu:
+        return Result(NOT_RUN, "they need a GPU")
     workers = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
-    return (PYTHON, "-m", "pytest", "tests", "-k", "(cuda or gpu or triton) and not aot", *workers)
+    command = (PYTHON, "-m", "pytest", "tests", "-q", "-k", "(cuda or gpu or triton) and not aot", *workers,
+               "-o", "faulthandler_timeout=120")  # fmt: skip
+    return execute(command, limit_s, setup.log)
 
 
-def verify(backend: str, problems: int, limit_s: float) -> Result:
-    return execute((*CLI, "verify", "--device", "cuda", "--backend", backend, "--problems", str(problems)), limit_s)
+def sanitize(setup: Setup, limit_s: float) -> Result:
+    """memcheck over a few problems of our kernels."""
+    backends = [argument for name in OURS for argument in ("--backend", name)]
+    return memcheck(setup, limit_s, *CLI, "verify", "--device", "cuda", "--problems", "8", *backends)
 
 
-def sanitize(limit_s: float) -> Result:
-    """memcheck over a few problems of our kernels; NOT_RUN where the tool is missing or cannot attach to the GPU."""
+def sanitize_configs(setup: Setup, limit_s: float) -> Result:
+    """memcheck over every config that the tuner has kept, each once."""
+    if not (setup.out / "configs.json").exists():
+        return Result(NOT_RUN, "nothing is tuned")
+    return memcheck(setup, limit_s, PYTHON, "-m", "benchmarks.run_configs", str(setup.out / "configs.json"))
+
+
+def memcheck(setup: Setup, limit_s: float, *command: str) -> Result:
+    """A command under compute-sanitizer; NOT_RUN where that is missing or cannot attach to the GPU."""
+    if not setup.is_gpu:
+        return Result(NOT_RUN, "it needs a GPU")
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return Result(NOT_RUN, "compute-sanitizer is not installed")
-    backends = [argument for name in OURS for argument in ("--backend", name)]
-    command = (*CLI, "verify", "--device", "cuda", "--problems", "8", *backends)
-    memcheck = (tool, "--tool", "memcheck", "--error-exitcode", "9", *command)
+    checked = (tool, "--tool", "memcheck", "--error-exitcode", "9", *command)
     # torch's allocator hands out parts of large blocks, inside which an overrun would go unseen
-    return judge_sanitizer(*executed(memcheck, limit_s, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
+    return judge_sanitizer(*executed(checked, limit_s, setup.log, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
 
 
 def judge_sanitizer(result: Result, output: str) -> Result:
@@ -208,6 +305,37 @@ def judge_sanitizer(result: Result, output: str) -> Result:
     if not summaries:
         return Result(NOT_RUN, f"compute-sanitizer did not come to a summary: {result.detail}")
     return Result(result.outcome, summaries[-1])
+
+
+def tune(setup: Setup, batches: str, dtypes: str, limit_s: float) -> Result:
+    """The tuner goes on where it stopped; its winners come back as configs.json."""
+    ships = provenance.ROOT / "fused_resnet" / "configs"
+    folder = setup.configs or (ships if setup.is_gpu else setup.out / "tuned")
+    command = (*CLI, "tune", "--device", setup.device, "--model", setup.model, "--batch", batches, "--dtype", dtypes,
+               "--configs", str(folder), "--budget-minutes", f"{0.85 * limit_s / 60:.2f}")  # fmt: skip
+    result = execute(command, limit_s, setup.log)
+    name = tuning.device_id(setup.device)
+    winners = None if name is None else folder / tuning.file_name(name)
+    if winners is not None and winners.exists():
+        shutil.copyfile(winners, setup.out / "configs.json")
+    return result
+
+
+def benchmark(setup: Setup, name: str, arguments: Sequence[str], limit_s: float) -> Result:
+    """One `bench` command into <name>.json. It goes on with a file of the same measurement, and replaces another's."""
+    file = setup.out / f"{name}.json"
+    rounds_s = min(60.0, 0.4 * limit_s)
+    command = (*CLI, "bench", *arguments, "--model", setup.model, "--device", setup.device, "--out", str(file),
+               "--budget", f"{rounds_s:.0f}", "--stop-after", f"{0.75 * limit_s:.0f}")  # fmt: skip
+    resumed, output = executed((*command, "--resume"), limit_s, setup.log)
+    if resumed.outcome == FAILED and "--resume:" in output:
+        resumed = execute(command, limit_s, setup.log)
+    if not file.exists():
+        return resumed
+    left = json.loads(file.read_text()).get("left", [])
+    if left and resumed.outcome == PASSED:
+        return Result(NOT_RUN, f"the time was up: {len(left)} left, {left[0]} the first; --only {name} goes on")
+    return resumed
 
 
 if __name__ == "__main__":

@@ -23,10 +23,12 @@ struct EpilogueArguments {
 struct ConvArguments {
   ConvShape shape;
   EpilogueArguments epilogue;
-  const void* x;         // N H W C
-  const void* weight;    // K R S C/groups
-  void* out;             // N P Q K
-  bool has_vector_rows;  // K, K / groups, out and residual allow 16-byte accesses
+  const void* x;              // N H W C
+  const void* weight;         // K R S C/groups
+  void* out;                  // N P Q K
+  bool has_vector_rows;       // K, K / groups, out and residual allow 16-byte accesses
+  int splits = 1;             // parts of the reduction, each summed by blocks of its own
+  float* partials = nullptr;  // their sums, splits x N P Q K, where there is more than one
 };
 
 }  // namespace fused_resnet

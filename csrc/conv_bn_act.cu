@@ -67,22 +67,34 @@ void launch_element(ConvArguments args, int device, cudaStream_t stream) {
   const ConvShape& s = args.shape;
   const bool is_aligned =
       s.group_channels % kChunk == 0 && is_aligned_to_chunk(args.x) && is_aligned_to_chunk(args.weight);
-  args.has_vector_rows =
-      s.group_filters % kChunk == 0 && is_aligned_to_chunk(args.out) && is_aligned_to_chunk(args.epilogue.residual);
+  args.has_vector_rows = s.group_filters % kChunk == 0 && is_aligned_to_chunk(args.out) &&
+                         is_aligned_to_chunk(args.epilogue.residual) && is_aligned_to_chunk(args.partials);
 
   if (!spans_fit(s, is_aligned ? kChunk : 1)) {
     throw std::runtime_error("cuda_conv_bn_act: one image of x has too many elements for 32-bit offsets.");
   }
-  const int64_t reduction_bytes = static_cast<int64_t>(s.reduction) * static_cast<int64_t>(sizeof(Element));
-  const GemmSize size{num_rows(s), s.group_filters, reduction_bytes, s.groups};
-  const int tile = choose_tile(size, device_limits(device), is_aligned);
+  const GemmSize size = gemm_size(s, sizeof(Element));
+  const int tile = choose_tile(size, device_limits(device), is_aligned, args.splits);
   if (tile < 0) throw std::runtime_error("cuda_conv_bn_act: no tile fits this device's shared memory.");
-  const int64_t blocks = num_blocks(kTiles[tile], size);
+  const int64_t blocks = num_blocks(kTiles[tile], size) * args.splits;
   if (blocks > INT32_MAX) throw std::runtime_error("cuda_conv_bn_act: the output needs more than 2^31 - 1 blocks.");
+  const int64_t sum_blocks = args.splits > 1 ? num_sum_blocks(s, kChunk) : 0;
+  if (sum_blocks > INT32_MAX / kSumThreads) {
+    throw std::runtime_error("cuda_conv_bn_act: the output has too many values for split sums.");
+  }
   launch_tile<Element>(tile, is_aligned, args, device, stream, blocks);
+  if (sum_blocks > 0) {
+    sum_splits_kernel<Element><<<static_cast<unsigned>(sum_blocks), kSumThreads, 0, stream>>>(args);
+    check(cudaGetLastError(), "launch failed");
+  }
 }
 
 }  // namespace
+
+int conv_bn_act_splits(const ConvShape& shape, int element_bytes, int device) {
+  const bool is_aligned = shape.group_channels % (kChunkBytes / element_bytes) == 0;
+  return choose_splits(gemm_size(shape, element_bytes), device_limits(device), is_aligned);
+}
 
 void launch_conv_bn_act(const ConvArguments& args, Dtype dtype, int device, void* stream) {
   if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 8) {

@@ -161,54 +161,42 @@ __device__ __forceinline__ void multiply_stage(
   }
 }
 
-// Staged fp32 sums to finished output. A thread keeps to one chunk of columns, so its BN values stay in registers.
+// Staged fp32 sums to finished output, or to the partial sums of this block's split. A thread keeps to one chunk of
+// columns, so its BN values stay in registers.
 template <class Element, int kTileIndex>
-__device__ __forceinline__ void store_output(const ConvArguments& args, const BlockOrigin& origin, const float* staged,
-                                             int thread) {
+__device__ __forceinline__ void store_output(const ConvArguments& args, const BlockOrigin& origin, int split,
+                                             const float* staged, int thread) {
   using Traits = TileTraits<Element, kTileIndex>;
   constexpr int kChunk = Traits::kChunk, kChunks = Traits::kBlockN / kChunk;
   const ConvShape& shape = args.shape;
-  const EpilogueArguments& epilogue = args.epilogue;
   const int column = thread % kChunks * kChunk;
   const int num_columns = shape.group_filters - origin.k - column;  // that exist from here on
   if (num_columns <= 0) return;
   const int first_channel = origin.group * shape.group_filters + origin.k + column;
-
-  ScaleShift affine[kChunk];
-#pragma unroll
-  for (int e = 0; e < kChunk; ++e) {
-    affine[e] = e < num_columns ? scale_and_shift(epilogue, first_channel + e) : ScaleShift{0.0f, 0.0f};
-  }
-  const Element* residual = static_cast<const Element*>(epilogue.residual);
-  Element* out = static_cast<Element*>(args.out);
   const int64_t rows_left = num_rows(shape) - origin.m;
   const int num_tile_rows = rows_left < Traits::kBlockM ? static_cast<int>(rows_left) : Traits::kBlockM;
 
+  ScaleShift affine[kChunk];
+  float* partials = args.partials;
+  if (partials == nullptr) {
+    scale_and_shift_chunk<Element>(args.epilogue, first_channel, num_columns, affine);
+  } else {
+    partials += split * num_rows(shape) * shape.K;
+  }
   for (int row = thread / kChunks; row < num_tile_rows; row += Traits::kThreads / kChunks) {
     const int64_t offset = (origin.m + row) * shape.K + first_channel;
-    Packed<Element> skip, result;
-    if (residual != nullptr && args.has_vector_rows) skip.chunk = *reinterpret_cast<const Chunk*>(residual + offset);
+    float sums[kChunk];
 #pragma unroll
-    for (int e = 0; e < kChunk; ++e) {
-      float v = fmaf(staged[staging_position(row, column + e, Traits::kPitch)], affine[e].scale, affine[e].shift);
-      if (residual != nullptr) {
-        if (!args.has_vector_rows) skip.load(e, e < num_columns ? residual + offset + e : nullptr);
-        v += skip.get(e);
-      }
-      result.put(e, activate(v, epilogue.activation));
-    }
-    if (args.has_vector_rows) {
-      *reinterpret_cast<Chunk*>(out + offset) = result.chunk;
+    for (int e = 0; e < kChunk; ++e) sums[e] = staged[staging_position(row, column + e, Traits::kPitch)];
+    if (partials == nullptr) {
+      store_chunk<Element>(args, offset, num_columns, affine, sums);
     } else {
-#pragma unroll
-      for (int e = 0; e < kChunk; ++e) {
-        if (e < num_columns) out[offset + e] = result.elements[e];
-      }
+      store_sums<kChunk>(partials + offset, num_columns, args.has_vector_rows, sums);
     }
   }
 }
 
-// One block per tile, kTile.stages - 1 stages in flight; smem_bytes(kTile) of dynamic shared memory.
+// One block per tile and split, kTile.stages - 1 stages in flight; smem_bytes(kTile) of dynamic shared memory.
 template <class Element, int kTileIndex, bool kIsAligned>
 __global__ void __launch_bounds__(TileTraits<Element, kTileIndex>::kThreads,
                                   kIsAligned ? kTiles[kTileIndex].resident_blocks : 1)
@@ -218,25 +206,28 @@ __global__ void __launch_bounds__(TileTraits<Element, kTileIndex>::kThreads,
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32;
   const int warp_row = warp / Traits::kWarpsN * Traits::kWarpM;
   const int warp_column = warp % Traits::kWarpsN * Traits::kWarpN;
-  const BlockOrigin origin = block_origin(args.shape, block_index(), Traits::kBlockM, Traits::kBlockN);
+  const uint32_t block = static_cast<uint32_t>(block_index()), splits = static_cast<uint32_t>(args.splits);
+  const int split = static_cast<int>(block % splits);
+  const BlockOrigin origin = block_origin(args.shape, block / splits, Traits::kBlockM, Traits::kBlockN);
   const StageLoader<Element, kTileIndex, kIsAligned> loader(args, origin, thread);
   unsigned char* smem = shared_memory();
 
   const int num_steps = (args.shape.reduction + Traits::kBlockK - 1) / Traits::kBlockK;
+  const StageRange steps = stage_range(num_steps, args.splits, split);
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) {
-    if (stage < num_steps) loader.load(smem + stage * kStageBytes, stage);
+    if (steps.first + stage < steps.last) loader.load(smem + stage * kStageBytes, steps.first + stage);
     commit_copies();
   }
 
   float acc[Traits::kMmaM][Traits::kMmaN][4] = {};
   int read = 0;
-  for (int step = 0; step < num_steps; ++step) {
+  for (int step = steps.first; step < steps.last; ++step) {
     wait_copies<kStages - 2>();
     // the stage is complete for everyone, and everyone has finished with the one filled next
     sync_block();
     const int write = read == 0 ? kStages - 1 : read - 1;
-    if (step + kStages - 1 < num_steps) loader.load(smem + write * kStageBytes, step + kStages - 1);
+    if (step + kStages - 1 < steps.last) loader.load(smem + write * kStageBytes, step + kStages - 1);
     commit_copies();
     multiply_stage<Element, kTileIndex>(smem + read * kStageBytes, warp_row, warp_column, lane, acc);
     read = read + 1 == kStages ? 0 : read + 1;
@@ -258,7 +249,36 @@ __global__ void __launch_bounds__(TileTraits<Element, kTileIndex>::kThreads,
     }
   }
   sync_block();
-  store_output<Element, kTileIndex>(args, origin, staged, thread);
+  store_output<Element, kTileIndex>(args, origin, split, staged, thread);
+}
+
+constexpr int kSumThreads = 128;
+constexpr int kSumBlocksPerSm = 8;
+
+inline int64_t num_sum_blocks(const ConvShape& s, int chunk) {
+  return ceil_div(num_rows(s) * ceil_div(s.K, chunk), kSumThreads);
+}
+
+// The splits' sums, added in order, to finished output: the second kernel. One thread per chunk of a row, fewer than
+// 2^31 of them.
+template <class Element>
+__global__ void __launch_bounds__(kSumThreads, kSumBlocksPerSm)
+    sum_splits_kernel(const __grid_constant__ ConvArguments args) {
+  constexpr int kChunk = Packed<Element>::kCount;
+  const int64_t rows = num_rows(args.shape);
+  const uint32_t chunks = static_cast<uint32_t>(args.shape.K - 1) / kChunk + 1;
+  const uint32_t index = static_cast<uint32_t>(block_index()) * kSumThreads + thread_index();
+  const uint32_t row = index / chunks;
+  if (row >= rows) return;
+  const int channel = static_cast<int>(index - row * chunks) * kChunk;
+  const int num_columns = args.shape.K - channel;
+  const int64_t offset = int64_t{row} * args.shape.K + channel;
+
+  float sums[kChunk];
+  add_sums<kChunk>(args.partials + offset, args.splits, rows * args.shape.K, num_columns, args.has_vector_rows, sums);
+  ScaleShift affine[kChunk];
+  scale_and_shift_chunk<Element>(args.epilogue, channel, num_columns, affine);
+  store_chunk<Element>(args, offset, num_columns, affine, sums);
 }
 
 }  // namespace fused_resnet

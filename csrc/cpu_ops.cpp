@@ -1,11 +1,14 @@
 // The operators of _C_cpu.so. No CUDA here.
 //
 // cpu_add_relu: out = max(a + b, 0) in one pass over memory, which is what limits it; torch.relu(a + b) takes two.
+// cpu_max_pool2d: the maximum of each window in channels_last memory, without the indices that ATen's also writes.
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "operators.h"
 
@@ -143,9 +146,134 @@ void add_relu(Tensor a, Tensor b, Tensor out) {
   }
 }
 
+// ----------------------------------------------------------------------------------------------------- max pooling
+
+// Sixteen-bit floats, whatever their format, as integers of the same order; every NaN becomes the largest.
+template <int16_t kInfinity>
+struct OrderedBits {
+  using Storage = int16_t;
+  static inline __attribute__((always_inline)) int16_t key(int16_t bits) {
+    const int16_t ordered = bits ^ ((bits >> 15) & 0x7fff);
+    const int16_t magnitude = bits & 0x7fff;
+    return magnitude > kInfinity ? int16_t{0x7fff} : ordered;
+  }
+  // Larger of the two, channel by channel.
+  static inline __attribute__((always_inline)) void fold(const int16_t* __restrict in, int16_t* __restrict out,
+                                                         int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      const int16_t a = key(in[i]), b = key(out[i]);
+      const int16_t larger = a > b ? a : b;
+      out[i] = larger ^ ((larger >> 15) & 0x7fff);
+    }
+  }
+};
+
+// NaN compares false and stays once it is there, as in torch.
+template <class T>
+struct Ordinary {
+  using Storage = T;
+  static inline __attribute__((always_inline)) void fold(const T* __restrict in, T* __restrict out, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) out[i] = in[i] > out[i] || in[i] != in[i] ? in[i] : out[i];
+  }
+};
+
+struct Pooling {
+  int64_t C, H, W, P, Q, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
+};
+
+// Rows [begin, end) of the output, counted over all images: row = (n, p).
+template <class Format, class T = typename Format::Storage>
+inline __attribute__((always_inline)) void max_pool_rows(const T* x, T* out, const Pooling& s, int64_t begin,
+                                                         int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* image = x + row / s.P * s.H * s.W * s.C;
+    const int64_t top = row % s.P * s.stride_h - s.padding_h;
+    for (int64_t q = 0; q < s.Q; ++q) {
+      const int64_t left = q * s.stride_w - s.padding_w;
+      T* to = out + (row * s.Q + q) * s.C;
+      bool is_first = true;
+      for (int64_t h = std::max<int64_t>(top, 0); h < std::min(top + s.kernel_h, s.H); ++h) {
+        for (int64_t w = std::max<int64_t>(left, 0); w < std::min(left + s.kernel_w, s.W); ++w) {
+          const T* from = image + (h * s.W + w) * s.C;
+          if (is_first) {
+            std::memcpy(to, from, sizeof(T) * s.C);
+          } else {
+            Format::fold(from, to, s.C);
+          }
+          is_first = false;
+        }
+      }
+    }
+  }
+}
+
+#if defined(__x86_64__)
+template <class Format, class T>
+__attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512"))) void max_pool_avx512(const T* x, T* out,
+                                                                                                  const Pooling& s,
+                                                                                                  int64_t begin,
+                                                                                                  int64_t end) {
+  max_pool_rows<Format>(x, out, s, begin, end);
+}
+
+template <class Format, class T>
+__attribute__((target("avx2"))) void max_pool_avx2(const T* x, T* out, const Pooling& s, int64_t begin, int64_t end) {
+  max_pool_rows<Format>(x, out, s, begin, end);
+}
+#endif
+
+template <class Format, class T = typename Format::Storage>
+void max_pool_parallel(const void* from, void* to, const Pooling& s, int64_t rows) {
+  const T* x = static_cast<const T*>(from);
+  T* out = static_cast<T*>(to);
+  const int64_t grain = std::max<int64_t>(1, kGrainSize / (s.Q * s.C * s.kernel_h * s.kernel_w));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+#if defined(__x86_64__)
+    if (has_avx512()) return max_pool_avx512<Format>(x, out, s, begin, end);
+    if (has_avx2()) return max_pool_avx2<Format>(x, out, s, begin, end);
+#endif
+    max_pool_rows<Format>(x, out, s, begin, end);
+  });
+}
+
+void max_pool2d(Tensor x, std::vector<int64_t> kernel_size, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                Tensor out) {
+  constexpr const char* kPool = "cpu_max_pool2d";
+  STD_TORCH_CHECK(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2, kPool,
+                  ": kernel_size, stride and padding must have 2 values");
+  STD_TORCH_CHECK(is_channels_last(x) && is_channels_last(out), kPool, ": x and out must be channels_last");
+  STD_TORCH_CHECK(x.scalar_type() == out.scalar_type(), kPool, ": x and out must have one dtype");
+  for (int i = 0; i < 2; ++i) {
+    STD_TORCH_CHECK(kernel_size[i] > 0 && stride[i] > 0 && padding[i] >= 0 && 2 * padding[i] <= kernel_size[i], kPool,
+                    ": window and stride must be positive and padding at most half the window");
+    const int64_t room = x.size(2 + i) + 2 * padding[i] - kernel_size[i];
+    STD_TORCH_CHECK(room >= 0 && out.size(2 + i) == room / stride[i] + 1, kPool, ": out has the wrong height or width");
+  }
+  STD_TORCH_CHECK(out.size(0) == x.size(0) && out.size(1) == x.size(1), kPool, ": out has the wrong batch or channels");
+  const Pooling s{x.size(1),      x.size(2), x.size(3), out.size(2), out.size(3), kernel_size[0],
+                  kernel_size[1], stride[0], stride[1], padding[0],  padding[1]};
+  if (out.numel() == 0) return;
+  const void* from = x.const_data_ptr();
+  void* to = out.mutable_data_ptr();
+  const int64_t rows = out.size(0) * s.P;
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return max_pool_parallel<Ordinary<float>>(from, to, s, rows);
+    case ScalarType::Double:
+      return max_pool_parallel<Ordinary<double>>(from, to, s, rows);
+    case ScalarType::Half:
+      return max_pool_parallel<OrderedBits<0x7c00>>(from, to, s, rows);
+    case ScalarType::BFloat16:
+      return max_pool_parallel<OrderedBits<0x7f80>>(from, to, s, rows);
+    default:
+      STD_TORCH_CHECK(false, kPool, ": the dtype must be float32, float16, bfloat16 or float64");
+  }
+}
+
 }  // namespace
 }  // namespace fused_resnet
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
   m.impl("cpu_add_relu", TORCH_BOX(&fused_resnet::add_relu));
+  m.impl("cpu_max_pool2d", TORCH_BOX(&fused_resnet::max_pool2d));
 }

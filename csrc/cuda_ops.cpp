@@ -1,6 +1,7 @@
 // The operators of _C_cuda.so: tensors and schemas in, pointers and shapes out.
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -68,23 +69,30 @@ int32_t as_int32(const char* name, int64_t value) {
   return static_cast<int32_t>(value);
 }
 
-ConvShape shape_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
-                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
-  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4, kConv, ": x and weight must have 4 dimensions");
+using Sizes = std::vector<int64_t>;
+
+Sizes sizes_of(const Tensor& t) {
+  return {t.sizes().begin(), t.sizes().end()};
+}
+
+ConvShape shape_of(const Sizes& x, const Sizes& weight, const Sizes& stride, const Sizes& padding,
+                   const Sizes& dilation, int64_t groups) {
+  STD_TORCH_CHECK(x.size() == 4 && weight.size() == 4, kConv, ": x and weight must have 4 dimensions");
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, kConv,
                   ": stride, padding and dilation must have 2 values");
   STD_TORCH_CHECK(stride[0] > 0 && stride[1] > 0 && dilation[0] > 0 && dilation[1] > 0 && groups > 0, kConv,
                   ": stride, dilation and groups must be positive");
-  STD_TORCH_CHECK(weight.numel() > 0 && x.size(1) == weight.size(1) * groups && weight.size(0) % groups == 0, kConv,
-                  ": the channels of x and weight do not fit these groups");
+  STD_TORCH_CHECK(
+      *std::min_element(weight.begin(), weight.end()) > 0 && x[1] == weight[1] * groups && weight[0] % groups == 0,
+      kConv, ": the channels of x and weight do not fit these groups");
   ConvShape s{};
-  s.N = x.size(0);
-  s.C = as_int32("C", x.size(1));
-  s.H = as_int32("H", x.size(2));
-  s.W = as_int32("W", x.size(3));
-  s.K = as_int32("K", weight.size(0));
-  s.R = as_int32("R", weight.size(2));
-  s.S = as_int32("S", weight.size(3));
+  s.N = x[0];
+  s.C = as_int32("C", x[1]);
+  s.H = as_int32("H", x[2]);
+  s.W = as_int32("W", x[3]);
+  s.K = as_int32("K", weight[0]);
+  s.R = as_int32("R", weight[2]);
+  s.S = as_int32("S", weight[3]);
   s.stride_h = as_int32("stride", stride[0]);
   s.stride_w = as_int32("stride", stride[1]);
   s.pad_h = as_int32("padding", padding[0]);
@@ -115,10 +123,10 @@ Activation parse_activation(const std::string& name) {
 
 void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
                  std::optional<Tensor> bn_mean, std::optional<Tensor> bn_var, double eps, std::optional<Tensor> bias,
-                 std::optional<Tensor> residual, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                 std::vector<int64_t> dilation, int64_t groups, std::string activation, bool allow_tf32, Tensor out) {
+                 std::optional<Tensor> residual, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
+                 std::string activation, bool allow_tf32, std::optional<Tensor> partials, Tensor out) {
   ConvArguments args{};
-  args.shape = shape_of(x, weight, stride, padding, dilation, groups);
+  args.shape = shape_of(sizes_of(x), sizes_of(weight), stride, padding, dilation, groups);
   const ConvShape& s = args.shape;
   STD_TORCH_CHECK(s.P > 0 && s.Q > 0, kConv, ": the output would be empty");
   STD_TORCH_CHECK(
@@ -148,12 +156,31 @@ void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::
   args.x = x.const_data_ptr();
   args.weight = weight.const_data_ptr();
   args.out = out.mutable_data_ptr();
+  if (partials.has_value()) {
+    STD_TORCH_CHECK(partials->dim() == 2 && partials->size(0) > 1 && partials->size(1) == out.numel() &&
+                        partials->is_contiguous() && partials->scalar_type() == ScalarType::Float,
+                    kConv, ": partials must be a contiguous float32 matrix, two rows or more of as many values as out");
+    check_device(kConv, "partials", *partials, x);
+    args.splits = as_int32("splits", partials->size(0));
+    args.partials = static_cast<float*>(partials->mutable_data_ptr());
+  }
   const DeviceGuard guard(x.get_device_index());
   launch_conv_bn_act(args, dtype, x.get_device_index(), current_stream(x));
 }
 
+int64_t conv_splits(Sizes x, Sizes weight, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
+                    int64_t element_bytes, int64_t device) {
+  const ConvShape shape = shape_of(x, weight, stride, padding, dilation, groups);
+  STD_TORCH_CHECK(element_bytes == 2 || element_bytes == 4, kConv, ": elements have 2 or 4 bytes");
+  return conv_bn_act_splits(shape, static_cast<int>(element_bytes), as_int32("device", device));
+}
+
 }  // namespace
 }  // namespace fused_resnet
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CompositeExplicitAutograd, m) {
+  m.impl("cuda_conv_splits", TORCH_BOX(&fused_resnet::conv_splits));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CUDA, m) {
   m.impl("cuda_add_relu", TORCH_BOX(&fused_resnet::add_relu));

@@ -57,6 +57,15 @@ FUSED_RESNET_HD ScaleShift scale_and_shift(const EpilogueArguments& e, int k) {
   return {scale, fmaf(centre, scale, load_channel(e.bn_bias, k, 0.0f))};
 }
 
+// Of the next Packed<Element>::kCount channels from k on, of which num_columns exist.
+template <class Element>
+FUSED_RESNET_HD void scale_and_shift_chunk(const EpilogueArguments& e, int k, int num_columns, ScaleShift* affine) {
+#pragma unroll
+  for (int i = 0; i < Packed<Element>::kCount; ++i) {
+    affine[i] = i < num_columns ? scale_and_shift(e, k + i) : ScaleShift{0.0f, 0.0f};
+  }
+}
+
 // The comparisons let NaN through, as torch does, and give +0 for -0, as torch does on CUDA.
 FUSED_RESNET_HD float relu(float v) {
   return v <= 0.0f ? 0.0f : v;
@@ -72,6 +81,78 @@ FUSED_RESNET_HD float activate(float v, Activation activation) {
       return v / (1.0f + expf(-v));
     default:
       return v;
+  }
+}
+
+// kCount sums of which num_columns exist, to memory; sixteen bytes at a time if has_vectors.
+template <int kCount>
+FUSED_RESNET_HD void store_sums(float* to, int num_columns, bool has_vectors, const float* sums) {
+  if (has_vectors) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      Packed<float> four;
+      for (int e = 0; e < 4; ++e) four.put(e, sums[i + e]);
+      *reinterpret_cast<Chunk*>(to + i) = four.chunk;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i < num_columns) to[i] = sums[i];
+    }
+  }
+}
+
+// The sum, in order, of `splits` such stores that lie `distance` floats apart.
+template <int kCount>
+FUSED_RESNET_HD void add_sums(const float* from, int splits, int64_t distance, int num_columns, bool has_vectors,
+                              float* sums) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sums[i] = 0.0f;
+  if (has_vectors) {
+#pragma unroll 4  // as many loads on their way
+    for (int split = 0; split < splits; ++split) {
+#pragma unroll
+      for (int i = 0; i < kCount; i += 4) {
+        Packed<float> four;
+        four.chunk = *reinterpret_cast<const Chunk*>(from + split * distance + i);
+        for (int e = 0; e < 4; ++e) sums[i + e] += four.get(e);
+      }
+    }
+  } else {
+    for (int split = 0; split < splits; ++split) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (i < num_columns) sums[i] += from[split * distance + i];
+      }
+    }
+  }
+}
+
+// Finishes a row's next Packed<Element>::kCount sums, of which num_columns exist, and stores them at `offset` of out.
+template <class Element>
+FUSED_RESNET_HD void store_chunk(const ConvArguments& args, int64_t offset, int num_columns, const ScaleShift* affine,
+                                 const float* sums) {
+  constexpr int kChunk = Packed<Element>::kCount;
+  const Element* residual = static_cast<const Element*>(args.epilogue.residual);
+  Element* out = static_cast<Element*>(args.out);
+  Packed<Element> skip, result;
+  if (residual != nullptr && args.has_vector_rows) skip.chunk = *reinterpret_cast<const Chunk*>(residual + offset);
+#pragma unroll
+  for (int e = 0; e < kChunk; ++e) {
+    float v = fmaf(sums[e], affine[e].scale, affine[e].shift);
+    if (residual != nullptr) {
+      if (!args.has_vector_rows) skip.load(e, e < num_columns ? residual + offset + e : nullptr);
+      v += skip.get(e);
+    }
+    result.put(e, activate(v, args.epilogue.activation));
+  }
+  if (args.has_vector_rows) {
+    *reinterpret_cast<Chunk*>(out + offset) = result.chunk;
+  } else {
+#pragma unroll
+    for (int e = 0; e < kChunk; ++e) {
+      if (e < num_columns) out[offset + e] = result.elements[e];
+    }
   }
 }
 

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "problem.h"
+
 namespace fused_resnet {
 
 // One block computes block_m rows by block_n columns with warps_m x warps_n warps and a ring of `stages` buffers.
@@ -85,6 +87,10 @@ struct GemmSize {
   int64_t groups;
 };
 
+inline GemmSize gemm_size(const ConvShape& s, int element_bytes) {
+  return {num_rows(s), s.group_filters, static_cast<int64_t>(s.reduction) * element_bytes, s.groups};
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
@@ -93,33 +99,79 @@ inline int64_t num_blocks(const Tile& t, const GemmSize& size) {
   return ceil_div(size.rows, t.block_m) * ceil_div(size.columns, t.block_n) * size.groups;
 }
 
+inline int64_t num_stages(const GemmSize& size) {
+  return ceil_div(size.reduction_bytes, kStageRowBytes);
+}
+
+// The reduction may be split among blocks where there are too few tiles for the device. Their sums meet in fp32 in
+// memory, where a second kernel adds them up in order.
+constexpr int kMostSplits = 32;
+constexpr int64_t kMostPartialBytes = int64_t{1} << 26;
+constexpr double kBytesFromL2 = 64.0;  // per cycle and multiprocessor
+// The second kernel's start and latency, about 2 us. A guess; it has not been measured.
+constexpr double kSecondKernelCycles = 3000.0;
+
+inline int64_t partial_bytes(const GemmSize& size, int splits) {
+  return splits * size.rows * size.columns * size.groups * 4;
+}
+
+// The stages that part `split` sums: [first, last).
+struct StageRange {
+  int first, last;
+};
+FUSED_RESNET_HD StageRange stage_range(int num_stages, int splits, int split) {
+  const int each = num_stages / splits, left = num_stages % splits;  // the first `left` parts have one more
+  const int first = split * each + (split < left ? split : left);
+  return {first, first + each + (split < left ? 1 : 0)};
+}
+
 // Cycles a multiprocessor needs, from data-sheet rates (A100: 1024 half-precision FMA, 128 bytes from shared memory
-// and about 64 bytes from L2 per cycle). An estimate that ranks tiles; it predicts no time.
-inline double estimated_cycles(const Tile& t, const GemmSize& size, const DeviceLimits& device) {
+// and about 64 bytes from L2 per cycle). An estimate that ranks tiles and splits; it predicts no time.
+inline double estimated_cycles(const Tile& t, const GemmSize& size, const DeviceLimits& device, int splits) {
   const double arithmetic = t.block_m * t.block_n / 16.0;
   const double shared = static_cast<double>(t.block_m * t.warps_n + t.block_n * t.warps_m);
-  const double from_l2 = 2.0 * (t.block_m + t.block_n);
+  const double from_l2 = kStageRowBytes / kBytesFromL2 * (t.block_m + t.block_n);
   // the three overlap, but never quite: a quarter of what is hidden still shows, which prefers larger tiles
   const double longest = std::max({arithmetic, shared, from_l2});
   const double per_stage = longest + (arithmetic + shared + from_l2 - longest) / 4.0;
-  const double stages = static_cast<double>(ceil_div(size.reduction_bytes, kStageRowBytes));
+  const double stages = static_cast<double>(ceil_div(num_stages(size), splits));
   const double epilogue = t.block_m * t.block_n / 8.0;
   const double fill = 600.0;  // latency of the first loads, hidden only by other resident blocks
   const int resident = blocks_per_sm(t, device);
-  const int64_t blocks_on_busiest_sm = ceil_div(num_blocks(t, size), device.num_sms);
+  const int64_t blocks_on_busiest_sm = ceil_div(num_blocks(t, size) * splits, device.num_sms);
   const double rounds = static_cast<double>(ceil_div(blocks_on_busiest_sm, resident));
-  return static_cast<double>(blocks_on_busiest_sm) * (stages * per_stage + epilogue) + rounds * fill;
+  const double first = static_cast<double>(blocks_on_busiest_sm) * (stages * per_stage + epilogue) + rounds * fill;
+  if (splits == 1) return first;
+  const double to_add = static_cast<double>(partial_bytes(size, splits)) / (kBytesFromL2 * device.num_sms);
+  return first + kSecondKernelCycles + to_add;
 }
 
 // Index into kTiles of the cheapest legal tile, or -1 if the device can run none.
-inline int choose_tile(const GemmSize& size, const DeviceLimits& device, bool is_aligned) {
+inline int choose_tile(const GemmSize& size, const DeviceLimits& device, bool is_aligned, int splits) {
   int best = -1;
   double best_cycles = 0;
   for (int i = 0; i < kNumTiles; ++i) {
     if (why_illegal(kTiles[i], device, is_aligned) != nullptr) continue;
-    const double cycles = estimated_cycles(kTiles[i], size, device);
+    const double cycles = estimated_cycles(kTiles[i], size, device, splits);
     if (best < 0 || cycles < best_cycles) {
       best = i;
+      best_cycles = cycles;
+    }
+  }
+  return best;
+}
+
+// Into how many parts to split the reduction; 1 also where the device can run no tile.
+inline int choose_splits(const GemmSize& size, const DeviceLimits& device, bool is_aligned) {
+  const int most = static_cast<int>(std::min<int64_t>(kMostSplits, num_stages(size)));
+  int best = 1;
+  double best_cycles = 0;
+  for (int splits = 1; splits <= most && (splits == 1 || partial_bytes(size, splits) <= kMostPartialBytes); ++splits) {
+    const int tile = choose_tile(size, device, is_aligned, splits);
+    if (tile < 0) return 1;
+    const double cycles = estimated_cycles(kTiles[tile], size, device, splits);
+    if (splits == 1 || cycles < best_cycles) {
+      best = splits;
       best_cycles = cycles;
     }
   }

@@ -37,6 +37,10 @@ class GuardedBuffer {
 
   void copy_to(FloatArray& values) const {
     for (int64_t i = 0; i < size_; ++i) values.mutable_data()[i] = static_cast<float>(data_[i]);
+    check();
+  }
+
+  void check() const {
     const auto* first = reinterpret_cast<const unsigned char*>(data_);
     const auto* last = first + size_ * sizeof(Element);
     for (const unsigned char& byte : bytes_) {
@@ -122,13 +126,14 @@ void run_conv(int tile, bool is_aligned, const ConvArguments& args, int64_t bloc
 }
 
 // x (N, H, W, C), weight (K, R, S, C/groups), residual (N, P, Q, K), vectors (K,), all as fp32 arrays that are rounded
-// to `dtype` (`vector_dtype` for the vectors). `misalignment` shifts every buffer by that many elements.
+// to `dtype` (`vector_dtype` for the vectors). `misalignment` shifts every buffer by that many elements. With several
+// `splits` the second kernel runs after the first.
 FloatArray emulate_conv_bn_act(const FloatArray& x, const FloatArray& weight, const OptionalArray& bn_weight,
                                const OptionalArray& bn_bias, const OptionalArray& bn_mean, const OptionalArray& bn_var,
                                double eps, const OptionalArray& bias, const OptionalArray& residual,
                                std::pair<int, int> stride, std::pair<int, int> padding, std::pair<int, int> dilation,
                                int groups, int activation, const std::string& dtype, const std::string& vector_dtype,
-                               int tile, int misalignment, bool copies_land_early, bool last_warp_first) {
+                               int tile, int splits, int misalignment, bool copies_land_early, bool last_warp_first) {
   const ConvShape shape = make_shape(sizes(x), sizes(weight), stride, padding, dilation, groups);
   const Tile& t = tile_at(tile);
   FloatArray result(std::vector<int64_t>{shape.N, shape.P, shape.Q, shape.K});
@@ -152,9 +157,12 @@ FloatArray emulate_conv_bn_act(const FloatArray& x, const FloatArray& weight, co
     GuardedBuffer<Element> x_buffer(x, misalignment), weight_buffer(weight, misalignment);
     GuardedBuffer<Element> residual_buffer(residual ? *residual : FloatArray(0), misalignment);
     GuardedBuffer<Element> out(result.size(), misalignment);
+    GuardedBuffer<float> partials(splits > 1 ? splits * result.size() : 0, misalignment);
 
     ConvArguments args{};
     args.shape = shape;
+    args.splits = splits;
+    args.partials = splits > 1 ? partials.data() : nullptr;
     args.epilogue = {channel_vector(bn_weight),
                      channel_vector(bn_bias),
                      channel_vector(bn_mean),
@@ -169,9 +177,14 @@ FloatArray emulate_conv_bn_act(const FloatArray& x, const FloatArray& weight, co
     const bool pointers_aligned = misalignment % kChunk == 0;
     const bool is_aligned = pointers_aligned && shape.group_channels % kChunk == 0;
     args.has_vector_rows = pointers_aligned && shape.group_filters % kChunk == 0;
-    const GemmSize size{num_rows(shape), shape.group_filters, shape.reduction * int64_t{sizeof(Element)}, groups};
-    run_conv<Element>(tile, is_aligned, args, num_blocks(t, size), {copies_land_early, last_warp_first},
-                      {x_buffer.range(), weight_buffer.range()});
+    const int64_t blocks = num_blocks(t, gemm_size(shape, sizeof(Element))) * splits;
+    const Schedule schedule{copies_land_early, last_warp_first};
+    run_conv<Element>(tile, is_aligned, args, blocks, schedule, {x_buffer.range(), weight_buffer.range()});
+    if (splits > 1) {
+      partials.check();
+      EmulatedBlock::run_grid(num_sum_blocks(shape, kChunk), kSumThreads, 0, schedule, {},
+                              [&] { sum_splits_kernel<Element>(args); });
+    }
     out.copy_to(result);
   });
   return result;
@@ -232,9 +245,22 @@ PYBIND11_MODULE(_host_checks, m) {
   m.def(
       "choose_tile",
       [](int64_t rows, int64_t columns, int64_t reduction_bytes, int64_t groups, const DeviceLimits& device,
-         bool is_aligned) { return choose_tile({rows, columns, reduction_bytes, groups}, device, is_aligned); },
+         bool is_aligned,
+         int splits) { return choose_tile({rows, columns, reduction_bytes, groups}, device, is_aligned, splits); },
+      py::arg("rows"), py::arg("columns"), py::arg("reduction_bytes"), py::arg("groups"), py::arg("device"),
+      py::arg("is_aligned"), py::arg("splits") = 1);
+  m.def(
+      "choose_splits",
+      [](int64_t rows, int64_t columns, int64_t reduction_bytes, int64_t groups, const DeviceLimits& device,
+         bool is_aligned) { return choose_splits({rows, columns, reduction_bytes, groups}, device, is_aligned); },
       py::arg("rows"), py::arg("columns"), py::arg("reduction_bytes"), py::arg("groups"), py::arg("device"),
       py::arg("is_aligned"));
+  m.attr("MOST_SPLITS") = kMostSplits;
+  m.attr("MOST_PARTIAL_BYTES") = kMostPartialBytes;
+  m.def("stage_range", [](int num_stages, int splits, int split) {
+    const StageRange range = stage_range(num_stages, splits, split);
+    return std::make_pair(range.first, range.last);
+  });
 
   m.def("chunk_position", &chunk_position);
   using Pair = std::pair<int, int>;  // row, chunk or row, column
@@ -261,7 +287,7 @@ PYBIND11_MODULE(_host_checks, m) {
         py::arg("residual") = py::none(), py::arg("stride") = std::make_pair(1, 1),
         py::arg("padding") = std::make_pair(0, 0), py::arg("dilation") = std::make_pair(1, 1), py::arg("groups") = 1,
         py::arg("activation") = 0, py::arg("dtype") = "float16", py::arg("vector_dtype") = "float32",
-        py::arg("tile") = 1, py::arg("misalignment") = 0, py::arg("copies_land_early") = false,
+        py::arg("tile") = 1, py::arg("splits") = 1, py::arg("misalignment") = 0, py::arg("copies_land_early") = false,
         py::arg("last_warp_first") = false);
   m.def("emulate_add_relu", &emulate_add_relu, py::arg("a"), py::arg("b"), py::arg("dtype"), py::arg("backward"),
         py::arg("misalignment"), py::arg("blocks"));

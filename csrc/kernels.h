@@ -8,6 +8,9 @@
 
 namespace fused_resnet {
 
+// Into how many parts launch_conv_bn_act had best split the reduction on this device (ConvArguments::splits).
+int conv_bn_act_splits(const ConvShape& shape, int element_bytes, int device);
+
 // The operands' pointers need only the alignment of their elements. Throws if the device is older than sm_80.
 void launch_conv_bn_act(const ConvArguments& args, Dtype dtype, int device, void* stream);
 

@@ -75,10 +75,10 @@ inline const char* derive(ConvShape& s) {
   s.group_channels = s.C / s.groups;
   s.group_filters = s.K / s.groups;
   const int64_t pixels = static_cast<int64_t>(s.P) * s.Q;
-  if (pixels >= kLargestDividend) return "an output map must have fewer than 2^31 - 1024 pixels";
+  if (pixels >= kLargestDividend) return "an output map must have fewer than 2^31 - 1025 pixels";
   const int64_t taps = static_cast<int64_t>(s.R) * s.S;
   if (taps >= kLargestDividend || taps * s.group_channels >= kLargestDividend) {
-    return "R * S * C / groups must be below 2^31 - 1024";
+    return "R * S * C / groups must be below 2^31 - 1025";
   }
   s.reduction = static_cast<int32_t>(taps * s.group_channels);
   s.by_pixels = FastDivisor(static_cast<uint32_t>(pixels));

@@ -1,6 +1,8 @@
-"""fuse and unfuse: change the class of residual blocks in place, and change it back.
+"""fuse and unfuse: change the class of modules in place, and change it back.
 
-A block is fused only when its forward is known to be the stock one. Everything else is left alone.
+A residual block of ours or torchvision's is fused when its forward is known to be the stock one, a block of a class
+with an adapter (`adapters`) likewise, any other module where its forward can be rewritten (`rewriting`). Everything
+else is left alone.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from typing import Any, Callable, NamedTuple, Optional, cast
 
 from torch import nn
 
-from fused_resnet import backends
+from fused_resnet import adapters, backends, rewriting
+from fused_resnet.adapters import Adapted, FusedForward
 from fused_resnet.nn import (
     BasicBlock,
     Bottleneck,
@@ -18,8 +21,12 @@ from fused_resnet.nn import (
     FusedBasicBlock,
     FusedBlock,
     FusedBottleneck,
+    fused_shortcut,
+    has_stock_code,
+    is_norm,
     why_not_fused,
 )
+from fused_resnet.rewriting import Rewritten
 
 log = logging.getLogger("fused_resnet")
 
@@ -29,13 +36,25 @@ _FUSED_CLASS = {
     for module in (BasicBlock.__module__, "torchvision.models.resnet")
     for plain, fused in ((BasicBlock, FusedBasicBlock), (Bottleneck, FusedBottleneck))
 }
+# What fused modules keep in their __dict__; the last is the backend that a ConvBNAct had of its own.
+_KEPT = frozenset(("backend", "_stock_class", "_programs", "_own_backend"))
+# What says how a module is pickled; a fused one is pickled by its plain class and its state.
+_PICKLED_BY = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
 
 
 class LeftAlone(NamedTuple):
-    """A module that looks like a residual block and was not fused."""
+    """A module that looks as if it could be fused, and was not."""
 
     name: str
     reason: str
+
+
+class _Change(NamedTuple):
+    """What `fuse` is about to do with a module."""
+
+    apply: Callable[[], None]
+    has_norm: bool
+    claims: list[nn.Module]  # modules that it computes itself, so that they need not be fused
 
 
 def fuse(
@@ -45,14 +64,17 @@ def fuse(
     strict: bool = False,
     filter_fn: Optional[Callable[[nn.Module, str], bool]] = None,
 ) -> nn.Module:
-    """Make the residual blocks of `model` compute conv+BN(+add)+ReLU in one call each. In place; returns the model.
+    """Make the modules of `model` compute conv+BN(+add)+activation in one call each. In place; returns the model.
 
     Parameters, buffers, keys and hooks stay what they are; the model can be trained, saved, loaded and edited as
-    before, and `unfuse` undoes it. Recognised: our BasicBlock and Bottleneck, and torchvision's, when their forward is
-    the stock one. Fuse before torch.compile and fully_shard.
+    before, and `unfuse` undoes it. Fused are our residual blocks and torchvision's, blocks with an adapter
+    (`adapters.register`; transformers' ResNet and torchvision's DenseNet have one), and inside every other module with
+    convolutions of its own the sequences that torch.fx sees in its forward (`rewriting`): timm's blocks, stems, VGG,
+    Inception, RegNet. `fused_convs` lists the convolutions. Fuse before torch.compile and fully_shard.
 
-    backend: asked for by every fused block; "auto" chooses per problem. filter_fn(module, name) -> bool keeps blocks
-    out. strict: raise ValueError when a block that looks fusible was left alone, or when there is none at all.
+    backend: asked for by everything fused; "auto" chooses per problem. filter_fn(module, name) -> bool keeps a module
+    as it is; those inside it are asked about too. strict: raise ValueError when a module with a convolution and a norm
+    or an activation was left alone, or when there is nothing to fuse.
 
     Raises BackendError for an unknown backend and for one that cannot run live BN ("onednn", "cudnn"). A call that
     raises leaves the model as it was.
@@ -60,47 +82,191 @@ def fuse(
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected an nn.Module, got {type(model).__name__}.")
     backends.check_name("fuse", backend)
-    chosen: list[tuple[Any, type]] = []
-    left_alone = []
-    for name, module in model.named_modules():
-        if filter_fn is not None and not filter_fn(module, name):
-            continue
-        if isinstance(module, (FusedBlock, ConvBNAct)):
-            chosen.append((module, type(module)))
-            continue
-        fused_class, reason = _recognise(module)
-        if fused_class is not None:
-            chosen.append((module, fused_class))
-        elif reason is not None:
-            left_alone.append(LeftAlone(name or "the model", reason))
-    if strict and (left_alone or not chosen):
-        lines = [f"{name}: {reason}" for name, reason in left_alone] or ["no residual block was recognised"]
+    changes, skipped = _survey(model, filter_fn)
+    if strict and (skipped or not changes):
+        lines = [f"{name}: {reason}" for name, reason in skipped] or ["no convolution was found that can be fused"]
         raise ValueError("fuse: strict=True and some blocks cannot be fused:\n  " + "\n  ".join(lines))
     reason = backends.why_never_live(backend)
-    if reason is not None and any(getattr(module, "has_norm", True) for module, _ in chosen):
+    if reason is not None and any(change.has_norm for _, change in changes):
         raise backends.BackendError(
             f"fuse: backend {backend!r} cannot run blocks with live BN: {reason}, or backend='auto'."
         )
-    for module, fused_class in chosen:
-        if type(module) is not fused_class:
-            module._stock_class = type(module)
-            module.__class__ = fused_class
-        module.backend = backend
-    log.info("fused %d blocks, left %d alone", len(chosen), len(left_alone))
-    for name, reason in left_alone:
+    before = [(module, type(module), dict(module.__dict__)) for module, _ in changes]
+    try:
+        for module, change in changes:
+            change.apply()
+            module.__dict__["backend"] = backend
+    except BaseException:
+        for module, cls, own in before:
+            _set_class(module, cls)
+            _restore(module, own)
+        raise
+    log.info("fused %d modules (%d convolutions), left %d alone", len(changes), len(fused_convs(model)), len(skipped))
+    for name, reason in skipped:
         log.info("left alone %s: %s", name, reason)
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Give every fused block its plain class back. In place; returns the model."""
+    """Give every fused module its plain class back, and every ConvBNAct the backend it had. In place; returns the
+    model."""
     for module in model.modules():
-        if isinstance(module, FusedBlock):
-            module.__class__ = module.__dict__.pop("_stock_class", module.plain_class)
+        if isinstance(module, (FusedBlock, FusedForward)):
+            _set_class(module, module.__dict__.get("_stock_class", module.plain_class))
+            _restore(module, {})
+        elif isinstance(module, ConvBNAct) and "_own_backend" in module.__dict__:
             module.__dict__.pop("backend", None)
-        elif isinstance(module, ConvBNAct):
-            module.__dict__.pop("backend", None)
+            module.__dict__.update(module.__dict__.pop("_own_backend"))
     return model
+
+
+def left_alone(model: nn.Module) -> list[LeftAlone]:
+    """What `fuse` finds in `model` that looks as if it could be fused, and cannot."""
+    return _survey(model, None)[1]
+
+
+def fused_convs(model: nn.Module) -> list[str]:
+    """Names of the convolutions that `model`, fused and in eval mode, computes in one call with what follows them."""
+    names = []
+    for name, module in model.named_modules():
+        own: list[str] = []
+        if isinstance(module, FusedBlock):
+            own = [conv for conv, _ in module.stage_names]
+            own += ["downsample.0"] if fused_shortcut(module.downsample) else []
+        elif isinstance(module, FusedForward):
+            own = module.fused_convs()
+        elif isinstance(module, ConvBNAct):
+            own = ["0"] if len(module) > 1 else []
+        names += [f"{name}.{conv}" if name else conv for conv in own]
+    return names
+
+
+def _survey(
+    model: nn.Module, filter_fn: Optional[Callable[[nn.Module, str], bool]]
+) -> tuple[list[tuple[Any, _Change]], list[LeftAlone]]:
+    """What `fuse` would change in `model`, and what it would leave alone."""
+    changes: list[tuple[Any, _Change]] = []
+    skipped = []
+    claimed: set[int] = set()
+    for name, module in model.named_modules():
+        if filter_fn is not None and not filter_fn(module, name) or id(module) in claimed:
+            continue
+        change, reason = _change_of(module)
+        if change is not None:
+            changes.append((module, change))
+            claimed.update(map(id, change.claims))
+        elif reason is not None:
+            skipped.append(LeftAlone(name or "the model", reason))
+    return changes, skipped
+
+
+def _change_of(module: nn.Module) -> tuple[Optional[_Change], Optional[str]]:
+    """(change, None), or (None, why this module is left alone), or (None, None) where there is nothing to fuse."""
+    if isinstance(module, ConvBNAct):
+        return _Change(lambda: _keep_own_backend(module), module.has_norm, []), None
+    block, reason = _residual_block(module)
+    if block is not None or reason is not None:
+        return block, reason
+    if not isinstance(module, FusedForward) or isinstance(module, Adapted):
+        adapted, reason = _adapted(module)
+        if adapted is not None or reason is not None:
+            return adapted, reason
+    return _rewritten(module)
+
+
+def _residual_block(module: Any) -> tuple[Optional[_Change], Optional[str]]:
+    """Our blocks and torchvision's."""
+    claims = [module.downsample] if fused_shortcut(getattr(module, "downsample", None)) else []
+    if isinstance(module, FusedBlock):
+        return _Change(lambda: None, True, claims), None
+    fused_class, reason = _recognise(module)
+    if fused_class is None:
+        return None, reason
+
+    def apply() -> None:
+        module.__dict__["_stock_class"] = type(module)
+        _set_class(module, fused_class)
+
+    return _Change(apply, True, claims), None
+
+
+def _adapted(module: Any) -> tuple[Optional[_Change], Optional[str]]:
+    if isinstance(module, Adapted):
+        adapter, reason = adapters.adapter_of_class(module.plain_class), None
+    else:
+        adapter, reason = adapters.adapter_of(module)
+    if adapter is not None:
+        reason = _why_not_reclassed(module, Adapted)
+    if adapter is None or reason is not None:
+        return None, reason
+    computed = {id(module.get_submodule(name)) for name in adapters.convs_of(module, adapter)}
+    claims = [child for child in module.modules() if child is not module and _convs_in(child) <= computed]
+
+    def apply() -> None:
+        if not isinstance(module, Adapted):
+            _set_class(module, adapters.fused_class(Adapted, module.__class__))
+
+    return _Change(apply, True, claims), None
+
+
+def _convs_in(module: nn.Module) -> set[int]:
+    return {id(child) for child in module.modules() if isinstance(child, nn.Conv2d)}
+
+
+def _rewritten(module: nn.Module) -> tuple[Optional[_Change], Optional[str]]:
+    children = _own_children(module)
+    if not any(isinstance(child, nn.Conv2d) for child in children):
+        return None, None
+    programs, reason = rewriting.programs_of(module)
+    if not programs:
+        others = [child for child in children if is_norm(child) or why_not_fused(child, []) is None]
+        return None, reason if others else None
+    reason = _why_not_reclassed(module, Rewritten)
+    if reason is not None:
+        return None, reason
+    return _Change(lambda: rewriting.rewrite(module, programs), any(map(is_norm, children)), []), None
+
+
+def _why_not_reclassed(module: nn.Module, kind: Any) -> Optional[str]:
+    """Why a module that is not fused yet cannot be given a class of this kind, or None."""
+    if isinstance(module, FusedForward):
+        return None
+    cls = type(module)
+    if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _PICKLED_BY):
+        return f"{cls.__qualname__} has its own way to be pickled"
+    return _why_name_taken(module, adapters.fused_class(kind, nn.Module), nn.Module)
+
+
+def _why_name_taken(module: nn.Module, fused: type, plain: type) -> Optional[str]:
+    """Why a module may not get a fused class that adds names to a plain one's: it has one of them already."""
+    taken = sorted((set(dir(fused)) - set(dir(plain)) | _KEPT) & set(dir(module)))
+    return f"its attribute {taken[0]} has a name that fused modules use for something else" if taken else None
+
+
+def _set_class(module: nn.Module, cls: type) -> None:
+    """Past the module's own __setattr__, which may do anything."""
+    object.__setattr__(module, "__class__", cls)
+
+
+def _keep_own_backend(module: ConvBNAct) -> None:
+    own = {name: value for name, value in module.__dict__.items() if name == "backend"}
+    module.__dict__.setdefault("_own_backend", own)
+
+
+def _restore(module: nn.Module, own: dict[str, Any]) -> None:
+    """Of what fused modules keep, leave a module what is in `own`."""
+    for name in _KEPT:
+        module.__dict__.pop(name, None)
+    module.__dict__.update({name: own[name] for name in _KEPT if name in own})
+
+
+def _own_children(module: nn.Module) -> list[nn.Module]:
+    """Children, and those of lists and dicts of modules, whose parent is this module's forward."""
+    lists = (nn.ModuleList, nn.ModuleDict)
+    if type(module) in lists:
+        return []
+    children = list(module.children())
+    return children + [inner for child in children if type(child) in lists for inner in child.children()]
 
 
 def _recognise(module: nn.Module) -> tuple[Optional[type], Optional[str]]:
@@ -108,31 +274,16 @@ def _recognise(module: nn.Module) -> tuple[Optional[type], Optional[str]]:
     cls = type(module)
     fused_class = _FUSED_CLASS.get((cls.__module__, cls.__name__))
     if fused_class is None:
-        bases = [base for base in cls.__mro__ if (base.__module__, base.__name__) in _FUSED_CLASS]
-        return None, f"{cls.__qualname__} is a subclass of {bases[0].__qualname__}" if bases else None
-    if not _has_stock_forward(module, fused_class):
+        return None, None
+    if "forward" in module.__dict__ or not has_stock_code(cls, cls.forward, frozenset(_attributes(fused_class))):
         return None, f"the forward of {cls.__qualname__} was replaced"
     missing = [name for name in sorted(_attributes(fused_class)) if not hasattr(module, name)]
     if missing:
         return None, f"it has no {missing[0]}"
     stages = [(getattr(module, conv), getattr(module, bn)) for conv, bn in fused_class.stage_names]
     reason = why_not_fused(cast(nn.Module, module.relu), stages)
+    reason = reason or _why_name_taken(module, fused_class, fused_class.plain_class)
     return (None, reason) if reason is not None else (fused_class, None)
-
-
-def _has_stock_forward(module: nn.Module, fused_class: type) -> bool:
-    """A patched forward may keep its name and module (functools.wraps), but not the attributes that its code reads
-    and the file that its code comes from, which is the constructor's."""
-    forward, cls = type(module).forward, type(module)
-    code, constructor = getattr(forward, "__code__", None), getattr(cls.__init__, "__code__", None)
-    if code is None or constructor is None or "forward" in module.__dict__ or cls.__call__ is not nn.Module.__call__:
-        return False
-    return (
-        forward.__module__ == cls.__module__
-        and forward.__qualname__ == f"{cls.__qualname__}.forward"
-        and code.co_filename == constructor.co_filename
-        and set(code.co_names) == _attributes(fused_class)
-    )
 
 
 def _attributes(fused_class: type[FusedBlock]) -> set[str]:

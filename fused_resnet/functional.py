@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Optional, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fused_resnet import backends, ops, reference
-from fused_resnet.problem import ConvOperands, add_relu_problem, conv_problem
+from fused_resnet import backends, ops
+from fused_resnet.ops import activate
+from fused_resnet.problem import ConvOperands, add_relu_problem, conv_problem, pair
+
+__all__ = ["activate", "add_relu", "conv_bn_act"]
 
 IntPair = Union[int, tuple[int, int]]
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_OR_NONE = _PLAIN | {type(None)}
 
 
 def conv_bn_act(
@@ -52,10 +55,17 @@ def conv_bn_act(
     unknown or cannot run this; nothing has been computed by then.
     """
     operands = ConvOperands(x, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, bias, residual)
-    window = (_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups, activation)
-    if _is_transformed():
+    window = (pair("stride", stride), pair("padding", padding), pair("dilation", dilation), groups, activation)
+    if type(groups) is not int:
+        window = (*window[:3], *pair("groups", groups)[:1], activation)
+    vectors = (bn_weight, bn_bias, bn_mean, bn_var, bias)
+    if not _is_watched() and _are_plain((x, weight), (*vectors, residual)) and type(eps) is float:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
+            return ops.ConvBnAct.apply(backends.conv_bn_act_in_a_row, *operands, *window, backend)
+        return backends.conv_bn_act(operands, window, backend)
+    if ops.is_transformed():
         return _composite_conv_bn_act(operands, window, backend)
-    return _call(torch.ops.fused_resnet.conv_bn_act.default, *operands, *window, backend)
+    return torch.ops.fused_resnet.conv_bn_act.default(*operands, *window, backend)
 
 
 def add_relu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
@@ -68,47 +78,44 @@ def add_relu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     Raises ValueError if the shapes differ, TypeError if the dtypes or devices do, BackendError when `backend` is
     unknown or cannot run this.
     """
-    if _is_transformed():
+    if not _is_watched() and _are_plain((a, b)):
+        if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+            return ops.AddRelu.apply(backends.add_relu, a, b, backend)
+        return backends.add_relu(a, b, backend)
+    if ops.is_transformed():
         return _composite_add_relu(a, b, backend)
-    return _call(torch.ops.fused_resnet.add_relu.default, a, b, backend)
+    return torch.ops.fused_resnet.add_relu.default(a, b, backend)
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
-    """One of the epilogue's activations alone, through ATen."""
-    return {"none": lambda y: y, "relu": torch.relu, "relu6": F.relu6, "silu": F.silu}[activation](x)
+def _is_watched() -> bool:
+    """Whether something besides autograd wants to see the operator called: a compiler, mode, transform or profiler.
+
+    Otherwise the operator's implementation is called as a function: torch's dispatcher, which turns every argument
+    into C++ and back, costs as much as a small kernel.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or ops.is_transformed()
+    )
 
 
-def _call(op, *args) -> Tensor:
-    # The autograd layer of a Python operator costs more than a small kernel: go below it when no gradient is wanted.
-    if torch.compiler.is_compiling():
-        return op(*args)
-    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
-def _is_transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode AD is active: for those the operators have no rules."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+def _are_plain(tensors: tuple, optional: tuple = ()) -> bool:
+    """Whether these are torch's own tensors, and not of a subclass with a mind of its own."""
+    return _PLAIN.issuperset(map(type, tensors)) and _PLAIN_OR_NONE.issuperset(map(type, optional))
 
 
 def _composite_conv_bn_act(o: ConvOperands, window: tuple, backend: str) -> Tensor:
-    """conv_bn_act by ATen, nothing in place: it can be differentiated and mapped in any mode. Checked as ever."""
+    """The operator under a transform: the same casts and checks, computed by ATen."""
     device = o.x.device.type
     if device in ops.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         o = ops.cast_operands(o, device)
     backends.select(conv_problem(o, *window), backend)
-    mean, var = (None if vector is None else vector.detach() for vector in (o.bn_mean, o.bn_var))
-    o = o._replace(bn_mean=mean, bn_var=var)
-    *conv_window, activation = window
-    y = F.conv2d(o.x, o.weight, None, *conv_window)
-    if o.bias is not None or any(vector is not None for vector in o.bn_vectors.values()):
-        scale, shift = reference.scale_and_shift(o, torch.promote_types(torch.float32, y.dtype))
-        y = (y * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(y.dtype)
-    return activate(y if o.residual is None else y + o.residual, activation)
+    return ops.composite_conv_bn_act(*o, *window, backend)
 
 
 def _composite_add_relu(a: Tensor, b: Tensor, backend: str) -> Tensor:
@@ -116,13 +123,4 @@ def _composite_add_relu(a: Tensor, b: Tensor, backend: str) -> Tensor:
     if device in ops.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         a, b = ops.cast(a, device), ops.cast(b, device)
     backends.select(add_relu_problem(a, b), backend)
-    return torch.relu(a + b)
-
-
-def _pair(name: str, value: IntPair) -> tuple[int, int]:
-    if isinstance(value, int):
-        return (value, value)
-    pair = tuple(value)
-    if len(pair) != 2:
-        raise ValueError(f"conv_bn_act: {name} must be an int or a pair, got {value!r}.")
-    return pair
+    return ops.composite_add_relu(a, b, backend)

@@ -6,7 +6,8 @@ A fused block holds exactly what its plain class holds: the same children, param
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+import functools
+from typing import Any, Callable, Optional, Union, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,10 @@ from torch.nn.modules import module as torch_module
 from fused_resnet import functional
 from fused_resnet.problem import ACTIVATIONS
 
+_FROZEN_NORM = ("torchvision.ops.misc", "FrozenBatchNorm2d")
+_FROZEN_NORM_READS = frozenset("weight bias running_mean running_var eps reshape rsqrt".split())
+# What calling a module runs of it, the second in a convolution; one in its __dict__ replaces its class's.
+CALLED = frozenset(("forward", "_conv_forward"))
 _ACTIVATION_OF = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Identity: "none"}
 
 
@@ -111,7 +116,17 @@ class Bottleneck(nn.Module):
         return self.relu(out)
 
 
-class FusedBlock:
+class NotScriptable:
+    """Modules whose forward is no TorchScript, and which say so."""
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: unfuse or unfreeze the model first, or use "
+            "torch.export or torch.jit.trace on the fused one."
+        )
+
+
+class FusedBlock(NotScriptable):
     """What the fused blocks share: forward through `functional`, or the plain class's forward where that is unsafe.
 
     In eval mode each conv+BN(+add)+ReLU is one call that reads the live parameters, so weights never go stale. A BN
@@ -149,7 +164,7 @@ class FusedBottleneck(FusedBlock, Bottleneck):
     stage_names = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 
 
-class ConvBNAct(nn.Sequential):
+class ConvBNAct(NotScriptable, nn.Sequential):
     """act(BN(conv(x)) + residual): torchvision's Conv2dNormActivation with its constructor and keys, and a residual.
 
     padding=None means "same" for odd filters and stride 1; bias=None means a bias exactly when there is no norm.
@@ -208,7 +223,7 @@ def why_not_fused(act: Optional[nn.Module], stages: list) -> Optional[str]:
     if torch_module._has_any_global_hook():
         return "a global module hook is installed"
     for child in (act, *(child for stage in stages for child in stage)):
-        reason = None if child is None else _why_called(child)
+        reason = None if child is None else why_called(child)
         if reason is not None:
             return reason
     if act is not None and type(act) not in _ACTIVATION_OF:
@@ -227,7 +242,7 @@ def why_not_conv_bn(conv: nn.Module, bn: Optional[nn.Module]) -> Optional[str]:
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding_mode={conv.padding_mode!r} with padding={conv.padding!r}"
     if bn is not None:
-        if type(bn) is not nn.BatchNorm2d:
+        if not is_norm(bn):
             return f"the norm is {type(bn).__name__}, not nn.BatchNorm2d"
         if bn.running_mean is None or bn.running_var is None:
             return "the BatchNorm2d keeps no running statistics"
@@ -236,10 +251,73 @@ def why_not_conv_bn(conv: nn.Module, bn: Optional[nn.Module]) -> Optional[str]:
     return None
 
 
+def is_norm(module: Optional[nn.Module]) -> bool:
+    """nn.BatchNorm2d, or torchvision's FrozenBatchNorm2d: the same four vectors and eps, never in training mode."""
+    cls = type(module)
+    return cls is nn.BatchNorm2d or is_frozen_norm(cls, getattr(cls, "forward", None))
+
+
+@functools.lru_cache(maxsize=None)
+def is_frozen_norm(cls: type, forward: Optional[Callable]) -> bool:
+    return (cls.__module__, cls.__qualname__) == _FROZEN_NORM and has_stock_code(cls, forward, _FROZEN_NORM_READS)
+
+
+def has_stock_code(cls: Any, forward: Optional[Callable], reads: frozenset[str]) -> bool:
+    """Whether `forward` is the one that this class was written with, by all that can be seen without its source.
+
+    A patched forward may keep its name and module (functools.wraps), but not the attributes that its code reads and
+    the file that its code comes from, which is the constructor's.
+    """
+    code, constructor = getattr(forward, "__code__", None), getattr(cls.__init__, "__code__", None)
+    if forward is None or code is None or constructor is None or cls.__call__ is not nn.Module.__call__:
+        return False
+    return (
+        forward.__module__ == cls.__module__
+        and forward.__qualname__ == f"{cls.__qualname__}.forward"
+        and code.co_filename == constructor.co_filename
+        and set(code.co_names) == reads
+    )
+
+
+def conv_bn_act(
+    x: Tensor,
+    conv: nn.Module,
+    bn: Optional[nn.Module] = None,
+    act: Union[nn.Module, str, None] = None,
+    residual: Optional[Tensor] = None,
+    backend: str = "auto",
+) -> Tensor:
+    """act(bn(conv(x)) + residual), in one call where these children may be bypassed, else by calling each of them.
+
+    For forwards that are written or generated to replace a model's own: whatever a child has become since (hooked,
+    replaced, parametrized), the result is the stock one. act: a module, the name of an activation, or None. residual:
+    whatever may be added to bn(conv(x)).
+    """
+    module = act if isinstance(act, nn.Module) else None
+    if why_not_fused(module, [(conv, bn)]) is None and x.dim() == 4 and _fits(residual, x, conv):
+        activation = act if isinstance(act, str) else "none" if module is None else _ACTIVATION_OF[type(module)]
+        return _conv_bn_act(x, conv, bn, activation, residual, backend)
+    out = conv(x) if bn is None else bn(conv(x))
+    out = out if residual is None else out + residual
+    return functional.activate(out, act) if isinstance(act, str) else out if act is None else act(out)
+
+
+def _fits(residual: Optional[Tensor], x: Tensor, conv: Any) -> bool:
+    """Whether the residual has the convolution's output shape, and its dtype or one that autocast will cast."""
+    if residual is None:
+        return True
+    windows = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride)
+    image = [
+        (size + 2 * pad - dilation * (filter - 1) - 1) // step + 1 for size, pad, dilation, filter, step in windows
+    ]
+    is_castable = residual.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+    return is_castable and residual.shape == (x.shape[0], conv.weight.shape[0], *image)
+
+
 def _conv_bn_act(
     x: Tensor, conv: nn.Conv2d, bn: Optional[nn.BatchNorm2d], activation: str, residual: Optional[Tensor], backend: str
 ) -> Tensor:
-    if bn is not None and bn.training:
+    if type(bn) is nn.BatchNorm2d and bn.training:
         out = bn(conv(x))
         if residual is not None and activation == "relu":
             return functional.add_relu(out, residual)
@@ -253,21 +331,24 @@ def _conv_bn_act(
 
 
 def _shortcut(downsample: nn.Module, x: Tensor, backend: str) -> Tensor:
-    """The projection, fused when it is exactly Sequential(conv, bn); anything else is called."""
-    if type(downsample) is nn.Sequential and len(downsample) == 2 and _why_called(downsample) is None:
-        conv, bn = downsample
-        if type(bn) is nn.BatchNorm2d and why_not_fused(None, [(conv, bn)]) is None:
-            return _conv_bn_act(x, conv, bn, "none", None, backend)
-    return downsample(x)
+    pair = fused_shortcut(downsample)
+    return downsample(x) if pair is None else _conv_bn_act(x, *pair, "none", None, backend)
 
 
-def _why_called(module: nn.Module) -> Optional[str]:
+def fused_shortcut(downsample: Optional[nn.Module]) -> Optional[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """conv and bn of a projection that is exactly Sequential(conv, bn) and may be bypassed; None of any other."""
+    if type(downsample) is not nn.Sequential or len(downsample) != 2 or why_called(downsample) is not None:
+        return None
+    conv, bn = cast(tuple[nn.Conv2d, nn.BatchNorm2d], tuple(downsample))
+    return (conv, bn) if is_norm(bn) and why_not_fused(None, [(conv, bn)]) is None else None
+
+
+def why_called(module: nn.Module) -> Optional[str]:
     """Why calling this module may do more than the forward of its class, or None."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{type(module).__name__} has hooks"
-    if "forward" in module.__dict__:
-        return f"the forward of {type(module).__name__} was replaced"
-    return None
+    replaced = sorted(CALLED & module.__dict__.keys())
+    return f"the {replaced[0]} of {type(module).__name__} was replaced" if replaced else None
 
 
 def _is_plain_tensor(value) -> bool:

@@ -1,14 +1,18 @@
-"""The torch.library operators of namespace `fused_resnet`: schemas, shapes, gradients, autocast, flops.
+"""The torch.library operators of namespace `fused_resnet`: schemas, shapes, gradients, transforms, autocast, flops.
 
 Kernels are registered elsewhere: the public operators by `backends`, the C++ ones by the libraries of csrc/.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any, Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fused_resnet import reference, schemas
@@ -27,8 +31,8 @@ for _kernels in schemas.KERNELS.values():
 
 @torch.library.register_fake("fused_resnet::conv_bn_act", lib=LIBRARY)
 def _conv_bn_act_fake(*args) -> Tensor:
-    operands, window = ConvOperands(*args[:_NUM_OPERANDS]), args[_NUM_OPERANDS:-1]
-    return empty_output(conv_problem(operands, *_pairs(window)), operands.x)
+    operands, *window = split_arguments(args)
+    return empty_output(conv_problem(operands, *window), operands.x)
 
 
 @torch.library.register_fake("fused_resnet::add_relu", lib=LIBRARY)
@@ -42,19 +46,23 @@ def _add_relu_backward_fake(grad: Tensor, out: Tensor, backend: str) -> Tensor:
     return torch.empty_like(out)
 
 
+def split_arguments(args) -> tuple:
+    """conv_bn_act's arguments in a row as (ConvOperands, stride, padding, dilation, groups, activation)."""
+    stride, padding, dilation, groups, activation, _ = args[_NUM_OPERANDS:]
+    pairs = (tuple(stride), tuple(padding), tuple(dilation))
+    return ConvOperands(*args[:_NUM_OPERANDS]), *pairs, groups, activation
+
+
 def empty_output(problem, like: Tensor) -> Tensor:
-    return torch.empty(
-        problem.output_shape, dtype=problem.dtype, device=like.device, memory_format=torch.channels_last
-    )
+    return torch.empty(problem.output_shape, dtype=problem.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------------------------------------------- gradients
 
 
 def _conv_bn_act_setup(ctx, inputs, output) -> None:
-    o = ConvOperands(*inputs[:_NUM_OPERANDS])
+    o, *ctx.window = split_arguments(inputs)
     ctx.eps, ctx.has_residual = o.eps, o.residual is not None
-    ctx.window = _pairs(inputs[_NUM_OPERANDS:-1])
     # SiLU's gradient needs the value before it, so the residual is kept; ReLU's is in the output's sign; without an
     # activation nothing is kept, so that the caller may write to the output
     activation = ctx.window[-1]
@@ -71,11 +79,11 @@ def _conv_bn_act_backward(ctx, grad: Tensor):
     """
     x, weight, bn_weight, bn_bias, bn_mean, bn_var, bias, residual, out = ctx.saved_tensors
     stride, padding, dilation, groups, activation = ctx.window
-    vectors = ConvOperands(x, weight, bn_weight, bn_bias, bn_mean, bn_var, ctx.eps, bias)
-    needs = dict(zip(_CONV_ARGUMENTS, ctx.needs_input_grad))
+    needs = dict(zip(_CONV_ARGUMENTS, ctx.needs_input_grad[1:]))  # the first is what computes
     if activation == "silu":
-        args = (*vectors[:8], residual, stride, padding, dilation, groups, "none", "auto")
-        g = _silu_backward(grad, torch.ops.fused_resnet.conv_bn_act(*args))
+        operands = (x, weight, bn_weight, bn_bias, bn_mean, bn_var, ctx.eps, bias, residual)
+        before = torch.ops.fused_resnet.conv_bn_act(*operands, *ctx.window[:-1], "none", "auto")
+        g = _silu_backward(grad, before)
     elif activation == "relu":
         g = torch.ops.aten.threshold_backward(grad, out, 0)
     elif activation == "relu6":
@@ -87,29 +95,37 @@ def _conv_bn_act_backward(ctx, grad: Tensor):
     if ctx.has_residual and needs["residual"]:
         grads["residual"] = g
     wide = torch.promote_types(torch.float32, x.dtype)
-    scale, _ = reference.scale_and_shift(vectors, wide)
+    inv_std = None if bn_var is None else torch.rsqrt(bn_var.to(wide) + ctx.eps)
+    factors = [vector for vector in (bn_weight, inv_std) if vector is not None]
+    scale = functools.reduce(torch.mul, [vector.to(wide) for vector in factors]) if factors else None
+
+    def scaled(tensor: Tensor) -> Tensor:
+        """A tensor with one slice per output channel, times scale."""
+        if scale is None:
+            return tensor
+        return (tensor * scale.view(-1, *[1] * (tensor.dim() - 1))).to(tensor.dtype)
+
     needs_scale = bn_weight is not None and needs["bn_weight"]
     grad_x, grad_folded, _ = torch.ops.aten.convolution_backward(
-        g, x, (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), None, stride, padding, dilation, False, [0, 0],
+        g, x, scaled(weight), None, stride, padding, dilation, False, [0, 0],
         groups, [needs["x"], needs["weight"] or needs_scale, False],
     )  # fmt: skip
     grads["x"] = grad_x
     if needs["weight"]:
-        grads["weight"] = (grad_folded * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+        grads["weight"] = scaled(grad_folded)
     if not (needs_scale or needs["bn_bias"] or needs["bias"]):
         return tuple(grads.values())
     grad_shift = g.sum((0, 2, 3), dtype=wide)
     if needs["bn_bias"] and bn_bias is not None:
         grads["bn_bias"] = grad_shift.to(bn_bias.dtype)
     if needs["bias"] and bias is not None:
-        grads["bias"] = (grad_shift * scale).to(bias.dtype)
+        grads["bias"] = scaled(grad_shift).to(bias.dtype)
     if needs_scale:
         grad_scale = (grad_folded.to(wide) * weight.to(wide)).sum((1, 2, 3))
         for vector, sign in ((bias, 1), (bn_mean, -1)):
             if vector is not None:
                 grad_scale = grad_scale + sign * vector * grad_shift
-        inv_std = 1.0 if bn_var is None else torch.rsqrt(bn_var.to(wide) + ctx.eps)
-        grads["bn_weight"] = (grad_scale * inv_std).to(bn_weight.dtype)
+        grads["bn_weight"] = (grad_scale if inv_std is None else grad_scale * inv_std).to(bn_weight.dtype)
     return tuple(grads.values())
 
 
@@ -140,17 +156,83 @@ def _add_relu_double_backward(ctx, grad: Tensor):
     return torch.ops.aten.threshold_backward(grad, out, 0), None, None
 
 
-torch.library.register_autograd(
-    "fused_resnet::conv_bn_act", _conv_bn_act_backward, setup_context=_conv_bn_act_setup, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "fused_resnet::add_relu", _add_relu_backward, setup_context=_add_relu_setup, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "fused_resnet::add_relu_backward",
+# ------------------------------------------------------------------------------------------------------ transforms
+
+
+def is_transformed() -> bool:
+    """Whether the operators must be ATen's composites: under transforms of torch.func, forward-mode AD, ONNX export."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return torch.onnx.is_in_onnx_export()
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def composite_conv_bn_act(*args) -> Tensor:
+    """conv_bn_act by ATen, nothing in place: it can be differentiated and mapped in any mode. Checks shapes alone."""
+    o, *window = split_arguments(args)
+    problem = conv_problem(o, *window)
+    *conv_window, activation = window
+    mean, var = (None if vector is None else vector.detach() for vector in (o.bn_mean, o.bn_var))
+    o = o._replace(bn_mean=mean, bn_var=var)
+    # torch.conv2d crashes the process where every window lies in the padding (oneDNN issue 5942, torch 2.13)
+    y = F.conv2d(o.x, o.weight, None, *conv_window) if problem.reads_x else o.x.new_zeros(problem.output_shape)
+    if o.bias is not None or any(vector is not None for vector in o.bn_vectors.values()):
+        scale, shift = reference.scale_and_shift(o, torch.promote_types(torch.float32, y.dtype))
+        y = (y * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(y.dtype)
+    return activate(y if o.residual is None else y + o.residual, activation)
+
+
+def composite_add_relu(a: Tensor, b: Tensor, backend: str) -> Tensor:
+    """add_relu by ATen, as composite_conv_bn_act."""
+    add_relu_problem(a, b)
+    return torch.relu(a + b)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """One of the epilogue's activations alone, through ATen."""
+    return {"none": lambda y: y, "relu": torch.relu, "relu6": F.relu6, "silu": F.silu}[activation](x)
+
+
+def _differentiable(name: str, setup: Callable, backward: Callable, composite: Callable) -> Any:
+    """Make the operator differentiable, and give the autograd.Function that does it: apply(compute, *arguments).
+
+    torch.library.register_autograd costs a small kernel's time, and loses the tangents of forward-mode AD.
+    """
+    op = getattr(torch.ops.fused_resnet, name).default
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, compute, *args):
+            output = compute(*args)
+            setup(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None, *backward(ctx, grad)
+
+    def kernel(keys, *args):
+        if is_transformed():
+            return composite(*args)
+
+        def compute(*args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Gradient.apply(compute, *args)
+        return compute(*args)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    return Gradient
+
+
+ConvBnAct = _differentiable("conv_bn_act", _conv_bn_act_setup, _conv_bn_act_backward, composite_conv_bn_act)
+AddRelu = _differentiable("add_relu", _add_relu_setup, _add_relu_backward, composite_add_relu)
+_differentiable(
+    "add_relu_backward",
+    _add_relu_backward_setup,
     _add_relu_double_backward,
-    setup_context=_add_relu_backward_setup,
-    lib=LIBRARY,
+    lambda grad, out, backend: torch.ops.aten.threshold_backward(grad, out, 0),
 )
 
 
@@ -203,8 +285,3 @@ def _conv_bn_act_flops(x_shape, w_shape, *args, out_shape=None, **kwargs) -> int
 @register_flop_formula([torch.ops.fused_resnet.add_relu, torch.ops.fused_resnet.add_relu_backward])
 def _add_relu_flops(*args, **kwargs) -> int:
     return 0
-
-
-def _pairs(window) -> tuple:
-    stride, padding, dilation, groups, activation = window
-    return tuple(stride), tuple(padding), tuple(dilation), groups, activation

@@ -1,214 +1,72 @@
-"""freeze: a model as an inference plan. BN folded, weights packed for the real input size, sums written in place.
+"""A traced model as a plan for one input shape: BN folded, weights packed for that size, sums written in place.
 
-The model is traced once (torch.fx). For each input shape the traced graph is lowered to a plan: every
-conv -> BN -> (+ residual) -> activation becomes one call of the backend chosen for that very problem, everything
-else stays the module or function it was. A plan is an fx.GraphModule, so it prints as Python.
+The graph that torch.fx traced is lowered: every conv -> BN -> (+ residual) -> activation becomes one call of the
+backend chosen for that very problem, everything else stays the module or function it was. A plan's graph is an
+fx.GraphModule, so it prints as Python.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import copy
 import itertools
 import logging
 import math
-import operator
 import threading
 from collections.abc import Iterator
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 
-from fused_resnet import backends, reference, workspace
-from fused_resnet.nn import why_not_fused
-from fused_resnet.problem import ConvOperands, ConvProblem, conv_problem, dtype_name
-from fused_resnet.tracing import POOL_FUNCTIONS, POOLS, has_stock_call, module_of, only_user, trace, writes_in_place
-
-MAX_PLANS = 8
+from fused_resnet import backends, extension, layouts, reference, workspace
+from fused_resnet.matching import Match, activation_of, matches
+from fused_resnet.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name, pair
+from fused_resnet.tracing import POOL_FUNCTIONS, POOLS, has_stock_call, module_of
 
 log = logging.getLogger("fused_resnet")
 _CAPTURING = threading.Lock()
 
-_ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_ACTIVATIONS: dict[Any, str] = {
-    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu",
-    F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
-    F.relu6: "relu6", F.silu: "silu",
-}  # fmt: skip
-
-
-def freeze(
-    model: nn.Module,
-    example_input: Tensor,
-    *,
-    dtype: Optional[torch.dtype] = None,
-    backend: str = "auto",
-) -> "FrozenModel":
-    """An inference-only copy of `model`: BN folded, weights packed, one plan per input shape, a CUDA graph on GPUs.
-
-    model: in eval mode, traceable by torch.fx; it is not changed, and later changes to it do not reach the frozen
-    copy. example_input: a tensor as the model takes it; its plan is made now, others when their shape is first seen.
-    dtype: what the arithmetic runs in (fp32, bf16, fp16); default, the model's own. Inputs and outputs keep the
-    example's dtype. backend: "auto", or the one that every convolution must use.
-
-    Calls are safe from several threads, outputs are fresh tensors, and autocast around a call changes nothing. A
-    frozen CPU plan may turn NaN into 0 where it meets a ReLU, as oneDNN does. On glibc, malloc is told to keep as much
-    freed memory as a plan works in (`workspace`).
-
-    Raises RuntimeError when the model is in training mode, TypeError and ValueError when the example does not fit the
-    model or the model cannot be traced, BackendError when `backend` cannot run one of its convolutions.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"freeze: expected an nn.Module, got {type(model).__name__}.")
-    if not isinstance(example_input, Tensor) or not example_input.is_floating_point():
-        is_tensor = isinstance(example_input, Tensor)
-        got = f"a {dtype_name(example_input.dtype)} tensor" if is_tensor else type(example_input)
-        raise TypeError(f"freeze: example_input must be a floating-point tensor as the model takes it, got {got}.")
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
-    if training:
-        raise RuntimeError(
-            f"freeze: {training[0]} is in training mode; call model.eval() first. To train, use fused_resnet.fuse."
-        )
-    device = next((p.device for p in model.parameters()), example_input.device)
-    if example_input.device != device:
-        raise TypeError(f"freeze: example_input is on {example_input.device} but the model is on {device}.")
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if dtype is None:
-        dtype = dtypes.pop() if len(dtypes) == 1 else example_input.dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"freeze: dtype must be float32, bfloat16, float16 or float64, got {dtype}.")
-    backends.check_name("freeze", backend)
-    frozen = [name for name, module in model.named_modules() if isinstance(module, FrozenModel)]
-    if frozen:
-        raise ValueError(f"freeze: {frozen[0] or 'the model'} is frozen already. Freeze what it was made from.")
-    return FrozenModel(model, example_input, dtype, backend)
-
-
-class FrozenModel(nn.Module):
-    """What `freeze` returns. Callable like the model; `unfreeze()` gives the model back."""
-
-    def __init__(self, model: nn.Module, example_input: Tensor, dtype: torch.dtype, backend: str) -> None:
-        super().__init__()
-        super().train(False)
-        self.dtype, self.backend = dtype, backend
-        self.device, self.input_dtype = example_input.device, example_input.dtype
-        self.__dict__["_original"] = model  # not a submodule: its parameters are not this model's
-        self.__dict__["_traced"] = trace(model)
-        self._reset_plans()
-        self._plan_for(example_input)
-
-    def forward(self, x: Tensor) -> Any:
-        self._check_input(x)
-        plan = self._plan_for(x)
-        with _plainly(self.device):
-            return plan(x)
-
-    def plan(self, x: Tensor) -> fx.GraphModule:
-        """The plan for inputs like x, made now if there is none: `print(frozen.plan(x).code)`."""
-        self._check_input(x)
-        return self._plan_for(x).module
-
-    def unfreeze(self) -> nn.Module:
-        """The model this was frozen from, as it is now."""
-        return self._original
-
-    def train(self, mode: bool = True) -> "FrozenModel":
-        if mode:
-            raise RuntimeError("a frozen model cannot be trained: train frozen.unfreeze() and freeze it again.")
-        return self
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "FrozenModel":
-        raise RuntimeError(
-            "a frozen model cannot be moved or converted: move frozen.unfreeze() and freeze it again (dtype= converts)."
-        )
-
-    def _check_input(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor) or x.dtype != self.input_dtype or x.device != self.device:
-            got = f"{dtype_name(x.dtype)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"frozen for {dtype_name(self.input_dtype)} inputs on {self.device}, got {got}.")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("a frozen model has no gradients: use fused_resnet.fuse, or call it under no_grad.")
-
-    def _plan_for(self, x: Tensor) -> "_Plan":
-        key = tuple(x.shape)
-        with self._lock:
-            plan = self._plans.get(key)
-            if plan is None:
-                with _plainly(self.device):
-                    plan = self._plans[key] = _make_plan(self._traced, x.detach(), self.dtype, self.backend)
-                if len(self._plans) > MAX_PLANS:
-                    self._plans.popitem(last=False)
-            self._plans.move_to_end(key)
-            return plan
-
-    def _reset_plans(self) -> None:
-        self._lock = threading.Lock()
-        self._plans: collections.OrderedDict[tuple, _Plan] = collections.OrderedDict()
-
-    def __getstate__(self) -> dict:
-        rebuilt = ("_lock", "_plans")  # packed weights and graphs are made again where they are needed
-        return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._reset_plans()
-
-
-# --------------------------------------------------------------------------------------------------------- lowering
-
-
-class _Match(NamedTuple):
-    """conv -> bn? -> add? -> activation?, each the only user of the one before it."""
-
-    conv: fx.Node
-    bn: Optional[fx.Node]
-    add: Optional[fx.Node]
-    act: Optional[fx.Node]
-
-    @property
-    def nodes(self) -> list[fx.Node]:
-        return [node for node in self if node is not None]
-
-    @property
-    def residual(self) -> Optional[fx.Node]:
-        """The addend that is not this convolution. Read from the graph: lowering replaces nodes."""
-        head = self.bn or self.conv
-        return None if self.add is None else next(arg for arg in self.add.args if arg is not head)
-
 
 class FrozenConv(nn.Module):
-    """One fused convolution of a plan: the problem, the backend chosen for it, and its packed weight."""
+    """One fused convolution of a plan: the problem, the backend and config chosen for it, and its packed weight."""
 
     def __init__(
-        self, problem: ConvProblem, backend: backends.Backend, weight: Tensor, bias: Optional[Tensor]
+        self, problem: ConvProblem, selection: backends.Selection, weight: Tensor, bias: Optional[Tensor]
     ) -> None:
         super().__init__()
-        self.problem, self.backend, self.in_place = problem, backend, False
-        self.weight, self.bias = weight, bias
-        self.uses_onednn = backend.name == "onednn"
-        if self.uses_onednn:
-            # Packed without the input's real size, some shapes fall to a reference loop: bf16 1x1 256->1024 at 14x14
-            # took 11 ms instead of 0.22 (torch 2.13, one core, AVX-512 bf16).
-            self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-                weight, problem.padding, problem.stride, problem.dilation, problem.groups,
-                [problem.N, problem.C, problem.H, problem.W],
-            )  # fmt: skip
+        self.problem, self.selection, self.in_place = problem, selection, False
+        self.placed: Optional[layouts.Placed] = None  # of Triton convolutions: how `layouts` settled them
+        self.bias = bias
+        self.weight = selection.backend.pack(problem, weight, selection.config)
+
+    @property
+    def backend(self) -> backends.Backend:
+        return self.selection.backend
 
     def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-        if self.uses_onednn:
-            return backends.onednn_convolution(
-                self.problem, x, self.weight, self.bias, residual, into_residual=self.in_place
-            )
-        return self.backend.run(self.problem, ConvOperands(x, self.weight, bias=self.bias, residual=residual))
+        return self.bound()(x, residual)
+
+    def bound(self) -> Callable[..., Tensor]:
+        """(x, residual=None) -> output, with all else settled: what a plan calls."""
+        if self.backend.bind is not None:
+            return self.backend.bind(self.problem, self.weight, self.bias, into_residual=self.in_place)
+        if self.placed is not None:
+            run_placed, weight, bias = self.placed.run, self.weight, self.bias
+            return lambda x, residual=None: run_placed(ConvOperands(x, weight, bias=bias, residual=residual))
+        run, problem, weight, bias = self.selection.run, self.problem, self.weight, self.bias
+        return lambda x, residual=None: run(problem, ConvOperands(x, weight, bias=bias, residual=residual))
 
     def extra_repr(self) -> str:
-        return f"{self.problem}, {self.backend.name}{', in place' if self.in_place else ''}"
+        layout = ", in place" if self.in_place else ", into row space" if self.writes_row_space else ""
+        return f"{self.problem}, {self.backend.name}{layout}"
+
+    @property
+    def writes_row_space(self) -> bool:
+        return self.placed is not None and self.placed.writes_row_space
 
 
 class FrozenLinear(nn.Module):
@@ -221,18 +79,45 @@ class FrozenLinear(nn.Module):
             self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return self.bound()(x)
+
+    def bound(self) -> Callable[[Tensor], Tensor]:
+        linear, weight, bias = torch.ops.mkldnn._linear_pointwise.default, self.weight, self.bias
+        return lambda x: linear(x, weight, bias, "none", [], "")
 
 
-class _Plan:
+class FrozenMaxPool(nn.Module):
+    """A max-pooling on a CPU that writes no indices. x: (N, C, H, W), channels_last or copied into it."""
+
+    def __init__(self, pool: nn.MaxPool2d, output_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.window = tuple(pair("pooling", value) for value in (pool.kernel_size, pool.stride, pool.padding))
+        self.output_shape = output_shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bound()(x)
+
+    def bound(self) -> Callable[[Tensor], Tensor]:
+        max_pool, window, shape = torch.ops.fused_resnet.cpu_max_pool2d.default, self.window, self.output_shape
+
+        def run(x: Tensor) -> Tensor:
+            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+            max_pool(x.contiguous(memory_format=torch.channels_last), *window, out)
+            return out
+
+        return run
+
+
+class Plan:
     """A lowered graph between the caller's dtype and the plan's."""
 
     def __init__(self, module: fx.GraphModule, dtype: torch.dtype, output_dtype: torch.dtype) -> None:
         self.module, self.dtype, self.output_dtype = module, dtype, output_dtype
+        self._run = _bound(module)
 
     def __call__(self, x: Tensor) -> Any:
         x = x.to(self.dtype)  # not together with the layout: fp32 to bf16 and NHWC at once took 2.5 times as long
-        out = self.module(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
+        out = self._run(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
         if self.dtype == self.output_dtype:
             return out
         return pytree.tree_map(self._converted, out)
@@ -241,10 +126,25 @@ class _Plan:
         return value.to(self.output_dtype) if isinstance(value, Tensor) and value.dtype == self.dtype else value
 
 
-class _GraphedPlan(_Plan):
+def _bound(module: fx.GraphModule) -> Callable[[Tensor], Any]:
+    """The plan's graph as one function in which the frozen modules are plain calls.
+
+    A module call costs little in a loop, but about 19 us between two convolutions that have emptied the caches: 1.0 of
+    76.4 ms for ResNet-50 at batch 1 (EPYC Zen 4, one thread, 2026-11).
+    """
+    graph = copy.deepcopy(module.graph)
+    modules = dict(module.named_modules())
+    for node in graph.nodes:
+        frozen = module_of(node, modules)
+        if isinstance(frozen, (FrozenConv, FrozenLinear, FrozenMaxPool)):
+            node.op, node.target = "call_function", frozen.bound()
+    return fx.GraphModule(module, graph).forward
+
+
+class _GraphedPlan(Plan):
     """The same, captured once as a CUDA graph. Replays share static buffers, so they take turns."""
 
-    def __init__(self, plan: _Plan, example: Tensor) -> None:
+    def __init__(self, plan: Plan, example: Tensor) -> None:
         super().__init__(plan.module, plan.dtype, plan.output_dtype)
         self._lock = threading.Lock()
         # CUDA allows one capture at a time in a process; a normal tensor can be written in and out of inference mode
@@ -278,26 +178,29 @@ class _GraphedPlan(_Plan):
 
 
 @contextlib.contextmanager
-def _plainly(device: torch.device) -> Iterator[None]:
+def plainly(device: torch.device) -> Iterator[None]:
     """Without gradients and outside autocast: a plan's dtypes are its own."""
     is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     with torch.no_grad(), torch.autocast(device.type, enabled=False) if is_on else contextlib.nullcontext():
         yield
 
 
-def _make_plan(traced: fx.GraphModule, x: Tensor, dtype: torch.dtype, backend: str) -> _Plan:
+def make_plan(traced: fx.GraphModule, x: Tensor, dtype: torch.dtype, backend: str) -> Plan:
     module = fx.GraphModule(traced, copy.deepcopy(traced.graph))
     _infer_shapes(module, x)
     modules = dict(module.named_modules())
     for match in _matches(module.graph, modules):
         _lower(module, modules, match, dtype, backend)
     _mark_sums_in_place(module.graph, modules)
+    _place_triton(module.graph, modules, x.device)
     if x.device.type == "cpu" and backend in ("auto", "onednn") and backends.onednn_missing(dtype) is None:
         _pack_linears(module, modules, dtype)
+    if x.device.type == "cpu" and extension.load("cpu") is None:
+        _replace_max_pools(module, modules)
     module.delete_all_unused_submodules()
     _convert_the_rest(module, dtype)
     module.recompile()
-    plan = _Plan(module.eval(), dtype, x.dtype)
+    plan = Plan(module.eval(), dtype, x.dtype)
     if x.device.type == "cpu":
         workspace.keep(*_workspace_of(module.graph, dtype))
     _try(plan, x)
@@ -310,7 +213,7 @@ def _make_plan(traced: fx.GraphModule, x: Tensor, dtype: torch.dtype, backend: s
         return plan
 
 
-def _try(plan: _Plan, x: Tensor) -> None:
+def _try(plan: Plan, x: Tensor) -> None:
     """Run a new plan once, so that what it cannot do is said where it is made."""
     try:
         plan(x)
@@ -348,52 +251,16 @@ def _infer_shapes(module: fx.GraphModule, x: Tensor) -> None:
         ) from error
 
 
-def _matches(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[_Match]:
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    heads: dict[fx.Node, _Match] = {}  # by the last node of conv -> bn?
-    for node in graph.nodes:
-        conv = module_of(node, modules)
-        if conv is None or why_not_fused(None, [(conv, None)]) is not None:
-            continue
-        if len(node.args) != 1 or node.kwargs or len(_shape_of(node.args[0]) or ()) != 4:
-            continue
-        user = only_user(node)
-        bn = module_of(user, modules)
-        has_bn = type(bn) is nn.BatchNorm2d and why_not_fused(None, [(conv, bn)]) is None
-        heads[user if has_bn else node] = _Match(node, user if has_bn else None, None, None)
-
-    matches = []
-    for head, match in heads.items():
-        add = only_user(head)
-        if add is not None and _is_plain_add(add):
-            (other,) = [arg for arg in add.args if arg is not head] or [None]
-            # both addends may be convolutions (a projection shortcut): the later one takes the sum
-            is_later = other in heads and only_user(other) is add and order[other] > order[head]
-            # an augmented add writes its first argument, which others may read later unless it is a convolution's own
-            is_private = not writes_in_place(add, modules) or add.args[0] in heads and only_user(add.args[0]) is add
-            is_alike = _shape_of(other) == _shape_of(head) and _dtype_of(other) == _dtype_of(head)
-            if other is not None and not is_later and is_private and is_alike:
-                match = match._replace(add=add)
-        act = only_user(match.nodes[-1])
-        if act is not None and _activation_of(act, modules) != "none":
-            match = match._replace(act=act)
-        matches.append(match)
-    owned = {node for match in matches for node in match.nodes}
-    writes = [order[node] for node in graph.nodes if node not in owned and writes_in_place(node, modules)]
-    return [_before_writes(match, order, writes) for match in matches]
+def _matches(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Match]:
+    return matches(
+        graph,
+        modules,
+        is_image=lambda node: len(_shape_of(node) or ()) == 4,
+        is_alike=lambda other, head: _shape_of(other) == _shape_of(head) and _dtype_of(other) == _dtype_of(head),
+    )
 
 
-def _before_writes(match: _Match, order: dict[fx.Node, int], writes: list[int]) -> _Match:
-    """The part of a match that no foreign in-place operation cuts: the convolution moves to the match's last node,
-    and must not move past a write to its input."""
-    first = order[match.conv]
-    while len(match.nodes) > 1 and any(first < write < order[match.nodes[-1]] for write in writes):
-        last = match._fields[max(i for i, node in enumerate(match) if node is not None)]
-        match = match._replace(**{last: None})
-    return match
-
-
-def _lower(module: fx.GraphModule, modules: dict, match: _Match, dtype: torch.dtype, backend: str) -> None:
+def _lower(module: fx.GraphModule, modules: dict, match: Match, dtype: torch.dtype, backend: str) -> None:
     """Replace a match by one FrozenConv, placed where its last node was."""
     conv: nn.Conv2d = modules[match.conv.target]
     weight, bias = fold(conv, modules[match.bn.target] if match.bn else None, dtype)
@@ -404,14 +271,12 @@ def _lower(module: fx.GraphModule, modules: dict, match: _Match, dtype: torch.dt
         bias=None if bias is None else bias.to("meta"),
         residual=None if residual is None else torch.empty(_shape_of(residual), dtype=dtype, device="meta"),
     )
-    activation = "none" if match.act is None else _activation_of(match.act, modules)
-    problem = conv_problem(described, conv.stride, conv.padding, conv.dilation, conv.groups, activation)
+    activation = "none" if match.act is None else activation_of(match.act, modules)
+    window = (pair("stride", conv.stride), pair("padding", conv.padding), pair("dilation", conv.dilation))
+    problem = conv_problem(described, *window, conv.groups, activation)
     problem = problem._replace(device=weight.device.type)
-    name = f"fused_{match.conv.name}"
-    while hasattr(module, name):
-        name += "_"
-    modules[name] = FrozenConv(problem, backends.select(problem, backend), weight, bias)
-    module.add_submodule(name, modules[name])
+    frozen = FrozenConv(problem, backends.select(problem, backend, in_plan=True), weight, bias)
+    name = _add(module, modules, f"fused_{match.conv.name}", frozen)
     with module.graph.inserting_before(tail):
         fused = module.graph.call_module(name, (source,) if residual is None else (source, residual))
     fused.meta = dict(tail.meta)
@@ -426,12 +291,26 @@ def _pack_linears(module: fx.GraphModule, modules: dict, dtype: torch.dtype) -> 
         if type(linear) is not nn.Linear or not has_stock_call(linear) or node.kwargs or shape is None:
             continue
         if len(shape) == 2 and shape[0] and type(linear.weight) is nn.Parameter:
-            name = f"packed_{node.name}"
-            while hasattr(module, name):
-                name += "_"
-            modules[name] = FrozenLinear(linear, dtype, shape[0])
-            module.add_submodule(name, modules[name])
-            node.target = name
+            node.target = _add(module, modules, f"packed_{node.name}", FrozenLinear(linear, dtype, shape[0]))
+
+
+def _replace_max_pools(module: fx.GraphModule, modules: dict) -> None:
+    for node in module.graph.nodes:
+        pool, shape = module_of(node, modules), _shape_of(node)
+        if type(pool) is not nn.MaxPool2d or not has_stock_call(pool) or node.kwargs or len(shape or ()) != 4:
+            continue
+        is_plain = pair("pooling", pool.dilation) == (1, 1) and not pool.ceil_mode and not pool.return_indices
+        if is_plain and _dtype_of(node) in FLOAT_DTYPES:
+            node.target = _add(module, modules, f"frozen_{node.name}", FrozenMaxPool(pool, shape))
+
+
+def _add(module: fx.GraphModule, modules: dict, name: str, child: nn.Module) -> str:
+    """Give the plan a child of this name, or of the next free one. Returns the name."""
+    while hasattr(module, name):
+        name += "_"
+    modules[name] = child
+    module.add_submodule(name, child)
+    return name
 
 
 def _mark_sums_in_place(graph: fx.Graph, modules: dict) -> None:
@@ -444,7 +323,7 @@ def _mark_sums_in_place(graph: fx.Graph, modules: dict) -> None:
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         conv = module_of(node, modules)
-        if not isinstance(conv, FrozenConv) or len(node.args) < 2 or not conv.uses_onednn:
+        if not isinstance(conv, FrozenConv) or len(node.args) < 2 or conv.backend.bind is None:
             continue
         source, residual = node.args
         readers = [user for user in residual.users if user is not node]
@@ -455,10 +334,23 @@ def _mark_sums_in_place(graph: fx.Graph, modules: dict) -> None:
         )
 
 
+def _place_triton(graph: fx.Graph, modules: dict, device: torch.device) -> None:
+    convs = {
+        node: conv
+        for node in graph.nodes
+        if isinstance(conv := module_of(node, modules), FrozenConv) and conv.backend.name == "triton"
+    }
+    asked = {node: layouts.Placed(conv.problem, conv.selection.config) for node, conv in convs.items()}
+    is_replayed = device.type == "cuda" and not torch.version.hip
+    for node, placed in layouts.assign(asked, device, is_replayed=is_replayed).items():
+        convs[node].placed = placed
+        convs[node].selection = convs[node].selection._replace(config=placed.config)
+
+
 def _owns_its_memory(node: fx.Node, modules: dict) -> bool:
     module = module_of(node, modules)
     if module is not None:
-        return isinstance(module, (FrozenConv, *POOLS)) and has_stock_call(module)
+        return isinstance(module, (FrozenConv, FrozenMaxPool, *POOLS)) and has_stock_call(module)
     return node.op == "call_function" and node.target in POOL_FUNCTIONS
 
 
@@ -476,6 +368,8 @@ def _convert_the_rest(module: fx.GraphModule, dtype: torch.dtype) -> None:
         converted._buffers = {k: t.detach().to(wanted) if _differs(t, wanted) else t.detach() for k, t in own.items()}
         for key in child._parameters.keys() - own.keys():  # bias=None stays None
             converted.register_parameter(key, None)
+        for key in child._buffers.keys() - own.keys():
+            converted.register_buffer(key, None)
         if child is not module:
             module.set_submodule(name, converted)
 
@@ -510,17 +404,3 @@ def _shape_of(node: Any) -> Optional[tuple[int, ...]]:
     meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
     shape = getattr(meta, "shape", None)
     return None if shape is None else tuple(shape)
-
-
-def _is_plain_add(node: fx.Node) -> bool:
-    is_call = node.op in ("call_function", "call_method")
-    return is_call and node.target in _ADD and len(node.args) == 2 and not node.kwargs
-
-
-def _activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    if node.op == "call_module":
-        module = modules[node.target]
-        return "none" if why_not_fused(module, []) is not None else _ACTIVATIONS.get(type(module), "none")
-    if node.op not in ("call_function", "call_method") or len(node.args) != 1 or set(node.kwargs) - {"inplace"}:
-        return "none"
-    return _ACTIVATIONS.get(node.target, "none")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Sequence
 
@@ -44,6 +45,23 @@ def digests(root: Path = ROOT, backends: Sequence[str] = tuple(FOLDERS)) -> dict
         for file in files
         if file.suffix in _SUFFIXES
     }
+
+
+# beside the kernels: tools that compile or emulate them, and code for CPUs
+_NO_KERNEL = re.compile(
+    r"/(aot|interpreter)\.py$|/(cpu_\w+|host_checks)\.cpp$|/(winograd\w*|emulated_device)\.h$"
+).search
+
+
+def kernel_digest(backend: str, root: Path = ROOT) -> Optional[str]:
+    """One digest of all that this backend's GPU kernels are made from, None where the sources are not there."""
+    sources = {file: digest for file, digest in digests(root, [backend]).items() if not _NO_KERNEL(file)}
+    return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:16] if sources else None
+
+
+def source_digest(root: Path = ROOT) -> str:
+    """One digest of all kernel sources, by which a record says what it measured."""
+    return hashlib.sha256(json.dumps(digests(root), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def verified_record(device: str, date: str, backends: Sequence[str], root: Path = ROOT) -> dict[str, Any]:

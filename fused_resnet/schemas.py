@@ -24,11 +24,19 @@ PUBLIC = {
 KERNELS = {
     "cpu": {
         "cpu_add_relu": "(Tensor a, Tensor b, Tensor(a!) out) -> ()",
+        "cpu_winograd": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] padding, str activation, "
+        "Tensor(a!) out) -> ()",
+        "cpu_max_pool2d": "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, Tensor(a!) out) -> ()",
     },
     "cuda": {
         "cuda_add_relu": "(Tensor a, Tensor b, Tensor(a!) out) -> ()",
         "cuda_add_relu_backward": "(Tensor grad, Tensor out, Tensor(a!) grad_input) -> ()",
-        "cuda_conv_bn_act": f"({_CONV_OPERANDS}, bool allow_tf32, Tensor(a!) out) -> ()".replace("SymInt", "int"),
+        # partials: (splits, values of out) in fp32, where cuda_conv_splits says more than 1
+        "cuda_conv_bn_act": f"({_CONV_OPERANDS}, bool allow_tf32, Tensor(a!)? partials, Tensor(b!) out) -> ()".replace(
+            "SymInt", "int"
+        ),
+        "cuda_conv_splits": "(int[4] x, int[4] weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+        "int element_bytes, int device) -> int",
     },
 }
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import functools
-import json
 import os
 import platform
 import statistics
 import subprocess
-import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, TypeVar, Union
 
 import torch
 
-from fused_resnet.problem import ConvProblem
+from fused_resnet import cache_read
+from fused_resnet.devices import cpu_flags, cpu_name, device_name
+from fused_resnet.files import write_json
+from fused_resnet.problem import AddReluProblem, ConvProblem
 from fused_resnet.triton_kernels import runtime
+
+__all__ = [
+    "MIN_ROUNDS", "Progress", "Roofline", "Stats", "Variants", "captured", "device_name", "environment", "gpu_state",
+    "interleaved", "roofline", "silent", "triton_version", "write_json",
+]  # fmt: skip
 
 MIN_ROUNDS = 3
 
+Name = TypeVar("Name")
 Variants = dict[str, Callable[[], Any]]
 # progress(fraction done, what is being done)
 Progress = Callable[[float, str], None]
@@ -53,20 +58,22 @@ class Stats(NamedTuple):
 
 
 def interleaved(
-    variants: Variants,
+    variants: Mapping[Name, Callable[[], Any]],
     *,
     device: str = "cpu",
     rounds: Optional[int] = None,
     budget_s: Optional[float] = None,
     warmup: int = 2,
     graphs: bool = False,
+    cold: bool = False,
     progress: Progress = silent,
-) -> dict[str, Stats]:
+) -> dict[Name, Stats]:
     """Time callables round-robin, so that a drift of clocks or a busy neighbour meets all of them alike.
 
     Each is called `warmup` times. Then come rounds, each starting one variant later than the last, until `rounds` are
     done or, after at least MIN_ROUNDS, `budget_s` seconds have passed; at least one of the two must be given.
-    CPU: wall time around each call. CUDA: events around each call, after the L2 cache was overwritten; that write also
+    CPU: wall time around each call; cold=True empties the caches before it, as the layers between two calls of one
+    do in a network. CUDA: events around each call, after the L2 cache was overwritten; that write also
     gives the launches a head start. graphs=True captures each callable as a CUDA graph and replays it, so that only
     device time counts.
 
@@ -79,15 +86,15 @@ def interleaved(
     if (rounds is not None and rounds < 1) or (budget_s is not None and budget_s <= 0):
         raise ValueError(f"interleaved: limits must be positive, got rounds={rounds}, budget_s={budget_s}.")
     on_cuda = torch.device(device).type == "cuda"
-    calls = {name: _captured(call) if on_cuda and graphs else call for name, call in variants.items()}
-    measure = _cuda_clock(device) if on_cuda else _wall_clock
+    calls = {name: captured(call) if on_cuda and graphs else call for name, call in variants.items()}
+    measure = _cuda_clock(device) if on_cuda else _cold_wall_clock() if cold else _wall_clock
     for call in calls.values():
         for _ in range(warmup):
             call()
     if on_cuda:
         torch.cuda.synchronize(device)
 
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Name, list[float]] = {name: [] for name in calls}
     names, started, done = list(calls), time.monotonic(), 0
     while rounds is None or done < rounds:
         elapsed = time.monotonic() - started
@@ -109,6 +116,16 @@ def _wall_clock(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - started) * 1e6
 
 
+def _cold_wall_clock() -> Callable[[Callable[[], Any]], float]:
+    scratch = torch.zeros(2**24)  # 64 MiB
+
+    def measure(call: Callable[[], Any]) -> float:
+        scratch.add_(1.0)  # reads too: writing alone may pass the caches by
+        return _wall_clock(call)
+
+    return measure
+
+
 def _cuda_clock(device: str) -> Callable[[Callable[[], Any]], float]:
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     scratch = torch.empty(max(4 * l2_bytes, 2**26), dtype=torch.int8, device=device)
@@ -125,7 +142,8 @@ def _cuda_clock(device: str) -> Callable[[Callable[[], Any]], float]:
     return measure
 
 
-def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The callable as one CUDA graph: a replay costs a single launch. It returns what the capture returned."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -134,19 +152,36 @@ def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+        out = call()
+
+    def replay(kept: Any = call) -> Any:  # the graph works in memory that `call` owns
+        graph.replay()
+        return out
+
+    return replay
 
 
 class Roofline(NamedTuple):
-    """What this machine reaches: copying a buffer too large for its caches, and one large matrix product."""
+    """What this machine reaches: copying a buffer too large for its caches, one large matrix product, and on CUDA
+    reading a buffer that stays in L2 (None elsewhere, and without Triton)."""
 
     bytes_per_s: float
     flops_per_s: float
+    l2_bytes_per_s: Optional[float] = None
 
-    def time_us(self, problem: ConvProblem) -> float:
+    def time_us(self, problem: Union[ConvProblem, AddReluProblem]) -> float:
         """The least time for a problem whose data starts and ends in main memory."""
-        return 1e6 * max(problem.bytes_moved / self.bytes_per_s, problem.flops / self.flops_per_s)
+        flops = problem.flops if isinstance(problem, ConvProblem) else 0
+        return 1e6 * max(problem.bytes_moved / self.bytes_per_s, flops / self.flops_per_s)
+
+    def as_dict(self) -> dict[str, Optional[float]]:
+        """GB/s and TFLOP/s, for a record."""
+        l2 = self.l2_bytes_per_s
+        return {
+            "gb_per_s": self.bytes_per_s / 1e9,
+            "tflops": self.flops_per_s / 1e12,
+            "l2_gb_per_s": None if l2 is None else l2 / 1e9,
+        }
 
 
 def roofline(device: str, dtype: torch.dtype) -> Roofline:
@@ -156,17 +191,23 @@ def roofline(device: str, dtype: torch.dtype) -> Roofline:
     n = 8192 if on_cuda else 1536
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     target, product = torch.empty_like(source), torch.empty_like(a)
-    best = interleaved(
-        {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b, out=product)},
-        device=device, rounds=20, budget_s=2,
-    )  # fmt: skip
+    calls: Variants = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b, out=product)}
+    l2_bytes = 0
+    if on_cuda and runtime.why_not("cuda", torch.float32) is None and not runtime.INTERPRETED:
+        cached = source[: 2**22]  # 16 MiB
+        sums = torch.empty(8 * torch.cuda.get_device_properties(device).multi_processor_count, device=device)
+        l2_bytes = cache_read.bytes_read(cached, sums)
+        calls["l2 read"] = lambda: cache_read.launch(cached, sums)
+    best = interleaved(calls, device=device, rounds=20, budget_s=2)
     copied = 2 * source.numel() * source.element_size()
-    return Roofline(copied / best["copy"].min_us * 1e6, 2 * n**3 / best["matmul"].min_us * 1e6)
+    return Roofline(
+        copied / best["copy"].min_us * 1e6,
+        2 * n**3 / best["matmul"].min_us * 1e6,
+        l2_bytes / best["l2 read"].min_us * 1e6 if l2_bytes else None,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- environment
-
-_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16")
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -199,29 +240,6 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     return record
 
 
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu_name()
-
-
-@functools.lru_cache(maxsize=None)
-def _cpuinfo() -> dict[str, str]:
-    """The first processor's entry of /proc/cpuinfo; empty where there is none."""
-    with contextlib.suppress(OSError):
-        pairs = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
-        return {pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2}
-    return {}
-
-
-def cpu_name() -> str:
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
-
-
-def cpu_flags() -> list[str]:
-    """Those instruction sets of this CPU that decide how fast a convolution can be."""
-    found = (_cpuinfo().get("flags") or _cpuinfo().get("Features") or "").split()
-    return [flag for flag in _CPU_FLAGS if flag in found]
-
-
 def triton_version() -> Optional[str]:
     return runtime.triton.__version__ if runtime.IMPORT_ERROR is None else None
 
@@ -249,20 +267,3 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def write_json(path: Path, record: Any) -> Path:
-    """Write a record as JSON, whole or not at all: an interrupted call leaves what was there before."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path

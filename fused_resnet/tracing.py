@@ -6,7 +6,9 @@ proxies; other threads may call modules while one is traced; a view that becomes
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import operator
 import threading
 from typing import Any, Callable, Optional
@@ -15,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
+from torch.utils import _pytree as pytree
+
+from fused_resnet.nn import CALLED, is_norm
 
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 POOL_FUNCTIONS = (F.max_pool2d, F.avg_pool2d)
@@ -24,14 +29,16 @@ _FRESH_FUNCTIONS = {
     *POOL_FUNCTIONS, F.conv2d, F.linear, F.adaptive_avg_pool2d, F.batch_norm, "clone", torch.clone, torch.cat,
     operator.add, operator.sub, operator.mul, torch.add, "add", "mul", "sum", "mean", torch.relu, "relu",
 }  # fmt: skip
+# They return their input itself; dropout in eval mode.
+_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _AUGMENTED = {f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
 # A view of contiguous memory, a copy of channels_last memory; or the other way round.
 _LAYOUT_DECIDES = {"view", "reshape", "flatten", "ravel", "contiguous", torch.reshape, torch.flatten, torch.ravel}
 # torch.fx patches nn.Module while it traces: one trace at a time, or the patches of two are undone in the wrong order.
-_TRACING = threading.Lock()
+TRACING = threading.Lock()
 
 
-class _Proxy(fx.Proxy):
+class Proxy(fx.Proxy):
     """Keeps `a += b` the write to a's memory that it is; torch.fx alone records a new tensor."""
 
 
@@ -40,26 +47,39 @@ def _augmented(operation: Callable) -> Callable:
 
 
 for _name in _AUGMENTED:
-    setattr(_Proxy, f"__{_name}__", _augmented(getattr(operator, _name)))
+    setattr(Proxy, f"__{_name}__", _augmented(getattr(operator, _name)))
 
 
-class _Tracer(fx.Tracer):
-    """Traces into our own modules; a fused block shows its plain form, because its weights are proxies here.
+class Tracer(fx.Tracer):
+    """Traces into modules that are not torch's own; a fused one shows its plain form, because its input is a proxy.
 
     While it runs, every module call of the process comes by: those of other threads pass through.
     """
+
+    proxy_class = Proxy
 
     def __init__(self) -> None:
         super().__init__()
         self._thread = threading.get_ident()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return self.proxy_class(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        kind = type(a)
+        if not issubclass(kind, dict) or kind is dict:
+            return super().create_arg(a)
+        items = [(key, self.create_arg(value)) for key, value in a.items()]
+        if kind is collections.OrderedDict:  # torch.fx alone makes a dict of it
+            return self.create_node("call_function", kind, (items,), {})
+        if dataclasses.is_dataclass(kind):  # a ModelOutput of transformers
+            return self.create_node("call_function", kind, (), dict(items))
+        raise NotImplementedError(f"a {kind.__name__} cannot be made in a graph")
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if isinstance(module, nn.Sequential):
             return False
-        return super().is_leaf_module(module, qualified_name)
+        return is_norm(module) or super().is_leaf_module(module, qualified_name)
 
     def call_module(self, module, forward, args, kwargs):
         if threading.get_ident() != self._thread:
@@ -83,29 +103,60 @@ class _Call(nn.Module):
         return self.model(x)
 
 
+class Untraceable(ValueError):
+    """torch.fx cannot trace a model."""
+
+
 def trace(model: nn.Module) -> fx.GraphModule:
-    """The model as a graph of one input over copies of its leaf modules. ValueError when that cannot be had."""
-    root, tracer = _Call(model).eval(), _Tracer()
+    """The model as a graph of one input over copies of its leaf modules. meta["writes_input"]: whether the model does,
+    which the graph does to a copy.
+
+    Raises Untraceable when torch.fx cannot have it, ValueError when the graph would not be the model.
+    """
+    tracer = Tracer()
     for name, module in model.named_modules():
         if not tracer.is_leaf_module(module, name) and (module._forward_hooks or module._forward_pre_hooks):
             raise ValueError(
                 f"freeze: {name or 'the model'} has forward hooks, which a plan would drop. Remove them first."
             )
     try:
-        with _TRACING:
+        # a copy, because the forward runs: what it counts and keeps is not for the model
+        root = _Call(copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})).eval()
+        with TRACING:
             graph = tracer.trace(root)
     except Exception as error:
-        raise ValueError(
+        raise Untraceable(
             f"freeze: torch.fx cannot trace {type(model).__name__}: {error}. Freeze the part that is a plain network, "
             "or use fused_resnet.fuse."
         ) from error
     modules = dict(root.named_modules())
     for node in graph.nodes:
         node.type = None  # annotations are of no use here, and as strings they cannot be pickled
+    skip_identities(graph, modules)
     _let_views_copy(graph, modules)
-    _leave_input_alone(graph, modules)
+    writes_input = _leave_input_alone(graph, modules)
     _return_new_memory(graph, modules)
-    return copy.deepcopy(fx.GraphModule(root, graph)).eval()
+    traced = copy.deepcopy(fx.GraphModule(root, graph)).eval()
+    traced.meta["writes_input"] = writes_input
+    return traced
+
+
+def skip_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
+    """Drop the modules that return their input. Their names."""
+    skipped = []
+    for node in list(graph.nodes):
+        if len(node.args) == 1 and returns_its_input(module_of(node, modules)):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            skipped.append(str(node.target))
+    return skipped
+
+
+def returns_its_input(module: Optional[nn.Module]) -> bool:
+    """Whether calling this module, as it is now, does nothing."""
+    if module is None or type(module) not in _IDENTITIES or not has_stock_call(module):
+        return False
+    return type(module) is nn.Identity or not module.training
 
 
 def _let_views_copy(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
@@ -114,7 +165,7 @@ def _let_views_copy(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     Not where the model writes memory on one side of the view and reads it on the other: there a view stays a view,
     and for the others, of which the layout decides whether they copy, it is a ValueError.
     """
-    memory, order = _memory(graph, modules), {node: index for index, node in enumerate(graph.nodes)}
+    memory, order = memory_of(graph, modules), {node: index for index, node in enumerate(graph.nodes)}
     writes = [node for node in graph.nodes if writes_in_place(node, modules)]
     for view in graph.nodes:
         if view.op == "call_function" and view.target is torch.as_strided or view.target == "as_strided":
@@ -140,29 +191,31 @@ def _lost_write(
     """A write on one side of the view and a later reader on the other, if there are any."""
     base = memory[view] - {view}
     for write in writes:
-        written = set().union(*(memory[node] for node in _written(write)))
-        if order[write] < order[view] or not written & memory[view]:
+        touched = set().union(*(memory[node] for node in written(write)))
+        if order[write] < order[view] or not touched & memory[view]:
             continue
-        through_view = view in written
+        through_view = view in touched
         for reader in nodes[order[write] + 1 :]:
             if any((view in memory[n]) != through_view and memory[n] & base for n in reader.all_input_nodes):
                 return write, reader
     return None
 
 
-def _leave_input_alone(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Work on a copy of the input where the model writes it."""
-    memory, placeholder = _memory(graph, modules), next(iter(graph.nodes))
+def _leave_input_alone(graph: fx.Graph, modules: dict[str, nn.Module]) -> bool:
+    """Work on a copy of the input where the model writes it. Whether it does."""
+    memory, placeholder = memory_of(graph, modules), next(iter(graph.nodes))
     writes = [node for node in graph.nodes if writes_in_place(node, modules)]
-    if any(placeholder in memory[node] for write in writes for node in _written(write)):
+    if any(placeholder in memory[node] for write in writes for node in written(write)):
         with graph.inserting_after(placeholder):
             own = graph.call_function(_copy, (placeholder,))
         placeholder.replace_all_uses_with(own, delete_user_cb=lambda user: user is not own)
+        return True
+    return False
 
 
 def _return_new_memory(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Copy outputs that may be the input or a buffer: what a plan returns belongs to the caller."""
-    memory, (output,) = _memory(graph, modules), [node for node in graph.nodes if node.op == "output"]
+    memory, (output,) = memory_of(graph, modules), [node for node in graph.nodes if node.op == "output"]
     for node in output.all_input_nodes:
         if any(owner.op in ("placeholder", "get_attr") for owner in memory[node]):
             with graph.inserting_before(output):
@@ -170,28 +223,32 @@ def _return_new_memory(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
 
 
 def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
 
 
-def _memory(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, set[fx.Node]]:
+def memory_of(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, set[fx.Node]]:
     """Of each node, the nodes whose memory its result may be."""
     memory: dict[fx.Node, set[fx.Node]] = {}
+    attributes: dict[Any, fx.Node] = {}
     for node in graph.nodes:
         owners = [] if _is_fresh(node, modules) else node.all_input_nodes
-        memory[node] = {node}.union(*(memory[owner] for owner in owners))
+        if node.op == "get_attr":
+            owners = [attributes.setdefault(node.target, node)]
+        memory[node] = {node}.union(*(memory.get(owner, set()) for owner in owners))
     return memory
 
 
-def _written(write: fx.Node) -> list[fx.Node]:
-    """The arguments that an in-place operation may write: the first, or `out`, or, of an operator, any."""
-    if getattr(write.target, "_schema", None) is not None or "out" in write.kwargs:
+def written(write: fx.Node) -> list[fx.Node]:
+    """The arguments that an in-place operation may write: the first, or `out`; of an operator or a module, any."""
+    if write.op == "call_module" or getattr(write.target, "_schema", None) is not None or "out" in write.kwargs:
         return write.all_input_nodes
     return write.all_input_nodes[:1]
 
 
 def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
-        return isinstance(modules[str(node.target)], _FRESH) and has_stock_call(modules[str(node.target)])
+        module = modules[str(node.target)]
+        return (isinstance(module, _FRESH) or is_norm(module)) and has_stock_call(module)
     is_call = node.op in ("call_function", "call_method")
     return is_call and node.target in _FRESH_FUNCTIONS and not writes_in_place(node, modules)
 
@@ -199,7 +256,7 @@ def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 def has_stock_call(module: nn.Module) -> bool:
     """Whether calling a module runs its class's forward and nothing else: no hooks, no forward of its own."""
     hooks = module._forward_hooks or module._forward_pre_hooks or torch_module._has_any_global_hook()
-    return not hooks and "forward" not in module.__dict__
+    return not hooks and CALLED.isdisjoint(module.__dict__)
 
 
 def module_of(node: Optional[fx.Node], modules: dict[str, nn.Module]) -> Optional[nn.Module]:

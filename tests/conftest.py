@@ -2,6 +2,7 @@
 
 import os
 import random
+import tempfile
 import zlib
 
 import numpy as np
@@ -10,6 +11,12 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What somebody has tuned on this machine must not decide what is tested, nor must a test write into their cache. The
+# fixture `tuned_files` gives a test files of its own.
+_CACHE = tempfile.TemporaryDirectory(prefix="fused_resnet_tests_")
+os.environ["FUSED_RESNET_CACHE_DIR"] = _CACHE.name
+os.environ["FUSED_RESNET_TUNED"] = "0"
 
 NO_CUDA = None if torch.cuda.is_available() else "needs a CUDA GPU and a CUDA build of torch"
 
@@ -28,6 +35,14 @@ def seeds(request):
     np.random.seed(seed)
     torch.manual_seed(seed)
     return seed
+
+
+@pytest.fixture
+def tuned_files(tmp_path, monkeypatch):
+    """Measurements count, and lie in this test's own folders."""
+    import tuned_files  # which imports Triton
+
+    yield from tuned_files.own_files(tmp_path, monkeypatch)
 
 
 @pytest.fixture(

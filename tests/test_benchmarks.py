@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_check, shapes  # noqa: E402
-from fused_resnet import bench, provenance  # noqa: E402
+from benchmarks import gpu_check, isolated, run_configs, shapes  # noqa: E402
+from fused_resnet import backends, bench, provenance, registry, tuning  # noqa: E402
 
 
 def script(*arguments, **environment):
@@ -21,8 +23,11 @@ def script(*arguments, **environment):
     dropped = ("TRITON_INTERPRET", "PYTEST_")  # pytest-benchmark writes nothing inside an xdist worker
     variables = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, env={**variables, **environment},
-        capture_output=True, text=True,
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**variables, **environment},
+        capture_output=True,
+        text=True,
     )
 
 
@@ -112,10 +117,46 @@ def python(code):
     return (sys.executable, "-c", code)
 
 
-def test_a_step_passes_by_its_exit_code():
-    assert gpu_check.execute(python("print('3 passed')"), 60) == (gpu_check.PASSED, "3 passed")
-    assert gpu_check.execute(python("print('no'); raise SystemExit(1)"), 60) == (gpu_check.FAILED, "no")
-    assert gpu_check.execute(python("import time; time.sleep(60)"), 1) == (gpu_check.FAILED, "stopped after 1 s")
+@pytest.mark.parametrize(
+    "code, limit_s, outcome, detail",
+    [
+        ("print('3 passed')", 60, gpu_check.PASSED, "3 passed"),
+        ("print('no'); raise SystemExit(1)", 60, gpu_check.FAILED, "no"),
+        ("print('begun'); import time; time.sleep(60)", 1, gpu_check.FAILED, "stopped after 1 s; last it said: "),
+        ("import os; print('begun', flush=True); os.kill(os.getpid(), 11)", 60, gpu_check.FAILED,
+         "ended by SIGSEGV; last it said: "),
+        ("import sys; sys.stdout.buffer.write(bytes(range(256)) + b'\\ndone')", 60, gpu_check.PASSED, "done"),
+        ("print('x' * 100_000)", 60, gpu_check.PASSED, "x" * 300),
+        ("pass", 60, gpu_check.PASSED, "no output"),
+    ],
+)  # fmt: skip
+def test_a_command_passes_by_its_exit_code(tmp_path, code, limit_s, outcome, detail):
+    result = isolated.execute(python(code), limit_s, tmp_path / "log.txt")
+    assert result.outcome == outcome
+    assert result.detail.startswith(detail) if detail.endswith(": ") else result.detail.splitlines()[0] == detail
+
+
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_hanging_step_is_killed_with_all_that_it_started(monkeypatch, capfd):
+    monkeypatch.setattr(isolated, "PATIENCE_S", 0.5)
+    started = time.monotonic()
+    result = isolated.execute(python(STUBBORN), 2)
+    assert result.outcome == gpu_check.FAILED and "stopped after 2 s" in result.detail
+    assert time.monotonic() - started < 30
+    child = Path("/proc") / capfd.readouterr().out.split()[0] / "stat"
+    for _ in range(100):  # the kernel takes a moment; a zombie is as good as gone
+        if not child.exists() or child.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("the child lives on")
 
 
 @pytest.mark.parametrize(
@@ -132,9 +173,11 @@ def test_a_sanitizer_that_did_not_start_is_not_a_failure(output, outcome, judged
     assert (output if "SUMMARY" in output else "the closing line") in result.detail
 
 
-def steps(**outcomes):
+def steps(needs_s=0, **outcomes):
     return [
-        gpu_check.Step(name.replace("_", "-"), 60, lambda _, outcome=outcome: gpu_check.Result(outcome, "said so"))
+        gpu_check.Step(
+            name.replace("_", "-"), needs_s, 60, 1, lambda _, outcome=outcome: gpu_check.Result(outcome, "said so")
+        )
         for name, outcome in outcomes.items()
     ]
 
@@ -163,33 +206,184 @@ def test_a_later_call_keeps_the_other_steps_but_not_for_other_sources(tmp_path, 
     gpu_check.run_steps(steps(tests="passed"), file, "NVIDIA Test", 60)
     record = gpu_check.run_steps(steps(verify_cuda="passed"), file, "NVIDIA Test", 60)
     assert record["verified"]["backends"] == ["cuda"]
-    monkeypatch.setattr(gpu_check, "source_digest", lambda: "edited since")
+    all_of_them = steps(tests="passed", verify_cuda="passed", ops="passed")
+    assert [step.name for step in gpu_check.chosen(all_of_them, ["rest"], file)] == ["ops"]
+    assert [step.name for step in gpu_check.chosen(all_of_them, ["rest", "tests"], file)] == ["tests", "ops"]
+    monkeypatch.setattr(provenance, "source_digest", lambda: "edited since")
+    assert len(gpu_check.chosen(all_of_them, ["rest"], file)) == 3
     record = gpu_check.run_steps(steps(verify_triton="passed"), file, "NVIDIA Test", 60)
     assert set(record["steps"]) == {"tests", "verify-cuda", "verify-triton"} and record["verified"] is None
 
 
-def test_steps_after_the_deadline_are_recorded_as_not_run(tmp_path):
-    record = gpu_check.run_steps(steps(tests="passed"), tmp_path / "check.json", "NVIDIA Test", 0)
-    assert record["steps"]["tests"]["outcome"] == "not run" and record["steps"]["tests"]["detail"] == "out of time"
+def test_a_step_that_raises_costs_only_itself(tmp_path):
+    def broken(_):
+        raise FileNotFoundError("no such tool")
+
+    all_of_them = [gpu_check.Step("first", 0, 60, 1, broken), *steps(tests="passed")]
+    record = gpu_check.run_steps(all_of_them, tmp_path / "check.json", "NVIDIA Test", 60)
+    assert record["steps"]["first"]["outcome"] == "failed" and "no such tool" in record["steps"]["first"]["detail"]
+    assert record["steps"]["tests"]["outcome"] == "passed"
 
 
-def test_gpu_check_writes_at_most_eight_files_and_every_command_parses(tmp_path, monkeypatch):
-    """Each benchmark command is handed to the command line with --help, so that a renamed option shows here."""
+@pytest.mark.parametrize("content", [b"", b'{"steps": 5}', b"[]", b"\xff"])
+def test_an_unreadable_check_is_begun_anew(tmp_path, content):
+    (tmp_path / "check.json").write_bytes(content)
+    record = gpu_check.run_steps(steps(tests="passed"), tmp_path / "check.json", "NVIDIA Test", 60)
+    assert set(record["steps"]) == {"tests"} == set(json.loads((tmp_path / "check.json").read_text())["steps"])
+
+
+def test_the_time_is_split_by_share_and_what_cannot_be_done_in_it_is_not_begun(tmp_path):
+    given = {}
+
+    def noted(name):
+        return lambda seconds: given.update({name: seconds}) or gpu_check.Result(gpu_check.PASSED, "")
+
+    all_of_them = [
+        gpu_check.Step("rigid", 1, 5, 0, noted("rigid")),
+        gpu_check.Step("elastic", 1, 1000, 3, noted("elastic")),  # 3/4 of the 100 s but 20 s for what must follow
+        gpu_check.Step("rigid too", 20, 1000, 0, noted("rigid too")),
+        gpu_check.Step("needy", 80, 1000, 1, noted("needy")),
+        gpu_check.Step("dear", 500, 1000, 0, noted("dear")),
+    ]
+    record = gpu_check.run_steps(all_of_them[:-1], tmp_path / "check.json", "NVIDIA Test", 100)
+    assert given["rigid"] == 5 and given["elastic"] == pytest.approx(60, abs=1)
+    assert given["rigid too"] == pytest.approx(100, abs=2) and given["needy"] == pytest.approx(100, abs=3)
+    record = gpu_check.run_steps(all_of_them[-1:], tmp_path / "check.json", "NVIDIA Test", 100)
+    assert "dear" not in given and record["steps"]["dear"]["outcome"] == "not run"
+    assert record["steps"]["dear"]["detail"] == "it needs 500 s, and 100 s were left"
+
+
+@pytest.fixture
+def setup(tmp_path):
+    return gpu_check.Setup(tmp_path, "cuda", "resnet50", 10, None)
+
+
+def test_gpu_check_writes_at_most_eight_files_and_every_command_parses(setup, monkeypatch):
+    """Each command of ours is handed to the command line with --help, so that a renamed option shows here."""
     from click.testing import CliRunner
 
     from fused_resnet.__main__ import cli
 
     commands = []
-    monkeypatch.setattr(gpu_check, "execute", lambda command, seconds, **_: commands.append(command))
-    for step in gpu_check.all_steps(tmp_path, "resnet50", 10):
-        if step.name not in ("build", "sanitizer"):
-            step.run(1)
+
+    def noted(command, seconds, log=None, **_):
+        commands.append(command)
+        return gpu_check.Result(gpu_check.PASSED, ""), ""
+
+    monkeypatch.setattr(gpu_check, "executed", noted)
+    monkeypatch.setattr(gpu_check, "execute", lambda *arguments, **variables: noted(*arguments, **variables)[0])
+    for step in gpu_check.all_steps(setup):
+        step.run(100)
     files = {command[command.index("--out") + 1] for command in commands if "--out" in command}
-    assert len(files) == 5
-    for command in commands:
-        if command[2] == "fused_resnet":
-            result = CliRunner().invoke(cli, [*command[3:], "--help"])
-            assert result.exit_code == 0, result.output
+    assert len(files) == 5  # beside check.json, configs.json and log.txt
+    ours = [command for command in commands if command[2] == "fused_resnet"]
+    assert {command[3] for command in ours} == {"info", "verify", "tune", "bench"}
+    for command in ours:
+        result = CliRunner().invoke(cli, [*command[3:], "--help"])
+        assert result.exit_code == 0, result.output
+
+
+def test_a_benchmark_goes_on_with_its_file_and_replaces_another_measurement(setup, monkeypatch):
+    commands, answers = [], []
+
+    def answered(command, seconds, log=None, **_):
+        commands.append(command)
+        result, output, left = answers.pop(0)
+        (setup.out / "ops.json").write_text(json.dumps({"left": left}))
+        return gpu_check.Result(result, "closing"), output
+
+    monkeypatch.setattr(gpu_check, "executed", answered)
+    monkeypatch.setattr(gpu_check, "execute", lambda *arguments, **variables: answered(*arguments, **variables)[0])
+    answers += [(gpu_check.PASSED, "", ["second", "third"])]
+    result = gpu_check.benchmark(setup, "ops", ("ops",), 100)
+    assert result.outcome == gpu_check.NOT_RUN and "2 left, second the first" in result.detail
+    answers += [(gpu_check.FAILED, "Error: --resume: ops.json holds another", []), (gpu_check.PASSED, "", [])]
+    assert gpu_check.benchmark(setup, "ops", ("ops",), 100) == gpu_check.Result(gpu_check.PASSED, "closing")
+    assert ["--resume" in command for command in commands] == [True, True, False]
+    assert commands[0][commands[0].index("--stop-after") + 1] == "75"
+
+
+def test_random_problems_are_shared_between_processes_and_one_failure_counts(setup, monkeypatch):
+    commands = []
+
+    def answered(command, seconds, log=None, **_):
+        commands.append(command)
+        failed = command[command.index("--seed") + 1] == "1"
+        return gpu_check.Result(gpu_check.FAILED if failed else gpu_check.PASSED, "closing")
+
+    monkeypatch.setattr(gpu_check, "execute", answered)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    result = gpu_check.verify(setup, "triton", 10, 60)
+    assert result == gpu_check.Result(gpu_check.FAILED, "seed 1: closing")
+    assert len(commands) == 4 and {command[command.index("--problems") + 1] for command in commands} == {"3"}
+
+
+@pytest.mark.full
+def test_gpu_check_from_end_to_end_on_a_cpu(tmp_path):
+    done = script(
+        "-m", "benchmarks.gpu_check", "--device", "cpu", "--model", "resnet20", "--problems", 2, "--budget", 600,
+        "--only", "environment,build,smoke,tests,sanitizer,verify-eager,tune,ops", "--out", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    record = json.loads((tmp_path / "check.json").read_text())
+    outcomes = {name: step["outcome"] for name, step in record["steps"].items()}
+    assert outcomes == {
+        "environment": "passed", "build": "not run", "smoke": "passed", "tests": "not run", "sanitizer": "not run",
+        "verify-eager": "passed", "tune": "passed", "ops": "passed",
+    }  # fmt: skip
+    assert record["verified"] is None
+    assert {file.name for file in tmp_path.iterdir() if file.is_file()} == {
+        "check.json", "configs.json", "log.txt", "ops.json",
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ tuned configs
+
+GROUPED = "32x8x8 -> 32, 3x3 p1 g8 float32 bias relu"
+
+
+def tuned_table(config, threads=", 3 threads"):
+    measured = tuning.Measured(config, 5.0, 0.1)
+    entry = tuning.Entry("stub", "eager", "today", {"stub": measured, "eager": tuning.Measured(None, 9.0, 0.1)})
+    return tuning.Table("a device", {GROUPED + threads: {1: entry, 32: entry}}, {"today": {}})
+
+
+class StubConfig(NamedTuple):
+    scale: int
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """A backend with two configs, of which one is wrong and one breaks with it."""
+
+    def run(problem, operands, config):
+        if config.scale == 3:
+            raise RuntimeError("illegal address")
+        return backends.known("conv_bn_act")["eager"].run(problem, operands) * config.scale
+
+    configs = [StubConfig(1), StubConfig(2), StubConfig(3)]
+    backend = backends.Backend("stub", lambda problem: None, run, configs=lambda problem: configs)
+    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "stub", backend)
+
+
+@pytest.mark.parametrize(
+    "scale, outcome, why", [(1, "right", ""), (2, "wrong", "by "), (3, "wrong", "RuntimeError: illegal address"),
+                            (4, "not run", "there is no such config")],
+)  # fmt: skip
+def test_each_tuned_config_is_run_once(stub, scale, outcome, why):
+    ((problem, name, config),) = run_configs.configs_of(tuned_table({"scale": scale}), "cpu", ["stub", "eager"])
+    assert (str(problem), name, config) == (f"2x{GROUPED}", "stub", {"scale": scale})
+    found, said = run_configs.run(problem, name, config, "cpu")
+    assert found == outcome and said.startswith(why)
+
+
+@pytest.mark.parametrize("scale, exit_code", [(1, 0), (2, 1), (4, 0)])
+def test_a_wrong_config_is_the_exit_code(stub, scale, exit_code, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "configs.json"
+    file.write_text(json.dumps(tuned_table({"scale": scale}, threads="").as_json()))
+    monkeypatch.setattr(sys, "argv", ["run_configs", str(file), "--device", "cpu", "--backend", "stub"])
+    assert run_configs.main() == exit_code
+    assert f"{int(exit_code)} wrong" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------- Makefile
@@ -197,9 +391,7 @@ def test_gpu_check_writes_at_most_eight_files_and_every_command_parses(tmp_path,
 
 @pytest.mark.parametrize("target", ["demo", "test", "test-full", "lint", "gpu-check", "clean"])
 def test_makefile_targets_with_a_given_interpreter_install_nothing(target):
-    done = subprocess.run(
-        ["make", "-n", target, f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run(["make", "-n", target, f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "pip install" not in done.stdout
 

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 import fused_resnet
 from fused_resnet import __main__ as command_line
-from fused_resnet import bench, models, provenance, testing, timing
+from fused_resnet import bench, models, provenance, testing, timing, tuning
+from fused_resnet.commands import console, info
 
 TINY = ["--rounds", "1", "--device", "cpu"]
 NO_PLACE = (str(provenance.ROOT), os.uname().nodename)
@@ -62,6 +63,35 @@ def test_info_as_json():
     assert record["provenance"]["sentence"].startswith("kernels ")
 
 
+def test_info_holds_what_a_bug_report_needs(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_RESNET_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FUSED_RESNET_TUNED", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HOME_GROWN", "not of interest")
+    tuning.forget()
+    entry = tuning.Entry("eager", "onednn", "today", {"eager": tuning.Measured(None, 5.0, 0.1)})
+    name = tuning.device_id("cpu")
+    tuning.add(tmp_path / "tuning", name, {"64x56x56 -> 64, 1x1 float32 bias relu": {1: entry, 8: entry}}, "today", {})
+    record = json_of("info")
+    user = record["tuning"]["cpu"]["files"][-1]
+    assert record["tuning"]["cpu"]["device"] == name and record["tuning"]["cpu"]["used"] is True
+    assert (user["exists"], user["entries"], user["winners"]) == (True, 2, {"eager": 2})
+    assert record["folders"]["cache"] == str(tmp_path) and record["packages"]["matplotlib"]
+    assert record["variables"]["OMP_NUM_THREADS"] == "1" and "HOME_GROWN" not in record["variables"]
+    assert record["commit"] == timing.environment()["commit"] and "parts" in record["build"]
+    text = run("info").output
+    assert "2 in " in text and "(eager 2)" in text and f"FUSED_RESNET_CACHE_DIR={tmp_path}" in text.replace("\n", "")
+    tuning.forget()
+
+
+def test_info_does_not_name_the_user(monkeypatch):
+    monkeypatch.setenv("HOME", str(provenance.ROOT.parent))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(provenance.ROOT / "triton"))
+    record = json_of("info")
+    assert record["folders"]["package"] == f"~/{provenance.ROOT.name}/fused_resnet"
+    assert record["variables"]["TRITON_CACHE_DIR"] == f"~/{provenance.ROOT.name}/triton"
+
+
 def test_info_for_people():
     result = run("info")
     assert result.exit_code == 0
@@ -73,7 +103,7 @@ def test_info_has_a_line_for_each_backend_and_a_reason_once(monkeypatch):
     """Both devices, nothing folded at 100 columns."""
     reasons = {"cpu": "it runs on NVIDIA GPUs, the tensors are on cpu", "cuda": "no library", "no": "not this dtype"}
     names = ("float32", "float16", "bfloat16", "float64")
-    record = command_line.collect_info()
+    record = info.collect_info()
     record["backends"] = [
         {"op": "conv_bn_act", "backend": backend, "device": device, "auto": auto, "dtypes": dict(zip(names, values))}
         for backend, device, auto, values in (
@@ -85,7 +115,7 @@ def test_info_has_a_line_for_each_backend_and_a_reason_once(monkeypatch):
             ("mixed", "cuda", True, (None, None, None, None)),
         )
     ]
-    monkeypatch.setattr(command_line, "collect_info", lambda: record)
+    monkeypatch.setattr(info, "collect_info", lambda: record)
     lines = run("info").output.splitlines()
     rows = [re.split(r"  +", line.strip()) for line in lines if line.startswith("  conv_bn_act")]
     assert rows == [
@@ -138,9 +168,10 @@ def test_bench_ops(tmp_path):
     out = tmp_path / "ops.json"
     record = json_of("bench", "ops", "--model", "resnet20", "--batch", 2, "--out", out, *TINY)
     check_environment(record, "bench ops")
-    assert json.loads(out.read_text()) == record
-    assert len(record["rows"]) == 9 and sum(row["count"] for row in record["rows"]) == 19
-    for row in record["rows"]:
+    assert json.loads(out.read_text()) == record and record["left"] == []
+    rows = {op: [row for row in record["rows"] if row["op"] == op] for op in ("conv_bn_act", "add_relu")}
+    assert len(rows["conv_bn_act"]) == 9 and sum(row["count"] for row in rows["conv_bn_act"]) == 19
+    for row in rows["conv_bn_act"]:
         assert {"unfused", "eager folded", "onednn"} <= set(row["variants"])
         one = row["variants"]["onednn"]
         assert one["tflops"] == pytest.approx(row["gflop"] * 1e3 / one["median_us"], rel=1e-6)
@@ -148,45 +179,150 @@ def test_bench_ops(tmp_path):
         assert one["roofline_percent"] == pytest.approx(100 * row["least_us"] / one["median_us"])
         assert one["speedup"] == pytest.approx(row["variants"]["unfused"]["median_us"] / one["median_us"])
         assert 0 < one["error_ratio"] <= 1
-        assert "NVIDIA" in row["skipped"]["cudnn"]
-    assert {(entry["variant"], entry["against"]) for entry in record["summary"]} == {
-        ("eager folded", "unfused"), ("onednn", "unfused"), ("onednn", "eager folded"),
-    }  # fmt: skip
+        assert "NVIDIA" in row["skipped"]["cudnn"] and row["roofline"]["l2_gb_per_s"] is None
+    contests = {(entry["variant"], entry["against"]) for entry in record["summary"]}
+    assert {
+        ("eager folded", "unfused"), ("onednn", "unfused"), ("onednn", "eager folded"), ("auto", "copy"),
+        ("auto", "the best library kernel"),
+    } <= contests  # fmt: skip
+
+
+def test_bench_ops_adds_as_often_as_the_blocks_do():
+    """A ResNet-20 has three stages of three blocks; each addition is held against a copy of as many bytes."""
+    record = json_of("bench", "ops", "--model", "resnet20", "--batch", 2, *TINY)
+    additions = [row for row in record["rows"] if row["op"] == "add_relu"]
+    assert [(row["problem"], row["count"]) for row in additions] == [
+        ("add_relu 2x16x32x32 float32", 3), ("add_relu 2x32x16x16 float32", 3), ("add_relu 2x64x8x8 float32", 3),
+    ]  # fmt: skip
+    assert all({"unfused", "copy", "cpu", "eager folded"} <= set(row["variants"]) for row in additions)
+    assert all(one["error_ratio"] == 0 for row in additions for one in row["variants"].values())
+    assert additions[0]["mbytes"] == pytest.approx(3 * 2 * 16 * 32 * 32 * 4 / 1e6) and additions[0]["gflop"] == 0
+
+
+def test_models_batches_and_dtypes_share_one_table():
+    """What two models have in common is measured once and counted for both; the first dtype and batch come first."""
+    record = json_of("bench", "ops", "--model", "resnet20,resnet32", "--batch", "2,1", "--dtype", "fp32,bf16", *TINY)
+    kinds = list(dict.fromkeys((row["dtype"], row["batch"]) for row in record["rows"]))
+    assert kinds == [("fp32", 2), ("fp32", 1), ("bf16", 2), ("bf16", 1)]
+    names = [row["problem"] for row in record["rows"]]
+    assert len(set(names)) == len(names) == 4 * 12
+    shared = next(row for row in record["rows"] if row["problem"] == "2x16x32x32 -> 16, 3x3 p1 float32 bias relu")
+    assert shared["models"] == {"resnet20": 3, "resnet32": 5} and shared["count"] == 8
+    places = {entry["where"] for entry in record["summary"] if entry["variant"] == "auto"}
+    assert places == {"all", "add_relu", *(f"batch {batch}, {dtype}" for dtype, batch in kinds)}
+
+
+def one_more_row(monkeypatch):
+    """Let each call measure one subject; returns what was asked for in order."""
+    asked = []
+
+    def bench_op(problem, *_):
+        asked.append(str(problem))
+        row = {
+            "op": problem.op,
+            "device": "cpu",
+            "batch": 1,
+            "dtype": "fp32",
+            "models": {},
+            "count": 1,
+            "auto": "eager",
+        }
+        variants = {name: {"median_us": 1.0} for name in ("unfused", "eager folded")}
+        return {**row, "variants": variants, "not_timed": {}, "failed": {}, "skipped": {}}
+
+    monkeypatch.setattr(bench.operators, "bench_op", bench_op)
+    return asked
+
+
+def test_a_measurement_stops_and_goes_on(tmp_path, monkeypatch):
+    asked, out = one_more_row(monkeypatch), tmp_path / "ops.json"
+    command = ["bench", "ops", "--model", "resnet20", "--out", out, "--stop-after", 1e-9, *TINY]
+    first = json_of(*command)
+    assert (len(first["rows"]), len(first["left"])) == (1, 11) and json.loads(out.read_text()) == first
+    second = json_of(*command, "--resume")
+    assert second["rows"][0] == first["rows"][0] and (len(second["rows"]), len(second["left"])) == (2, 10)
+    whole = json_of(*command[:-4], "--rounds", 1, "--device", "cpu", "--resume", "--stop-after", 1e9)
+    assert len(whole["rows"]) == 12 == len(asked) == len(set(asked)) and whole["left"] == []
+    assert json_of(*command, "--resume")["rows"] == whole["rows"] and len(asked) == 12  # nothing is left to do
+
+
+def test_a_problem_that_raises_costs_the_others_nothing(tmp_path, monkeypatch):
+    def broken(budget_s, progress):
+        raise RuntimeError("CUDA error: an illegal memory access\nmore")
+
+    def subjects(*_, **__):
+        row = {"op": "add_relu", "device": "cpu", "batch": 1, "dtype": "fp32", "models": {}, "count": 1,
+               "auto": "eager", "variants": {}, "not_timed": {}, "failed": {}, "skipped": {}}  # fmt: skip
+        return {"a": lambda *_: row, "b": broken, "c": lambda *_: row}
+
+    monkeypatch.setattr(bench, "op_subjects", subjects)
+    command = ["bench", "ops", "--model", "resnet20", "--out", tmp_path / "ops.json", *TINY]
+    record = json_of(*command, exit_code=1)
+    assert [row["problem"] for row in record["rows"]] == ["a", "c"] and record["left"] == ["b"]
+    assert record["broken"] == {"b": "RuntimeError: CUDA error: an illegal memory access"}
+    assert json.loads((tmp_path / "ops.json").read_text()) == record
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda record: record["settings"].update(image=64), "another measurement (other image)"),
+        (lambda record: record.update(kernels="edited since"), "another measurement (another kernels)"),
+        (lambda record: record["environment"].update(torch="1.0"), "another measurement (another torch)"),
+        (lambda record: record.pop("settings"), "no record to go on with (KeyError: 'settings')"),
+    ],
+)
+def test_only_the_same_measurement_goes_on(tmp_path, monkeypatch, change, message):
+    one_more_row(monkeypatch)
+    out = tmp_path / "ops.json"
+    command = ["bench", "ops", "--model", "resnet20", "--out", out, *TINY]
+    record = json_of(*command)
+    change(record)
+    out.write_text(json.dumps(record))
+    result = run(*command, "--resume")
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+    assert json.loads(out.read_text()) == record
+
+
+def test_resume_needs_a_file():
+    assert "--resume needs --out" in run("bench", "ops", "--model", "resnet20", "--resume", *TINY).output
 
 
 def test_bench_ops_for_people_lists_losses(monkeypatch):
-    def measured(problems, **_):
-        stats = {"median_us": 1.0, "min_us": 1.0, "p10": 1.0, "p90": 1.0, "samples": 1, "tflops": 1.0, "gb_per_s": 1.0}
-        stats |= {"roofline_percent": 50.0, "error_ratio": 0.5}
-        variants = {"unfused": {**stats, "speedup": 1.0}, "onednn": {**stats, "median_us": 4.0, "speedup": 0.25}}
-        row = {"problem": "the problem", "count": 1, "auto": "onednn", "variants": variants, "skipped": {}}
-        rows = [{**row, "not_timed": {"triton": 7.0}}]
-        return {
-            "roofline": {"gb_per_s": 1.0, "tflops": 1.0},
-            "rows": rows,
-            "summary": bench.summarise(rows, "unfused"),
-            "mismatches": [{"problem": "the problem", "variant": "triton", "error_ratio": 7.0}],
-        }
-
-    monkeypatch.setattr(bench, "bench_ops", measured)
+    stats = {"median_us": 1.0, "min_us": 1.0, "p10": 1.0, "p90": 1.0, "samples": 1, "tflops": 1.0, "gb_per_s": 1.0}
+    stats |= {"roofline_percent": 50.0, "error_ratio": 0.5}
+    variants = {"unfused": {**stats, "speedup": 1.0}, "onednn": {**stats, "median_us": 4.0, "speedup": 0.25}}
+    row = {
+        "op": "conv_bn_act", "device": "cpu", "batch": 1, "dtype": "fp32", "models": {"resnet20": 1}, "count": 1,
+        "roofline": {"gb_per_s": 1.0, "tflops": 1.0, "l2_gb_per_s": 2.0}, "auto": "onednn", "variants": variants,
+        "skipped": {"cudnn": "no GPU"}, "not_timed": {"triton": 7.0}, "failed": {"cuda": "RuntimeError: broken"},
+    }  # fmt: skip
+    monkeypatch.setattr(bench, "op_subjects", lambda *_, **__: {"the problem": lambda budget_s, progress: row})
     result = run("bench", "ops", "--model", "resnet20", *TINY)
     assert result.exit_code == 1  # triton is wrong
-    assert "0.25x LOSS" in result.output and "LOSS 0.25x the problem" in result.output
-    assert "1 losses" in result.output and "WRONG" in result.output
+    for expected in ("0.25x LOSS", "LOSS 0.25x the problem", "1 lost", "WRONG", "RuntimeError: broken", "no GPU",
+                     "onednn (auto)", "reading L2 2 GB/s"):  # fmt: skip
+        assert expected in result.output
 
 
-def test_bench_blocks():
-    record = json_of("bench", "blocks", "--model", "resnet20", "--dtype", "fp32", "--image", 16, *TINY)
+def test_bench_blocks(tmp_path):
+    chart = tmp_path / "blocks.png"
+    record = json_of(
+        "bench", "blocks", "--model", "resnet20", "--dtype", "fp32", "--image", 16, "--chart", chart, *TINY
+    )
     check_environment(record, "bench blocks")
     assert [row["problem"] for row in record["rows"]] == [
-        "BasicBlock layer1.2 1x16x16x16", "BasicBlock layer2.2 1x32x8x8", "BasicBlock layer3.2 1x64x4x4",
+        "resnet20 layer1.2, BasicBlock 1x16x16x16", "resnet20 layer2.2, BasicBlock 1x32x8x8",
+        "resnet20 layer3.2, BasicBlock 1x64x4x4",
     ]  # fmt: skip
     for row in record["rows"]:
         names = {"eager NCHW fp32", "eager NHWC fp32", "fused fp32", "folded fp32", "frozen fp32"}
         assert names <= set(row["variants"])
         assert ("compile fp32" in row["variants"]) != ("compile fp32" in row["skipped"])
         assert all(one["max_rel_error"] < 1e-4 for one in row["variants"].values())
-    assert {entry["against"] for entry in record["summary"]} == {"eager NCHW fp32"}
+    against = {entry["against"] for entry in record["summary"]}
+    assert against <= {"eager NCHW fp32", "the best of compile in fp32"} and "eager NCHW fp32" in against
+    assert chart.read_bytes().startswith(b"\x89PNG")
 
 
 def test_bench_model():
@@ -239,7 +375,7 @@ def test_models_keep_their_convolution_counts():
         (["bench", "ops", "--dtype", "fp8"], "unknown dtype 'fp8'; known ones are fp32, fp16, bf16."),
         (["bench", "model", "--dtype", "fp32,int8"], "unknown dtype 'int8'"),
         (["bench", "model", "--baseline", "mxnet"], "unknown baseline 'mxnet'; known ones are eager, "),
-        (["bench", "model", "--backend", "best"], "unknown backend 'best'; known ones are auto, onednn, "),
+        (["bench", "model", "--backend", "best"], "unknown backend 'best'; known ones are auto, "),
         (["bench", "model", "--batch", "1,x"], "'1,x' is not a list of numbers"),
         (["bench", "model", "--batch", "0"], "at least one image"),
         (["bench", "ops", "--budget", "0"], "x>0"),
@@ -248,7 +384,7 @@ def test_models_keep_their_convolution_counts():
         (["verify", "--device", "cpu:1"], "unknown device 'cpu:1'"),
         (["verify", "--device", "cuda:-1"], "unknown device 'cuda:-1'"),
         (["bench", "model", "--device", "mps"], "unknown device 'mps'"),
-        (["verify", "--backend", "best"], "unknown backend 'best'; known ones are onednn, "),
+        (["verify", "--backend", "best"], "unknown backend 'best'; known ones are "),
         (["verify", "--problems", "0"], "x>=1"),
         (["benchmark"], "No such command"),
     ],
@@ -270,7 +406,7 @@ def test_a_missing_gpu_is_said_and_not_a_crash():
 def test_a_device_is_one_of_those_torch_finds(device, why, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    convert = command_line._Device().convert
+    convert = console.Device().convert
     if why is None:
         assert convert(device, None, None) == device.removesuffix(":0")
     else:
@@ -284,7 +420,7 @@ def test_benchmarks_run_on_the_device_asked_for(device, index, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     chosen = []
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
-    command_line._prepare(device, threads=None)
+    console.prepare(device, threads=None)
     assert chosen == [index]
 
 

@@ -14,8 +14,9 @@ from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_resnet
-from fused_resnet import models
+from fused_resnet import convert, models
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBlock, FusedBottleneck
+from fused_resnet.rewriting import Rewritten
 
 
 def fused_blocks(model):
@@ -112,6 +113,18 @@ def test_conv_bn_act_modules_are_given_the_backend():
     assert [module.backend for module in model] == ["auto"] * 2 and "backend" not in model[0].__dict__
 
 
+def test_a_conv_bn_act_gets_its_own_backend_back():
+    model = nn.Sequential(ConvBNAct(3, 8), ConvBNAct(8, 8))
+    model[0].backend = "eager"
+    before = snapshot(model)
+    assert fused_resnet.unfuse(model)[0].backend == "eager", "what was not fused is not unfused"
+    fused_resnet.fuse(fused_resnet.fuse(model, backend="triton"), backend="auto")
+    assert model[0].backend == "auto"
+    fused_resnet.unfuse(model)
+    unchanged(model, before)
+    assert model[0].backend == "eager"
+
+
 def test_a_model_that_is_one_block():
     block = networks.single()
     assert type(fused_resnet.fuse(block)) is FusedBasicBlock
@@ -176,7 +189,6 @@ def _set(name, make):
 
 LEFT_ALONE = {
     "forward of the instance": (_wrapped, "the forward of BasicBlock was replaced"),
-    "subclass": (_set("__class__", lambda: Subclass), "Subclass is a subclass of BasicBlock"),
     "frozen norm": (_set("bn1", lambda: FrozenBatchNorm2d(8)), "the norm is FrozenBatchNorm2d"),
     "group norm": (_set("bn2", lambda: nn.GroupNorm(4, 8)), "the norm is GroupNorm, not nn.BatchNorm2d"),
     "no statistics": (
@@ -198,6 +210,65 @@ LEFT_ALONE = {
 }  # fmt: skip
 
 
+class Rewritable(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+
+class OfAKind(Rewritable):
+    kind = "plain"
+
+
+class CountsItsOwn(Rewritable):
+    def fused_convs(self):
+        return 3
+
+
+def _with(name, make=BasicBlock):
+    module = make(8, 8) if make is BasicBlock else make()
+    setattr(module, name, "the user's")
+    return module
+
+
+NAMED_LIKE_OURS = {
+    "block with a backend": (lambda: _with("backend"), "backend"),
+    "block with a plain class": (lambda: _with("plain_class"), "plain_class"),
+    "block with a stock class": (lambda: _with("_stock_class"), "_stock_class"),
+    "any module with a backend": (lambda: _with("backend", Rewritable), "backend"),
+    "any module with programs": (lambda: _with("_programs", Rewritable), "_programs"),
+    "class with a kind": (OfAKind, "kind"),
+    "class with a method": (CountsItsOwn, "fused_convs"),
+}
+
+
+@pytest.mark.parametrize("make, name", NAMED_LIKE_OURS.values(), ids=NAMED_LIKE_OURS)
+def test_attributes_named_like_ours_stay_the_users(make, name):
+    model = nn.Sequential(networks.randomize(make()))
+    own, value, before = getattr(model[0], name), dict(model[0].__dict__).get(name), snapshot(model)
+    fused_resnet.fuse(model, backend="eager")
+    unchanged(model, before)
+    ((where, reason),) = convert.left_alone(model)
+    assert where == "0" and f"its attribute {name} has a name" in reason
+    fused_resnet.unfuse(model)
+    unchanged(model, before)
+    assert getattr(model[0], name) == own and model[0].__dict__.get(name) == value
+
+
+class RemadeByItsConstructor(Rewritable):
+    def __reduce__(self):
+        return type(self), (), self.__getstate__()
+
+
+def test_a_module_with_its_own_way_to_be_pickled_is_left_alone():
+    model = nn.Sequential(networks.randomize(RemadeByItsConstructor()))
+    fused_resnet.fuse(model)
+    assert type(model[0]) is RemadeByItsConstructor
+    ((_, reason),) = convert.left_alone(model)
+    assert reason == "RemadeByItsConstructor has its own way to be pickled"
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+
+
 @pytest.mark.parametrize("change, reason", LEFT_ALONE.values(), ids=LEFT_ALONE)
 def test_a_changed_block_is_left_alone(change, reason, caplog):
     model = networks.small()
@@ -205,7 +276,9 @@ def test_a_changed_block_is_left_alone(change, reason, caplog):
     with caplog.at_level(logging.INFO, "fused_resnet"):
         fused_resnet.fuse(model)
     assert len(fused_blocks(model)) == 3 and not isinstance(model.layer1[0], FusedBlock)
-    assert "fused 3 blocks, left 1 alone" in caplog.text and "layer1.0: " in caplog.text and reason in caplog.text
+    # three blocks, the stem, and the projection of the block that is left alone: ten convolutions
+    assert "fused 5 modules (10 convolutions), left 1 alone" in caplog.text
+    assert "layer1.0: " in caplog.text and reason in caplog.text
     fused_resnet.unfuse(model)
     before = snapshot(model)
     with pytest.raises(ValueError, match="strict=True and some blocks cannot be fused:\n  layer1.0: ") as error:
@@ -245,13 +318,28 @@ def test_a_patched_class_is_left_alone(patch, whose, tmp_path, monkeypatch):
     assert not fused_blocks(fused_resnet.fuse(model))
 
 
-def test_a_class_of_the_same_name_elsewhere_is_left_alone(tmp_path, monkeypatch):
+def test_a_class_of_the_same_name_elsewhere_is_no_known_block(tmp_path, monkeypatch):
+    """It is what its forward says, like any other module."""
     block = networks.torchvision_like(tmp_path, monkeypatch).BasicBlock
     monkeypatch.setattr(block, "__module__", "timm.models.resnet")
-    model = networks.small(block)
-    assert not fused_blocks(fused_resnet.fuse(model))
-    with pytest.raises(ValueError, match="no residual block was recognised"):
-        fused_resnet.fuse(model, strict=True)
+    plain = networks.small(block)
+    model = fused_resnet.fuse(copy.deepcopy(plain), strict=True)
+    assert not fused_blocks(model) and isinstance(model.layer1[0], Rewritten) and isinstance(model.layer1[0], block)
+    as_good_as_plain(model, plain, torch.randn(4, 3, 16, 16))
+
+
+def test_a_subclass_is_what_its_own_forward_says():
+    plain = networks.small()
+    plain.layer1[0].__class__ = Subclass
+    model = fused_resnet.fuse(copy.deepcopy(plain), strict=True)
+    assert len(fused_blocks(model)) == 3 and isinstance(model.layer1[0], Rewritten)
+    as_good_as_plain(model, plain, torch.randn(4, 3, 16, 16))
+    assert type(fused_resnet.unfuse(model).layer1[0]) is Subclass
+
+
+def test_nothing_to_fuse():
+    with pytest.raises(ValueError, match="strict=True and some blocks cannot be fused:\n  no convolution was found"):
+        fused_resnet.fuse(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), strict=True)
 
 
 def test_filter():
@@ -278,6 +366,35 @@ def test_a_filter_that_raises_leaves_the_model_as_it_was():
     with pytest.raises(KeyError):
         fused_resnet.fuse(model, filter_fn=keep)
     unchanged(model, before)
+
+
+class NoFusedSubclass(Rewritable):
+    def __init_subclass__(cls):
+        if cls.__name__.startswith("Fused"):
+            raise RuntimeError("no subclass of this name")
+
+
+class TakesNoAttributes(Rewritable):
+    def __setattr__(self, name, value):
+        if name == "backend":
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+def test_a_failure_midway_leaves_the_model_as_it_was():
+    model = nn.Sequential(ConvBNAct(3, 8), Rewritable(), BasicBlock(8, 8), NoFusedSubclass(), ConvBNAct(8, 8)).eval()
+    model[0].backend = "eager"
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="no subclass of this name"):
+        fused_resnet.fuse(model)
+    unchanged(model, before)
+    assert model[0].backend == "eager"
+
+
+def test_a_setattr_of_the_users_is_not_asked():
+    model = nn.Sequential(TakesNoAttributes())
+    fused_resnet.fuse(model, backend="eager", strict=True)
+    assert isinstance(model[0], Rewritten) and model[0].backend == "eager"
 
 
 def test_an_unknown_backend_leaves_the_model_as_it_was():
@@ -460,8 +577,8 @@ def test_compile_keeps_the_operators_in_one_graph(training, fresh_dynamo):
         with torch.set_grad_enabled(training):
             actual, expected = compiled(x), plain(x)
         assert networks.error(actual, expected.double()) < 1e-4
-    # ResNet-18: 8 blocks of two convolutions and 3 projections; in training one addition for each of the 4 blocks
-    expected_names = ["add_relu"] * 4 if training else ["conv_bn_act"] * 19
+    # ResNet-18: a stem, 8 blocks of two convolutions, 3 projections; in training one addition for each of the 4 blocks
+    expected_names = ["add_relu"] * 4 if training else ["conv_bn_act"] * 20
     assert [operator_names(graph) for graph in backend.graphs] == [expected_names]
     assert backend.frame_count == 1 and not fresh_dynamo["graph_break"] and not fresh_dynamo["recompiles"]
     if training:
@@ -498,6 +615,6 @@ def test_export_keeps_the_operators(tmp_path):
     x = torch.randn(4, 3, 16, 16)
     torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2")
-    assert operator_names(program.graph_module) == ["conv_bn_act"] * (4 * 2 + 3)
+    assert operator_names(program.graph_module) == ["conv_bn_act"] * (1 + 4 * 2 + 3)
     with torch.no_grad():
         assert torch.equal(program.module()(x), model(x))

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import pytest
 import torch
@@ -76,11 +76,19 @@ def compiled(tmp_path_factory):
 
 def conv_kernels(compiled: Compiled) -> dict[tuple[str, int, bool], Kernel]:
     """(element, tile, is_aligned) -> kernel, from the mangled template arguments."""
-    found = {}
-    for kernel in compiled.kernels:
-        element, tile, is_aligned = re.search(r"conv_bn_act_kernelI(\w+?)Li(\d+)ELb(\d)E", kernel.name).groups()
-        found[ELEMENTS[element], int(tile), is_aligned == "1"] = kernel
-    return found
+    return {key: kernel for kernel in compiled.kernels if (key := conv_key(kernel.name)) is not None}
+
+
+def conv_key(name: str) -> Optional[tuple[str, int, bool]]:
+    """(element, tile, is_aligned) of a convolution kernel's mangled name; None for others."""
+    found = re.search(r"conv_bn_act_kernelI(\w+?)Li(\d+)ELb(\d)E", name)
+    return found and (ELEMENTS[found[1]], int(found[2]), found[3] == "1")
+
+
+def sum_kernels(compiled: Compiled) -> dict[str, Kernel]:
+    """element -> the kernel that adds up split sums."""
+    found = {re.search(r"sum_splits_kernelI(\w+?)EE?v", kernel.name): kernel for kernel in compiled.kernels}
+    return {ELEMENTS[match[1]]: kernel for match, kernel in found.items() if match}
 
 
 @needs_nvcc
@@ -105,6 +113,19 @@ def test_conv_kernels_keep_to_the_registers_the_heuristics_count_on(compiled, ar
     for (element, tile, is_aligned), kernel in kernels.items():
         if is_aligned:
             assert kernel.registers <= checks.tile(tile)["registers"], (element, tile, kernel)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHS)
+def test_split_sums_compile_without_spills_and_overlap_their_loads(compiled, arch):
+    kernels = sum_kernels(compiled("conv_bn_act.cu", arch))
+    assert set(kernels) == set(ELEMENTS.values())
+    code = sass(compiled("conv_bn_act.cu", arch).cubin)
+    for element, kernel in kernels.items():
+        assert (kernel.stack_bytes, kernel.spill_store_bytes, kernel.spill_load_bytes) == (0, 0, 0), kernel
+        # the first sums wait for loads of four splits, 16 bytes each: two per split in half precision
+        before_sums = code[kernel.name].split("FADD")[0]
+        assert len(re.findall(r"LDG\.E\.128", before_sums)) == (4 if element == "float" else 8), element
 
 
 @needs_nvcc
@@ -136,8 +157,8 @@ def test_conv_kernels_use_tensor_cores_and_wide_accesses(compiled, arch):
     cubin = compiled("conv_bn_act.cu", arch).cubin
     code = {key: None for key in conv_kernels(compiled("conv_bn_act.cu", arch))}
     for name, instructions in sass(cubin).items():
-        element, tile, is_aligned = re.search(r"conv_bn_act_kernelI(\w+?)Li(\d+)ELb(\d)E", name).groups()
-        code[ELEMENTS[element], int(tile), is_aligned == "1"] = instructions
+        if (key := conv_key(name)) is not None:
+            code[key] = instructions
     mma = {
         "Half": r"HMMA\.16816\.F32\b(?!\.BF16)",
         "BFloat16": r"HMMA\.16816\.F32\.BF16",
@@ -171,7 +192,7 @@ def test_headers_stand_alone_without_cuda_or_torch(header, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("library, source", [("cpu", "cpu_ops.cpp"), ("cuda", "cuda_ops.cpp")])
-def test_every_kernel_of_the_schemas_is_registered(library, source):
-    registered = re.findall(r'm\.impl\("(\w+)"', (CSRC / source).read_text())
-    assert sorted(registered) == sorted(schemas.KERNELS[library])
+@pytest.mark.parametrize("library", schemas.KERNELS)
+def test_every_kernel_of_the_schemas_is_registered(library):
+    sources = "".join(path.read_text() for path in CSRC.glob(f"{library}_*.cpp"))
+    assert sorted(re.findall(r'm\.impl\("(\w+)"', sources)) == sorted(schemas.KERNELS[library])

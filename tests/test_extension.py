@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fused_resnet import extension, ops, schemas
 
@@ -198,6 +199,56 @@ def test_cpu_add_relu_with_any_number_of_threads(threads):
         torch.set_num_threads(before)
 
 
+# ---------------------------------------------------------------------------------------------------- cpu_max_pool2d
+
+
+def cpu_max_pool2d(x, kernel_size, stride, padding, like=None):
+    if extension.load("cpu") is not None:
+        pytest.skip(extension.load("cpu"))
+    expected = F.max_pool2d(x, kernel_size, stride, padding) if like is None else like
+    out = torch.full_like(expected, -123.0, memory_format=torch.channels_last)
+    torch.ops.fused_resnet.cpu_max_pool2d(x.contiguous(memory_format=torch.channels_last),
+                                          kernel_size, stride, padding, out)  # fmt: skip
+    return out, expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("C, size, window", [
+    (64, (12, 14), ((3, 3), (2, 2), (1, 1))),  # ResNet's
+    (37, (9, 5), ((2, 3), (1, 2), (1, 0))),
+    (1, (3, 3), ((3, 3), (3, 3), (1, 1))),
+    (130, (4, 4), ((4, 4), (1, 1), (2, 2))),
+])  # fmt: skip
+def test_cpu_max_pool2d_equals_torch(dtype, C, size, window):
+    finite = torch.randn(2, C, *size).to(dtype)
+    special = torch.tensor([float("nan"), -float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0], dtype=dtype)
+    mixed = special[torch.randint(0, len(special), finite.shape)]
+    for x in (finite, -finite.abs(), mixed):
+        out, expected = cpu_max_pool2d(x, *window)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_cpu_max_pool2d_in_parallel_and_empty():
+    x = torch.randn(3, 64, 56, 56)
+    torch.testing.assert_close(*cpu_max_pool2d(x, (3, 3), (2, 2), (1, 1)), rtol=0, atol=0)
+    assert cpu_max_pool2d(x[:0], (3, 3), (2, 2), (1, 1))[0].shape == (0, 64, 28, 28)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(padding=(2, 1)), "padding at most half"),
+    (dict(stride=(0, 2)), "must be positive"),
+    (dict(kernel_size=(0, 0), padding=(0, 0), like=torch.empty(1, 8, 6, 6)), "window and stride must be positive"),
+    (dict(kernel_size=(3,)), "must have 2 values"),
+    (dict(like=torch.empty(1, 8, 3, 4)), "wrong height or width"),
+    (dict(like=torch.empty(2, 8, 3, 3)), "wrong batch or channels"),
+    (dict(like=torch.empty(1, 8, 3, 3, dtype=torch.float64)), "one dtype"),
+])  # fmt: skip
+def test_cpu_max_pool2d_refuses_what_would_leave_its_memory(change, message):
+    call = dict(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), like=torch.empty(1, 8, 3, 3)) | change
+    with pytest.raises(RuntimeError, match=message):
+        cpu_max_pool2d(torch.randn(1, 8, 5, 5), **call)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -229,18 +280,22 @@ cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 x, w, v = torch.randn(2, 8, 5, 5), torch.randn(16, 8, 3, 3), torch.rand(16)
 x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
 out = torch.empty(2, 16, 5, 5).contiguous(memory_format=torch.channels_last)
-good = [x, w, v, v, v, v, 1e-5, v, out, [1, 1], [1, 1], [1, 1], 1, "relu", True, out]
+good = [x, w, v, v, v, v, 1e-5, v, out, [1, 1], [1, 1], [1, 1], 1, "relu", True, None, out]
 def conv(**change):
-    names = "x w bw bb bm bv eps bias residual stride padding dilation groups activation allow_tf32 out".split()
+    names = "x w bw bb bm bv eps bias residual stride padding dilation groups activation tf32 partials out".split()
     return "cuda_conv_bn_act", [change.get(name, value) for name, value in zip(names, good)]
+def splits(groups, element_bytes):
+    return "cuda_conv_splits", [[2, 8, 5, 5], [16, 8, 3, 3], [1, 1], [1, 1], [1, 1], groups, element_bytes, 0]
 calls = [
     ("cuda_add_relu", [x, x, x]), ("cuda_add_relu_backward", [x, x, x]), ("cuda_add_relu", [x, w, x]),
     conv(), conv(bw=None, bb=None, bm=None, bv=None, bias=None, residual=None), conv(groups=3), conv(stride=[1]),
     conv(padding=[2**40, 0]), conv(out=x), conv(residual=x), conv(stride=[0, 1]), conv(padding=[0, 0]),
+    splits(3, 2), splits(1, 8),
 ]
 assert {name for name, _ in calls} == set(schemas.KERNELS["cuda"])
 for name, args in calls:
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet::" + name, "CUDA")
+    key = "CompositeExplicitAutograd" if name == "cuda_conv_splits" else "CUDA"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet::" + name, key)
     try:
         getattr(torch.ops.fused_resnet, name).default.redispatch(cuda, *args)
         print("no error")
@@ -264,6 +319,7 @@ def test_cuda_operators_unpack_their_arguments_and_check_them(tmp_path):
         "b is on another device", "out is on another device", "one shape", "x is on another device",
         "x is on another device", "do not fit these groups", "must have 2 values", "padding is 1099511627776",
         "out has the wrong shape", "residual must have the shape", "must be positive", "out has the wrong shape",
+        "do not fit these groups", "elements have 2 or 4 bytes",
     ]  # fmt: skip
     messages = result.stdout.splitlines()
     assert len(messages) == len(expected)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_resnet import reference
+from fused_resnet import backends, reference
 from fused_resnet.problem import ACTIVATIONS, ConvOperands, ConvProblem, conv_problem
 
 checks = pytest.importorskip(
@@ -131,8 +131,8 @@ def test_input_offset_is_the_definition(window, data):
         (dict(H=2**28), "height"),
         (dict(padding=(2**28, 0)), "padding"),
         (dict(R=2**27 + 1, dilation=(2, 1), padding=(2**27, 0)), "dilation"),
-        (dict(H=2**16, W=2**16), "pixels"),
-        (dict(C=2**30, R=2, H=2), "R \\* S"),
+        (dict(H=2**16, W=2**16), "fewer than 2\\^31 - 1025 pixels"),
+        (dict(C=2**30, R=2, H=2), "R \\* S \\* C / groups must be below 2\\^31 - 1025"),
     ],
 )
 def test_what_cannot_be_indexed_is_refused(change, reason):
@@ -252,8 +252,13 @@ def test_an_illegal_tile_names_the_hardware():
     st.sampled_from(sorted(SMEM_KB)), st.booleans(),
 )  # fmt: skip
 def test_the_chosen_tile_is_legal(rows, columns, reduction_bytes, groups, arch, is_aligned):
-    chosen = checks.choose_tile(rows, columns, reduction_bytes, groups, device(arch), is_aligned)
-    assert chosen in TILES and checks.why_illegal(chosen, device(arch), is_aligned) is None
+    size = (rows, columns, reduction_bytes, groups, device(arch), is_aligned)
+    splits = checks.choose_splits(*size)
+    for chosen in (checks.choose_tile(*size), checks.choose_tile(*size, splits)):
+        assert chosen in TILES and checks.why_illegal(chosen, device(arch), is_aligned) is None
+    stages = -(-reduction_bytes // checks.STAGE_ROW_BYTES)
+    assert 1 <= splits <= min(checks.MOST_SPLITS, stages), "no part is empty"
+    assert splits == 1 or 4 * splits * rows * columns * groups <= checks.MOST_PARTIAL_BYTES
 
 
 def test_the_chosen_tile_suits_the_problem():
@@ -267,6 +272,26 @@ def test_the_chosen_tile_suits_the_problem():
     assert choose(256 * 56 * 56, 4, 36, groups=32)["block_n"] == 16
     few_rows = choose(49, 512, 4608)
     assert few_rows["block_m"] * few_rows["block_n"] <= 64 * 64, "smaller tiles on more multiprocessors"
+
+
+def test_small_batches_are_split_over_the_device():
+    """ResNet-50's 3x3 in layer4 on the 132 multiprocessors of an H200. What fills them anyway is not split."""
+    gpu = device("9.0", 132)
+    chosen = {batch: checks.choose_splits(batch * 49, 512, 2 * 4608, 1, gpu, True) for batch in (1, 2, 4, 8, 64, 256)}
+    assert chosen[256] == chosen[64] == 1
+    tile = checks.tile(checks.choose_tile(49, 512, 2 * 4608, 1, gpu, True, chosen[1]))
+    blocks = chosen[1] * -(-49 // tile["block_m"]) * -(-512 // tile["block_n"])
+    assert 66 <= blocks <= 132, "half of the multiprocessors at least, and in one round"
+    assert chosen[1] >= chosen[2] >= chosen[4] > 1
+    assert checks.choose_splits(49, 2048, 2 * 512, 1, gpu, True) == 1, "too short to pay for a second kernel"
+
+
+@given(st.integers(1, 5000), st.integers(1, 40))
+def test_splits_cover_the_reduction_once(num_stages, splits):
+    ranges = [checks.stage_range(num_stages, splits, split) for split in range(splits)]
+    assert list(itertools.chain(*(range(*part) for part in ranges))) == list(range(num_stages))
+    lengths = [last - first for first, last in ranges]
+    assert max(lengths) - min(lengths) <= 1 and max(lengths) == -(-num_stages // splits)
 
 
 # ------------------------------------------------------------------------------------------- the kernels themselves
@@ -339,6 +364,7 @@ def _property(window, data):
     )  # fmt: skip
     emulate(
         window, operands, data.draw(st.sampled_from(ACTIVATIONS)), tile=tile, misalignment=misalignment,
+        splits=data.draw(st.sampled_from([1, 1, 2, 3, 5])),
         copies_land_early=data.draw(st.booleans()), last_warp_first=data.draw(st.booleans()),
     ).assert_close()  # fmt: skip
 
@@ -384,14 +410,69 @@ def test_conv_kernel(name, dtype):
 
 @pytest.mark.parametrize("copies_land_early", [False, True])
 @pytest.mark.parametrize("last_warp_first", [False, True])
-@pytest.mark.parametrize("tile", TILES)
-def test_conv_kernel_does_not_depend_on_timing(tile, copies_land_early, last_warp_first):
+@pytest.mark.parametrize("tile, splits", [*((tile, 1) for tile in TILES), (2, 4)])
+def test_conv_kernel_does_not_depend_on_timing(tile, splits, copies_land_early, last_warp_first):
     window = WINDOWS["3x3, 9 steps of the ring"]
     operands = random_operands(window, "float16")
-    usual = emulate(window, operands, tile=tile)
-    other = emulate(window, operands, tile=tile, copies_land_early=copies_land_early, last_warp_first=last_warp_first)
+    usual = emulate(window, operands, tile=tile, splits=splits)
+    schedule = {"copies_land_early": copies_land_early, "last_warp_first": last_warp_first}
+    other = emulate(window, operands, tile=tile, splits=splits, **schedule)
     assert torch.equal(usual.actual, other.actual)
     usual.assert_close()
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [(name, "float16") for name in WINDOWS]
+    + [(name, dtype) for name in ("3x3, 9 steps of the ring", "stem") for dtype in ("bfloat16", "float32")],
+)
+def test_split_sums(name, dtype):
+    """Two parts, and more parts than there are steps: the same sums in another order."""
+    window = WINDOWS[name]
+    operands = random_operands(window, dtype)
+    tile = next(tile for tile in (2, 1) if can_run(tile, window, dtype))
+    steps = -(-window.shape().reduction * getattr(torch, dtype).itemsize // checks.STAGE_ROW_BYTES)
+    for splits in (2, steps + 1):
+        emulate(window, operands, tile=tile, splits=splits).assert_close()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_backend_gives_the_kernel_what_it_needs(monkeypatch, dtype):
+    """From operands in any layout to the operator's arguments, with the memory for split sums."""
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU machine the kernel itself is tested")
+    window = Window(1, 256, 6, 7, 40, 3, 3, padding=(1, 1), stride=(2, 1))
+    operands, seen = random_operands(window, dtype), []
+
+    def kernel(*arguments):
+        o, (*window_of_call, activation, allow_tf32, partials, out) = ConvOperands(*arguments[:9]), arguments[9:]
+        assert window_of_call == [[2, 1], [1, 1], [1, 1], 1] and allow_tf32
+        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (o.x, o.weight, o.residual, out))
+        splits = 1 if partials is None else partials.shape[0]
+        assert splits == 1 or (partials.shape == (splits, out.numel()) and partials.dtype == torch.float32)
+        seen.append(splits)
+        out.copy_(emulate(window, o, activation, splits=splits).actual)
+
+    def choose(x, weight, stride, padding, dilation, groups, element_bytes, device_index):
+        reduction = weight[1] * weight[2] * weight[3] * element_bytes
+        rows = x[0] * window.P * window.Q
+        return checks.choose_splits(rows, weight[0], reduction, 1, device("9.0", num_sms), True)
+
+    monkeypatch.setattr(backends.nvidia.triton_conv_bn_act, "allows_tf32", lambda: True)
+    split = backends.nvidia._cuda_conv_splits  # a tensor on the CPU has no index for it
+    monkeypatch.setattr(backends.nvidia, "_cuda_conv_splits", lambda problem, index: split(problem, 0))
+    try:
+        with torch.library._scoped_library("fused_resnet", "IMPL") as library:
+            library.impl("cuda_conv_bn_act", kernel, "CPU")
+            library.impl("cuda_conv_splits", choose, "CompositeExplicitAutograd")
+            for num_sms in (132, 1):  # noqa: B007
+                split.cache_clear()
+                problem = conv_problem(operands, window.stride, window.padding, window.dilation, 1, "relu")
+                actual = backends.nvidia._cuda_conv_bn_act(problem, operands).double()
+                Emulation(problem, operands, actual).assert_close()
+    finally:
+        split.cache_clear()
+    assert seen[0] > 1 and seen[1] == 1
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -402,7 +483,8 @@ def test_epilogue(activation, vectors, residual):
     for vector_dtype in DTYPES:
         operands = random_operands(window, "bfloat16", vectors=vectors, vector_dtype=vector_dtype, residual=residual)
         operands = operands._replace(x=operands.x * 4)  # relu6 and silu beyond their bends
-        emulate(window, operands, activation, tile=2).assert_close()
+        for splits in (1, 2):
+            emulate(window, operands, activation, tile=2, splits=splits).assert_close()
 
 
 @pytest.mark.parametrize("variance", [0.0, 1e-12, 1e12])
@@ -415,15 +497,15 @@ def test_extreme_variance_and_negative_gamma(variance):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", [1, 2])
-def test_non_finite_values_stay_where_torch_has_them(tile, dtype, activation):
+@pytest.mark.parametrize("tile, splits", [(1, 1), (2, 1), (2, 3)])
+def test_non_finite_values_stay_where_torch_has_them(tile, splits, dtype, activation):
     window = Window(1, 16, 7, 7, 16, 3, 3, padding=(1, 1))
     operands = random_operands(window, dtype)
     operands.x[0, 3, 1, 1] = math.nan
     operands.x[0, 5, 5, 5] = math.inf
     operands.residual[0, 0, 6, 0] = math.nan
     operands.residual[0, 1, 0, 6] = -math.inf
-    run = emulate(window, operands, activation, tile=tile)
+    run = emulate(window, operands, activation, tile=tile, splits=splits)
     expected = reference.conv_bn_act(run.problem, operands)
     assert torch.equal(run.actual.isnan(), expected.isnan())
     assert torch.equal(run.actual.isinf(), expected.isinf())

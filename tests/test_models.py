@@ -12,7 +12,9 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet import models
+from fused_resnet.convert import fused_convs
 from fused_resnet.models import cifar
+from fused_resnet.models.resnet import SqueezeExcitation
 from fused_resnet.nn import BasicBlock, Bottleneck, FusedBasicBlock, FusedBlock, FusedBottleneck
 
 full = pytest.mark.full
@@ -31,7 +33,8 @@ TORCHVISION = {
     "wide_resnet101_2": (126_886_696, "4f088c0a152b8f5c"),
 }
 # He et al. 2015, table 6, in millions
-CIFAR = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.7}
+CIFAR = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.7, "resnet1202": 19.4}
+PLAIN = ("plain20", "plain32", "plain44", "plain56", "plain110")
 FIRST_TIER = ("resnet18", "resnet50", "resnext50_32x4d")
 SMALL_IMAGES = ("resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2")  # torchvision's choice for its own test
 
@@ -183,6 +186,51 @@ def test_cifar_parameter_counts(name):
     assert parameter_count(models.create(name, option="B")) == parameter_count(model) + projections
 
 
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_networks_are_the_resnets_without_shortcuts(name):
+    """As many layers and parameters as option A, in the order of the paper, and no sum anywhere."""
+    with torch.device("meta"):
+        plain, resnet = models.create(name), models.create(name.replace("plain", "resnet"))
+    assert parameter_count(plain) == parameter_count(resnet)
+    shapes = [[tuple(p.shape) for p in model.parameters()] for model in (plain, resnet)]
+    assert shapes[0] == shapes[1]
+    layers = [module for module in plain.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    assert len(layers) == int(name.removeprefix("plain"))
+    strides = [conv.stride[0] for conv in layers[:-1]]
+    n = (len(layers) - 2) // 6
+    assert [index for index, stride in enumerate(strides) if stride == 2] == [1 + 2 * n, 1 + 4 * n]
+
+
+@pytest.mark.parametrize(
+    "name, convs", (("plain20", 19), ("seresnet50", 69), pytest.param("resnet1202", 1201, marks=full))
+)
+def test_the_other_models_fuse_and_freeze(name, convs):
+    model = networks.randomize(models.create(name, num_classes=10))
+    for block in blocks_of(model):  # without it, rounding grows with the depth as in no trained network
+        nn.init.constant_(block.bn2.weight if isinstance(block, BasicBlock) else block.bn3.weight, 0.1)
+    x = torch.randn(2, *models.input_shape(name)[:1], 32, 32)
+    exact, frozen = networks.in_fp64(model, x), fused_resnet.freeze(model, x)
+    with torch.inference_mode():
+        allowed = 4 * networks.error(model(x), exact)
+        assert 0 < allowed < 1e-4
+        assert networks.error(frozen(x), exact) <= allowed
+        fused_resnet.fuse(model, strict=True)
+        assert networks.error(model(x), exact) <= allowed
+    assert len(fused_convs(model)) == convs
+
+
+def test_squeeze_and_excitation_by_hand():
+    """Gates are sigmoid(fc2(relu(fc1(mean)))), one for each channel of each image."""
+    se = SqueezeExcitation(32, reduction=16)
+    x = torch.randn(2, 32, 3, 5)
+    hidden = torch.relu(x.mean((2, 3)) @ se.fc1.weight[:, :, 0, 0].T + se.fc1.bias)
+    gates = torch.sigmoid(hidden @ se.fc2.weight[:, :, 0, 0].T + se.fc2.bias)
+    torch.testing.assert_close(se(x), x * gates[:, :, None, None])
+    with torch.device("meta"):
+        model = models.seresnet50()
+    assert parameter_count(model) == 28_088_024  # timm's seresnet50 has as many; the paper says 28.1 M
+
+
 @pytest.mark.parametrize("option", "AB")
 @pytest.mark.parametrize("size", (32, 31, 8))
 def test_cifar_shapes(option, size):
@@ -224,7 +272,7 @@ def test_cifar_refuses_bad_options():
 
 
 def test_registry():
-    assert models.names() == (*TORCHVISION, *CIFAR, "resnet1202")
+    assert models.names() == (*TORCHVISION, "seresnet50", *CIFAR, *PLAIN)
     assert models.input_shape("resnet50") == (3, 224, 224)
     assert models.input_shape("resnet56") == (3, 32, 32)
     for name in models.names():

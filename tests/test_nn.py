@@ -6,6 +6,7 @@ import pickle
 import networks
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
@@ -202,6 +203,17 @@ def _hooked(name):
     return change
 
 
+def _circular(name):
+    def change(block):
+        conv = block.get_submodule(name)
+        pad = (conv.padding[1],) * 2 + (conv.padding[0],) * 2
+        conv._conv_forward = lambda x, weight, bias: F.conv2d(
+            F.pad(x, pad, mode="circular"), weight, bias, conv.stride, 0, conv.dilation, conv.groups
+        )
+
+    return change
+
+
 STEPPING_ASIDE = {
     "replaced conv": _replace_conv, "patched conv": _patch("conv1"), "patched bn": _patch("bn2"),
     "patched relu": _patch("relu"), "parametrized": _parametrize, "old weight_norm": _old_weight_norm,
@@ -209,6 +221,7 @@ STEPPING_ASIDE = {
     "hook on conv": _hooked("conv2"), "hook on bn": _hooked("bn1"), "hook on relu": _hooked("relu"),
     "hook on projection": _hooked("downsample"), "hook in projection": _hooked("downsample.0"),
     "patched projection": _patch("downsample"), "patched conv in projection": _patch("downsample.0"),
+    "circular padding": _circular("conv2"),
 }  # fmt: skip
 
 

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_resnet import testing
@@ -245,6 +247,73 @@ def test_add_relu_gradient_where_the_sum_is_zero_or_not_a_number():
     add_relu(a, torch.zeros(4), "auto").backward(grad)
     torch.relu(expected + torch.zeros(4)).backward(grad)
     assert torch.equal(a.grad, expected.grad)
+
+
+# ------------------------------------------------------------------------------------------------------- transforms
+
+
+def _plain(operands, activation):
+    """The same by torch's own operators."""
+    o, window = operands, ((2, 1), (1, 0), (1, 2), 2)
+    y = F.conv2d(o.x, o.weight, o.bias, *window)
+    y = F.batch_norm(y, o.bn_mean, o.bn_var, o.bn_weight, o.bn_bias, eps=o.eps) + o.residual
+    return {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}[activation](y)
+
+
+@pytest.mark.parametrize("requires_grad", (False, True))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_forward_mode_of_a_direct_call(activation, requires_grad):
+    operands = operands_of()
+    names = ("x", "bn_weight", "residual")
+
+    def tangent(function):
+        torch.manual_seed(0)
+        with forward_ad.dual_level():
+            duals = {
+                name: forward_ad.make_dual(
+                    (value := getattr(operands, name).clone().requires_grad_(requires_grad)), torch.randn_like(value)
+                )
+                for name in names
+            }
+            return forward_ad.unpack_dual(function(operands._replace(**duals))).tangent
+
+    actual = tangent(lambda o: conv_bn_act(*arguments(o, activation)))
+    expected = tangent(lambda o: _plain(o, activation))
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_forward_mode_of_add_relu_and_its_gradient():
+    a, b, tangent = torch.randn(3, 2, 3, 4, 5, dtype=torch.float64)
+    for direct, plain in (
+        (lambda a: add_relu(a, b, "auto"), lambda a: torch.relu(a + b)),
+        (lambda a: torch.ops.fused_resnet.add_relu_backward(a, b, "auto"), lambda a: a * (b > 0)),
+    ):
+        for actual, expected in zip(*(torch.func.jvp(f, (a,), (tangent,)) for f in (direct, plain))):
+            assert torch.equal(actual, expected) and expected.any()
+
+
+def test_transforms_of_direct_calls():
+    """Reverse mode of torch.func, forward over reverse, and a batch of gradients."""
+    operands = operands_of(N=1)
+
+    def loss(function, x):
+        return function(operands._replace(x=x)).square().sum()
+
+    x, tangent = operands.x, torch.randn_like(operands.x)
+    direct = torch.func.grad(lambda x: loss(lambda o: conv_bn_act(*arguments(o, "silu")), x))
+    plain = torch.func.grad(lambda x: loss(lambda o: _plain(o, "silu"), x))
+    torch.testing.assert_close(direct(x), plain(x))
+    torch.testing.assert_close(torch.func.vmap(direct)(x[None]), plain(x)[None])
+    torch.testing.assert_close(torch.func.jvp(direct, (x,), (tangent,))[1], torch.func.jvp(plain, (x,), (tangent,))[1])
+
+
+def test_transforms_refuse_what_the_operators_refuse():
+    with pytest.raises(ValueError, match="must have the same shape"):
+        torch.func.jvp(lambda a: add_relu(a, a[:1], "auto"), (torch.ones(2, 3),), (torch.ones(2, 3),))
+    operands = operands_of()
+    with pytest.raises(ValueError, match="residual must have the output's shape"):
+        torch.func.grad(lambda x: conv_bn_act(*arguments(operands._replace(residual=x))).sum())(operands.x)
 
 
 # ------------------------------------------------------------------------------------------------- autocast and flops

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fused_resnet import backends, testing
+from fused_resnet import backends, files, registry, testing
 from fused_resnet.problem import AddReluProblem
 
 SEED = 0
@@ -104,7 +104,7 @@ def broken(monkeypatch, op, spoil):
     """`check` of a backend that is eager with its result spoilt."""
     eager = backends.known(op)["eager"]
     monkeypatch.setitem(
-        backends._REGISTRY[op], "broken",
+        registry._REGISTRY[op], "broken",
         eager._replace(name="broken", run=lambda problem, *operands: spoil(eager.run(problem, *operands), *operands)),
     )  # fmt: skip
     indices = range(60)
@@ -153,7 +153,7 @@ def test_a_broken_sum_is_a_mismatch(monkeypatch):
 def test_a_broken_gradient_of_a_sum_is_a_mismatch(monkeypatch):
     eager = backends.known("add_relu")["eager"]
     spoilt = eager._replace(name="broken", backward=lambda grad, out: grad * (out >= 0))
-    monkeypatch.setitem(backends._REGISTRY["add_relu"], "broken", spoilt)
+    monkeypatch.setitem(registry._REGISTRY["add_relu"], "broken", spoilt)
     cases = [case for case in (testing.case_at(7, i) for i in range(60)) if case.problem.op == "add_relu"]
     assert sum("of the gradient differ" in testing.check(case, "broken").detail for case in cases) >= len(cases) // 2
 
@@ -163,7 +163,7 @@ def test_an_exception_is_reported_with_the_call_that_shows_it(monkeypatch):
         raise MemoryError("no")
 
     eager = backends.known("conv_bn_act")["eager"]
-    monkeypatch.setitem(backends._REGISTRY["conv_bn_act"], "broken", eager._replace(name="broken", run=run))
+    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "broken", eager._replace(name="broken", run=run))
     report = testing.verify(range(4), 3, backends=["broken"])
     assert not report.passed and report.as_dict()["passed"] is False
     convolutions = [i for i in range(4) if not isinstance(testing.case_at(3, i).problem, AddReluProblem)]
@@ -187,3 +187,55 @@ def test_two_thousand(start):
     for name in ("conv_bn_act/eager", "conv_bn_act/triton", "conv_bn_act/onednn", "add_relu/eager", "add_relu/triton"):
         entry = report.backends[name]
         assert entry.ok >= MINIMUM[name] * CHUNK // FIRST_TIER // 2, (name, entry.cannot_run)
+
+
+# ------------------------------------------------------------------------------------------------------- many, in parts
+
+
+def test_random_problems_in_parts(tmp_path, monkeypatch):
+    """Parts are kept and summed; one that ends its process is reported and run again the next time."""
+    from benchmarks import random_problems
+
+    def run_part(file, problems, seed, device):
+        asked.append(seed)
+        if seed in ending:
+            return -11
+        files.write_json(file, testing.verify(problems, seed, device, ["eager"]).as_dict())
+
+    asked, ending = [], {8}
+    monkeypatch.setattr(random_problems, "run_part", run_part)
+    out = tmp_path / "record.json"
+    size = ["--problems", "5", "--per-part", "2", "--seed", "7", "--device", "cpu"]
+    arguments = [*size, "--parts", str(tmp_path / "parts"), "--out", str(out)]
+    assert random_problems.main(arguments) == 1
+    record = json.loads(out.read_text())
+    assert record["ended_without_report"] == [{"seed": 8, "problems": 2, "exit_code": -11}] and not record["passed"]
+    ending.clear()
+    assert random_problems.main(arguments) == 0 and asked == [7, 8, 9, 8]
+    record = json.loads(out.read_text())
+    assert record["problems"] == 5 and record["seeds"] == [7, 8, 9] and record["passed"]
+    assert sum(entry["ok"] for entry in record["backends"].values()) == 5
+    worst = max(testing.verify(2, 7, backends=["eager"]).backends.values(), key=lambda entry: entry.worst_error)
+    assert max(entry["worst_error"] for entry in record["backends"].values()) >= worst.worst_error > 0
+
+
+def test_a_part_runs_the_command(tmp_path):
+    from benchmarks import random_problems
+
+    assert random_problems.run_part(tmp_path / "part.json", 1, 3, "cpu") is None
+    assert json.loads((tmp_path / "part.json").read_text())["problems"] == 1
+    assert (
+        random_problems.run_part(tmp_path / "other.json", 1, 3, "tpu") == 2 and not (tmp_path / "other.json").exists()
+    )
+
+
+def test_the_committed_record():
+    """Its counts are those of its problems, and it says that all agreed."""
+    from benchmarks import random_problems
+
+    record = json.loads(random_problems.RECORD.read_text())
+    assert record["passed"] and not record["ended_without_report"] and len(set(record["seeds"])) == len(record["seeds"])
+    for op in ("conv_bn_act", "add_relu"):
+        eager, triton = (record["backends"][f"{op}/{name}"] for name in ("eager", "triton"))
+        assert eager["cannot_run"] == {} and triton["ok"] > 0.8 * eager["ok"]
+    assert sum(record["backends"][f"{op}/eager"]["ok"] for op in ("conv_bn_act", "add_relu")) == record["problems"]

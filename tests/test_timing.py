@@ -2,12 +2,15 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 
-from fused_resnet import backends, bench, models, plan, provenance, timing
-from fused_resnet.problem import ConvProblem
+import fused_resnet
+from fused_resnet import backends, bench, cache_read, models, plan, provenance, timing
+from fused_resnet.problem import AddReluProblem, ConvProblem
+from fused_resnet.triton_kernels import runtime
 
 SMALL = ConvProblem(4, 8, 6, 5, 16, 3, 3, (1, 1), (1, 1), (1, 1), 1, "relu", False, True, True, torch.float32, "cpu")
 
@@ -98,6 +101,9 @@ def test_interleaved_on_cuda_sees_the_longer_kernel(graphs):
 def test_roofline_is_the_larger_of_memory_and_arithmetic():
     memory_bound = timing.Roofline(bytes_per_s=SMALL.bytes_moved * 10.0, flops_per_s=1e30)
     assert memory_bound.time_us(SMALL) == pytest.approx(1e5)
+    assert memory_bound.time_us(AddReluProblem((4, 4), True, torch.float32, "cpu")) == pytest.approx(
+        1e5 * 3 * 16 * 4 / SMALL.bytes_moved
+    )
     compute_bound = timing.Roofline(bytes_per_s=1e30, flops_per_s=SMALL.flops * 100.0)
     assert compute_bound.time_us(SMALL) == pytest.approx(1e4)
 
@@ -151,21 +157,60 @@ def test_op_variants_are_right_and_say_why_others_are_missing():
         assert 0 < bench.error_ratio(prepared) <= 1, name
 
 
-def test_a_wrong_kernel_is_found_and_not_timed(monkeypatch):
-    onednn = backends.known("conv_bn_act")["onednn"]
-    forward = plan.FrozenConv.forward
+def measured(problem=SMALL):
+    """One row of `bench ops`."""
+    roof = timing.Roofline(1e10, 1e11)
+    row = bench.bench_op(problem, {"a model": 2}, lambda dtype: roof, "cpu", 1, 0.01, timing.silent)
+    return {"problem": str(problem), **row}
 
-    def wrong_in_the_last_image(self, x, residual=None):
-        out = forward(self, x, residual).clone()
+
+def with_bound(monkeypatch, change):
+    """FrozenConv's calls, changed by change(output); eager is not a FrozenConv."""
+    bound = plan.FrozenConv.bound
+
+    def changed(self):
+        call = bound(self)
+        return lambda x, residual=None: change(call(x, residual))
+
+    monkeypatch.setattr(plan.FrozenConv, "bound", changed)
+
+
+def test_a_wrong_kernel_is_found_and_not_timed(monkeypatch):
+    def wrong_in_the_last_image(out):
+        out = out.clone()
         out[-1, -1, -1, -1] += 0.01
         return out
 
-    monkeypatch.setattr(plan.FrozenConv, "forward", wrong_in_the_last_image)
-    assert onednn.why_not(SMALL) is None
-    measured = bench.bench_ops([bench.CountedProblem(SMALL, 1)], device="cpu", budget_s=0.01, rounds=1)
-    (mismatch,) = measured["mismatches"]  # eager is not a FrozenConv, so only oneDNN has been broken
-    assert mismatch["variant"] == "onednn" and mismatch["error_ratio"] > 1
-    assert "onednn" not in measured["rows"][0]["variants"]
+    with_bound(monkeypatch, wrong_in_the_last_image)
+    assert backends.known("conv_bn_act")["onednn"].why_not(SMALL) is None
+    row = measured()
+    wrong = {entry["variant"]: entry for entry in bench.mismatches([row])}
+    assert wrong["onednn"]["error_ratio"] > 1 and wrong["onednn"]["raised"] is None
+    assert "onednn" not in row["variants"] and bench.FOLDED in row["variants"]
+
+
+def test_a_kernel_that_raises_costs_the_others_nothing(monkeypatch):
+    def broken(out):
+        raise RuntimeError("illegal address\nmore")
+
+    with_bound(monkeypatch, broken)
+    row = measured()
+    wrong = {entry["variant"]: entry for entry in bench.mismatches([row])}
+    assert wrong["onednn"] == {
+        "problem": str(SMALL), "variant": "onednn", "error_ratio": None, "raised": "RuntimeError: illegal address",
+    }  # fmt: skip
+    assert "onednn" not in row["variants"] and bench.FOLDED in row["variants"]
+
+
+def test_an_addition_has_one_right_answer(monkeypatch):
+    problem = AddReluProblem((3, 5, 7, 2), True, torch.bfloat16, "cpu")
+    found, _ = bench.add_relu_variants(problem, "cpu")
+    assert {bench.UNFUSED, bench.FOLDED, bench.COPY, "cpu"} <= set(found)
+    assert all(bench.error_ratio(one) == 0 for one in found.values())
+    right = found["cpu"].run()
+    wrong = right.clone()
+    wrong[-1, -1, -1, -1] = right.max() * (1 + 2**-7)  # the next number up
+    assert bench.error_ratio(found["cpu"]._replace(run=lambda: wrong)) == math.inf
 
 
 def test_a_kernel_that_writes_nan_counts_as_infinitely_wrong(monkeypatch):
@@ -181,10 +226,86 @@ def test_summary_lists_every_loss():
 
     rows = [row("win", 1, 40.0, 10.0), row("loss", 2, 10.0, 40.0), row("even", 1, 10.0, 10.0)]
     (entry,) = bench.summarise(rows, "base")
+    assert entry["share_won"] == pytest.approx(1 / 3)  # what is level is neither won nor lost
     assert entry["geomean_speedup"] == pytest.approx(1.0)
     assert (entry["worst_problem"], entry["worst_speedup"]) == ("loss", 0.25)
     assert (entry["total_us"], entry["total_us_against"]) == (100.0, 70.0)
     assert entry["losses"] == [{"problem": "loss", "speedup": 0.25}]
+
+
+def op_row(batch=32, device="cuda", auto="cudnn", **times):
+    variants = {{"folded": bench.FOLDED}.get(name, name): {"median_us": us} for name, us in times.items()}
+    return {"op": "conv_bn_act", "device": device, "batch": batch, "dtype": "fp16", "auto": auto, "count": 1,
+            "problem": f"{batch}, {sorted(times.items())}", "variants": variants}  # fmt: skip
+
+
+def test_our_kernels_are_held_against_the_better_of_cudnn_fused_and_unfused():
+    """The libraries' kernels are nobody's but theirs, the fastest of ours counts, and large batches stand apart."""
+    rows = [
+        op_row(unfused=9.0, folded=4.0, cudnn=8.0, cublaslt=0.5, triton=2.0, cuda=3.0),  # 4 / 2
+        op_row(unfused=9.0, folded=9.0, cudnn=8.0, triton=16.0, auto="triton"),  # 8 / 16
+        op_row(batch=1, unfused=9.0, folded=3.0, triton=1.0, auto="eager"),  # 3 / 1
+        op_row(device="cpu", batch=1, unfused=9.0, folded=4.0, onednn=2.0, winograd=1.0, auto="onednn"),
+    ]
+    summary = {(entry["variant"], entry["where"]): entry for entry in bench.summarise_ops(rows)
+               if entry["variant"] in (bench.OURS, bench.AUTO)}  # fmt: skip
+    ours, large = summary[bench.OURS, "all"], summary[bench.OURS, "batch >= 32"]
+    assert ours["problems"] == 3 and ours["geomean_speedup"] == pytest.approx((2 * 0.5 * 3) ** (1 / 3))
+    assert large["geomean_speedup"] == pytest.approx(1.0) and large["share_won"] == 0.5
+    assert [loss["speedup"] for loss in large["losses"]] == [0.5]
+    # against the fastest library kernel: 0.5 / 8 with cuBLASLt, 8 / 16, its own folded eager, its own oneDNN
+    auto = summary[bench.AUTO, "all"]
+    assert auto["geomean_speedup"] == pytest.approx((0.0625 * 0.5 * 1 * 1) ** 0.25) and len(auto["losses"]) == 2
+
+
+def test_a_network_is_held_against_the_fastest_rival_of_its_own_dtype():
+    times = {"eager NCHW fp32": 90.0, "compile fp32": 30.0, "cudnn fp32": 20.0, "frozen fp32": 25.0,
+             "compile bf16": 8.0, "frozen bf16": 4.0, "fused bf16": 10.0}  # fmt: skip
+    variants = {name: {"median_us": us} for name, us in times.items()}
+    assert bench.rival_of("frozen fp32", variants) == ("cudnn fp32", 0.8)
+    assert bench.rival_of("compile fp32", variants) == ("", math.inf)
+    summary = bench.summarise_networks([{"problem": "a net", "variants": variants}], ("compile", "cudnn", "tensorrt"))
+    found = {(entry["variant"], entry["against"]): entry["geomean_speedup"] for entry in summary}
+    assert found["frozen fp32", "the best of compile, cudnn in fp32"] == pytest.approx(0.8)
+    assert found["frozen bf16", "the best of compile in bf16"] == pytest.approx(2.0)
+    assert found["fused bf16", "eager NCHW fp32"] == pytest.approx(9.0) and len(found) == 6
+
+
+def test_cudnn_is_stitched_in_where_it_fits(monkeypatch):
+    """cuDNN's place is taken here by a backend that, like it, runs only what ends in a ReLU."""
+    calls = []
+
+    def run(problem, operands):
+        calls.append(problem)
+        return backends.known("conv_bn_act")["eager"].run(problem, operands)
+
+    fitting = backends.Backend("stitched", lambda p: None if p.activation == "relu" else f"not {p.activation}", run)
+    monkeypatch.setitem(backends.known.__globals__["_REGISTRY"]["conv_bn_act"], "stitched", fitting)
+    model, x = bench.calibrated(models.create("resnet20", option="B"), (3, 16, 16)), torch.randn(2, 3, 16, 16)
+    folded = fused_resnet.freeze(model, x, backend="eager").plan(x)
+    assert bench.variants.stitch(folded, "stitched") == (19, 2)  # the main path before each projection has no ReLU
+    with torch.no_grad():
+        wide = x.to(memory_format=torch.channels_last)
+        assert (folded(wide) - model(x)).abs().max() < 1e-4 * model(x).abs().max()
+    assert len(calls) == 19
+
+
+def test_tensorrt_says_why_it_cannot(monkeypatch):
+    model, x = torch.nn.Conv2d(3, 200, 1).eval(), torch.randn(1, 3, 4, 4)
+    build = bench.variant_builders(model, x, dtypes=[torch.float32], baselines=("tensorrt",))
+    assert set(build) == {"eager NCHW fp32", "tensorrt fp32", "frozen fp32"}
+    for module, reason in ((None, "tensorrt is not installed"), (object(), "RuntimeError: it needs an NVIDIA GPU")):
+        monkeypatch.setitem(sys.modules, "tensorrt", module)
+        assert bench.build_variants({"tensorrt": build["tensorrt fp32"]}) == ({}, {"tensorrt": reason})
+
+
+def test_a_cache_is_read_as_often_as_is_counted():
+    if not runtime.INTERPRETED:
+        pytest.skip("needs Triton's interpreter (TRITON_INTERPRET=1)")
+    source, out = torch.randn(3 * cache_read.BLOCK), torch.full((5,), math.nan)
+    cache_read.launch(source, out)
+    torch.testing.assert_close(out, source.sum().expand(5), atol=1e-2, rtol=1e-4)
+    assert cache_read.bytes_read(source, out) == 5 * 3 * cache_read.BLOCK * 4
 
 
 def test_calibrated_model_has_sane_activations_and_its_momenta_back():
@@ -214,6 +335,18 @@ def test_one_variant_that_cannot_be_built_does_not_cost_the_others():
     found, skipped = bench.build_variants({"a": broken, "b": lambda: "built", "c": missing})
     assert found == {"b": "built"}
     assert skipped == {"a": "RuntimeError: no C++ compiler", "c": "x is not installed"}
+
+
+def test_a_variant_that_breaks_when_it_runs_does_not_cost_the_others(monkeypatch):
+    def broken():
+        raise RuntimeError("an illegal memory access")
+
+    builders = {"eager NCHW fp32": lambda: lambda: x, "frozen fp32": lambda: lambda: x, "compile fp32": lambda: broken}
+    monkeypatch.setattr(bench.networks, "variant_builders", lambda *_, **__: builders)
+    x = torch.randn(2, 3)
+    row = bench.bench_network(torch.nn.Identity(), x, device="cpu", budget_s=1, rounds=1)
+    assert set(row["variants"]) == {"eager NCHW fp32", "frozen fp32"}
+    assert row["skipped"] == {"compile fp32": "RuntimeError: an illegal memory access"}
 
 
 def test_max_error_is_relative_to_the_largest_output():

@@ -264,9 +264,9 @@ def touched(monkeypatch):
     def run(problem, config) -> tuple[list[int], dict[str, int]]:
         tensors = {name: torch.zeros(1, dtype=problem.dtype) for name in ("x", "weight", "residual", "out")}
         operands = ConvOperands(tensors["x"], tensors["weight"], residual=tensors["residual"])
-        kernel, num_programs, arguments, options = conv_bn_act.prepare(problem, operands, tensors["out"], config)
-        last["program"] = num_programs - 1
-        runtime.start(kernel, 1, arguments, options, like=tensors["out"])
+        (each,) = conv_bn_act.prepare(problem, operands, tensors["out"], config)
+        last["program"] = each.num_programs - 1
+        runtime.start(*each._replace(num_programs=1), like=tensors["out"])
         return addresses, {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
     return run
@@ -394,7 +394,7 @@ def test_why_not(device, dtype, reason):
     "hip, capability, reason",
     [
         ("6.4", (9, 0), "it is not supported on ROCm"),
-        (None, (7, 5), "it needs compute capability 8.0 or later, this GPU has 7.5"),
+        (None, (7, 5), "it needs compute capability 8.0 or later on every visible GPU, one has 7.5"),
         (None, (9, 0), "Triton does not work on this machine (RuntimeError: no compiler)"),
     ],
 )
@@ -402,7 +402,7 @@ def test_why_not_on_a_gpu(monkeypatch, hip, capability, reason):
     monkeypatch.setattr(runtime, "IMPORT_ERROR", None)
     monkeypatch.setattr(runtime, "INTERPRETED", False)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(runtime, "least_capability", lambda: capability)
 
     class Broken:
         @property
@@ -458,8 +458,8 @@ def test_input_precision_reaches_the_kernel(monkeypatch):
         for dtype in DTYPES:
             operands, *window = _meta(CASES["3x3"], dtype)
             problem = conv_problem(operands, *window, "relu")
-            options = conv_bn_act.prepare(problem, operands, operands.x, SMALL_TILES)[-1]
-            assert options["INPUT_PRECISION"] == (expected if dtype == torch.float32 else "ieee")
+            (each,) = conv_bn_act.prepare(problem, operands, operands.x, SMALL_TILES)
+            assert each.options["INPUT_PRECISION"] == (expected if dtype == torch.float32 else "ieee")
 
 
 # ------------------------------------------------------------------------- what the interpreter would hide

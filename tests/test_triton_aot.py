@@ -35,6 +35,7 @@ def compiled(environment, *arguments) -> list[dict]:
 
 
 def check(report: dict, dtype: str) -> None:
+    """Of a kernel with pointers that sums the whole reduction, or walks flat memory."""
     found, arch, name = report["instructions"], report["arch"], report["problem"]
     label = f"sm_{arch} {name} {report['config']}: {found}"
     assert report["stack_bytes"] == 0 and "spill" not in found, label
@@ -94,13 +95,125 @@ def test_bfloat16_tf32_and_full_fp32(compiler_environment):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_all_configs(compiler_environment, arch, dtype):
     for report in compiled(compiler_environment, "--arch", str(arch), "--dtype", dtype, "--all-configs"):
-        check(report, dtype)
+        if report["kernel"] in ("_pointwise_bn_act_kernel", "_conv_bn_act_kernel") and report["config"]["split_k"] == 1:
+            check(report, dtype)
+        else:
+            label = f"sm_{arch} {report['problem']} {report['config']}"
+            assert report["stack_bytes"] == 0 and "max" not in report["instructions"], label
+
+
+_FORMS = """
+import itertools, json, sys, torch
+from fused_resnet.problem import ConvProblem
+from fused_resnet.triton_kernels import aot
+from fused_resnet.triton_kernels.conv_configs import TritonConfig, configs
+
+def problem(C, size, K, filter_size=1, stride=1, residual=False, dtype=torch.float16):
+    return ConvProblem(
+        256, C, size, size, K, filter_size, filter_size, (stride,) * 2, (filter_size // 2,) * 2, (1, 1), 1,
+        "relu", False, True, residual, dtype, "cuda",
+    )
+
+gemm, filtered = TritonConfig(128, 128, 64, 8, 8, 4, "gemm_tma"), TritonConfig(128, 64, 64, 8, 4, 4, "rows_tma")
+split = dict(BLOCK_M=64, BLOCK_N=64, num_warps=4)
+cases = {
+    "gemm": (problem(64, 56, 256, residual=True), gemm, False),
+    "gemm into row space": (problem(256, 56, 64), gemm._replace(BLOCK_N=64, num_warps=4), True),
+    "gemm, persistent": (problem(512, 28, 128), gemm._replace(persistent=True), False),
+    "gemm, split": (problem(2048, 7, 512)._replace(N=1), gemm._replace(split_k=4, **split), False),
+    "gemm, stride 2": (problem(256, 56, 512, stride=2), gemm, False),
+    "gemm, many sums": (problem(1024, 14, 512), gemm._replace(BLOCK_N=256, num_stages=3), False),
+    "rows": (problem(64, 56, 64, 3), filtered, False),
+    "rows, bf16": (problem(128, 28, 128, 3, dtype=torch.bfloat16), filtered, False),
+    "rows that stay": (problem(64, 56, 64, 3, residual=True), filtered._replace(persistent=True), True),
+    "rows, split": (problem(256, 14, 256, 3)._replace(N=1), filtered._replace(split_k=8, **split), False),
+    "lines": (problem(512, 7, 512, 3), gemm._replace(form="lines_tma"), False),
+    "lines, stride 2": (problem(128, 56, 128, 3, stride=2), gemm._replace(form="lines_tma"), True),
+}
+if sys.argv[2] == "all":
+    legal = [(p, config) for p, *_ in cases.values() for config in configs(p, int(sys.argv[1]))]
+    cases = {f"{p} {'x'.join(map(str, config))}": (p, config, False) for p, config in legal[::3]}
+reports = {
+    name: [r._asdict() | {"loops": r.loops._asdict()} for r in
+           aot.compile_launches(p, int(sys.argv[1]), config, row_space_output=in_row_space)]
+    for name, (p, config, in_row_space) in cases.items()
+}
+print(json.dumps(reports))
+"""
+
+
+def check_form(name: str, kernels: list[dict], arch: int) -> None:
+    """No spill; where TMA brings the operands, the tensor cores read both of them where it left them."""
+    for report in kernels:
+        found, label = report["instructions"], f"sm_{arch} {name}: {report}"
+        # sm_100, Triton 3.7.1: the split gemm keeps 8 bytes on the stack with 72 registers, everything else nothing
+        assert report["stack_bytes"] <= (8 if arch == 100 and "split" in name else 0), label
+        assert report["registers"] <= 255 and report["shared_bytes"] <= 227 * 1024, label
+        assert "max" not in found, f"{label}: a maximum that drops NaN"
+    assert "max.NaN" in kernels[-1]["instructions"], name
+    first, loops = kernels[0], kernels[0]["loops"]
+    assert TENSOR_CORES[arch] & set(first["instructions"]), f"{name}: no tensor cores"
+    if first["kernel"].endswith("_tma_kernel"):
+        assert loops["dots"] > 0 and loops["register_dots"] == 0, f"{name}: {loops}, an operand goes through registers"
+        assert loops["tma_copies"] >= 2 * loops["dots"], f"{name}: {loops}, the loop does not fetch ahead"
+        assert "UTMALDG" in first["instructions"] and "HMMA" not in first["instructions"], f"{name}: {first}"
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+def test_tma_forms(compiler_environment, arch):
+    """Every form, persistent and split, from and into row space: pipelined TMA, no operand through registers."""
+    reports = json.loads(python(compiler_environment, "-c", _FORMS, str(arch), "some"))
+    for name, kernels in reports.items():
+        check_form(name, kernels, arch)
+        assert kernels[0]["kernel"].endswith("_tma_kernel"), name
+        assert [k["kernel"] for k in kernels[1:]] == ["sum_parts_kernel"] * ("split" in name), name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", [90])
+def test_a_sample_of_the_search_space(compiler_environment, arch):
+    """Every third config that is worth measuring for those problems; benchmarks/aot_table.py compiles all of them."""
+    reports = json.loads(python(compiler_environment, "-c", _FORMS, str(arch), "all"))
+    assert len(reports) > 30
+    for name, kernels in reports.items():
+        check_form(name, kernels, arch)
+
+
+_TTGIR = """
+tt.func @kernel() {
+  ttng.async_tma_copy_global_to_local %x[%i, %j] %a, %bar, %true : !tt.tensordesc<tensor<64x64xf16>>
+  %r:2 = scf.for %i = %c0 to %n step %c1 iter_args(%acc = %zero) -> (tensor<64x64xf32>) : i32 {
+    scf.if %p {
+      ttng.async_tma_copy_global_to_local %x[%i, %j] %a, %bar, %true : !tt.tensordesc<tensor<64x64xf16>>
+    } else {
+    }
+    %d = ttng.warp_group_dot %a, %b, %acc {inputPrecision = 0 : i32} : FIRST * !ttg.memdesc<64x64xf16, #shared, #smem>
+  }
+  %e = ttng.warp_group_dot %a, %b, %acc {inputPrecision = 0 : i32} : tensor<1xf16> * !ttg.memdesc<64x64xf16, #shared>
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "first, register_dots",
+    [
+        ("!ttg.memdesc<64x64xf16, #shared, #smem, mutable>", 0),
+        ("tensor<64x64xf16, #ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 2}>>", 1),
+    ],
+    ids=["shared memory", "registers"],
+)
+def test_loop_facts(first, register_dots):
+    """What stands before and behind the loop does not count, what stands in a branch within it does."""
+    from fused_resnet.triton_kernels import aot
+
+    assert aot.loop_facts(_TTGIR.replace("FIRST", first)) == (1, register_dots, 1)
 
 
 _ONES = """
 import json, torch
 from fused_resnet.problem import AddReluProblem, ConvProblem
 from fused_resnet.triton_kernels import aot
+from fused_resnet.triton_kernels.conv_configs import TritonConfig
 
 def problem(N, C, H, W, K, filter_size, groups=1):
     return ConvProblem(
@@ -113,6 +226,8 @@ reports = [
     aot.compile_conv(problem(1, 1, 1, 1, 1, (3, 3)), 90),
     aot.compile_conv(problem(1, 16, 1, 9, 1, (1, 3)), 90),
     aot.compile_conv(problem(2, 6, 5, 1, 6, (3, 1), groups=6), 90),
+    aot.compile_conv(problem(2, 16, 1, 1, 1, (3, 3)), 90, TritonConfig(64, 16, 16, 8, 4, 2, "rows_tma")),
+    aot.compile_conv(problem(2, 16, 2, 1, 1, (3, 3)), 90, TritonConfig(64, 16, 16, 8, 4, 2, "lines_tma")),
     aot.compile_add_relu(AddReluProblem((1,), True, torch.float16, "cuda"), 90),
     aot.compile_add_relu(AddReluProblem((2**16, 2**16), True, torch.float16, "cuda"), 90, backward=True),
 ]
@@ -122,7 +237,7 @@ print(json.dumps([report.stack_bytes for report in reports]))
 
 def test_sizes_that_change_the_types_of_arguments_compile(compiler_environment):
     """An argument of 1 is a constant to Triton and one above 2**31 has 64 bits; the interpreter hides both."""
-    assert json.loads(python(compiler_environment, "-c", _ONES)) == [0] * 6
+    assert json.loads(python(compiler_environment, "-c", _ONES)) == [0] * 8
 
 
 _SPECIALISATION = """
@@ -131,22 +246,28 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from fused_resnet.problem import ConvOperands
-from fused_resnet.triton_kernels import aot, conv_bn_act
+from fused_resnet.triton_kernels import aot, conv_bn_act, conv_configs
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
-for problem in aot.problems(torch.float16):
-    problem = problem._replace(N=1)
-    tensor = torch.zeros(64, dtype=torch.float16)  # 64-byte aligned, as PyTorch's allocators give them
-    operands = ConvOperands(tensor, tensor, tensor.float(), bias=tensor.float())
-    kernel, _, arguments, options = conv_bn_act.prepare(problem, operands, tensor, conv_bn_act.default_config(problem))
-    signature, constants, attributes, _ = aot.specialise(kernel, arguments, options)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    _, launched, _ = bind(*arguments, **options)
+
+def check(each):
+    signature, constants, attributes, _ = aot.specialise(each.kernel, each.arguments, each.options)
+    bind = create_function_from_signature(each.kernel.signature, each.kernel.params, backend)
+    _, launched, _ = bind(*each.arguments, **each.options)
     assert len(launched) == len(signature)
     for position, (name, (kind, hint)) in enumerate(zip(signature, launched)):
         assert signature[name] == kind, (name, signature[name], kind)
         divisible = isinstance(hint, str) and "D" in hint
         assert ((position,) in attributes) == divisible, (name, hint, attributes)
+
+for problem in aot.problems(torch.float16):
+    problem = problem._replace(N=1)
+    tensor = torch.zeros(1, 64, 1, 1, dtype=torch.float16)  # 64-byte aligned, as PyTorch's allocators give them
+    vector = torch.zeros(64)
+    operands = ConvOperands(tensor, tensor, vector, bias=vector)
+    for config in (conv_bn_act.default_config(problem), *conv_configs.configs(problem, 90)[-4:]):
+        for each in conv_bn_act.prepare(problem, operands, tensor, config):
+            check(each)
 """
 
 

@@ -65,6 +65,17 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def cache(tmp_path, monkeypatch, hub):
+    """The folder of downloaded weights, moved into this test's, as is torch.hub's."""
+    monkeypatch.setenv("FUSED_RESNET_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "weights"
+
+
+def kept(cache):
+    return [file.name for file in cache.iterdir() if file.suffix != ".lock"]
+
+
+@pytest.fixture
 def server(tmp_path, monkeypatch):
     """http://127.0.0.1:port over tmp_path/served, with the list of paths that were asked for."""
 
@@ -232,18 +243,18 @@ def test_a_digest_that_is_none(model, checkpoint, sha256):
 # --- downloads ----------------------------------------------------------------------------------------------------
 
 
-def test_a_download_is_kept(model, trained, checkpoint, server, hub):
+def test_a_download_is_kept(model, trained, checkpoint, server, cache):
     (server.folder / "small.pth").write_bytes(checkpoint.read_bytes())
     load_weights(model, f"{server.url}/small.pth?download=true", progress=False, sha256=digest(checkpoint))
     assert same(model, trained.state_dict())
-    assert [re.sub("url-[0-9a-f]{12}", "url-X", file.name) for file in hub.iterdir()] == ["small.url-X.pth"]
+    assert [re.sub("url-[0-9a-f]{12}", "url-X", file.name) for file in map(Path, kept(cache))] == ["small.url-X.pth"]
     again = small_model(seed=3)
     load_weights(again, f"{server.url}/small.pth?download=true", progress=False)
     assert same(again, trained.state_dict())
     assert len(server.requests) == 1
 
 
-def test_a_kept_download_with_another_digest_is_replaced(model, trained, checkpoint, server, hub):
+def test_a_kept_download_with_another_digest_is_replaced(model, trained, checkpoint, server, cache):
     other = small_model(seed=5).state_dict()
     torch.save(other, server.folder / "small.pth")
     load_weights(model, f"{server.url}/small.pth", progress=False)
@@ -252,10 +263,10 @@ def test_a_kept_download_with_another_digest_is_replaced(model, trained, checkpo
     assert same(model, other) and len(server.requests) == 1
     load_weights(model, f"{server.url}/small.pth", progress=False, sha256=digest(checkpoint)[:8])
     assert same(model, trained.state_dict()) and len(server.requests) == 2
-    assert len(list(hub.iterdir())) == 1
+    assert len(kept(cache)) == 1
 
 
-def test_downloads_of_one_file_name_are_told_apart(model, server, hub):
+def test_downloads_of_one_file_name_are_told_apart(model, server, cache):
     states = {}
     for seed, folder in ((1, "first"), (2, "second")):
         (server.folder / folder).mkdir()
@@ -265,11 +276,10 @@ def test_downloads_of_one_file_name_are_told_apart(model, server, hub):
         for url, state in states.items():
             load_weights(model, url, progress=False)
             assert same(model, state)
-    assert len(server.requests) == len(list(hub.iterdir())) == 2
+    assert len(server.requests) == len(kept(cache)) == 2
 
 
-def test_a_download_with_a_digest_in_its_name_keeps_that_name(model, trained, checkpoint, server, hub):
-    """As torch.hub and torchvision name it, so each finds what the other has downloaded."""
+def test_a_download_of_torch_hub_with_a_digest_in_its_name_is_found(model, trained, checkpoint, server, cache, hub):
     name = f"small-{digest(checkpoint)[:8]}.pth"
     hub.mkdir(parents=True)
     (hub / name).write_bytes(checkpoint.read_bytes())
@@ -278,15 +288,54 @@ def test_a_download_with_a_digest_in_its_name_keeps_that_name(model, trained, ch
 
 
 @pytest.mark.parametrize("name, match", (("small-deadbeef.pth", "wanted deadbeef"), ("small.pth", "not a readable")))
-def test_a_bad_download_is_not_kept(model, checkpoint, server, hub, name, match):
+def test_a_bad_download_is_not_kept(model, checkpoint, server, cache, name, match):
     (server.folder / name).write_bytes(checkpoint.read_bytes()[:-100])
     refused(model, f"{server.url}/{name}", f"{re.escape(server.url)}/{name}.*{match}")
-    assert list(hub.iterdir()) == []
+    assert kept(cache) == []
 
 
-def test_a_missing_url(model, server, hub):
+def test_a_damaged_kept_download_is_replaced(model, trained, checkpoint, server, cache, caplog):
+    """Reported, and not a failure that stays: the digest is not known, so only reading it shows the damage."""
+    (server.folder / "small.pth").write_bytes(checkpoint.read_bytes())
+    load_weights(model, f"{server.url}/small.pth", progress=False)
+    (name,) = kept(cache)
+    (cache / name).write_bytes(checkpoint.read_bytes()[:-100])
+    load_weights(model, f"{server.url}/small.pth", progress=False)
+    assert same(model, trained.state_dict()) and len(server.requests) == 2
+    assert [f"{name} is ignored and downloaded again" in text for text in caplog.messages] == [True]
+    assert (cache / name).read_bytes() == checkpoint.read_bytes()
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_keeping(model, trained, checkpoint, server, cache, caplog):
+    cache.parent.write_text("a file where the folder should be")
+    (server.folder / "small.pth").write_bytes(checkpoint.read_bytes())
+    for _ in range(2):
+        load_weights(model, f"{server.url}/small.pth", progress=False)
+        assert same(model, trained.state_dict())
+    assert ["weights are not kept" in text for text in caplog.messages] == [True]  # once
+    assert len(server.requests) == 2
+
+
+def test_processes_that_want_one_file_download_it_once(checkpoint, server, cache):
+    """The second waits for the first one's lock, and then finds the file."""
+    (server.folder / "small.pth").write_bytes(checkpoint.read_bytes())
+    models = [small_model(seed=seed) for seed in range(4)]
+
+    def load(model):
+        load_weights(model, f"{server.url}/small.pth", progress=False)
+
+    threads = [threading.Thread(target=load, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(same(model, models[0].state_dict()) for model in models)
+    assert len(server.requests) == 1 and len(kept(cache)) == 1
+
+
+def test_a_missing_url(model, server, cache):
     refused(model, f"{server.url}/none.pth", f"cannot download {server.url}/none.pth: .*404", error=OSError)
-    assert list(hub.iterdir()) == []
+    assert kept(cache) == []
 
 
 def test_a_url_without_a_file_name(model, server):

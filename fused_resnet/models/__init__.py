@@ -1,4 +1,4 @@
-"""Models: torchvision's ResNets, the CIFAR ResNets, and `load_weights` for trained ones.
+"""Models: torchvision's ResNets, SE-ResNet-50, the CIFAR networks, and `load_weights` for trained ones.
 
 >>> model = models.resnet50(weights="resnet50-11ad3fa6.pth")
 >>> model = models.create("resnet20", option="B")
@@ -19,6 +19,7 @@ from fused_resnet.models.resnet import (
     resnext50_32x4d,
     resnext101_32x8d,
     resnext101_64x4d,
+    seresnet50,
     wide_resnet50_2,
     wide_resnet101_2,
 )
@@ -27,9 +28,12 @@ from fused_resnet.models.weights import load_keras_weights, load_weights
 _FAMILY = {
     resnet: (
         resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d,
-        wide_resnet50_2, wide_resnet101_2,
+        wide_resnet50_2, wide_resnet101_2, seresnet50,
     ),
-    cifar: (cifar.resnet20, cifar.resnet32, cifar.resnet44, cifar.resnet56, cifar.resnet110, cifar.resnet1202),
+    cifar: (
+        cifar.resnet20, cifar.resnet32, cifar.resnet44, cifar.resnet56, cifar.resnet110, cifar.resnet1202,
+        cifar.plain20, cifar.plain32, cifar.plain44, cifar.plain56, cifar.plain110,
+    ),
 }  # fmt: skip
 _BUILDERS = {builder.__name__: (builder, family) for family, builders in _FAMILY.items() for builder in builders}
 

@@ -1,11 +1,13 @@
-"""The CIFAR ResNets of He et al. 2015 (arXiv 1512.03385), section 4.2: depth 6n + 2, widths 16, 32, 64.
+"""The CIFAR networks of He et al. 2015 (arXiv 1512.03385), section 4.2: depth 6n + 2, widths 16, 32, 64.
 
-Option A shortcuts (zero-padded identity) are the paper's choice for CIFAR; option B projects with a 1x1 convolution.
+ResNets, and the plain networks that they are compared with: the same layers without shortcuts, which get worse beyond
+some twenty layers. Option A shortcuts (zero-padded identity) are the paper's choice for CIFAR; option B projects with a
+1x1 convolution.
 """
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from fused_resnet.models.resnet import init_conv_and_norm, zero_last_norms
 from fused_resnet.models.weights import Source, load_weights
-from fused_resnet.nn import BasicBlock, conv1x1, conv3x3
+from fused_resnet.nn import BasicBlock, ConvBNAct, conv1x1, conv3x3
 
 INPUT_SHAPE = (3, 32, 32)
 WIDTHS = (16, 32, 64)
@@ -107,8 +109,35 @@ def _block(inplanes: int, planes: int, stride: int, option: str, inner_width: in
     return block
 
 
-def _cifar_resnet(depth: int, weights: Optional[Source], progress: bool, **kwargs) -> CifarResNet:
-    model = CifarResNet((depth - 2) // 6, **kwargs)
+class CifarPlain(nn.Module):
+    """A 3x3 stem, three stages of 2n convolutions with BN and ReLU, average pool, classifier: a CifarResNet of option A
+    without its shortcuts, with as many parameters. x: (N, 3, H, W) -> (N, num_classes).
+    """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
+    def __init__(self, n: int, num_classes: int = 10) -> None:
+        super().__init__()
+        self.stem = ConvBNAct(3, WIDTHS[0])
+        inplanes = WIDTHS[0]
+        for stage, planes in enumerate(WIDTHS):
+            layer = nn.Sequential(ConvBNAct(inplanes, planes, stride=1 if stage == 0 else 2))
+            layer.extend(ConvBNAct(planes, planes) for _ in range(2 * n - 1))
+            setattr(self, f"layer{stage + 1}", layer)
+            inplanes = planes
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.linear = nn.Linear(WIDTHS[-1], num_classes)
+        init_conv_and_norm(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.stem(x))))
+        return self.linear(torch.flatten(self.avgpool(x), 1))
+
+
+def _cifar(network: type[nn.Module], depth: int, weights: Optional[Source], progress: bool, **kwargs) -> Any:
+    model = network((depth - 2) // 6, **kwargs)
     if weights is not None:
         load_weights(model, weights, progress=progress)
     return model
@@ -116,29 +145,54 @@ def _cifar_resnet(depth: int, weights: Optional[Source], progress: bool, **kwarg
 
 def resnet20(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarResNet:
     """ResNet-20, 0.27 M parameters. weights: what `load_weights` reads; kwargs: CifarResNet's."""
-    return _cifar_resnet(20, weights, progress, **kwargs)
+    return _cifar(CifarResNet, 20, weights, progress, **kwargs)
 
 
 def resnet32(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarResNet:
     """ResNet-32, 0.46 M parameters. weights: what `load_weights` reads; kwargs: CifarResNet's."""
-    return _cifar_resnet(32, weights, progress, **kwargs)
+    return _cifar(CifarResNet, 32, weights, progress, **kwargs)
 
 
 def resnet44(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarResNet:
     """ResNet-44, 0.66 M parameters. weights: what `load_weights` reads; kwargs: CifarResNet's."""
-    return _cifar_resnet(44, weights, progress, **kwargs)
+    return _cifar(CifarResNet, 44, weights, progress, **kwargs)
 
 
 def resnet56(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarResNet:
     """ResNet-56, 0.85 M parameters. weights: what `load_weights` reads; kwargs: CifarResNet's."""
-    return _cifar_resnet(56, weights, progress, **kwargs)
+    return _cifar(CifarResNet, 56, weights, progress, **kwargs)
 
 
 def resnet110(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarResNet:
     """ResNet-110, 1.7 M parameters. weights: what `load_weights` reads; kwargs: CifarResNet's."""
-    return _cifar_resnet(110, weights, progress, **kwargs)
+    return _cifar(CifarResNet, 110, weights, progress, **kwargs)
 
 
 def resnet1202(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarResNet:
     """ResNet-1202, 19.4 M parameters. weights: what `load_weights` reads; kwargs: CifarResNet's."""
-    return _cifar_resnet(1202, weights, progress, **kwargs)
+    return _cifar(CifarResNet, 1202, weights, progress, **kwargs)
+
+
+def plain20(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarPlain:
+    """The plain network of 20 layers, 0.27 M parameters. weights: what `load_weights` reads; kwargs: CifarPlain's."""
+    return _cifar(CifarPlain, 20, weights, progress, **kwargs)
+
+
+def plain32(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarPlain:
+    """The plain network of 32 layers, 0.46 M parameters. weights: what `load_weights` reads; kwargs: CifarPlain's."""
+    return _cifar(CifarPlain, 32, weights, progress, **kwargs)
+
+
+def plain44(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarPlain:
+    """The plain network of 44 layers, 0.66 M parameters. weights: what `load_weights` reads; kwargs: CifarPlain's."""
+    return _cifar(CifarPlain, 44, weights, progress, **kwargs)
+
+
+def plain56(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarPlain:
+    """The plain network of 56 layers, 0.85 M parameters. weights: what `load_weights` reads; kwargs: CifarPlain's."""
+    return _cifar(CifarPlain, 56, weights, progress, **kwargs)
+
+
+def plain110(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarPlain:
+    """The plain network of 110 layers, 1.7 M parameters. weights: what `load_weights` reads; kwargs: CifarPlain's."""
+    return _cifar(CifarPlain, 110, weights, progress, **kwargs)

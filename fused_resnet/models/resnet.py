@@ -1,6 +1,7 @@
 """ImageNet ResNets, ResNeXts and Wide ResNets with torchvision's constructors, initialisation and state_dict keys.
 
-He et al. 2015 (arXiv 1512.03385), Xie et al. 2016 (arXiv 1611.05431), Zagoruyko and Komodakis 2016 (arXiv 1605.07146).
+He et al. 2015 (arXiv 1512.03385), Xie et al. 2016 (arXiv 1611.05431), Zagoruyko and Komodakis 2016 (arXiv 1605.07146),
+and SE-ResNet, Hu et al. 2017 (arXiv 1709.01507), with timm's keys.
 """
 
 from __future__ import annotations
@@ -15,6 +16,37 @@ from fused_resnet.nn import BasicBlock, Bottleneck, conv1x1
 
 INPUT_SHAPE = (3, 224, 224)
 Block = Union[BasicBlock, Bottleneck]
+
+
+class SqueezeExcitation(nn.Module):
+    """x * sigmoid(fc2(relu(fc1(mean of x over the image)))): one gate per channel. x: (N, channels, H, W)."""
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, channels // reduction, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.fc2 = nn.Conv2d(channels // reduction, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.fc2(self.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+
+class SEBottleneck(Bottleneck):
+    """Bottleneck with a gate on the residual branch: relu(se(bn3(conv3(...))) + shortcut(x)). Arguments: Bottleneck's.
+
+    `fuse` gives each convolution its BN and, but for the last, its ReLU; the gate stands before the addition.
+    """
+
+    def __init__(self, inplanes: int, planes: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(inplanes, planes, *args, **kwargs)
+        self.se = SqueezeExcitation(planes * self.expansion)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.se(self.bn3(self.conv3(out)))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
 
 
 class ResNet(nn.Module):
@@ -177,3 +209,8 @@ def wide_resnet50_2(*, weights: Optional[Source] = None, progress: bool = True, 
 def wide_resnet101_2(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> ResNet:
     """Wide ResNet-101, inner widths doubled, 126.9 M parameters. weights: what `load_weights` reads."""
     return _resnet(Bottleneck, (3, 4, 23, 3), weights, progress, width_per_group=128, **kwargs)
+
+
+def seresnet50(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> ResNet:
+    """SE-ResNet-50, 28.1 M parameters. weights: what `load_weights` reads; kwargs: ResNet's."""
+    return _resnet(SEBottleneck, (3, 4, 6, 3), weights, progress, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -15,6 +16,8 @@ from typing import Optional, Union, cast
 import torch
 from torch import Tensor, nn
 
+from fused_resnet import files
+
 # a path, an http(s) or file URL, or anything with a `url` such as torchvision's ResNet50_Weights.DEFAULT
 Source = Union[str, "os.PathLike[str]", object]
 
@@ -23,6 +26,7 @@ _NAME_HASH = re.compile(r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,64})\.[^.]+$")
 _WRAPPERS = ("state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 _SHOWN = 4
+_DOWNLOAD_S = 1800.0  # that another process may take to download the same file
 
 
 def load_weights(
@@ -32,17 +36,18 @@ def load_weights(
 
     source: a path or URL of a file written by torch.save (tensors only: read with weights_only=True) or of an .npz.
     A state_dict may be wrapped in {"state_dict": ...} or {"model": ...}, and its keys prefixed "module." or
-    "_orig_mod.". Downloads are kept in torch.hub's checkpoint folder. sha256: the expected digest or its first eight
-    or more digits; without it the one in the file name is checked, as in resnet18-f37072fd.pth. strict=False loads
-    the keys that match and needs at least one; shapes must agree all the same.
+    "_orig_mod.". Downloads are kept in the folder `weights` of `files.cache_dir`; those that torch.hub has are found.
+    sha256: the expected digest or its first eight or more digits; without it the one in the file name is checked, as in
+    resnet18-f37072fd.pth. strict=False loads the keys that match and needs at least one; shapes must agree all the
+    same.
 
     Raises FileNotFoundError, OSError for a failed download, TypeError for another kind of source, ValueError for a
     wrong digest, an unreadable file, and keys or shapes that do not fit; the model has not been changed by then.
     """
-    path = _fetch(source, progress, sha256)
+    path, found = _fetch(source, progress, sha256)
     aliases = getattr(model, "key_aliases", {})
     expected = model.state_dict()
-    state = {".".join(aliases.get(part, part) for part in key.split(".")): t for key, t in _read(path).items()}
+    state = {".".join(aliases.get(part, part) for part in key.split(".")): t for key, t in found.items()}
     # frozen norms count no batches; checkpoints from before PyTorch 0.4.1 have no counts, and load without them
     state = {key: t for key, t in state.items() if key in expected or not key.endswith("num_batches_tracked")}
     _check_fit(path, type(model).__name__, expected, state, strict)
@@ -62,8 +67,7 @@ def load_keras_weights(
     Raises as `load_weights` does, and ValueError for a model without stride_in_1x1; the model is unchanged by then.
     """
     convs = _keras_layers(model)
-    path = _fetch(source, progress, sha256)
-    arrays = _read(path)
+    path, arrays = _fetch(source, progress, sha256)
     state = _from_keras(path, arrays, convs)
     expected = dict(model.state_dict())
     for name, _, _, _ in convs:
@@ -79,8 +83,8 @@ def load_keras_weights(
     return model
 
 
-def _fetch(source: Source, progress: bool, sha256: Optional[str]) -> Path:
-    """The local file behind `source`, downloaded where necessary, its digest verified."""
+def _fetch(source: Source, progress: bool, sha256: Optional[str]) -> tuple[Path, dict[str, Tensor]]:
+    """(where it is, its tensors) of what is behind `source`, downloaded where necessary, its digest verified."""
     source = getattr(source, "url", source)
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"load_weights: source must be a path or a URL, got {type(source).__name__}.")
@@ -88,7 +92,7 @@ def _fetch(source: Source, progress: bool, sha256: Optional[str]) -> Path:
         raise ValueError(f"load_weights: sha256 must be 8 to 64 hexadecimal digits, got {sha256!r}.")
     url = urllib.parse.urlsplit(os.fspath(source))
     if url.scheme in ("http", "https"):
-        return _download(os.fspath(source), os.path.basename(url.path), progress, sha256)
+        return _fetch_url(os.fspath(source), os.path.basename(url.path), progress, sha256)
     path = Path(urllib.request.url2pathname(url.path) if url.scheme == "file" else source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
@@ -96,27 +100,52 @@ def _fetch(source: Source, progress: bool, sha256: Optional[str]) -> Path:
             f"torchvision.models.ResNet50_Weights.DEFAULT.url; fused_resnet knows no weights by name."
         )
     _verify(path, _digest_wanted(path.name, sha256))
-    return path
+    return path, _read(path)
 
 
-def _download(url: str, name: str, progress: bool, sha256: Optional[str]) -> Path:
+def _fetch_url(url: str, name: str, progress: bool, sha256: Optional[str]) -> tuple[Path, dict[str, Tensor]]:
+    """As `_fetch`. One process downloads, others wait; where the folder cannot be written, nothing is kept."""
     if not name:
         raise ValueError(f"load_weights: the URL {url} names no file.")
-    folder, wanted = Path(torch.hub.get_dir(), "checkpoints"), _digest_wanted(name, sha256)
-    path = folder / _name_kept(url, name)
-    if path.is_file() and (wanted is None or _digest(path).startswith(wanted)):
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as unverified:
-        arrived = Path(unverified, name)
+    path, wanted = files.cache_dir() / "weights" / _name_kept(url, name), _digest_wanted(name, sha256)
+    places = [path]
+    if _NAME_HASH.search(name):  # then torch.hub, and so torchvision, may have the very file
+        places.append(Path(torch.hub.get_dir(), "checkpoints", name))
+    for place in places:
+        if (state := _kept(place, wanted)) is not None:
+            return place, state
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.locked(path, timeout_s=_DOWNLOAD_S))
+        except OSError as error:
+            files.report_once(f"{path.parent} cannot be written, so weights are not kept ({files.one_line(error)}).")
+            folder = None
+        else:
+            folder = path.parent
+            if (state := _kept(path, wanted)) is not None:
+                return path, state
+        arrived = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)), name)
         try:
             torch.hub.download_url_to_file(url, str(arrived), progress=progress)
         except OSError as error:
             raise OSError(f"load_weights: cannot download {url}: {error}. Download it and pass its path.") from error
         _verify(arrived, wanted, shown=url)
-        _read(arrived, shown=url)  # a download cut short must not stay in the cache
-        os.replace(arrived, path)
-    return path
+        state = _read(arrived, shown=url)  # a download cut short must not stay in the cache
+        if folder is not None:
+            os.replace(arrived, path)
+    return path, state
+
+
+def _kept(path: Path, wanted: Optional[str]) -> Optional[dict[str, Tensor]]:
+    """The tensors of a file that was downloaded earlier; None without one, and for one that is damaged or another."""
+    try:
+        if not path.is_file():
+            return None
+        _verify(path, wanted)
+        return _read(path)
+    except (OSError, ValueError) as error:
+        files.report_once(f"{path} is ignored and downloaded again ({files.one_line(error)})")
+        return None
 
 
 def _name_kept(url: str, name: str) -> str:

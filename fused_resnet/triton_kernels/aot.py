@@ -21,7 +21,7 @@ from typing import Any, Iterator, NamedTuple, Optional
 import torch
 
 from fused_resnet.problem import AddReluProblem, ConvOperands, ConvProblem
-from fused_resnet.triton_kernels import add_relu, conv_bn_act, runtime
+from fused_resnet.triton_kernels import add_relu, conv_bn_act, row_space, runtime
 from fused_resnet.triton_kernels.conv_configs import TritonConfig
 from fused_resnet.triton_kernels.runtime import triton
 
@@ -32,6 +32,7 @@ _KINDS = {
     "HGMMA": ("sass", r"\bHGMMA\."),
     "UTCHMMA": ("sass", r"\bUTC\w*MMA\b"),
     "FFMA": ("sass", r"\bFFMA2?\b"),
+    "UTMALDG": ("sass", r"\bUTMALDG\b"),
     "LDGSTS": ("sass", r"\bLDGSTS\."),
     "LDG.128": ("sass", r"\bLDG\.\S*128"),
     "STG.128": ("sass", r"\bSTG\.\S*128"),
@@ -40,7 +41,21 @@ _KINDS = {
     "max": ("ptx", r"\bmax\.(?!NaN)\w*\.?f32"),
     "min.NaN": ("ptx", r"\bmin\.NaN\.f32"),
 }
+# A product and the type of its first operand: a shared-memory descriptor, or a tensor, which lives in registers.
+_DOT = re.compile(r"(ttng\.warp_group_dot|ttng\.tc_gen5_mma|tt\.dot) .* : ((?:!ttg\.memdesc|tensor)<.*?)(?: \*|, !ttg)")
 _DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class LoopFacts(NamedTuple):
+    """Read from the TTGIR, before the register allocator: what the loops over the reduction do.
+
+    dots: tensor-core products in loops, and register_dots those of them whose first operand comes from registers.
+    tma_copies: of the loops that hold these products. Both count instructions, not how often they run.
+    """
+
+    dots: int
+    register_dots: int
+    tma_copies: int
 
 
 class Compiled(NamedTuple):
@@ -54,23 +69,39 @@ class Compiled(NamedTuple):
     stack_bytes: int
     shared_bytes: int
     instructions: dict[str, int]
+    loops: LoopFacts
 
 
-def compile_conv(problem: ConvProblem, arch: int, config: Optional[TritonConfig] = None) -> Compiled:
-    """The kernel `conv_bn_act.launch` would start for this problem (fp32 vectors, aligned tensors)."""
+def compile_conv(
+    problem: ConvProblem, arch: int, config: Optional[TritonConfig] = None, *, row_space_output: bool = False
+) -> Compiled:
+    """The convolution kernel that `conv_bn_act.launch` would start for this problem (fp32 vectors, aligned tensors)."""
+    return compile_launches(problem, arch, config, row_space_output=row_space_output)[0]
+
+
+def compile_launches(
+    problem: ConvProblem, arch: int, config: Optional[TritonConfig] = None, *, row_space_output: bool = False
+) -> list[Compiled]:
+    """All kernels that it would start: behind a split reduction there is a second one.
+
+    row_space_output: the output, and a residual, lie in row space, as between two convolutions of a plan.
+    """
     p, empty = problem, functools.partial(torch.empty, device="meta")
     config = config or conv_bn_act.default_config(problem)
     vector = empty(p.K) if p.has_bn else None
+    shape = (row_space.num_rows(p.N, p.P, p.Q), p.K) if row_space_output else p.output_shape
+    out = empty(shape, dtype=p.dtype)
     operands = ConvOperands(
         empty(p.N, p.C, p.H, p.W, dtype=p.dtype),
         empty(p.K, p.C // p.groups, p.R, p.S, dtype=p.dtype),
         *(vector, vector, vector, vector),
         bias=empty(p.K) if p.has_bias else None,
-        residual=empty(p.output_shape, dtype=p.dtype) if p.has_residual else None,
+        residual=out if p.has_residual else None,
     )
-    out = empty(p.output_shape, dtype=p.dtype)
-    kernel, _, arguments, options = conv_bn_act.prepare(problem, operands, out, config)
-    return _compile(kernel, arguments, options, arch, str(problem), config)
+    return [
+        _compile(each.kernel, each.arguments, each.options, arch, str(problem), config)
+        for each in conv_bn_act.prepare(problem, operands, out, config)
+    ]
 
 
 def compile_add_relu(problem: AddReluProblem, arch: int, *, backward: bool = False) -> Compiled:
@@ -91,6 +122,8 @@ def specialise(kernel, arguments: tuple, options: dict) -> tuple[dict, dict, dic
         value = values[name]
         if name in constants or value is None or (type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, runtime.TensorDescriptor):
+            signature[name] = f"tensordesc<{_DTYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(position,)] = f"*{_DTYPE_NAMES[value.dtype]}", _divisible()
         elif isinstance(value, float):
@@ -159,8 +192,8 @@ def cannot_compile() -> Optional[str]:
 def _compile_all(arch: int, dtype: torch.dtype, only: str, all_configs: bool) -> Iterator[Compiled]:
     for problem in problems(dtype):
         if only in str(problem):
-            for config in conv_bn_act.configs(problem) if all_configs else [None]:
-                yield compile_conv(problem, arch, config)
+            for config in conv_bn_act.configs(problem, arch) if all_configs else [None]:
+                yield from compile_launches(problem, arch, config)
     addition = AddReluProblem((32, 256, 56, 56), True, dtype, "cuda")
     for backward in (False, True):
         if only in str(addition):
@@ -183,7 +216,31 @@ def _compile(kernel, arguments: tuple, options: dict, arch: int, problem: str, c
         stack_bytes=int(re.findall(r"STACK:(\d+)", usage)[0]),
         shared_bytes=compiled.metadata.shared,
         instructions={kind: count for kind, count in counts.items() if count},
+        loops=loop_facts(compiled.asm["ttgir"]),
     )  # fmt: skip
+
+
+def loop_facts(ttgir: str) -> LoopFacts:
+    """Count in the innermost loop around each line, whatever blocks stand between."""
+    loops: dict[int, list[str]] = {}  # lines of loops that have been opened, by the number of the loop
+    blocks: list[Optional[int]] = []  # for each open brace, the loop it belongs to
+    for line in ttgir.splitlines():
+        if blocks and blocks[-1] is not None:
+            loops[blocks[-1]].append(line)
+        is_loop = "scf.for" in line or "scf.while" in line
+        change = line.count("{") - line.count("}")
+        del blocks[len(blocks) + min(change, 0) :]
+        if is_loop:
+            loops[len(loops)] = []
+        blocks += [len(loops) - 1 if is_loop else blocks[-1] if blocks else None] * max(change, 0)
+    dots = {number: [dot for line in lines if (dot := _DOT.search(line))] for number, lines in loops.items()}
+    return LoopFacts(
+        dots=sum(len(found) for found in dots.values()),
+        register_dots=sum("ttg.dot_op" in dot[2] for found in dots.values() for dot in found),
+        tma_copies=sum(
+            "async_tma_copy_global_to_local" in line for number in loops if dots[number] for line in loops[number]
+        ),
+    )
 
 
 def _dump(cubin: bytes, option: str) -> str:

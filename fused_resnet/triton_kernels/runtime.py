@@ -17,10 +17,11 @@ try:
     import triton
     import triton.language as tl
     from triton import jit
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     IMPORT_ERROR = None
 except Exception as error:  # a broken installation raises whatever its shared library or its LLVM raises
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
     IMPORT_ERROR = error
 
     def jit(fn):
@@ -56,10 +57,24 @@ def why_not(device: str, dtype: torch.dtype) -> Optional[str]:
         return f"device {device!r} is not supported (cuda is)"
     if torch.version.hip is not None:
         return "it is not supported on ROCm"
-    capability = torch.cuda.get_device_capability()
-    if capability < _MIN_CAPABILITY:
-        return "it needs compute capability {}.{} or later, this GPU has {}.{}".format(*_MIN_CAPABILITY, *capability)
-    return _driver_error()
+    return why_too_old() or _driver_error()
+
+
+def why_too_old() -> Optional[str]:
+    """Why kernels of ours cannot run on every visible GPU, or None: a problem does not say on which of them it lies."""
+    capability = least_capability()
+    if capability is None:
+        return "no GPU is visible"
+    if capability >= _MIN_CAPABILITY:
+        return None
+    wanted, found = ("{}.{}".format(*pair) for pair in (_MIN_CAPABILITY, capability))
+    return f"it needs compute capability {wanted} or later on every visible GPU, one has {found}"
+
+
+@functools.lru_cache(maxsize=None)  # the visible GPUs stay what they are
+def least_capability() -> Optional[tuple[int, int]]:
+    """Of all visible GPUs; None where there is none."""
+    return min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())), default=None)
 
 
 @functools.lru_cache(maxsize=None)
@@ -70,6 +85,28 @@ def _driver_error() -> Optional[str]:
     except Exception as error:
         return f"Triton does not work on this machine ({_one_line(error)})"
     return None
+
+
+@functools.lru_cache(maxsize=None)
+def arch(device: torch.device) -> int:
+    """The compute capability times ten. Where nothing is compiled, in the interpreter, that of an H100."""
+    if INTERPRETED or device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.lru_cache(maxsize=None)
+def num_sms(device: torch.device) -> int:
+    """Programs of a persistent kernel. Two in the interpreter, which runs them one after another; else an H100's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 if INTERPRETED else 132
+
+
+def descriptor(tensor: Tensor, shape: tuple[int, int], block: tuple[int, int]):
+    """A tensor's memory as a dense matrix of which TMA brings blocks; what lies outside it reads as zero."""
+    return TensorDescriptor(tensor, list(shape), [shape[1], 1], list(block))
 
 
 def start(kernel, num_programs: int, arguments: tuple, options: dict, *, like: Tensor) -> None:

@@ -1,0 +1,85 @@
+"""Commands that cannot take the caller with them: time limits, whole process groups, whatever they print.
+
+For gpu-check, whose steps may hang, crash or print garbage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Sequence
+
+from fused_resnet import provenance
+
+PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+CLOSING_CHARACTERS = 300
+PATIENCE_S = 10.0  # between interrupting a process and killing it
+
+
+class Result(NamedTuple):
+    """outcome: PASSED, FAILED or NOT_RUN; detail: the closing line, or why not."""
+
+    outcome: str
+    detail: str
+
+
+def execute(command: Sequence[str], limit_s: float, log: Optional[Path] = None, **variables: str) -> Result:
+    """Run a command, its output shown as it comes and added to the log. Passed is exit code 0."""
+    return executed(command, limit_s, log, **variables)[0]
+
+
+def executed(
+    command: Sequence[str], limit_s: float, log: Optional[Path] = None, **variables: str
+) -> tuple[Result, str]:
+    """The result and everything the command printed, stderr included.
+
+    After limit_s it and all that it started are interrupted, and killed if they do not end within PATIENCE_S. What
+    they leave behind is killed too, and a process that escaped with the output's other end is not waited for.
+    """
+    lines: list[str] = []
+    process = subprocess.Popen(
+        command, cwd=provenance.ROOT, text=True, errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **variables},
+    )  # fmt: skip
+    reader = threading.Thread(target=_echo, args=(process.stdout, lines, log), daemon=True)
+    reader.start()
+    is_late, known = False, None
+    try:
+        process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        is_late, known = True, len(lines)
+        _signal(process, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE_S)
+    finally:
+        _signal(process, signal.SIGKILL)
+        process.wait()
+        reader.join(5)
+    output = "".join(lines)
+    said = (line.strip() for line in reversed(lines[:known]) if line.strip())  # not what the interrupt made it say
+    closing = next(said, "no output")[:CLOSING_CHARACTERS]
+    if is_late:
+        return Result(FAILED, f"stopped after {limit_s:.0f} s; last it said: {closing}"), output
+    if process.returncode < 0:
+        return Result(FAILED, f"ended by {signal.Signals(-process.returncode).name}; last it said: {closing}"), output
+    return Result(PASSED if process.returncode == 0 else FAILED, closing), output
+
+
+def _echo(stream: Any, lines: list[str], log: Optional[Path]) -> None:
+    with contextlib.nullcontext() if log is None else open(log, "a", errors="replace") as file:
+        for line in stream:
+            lines.append(line)
+            print(line, end="", flush=True)
+            if file is not None:
+                file.write(line)
+                file.flush()
+
+
+def _signal(process: subprocess.Popen, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)

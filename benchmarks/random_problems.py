@@ -1,0 +1,101 @@
+"""Many random problems on every backend of this machine, in parts: `python -m benchmarks.random_problems`.
+
+Each part is `fused-resnet verify` with a seed of its own in a process of its own, so that a backend that ends the
+process costs that part alone. Finished parts are kept in --parts and not run again; the record holds their sum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+import torch
+
+from fused_resnet import files, timing
+
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "benchmarks" / "results" / "verify" / "random_problems.json"
+
+
+def run_part(file: Path, problems: int, seed: int, device: str) -> Optional[int]:
+    """Run one part into `file`. None, or the exit code of a process that ended without a report."""
+    command = (sys.executable, "-m", "fused_resnet", "verify", "--device", device, "--json")
+    size = ("--problems", str(problems), "--seed", str(seed))
+    interpret = {} if device.startswith("cuda") else {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        (*command, *size), cwd=ROOT, env={**os.environ, **interpret}, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        report = json.loads(done.stdout)
+    except ValueError:
+        return done.returncode
+    files.write_json(file, report)
+    return None
+
+
+def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of reports of `fused-resnet verify --json`: counts added, mismatches listed, the worst error kept."""
+    backends: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        for name, part in report["backends"].items():
+            whole = backends.setdefault(
+                name, {"ok": 0, "mismatches": [], "cannot_run": {}, "worst_error": 0.0, "worst_case": None}
+            )
+            whole["ok"] += part["ok"]
+            whole["mismatches"] += part["mismatches"]
+            for reason, count in part["cannot_run"].items():
+                whole["cannot_run"][reason] = whole["cannot_run"].get(reason, 0) + count
+            if part["worst_error"] >= whole["worst_error"]:
+                whole.update(worst_error=part["worst_error"], worst_case=part["worst_case"])
+    return {
+        "problems": sum(report["problems"] for report in reports),
+        "seeds": [report["seed"] for report in reports],
+        "passed": all(report["passed"] for report in reports),
+        "backends": dict(sorted(backends.items())),
+    }
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Exit code 0, or 1 when a result differs or a part ended without a report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--problems", type=int, default=20_000)
+    parser.add_argument("--per-part", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=2000, help="of the first part; the others count up")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--parts", type=Path, default=ROOT / "out" / "random_problems")
+    parser.add_argument("--out", type=Path, default=RECORD)
+    options = parser.parse_args(arguments)
+    if options.problems < 1 or options.per_part < 1:
+        parser.error(f"--problems and --per-part must be positive, got {options.problems} and {options.per_part}")
+    ended: list[dict[str, int]] = []
+    reports = []
+    for index, start in enumerate(range(0, options.problems, options.per_part)):
+        problems, seed = min(options.per_part, options.problems - start), options.seed + index
+        file = options.parts / f"{problems}_{seed}_{options.device}.json"
+        exit_code = None if file.exists() else run_part(file, problems, seed, options.device)
+        if exit_code is None:
+            reports.append(json.loads(file.read_text()))
+        else:
+            ended.append({"seed": seed, "problems": problems, "exit_code": exit_code})
+        print(f"{start + problems} of {options.problems}, {len(ended)} parts without a report", file=sys.stderr)
+    record = {
+        "kind": "verify",
+        "device": timing.device_name(options.device),
+        "environment": timing.environment(options.device),
+        "per_part": options.per_part,
+        **merged(reports),
+        "ended_without_report": ended,
+    }
+    record["passed"] = record["passed"] and not ended
+    files.write_json(options.out, record)
+    print(f"{options.out}: {record['problems']} problems, {'passed' if record['passed'] else 'NOT passed'}")
+    return 0 if record["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

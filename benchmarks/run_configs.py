@@ -1,0 +1,79 @@
+"""Every tuned config of a device once, on two images, against the reference: python -m benchmarks.run_configs FILE.
+
+Small enough to run under compute-sanitizer. Prints a line per config; exit code 1 when one is wrong or raises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+import torch
+
+from fused_resnet import backends, bench, plan, tuning
+from fused_resnet.problem import ConvProblem
+
+IMAGES = 2
+_ON_THREADS = re.compile(r", \d+ threads$")  # which the keys of a CPU's file end with
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run_configs", description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="fused_resnet/configs/<device>.json, or a copy")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--backend", type=lambda text: text.split(","), default=["cuda", "triton"],
+                        help="whose configs (default: cuda,triton)")  # fmt: skip
+    options = parser.parse_args()
+    table = tuning.Table.from_json(json.loads(options.file.read_text()))
+    counts = {"right": 0, "wrong": 0, "not run": 0}
+    for problem, name, config in configs_of(table, options.device, options.backend):
+        outcome, why = run(problem, name, config, options.device)
+        counts[outcome] += 1
+        print(f"{outcome}: {name} {config}: {problem} {why}", flush=True)
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    return 1 if counts["wrong"] else 0
+
+
+def configs_of(
+    table: tuning.Table, device: str, names: Sequence[str]
+) -> Iterator[tuple[ConvProblem, str, dict[str, Any]]]:
+    """Each (problem, backend, config) of the table once, whatever batch it was tuned for."""
+    seen = set()
+    for key, by_batch in table.entries.items():
+        problem = tuning.parsed_problem(f"{IMAGES}x{_ON_THREADS.sub('', key)}", device)
+        for entry in by_batch.values():
+            for name, measured in entry.candidates.items():
+                place = (key, name, json.dumps(measured.config, sort_keys=True))
+                if name in names and measured.config is not None and place not in seen:
+                    seen.add(place)
+                    yield problem, name, measured.config
+
+
+def run(problem: ConvProblem, name: str, config: dict[str, Any], device: str) -> tuple[str, str]:
+    """("right", "wrong" or "not run"; why)."""
+    backend = backends.known("conv_bn_act")[name]
+    reason = backend.why_not(problem)
+    legal = [] if reason or backend.configs is None else backend.configs(problem)
+    found = next((one for one in legal if one._asdict() == config), None)
+    if found is None:
+        return "not run", reason or "there is no such config for two images"
+    operands = bench.folded_operands(bench.random_operands(problem, device))
+    images, case = bench.compared_case(problem, operands)
+    conv = plan.FrozenConv(problem, backends.Selection(backend, found), operands.weight, operands.bias)
+
+    def call() -> torch.Tensor:
+        return conv(operands.x, operands.residual)
+
+    try:
+        ratio = bench.error_ratio(bench.Prepared(call, images, case, name))
+    except Exception as error:  # the next config does not depend on it
+        return "wrong", bench.missing_reason(error)
+    return ("right", "") if ratio <= 1 else ("wrong", f"by {ratio:.3g} times the bound")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

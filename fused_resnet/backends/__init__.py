@@ -1,0 +1,72 @@
+"""The backends: each operator's implementations, one record per way to compute it.
+
+Adding a backend is one `register` call; `registry` chooses among them.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor
+
+from fused_resnet import ops
+from fused_resnet.backends.addition import ADD_RELU
+from fused_resnet.backends.eager import EAGER, EagerConfig, activate_, channels_last
+from fused_resnet.backends.nvidia import CUBLASLT, CUDA, CUDNN, TRITON
+from fused_resnet.backends.onednn import ONEDNN, onednn_missing
+from fused_resnet.backends.winograd import WINOGRAD
+from fused_resnet.problem import ConvOperands, add_relu_problem, conv_problem
+from fused_resnet.registry import (
+    Backend,
+    BackendError,
+    Backward,
+    Problem,
+    Selection,
+    check_name,
+    fixed_order,
+    known,
+    register,
+    select,
+    why_never_live,
+)
+
+__all__ = [
+    "Backend", "BackendError", "EagerConfig", "Problem", "Selection", "activate_", "channels_last", "check_name",
+    "fixed_order", "known", "onednn_missing", "register", "select", "why_never_live",
+]  # fmt: skip
+
+# In the order in which auto tries them. On CUDA no kernel of ours is there yet: none has been verified on a GPU.
+for _backend in (WINOGRAD, ONEDNN, CUDNN, CUDA, CUBLASLT, TRITON, EAGER):
+    register("conv_bn_act", _backend)
+for _backend in ADD_RELU:
+    register("add_relu", _backend)
+
+
+def conv_bn_act(operands: ConvOperands, window: tuple, backend: str) -> Tensor:
+    """The operator's implementation on every device: check, select, run. window: from stride to activation."""
+    problem = conv_problem(operands, *window)
+    chosen = select(problem, backend)
+    if problem.N == 0:
+        return ops.empty_output(problem, operands.x)
+    return chosen.run(problem, operands)
+
+
+def conv_bn_act_in_a_row(*args) -> Tensor:
+    """conv_bn_act as the dispatcher and autograd call it: every argument by itself."""
+    operands, *window = ops.split_arguments(args)
+    return conv_bn_act(operands, tuple(window), args[-1])
+
+
+def add_relu(a: Tensor, b: Tensor, backend: str) -> Tensor:
+    problem = add_relu_problem(a, b)
+    return select(problem, backend).run(problem, a, b)
+
+
+def _add_relu_backward(grad: Tensor, out: Tensor, backend: str) -> Tensor:
+    problem = add_relu_problem(out, grad)
+    return cast(Backward, select(problem, backend).backend.backward)(grad, out)
+
+
+ops.LIBRARY.impl("conv_bn_act", conv_bn_act_in_a_row, "CompositeExplicitAutograd")
+ops.LIBRARY.impl("add_relu", add_relu, "CompositeExplicitAutograd")
+ops.LIBRARY.impl("add_relu_backward", _add_relu_backward, "CompositeExplicitAutograd")

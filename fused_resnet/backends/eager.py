@@ -1,0 +1,115 @@
+"""ATen, one call per step: the specification at speed, and the fallback."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_resnet import ops, reference
+from fused_resnet.problem import ConvOperands, ConvProblem
+from fused_resnet.registry import Backend
+
+
+class EagerConfig(NamedTuple):
+    """How ATen convolves on a CPU. layout: "NCHW", into which a plan brings the weight once and x at each call."""
+
+    layout: str
+
+
+def _eager_configs(problem: ConvProblem) -> list[EagerConfig]:
+    return [EagerConfig("NCHW")] if problem.device == "cpu" else []
+
+
+def _eager_conv_bn_act(problem: ConvProblem, operands: ConvOperands, config: Optional[EagerConfig] = None) -> Tensor:
+    """The operator as ATen calls, one per step: the specification at speed, and the fallback."""
+    o = operands
+    has_late_bias = o.bias is not None and o.bias.dtype != o.x.dtype
+    bias = None if has_late_bias else o.bias
+    x = o.x.contiguous() if config is not None or _weight_is_dearer_to_convert(problem, o) else o.x
+    if problem.reads_x:
+        y = F.conv2d(x, o.weight, bias, problem.stride, problem.padding, problem.dilation, problem.groups)
+    else:
+        y = _sum_of_nothing(problem, x, bias)
+    if o.residual is not None:  # which as a rule is channels_last
+        y = channels_last(y)
+    if not has_late_bias and _is_stock_batch_norm(o):
+        y = F.batch_norm(y, o.bn_mean, o.bn_var, o.bn_weight, o.bn_bias, False, 0.0, o.eps)
+    elif problem.has_bn or has_late_bias:
+        wide = torch.promote_types(torch.float32, o.x.dtype)
+        scale, shift = reference.scale_and_shift(o if has_late_bias else o._replace(bias=None), wide)
+        y = (y * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(o.x.dtype)
+    if o.residual is not None:
+        y = y.add_(o.residual)
+    return channels_last(activate_(y, problem.activation))
+
+
+def _eager_weight(problem: ConvProblem, weight: Tensor, config: Optional[EagerConfig]) -> Tensor:
+    return weight if config is None else weight.contiguous()
+
+
+def _sum_of_nothing(problem: ConvProblem, x: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """The convolution where every window lies in the padding: oneDNN, and so torch.conv2d, crashes the process on it
+    (oneDNN issue 5942, torch 2.13)."""
+    y = ops.empty_output(problem, x).zero_()
+    return y if bias is None else y.add_(bias.view(1, -1, 1, 1))
+
+
+def _weight_is_dearer_to_convert(problem: ConvProblem, operands: ConvOperands) -> bool:
+    """Whether it costs less to convert x and the output than to let ATen convert the weight at every call.
+
+    On the CPU ATen brings both operands of a convolution into channels_last when one of them is. One thread,
+    AVX-512, torch 2.13, 512 -> 512 channels 3x3 at 7x7: 8.8 ms that way, 4.8 ms in NCHW with both conversions.
+    """
+    if problem.device != "cpu" or operands.weight.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return operands.weight.numel() > operands.x.numel() + problem.N * problem.K * problem.P * problem.Q
+
+
+def activate_(y: Tensor, activation: str) -> Tensor:
+    """One of the epilogue's activations alone, in place, through ATen."""
+    if activation == "relu":
+        return torch.relu_(y)
+    if activation == "relu6":
+        return F.hardtanh_(y, 0.0, 6.0)
+    return F.silu(y, inplace=True) if activation == "silu" else y
+
+
+def _is_stock_batch_norm(operands: ConvOperands) -> bool:
+    """Whether ATen's batch_norm does the same: statistics present, all vectors of one dtype that it accepts."""
+    x, _, weight, bias, mean, var, *_ = operands
+    if mean is None or var is None:
+        return False
+    dtype = mean.dtype
+    if var.dtype != dtype or not (weight is None or weight.dtype == dtype) or not (bias is None or bias.dtype == dtype):
+        return False
+    return dtype == x.dtype or (dtype == torch.float32 and x.dtype != torch.float64)
+
+
+def all_channels_last(operands: ConvOperands) -> ConvOperands:
+    return operands.map(lambda tensor: channels_last(tensor) if tensor.dim() == 4 else tensor.contiguous())
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """The tensor in channels_last memory, with the strides of a new one in dimensions of size 1 too.
+
+    torch takes (N, 1, H, W) and (N, C, 1, 1) for channels_last whatever their strides, but Inductor counts on those
+    of the fake tensor, and oneDNN's binding leaves its fused path for others.
+    """
+    _, C, H, W = tensor.shape
+    strides = (C * H * W, 1, C * W, C)
+    if tensor.stride() != strides:
+        tensor = tensor.contiguous(memory_format=torch.channels_last)
+    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
+
+
+EAGER = Backend(
+    "eager",
+    lambda problem: None,
+    _eager_conv_bn_act,
+    auto=("cpu", "cuda"),
+    pack=_eager_weight,
+    configs=_eager_configs,
+)

@@ -1,0 +1,197 @@
+"""NVIDIA GPUs: cuDNN's and cuBLASLt's fused calls, and our kernels in CUDA and Triton."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Optional, Sequence, cast
+
+import torch
+from torch import Tensor
+
+from fused_resnet import extension, ops
+from fused_resnet.backends.eager import all_channels_last
+from fused_resnet.problem import ConvOperands, ConvProblem, dtype_name
+from fused_resnet.registry import NEEDS_FOLDED_BN, Backend, Problem
+from fused_resnet.triton_kernels import conv_bn_act as triton_conv_bn_act
+from fused_resnet.triton_kernels import conv_configs, runtime
+from fused_resnet.triton_kernels.conv_configs import TritonConfig
+
+
+def _cudnn_why_not(problem: ConvProblem) -> Optional[str]:
+    reason = _nvidia_why_not(problem)
+    if reason is not None:
+        return reason
+    if not torch.backends.cudnn.is_available():
+        return "this torch has no cuDNN"
+    if problem.dtype == torch.float64:
+        return "float64 is not supported (float32, float16, bfloat16 are)"
+    if problem.has_bn:
+        return NEEDS_FOLDED_BN
+    if problem.activation != "relu":
+        return f"it fuses only ReLU, not {problem.activation}"
+    return None
+
+
+def _cudnn_conv_bn_act(problem: ConvProblem, operands: ConvOperands) -> Tensor:
+    o = all_channels_last(operands)
+    bias = None if o.bias is None else o.bias.to(o.x.dtype)
+    window = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    if o.residual is None:
+        return torch.cudnn_convolution_relu(o.x, o.weight, bias, *window)
+    return torch.cudnn_convolution_add_relu(o.x, o.weight, o.residual, 1.0, bias, *window)
+
+
+def _nvidia_why_not(problem: Problem) -> Optional[str]:
+    if problem.device != "cuda":
+        return f"it runs on NVIDIA GPUs, the tensors are on {problem.device}"
+    return "it does not run on ROCm" if torch.version.hip else None
+
+
+def _cublaslt_why_not(problem: ConvProblem) -> Optional[str]:
+    """torch takes cuBLASLt's bias epilogue for a dense bias vector and more than one channel on either side; otherwise
+    it would run a plain GEMM, and the bias and the ReLU after it."""
+    reason = _nvidia_why_not(problem)
+    if reason is not None:
+        return reason
+    if os.environ.get("DISABLE_ADDMM_CUDA_LT", "0") not in ("", "0"):
+        return "DISABLE_ADDMM_CUDA_LT is set"
+    if problem.has_bn:
+        return NEEDS_FOLDED_BN
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"{dtype_name(problem.dtype)} is not supported (float16, bfloat16 are)"
+    if not problem.is_pointwise or problem.groups > 1:
+        return "it is a matrix product: 1x1 convolutions with stride 1, no padding and one group"
+    if not problem.has_bias or problem.has_residual or problem.activation != "relu":
+        return "its epilogue is a bias and a ReLU, no more and no less"
+    return "it needs more than one channel on either side" if min(problem.C, problem.K) == 1 else None
+
+
+def _cublaslt_conv_bn_act(problem: ConvProblem, operands: ConvOperands) -> Tensor:
+    p, o = problem, all_channels_last(operands)
+    rows = o.x.permute(0, 2, 3, 1).view(-1, p.C)
+    y = torch._addmm_activation(cast(Tensor, o.bias).to(p.dtype), rows, o.weight.view(p.K, p.C).t())
+    return y.view(p.N, p.P, p.Q, p.K).permute(0, 3, 1, 2)
+
+
+def _triton_conv_bn_act(problem: ConvProblem, operands: ConvOperands, config: Optional[TritonConfig] = None) -> Tensor:
+    out = ops.empty_output(problem, operands.x)
+    triton_conv_bn_act.launch(problem, all_channels_last(operands), out, config)
+    return out
+
+
+def _triton_configs(problem: ConvProblem) -> Sequence[TritonConfig]:
+    return () if runtime.INTERPRETED else conv_configs.configs(problem, *_triton_target())
+
+
+def _triton_legal(problem: ConvProblem) -> Sequence[TritonConfig]:
+    """Also those not worth measuring: what is tuned for one batch is used for others."""
+    arch, num_sms = _triton_target()
+    considered = (config for config, _ in conv_configs.search_space(problem, arch, num_sms))
+    return [config for config in considered if conv_configs.why_illegal(problem, config, arch) is None]
+
+
+def _triton_estimated_us(problem: ConvProblem, config: TritonConfig) -> float:
+    return conv_configs.estimated_us(problem, config, *_triton_target())
+
+
+def _triton_launch_us(config: Optional[TritonConfig]) -> float:
+    """Triton encodes every tensor descriptor anew at each launch: 38 us reported for an H100 (Triton PR 7987). A plan's
+    launches are replayed from a CUDA graph."""
+    return 0.0 if config is None or config.form == "pointer" else 38.0
+
+
+def _triton_target() -> tuple[int, int]:
+    """(compute capability times ten, multiprocessors) of the current GPU; those of an H200 without one."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return runtime.arch(device), runtime.num_sms(device)
+
+
+def _cuda_conv_why_not(problem: ConvProblem) -> Optional[str]:
+    reason = cuda_why_not(problem)
+    if reason is not None:
+        return reason
+    if problem.dtype == torch.float32 and not triton_conv_bn_act.allows_tf32():
+        return "in float32 it multiplies in TF32, which torch.backends.cudnn does not allow"
+    return _cuda_limits(problem)
+
+
+# As in csrc/problem.h, where it says why.
+_CUDA_EXTENT = 2**28
+_CUDA_DIVIDEND = 2**31 - 1025
+_CUDA_TILE_ROWS = 256
+_CUDA_CHUNK_BYTES = 16
+
+
+@functools.lru_cache(maxsize=1024)  # it is asked at every call
+def _cuda_limits(problem: ConvProblem) -> Optional[str]:
+    """Why csrc's kernel cannot index this problem, or None.
+
+    Of x and the weight it assumes 16-byte alignment, as tensors have it that are not views into the middle of others.
+    """
+    p = problem
+    if max(p.C, p.K, p.R, p.S, p.groups, *p.stride, *p.dilation) >= 2**31:
+        return "channels, filter sizes, groups, strides and dilations must be below 2^31"
+    if max(p.H, p.W) >= _CUDA_EXTENT:
+        return f"an input of {p.H}x{p.W} is too large (height and width must be below 2^28)"
+    if max(p.padding) >= _CUDA_EXTENT:
+        return f"padding {max(p.padding)} is too large (it must be below 2^28)"
+    window = max(p.dilation[0] * (p.R - 1), p.dilation[1] * (p.S - 1))
+    if window >= _CUDA_EXTENT:
+        return f"a window of {window + 1} pixels is too large (dilation * (filter size - 1) must be below 2^28)"
+    pixels = p.P * p.Q
+    if pixels >= _CUDA_DIVIDEND:
+        return f"an output of {p.P}x{p.Q} is too large (P * Q must be below 2^31 - 1025)"
+    if p.reduction >= _CUDA_DIVIDEND:
+        return f"a sum of {p.reduction} products is too long (R * S * C/groups must be below 2^31 - 1025)"
+    images = _CUDA_TILE_ROWS // pixels + 2
+    span = ((images * p.H + 2 * p.padding[0] + 2) * p.W + 2 * p.padding[1]) * p.C
+    chunk = _CUDA_CHUNK_BYTES // p.dtype.itemsize
+    reach = 2**31 * (chunk if p.C // p.groups % chunk == 0 else 1)
+    if span >= reach:
+        return f"one tile may span {span} elements of x, too many for its 32-bit offsets (they reach {reach})"
+    return None
+
+
+def cuda_why_not(problem: Problem) -> Optional[str]:
+    reason = _nvidia_why_not(problem) or extension.load("cuda")
+    if reason is not None:
+        return reason
+    if problem.dtype == torch.float64:
+        return "float64 is not supported (float32, float16, bfloat16 are)"
+    return runtime.why_too_old()
+
+
+def _cuda_conv_bn_act(problem: ConvProblem, operands: ConvOperands) -> Tensor:
+    p, o = problem, all_channels_last(operands)
+    out = ops.empty_output(p, o.x)
+    splits = _cuda_conv_splits(p, out.device.index)
+    partials = None if splits == 1 else torch.empty(splits, out.numel(), dtype=torch.float32, device=out.device)
+    torch.ops.fused_resnet.cuda_conv_bn_act.default(
+        *o, p.stride, p.padding, p.dilation, p.groups, p.activation, triton_conv_bn_act.allows_tf32(), partials, out
+    )
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _cuda_conv_splits(problem: ConvProblem, device: int) -> int:
+    """Into how many parts the kernel should split the reduction, so that a small batch fills this GPU."""
+    p = problem
+    x, weight = (p.N, p.C, p.H, p.W), (p.K, p.C // p.groups, p.R, p.S)
+    return torch.ops.fused_resnet.cuda_conv_splits.default(
+        x, weight, p.stride, p.padding, p.dilation, p.groups, p.dtype.itemsize, device
+    )
+
+
+CUDNN = Backend("cudnn", _cudnn_why_not, _cudnn_conv_bn_act, auto=("cuda",), takes_bn=False)
+CUBLASLT = Backend("cublaslt", _cublaslt_why_not, _cublaslt_conv_bn_act, takes_bn=False)
+CUDA = Backend("cuda", _cuda_conv_why_not, _cuda_conv_bn_act)
+TRITON = Backend(
+    "triton",
+    triton_conv_bn_act.why_not,
+    _triton_conv_bn_act,
+    configs=_triton_configs,
+    legal=_triton_legal,
+    estimated_us=_triton_estimated_us,
+    launch_us=_triton_launch_us,
+)

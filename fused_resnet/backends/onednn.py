@@ -1,0 +1,112 @@
+"""oneDNN through torch's private operators: convolution, bias, sum and activation in one primitive. CPU only."""
+
+from __future__ import annotations
+
+import functools
+from typing import Callable, Optional
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends.eager import activate_, all_channels_last, channels_last
+from fused_resnet.problem import ConvOperands, ConvProblem, dtype_name
+from fused_resnet.registry import NEEDS_FOLDED_BN, Backend
+
+_MKLDNN_ACTIVATION = {
+    "none": ("none", []),
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
+    "silu": ("swish", []),
+}
+
+
+def _onednn_why_not(problem: ConvProblem) -> Optional[str]:
+    if problem.device != "cpu":
+        return f"it runs on the CPU, the tensors are on {problem.device}"
+    reason = onednn_missing(problem.dtype)
+    if reason is not None:
+        return reason
+    if problem.has_bn:
+        return NEEDS_FOLDED_BN
+    return None if problem.reads_x else "it crashes where every window lies in the padding (oneDNN issue 5942)"
+
+
+@functools.lru_cache(maxsize=None)
+def onednn_missing(dtype: torch.dtype) -> Optional[str]:
+    """Why oneDNN's fused convolutions are not to be had for this dtype on this machine, or None."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
+        return "this torch has no oneDNN fused convolutions"
+    supported: dict[torch.dtype, Callable[[], bool]] = {
+        torch.float32: lambda: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if dtype not in supported:
+        return f"{dtype_name(dtype)} is not supported (float32, bfloat16, float16 are)"
+    if not supported[dtype]():
+        return f"this CPU has no {dtype_name(dtype)} instructions that oneDNN can use"
+    return None
+
+
+def _onednn_conv_bn_act(problem: ConvProblem, operands: ConvOperands) -> Tensor:
+    o = all_channels_last(operands)
+    bias = None if o.bias is None else o.bias.to(o.x.dtype)
+    return channels_last(onednn_convolution(problem, o.weight, bias)(o.x, o.residual))
+
+
+def _onednn_weight(problem: ConvProblem, weight: Tensor, config: None = None) -> Tensor:
+    # Packed without the input's real size, some shapes fall to a reference loop: bf16 1x1 256->1024 at 14x14 took
+    # 11 ms instead of 0.22 (torch 2.13, one core, AVX-512 bf16).
+    p = problem
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight, p.padding, p.stride, p.dilation, p.groups, [p.N, p.C, p.H, p.W]
+    )
+
+
+def onednn_convolution(
+    problem: ConvProblem, weight: Tensor, bias: Optional[Tensor], *, into_residual: bool = False
+) -> Callable[..., Tensor]:
+    """(x, residual=None) -> oneDNN's convolution with bias, add and activation as post-ops.
+
+    Everything that does not change from call to call is bound here, because a plan calls it dozens of times with cold
+    caches. weight: may be packed for this input size. into_residual: the sum replaces the residual's memory, and the
+    residual is returned.
+    """
+    constants = (weight, bias, problem.padding, problem.stride, problem.dilation, problem.groups)
+    act, scalars = _MKLDNN_ACTIVATION[problem.activation]
+    convolution = torch.ops.mkldnn._convolution_pointwise.default
+
+    def plain(x: Tensor, residual: None = None) -> Tensor:
+        return convolution(x, *constants, act, scalars, "")
+
+    def then_sum(x: Tensor, residual: Tensor) -> Tensor:
+        y = convolution(x, *constants, "none", [], "")
+        return activate_(residual.add_(y) if into_residual else y.add_(residual), problem.activation)
+
+    def with_sum(x: Tensor, residual: Tensor) -> Tensor:
+        x = channels_last(x)
+        # after a sum oneDNN's binding knows only ReLU; the others follow in place
+        unary = "relu" if act == "relu" else None
+        if into_residual:
+            op, first = torch.ops.mkldnn._convolution_pointwise_.binary, (residual, x)
+        else:
+            op, first = torch.ops.mkldnn._convolution_pointwise.binary, (x, residual)
+        y = op(*first, *constants, "add", 1.0, unary, [], "")
+        return y if unary else activate_(y, problem.activation)
+
+    if not problem.has_residual:
+        return plain
+    # The binding does not fuse these sums: it rounds first, its add_relu turns Inf into the largest number and
+    # raises in bf16 (torch 2.13). So the sum is ATen's.
+    return then_sum if problem.groups > 1 or problem.C * problem.H * problem.W == 1 else with_sum
+
+
+ONEDNN = Backend(
+    "onednn",
+    _onednn_why_not,
+    _onednn_conv_bn_act,
+    auto=("cpu",),
+    takes_bn=False,
+    pack=_onednn_weight,
+    bind=onednn_convolution,
+)

@@ -1,0 +1,145 @@
+"""What a table of times comes to: geometric mean, worst case, share won, and every loss by name.
+
+A row is {"problem", "count", "variants": {name: {"median_us", ...}}, ...}; a speedup is their time over ours.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any, Iterator, Optional, Sequence
+
+LOSS_BELOW = 0.995  # a speedup that is shown as 0.99x or less
+UNFUSED, FOLDED, COPY = "unfused", "eager folded", "copy"  # variants of an operator that are no backend
+LIBRARIES = ("cudnn", "cublaslt", "onednn")  # backends whose kernels are other people's
+OURS, AUTO = "our kernels", "auto"
+CUDNN, LIBRARY = "the better of cuDNN fused and unfused", "the best library kernel"
+THEIRS = (UNFUSED, FOLDED, COPY, *LIBRARIES)
+LARGE_BATCH = 32
+
+Row = dict[str, Any]
+
+
+def compared(
+    rows: Sequence[Row], name: str, ours: Sequence[str], against: str, theirs: Sequence[str], where: str = "all"
+) -> Optional[dict[str, Any]]:
+    """The entry of a summary: the fastest of the variants `ours` beside the fastest of `theirs`, called `against`.
+
+    Over the rows that have both; None where no row has. A speedup below LOSS_BELOW is a loss, one above its inverse a
+    win; the totals count a problem as often as the models have it.
+    """
+    both = [row for row in rows if _fastest(row, ours) and _fastest(row, theirs)]
+    if not both:
+        return None
+    own, other = ([_fastest(row, names) for row in both] for names in (ours, theirs))
+    speedups = [base / time_us for base, time_us in zip(other, own)]
+    ordered = sorted(zip(speedups, (row["problem"] for row in both)))
+    counts = [row.get("count", 1) for row in both]
+    return {
+        "variant": name,
+        "against": against,
+        "where": where,
+        "problems": len(both),
+        "geomean_speedup": math.exp(statistics.fmean(map(math.log, speedups))),
+        "worst_speedup": ordered[0][0],
+        "worst_problem": ordered[0][1],
+        "share_won": sum(speedup > 1 / LOSS_BELOW for speedup in speedups) / len(both),
+        "total_us": math.fsum(map(lambda t, n: t * n, own, counts)),
+        "total_us_against": math.fsum(map(lambda t, n: t * n, other, counts)),
+        "losses": [{"problem": problem, "speedup": speedup} for speedup, problem in ordered if speedup < LOSS_BELOW],
+    }
+
+
+def _fastest(row: Row, names: Sequence[str]) -> float:
+    """Microseconds of the fastest of these variants, 0 without any."""
+    return min((row["variants"][name]["median_us"] for name in names if name in row["variants"]), default=0.0)
+
+
+def summarise(rows: Sequence[Row], against: str) -> list[dict[str, Any]]:
+    """Each variant of the rows beside the one called `against`."""
+    names = {name: None for row in rows for name in row["variants"] if name not in (against, COPY)}
+    entries = (compared(rows, name, (name,), against, (against,)) for name in names)
+    return [entry for entry in entries if entry is not None]
+
+
+def summarise_ops(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What an operator benchmark says: each variant beside the plain ones, then our kernels and `auto` where it counts.
+
+    "our kernels", the fastest without eager and the libraries, beside the better of cuDNN fused and unfused; "auto",
+    what the package takes by itself, beside the fastest library kernel: over all rows, over the large batches, and for
+    each batch and dtype. The additions, beside plain ones and beside a copy of as many bytes.
+    """
+    convolutions = [row for row in rows if row["op"] == "conv_bn_act"]
+    additions = [row for row in rows if row["op"] == "add_relu"]
+    plain = [entry for base in (UNFUSED, FOLDED, "cudnn") for entry in summarise(convolutions, base)]
+    entries: list[Optional[dict[str, Any]]] = [entry for entry in plain if entry["variant"] != UNFUSED]
+    names = {name: None for row in rows for name in row["variants"]}
+    ours = tuple(name for name in names if name not in THEIRS)
+    for where, group in _groups(convolutions):
+        on_cuda = [row for row in group if row["device"] == "cuda"]
+        entries.append(compared(on_cuda, OURS, ours, CUDNN, ("cudnn", FOLDED), where))
+        entries.append(compared(with_auto(group), AUTO, (AUTO,), LIBRARY, (*LIBRARIES, FOLDED), where))
+    for base in (UNFUSED, COPY):
+        entries.append(compared(with_auto(additions), AUTO, (AUTO,), base, (base,), "add_relu"))
+    entries.append(compared(additions, OURS, ours, COPY, (COPY,), "add_relu"))
+    # a copy is what memory allows, nobody's competitor
+    return [{**entry, "losses": []} if entry["against"] == COPY else entry for entry in entries if entry is not None]
+
+
+def with_auto(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the variant that `auto` chooses once more, as AUTO."""
+    found = []
+    for row in rows:
+        chosen = row["variants"].get(chosen_by_auto(row))
+        found.append({**row, "variants": {**row["variants"], AUTO: chosen}} if chosen else row)
+    return found
+
+
+def chosen_by_auto(row: Row) -> str:
+    """The variant that `auto` chooses, which was not timed if it was wrong."""
+    return FOLDED if row["auto"] == "eager" else row["auto"]
+
+
+def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """All rows; the large batches where there are others too; each batch and dtype where there are several."""
+    yield "all", list(rows)
+    large = [row for row in rows if row["batch"] >= LARGE_BATCH]
+    if 0 < len(large) < len(rows):
+        yield f"batch >= {LARGE_BATCH}", large
+    kinds = dict.fromkeys((row["batch"], row["dtype"]) for row in rows)
+    if len(kinds) > 1:
+        for batch, dtype in kinds:
+            yield f"batch {batch}, {dtype}", [row for row in rows if (row["batch"], row["dtype"]) == (batch, dtype)]
+
+
+def summarise_networks(rows: Sequence[Row], competitors: Sequence[str]) -> list[dict[str, Any]]:
+    """Each of our variants beside eager NCHW fp32, and beside the fastest competitor in its own dtype."""
+    names = {name: None for row in rows for name in row["variants"]}
+    entries = []
+    for name in names:
+        if not is_ours(name):
+            continue
+        entries.append(compared(rows, name, (name,), "eager NCHW fp32", ("eager NCHW fp32",)))
+        dtype = name.split()[1]
+        present = [word for word in competitors if f"{word} {dtype}" in names]
+        label = f"the best of {', '.join(present)} in {dtype}"
+        entries.append(compared(rows, name, (name,), label, [f"{word} {dtype}" for word in present]))
+    return [entry for entry in entries if entry is not None]
+
+
+def is_ours(variant: str) -> bool:
+    """Whether a variant of a network is this package's: "frozen bf16 triton", "fused fp32"."""
+    return variant.split()[0] in ("frozen", "fused")
+
+
+def rival_of(variant: str, variants: dict[str, dict[str, Any]]) -> tuple[str, float]:
+    """(the fastest variant of a network in the same dtype that is not ours, our speed-up over it).
+
+    ("", inf) for a variant that is not ours, or has no rival.
+    """
+    words = variant.split()
+    rivals = [name for name in variants if not is_ours(name) and words[1] in name.split()] if is_ours(variant) else []
+    if not rivals:
+        return "", math.inf
+    fastest = min(rivals, key=lambda name: variants[name]["median_us"])
+    return fastest, variants[fastest]["median_us"] / variants[variant]["median_us"]

@@ -1,0 +1,245 @@
+"""freeze: a model as an inference plan for each input shape, or in parts where it cannot be one as a whole."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import itertools
+import logging
+import threading
+from typing import Any, Callable, Optional, Union
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fused_resnet import backends
+from fused_resnet.nn import NotScriptable
+from fused_resnet.parts import freeze_parts
+from fused_resnet.plan import Plan, make_plan, plainly
+from fused_resnet.problem import dtype_name
+from fused_resnet.tracing import Untraceable, trace
+
+MAX_PLANS = 8
+
+log = logging.getLogger("fused_resnet")
+
+
+def freeze(
+    model: nn.Module,
+    example_input: Any,
+    *,
+    dtype: Optional[torch.dtype] = None,
+    backend: str = "auto",
+) -> Union["FrozenModel", "FrozenParts"]:
+    """An inference-only copy of `model`: BN folded, weights packed, one plan per input shape, a CUDA graph on GPUs.
+
+    model: in eval mode; it is not changed, and later changes to it do not reach the frozen copy. example_input: what
+    the model takes, a tensor or a list or dict of them; its plan is made now, others when their shape is first seen.
+    dtype: what the arithmetic runs in (fp32, bf16, fp16); default, the model's own. Inputs and outputs keep the
+    example's dtype. backend: "auto", or the one that every convolution must use.
+
+    Calls are safe from several threads, outputs are fresh tensors, and autocast around a call changes nothing. A
+    frozen CPU plan may turn NaN into 0 where it meets a ReLU, as oneDNN does. On glibc, malloc is told to keep as much
+    freed memory as a plan works in (`workspace`).
+
+    A model that torch.fx cannot trace, or that takes no single tensor (detectors, transformers' ResNet), is frozen in
+    parts: a FrozenParts, in which the largest modules that can be are frozen and the rest runs as it is.
+
+    Raises RuntimeError when the model is in training mode or sets attributes of what was frozen in it, TypeError and
+    ValueError when the example does not fit the model or no part of it can be traced, BackendError when `backend`
+    cannot run one of its convolutions.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"freeze: expected an nn.Module, got {type(model).__name__}.")
+    example = next((leaf for leaf in pytree.tree_leaves(example_input) if _is_floating(leaf)), None)
+    if example is None:
+        is_tensor = isinstance(example_input, Tensor)
+        got = f"a {dtype_name(example_input.dtype)} tensor" if is_tensor else type(example_input)
+        raise TypeError(f"freeze: example_input must be a floating-point tensor as the model takes it, got {got}.")
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise RuntimeError(
+            f"freeze: {training[0]} is in training mode; call model.eval() first. To train, use fused_resnet.fuse."
+        )
+    device = next((p.device for p in model.parameters()), example.device)
+    if example.device != device:
+        raise TypeError(f"freeze: example_input is on {example.device} but the model is on {device}.")
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if dtype is None:
+        dtype = dtypes.pop() if len(dtypes) == 1 else example.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"freeze: dtype must be float32, bfloat16, float16 or float64, got {dtype}.")
+    backends.check_name("freeze", backend)
+    frozen = [name for name, module in model.named_modules() if isinstance(module, _Frozen)]
+    if frozen:
+        raise ValueError(f"freeze: {frozen[0] or 'the model'} is frozen already. Freeze what it was made from.")
+    if not isinstance(example_input, Tensor):
+        return FrozenParts(model, example_input, dtype, backend, f"it takes a {type(example_input).__name__}")
+    try:
+        return FrozenModel(model, example_input, dtype, backend)
+    except Untraceable as error:
+        try:
+            return FrozenParts(model, example_input, dtype, backend, str(error))
+        except NothingToFreeze:
+            raise error from None
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+class _Frozen(NotScriptable, nn.Module):
+    """What frozen modules share: they serve, and the way to anything else leads back to the model."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        super().train(False)
+        self.__dict__["_original"] = original  # not a submodule: its parameters are not this model's
+
+    def unfreeze(self) -> nn.Module:
+        """The model this was frozen from, as it is now."""
+        return self._original
+
+    def train(self, mode: bool = True) -> "_Frozen":
+        if mode:
+            raise RuntimeError("a frozen model cannot be trained: train frozen.unfreeze() and freeze it again.")
+        return self
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "_Frozen":
+        raise RuntimeError(
+            "a frozen model cannot be moved or converted: move frozen.unfreeze() and freeze it again (dtype= converts)."
+        )
+
+
+class FrozenModel(_Frozen):
+    """What `freeze` returns. Callable like the model; `unfreeze()` gives the model back."""
+
+    _lock: threading.Lock
+    _plans: collections.OrderedDict[tuple, Plan]
+
+    def __init__(self, model: nn.Module, example_input: Tensor, dtype: torch.dtype, backend: str) -> None:
+        super().__init__(model)
+        self.dtype, self.backend = dtype, backend
+        self.device, self.input_dtype = example_input.device, example_input.dtype
+        self.__dict__["_traced"] = trace(model)
+        self._reset_plans()
+        self._plan_for(example_input)
+
+    def forward(self, x: Tensor) -> Any:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise RuntimeError("a frozen model cannot be exported: its weights are packed. Export frozen.unfreeze().")
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self._run, reason="a frozen plan is compiled already")(x)
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Any:
+        self._check_input(x)
+        plan = self._plan_for(x)
+        with plainly(self.device):
+            return plan(x)
+
+    def plan(self, x: Tensor) -> fx.GraphModule:
+        """The plan for inputs like x, made now if there is none: `print(frozen.plan(x).code)`."""
+        self._check_input(x)
+        return self._plan_for(x).module
+
+    def plans(self) -> list[fx.GraphModule]:
+        """The plans that there are, the one used last at the end."""
+        with self._lock:
+            return [plan.module for plan in self._plans.values()]
+
+    def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or x.dtype != self.input_dtype or x.device != self.device:
+            got = f"{dtype_name(x.dtype)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"frozen for {dtype_name(self.input_dtype)} inputs on {self.device}, got {got}.")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("a frozen model has no gradients: use fused_resnet.fuse, or call it under no_grad.")
+
+    def _plan_for(self, x: Tensor) -> "Plan":
+        key = tuple(x.shape)
+        with self._lock:
+            plan = self._plans.get(key)
+            if plan is None:
+                with plainly(self.device):
+                    plan = self._plans[key] = make_plan(self._traced, x.detach(), self.dtype, self.backend)
+                if len(self._plans) > MAX_PLANS:
+                    self._plans.popitem(last=False)
+            self._plans.move_to_end(key)
+            return plan
+
+    def _reset_plans(self) -> None:
+        self.__dict__.update(_lock=threading.Lock(), _plans=collections.OrderedDict())
+
+    def __getstate__(self) -> dict:
+        rebuilt = ("_lock", "_plans")  # packed weights and graphs are made again where they are needed
+        return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._reset_plans()
+
+
+class _FrozenPart(FrozenModel):
+    """A FrozenModel inside a model, which may ask it for its attributes, as they were, but not set them."""
+
+    def __init__(self, part: nn.Module, x: Tensor, dtype: torch.dtype, backend: str) -> None:
+        super().__init__(part, x, dtype, backend)
+        if self._traced.meta["writes_input"]:
+            raise ValueError("freeze: it writes into its input, which a frozen part does not.")
+        try:
+            self.__dict__["_asked"] = copy.deepcopy(part)
+        except Exception as error:
+            raise ValueError(f"freeze: {type(part).__name__} cannot be copied: {error}") from error
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__.get("_asked"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_asked" in self.__dict__:
+            raise RuntimeError(
+                f"freeze: the model sets {name!r} of {type(self._original).__name__}, a frozen part, whose plan would "
+                "not see it. Set it before freezing, freeze the modules inside it by themselves, or use "
+                "fused_resnet.fuse."
+            )
+        super().__setattr__(name, value)
+
+
+class NothingToFreeze(ValueError):
+    """No part of a model can be frozen."""
+
+
+class FrozenParts(_Frozen):
+    """What `freeze` returns for a model that cannot be frozen as a whole: a copy with frozen parts.
+
+    Callable like the model, in no_grad mode; autocast around a call changes nothing. parts: {name: FrozenModel}. The
+    rest of the copy computes in the model's dtype, and what a part returns is in the dtype that it was given.
+    """
+
+    def __init__(self, model: nn.Module, example_input: Any, dtype: torch.dtype, backend: str, reason: str) -> None:
+        super().__init__(model)
+        tensors = (value for value in pytree.tree_leaves(example_input) if isinstance(value, Tensor))
+        weights = itertools.chain(model.parameters(), model.buffers(), tensors)
+        self._device = next((tensor.device for tensor in weights), torch.device("cpu"))
+        with plainly(self._device):
+            parts, expected = freeze_parts(model, example_input, lambda part, x: _FrozenPart(part, x, dtype, backend))
+        if not parts:
+            raise NothingToFreeze(f"freeze: no part of {type(model).__name__} can be frozen, and {reason}")
+        self.parts = parts
+        replaced = {id(model.get_submodule(name)): part for name, part in parts.items()}
+        self.__dict__["_copy"] = copy.deepcopy(model, replaced)  # deepcopy takes what its memo holds for a copy
+        got, wanted = pytree.tree_structure(self(example_input)), pytree.tree_structure(expected)
+        if got != wanted:
+            raise ValueError(f"freeze: frozen in parts, {type(model).__name__} returns {got} instead of {wanted}.")
+        log.info("frozen in %d parts (%s): %s", len(parts), ", ".join(parts), reason)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self._copy
+        with plainly(self._device):
+            return model(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return ", ".join(self.parts)

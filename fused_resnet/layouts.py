@@ -1,0 +1,81 @@
+"""Which tensors of a plan lie in row space, and which config each Triton convolution then takes. For `plan`.
+
+A 3x3 convolution that reads row space (`rows_tma`) needs no index arithmetic, but somebody has to write the halo. Where
+a Triton convolution writes a tensor that only Triton convolutions read, it writes the halo along with it; nothing is
+cleared or copied. Elsewhere a rows_tma config would copy its input at every call, and another form takes its place.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Mapping, NamedTuple, Optional
+
+import torch
+from torch import Tensor, fx
+
+from fused_resnet import backends
+from fused_resnet.problem import ConvOperands, ConvProblem
+from fused_resnet.triton_kernels import conv_bn_act, conv_configs, row_space, runtime
+from fused_resnet.triton_kernels.conv_configs import TritonConfig
+
+
+class Placed(NamedTuple):
+    """A Triton convolution of a plan: its config (None: the default), and whether its output lies in row space."""
+
+    problem: ConvProblem
+    config: Optional[TritonConfig]
+    writes_row_space: bool = False
+
+    def run(self, operands: ConvOperands) -> Tensor:
+        """x and the residual are NHWC or in row space, as whoever made them decided."""
+        p = self.problem
+        if self.writes_row_space:
+            out = operands.x.new_empty(row_space.num_rows(p.N, p.P, p.Q), p.K)
+        else:
+            out = operands.x.new_empty(p.N, p.P, p.Q, p.K).permute(0, 3, 1, 2)
+        in_memory = operands.map(lambda tensor: backends.channels_last(tensor) if tensor.dim() == 4 else tensor)
+        conv_bn_act.launch(p, in_memory, out, self.config)
+        return out
+
+
+def assign(convs: Mapping[fx.Node, Placed], device: torch.device, *, is_replayed: bool) -> dict[fx.Node, Placed]:
+    """The same convolutions with their final configs and layouts.
+
+    convs: the nodes that are Triton convolutions, called with x and perhaps a residual. is_replayed: a CUDA graph will
+    replay the launches, and encoding descriptors costs nothing: those without a config take the likely fastest.
+    """
+    target = runtime.arch(device), runtime.num_sms(device)
+    chosen = dict(convs)
+    if is_replayed:
+        for node, conv in convs.items():
+            chosen[node] = conv._replace(config=conv.config or conv_configs.likely_config(conv.problem, *target))
+    in_row_space = {node for node in chosen if _belongs_in_row_space(node, chosen)}
+    for node, conv in chosen.items():
+        config, writes_row_space = conv.config, node in in_row_space
+        reads_row_space = node.args[0] in in_row_space
+        if config is not None and not _suits(config, reads_row_space, writes_row_space):
+            suits = functools.partial(_suits, reads_row_space=reads_row_space, writes_row_space=writes_row_space)
+            config = conv_configs.likely_config(conv.problem, *target, suits) if is_replayed else None
+        chosen[node] = conv._replace(config=config, writes_row_space=writes_row_space)
+    return chosen
+
+
+def _belongs_in_row_space(node: fx.Node, convs: Mapping[fx.Node, Placed]) -> bool:
+    """Whether somebody reads it as the input of a rows_tma, and nobody who cannot."""
+    readers = [convs.get(user) for user in node.users]
+    inputs = [convs[user] for user in node.users if user in convs and user.args[0] is node]
+    wanted = any(conv.config is not None and conv.config.form == "rows_tma" for conv in inputs)
+    return wanted and all(readers) and all(_reads_row_space(conv) for conv in inputs)
+
+
+def _reads_row_space(conv: Placed) -> bool:
+    """Whether its kernel takes x from row space. A residual may lie there for every kernel."""
+    return conv_configs.is_gemm(conv.problem) or (conv.config is not None and conv.config.form == "rows_tma")
+
+
+def _suits(config: TritonConfig, reads_row_space: bool, writes_row_space: bool) -> bool:
+    """Whether a config is as good as it looked, now that the layouts are known."""
+    if config.form == "rows_tma":
+        return reads_row_space
+    # numbering rows in two ways takes registers, and the largest tiles would spill
+    return not (reads_row_space or writes_row_space) or conv_configs.sums_per_thread(config) < conv_configs.MANY_SUMS

@@ -1,0 +1,94 @@
+"""Which parts of a model can be frozen where the whole cannot: the largest modules that are called with one tensor.
+
+Detectors take lists of images, transformers' models look at their input's shape: torch.fx cannot trace them. What
+does the arithmetic in them are plain networks. For `plan`.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+def freeze_parts(
+    model: nn.Module, example: Any, freeze_part: Callable[[nn.Module, Tensor], nn.Module]
+) -> tuple[dict[str, nn.Module], Any]:
+    """({name: frozen part}, the model's output for `example`).
+
+    Modules are tried from the model's children downwards: freeze_part(module, the tensor that it was called with) for
+    each that has convolutions, was only ever called with one tensor, and did not return that to be written into. Where
+    it raises ValueError, the module's children are tried. Raises ValueError when the model does not run on the example.
+    """
+    inputs, output = _inputs(model, example)
+    parts: dict[str, nn.Module] = {}
+
+    def visit(name: str, module: nn.Module) -> None:
+        if not any(isinstance(child, nn.Conv2d) for child in module.modules()):
+            return
+        if name in inputs:
+            try:
+                parts[name] = freeze_part(module, inputs[name])
+                return
+            except ValueError:
+                pass  # a smaller part may do; where none does, freeze says what the whole model lacks
+        for child_name, child in module.named_children():
+            visit(f"{name}.{child_name}" if name else child_name, child)
+
+    for name, child in model.named_children():
+        visit(name, child)
+    return parts, output
+
+
+def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any]:
+    """Of each module that this run calls with one floating-point tensor and nothing else: that tensor. The output.
+
+    Not of a module that returned its input or a view of it, into which the model then wrote.
+    """
+    inputs: dict[str, Tensor] = {}
+    others: set[str] = set()
+    returned: list[tuple[str, Tensor, int]] = []
+    thread = threading.get_ident()
+
+    def note(name: str, args: tuple, kwargs: dict) -> None:
+        if threading.get_ident() != thread:
+            return
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            inputs.setdefault(name, args[0].detach())
+        else:
+            others.add(name)
+
+    def note_output(name: str, args: tuple, output: Any) -> None:
+        if threading.get_ident() == thread and _memory_of(args) & _memory_of(output):
+            returned.extend((name, leaf, _writes_to(leaf)) for leaf in args if isinstance(leaf, Tensor))
+
+    handles: list[Any] = []
+    for name, module in model.named_modules():
+        handles += [
+            module.register_forward_pre_hook(lambda _, *call, name=name: note(name, *call), with_kwargs=True),
+            module.register_forward_hook(lambda _, *call, name=name: note_output(name, *call)),
+        ]
+    try:
+        with torch.no_grad():
+            output = model(example)
+    except Exception as error:
+        raise ValueError(f"freeze: {type(model).__name__} does not run on the example: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    others.update(name for name, tensor, writes in returned if _writes_to(tensor) != writes)
+    return {name: value for name, value in inputs.items() if name not in others}, output
+
+
+def _memory_of(values: Any) -> set[int]:
+    """Where the memory of the tensors in these values begins."""
+    tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+
+
+def _writes_to(tensor: Tensor) -> int:
+    """How often its memory was written to, as far as that is counted."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,162 @@
+"""docs/: every Python block runs, every command line parses, every link leads somewhere, the tables are complete."""
+
+import ast
+import importlib.util
+import inspect
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import fused_resnet
+from fused_resnet import adapters, functional, registry
+from fused_resnet.__main__ import cli
+from fused_resnet.triton_kernels import runtime
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+_FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """(line number, text) of the fenced blocks of a page."""
+    text = page.read_text()
+    return [(text.count("\n", 0, found.start(2)), found[2]) for found in _FENCE.finditer(text) if found[1] == language]
+
+
+def python_of(page: Path) -> str:
+    """The Python blocks of a page as one program, each line where it stands in the page."""
+    lines: list[str] = []
+    for number, text in blocks(page, "python"):
+        lines += [""] * (number - len(lines)) + text.splitlines()
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def own_registries(monkeypatch):
+    """What a page registers is gone after it."""
+    monkeypatch.setattr(registry, "_REGISTRY", {op: dict(known) for op, known in registry._REGISTRY.items()})
+    monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))
+
+
+def test_there_are_pages():
+    assert len(PAGES) >= 9 and sum(len(blocks(page, "python")) for page in PAGES) >= 25
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_python_blocks_run(page, own_registries, tmp_path, monkeypatch):
+    if page.stem == "add-a-kernel" and not runtime.INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1, set before the first import")
+    file = tmp_path / f"{page.stem.replace('-', '_')}.py"
+    file.write_text(python_of(page))  # a file, because Triton reads a kernel's source
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, file.stem, module)
+    monkeypatch.chdir(tmp_path)
+    spec.loader.exec_module(module)
+
+
+def command_lines() -> list[tuple[str, str]]:
+    lines = [(page.stem, line) for page in PAGES for _, text in blocks(page, "console") for line in text.splitlines()]
+    return [(page, line) for page, line in lines if line.startswith("fused-resnet")]
+
+
+@pytest.mark.parametrize("page, line", command_lines(), ids=lambda value: value[:60])
+def test_command_lines_parse(page, line):
+    """As click parses them, without running anything."""
+    program, *arguments = shlex.split(line)
+    command, context = cli, cli.make_context(program, list(arguments))
+    while hasattr(command, "resolve_command"):
+        name, command, arguments = command.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(name, list(arguments), parent=context)
+
+
+def test_command_lines_cover_every_verb():
+    documented = " ".join(line for _, line in command_lines())
+    assert [name for name in cli.commands if f"fused-resnet {name}" not in documented] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#]+)\)", _FENCE.sub("", page.read_text()))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+    if page.stem == "README":
+        assert {target for target in targets} >= {other.name for other in PAGES if other != page}
+
+
+def test_files_named_in_the_pages_exist():
+    folders = [ROOT / name for name in ("", "fused_resnet", "fused_resnet/triton_kernels", "csrc")]
+    for page in PAGES:
+        for name in re.findall(r"`([\w/.-]+\.(?:py|cu|cuh|h|cpp|md))`", page.read_text()):
+            assert any((folder / name).exists() for folder in folders), f"{page.name}: {name}"
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def names_in_first_column(page: str) -> list[str]:
+    return re.findall(r"^\| `([^`]+)`", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+
+
+def test_api_lists_everything_public_with_its_signature():
+    text = (ROOT / "docs" / "api.md").read_text()
+    listed = {name.split("(")[0]: name for name in names_in_first_column("api.md")}
+    public = {name for name in fused_resnet.__all__ if not name.startswith("_")}
+    assert public <= set(listed)
+    for name in public:
+        value = getattr(fused_resnet, name)
+        if inspect.isfunction(value):
+            parameters = inspect.signature(value).parameters.values()
+            plain = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
+            assert listed[name].replace('"', "'") == f"{name}{plain}"
+    assert all(f"`{name}`" in text for name in functional.__all__ if name != "activate")
+    for name in set(listed) - public:
+        for part in name.split(", "):
+            module, attribute = part.strip("`").split(".")
+            assert hasattr(importlib.import_module(f"fused_resnet.{module}"), attribute), part
+
+
+_NAME = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+_?|[A-Z]{3,}")
+_NO_VARIABLES = {"CS_GNU_LIBC_VERSION", "EXT_SUFFIX"}  # what os.confstr and sysconfig are asked
+
+
+def variables_of(source: str) -> set[str]:
+    """Names of environment variables in Python code: what looks like one in a statement or function with os.environ."""
+    found = set()
+    for statement in ast.parse(source).body:
+        parts = [node for node in ast.walk(statement) if isinstance(node, ast.FunctionDef)] or [statement]
+        for part in parts:
+            if any(isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv") for node in ast.walk(part)):
+                texts = [node.value for node in ast.walk(part) if isinstance(node, ast.Constant)]
+                found |= {text for text in texts if isinstance(text, str) and _NAME.fullmatch(text)}
+    return found - _NO_VARIABLES
+
+
+def test_variables_of_finds_every_way_of_reading():
+    source = """
+import os
+def f():
+    names = ("A_ONE", "B_TWO_")
+    return any(name in os.environ for name in names) or os.getenv("C_THREE")
+os.environ.setdefault("D_FOUR", "TRUE_NOT_A_NAME ")
+def g():
+    return {**os.environ, "CXX": "E_ not"}
+def h():
+    return "NOT_READ"
+"""
+    assert variables_of(source) == {"A_ONE", "B_TWO_", "C_THREE", "D_FOUR", "CXX"}
+
+
+def test_every_environment_variable_is_documented():
+    files = [*(ROOT / "fused_resnet").rglob("*.py"), ROOT / "setup.py", *(ROOT / "benchmarks").glob("*.py"),
+             ROOT / "tests" / "conftest.py", ROOT / "tests" / "real_data.py"]  # fmt: skip
+    read = set().union(*(variables_of(file.read_text()) for file in files))
+    cpp = "".join(file.read_text() for file in (ROOT / "csrc").iterdir())
+    in_cpp = re.findall(r'getenv\("(\w+)"\)', cpp)
+    assert len(in_cpp) == cpp.count("getenv(")
+    read |= set(in_cpp)
+    documented = set(names_in_first_column("environment.md"))
+    assert read - documented == set(), "not in docs/environment.md"
+    assert documented - read == set(), "in docs/environment.md, but read nowhere"

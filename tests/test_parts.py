@@ -1,0 +1,325 @@
+"""freeze where the whole cannot be traced: the parts that can, and what the rest of the model sees of them."""
+
+import collections
+import copy
+import logging
+import pickle
+
+import networks
+import pytest
+import torch
+from torch import nn
+
+import fused_resnet
+from fused_resnet.frozen import FrozenModel, FrozenParts
+from fused_resnet.nn import ConvBNAct
+from fused_resnet.plan import FrozenConv
+
+
+class Backbone(nn.Sequential):
+    stride = 4
+
+
+class Detector(nn.Module):
+    """A list of images in, a dict out; the shared head is called once a level, and tells its stride when asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Backbone(ConvBNAct(3, 8, stride=2), ConvBNAct(8, 8, stride=2), nn.Dropout(0.5))
+        self.levels = nn.ModuleList([nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in range(2)])
+        self.head = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        self.same_head = self.head
+        self.scored = nn.Conv2d(8, 1, 1)
+
+    def forward(self, images):
+        if not isinstance(images, list):
+            raise TypeError("a list of images")
+        x = self.backbone(torch.stack(images))
+        maps = [self.head(self.levels[0](x)), self.same_head(self.levels[1](x)[:, :, ::2])]
+        score = self.scored(x) + self.scored(input=x)  # no part: called in two ways
+        return collections.OrderedDict(maps=maps, stride=self.backbone.stride, score=score, kept={"image": images[0]})
+
+
+@pytest.fixture
+def detector():
+    return networks.randomize(Detector())
+
+
+def images(*size):
+    return [torch.randn(3, *(size or (16, 12))) for _ in range(2)]
+
+
+def close(actual, expected, tolerance=1e-5):
+    assert type(actual) is type(expected)
+    if isinstance(expected, dict):
+        assert list(actual) == list(expected)
+        actual, expected = list(actual.values()), list(expected.values())
+    if isinstance(expected, list):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected):
+            close(one, other, tolerance)
+    elif isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    else:
+        assert actual == expected
+
+
+def test_the_largest_parts_are_frozen_and_the_rest_runs(detector, caplog):
+    x = images()
+    with torch.no_grad():
+        expected = detector(x)
+    with caplog.at_level(logging.INFO, "fused_resnet"):
+        frozen = fused_resnet.freeze(detector, x)
+    assert isinstance(frozen, FrozenParts)
+    assert list(frozen.parts) == ["backbone", "levels.0", "levels.1", "head"]
+    assert "frozen in 4 parts (backbone, levels.0, levels.1, head): it takes a list" in caplog.text
+    assert not frozen(x)["maps"][0].requires_grad
+    close(frozen(x), expected)
+    plans = [plan for part in frozen.parts.values() for plan in part.plans()]
+    assert sum(isinstance(module, FrozenConv) for plan in plans for module in plan.modules()) == 2 + 2 + 2 * 2
+    with torch.no_grad():
+        other = images(20, 28)
+        close(frozen(other), detector(other))
+
+
+def test_the_model_is_as_before_and_comes_back(detector):
+    before = {
+        name: (id(module), type(module), len(module._forward_pre_hooks)) for name, module in detector.named_modules()
+    }
+    x = images()
+    frozen = fused_resnet.freeze(detector, x)
+    with torch.no_grad():
+        expected = frozen(x)
+        detector.backbone[0][0].weight.zero_()
+    close(frozen(x), expected)
+    after = {
+        name: (id(module), type(module), len(module._forward_pre_hooks)) for name, module in detector.named_modules()
+    }
+    assert after == before and frozen.unfreeze() is detector
+    with pytest.raises(RuntimeError, match="a frozen model cannot be trained"):
+        frozen.train()
+    with pytest.raises(RuntimeError, match="a frozen model cannot be moved"):
+        frozen.half()
+    with pytest.raises(ValueError, match="the model is frozen already"):
+        fused_resnet.freeze(frozen, x)
+
+
+class Taps(nn.Sequential):
+    """Feature maps from the middle, as torchvision's IntermediateLayerGetter returns them, and the image itself."""
+
+    def forward(self, x):
+        taps = collections.OrderedDict(image=x)
+        for name, module in self.named_children():
+            x = taps[name] = module(x)
+        return taps
+
+
+def test_feature_maps_keep_their_names_and_order():
+    model, x = networks.randomize(Taps(ConvBNAct(3, 8), nn.Conv2d(8, 4, 1))), torch.randn(2, 3, 9, 7)
+    x = x.contiguous(memory_format=torch.channels_last)  # as a plan works, so that nothing else makes a copy
+    frozen = fused_resnet.freeze(model, x)
+    assert isinstance(frozen, FrozenModel)
+    with torch.no_grad():
+        close(frozen(x), model(x))
+    assert frozen(x)["image"].data_ptr() != x.data_ptr()
+    half = fused_resnet.freeze(model, x, dtype=torch.bfloat16)(x)
+    assert list(half) == ["image", "0", "1"] and {tap.dtype for tap in half.values()} == {torch.float32}
+
+
+def test_shared_modules_are_frozen_once(detector):
+    frozen = fused_resnet.freeze(detector, images())
+    copied = frozen.__dict__["_copy"]
+    assert copied.head is copied.same_head is frozen.parts["head"] and len(frozen.parts["head"].plans()) == 2
+
+
+@pytest.mark.parametrize("dtype, tolerance", ((torch.bfloat16, 0.1), (torch.float64, 1e-5)))
+def test_dtypes(detector, dtype, tolerance):
+    x = images()
+    with torch.no_grad():
+        expected = detector(x)
+    actual = fused_resnet.freeze(detector, x, dtype=dtype)(x)
+    assert actual["maps"][0].dtype == torch.float32
+    close(actual, expected, tolerance)
+
+
+def test_copies_and_pickles(detector):
+    x = images()
+    frozen = fused_resnet.freeze(detector, x)
+    for copied in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        close(copied(x), frozen(x))
+
+
+class Listed(nn.Module):
+    """Its convolution is called by keyword, which a part is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, images):
+        return [self.conv(input=image[None]) for image in images]
+
+
+class Chooses(nn.Module):
+    """Two branches by value: only what is inside them can be frozen."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x, *, twice=False):
+        out = self.part(x) if x.sum() > 0 else -self.part(x)
+        return 2 * out if twice else out
+
+
+def test_a_model_of_one_tensor_that_looks_at_its_values():
+    model, x = Chooses(networks.small()).eval(), torch.randn(2, 3, 16, 16)
+    frozen = fused_resnet.freeze(model, x)
+    assert list(frozen.parts) == ["part"] and isinstance(frozen.parts["part"], FrozenModel)
+    with torch.no_grad():
+        for one in (x, -x):
+            close(frozen(one, twice=True), model(one, twice=True))
+
+
+def test_smaller_parts_where_the_larger_cannot_be():
+    model = Chooses(Chooses(nn.Sequential(ConvBNAct(3, 4), nn.Conv2d(4, 4, 1)))).eval()
+    frozen = fused_resnet.freeze(model, torch.randn(1, 3, 8, 8))
+    assert list(frozen.parts) == ["part.part"]
+
+
+class WritesItsInput(nn.Module):
+    """Pre-activation: the block's in-place ReLU is what the sum around it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3))
+
+    def forward(self, images):
+        x = torch.stack(images)
+        return x + self.block(x)
+
+
+def test_a_part_that_writes_its_input_is_not_frozen():
+    model, x = networks.randomize(WritesItsInput()), images()
+    frozen = fused_resnet.freeze(model, x)
+    assert list(frozen.parts) == ["block.1"]
+    with torch.no_grad():
+        close(frozen(x), model(x))
+
+
+class ReturnsItsInput(nn.Module):
+    """The block hands its input on, and the model writes into that."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.writes = Taps(nn.Conv2d(3, 3, 3, padding=1)), True
+
+    def forward(self, images):
+        x = torch.stack(images)
+        taps = self.block(x)
+        if self.writes:
+            taps["image"].mul_(2)
+        return x + taps["0"]
+
+
+def test_a_part_that_returns_its_input_to_be_written_into_is_not_frozen():
+    model, x = networks.randomize(ReturnsItsInput()), images()
+    frozen = fused_resnet.freeze(model, x)
+    assert list(frozen.parts) == ["block.0"]
+    with torch.no_grad():
+        close(frozen(x), model(x))
+    model.writes = False
+    assert list(fused_resnet.freeze(model, x).parts) == ["block"]
+
+
+class AsksItsPart(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+        self.block.stride, self.block.mean = 4, nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, images):
+        return [(self.block(image[None]) - self.block.mean, self.block.stride) for image in images]
+
+
+def test_later_changes_of_the_model_do_not_reach_what_parts_are_asked_for():
+    model, x = networks.randomize(AsksItsPart()), images()
+    frozen = fused_resnet.freeze(model, x)
+    expected = copy.deepcopy(frozen(x))
+    with torch.no_grad():
+        model.block.mean.zero_()
+    model.block.stride = 8
+    assert frozen(x)[0][1] == expected[0][1] == 4
+    model.to("meta")
+    for (actual, _), (wanted, _) in zip(frozen(x), expected):
+        close(actual, wanted)
+
+
+class SetsOnItsPart(nn.Module):
+    """Tells the block how to run before each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Scaled(3, 3, 1)
+        self.scale = None
+
+    def forward(self, images):
+        if self.scale is not None:
+            self.block.scale = self.scale
+        return [self.block(image[None]) for image in images]
+
+
+class Scaled(nn.Conv2d):
+    scale = 1.0
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
+@pytest.mark.parametrize("restored", (lambda frozen: frozen, lambda frozen: pickle.loads(pickle.dumps(frozen))))
+def test_an_attribute_set_on_a_part_is_an_error(restored):
+    model, x = networks.randomize(SetsOnItsPart()), images()
+    frozen = restored(fused_resnet.freeze(model, x))
+    frozen.__dict__["_copy"].scale = 2.0
+    with pytest.raises(RuntimeError, match="sets 'scale' of Scaled, a frozen part.*Set it before freezing"):
+        frozen(x)
+    model.scale = 3.0
+    with pytest.raises(RuntimeError, match="sets 'scale' of Scaled, a frozen part"):
+        fused_resnet.freeze(model, x)
+
+
+def test_no_part_at_all():
+    with pytest.raises(ValueError, match="torch.fx cannot trace Chooses: .*Freeze the part that is a plain network"):
+        fused_resnet.freeze(Chooses(nn.Linear(3, 3)).eval(), torch.randn(2, 3))
+    with pytest.raises(ValueError, match="freeze: no part of Listed can be frozen, and it takes a list"):
+        fused_resnet.freeze(Listed().eval(), images())
+
+
+def test_an_example_that_does_not_fit(detector):
+    with pytest.raises(ValueError, match="freeze: Detector does not run on the example: "):
+        fused_resnet.freeze(detector, [torch.randn(4, 16, 16)] * 2)
+    with pytest.raises(TypeError, match="example_input must be .*list"):
+        fused_resnet.freeze(detector, [1, 2])
+
+
+def test_a_forced_backend_that_cannot_is_an_error(detector):
+    with pytest.raises(fused_resnet.BackendError, match="'cudnn' cannot run this"):
+        fused_resnet.freeze(detector, images(), backend="cudnn")
+    assert not any(module._forward_pre_hooks for module in detector.modules())
+
+
+def test_autocast_changes_nothing():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), nn.Linear(8, 5)
+
+        def forward(self, images):
+            mixed = torch.stack(images) @ torch.eye(16)  # what autocast would do in bf16
+            return [self.head(self.body(mixed).mean((2, 3)))]
+
+    model, images = Listed().eval(), [torch.randn(3, 16, 16)]
+    (expected,) = fused_resnet.freeze(model, images)(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        (actual,) = fused_resnet.freeze(model, images)(images)
+    assert actual.dtype == torch.float32 and torch.equal(actual, expected)
