@@ -10,8 +10,7 @@ import contextlib
 
 import numpy as np
 import torch
-
-from fused_resnet.triton_kernels.runtime import tl
+import triton.language as tl
 
 
 @contextlib.contextmanager
