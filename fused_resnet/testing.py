@@ -284,11 +284,12 @@ def _torch_spreads_nan(case: Case) -> Tensor:
     """Where torch's own convolution is not a number although the formula is.
 
     oneDNN's bf16 kernels for one channel per group read pairs of neighbours and multiply the second by zero, so that
-    NaN and infinities reach one pixel further (torch 2.13).
+    NaN and infinities reach one pixel further (torch 2.13). Where no window reaches x they cannot, and torch's crashes
+    the process (oneDNN issue 5942).
     """
     p, o = case.problem, case.operands
     spread = torch.zeros(p.output_shape, dtype=torch.bool)
-    if not o.x.isfinite().all():
+    if p.reads_x and not o.x.isfinite().all():
         for x, weight in ((o.x, o.weight), (backends.channels_last(o.x), backends.channels_last(o.weight))):
             spread |= torch.conv2d(x, weight, None, p.stride, p.padding, p.dilation, p.groups).cpu().isnan()
     return spread

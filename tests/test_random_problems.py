@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_resnet import backends, files, registry, testing
-from fused_resnet.problem import AddReluProblem
+from fused_resnet.problem import AddReluProblem, ConvOperands, conv_problem
 
 SEED = 0
 FIRST_TIER, FULL, CHUNK = 150, 2000, 100
@@ -168,6 +168,18 @@ def test_an_exception_is_reported_with_the_call_that_shows_it(monkeypatch):
     assert not report.passed and report.as_dict()["passed"] is False
     convolutions = [i for i in range(4) if not isinstance(testing.case_at(3, i).problem, AddReluProblem)]
     assert f"check(case_at(3, {convolutions[0]}, 'cpu'), 'broken')" in str(report) and "MemoryError: no" in str(report)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_torch_is_asked_about_nan_only_where_it_does_not_crash(padding, monkeypatch):
+    """Of one column, padded and read at every second: no window reaches it (oneDNN issue 5942)."""
+    x, weight = torch.full((1, 16, 3, 1), torch.nan), torch.ones(8, 16, 1, 1)
+    operands = ConvOperands(x.bfloat16(), weight.bfloat16())
+    problem = conv_problem(operands, (1, 2), (0, padding), (1, 1), 1, "relu")
+    asked, conv2d = [], torch.conv2d
+    monkeypatch.setattr(torch, "conv2d", lambda *args: asked.append(args) or conv2d(*args[:4], (0, 0), *args[5:]))
+    assert testing.check(testing.Case(problem, operands), "eager").status == "ok"
+    assert bool(asked) == problem.reads_x == (padding == 0)
 
 
 def test_unknown_backends_are_refused():
