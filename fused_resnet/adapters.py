@@ -156,7 +156,8 @@ def _residual_layer(block: Any, x: Tensor) -> Any:
     out, shortcut = x, block.shortcut(x)
     for layer in first:
         out = conv_bn_act(out, layer.convolution, layer.normalization, layer.activation, backend=block.backend)
-    return conv_bn_act(out, last.convolution, last.normalization, block.activation, shortcut, block.backend)
+    children = last.convolution, last.normalization, block.activation
+    return conv_bn_act(out, *children, shortcut, block.backend, "out += residual")
 
 
 def _is_stock_conv_layer(layer: nn.Module) -> bool:
@@ -176,8 +177,10 @@ def _is_stock_conv_layer(layer: nn.Module) -> bool:
 )
 def _dense_layer(layer: Any, features: Any) -> Any:
     """conv2(relu2(norm2(conv1(relu1(norm1(cat(features))))))): the middle is a convolution with its norm."""
-    if layer.memory_efficient or layer.drop_rate > 0:
+    inputs = [features] if isinstance(features, Tensor) else features
+    recomputes = layer.memory_efficient and any(x.requires_grad for x in inputs)
+    if recomputes or layer.drop_rate > 0 and layer.training:
         return NotImplemented
-    x = features if isinstance(features, Tensor) else torch.cat(features, 1)
+    x = features if isinstance(features, Tensor) else torch.cat(inputs, 1)
     out = conv_bn_act(layer.relu1(layer.norm1(x)), layer.conv1, layer.norm2, layer.relu2, backend=layer.backend)
     return layer.conv2(out)

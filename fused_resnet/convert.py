@@ -37,7 +37,7 @@ _FUSED_CLASS = {
     for plain, fused in ((BasicBlock, FusedBasicBlock), (Bottleneck, FusedBottleneck))
 }
 # What fused modules keep in their __dict__; the last is the backend that a ConvBNAct had of its own.
-_KEPT = frozenset(("backend", "_stock_class", "_programs", "_own_backend"))
+_KEPT = frozenset(("backend", "calls_downsample", "_stock_class", "_programs", "_own_backend"))
 # What says how a module is pickled; a fused one is pickled by its plain class and its state.
 _PICKLED_BY = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
 
@@ -72,9 +72,11 @@ def fuse(
     convolutions of its own the sequences that torch.fx sees in its forward (`rewriting`): timm's blocks, stems, VGG,
     Inception, RegNet. `fused_convs` lists the convolutions. Fuse before torch.compile and fully_shard.
 
-    backend: asked for by everything fused; "auto" chooses per problem. filter_fn(module, name) -> bool keeps a module
-    as it is; those inside it are asked about too. strict: raise ValueError when a module with a convolution and a norm
-    or an activation was left alone, or when there is nothing to fuse.
+    backend: asked for by everything fused; "auto" chooses per problem. filter_fn(module, name) -> bool: of a module for
+    which it is false the own forward runs; the modules inside are asked about too, among them a residual block's
+    downsample, which the block then calls. Convolutions, norms and activations belong to the forward that calls them,
+    and what an adapter computes to the block, so those are not kept by themselves. strict: raise ValueError when a
+    module with a convolution and a norm or an activation was left alone, or when there is nothing to fuse.
 
     Raises BackendError for an unknown backend and for one that cannot run live BN ("onednn", "cudnn"). A call that
     raises leaves the model as it was.
@@ -132,7 +134,7 @@ def fused_convs(model: nn.Module) -> list[str]:
         own: list[str] = []
         if isinstance(module, FusedBlock):
             own = [conv for conv, _ in module.stage_names]
-            own += ["downsample.0"] if fused_shortcut(module.downsample) else []
+            own += ["downsample.0"] if module.fused_shortcut() else []
         elif isinstance(module, FusedForward):
             own = module.fused_convs()
         elif isinstance(module, ConvBNAct):
@@ -145,13 +147,15 @@ def _survey(
     model: nn.Module, filter_fn: Optional[Callable[[nn.Module, str], bool]]
 ) -> tuple[list[tuple[Any, _Change]], list[LeftAlone]]:
     """What `fuse` would change in `model`, and what it would leave alone."""
+    named = list(model.named_modules())
+    kept = {id(module) for name, module in named if filter_fn is not None and not filter_fn(module, name)}
     changes: list[tuple[Any, _Change]] = []
     skipped = []
     claimed: set[int] = set()
-    for name, module in model.named_modules():
-        if filter_fn is not None and not filter_fn(module, name) or id(module) in claimed:
+    for name, module in named:
+        if id(module) in kept | claimed:
             continue
-        change, reason = _change_of(module)
+        change, reason = _change_of(module, kept)
         if change is not None:
             changes.append((module, change))
             claimed.update(map(id, change.claims))
@@ -160,11 +164,14 @@ def _survey(
     return changes, skipped
 
 
-def _change_of(module: nn.Module) -> tuple[Optional[_Change], Optional[str]]:
-    """(change, None), or (None, why this module is left alone), or (None, None) where there is nothing to fuse."""
+def _change_of(module: nn.Module, kept: set[int]) -> tuple[Optional[_Change], Optional[str]]:
+    """(change, None), or (None, why this module is left alone), or (None, None) where there is nothing to fuse.
+
+    kept: the modules inside that must run their own forward, by id.
+    """
     if isinstance(module, ConvBNAct):
         return _Change(lambda: _keep_own_backend(module), module.has_norm, []), None
-    block, reason = _residual_block(module)
+    block, reason = _residual_block(module, kept)
     if block is not None or reason is not None:
         return block, reason
     if not isinstance(module, FusedForward) or isinstance(module, Adapted):
@@ -174,20 +181,21 @@ def _change_of(module: nn.Module) -> tuple[Optional[_Change], Optional[str]]:
     return _rewritten(module)
 
 
-def _residual_block(module: Any) -> tuple[Optional[_Change], Optional[str]]:
+def _residual_block(module: Any, kept: set[int]) -> tuple[Optional[_Change], Optional[str]]:
     """Our blocks and torchvision's."""
-    claims = [module.downsample] if fused_shortcut(getattr(module, "downsample", None)) else []
-    if isinstance(module, FusedBlock):
-        return _Change(lambda: None, True, claims), None
-    fused_class, reason = _recognise(module)
+    fused_class, reason = (type(module), None) if isinstance(module, FusedBlock) else _recognise(module)
     if fused_class is None:
         return None, reason
+    calls_downsample = id(module.downsample) in kept
+    is_claimed = not calls_downsample and fused_shortcut(module.downsample) is not None
 
     def apply() -> None:
-        module.__dict__["_stock_class"] = type(module)
-        _set_class(module, fused_class)
+        if not isinstance(module, FusedBlock):
+            module.__dict__["_stock_class"] = type(module)
+            _set_class(module, fused_class)
+        module.__dict__["calls_downsample"] = calls_downsample
 
-    return _Change(apply, True, claims), None
+    return _Change(apply, True, [module.downsample] if is_claimed else []), None
 
 
 def _adapted(module: Any) -> tuple[Optional[_Change], Optional[str]]:

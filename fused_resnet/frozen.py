@@ -217,6 +217,10 @@ class FrozenParts(_Frozen):
 
     Callable like the model, in no_grad mode; autocast around a call changes nothing. parts: {name: FrozenModel}. The
     rest of the copy computes in the model's dtype, and what a part returns is in the dtype that it was given.
+
+    A part does what its module did when it was frozen, and its attributes and the modules inside it are those of then,
+    to be read. Setting an attribute of a part is an error; what is set on a module inside, or hooked to it, has no
+    effect: change unfreeze(), and freeze again. Modules that the forward writes to are in no part.
     """
 
     def __init__(self, model: nn.Module, example_input: Any, dtype: torch.dtype, backend: str, reason: str) -> None:

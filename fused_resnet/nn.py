@@ -7,6 +7,7 @@ A fused block holds exactly what its plain class holds: the same children, param
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any, Callable, Optional, Union, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from fused_resnet import functional
+from fused_resnet.ops import AUTOCAST_DEVICES
 from fused_resnet.problem import ACTIVATIONS
 
 _FROZEN_NORM = ("torchvision.ops.misc", "FrozenBatchNorm2d")
@@ -22,6 +24,12 @@ _FROZEN_NORM_READS = frozenset("weight bias running_mean running_var eps reshape
 # What calling a module runs of it, the second in a convolution; one in its __dict__ replaces its class's.
 CALLED = frozenset(("forward", "_conv_forward"))
 _ACTIVATION_OF = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Identity: "none"}
+# How a forward adds a residual to out = bn(conv(x)). An augmented sum has the dtype and shape of what it writes to.
+_SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "out + residual": operator.add,
+    "out += residual": operator.iadd,
+    "residual += out": lambda out, residual: operator.iadd(residual, out),
+}
 
 
 def conv3x3(inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -131,10 +139,12 @@ class FusedBlock(NotScriptable):
 
     In eval mode each conv+BN(+add)+ReLU is one call that reads the live parameters, so weights never go stale. A BN
     in training mode runs as it is, and the residual add and ReLU are one call. Whenever a child was replaced, hooked
-    or parametrized since, the block runs as its plain class.
+    or parametrized since, the block runs as its plain class. A projection shortcut is computed in the same way, or is
+    called where `calls_downsample` says so.
     """
 
     backend = "auto"
+    calls_downsample = False
     plain_class: type[nn.Module]
     stage_names: tuple[tuple[str, str], ...]
     relu: nn.ReLU
@@ -145,11 +155,19 @@ class FusedBlock(NotScriptable):
         if why_not_fused(self.relu, stages) is not None:
             return self.plain_class.forward(self, x)
         activation = _ACTIVATION_OF[type(self.relu)]
-        identity = x if self.downsample is None else _shortcut(self.downsample, x, self.backend)
+        identity = x if self.downsample is None else self._shortcut(self.downsample, x)
         out = x
         for conv, bn in stages[:-1]:
             out = _conv_bn_act(out, conv, bn, activation, None, self.backend)
-        return _conv_bn_act(out, *stages[-1], activation, identity, self.backend)
+        return _conv_bn_act(out, *stages[-1], activation, identity, self.backend, "out += residual")
+
+    def fused_shortcut(self) -> Optional[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """conv and bn of the projection, where the block computes it."""
+        return None if self.calls_downsample else fused_shortcut(self.downsample)
+
+    def _shortcut(self, downsample: nn.Module, x: Tensor) -> Tensor:
+        pair = self.fused_shortcut()
+        return downsample(x) if pair is None else _conv_bn_act(x, *pair, "none", None, self.backend)
 
 
 class FusedBasicBlock(FusedBlock, BasicBlock):
@@ -168,7 +186,8 @@ class ConvBNAct(NotScriptable, nn.Sequential):
     """act(BN(conv(x)) + residual): torchvision's Conv2dNormActivation with its constructor and keys, and a residual.
 
     padding=None means "same" for odd filters and stride 1; bias=None means a bias exactly when there is no norm.
-    activation_layer: nn.ReLU, nn.ReLU6, nn.SiLU or None. x: (N, in_channels, H, W).
+    activation_layer: nn.ReLU, nn.ReLU6, nn.SiLU or None. x: (N, in_channels, H, W). What torch.nn takes besides (an
+    unbatched x, a residual that broadcasts or has a wider dtype) is computed layer by layer.
     """
 
     backend = "auto"
@@ -286,42 +305,40 @@ def conv_bn_act(
     act: Union[nn.Module, str, None] = None,
     residual: Optional[Tensor] = None,
     backend: str = "auto",
+    sum: str = "out + residual",
 ) -> Tensor:
     """act(bn(conv(x)) + residual), in one call where these children may be bypassed, else by calling each of them.
 
     For forwards that are written or generated to replace a model's own: whatever a child has become since (hooked,
     replaced, parametrized), the result is the stock one. act: a module, the name of an activation, or None. residual:
-    whatever may be added to bn(conv(x)).
+    whatever may be added to bn(conv(x)). sum: how the stock forward adds it, which decides the dtype: "out + residual",
+    "out += residual" or "residual += out".
     """
     module = act if isinstance(act, nn.Module) else None
-    if why_not_fused(module, [(conv, bn)]) is None and x.dim() == 4 and _fits(residual, x, conv):
+    if why_not_fused(module, [(conv, bn)]) is None:
         activation = act if isinstance(act, str) else "none" if module is None else _ACTIVATION_OF[type(module)]
-        return _conv_bn_act(x, conv, bn, activation, residual, backend)
+        return _conv_bn_act(x, conv, bn, activation, residual, backend, sum)
     out = conv(x) if bn is None else bn(conv(x))
-    out = out if residual is None else out + residual
+    out = out if residual is None else _SUMS[sum](out, residual)
     return functional.activate(out, act) if isinstance(act, str) else out if act is None else act(out)
 
 
-def _fits(residual: Optional[Tensor], x: Tensor, conv: Any) -> bool:
-    """Whether the residual has the convolution's output shape, and its dtype or one that autocast will cast."""
-    if residual is None:
-        return True
-    windows = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride)
-    image = [
-        (size + 2 * pad - dilation * (filter - 1) - 1) // step + 1 for size, pad, dilation, filter, step in windows
-    ]
-    is_castable = residual.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-    return is_castable and residual.shape == (x.shape[0], conv.weight.shape[0], *image)
-
-
 def _conv_bn_act(
-    x: Tensor, conv: nn.Conv2d, bn: Optional[nn.BatchNorm2d], activation: str, residual: Optional[Tensor], backend: str
+    x: Tensor,
+    conv: Any,
+    bn: Any,
+    activation: str,
+    residual: Optional[Tensor],
+    backend: str,
+    sum: str = "out + residual",
 ) -> Tensor:
-    if type(bn) is nn.BatchNorm2d and bn.training:
-        out = bn(conv(x))
-        if residual is not None and activation == "relu":
+    """conv_bn_act of children that may be bypassed."""
+    fits = x.dim() == 4 and _fits(residual, x, conv, sum)
+    if not fits or type(bn) is nn.BatchNorm2d and bn.training:
+        out = conv(x) if bn is None else bn(conv(x))
+        if fits and residual is not None and activation == "relu":
             return functional.add_relu(out, residual)
-        return functional.activate(out if residual is None else out + residual, activation)
+        return functional.activate(out if residual is None else _SUMS[sum](out, residual), activation)
     vectors = (None,) * 4 if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var)
     return functional.conv_bn_act(
         x, conv.weight, *vectors,
@@ -330,9 +347,22 @@ def _conv_bn_act(
     )  # fmt: skip
 
 
-def _shortcut(downsample: nn.Module, x: Tensor, backend: str) -> Tensor:
-    pair = fused_shortcut(downsample)
-    return downsample(x) if pair is None else _conv_bn_act(x, *pair, "none", None, backend)
+def _fits(residual: Optional[Tensor], x: Tensor, conv: Any, sum: str) -> bool:
+    """Whether the residual has the shape of the convolution's output, and the sum its dtype."""
+    if residual is None:
+        return True
+    device = x.device.type
+    casts = device in AUTOCAST_DEVICES and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    if residual.dtype != (torch.get_autocast_dtype(device) if casts else x.dtype):
+        # autocast casts the residual, which shows in the dtype of a sum that is a new tensor
+        is_castable = residual.is_floating_point() and residual.dtype != torch.float64
+        if not (casts and is_castable and sum == "out += residual"):
+            return False
+    windows = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride)
+    image = [
+        (size + 2 * pad - dilation * (filter - 1) - 1) // step + 1 for size, pad, dilation, filter, step in windows
+    ]
+    return residual.shape == (x.shape[0], conv.weight.shape[0], *image)
 
 
 def fused_shortcut(downsample: Optional[nn.Module]) -> Optional[tuple[nn.Conv2d, nn.BatchNorm2d]]:

@@ -63,10 +63,16 @@ def empty_output(problem, like: Tensor) -> Tensor:
 def _conv_bn_act_setup(ctx, inputs, output) -> None:
     o, *ctx.window = split_arguments(inputs)
     ctx.eps, ctx.has_residual = o.eps, o.residual is not None
-    # SiLU's gradient needs the value before it, so the residual is kept; ReLU's is in the output's sign; without an
-    # activation nothing is kept, so that the caller may write to the output
+    # SiLU's gradient needs the value before it, so the residual is kept; ReLU's is in the output's sign; of the others
+    # the output is not kept, since the caller may write to it as after torch's own
     activation = ctx.window[-1]
-    kept = (o.residual, None) if activation == "silu" else (None, output if activation != "none" else None)
+    kept: tuple = (None, None)
+    if activation == "silu":
+        kept = (o.residual, None)
+    elif activation == "relu":
+        kept = (None, output)
+    elif activation == "relu6":
+        kept = (None, (output <= 0) | (output >= 6))
     ctx.save_for_backward(o.x, o.weight, o.bn_weight, o.bn_bias, o.bn_mean, o.bn_var, o.bias, *kept)
 
 
@@ -87,7 +93,7 @@ def _conv_bn_act_backward(ctx, grad: Tensor):
     elif activation == "relu":
         g = torch.ops.aten.threshold_backward(grad, out, 0)
     elif activation == "relu6":
-        g = torch.ops.aten.hardtanh_backward(grad, out, 0.0, 6.0)
+        g = grad.masked_fill(out, 0)
     else:
         g = grad
 

@@ -6,12 +6,15 @@ does the arithmetic in them are plain networks. For `plan`.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from fused_resnet.tracing import TRACING
 
 
 def freeze_parts(
@@ -46,7 +49,8 @@ def freeze_parts(
 def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any]:
     """Of each module that this run calls with one floating-point tensor and nothing else: that tensor. The output.
 
-    Not of a module that returned its input or a view of it, into which the model then wrote.
+    Not of a module that returned its input or a view of it, into which the model then wrote, nor of one inside which
+    anything was written: an attribute of a module, which the model may read, or a parameter.
     """
     inputs: dict[str, Tensor] = {}
     others: set[str] = set()
@@ -72,7 +76,7 @@ def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any]:
             module.register_forward_hook(lambda _, *call, name=name: note_output(name, *call)),
         ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _noting_writes(model) as written:
             output = model(example)
     except Exception as error:
         raise ValueError(f"freeze: {type(model).__name__} does not run on the example: {error}") from error
@@ -80,7 +84,37 @@ def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any]:
         for handle in handles:
             handle.remove()
     others.update(name for name, tensor, writes in returned if _writes_to(tensor) != writes)
+    others.update(name for name, module in model.named_modules() if not written.isdisjoint(map(id, module.modules())))
     return {name: value for name, value in inputs.items() if name not in others}, output
+
+
+@contextlib.contextmanager
+def _noting_writes(model: nn.Module) -> Iterator[set[int]]:
+    """The modules, by id, of which this thread writes an attribute, a parameter or a buffer meanwhile."""
+    written: set[int] = set()
+    thread, stock = threading.get_ident(), {name: getattr(nn.Module, name) for name in ("__setattr__", "__delattr__")}
+
+    def noting(write: Callable) -> Callable:
+        def noted(module: nn.Module, *args: Any) -> None:
+            if threading.get_ident() == thread:
+                written.add(id(module))
+            write(module, *args)
+
+        return noted
+
+    def writes(module: nn.Module) -> list[int]:
+        return [_writes_to(tensor) for tensor in (*module.parameters(False), *module.buffers(False))]
+
+    before = [(module, writes(module)) for module in model.modules()]
+    with TRACING:
+        try:
+            for name, write in stock.items():
+                setattr(nn.Module, name, noting(write))
+            yield written
+        finally:
+            for name, write in stock.items():
+                setattr(nn.Module, name, write)
+    written.update(id(module) for module, count in before if writes(module) != count)
 
 
 def _memory_of(values: Any) -> set[int]:

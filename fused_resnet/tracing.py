@@ -35,7 +35,7 @@ _AUGMENTED = {f"i{name}" for name in "add sub mul truediv floordiv mod pow and o
 # A view of contiguous memory, a copy of channels_last memory; or the other way round.
 _LAYOUT_DECIDES = {"view", "reshape", "flatten", "ravel", "contiguous", torch.reshape, torch.flatten, torch.ravel}
 # torch.fx patches nn.Module while it traces: one trace at a time, or the patches of two are undone in the wrong order.
-TRACING = threading.Lock()
+TRACING = threading.RLock()
 
 
 class Proxy(fx.Proxy):

@@ -354,6 +354,24 @@ def test_filter():
     assert seen == [name for name, _ in model.named_modules()]
 
 
+def test_a_filter_keeps_a_downsample(monkeypatch):
+    plain = networks.small(Bottleneck)
+    model, forward, called = copy.deepcopy(plain), nn.Conv2d.forward, []
+    everything = convert.fused_convs(fused_resnet.fuse(copy.deepcopy(plain)))
+    before = snapshot(model)
+    fused_resnet.fuse(model, filter_fn=lambda module, name: name != "layer2.0.downsample")
+    assert isinstance(model.layer2[0], FusedBottleneck) and type(model.layer2[0].downsample) is nn.Sequential
+    assert set(everything) - set(convert.fused_convs(model)) == {"layer2.0.downsample.0"}
+    as_good_as_plain(model, plain, torch.randn(2, 3, 16, 16))
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda conv, x: called.append(conv) or forward(conv, x))
+    model(torch.randn(2, 3, 16, 16))
+    assert called == [model.layer2[0].downsample[0]]
+    copied = copy.deepcopy(model)
+    assert convert.fused_convs(copied) == convert.fused_convs(model)
+    assert convert.fused_convs(fused_resnet.fuse(copied)) == everything, "fused again, without a filter"
+    unchanged(fused_resnet.unfuse(model), before)
+
+
 def test_a_filter_that_raises_leaves_the_model_as_it_was():
     model = networks.small()
     before = snapshot(model)

@@ -101,6 +101,43 @@ def test_eval_mode_gradients(fused_calls):
         close(q.grad, p.grad)
 
 
+class Then(nn.Sequential):
+    """A shortcut that goes on with what a function makes of it."""
+
+    def __init__(self, shortcut, function):
+        super().__init__(shortcut)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(super().forward(x))
+
+
+SHORTCUTS = {
+    "broadcasts": lambda y: y.mean((2, 3), keepdim=True),
+    "wider": torch.Tensor.double,
+    "narrower": torch.Tensor.bfloat16,
+    "too large": lambda y: y.repeat(2, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_what_a_shortcut_may_be_added(shortcut, training):
+    """`+=` keeps the shape and the dtype of what it adds to."""
+    plain, fused = (block.train(training) for block in twins())
+    for block in (plain, fused):
+        block.downsample = Then(block.downsample, SHORTCUTS[shortcut])
+    x = torch.randn(2, 16, 9, 7)
+    if shortcut == "too large":
+        for block in (plain, fused):
+            with pytest.raises(RuntimeError, match="must match the size|doesn't match the broadcast shape"):
+                block(x)
+        return
+    actual, expected = fused(x), plain(x)
+    assert actual.dtype == expected.dtype == torch.float32
+    close(actual, expected)
+
+
 def test_weights_never_go_stale():
     plain, fused = twins()
     x = torch.randn(1, 16, 6, 5)
@@ -384,6 +421,31 @@ def test_conv_bn_act_module_is_one_call(fused_calls):
     module[2].register_forward_hook(lambda *_: None)
     module(torch.randn(1, 6, 4, 4))
     assert len(fused_calls) == 2
+
+
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("norm", (nn.BatchNorm2d, None))
+@pytest.mark.parametrize(
+    "addend",
+    (torch.randn(1, 8, 1, 1), torch.randn(8, 1, 1), torch.randn(2, 3, 8, 5, 4), torch.randn(3, 8, 5, 4).double()),
+    ids=lambda addend: str((*addend.shape, addend.dtype)),
+)
+def test_conv_bn_act_module_adds_what_torch_adds(addend, norm, training):
+    module = networks.randomize(ConvBNAct(6, 8, 3, 2, norm_layer=norm)).train(training)
+    x = torch.randn(3, 6, 9, 7)
+    expected = nn.Sequential(*list(copy.deepcopy(module))[:-1])(x) + addend
+    actual = module(x, addend)
+    assert actual.dtype == expected.dtype
+    close(actual, expected.relu())
+
+
+def test_conv_bn_act_module_takes_an_unbatched_image_where_torch_does():
+    module, x = ConvBNAct(6, 8, norm_layer=None), torch.randn(6, 9, 7)
+    close(module(x), module(x[None])[0])
+    close(module(x, torch.ones(8, 9, 7)), module(x[None], torch.ones(1, 8, 9, 7))[0])
+    for training in (False, True):
+        with pytest.raises(ValueError, match="expected 4D input"):
+            ConvBNAct(6, 8).train(training)(x)
 
 
 def test_conv_bn_act_module_has_torchvisions_keys_and_defaults():

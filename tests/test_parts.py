@@ -284,8 +284,59 @@ def test_an_attribute_set_on_a_part_is_an_error(restored):
     with pytest.raises(RuntimeError, match="sets 'scale' of Scaled, a frozen part.*Set it before freezing"):
         frozen(x)
     model.scale = 3.0
-    with pytest.raises(RuntimeError, match="sets 'scale' of Scaled, a frozen part"):
+    with pytest.raises(ValueError, match="no part of SetsOnItsPart can be frozen"):
         fused_resnet.freeze(model, x)
+
+
+class Remembers(nn.Module):
+    """Keeps what its model asks for later."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 3, 1), None
+
+    def forward(self, x):
+        self.last = x.shape[-1]
+        return self.conv(x)
+
+
+class Writes(nn.Module):
+    """Writes to a module inside the block before each call, depending on the images."""
+
+    def __init__(self, write):
+        super().__init__()
+        tail = nn.Sequential(collections.OrderedDict(conv=Scaled(3, 3, 1), act=nn.ReLU()))
+        self.block, self.write = nn.Sequential(collections.OrderedDict(first=Remembers(), tail=tail)), write
+
+    def forward(self, images):
+        self.write(self.block.tail.conv, images[0].shape[-1])
+        return [(self.block(image[None]), self.block.first.last) for image in images]
+
+
+WRITES = {
+    "nothing": (lambda conv, width: None, ["block.first.conv", "block.tail"]),
+    "an attribute": (lambda conv, width: setattr(conv, "scale", width), ["block.first.conv"]),
+    "a weight": (lambda conv, width: conv.weight.fill_(width), ["block.first.conv"]),
+    "another weight": (
+        lambda conv, width: setattr(conv, "weight", nn.Parameter(torch.full((3, 3, 1, 1), width / 9))),
+        ["block.first.conv"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_what_the_forward_writes_to_is_in_no_part(what):
+    write, parts = WRITES[what]
+    model, x = networks.randomize(Writes(write)), images()
+    frozen = fused_resnet.freeze(model, x)
+    copied = copy.deepcopy(model)
+    assert list(frozen.parts) == parts
+    for size in ((16, 12), (20, 28)):
+        x = images(*size)
+        with torch.no_grad():
+            expected = copied(x)
+        for (actual, last), (wanted, width) in zip(frozen(x), expected):
+            close(actual, wanted)
+            assert last == width
 
 
 def test_no_part_at_all():

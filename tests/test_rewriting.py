@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fused_resnet
 from fused_resnet import adapters
@@ -39,6 +40,8 @@ class Gain:
 
 class Unit(nn.Module):
     """The children that the forwards below use. x: (N, 6, H, W)."""
+
+    total, history = 0, []
 
     def __init__(self):
         super().__init__()
@@ -157,12 +160,16 @@ def optional_argument(self, x, scale=None):
     return out if scale is None else out * scale
 
 
+def asks_what_is_always_so(self, x):
+    return -self.conv(x) if torch.jit.is_scripting() or not isinstance(self, Unit) else self.stem(x)
+
+
 FUSED = {
     modules_only: ["conv"], functional_activation: ["conv"], identity_between: ["conv"], dropout_between: ["conv"],
     residual_of_both_kinds: ["conv", "conv2"], residual_without_activation: ["conv", "conv2"],
     through_a_method_and_a_list: ["conv", "conv2"], several_outputs: ["conv", "conv2"],
     one_convolution_twice: ["conv"], through_a_nested_list: ["conv"], broadcast_sum: ["conv2"],
-    two_heads_of_one_convolution: ["conv2"], optional_argument: ["conv"],
+    two_heads_of_one_convolution: ["conv2"], optional_argument: ["conv"], asks_what_is_always_so: ["conv"],
 }  # fmt: skip
 
 
@@ -279,6 +286,71 @@ def asks_for_the_class(self, x):
     return self.stem(x) if isinstance(x, torch.Tensor) else self.stem(x[0])
 
 
+def asks_for_the_type_of_a_value(self, x):
+    return self.stem(x) if type(x) is torch.Tensor else self.conv(x)
+
+
+def asks_for_its_type(self, x):
+    return self.stem(x) if type(self).__name__ == "UnitUnderTest" else self.conv(x)
+
+
+def asks_for_its_class(self, x):
+    return self.stem(x) if self.__class__.__name__ == "UnitUnderTest" else self.conv(x)
+
+
+def asks_for_types_in_a_list(self, x):
+    return [self.stem(x) if kind is nn.ReLU else x for kind in [type(child) for child in self.children()]]
+
+
+def counts_in_its_class(self, x):
+    Unit.total += 1
+    return self.stem(x)
+
+
+def adds_to_its_class(self, x):
+    Unit.latest = 1
+    return self.stem(x)
+
+
+def appends_to_its_class(self, x):
+    Unit.history.append(self.stem(x))
+    return Unit.history[-1]
+
+
+def counts_globally(self, x):
+    global ALTERNATING
+    ALTERNATING = ALTERNATING
+    return self.stem(x)
+
+
+def asks_for_autocast(self, x):
+    return self.conv(x) if torch.is_autocast_enabled("cpu") else self.stem(x)
+
+
+def asks_for_inference_mode(self, x):
+    return self.conv(x) if torch.is_inference_mode_enabled() else self.stem(x)
+
+
+def asks_for_the_gradient_mode(self, x):
+    return self.conv(x) if torch.is_grad_enabled() else self.stem(x)
+
+
+def asks_whether_it_is_traced(self, x):
+    return self.conv(x) if torch.jit.is_tracing() else self.stem(x)
+
+
+def asks_whether_it_is_compiled(self, x):
+    return self.conv(x) if torch.compiler.is_compiling() else self.stem(x)
+
+
+def asks_for_the_default_dtype(self, x):
+    return self.stem(x).to(torch.get_default_dtype())
+
+
+def recomputes(self, x):
+    return checkpoint(self.stem, x, use_reentrant=False)
+
+
 def turns_gradients_off(self, x):
     with torch.no_grad():
         return self.stem(x)
@@ -391,7 +463,15 @@ def nothing_follows(self, x):
 
 
 REFUSED = {
-    asks_for_the_class: "asks for the class of a value", turns_gradients_off: "changes the gradient mode",
+    asks_for_the_class: "asks for the class of a value", asks_for_the_type_of_a_value: "asks for the class of a value",
+    asks_for_its_type: "class of a value or a module", asks_for_its_class: "class of a value or a module",
+    asks_for_types_in_a_list: "class of a value or a module", counts_in_its_class: "writes total, an attribute of",
+    adds_to_its_class: "writes latest, an attribute of", appends_to_its_class: "writes history, an attribute of",
+    counts_globally: "writes the global variable ALTERNATING", asks_for_autocast: r"asks torch is_autocast_enabled\(\)",
+    asks_for_inference_mode: "asks torch is_inference_mode", asks_for_the_gradient_mode: "does not do the same each",
+    asks_whether_it_is_traced: "asks torch is_tracing", asks_whether_it_is_compiled: "asks torch is_compiling",
+    asks_for_the_default_dtype: "asks torch get_default_dtype", recomputes: "recomputes its activations",
+    turns_gradients_off: "changes the gradient mode",
     turns_gradients_on: "changes the gradient mode", leaves_autocast: "changes the gradient mode or autocast",
     keeps_a_tensor: "writes its attribute kept", appends_to_an_attribute: "writes its attribute taps",
     looks_at_values: "torch.fx cannot trace its forward", looks_at_the_shape: "torch.fx cannot trace its forward",
@@ -421,6 +501,7 @@ def test_what_is_refused_is_as_before(forward):
     after[0].pop("backend", None)
     assert after == before
     assert module.taps == ["a"] and module.memory == {"last": []} and len(module.stages) == 1
+    assert (Unit.total, Unit.history, hasattr(Unit, "latest")) == (0, [], False)
 
 
 def counts_a_buffer(self, x):
@@ -572,6 +653,109 @@ def test_what_changes_after_fusing_has_its_effect(forward, change):
     changed = run(plain, x)
     assert changed.shape != before.shape or not torch.allclose(changed, before, rtol=1e-3), "the change must matter"
     same(run(model, x), run(plain, x))
+
+
+def through_two_convolutions(self, x):
+    return self.act(self.bn(self.conv(x))) + self.conv2(x)
+
+
+def through_two_parameters(self, x):
+    return self.stem(x) * self.gain1 + self.gain2
+
+
+def through_a_list(self, x):
+    for stage in self.stages:
+        x = stage(x)
+    return self.stem(x)
+
+
+TIED = (
+    (through_two_convolutions, "conv", "conv2", lambda: nn.Conv2d(6, 6, 3, padding=1, bias=False)),
+    (through_two_parameters, "gain1", "gain2", lambda: nn.Parameter(torch.rand(()))),
+    (through_a_list, "stages.0", "stages.1", lambda: nn.Conv2d(6, 6, 1)),
+)
+
+
+@pytest.mark.parametrize("forward, first, second, make", TIED)
+def test_what_was_one_and_becomes_two(forward, first, second, make):
+    """Or the other way round: a graph has one name for what was the same module or tensor."""
+    plain = unit(forward)
+
+    def put(module, name, value):
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, value)
+
+    one, other = make(), make()
+    put(plain, first, one)
+    put(plain, second, one)
+    apart = copy.deepcopy(plain)
+    put(apart, second, other)
+    x, tied, untied = torch.randn(2, 6, 5, 7), rewritten(plain), rewritten(apart)
+    assert fused_convs(tied) == fused_convs(untied) == ["conv"]
+    same(run(tied, x), run(plain, x))
+    assert not torch.allclose(run(plain, x), run(apart, x)), "the change must matter"
+    put(tied, second, other)
+    same(run(tied, x), run(apart, x))
+    put(untied, second, untied.get_submodule(first) if "." in first else getattr(untied, first))
+    same(run(untied, x), run(plain, x))
+
+
+def augmented_sum(self, x):
+    out = self.bn(self.conv(x))
+    out += x.to(self.dtype)
+    return self.act(out)
+
+
+def plain_sum(self, x):
+    return self.act(self.bn(self.conv(x)) + x.to(self.dtype))
+
+
+def sum_into_the_earlier(self, x):
+    out = self.bn(self.conv(x))
+    shortcut = self.bn2(self.conv2(x))
+    out += shortcut
+    return self.act(out)
+
+
+def sum_into_the_earlier_and_larger(self, x):
+    out = self.bn(self.conv(x))
+    shortcut = self.bn2(self.conv2(self.pool(x)))
+    out += shortcut
+    return self.act(out)
+
+
+@pytest.mark.parametrize("forward", (augmented_sum, plain_sum, sum_into_the_earlier, sum_into_the_earlier_and_larger))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("autocast", (False, True))
+@pytest.mark.parametrize("training", (False, True))
+def test_a_sum_has_the_dtype_of_the_forward(forward, dtype, autocast, training):
+    plain = unit(forward, dtype=dtype).train(training)
+    model, x = rewritten(plain), torch.randn(2, 6, 5, 7)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        actual, expected = run(model, x), run(plain, x)
+    assert "conv" in fused_convs(model) and actual.dtype == expected.dtype
+    tolerance = 1e-5 if actual.dtype == dtype == torch.float32 and not autocast else 0.05  # bf16: an ULP of the terms
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def activation_written_into(self, x):
+    out = self.written(self.bn(self.conv(x)))
+    out += x
+    return out
+
+
+@pytest.mark.parametrize("activation", (nn.ReLU6, nn.SiLU))
+@pytest.mark.parametrize("training", (False, True))
+def test_an_activation_may_be_written_into(activation, training):
+    plain = unit(activation_written_into, written=activation()).train(training)
+    model, x = rewritten(plain), 10 * torch.randn(2, 6, 5, 7)
+    assert fused_convs(model) == ["conv"]
+    gradients = []
+    for module in (plain, model):
+        module(x.clone()).square().mean().backward()
+        gradients.append([p.grad for p in (*module.conv.parameters(), *module.bn.parameters())])
+    for expected, actual in zip(*gradients):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 def test_other_calls_run_the_original():

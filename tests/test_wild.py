@@ -88,9 +88,9 @@ def faster_rcnn_backbone():
     return make(weights=None, weights_backbone=None).backbone
 
 
-def small_densenet():
+def small_densenet(**options):
     densenet = real_data.torchvision().models.densenet
-    return densenet.DenseNet(growth_rate=8, block_config=(2, 3), num_init_features=16, num_classes=5)
+    return densenet.DenseNet(growth_rate=8, block_config=(2, 3), num_init_features=16, num_classes=5, **options)
 
 
 def transformers_resnet(head=False, **config):
@@ -202,6 +202,47 @@ def test_what_is_left_alone_is_reported():
         fused_resnet.fuse(timm_model("resnetv2_50").eval(), strict=True)
     with pytest.raises(ValueError, match="layer1.0: none of its convolutions is followed by a BN"):
         fused_resnet.fuse(timm_model("resnet10t", norm_layer=one_group).eval(), strict=True)
+
+
+def test_a_layer_of_transformers_adds_in_place():
+    plain = settled(transformers_resnet()).encoder.stages[1].layers[1]
+    model, x = fused_resnet.fuse(copy.deepcopy(plain)), torch.randn(2, 64, 5, 5)
+    assert isinstance(model, Adapted)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == plain(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("options", ({"memory_efficient": True}, {"drop_rate": 0.2}), ids=str)
+def test_a_densenet_that_recomputes_or_drops_does_so_in_training(options, monkeypatch):
+    plain = settled(small_densenet(**options))
+    model, images = fused_resnet.fuse(copy.deepcopy(plain)), torch.randn(2, 3, 32, 32)
+    recomputed, checkpoint = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *a, **kw: recomputed.append(a) or checkpoint(*a, **kw)
+    )
+    for training in (True, False):
+        gradients, calls = [], []
+        for module in (plain, model):
+            torch.manual_seed(0)
+            module.train(training)(images).square().sum().backward()
+            gradients.append([p.grad.clone() for p in module.parameters()])
+            module.zero_grad()
+            calls.append(len(recomputed))
+            recomputed.clear()
+        assert calls == [5 * ("memory_efficient" in options)] * 2
+        for expected, actual in zip(*gradients):
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    with torch.no_grad():
+        exact = copy.deepcopy(plain).double()(images.double())
+        as_good_as(model(images), plain(images), exact)
+    called = []
+    monkeypatch.setattr(
+        nn.Conv2d, "forward", lambda conv, x: called.append(conv) or conv._conv_forward(x, conv.weight, None)
+    )
+    with torch.no_grad():
+        model(images)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    assert len(called) == len(names) - len(fused_convs(model))
 
 
 # ------------------------------------------------------------------------------------- blocks as they are in the wild
