@@ -93,7 +93,7 @@ def plan(tools: Toolchain) -> list[Part]:
     if wish not in ("", "0", "1"):
         raise SetupError(f"FUSED_RESNET_CUDA must be 0, 1 or unset, got {wish!r}.")
     parts = [
-        _part(tools, "cpu", "_C_cpu.so", ("cpu_ops.cpp", "cpu_winograd.cpp")),
+        _part(tools, "cpu", "_C_cpu.so", ("cpu_ops.cpp", "cpu_winograd.cpp", "cpu_grouped.cpp")),
         _part(
             tools,
             "cuda",
@@ -290,6 +290,7 @@ class BuildParts(build_ext):
     @staticmethod
     def _record(parts: list[Part], tools: Toolchain) -> dict:
         has_cuda = any(part.name == "cuda" and part.is_built for part in parts)
+        provenance = _load_file("provenance", PACKAGE / "provenance.py")
         return {
             "version": VERSION,
             "python": ".".join(map(str, sys.version_info[:3])),
@@ -297,7 +298,8 @@ class BuildParts(build_ext):
             "compiler": tools.cxx and _first_line([tools.cxx, "--version"]),
             "nvcc": tools.nvcc_version if has_cuda else None,
             "cuda_archs": cuda_archs(tools) if has_cuda else [],
-            "cuda_kernels": _load_file("provenance", PACKAGE / "provenance.py").kernel_digest("cuda", ROOT),
+            "cuda_kernels": provenance.kernel_digest("cuda", ROOT),
+            "cpu_kernels": {name: provenance.kernel_digest(name, ROOT) for name in provenance.CPU_SOURCES},
             "parts": {
                 part.name: {
                     "file": part.filename,

@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu_vectors.h"
 #include "operators.h"
 
 #if defined(__x86_64__)
@@ -72,9 +73,7 @@ inline void add_relu_loop(const Half* a, const Half* b, Half* out, int64_t n) {
 #if defined(__x86_64__)
 // The same loops compiled for newer instructions.
 template <class T>
-__attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512"))) void add_relu_avx512(const T* a,
-                                                                                                  const T* b, T* out,
-                                                                                                  int64_t n) {
+FUSED_RESNET_AVX512 void add_relu_avx512(const T* a, const T* b, T* out, int64_t n) {
   add_relu_loop(a, b, out, n);
 }
 
@@ -99,12 +98,6 @@ __attribute__((target("avx2,f16c"))) void add_relu_avx2(const Half* a, const Hal
 
 bool has_avx2() {
   static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  return has;
-}
-
-bool has_avx512() {
-  static const bool has =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   return has;
 }
 #endif
@@ -209,10 +202,7 @@ inline __attribute__((always_inline)) void max_pool_rows(const T* x, T* out, con
 
 #if defined(__x86_64__)
 template <class Format, class T>
-__attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512"))) void max_pool_avx512(const T* x, T* out,
-                                                                                                  const Pooling& s,
-                                                                                                  int64_t begin,
-                                                                                                  int64_t end) {
+FUSED_RESNET_AVX512 void max_pool_avx512(const T* x, T* out, const Pooling& s, int64_t begin, int64_t end) {
   max_pool_rows<Format>(x, out, s, begin, end);
 }
 

@@ -1,13 +1,11 @@
 // cpu_winograd: a 3x3 stride-1 convolution with bias, residual and activation in one pass, by Winograd's F(4x4, 3x3).
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
-#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "operators.h"
+#include "cpu_conv.h"
 #include "winograd.h"
 
 namespace fused_resnet {
@@ -18,53 +16,16 @@ using torch::headeronly::ScalarType;
 constexpr const char* kOp = "cpu_winograd";
 
 template <class T>
-using RunBlock = void (*)(const winograd::Shape&, const T*, const float*, const winograd::Epilogue<T>&,
-                          const winograd::Block&, float*, T*);
+using RunBlock = void (*)(const winograd::Shape&, const T*, const float*, const Epilogue<T>&, const winograd::Block&,
+                          float*, T*);
 
-#if defined(__x86_64__)
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-}
-#endif
-
-// The best that the processor has and, as for torch's own kernels, ATEN_CPU_CAPABILITY (default, avx2) allows.
 template <class T>
 RunBlock<T> best_for_this_cpu() {
 #if defined(__x86_64__)
-  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string limit = variable == nullptr ? "" : variable;
-  if (limit == "default") return winograd::run_block_anywhere<T>;
-  if (limit != "avx2" && has_avx512()) return winograd::run_block_avx512<T>;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return winograd::run_block_avx2<T>;
+  if (best_instruction_set() == InstructionSet::kAvx512) return winograd::run_block_avx512<T>;
+  if (best_instruction_set() == InstructionSet::kAvx2) return winograd::run_block_avx2<T>;
 #endif
   return winograd::run_block_anywhere<T>;
-}
-
-// A thread's scratch, kept from call to call: it only grows, to a few megabytes.
-float* scratch(int64_t floats) {
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-    size = memory == nullptr ? 0 : floats;
-    STD_TORCH_CHECK(memory != nullptr, kOp, ": no memory for ", bytes, " bytes of scratch");
-  }
-  return memory.get();
-}
-
-winograd::Activation parse_activation(const std::string& name) {
-  if (name == "none") return winograd::Activation::kNone;
-  if (name == "relu") return winograd::Activation::kRelu;
-  STD_TORCH_CHECK(name == "relu6", kOp, ": unknown activation ", name, "; known ones are none, relu, relu6");
-  return winograd::Activation::kRelu6;
-}
-
-void check_float(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, kOp, ": ", name, " must be float32");
 }
 
 winograd::Shape shape_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& padding,
@@ -92,18 +53,16 @@ winograd::Shape shape_of(const Tensor& x, const Tensor& weight, const std::vecto
 }
 
 template <class T>
-void run(const winograd::Shape& s, const Tensor& x, const Tensor& weight, const float* bias,
-         const std::optional<Tensor>& residual, winograd::Activation activation, const Tensor& out) {
+void run(const winograd::Shape& s, const Tensor& x, const Tensor& weight, const Epilogue<T>& epilogue,
+         const Tensor& out) {
   const T* from = static_cast<const T*>(x.const_data_ptr());
-  const T* added = residual.has_value() ? static_cast<const T*>(residual->const_data_ptr()) : nullptr;
   const float* points = static_cast<const float*>(weight.const_data_ptr());
   T* to = static_cast<T*>(out.mutable_data_ptr());
-  const winograd::Epilogue<T> epilogue{bias, added, activation};
   static const RunBlock<T> run_block = best_for_this_cpu<T>();
   const winograd::Blocks blocks(s, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
-      float* own = scratch(winograd::scratch_floats(s, blocks.tiles, blocks.columns));
+      float* own = scratch(kOp, winograd::scratch_floats(s, blocks.tiles, blocks.columns));
       run_block(s, from, points, epilogue, blocks.at(s, index), own, to);
     }
   });
@@ -112,28 +71,17 @@ void run(const winograd::Shape& s, const Tensor& x, const Tensor& weight, const 
 // residual may be out.
 void winograd_conv(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
                    std::vector<int64_t> padding, std::string activation, Tensor out) {
-  check_float(weight, "weight");
+  check_float(kOp, weight, "weight");
   STD_TORCH_CHECK(x.scalar_type() == out.scalar_type(), kOp, ": x and out must have one dtype");
   const winograd::Shape s = shape_of(x, weight, padding, out);
-  const winograd::Activation parsed = parse_activation(activation);
-  const float* added = nullptr;
-  if (bias.has_value()) {
-    check_float(*bias, "bias");
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == s.K && bias->is_contiguous(), kOp,
-                    ": bias must be a contiguous vector with one value per output channel");
-    added = static_cast<const float*>(bias->const_data_ptr());
-  }
-  if (residual.has_value()) {
-    STD_TORCH_CHECK(
-        residual->scalar_type() == out.scalar_type() && same_sizes(*residual, out) && is_channels_last(*residual), kOp,
-        ": residual must have out's shape and dtype, in channels_last");
-  }
+  const Activation parsed = parse_activation(kOp, activation);
+  check_epilogue(kOp, bias, residual, out);
   if (s.N == 0) return;
   switch (x.scalar_type()) {
     case ScalarType::Float:
-      return run<float>(s, x, weight, added, residual, parsed, out);
+      return run(s, x, weight, epilogue_of<float>(bias, residual, parsed), out);
     case ScalarType::BFloat16:
-      return run<winograd::BFloat16>(s, x, weight, added, residual, parsed, out);
+      return run(s, x, weight, epilogue_of<BFloat16>(bias, residual, parsed), out);
     default:
       STD_TORCH_CHECK(false, kOp, ": the dtype must be float32 or bfloat16");
   }

@@ -9,12 +9,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
+
+#include "cpu_vectors.h"
 
 namespace fused_resnet {
 namespace winograd {
-
-#define FUSED_RESNET_INLINE inline __attribute__((always_inline))
 
 constexpr int kTile = 6, kOut = 4, kPoints = kTile * kTile;
 // The polynomials are evaluated at 0, +-1/sqrt(2), +-sqrt(2) and infinity: against 0, +-1, +-2 a fifth of the largest
@@ -23,20 +22,11 @@ constexpr float kRoot2 = 1.41421356f, kRootHalf = 0.70710678f;
 constexpr int kPanel = 16;  // columns that lie together in U
 constexpr int kPad = 16;    // floats between the 36 matrices, so that their rows do not share cache sets
 
-enum class Activation : int { kNone = 0, kRelu = 1, kRelu6 = 2 };
-
 struct Shape {
   int64_t N, H, W, C, K, P, Q, padding_h, padding_w;
   int64_t tiles_h() const { return (P + kOut - 1) / kOut; }
   int64_t tiles_w() const { return (Q + kOut - 1) / kOut; }
   int64_t tiles() const { return N * tiles_h() * tiles_w(); }
-};
-
-template <class T>
-struct Epilogue {
-  const float* bias;  // K values, or null
-  const T* residual;  // as the output, or null; may be the output
-  Activation activation;
 };
 
 // Tiles [tile_begin, tile_end) times columns [k_begin, k_end): what one thread computes at a time.
@@ -81,47 +71,6 @@ struct Blocks {
     return {tile, std::min(tile + tiles, s.tiles()), k, std::min(k + columns, s.K)};
   }
 };
-
-template <int kLanes>
-struct Lanes {
-  typedef float Vector __attribute__((vector_size(4 * kLanes)));
-  typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-  typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
-  typedef uint16_t Narrow __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
-};
-
-// bfloat16 as its bits.
-struct BFloat16 {
-  uint16_t bits;
-};
-
-template <int kLanes>
-FUSED_RESNET_INLINE void load(const float* from, typename Lanes<kLanes>::Vector* to) {
-  *to = *reinterpret_cast<const typename Lanes<kLanes>::Unaligned*>(from);
-}
-
-template <int kLanes>
-FUSED_RESNET_INLINE void load(const BFloat16* from, typename Lanes<kLanes>::Vector* to) {
-  using L = Lanes<kLanes>;
-  const auto narrow = *reinterpret_cast<const typename L::Narrow*>(from);
-  *to = reinterpret_cast<typename L::Vector>(__builtin_convertvector(narrow, typename L::Bits) << 16);
-}
-
-template <int kLanes>
-FUSED_RESNET_INLINE void store(const typename Lanes<kLanes>::Vector& value, float* to) {
-  *reinterpret_cast<typename Lanes<kLanes>::Unaligned*>(to) = value;
-}
-
-// Nearest, ties to even; NaN by itself, since rounding could carry it to infinity.
-template <int kLanes>
-FUSED_RESNET_INLINE void store(const typename Lanes<kLanes>::Vector& value, BFloat16* to) {
-  using L = Lanes<kLanes>;
-  const auto bits = reinterpret_cast<typename L::Bits>(value);
-  const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const auto quiet = typename L::Bits{} + 0x7fc0;
-  *reinterpret_cast<typename L::Narrow*>(to) =
-      __builtin_convertvector(value != value ? quiet : rounded, typename L::Narrow);
-}
 
 // One dimension of B^T d, for a vector of channels.
 template <class V>
@@ -270,17 +219,7 @@ FUSED_RESNET_INLINE void transform_output(const Shape& s, const float* m, const 
         V y[kOut];
         transform_output_1d(half + i * kTile, 1, y, 1);
         for (int64_t j = 0; j < width; ++j) {
-          const int64_t at = corner + (i * s.Q + j) * s.K + k;
-          V value = y[j] + bias;
-          if (epilogue.residual != nullptr) {
-            V residual;
-            load<kLanes>(epilogue.residual + at, &residual);
-            value += residual;
-          }
-          // NaN compares false and stays
-          if (epilogue.activation != Activation::kNone) value = value < 0.f ? V{} : value;
-          if (epilogue.activation == Activation::kRelu6) value = value > 6.f ? V{} + 6.f : value;
-          store<kLanes>(value, out + at);
+          finish<kLanes>(y[j] + bias, epilogue, corner + (i * s.Q + j) * s.K + k, kLanes, out);
         }
       }
     }
@@ -299,16 +238,14 @@ FUSED_RESNET_INLINE void run_block(const Shape& s, const T* x, const float* u, c
 
 #if defined(__x86_64__)
 template <class T>
-__attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512"))) void run_block_avx512(
-    const Shape& s, const T* x, const float* u, const Epilogue<T>& epilogue, const Block& block, float* scratch,
-    T* out) {
+FUSED_RESNET_AVX512 void run_block_avx512(const Shape& s, const T* x, const float* u, const Epilogue<T>& epilogue,
+                                          const Block& block, float* scratch, T* out) {
   run_block<16, 2, 14>(s, x, u, epilogue, block, scratch, out);
 }
 
 template <class T>
-__attribute__((target("avx2,fma"))) void run_block_avx2(const Shape& s, const T* x, const float* u,
-                                                        const Epilogue<T>& epilogue, const Block& block, float* scratch,
-                                                        T* out) {
+FUSED_RESNET_AVX2 void run_block_avx2(const Shape& s, const T* x, const float* u, const Epilogue<T>& epilogue,
+                                      const Block& block, float* scratch, T* out) {
   run_block<8, 1, 6>(s, x, u, epilogue, block, scratch, out);
 }
 #endif

@@ -14,6 +14,11 @@ from typing import Any, NamedTuple, Optional, Sequence
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"cuda": "csrc", "triton": "fused_resnet/triton_kernels"}
+# by backend, what each of our CPU kernels is made from
+CPU_SOURCES = {
+    name: ("csrc/cpu_conv.h", f"csrc/cpu_{name}.cpp", "csrc/cpu_vectors.h", f"csrc/{name}.h")
+    for name in ("winograd", "grouped")
+}
 _SUFFIXES = {".cu", ".cuh", ".h", ".cpp", ".py"}
 
 
@@ -49,13 +54,16 @@ def digests(root: Path = ROOT, backends: Sequence[str] = tuple(FOLDERS)) -> dict
 
 # beside the kernels: tools that compile or emulate them, and code for CPUs
 _NO_KERNEL = re.compile(
-    r"/(aot|interpreter)\.py$|/(cpu_\w+|host_checks)\.cpp$|/(winograd\w*|emulated_device)\.h$"
+    r"/(aot|interpreter)\.py$|/(cpu_\w+|host_checks)\.cpp$|/(cpu_\w+|winograd|grouped|emulated_device)\.h$"
 ).search
 
 
 def kernel_digest(backend: str, root: Path = ROOT) -> Optional[str]:
-    """One digest of all that this backend's GPU kernels are made from, None where the sources are not there."""
-    sources = {file: digest for file, digest in digests(root, [backend]).items() if not _NO_KERNEL(file)}
+    """One digest of all that this backend's kernels are made from, None where the sources are not there."""
+    if backend in CPU_SOURCES:
+        sources = {file: digest for file, digest in digests(root, ["cuda"]).items() if file in CPU_SOURCES[backend]}
+    else:
+        sources = {file: digest for file, digest in digests(root, [backend]).items() if not _NO_KERNEL(file)}
     return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:16] if sources else None
 
 

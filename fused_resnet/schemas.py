@@ -26,6 +26,8 @@ KERNELS = {
         "cpu_add_relu": "(Tensor a, Tensor b, Tensor(a!) out) -> ()",
         "cpu_winograd": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] padding, str activation, "
         "Tensor(a!) out) -> ()",
+        "cpu_grouped_conv": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, "
+        "str activation, Tensor(a!) out) -> ()",
         "cpu_max_pool2d": "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, Tensor(a!) out) -> ()",
     },
     "cuda": {

@@ -358,8 +358,9 @@ def _identical(a: Tensor, b: Tensor) -> bool:
 def random_case(rng: random.Random, device: str = "cpu", *, is_common: bool = False) -> Case:
     """A whole problem: shapes, window, epilogue, dtypes, memory layouts and values, awkward ones on purpose.
 
-    is_common: a convolution as plans of ResNets have it, with awkward sizes and values all the same: fp32, a bias, a
-    3x3 window of stride 1, channels in sixteens. Kernels for just those see too few of the others.
+    is_common: a convolution as plans of ResNets have it, with awkward sizes and values all the same: fp32 or bf16, no
+    BN, a 3x3 window, either of stride 1 with channels in sixteens, or with groups as wide as ResNeXt's. Kernels for
+    just those see too few of the others.
     """
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
     draw = _Draw(rng, generator, device)
@@ -477,7 +478,12 @@ def _common_window(rng: random.Random) -> tuple[tuple[Pair, Pair, Pair, int], tu
     padding = _pair(rng, (1, 1, 1, 0, 2, 7))
     N, C, K = rng.choice((0, 1, 1, 2, 3)), 16 * rng.randint(1, 6), 16 * rng.randint(1, 6)
     H, W = (rng.randint(max(1, 3 - 2 * pad), 23) for pad in padding)
-    return ((1, 1), padding, (1, 1), 1), (N, C, H, W, K, 3, 3)
+    stride, groups = (1, 1), 1
+    if rng.random() < 0.4:
+        stride, width = _pair(rng, (1, 2)), rng.choice((4, 8, 16, 32))
+        groups = rng.randint(2, max(2, 96 // width))
+        C = K = groups * width
+    return (stride, padding, (1, 1), groups), (N, C, H, W, K, 3, 3)
 
 
 def _random_dtype(rng: random.Random) -> torch.dtype:

@@ -179,7 +179,10 @@ def test_pointwise_kernels_move_16_bytes_at_a_time(compiled):
         assert re.search(r"STG\.E\.128", instructions), name
 
 
-@pytest.mark.parametrize("header", ["problem.h", "heuristics.h", "tile_layout.h", "conv_arguments.h", "kernels.h"])
+@pytest.mark.parametrize("header", [
+    "problem.h", "heuristics.h", "tile_layout.h", "conv_arguments.h", "kernels.h", "cpu_vectors.h", "winograd.h",
+    "grouped.h",
+])  # fmt: skip
 def test_headers_stand_alone_without_cuda_or_torch(header, tmp_path):
     """In C++17, with no include path but the standard one."""
     compiler = shutil.which("g++") or shutil.which("clang++")

@@ -49,7 +49,7 @@ def error(actual, x, weight, bias, residual=None, padding=1):
 
 
 def test_random_problems():
-    report = testing.verify(80, seed=7, backends=["winograd"], is_common=True)
+    report = testing.verify(120, seed=7, backends=["winograd"], is_common=True)
     assert report.passed, str(report)
     assert report.backends["conv_bn_act/winograd"].ok > 40
 
@@ -59,7 +59,7 @@ def test_random_problems():
 def test_random_problems_on_every_instruction_set(capability):
     command = [sys.executable, "-m", "fused_resnet", "verify", "--common", "--backend", "winograd", "--json"]
     done = subprocess.run(
-        [*command, "--problems", "300", "--seed", "11"], env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        [*command, "--problems", "450", "--seed", "11"], env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -136,6 +136,10 @@ def test_auto_takes_it_in_plans_where_it_pays():
     late = problem_of(C=512, K=512, H=7, W=7)
     assert chosen(late._replace(N=8), in_plan=True) == "winograd"
     assert chosen(late, in_plan=True) != "winograd"  # 38 MB of weights for four tiles
+    half = problem_of(C=256, K=256, H=28, W=28)._replace(dtype=torch.bfloat16)
+    assert chosen(half, in_plan=True) == "winograd"
+    assert chosen(half._replace(H=17, W=17), in_plan=True) != "winograd"  # a quarter of the tiles lies outside
+    assert chosen(half._replace(C=192, K=192, H=17, W=17), in_plan=True) == "winograd"
 
 
 def test_plans_use_it_and_sum_in_place():

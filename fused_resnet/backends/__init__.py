@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_resnet import ops
 from fused_resnet.backends.addition import ADD_RELU
 from fused_resnet.backends.eager import EAGER, EagerConfig, activate_, channels_last
+from fused_resnet.backends.grouped import GROUPED
 from fused_resnet.backends.nvidia import CUBLASLT, CUDA, CUDNN, TRITON
 from fused_resnet.backends.onednn import ONEDNN, onednn_missing
 from fused_resnet.backends.winograd import WINOGRAD
@@ -36,7 +37,7 @@ __all__ = [
 ]  # fmt: skip
 
 # In the order in which auto tries them. On CUDA no kernel of ours is there yet: none has been verified on a GPU.
-for _backend in (WINOGRAD, ONEDNN, CUDNN, CUDA, CUBLASLT, TRITON, EAGER):
+for _backend in (WINOGRAD, GROUPED, ONEDNN, CUDNN, CUDA, CUBLASLT, TRITON, EAGER):
     register("conv_bn_act", _backend)
 for _backend in ADD_RELU:
     register("add_relu", _backend)

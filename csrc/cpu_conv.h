@@ -1,0 +1,63 @@
+// What the operators of the CPU's own convolutions share: checks of their epilogue's operands, and scratch memory.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "cpu_vectors.h"
+#include "operators.h"
+
+namespace fused_resnet {
+
+// A thread's scratch, kept from call to call: it only grows, to a few megabytes.
+inline float* scratch(const char* op, int64_t floats) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local int64_t size = 0;
+  if (size < floats) {
+    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    size = memory == nullptr ? 0 : floats;
+    STD_TORCH_CHECK(memory != nullptr, op, ": no memory for ", bytes, " bytes of scratch");
+  }
+  return memory.get();
+}
+
+inline Activation parse_activation(const char* op, const std::string& name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  STD_TORCH_CHECK(name == "relu6", op, ": unknown activation ", name, "; known ones are none, relu, relu6");
+  return Activation::kRelu6;
+}
+
+inline void check_float(const char* op, const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float, op, ": ", name, " must be float32");
+}
+
+inline void check_epilogue(const char* op, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                           const Tensor& out) {
+  if (bias.has_value()) {
+    check_float(op, *bias, "bias");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out.size(1) && bias->is_contiguous(), op,
+                    ": bias must be a contiguous vector with one value per output channel");
+  }
+  if (residual.has_value()) {
+    STD_TORCH_CHECK(
+        residual->scalar_type() == out.scalar_type() && same_sizes(*residual, out) && is_channels_last(*residual), op,
+        ": residual must have out's shape and dtype, in channels_last");
+  }
+}
+
+// After check_epilogue; out is a tensor of T.
+template <class T>
+Epilogue<T> epilogue_of(const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                        Activation activation) {
+  return {bias.has_value() ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
+          residual.has_value() ? static_cast<const T*>(residual->const_data_ptr()) : nullptr, activation};
+}
+
+}  // namespace fused_resnet

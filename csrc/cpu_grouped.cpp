@@ -1,0 +1,96 @@
+// cpu_grouped_conv: a grouped 3x3 convolution with bias, residual and activation in one pass.
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu_conv.h"
+#include "grouped.h"
+
+namespace fused_resnet {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+constexpr const char* kOp = "cpu_grouped_conv";
+constexpr int64_t kGrainProducts = 1 << 18;  // a few microseconds of arithmetic for each thread at least
+
+template <class T>
+using RunRows = void (*)(const grouped::Shape&, const T*, const float*, const Epilogue<T>&, int64_t, int64_t, float*,
+                         T*);
+
+template <class T>
+RunRows<T> best_for_this_cpu() {
+#if defined(__x86_64__)
+  if (best_instruction_set() == InstructionSet::kAvx512) return grouped::run_rows_avx512<T>;
+  if (best_instruction_set() == InstructionSet::kAvx2) return grouped::run_rows_avx2<T>;
+#endif
+  return grouped::run_rows_anywhere<T>;
+}
+
+grouped::Shape shape_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
+                        const std::vector<int64_t>& padding, const Tensor& out) {
+  STD_TORCH_CHECK(is_channels_last(x) && is_channels_last(out), kOp, ": x and out must be channels_last");
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2, kOp, ": stride and padding must have 2 values");
+  for (int i = 0; i < 2; ++i) {
+    STD_TORCH_CHECK(stride[i] == 1 || stride[i] == 2, kOp, ": stride must be 1 or 2");
+    STD_TORCH_CHECK(padding[i] >= 0, kOp, ": padding must be at least 0");
+  }
+  const int64_t C = x.size(1), width = weight.dim() == 5 ? weight.size(2) : 0;
+  STD_TORCH_CHECK(
+      width > 0 && weight.is_contiguous() && weight.size(0) == (C + grouped::kPanel - 1) / grouped::kPanel &&
+          weight.size(1) == grouped::kTaps && weight.size(3) == grouped::kTaps && weight.size(4) == grouped::kPanel,
+      kOp, ": weight must be packed as (C/16, 3, C/groups, 3, 16)");
+  STD_TORCH_CHECK(width == 4 || width == 8 || width % grouped::kPanel == 0, kOp,
+                  ": a group must have 4 or 8 channels, or a multiple of 16");
+  STD_TORCH_CHECK(C % width == 0, kOp, ": x's channels must be whole groups");
+  const int64_t room_h = x.size(2) + 2 * padding[0] - grouped::kTaps;
+  const int64_t room_w = x.size(3) + 2 * padding[1] - grouped::kTaps;
+  STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, kOp, ": the output would be empty");
+  const grouped::Shape s{
+      x.size(0), x.size(2), x.size(3),  C,         width, room_h / stride[0] + 1, room_w / stride[1] + 1,
+      stride[0], stride[1], padding[0], padding[1]};
+  STD_TORCH_CHECK(out.size(0) == s.N && out.size(1) == s.C && out.size(2) == s.P && out.size(3) == s.Q, kOp,
+                  ": out has the wrong shape");
+  return s;
+}
+
+template <class T>
+void run(const grouped::Shape& s, const Tensor& x, const Tensor& weight, const Epilogue<T>& epilogue,
+         const Tensor& out) {
+  const T* from = static_cast<const T*>(x.const_data_ptr());
+  const float* panels = static_cast<const float*>(weight.const_data_ptr());
+  T* to = static_cast<T*>(out.mutable_data_ptr());
+  static const RunRows<T> run_rows = best_for_this_cpu<T>();
+  const int64_t grain = std::max<int64_t>(1, kGrainProducts / s.row_products());
+  torch::stable::parallel_for(0, s.rows(), grain, [&](int64_t begin, int64_t end) {
+    run_rows(s, from, panels, epilogue, begin, end, scratch(kOp, grouped::scratch_floats(s)), to);
+  });
+}
+
+// residual may be out.
+void grouped_conv(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+                  std::vector<int64_t> stride, std::vector<int64_t> padding, std::string activation, Tensor out) {
+  check_float(kOp, weight, "weight");
+  STD_TORCH_CHECK(x.scalar_type() == out.scalar_type(), kOp, ": x and out must have one dtype");
+  const grouped::Shape s = shape_of(x, weight, stride, padding, out);
+  const Activation parsed = parse_activation(kOp, activation);
+  check_epilogue(kOp, bias, residual, out);
+  if (s.N == 0) return;
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return run(s, x, weight, epilogue_of<float>(bias, residual, parsed), out);
+    case ScalarType::BFloat16:
+      return run(s, x, weight, epilogue_of<BFloat16>(bias, residual, parsed), out);
+    default:
+      STD_TORCH_CHECK(false, kOp, ": the dtype must be float32 or bfloat16");
+  }
+}
+
+}  // namespace
+}  // namespace fused_resnet
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
+  m.impl("cpu_grouped_conv", TORCH_BOX(&fused_resnet::grouped_conv));
+}

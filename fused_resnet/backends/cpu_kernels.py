@@ -1,0 +1,56 @@
+"""What the CPU's convolutions of csrc have in common: what they ask of a problem, and how plans call them."""
+
+from __future__ import annotations
+
+from typing import Callable, Optional
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends.eager import channels_last
+from fused_resnet.problem import ConvProblem, dtype_name
+from fused_resnet.registry import NEEDS_FOLDED_BN
+
+PANEL = 16  # output channels that lie together in their weights
+_ACTIVATIONS = ("none", "relu", "relu6")
+
+
+def why_no_kernel(problem: ConvProblem) -> Optional[str]:
+    """Why none of them runs this problem, whatever its window."""
+    p = problem
+    if p.device != "cpu":
+        return f"it runs on the CPU, the tensors are on {p.device}"
+    if p.dtype not in (torch.float32, torch.bfloat16):
+        return f"{dtype_name(p.dtype)} is not supported (float32, bfloat16 are)"
+    if p.has_bn:
+        return NEEDS_FOLDED_BN
+    if p.activation not in _ACTIVATIONS:
+        return f"its activations are {', '.join(_ACTIVATIONS)}, not {p.activation}"
+    return None
+
+
+def bind_kernel(
+    kernel: Callable[..., None],
+    window: tuple,
+    problem: ConvProblem,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    into_residual: bool,
+) -> Callable[..., Tensor]:
+    """As `onednn_convolution`, with a kernel (x, weight, bias, residual, *window, activation, out).
+
+    bf16 activations are widened, summed in fp32 and rounded once. weight: packed.
+    """
+    activation, shape, dtype = problem.activation, problem.output_shape, problem.dtype
+    bias = None if bias is None else bias.float().contiguous()
+
+    def run(x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        residual = None if residual is None else channels_last(residual)
+        if into_residual and residual is not None:
+            out = residual
+        else:
+            out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+        kernel(channels_last(x), weight, bias, residual, *window, activation, out)
+        return out
+
+    return run
