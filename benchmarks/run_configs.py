@@ -57,7 +57,8 @@ def run(problem: ConvProblem, name: str, config: dict[str, Any], device: str) ->
     """("right", "wrong" or "not run"; why)."""
     backend = backends.known("conv_bn_act")[name]
     reason = backend.why_not(problem)
-    legal = [] if reason or backend.configs is None else backend.configs(problem)
+    choices = backend.legal or backend.configs  # also what was tuned for another batch
+    legal = choices(problem) if choices and not reason else []
     found = next((one for one in legal if one._asdict() == config), None)
     if found is None:
         return "not run", reason or "there is no such config for two images"

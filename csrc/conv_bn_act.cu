@@ -1,4 +1,4 @@
-// Chooses a tile for the problem and the device, and launches its kernel.
+// Launches the convolution kernel of a tile, and says which tiles a device can run.
 #include <atomic>
 #include <stdexcept>
 #include <string>
@@ -62,7 +62,7 @@ void launch_tile(int tile, bool is_aligned, const ConvArguments& args, int devic
 }
 
 template <class Element>
-void launch_element(ConvArguments args, int device, cudaStream_t stream) {
+void launch_element(ConvArguments args, int tile, int device, cudaStream_t stream) {
   constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(Element));
   const ConvShape& s = args.shape;
   const bool is_aligned =
@@ -74,8 +74,9 @@ void launch_element(ConvArguments args, int device, cudaStream_t stream) {
     throw std::runtime_error("cuda_conv_bn_act: one image of x has too many elements for 32-bit offsets.");
   }
   const GemmSize size = gemm_size(s, sizeof(Element));
-  const int tile = choose_tile(size, device_limits(device), is_aligned, args.splits);
-  if (tile < 0) throw std::runtime_error("cuda_conv_bn_act: no tile fits this device's shared memory.");
+  if (const char* reason = why_illegal(kTiles[tile], device_limits(device), is_aligned)) {
+    throw std::runtime_error("cuda_conv_bn_act: tile " + std::to_string(tile) + " cannot run this: " + reason + ".");
+  }
   const int64_t blocks = num_blocks(kTiles[tile], size) * args.splits;
   if (blocks > INT32_MAX) throw std::runtime_error("cuda_conv_bn_act: the output needs more than 2^31 - 1 blocks.");
   const int64_t sum_blocks = args.splits > 1 ? num_sum_blocks(s, kChunk) : 0;
@@ -91,12 +92,14 @@ void launch_element(ConvArguments args, int device, cudaStream_t stream) {
 
 }  // namespace
 
-int conv_bn_act_splits(const ConvShape& shape, int element_bytes, int device) {
-  const bool is_aligned = shape.group_channels % (kChunkBytes / element_bytes) == 0;
-  return choose_splits(gemm_size(shape, element_bytes), device_limits(device), is_aligned);
+std::vector<ConvConfig> conv_bn_act_configs(const ConvShape& shape, int element_bytes, bool is_aligned, int device) {
+  is_aligned = is_aligned && shape.group_channels % (kChunkBytes / element_bytes) == 0;
+  auto configs = legal_configs(gemm_size(shape, element_bytes), device_limits(device), is_aligned);
+  if (configs.empty()) throw std::runtime_error("cuda_conv_bn_act: no tile fits this device's shared memory.");
+  return configs;
 }
 
-void launch_conv_bn_act(const ConvArguments& args, Dtype dtype, int device, void* stream) {
+void launch_conv_bn_act(const ConvArguments& args, int tile, Dtype dtype, int device, void* stream) {
   if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 8) {
     throw std::runtime_error("cuda_conv_bn_act: compute capability 8.0 or later is needed.");
   }
@@ -104,13 +107,13 @@ void launch_conv_bn_act(const ConvArguments& args, Dtype dtype, int device, void
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (dtype) {
     case Dtype::kFloat32:
-      launch_element<float>(args, device, cuda_stream);
+      launch_element<float>(args, tile, device, cuda_stream);
       break;
     case Dtype::kFloat16:
-      launch_element<Half>(args, device, cuda_stream);
+      launch_element<Half>(args, tile, device, cuda_stream);
       break;
     case Dtype::kBFloat16:
-      launch_element<BFloat16>(args, device, cuda_stream);
+      launch_element<BFloat16>(args, tile, device, cuda_stream);
       break;
   }
 }

@@ -124,7 +124,8 @@ Activation parse_activation(const std::string& name) {
 void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
                  std::optional<Tensor> bn_mean, std::optional<Tensor> bn_var, double eps, std::optional<Tensor> bias,
                  std::optional<Tensor> residual, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
-                 std::string activation, bool allow_tf32, std::optional<Tensor> partials, Tensor out) {
+                 std::string activation, bool allow_tf32, int64_t tile, std::optional<Tensor> partials, Tensor out) {
+  STD_TORCH_CHECK(tile >= 0 && tile < kNumTiles, kConv, ": there is no tile ", tile);
   ConvArguments args{};
   args.shape = shape_of(sizes_of(x), sizes_of(weight), stride, padding, dilation, groups);
   const ConvShape& s = args.shape;
@@ -165,21 +166,27 @@ void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::
     args.partials = static_cast<float*>(partials->mutable_data_ptr());
   }
   const DeviceGuard guard(x.get_device_index());
-  launch_conv_bn_act(args, dtype, x.get_device_index(), current_stream(x));
+  launch_conv_bn_act(args, static_cast<int>(tile), dtype, x.get_device_index(), current_stream(x));
 }
 
-int64_t conv_splits(Sizes x, Sizes weight, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
-                    int64_t element_bytes, int64_t device) {
+// tile, splits, tile, splits, ...
+std::vector<int64_t> conv_configs(Sizes x, Sizes weight, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
+                                  int64_t element_bytes, bool is_aligned, int64_t device) {
   const ConvShape shape = shape_of(x, weight, stride, padding, dilation, groups);
   STD_TORCH_CHECK(element_bytes == 2 || element_bytes == 4, kConv, ": elements have 2 or 4 bytes");
-  return conv_bn_act_splits(shape, static_cast<int>(element_bytes), as_int32("device", device));
+  std::vector<int64_t> flat;
+  for (const ConvConfig& config :
+       conv_bn_act_configs(shape, static_cast<int>(element_bytes), is_aligned, as_int32("device", device))) {
+    flat.insert(flat.end(), {config.tile, config.splits});
+  }
+  return flat;
 }
 
 }  // namespace
 }  // namespace fused_resnet
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CompositeExplicitAutograd, m) {
-  m.impl("cuda_conv_splits", TORCH_BOX(&fused_resnet::conv_splits));
+  m.impl("cuda_conv_configs", TORCH_BOX(&fused_resnet::conv_configs));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CUDA, m) {

@@ -1,8 +1,10 @@
-// The tiles the convolution kernel is compiled for, which of them a device can run, and which one to take.
+// The tiles the convolution kernel is compiled for, which of them a device can run, and which should be the cheapest.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "problem.h"
 
@@ -146,36 +148,25 @@ inline double estimated_cycles(const Tile& t, const GemmSize& size, const Device
   return first + kSecondKernelCycles + to_add;
 }
 
-// Index into kTiles of the cheapest legal tile, or -1 if the device can run none.
-inline int choose_tile(const GemmSize& size, const DeviceLimits& device, bool is_aligned, int splits) {
-  int best = -1;
-  double best_cycles = 0;
-  for (int i = 0; i < kNumTiles; ++i) {
-    if (why_illegal(kTiles[i], device, is_aligned) != nullptr) continue;
-    const double cycles = estimated_cycles(kTiles[i], size, device, splits);
-    if (best < 0 || cycles < best_cycles) {
-      best = i;
-      best_cycles = cycles;
-    }
-  }
-  return best;
-}
+// How to compute a problem: with which of kTiles, and in how many parts of the reduction.
+struct ConvConfig {
+  int tile, splits;
+};
 
-// Into how many parts to split the reduction; 1 also where the device can run no tile.
-inline int choose_splits(const GemmSize& size, const DeviceLimits& device, bool is_aligned) {
+// Every config that the device can run, the cheapest first.
+inline std::vector<ConvConfig> legal_configs(const GemmSize& size, const DeviceLimits& device, bool is_aligned) {
+  std::vector<std::pair<double, ConvConfig>> found;
   const int most = static_cast<int>(std::min<int64_t>(kMostSplits, num_stages(size)));
-  int best = 1;
-  double best_cycles = 0;
   for (int splits = 1; splits <= most && (splits == 1 || partial_bytes(size, splits) <= kMostPartialBytes); ++splits) {
-    const int tile = choose_tile(size, device, is_aligned, splits);
-    if (tile < 0) return 1;
-    const double cycles = estimated_cycles(kTiles[tile], size, device, splits);
-    if (splits == 1 || cycles < best_cycles) {
-      best = splits;
-      best_cycles = cycles;
+    for (int tile = 0; tile < kNumTiles; ++tile) {
+      if (why_illegal(kTiles[tile], device, is_aligned) != nullptr) continue;
+      found.push_back({estimated_cycles(kTiles[tile], size, device, splits), {tile, splits}});
     }
   }
-  return best;
+  std::stable_sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::vector<ConvConfig> configs;
+  for (const auto& [cycles, config] : found) configs.push_back(config);
+  return configs;
 }
 
 }  // namespace fused_resnet

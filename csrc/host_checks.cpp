@@ -243,16 +243,15 @@ PYBIND11_MODULE(_host_checks, m) {
     return reason ? std::optional<std::string>(reason) : std::nullopt;
   });
   m.def(
-      "choose_tile",
+      "legal_configs",
       [](int64_t rows, int64_t columns, int64_t reduction_bytes, int64_t groups, const DeviceLimits& device,
-         bool is_aligned,
-         int splits) { return choose_tile({rows, columns, reduction_bytes, groups}, device, is_aligned, splits); },
-      py::arg("rows"), py::arg("columns"), py::arg("reduction_bytes"), py::arg("groups"), py::arg("device"),
-      py::arg("is_aligned"), py::arg("splits") = 1);
-  m.def(
-      "choose_splits",
-      [](int64_t rows, int64_t columns, int64_t reduction_bytes, int64_t groups, const DeviceLimits& device,
-         bool is_aligned) { return choose_splits({rows, columns, reduction_bytes, groups}, device, is_aligned); },
+         bool is_aligned) {
+        std::vector<std::pair<int, int>> pairs;  // tile, splits
+        for (const auto& [tile, splits] : legal_configs({rows, columns, reduction_bytes, groups}, device, is_aligned)) {
+          pairs.emplace_back(tile, splits);
+        }
+        return pairs;
+      },
       py::arg("rows"), py::arg("columns"), py::arg("reduction_bytes"), py::arg("groups"), py::arg("device"),
       py::arg("is_aligned"));
   m.attr("MOST_SPLITS") = kMostSplits;

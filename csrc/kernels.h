@@ -3,16 +3,20 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "conv_arguments.h"
+#include "heuristics.h"
 
 namespace fused_resnet {
 
-// Into how many parts launch_conv_bn_act had best split the reduction on this device (ConvArguments::splits).
-int conv_bn_act_splits(const ConvShape& shape, int element_bytes, int device);
+// What launch_conv_bn_act can run on this device, the cheapest first; never empty. is_aligned: x and weight start at
+// multiples of 16 bytes.
+std::vector<ConvConfig> conv_bn_act_configs(const ConvShape& shape, int element_bytes, bool is_aligned, int device);
 
-// The operands' pointers need only the alignment of their elements. Throws if the device is older than sm_80.
-void launch_conv_bn_act(const ConvArguments& args, Dtype dtype, int device, void* stream);
+// tile: of a legal config; args.splits may be any. The operands' pointers need only the alignment of their elements.
+// Throws if the device cannot run the tile, or is older than sm_80.
+void launch_conv_bn_act(const ConvArguments& args, int tile, Dtype dtype, int device, void* stream);
 
 void launch_add_relu(const void* a, const void* b, void* out, int64_t numel, Dtype dtype, void* stream);
 void launch_add_relu_backward(const void* grad, const void* out, void* grad_input, int64_t numel, Dtype dtype,

@@ -26,6 +26,11 @@ class Placed(NamedTuple):
     config: Optional[TritonConfig]
     writes_row_space: bool = False
 
+    @property
+    def wants_row_space(self) -> bool:
+        """Whether its kernel reads x from row space alone: any other x would be copied there at every call."""
+        return self.config is not None and self.config.form == "rows_tma"
+
     def run(self, operands: ConvOperands) -> Tensor:
         """x and the residual are NHWC or in row space, as whoever made them decided."""
         p = self.problem
@@ -64,13 +69,13 @@ def _belongs_in_row_space(node: fx.Node, convs: Mapping[fx.Node, Placed]) -> boo
     """Whether somebody reads it as the input of a rows_tma, and nobody who cannot."""
     readers = [convs.get(user) for user in node.users]
     inputs = [convs[user] for user in node.users if user in convs and user.args[0] is node]
-    wanted = any(conv.config is not None and conv.config.form == "rows_tma" for conv in inputs)
+    wanted = any(conv.wants_row_space for conv in inputs)
     return wanted and all(readers) and all(_reads_row_space(conv) for conv in inputs)
 
 
 def _reads_row_space(conv: Placed) -> bool:
     """Whether its kernel takes x from row space. A residual may lie there for every kernel."""
-    return conv_configs.is_gemm(conv.problem) or (conv.config is not None and conv.config.form == "rows_tma")
+    return conv_configs.is_gemm(conv.problem) or conv.wants_row_space
 
 
 def _suits(config: TritonConfig, reads_row_space: bool, writes_row_space: bool) -> bool:

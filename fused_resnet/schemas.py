@@ -33,12 +33,12 @@ KERNELS = {
     "cuda": {
         "cuda_add_relu": "(Tensor a, Tensor b, Tensor(a!) out) -> ()",
         "cuda_add_relu_backward": "(Tensor grad, Tensor out, Tensor(a!) grad_input) -> ()",
-        # partials: (splits, values of out) in fp32, where cuda_conv_splits says more than 1
-        "cuda_conv_bn_act": f"({_CONV_OPERANDS}, bool allow_tf32, Tensor(a!)? partials, Tensor(b!) out) -> ()".replace(
-            "SymInt", "int"
-        ),
-        "cuda_conv_splits": "(int[4] x, int[4] weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-        "int element_bytes, int device) -> int",
+        # partials: (splits, values of out) in fp32, for a config with more than one
+        "cuda_conv_bn_act": f"({_CONV_OPERANDS}, bool allow_tf32, int tile, Tensor(a!)? partials, Tensor(b!) out) "
+        "-> ()".replace("SymInt", "int"),
+        # tile, splits, tile, splits, ...: all that the device can run, the likeliest first
+        "cuda_conv_configs": "(int[4] x, int[4] weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+        "int element_bytes, bool is_aligned, int device) -> int[]",
     },
 }
 

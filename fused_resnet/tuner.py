@@ -2,9 +2,10 @@
 
 A candidate is a backend with one of its configs. What cannot win by arithmetic is dropped, what remains is compiled
 ahead, held against the reference (a wrong one is recorded and never chosen), and timed in turn with the others from
-cold caches, on CUDA by replaying a graph. The backend of the fixed order is always among them and keeps its place
-unless another one beats it by MARGIN. Winners are written after each convolution; a journal keeps every check and
-row, so that a process that was interrupted goes on where it stopped.
+cold caches, on CUDA by replaying a graph. A time is what a plan pays for the launches, with x where the plan would have
+it (`bench.planned_call`). The backend of the fixed order is always among them and keeps its place unless another one
+beats it by MARGIN. Winners are written after each convolution; a journal keeps every check and row, so that a process
+that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import torch
 
-from fused_resnet import backends, bench, files, plan, timing, tuning
+from fused_resnet import backends, bench, files, timing, tuning
 from fused_resnet.journal import Journal
 from fused_resnet.precompile import Precompiler
 from fused_resnet.problem import ConvOperands, ConvProblem
@@ -140,10 +141,10 @@ class _Subject:
 
     def call(self, candidate: Candidate) -> Callable[[], torch.Tensor]:
         """The candidate as a frozen plan runs it, or with live BN as the operator does."""
-        selection, o = backends.Selection(*candidate), self.operands
+        selection = backends.Selection(*candidate)
         if self.problem.has_bn:
-            return functools.partial(selection.run, self.problem, o)
-        return functools.partial(plan.FrozenConv(self.problem, selection, o.weight, o.bias).bound(), o.x, o.residual)
+            return functools.partial(selection.run, self.problem, self.operands)
+        return bench.planned_call(self.problem, selection, self.operands)
 
     def error_ratio(self, candidate: Candidate, call: Callable[[], torch.Tensor]) -> float:
         return bench.error_ratio(bench.Prepared(call, self.images, self.case, candidate.backend.name))

@@ -280,21 +280,21 @@ cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 x, w, v = torch.randn(2, 8, 5, 5), torch.randn(16, 8, 3, 3), torch.rand(16)
 x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
 out = torch.empty(2, 16, 5, 5).contiguous(memory_format=torch.channels_last)
-good = [x, w, v, v, v, v, 1e-5, v, out, [1, 1], [1, 1], [1, 1], 1, "relu", True, None, out]
+good = [x, w, v, v, v, v, 1e-5, v, out, [1, 1], [1, 1], [1, 1], 1, "relu", True, 0, None, out]
 def conv(**change):
-    names = "x w bw bb bm bv eps bias residual stride padding dilation groups activation tf32 partials out".split()
+    names = "x w bw bb bm bv eps bias residual stride padding dilation groups activation tf32 tile partials out".split()
     return "cuda_conv_bn_act", [change.get(name, value) for name, value in zip(names, good)]
-def splits(groups, element_bytes):
-    return "cuda_conv_splits", [[2, 8, 5, 5], [16, 8, 3, 3], [1, 1], [1, 1], [1, 1], groups, element_bytes, 0]
+def configs(groups, element_bytes):
+    return "cuda_conv_configs", [[2, 8, 5, 5], [16, 8, 3, 3], [1, 1], [1, 1], [1, 1], groups, element_bytes, True, 0]
 calls = [
     ("cuda_add_relu", [x, x, x]), ("cuda_add_relu_backward", [x, x, x]), ("cuda_add_relu", [x, w, x]),
     conv(), conv(bw=None, bb=None, bm=None, bv=None, bias=None, residual=None), conv(groups=3), conv(stride=[1]),
     conv(padding=[2**40, 0]), conv(out=x), conv(residual=x), conv(stride=[0, 1]), conv(padding=[0, 0]),
-    splits(3, 2), splits(1, 8),
+    conv(tile=-1), conv(tile=4), configs(3, 2), configs(1, 8),
 ]
 assert {name for name, _ in calls} == set(schemas.KERNELS["cuda"])
 for name, args in calls:
-    key = "CompositeExplicitAutograd" if name == "cuda_conv_splits" else "CUDA"
+    key = "CompositeExplicitAutograd" if name == "cuda_conv_configs" else "CUDA"
     assert torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet::" + name, key)
     try:
         getattr(torch.ops.fused_resnet, name).default.redispatch(cuda, *args)
@@ -319,7 +319,7 @@ def test_cuda_operators_unpack_their_arguments_and_check_them(tmp_path):
         "b is on another device", "out is on another device", "one shape", "x is on another device",
         "x is on another device", "do not fit these groups", "must have 2 values", "padding is 1099511627776",
         "out has the wrong shape", "residual must have the shape", "must be positive", "out has the wrong shape",
-        "do not fit these groups", "elements have 2 or 4 bytes",
+        "there is no tile -1", "there is no tile 4", "do not fit these groups", "elements have 2 or 4 bytes",
     ]  # fmt: skip
     messages = result.stdout.splitlines()
     assert len(messages) == len(expected)

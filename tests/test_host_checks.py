@@ -4,6 +4,7 @@ The emulation takes the kernels as they are written and replaces only the machin
 and cp.async as the PTX ISA describes them. NaN lies in shared memory and around every buffer.
 """
 
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -251,21 +252,27 @@ def test_an_illegal_tile_names_the_hardware():
     st.integers(1, 10**7), st.integers(1, 4096), st.integers(1, 40000), st.sampled_from([1, 2, 32, 512]),
     st.sampled_from(sorted(SMEM_KB)), st.booleans(),
 )  # fmt: skip
-def test_the_chosen_tile_is_legal(rows, columns, reduction_bytes, groups, arch, is_aligned):
-    size = (rows, columns, reduction_bytes, groups, device(arch), is_aligned)
-    splits = checks.choose_splits(*size)
-    for chosen in (checks.choose_tile(*size), checks.choose_tile(*size, splits)):
-        assert chosen in TILES and checks.why_illegal(chosen, device(arch), is_aligned) is None
-    stages = -(-reduction_bytes // checks.STAGE_ROW_BYTES)
-    assert 1 <= splits <= min(checks.MOST_SPLITS, stages), "no part is empty"
-    assert splits == 1 or 4 * splits * rows * columns * groups <= checks.MOST_PARTIAL_BYTES
+def test_configs_are_every_legal_tile_in_every_number_of_parts(
+    rows, columns, reduction_bytes, groups, arch, is_aligned
+):
+    configs = checks.legal_configs(rows, columns, reduction_bytes, groups, device(arch), is_aligned)
+    tiles = [tile for tile in TILES if checks.why_illegal(tile, device(arch), is_aligned) is None]
+    stages = -(-reduction_bytes // checks.STAGE_ROW_BYTES)  # no part is empty
+    fits = [n for n in range(2, min(checks.MOST_SPLITS, stages) + 1)
+            if 4 * n * rows * columns * groups <= checks.MOST_PARTIAL_BYTES]  # fmt: skip
+    assert sorted(configs) == sorted(itertools.product(tiles, (1, *fits)))
 
 
-def test_the_chosen_tile_suits_the_problem():
+def likeliest(*size, splits=None):
+    """(tile, splits) of the cheapest config, or of the cheapest in so many parts."""
+    return next(one for one in checks.legal_configs(*size) if splits in (None, one[1]))
+
+
+def test_the_likeliest_tile_suits_the_problem():
     """ResNet-50 layers at batch 256 on 108 multiprocessors, and the narrow and small extremes."""
 
     def choose(rows, columns, reduction, groups=1):
-        return checks.tile(checks.choose_tile(rows, columns, 2 * reduction, groups, device("8.0"), True))
+        return checks.tile(likeliest(rows, columns, 2 * reduction, groups, device("8.0"), True, splits=1)[0])
 
     assert choose(256 * 56 * 56, 64, 576)["block_n"] == 64, "no wider than layer1's filters"
     assert choose(256 * 14 * 14, 1024, 256)["block_n"] == 128
@@ -277,13 +284,14 @@ def test_the_chosen_tile_suits_the_problem():
 def test_small_batches_are_split_over_the_device():
     """ResNet-50's 3x3 in layer4 on the 132 multiprocessors of an H200. What fills them anyway is not split."""
     gpu = device("9.0", 132)
-    chosen = {batch: checks.choose_splits(batch * 49, 512, 2 * 4608, 1, gpu, True) for batch in (1, 2, 4, 8, 64, 256)}
-    assert chosen[256] == chosen[64] == 1
-    tile = checks.tile(checks.choose_tile(49, 512, 2 * 4608, 1, gpu, True, chosen[1]))
-    blocks = chosen[1] * -(-49 // tile["block_m"]) * -(-512 // tile["block_n"])
+    chosen = {batch: likeliest(batch * 49, 512, 2 * 4608, 1, gpu, True) for batch in (1, 2, 4, 8, 64, 256)}
+    splits = {batch: one[1] for batch, one in chosen.items()}
+    assert splits[256] == splits[64] == 1
+    tile = checks.tile(chosen[1][0])
+    blocks = splits[1] * -(-49 // tile["block_m"]) * -(-512 // tile["block_n"])
     assert 66 <= blocks <= 132, "half of the multiprocessors at least, and in one round"
-    assert chosen[1] >= chosen[2] >= chosen[4] > 1
-    assert checks.choose_splits(49, 2048, 2 * 512, 1, gpu, True) == 1, "too short to pay for a second kernel"
+    assert splits[1] >= splits[2] >= splits[4] > 1
+    assert likeliest(49, 2048, 2 * 512, 1, gpu, True)[1] == 1, "too short to pay for a second kernel"
 
 
 @given(st.integers(1, 5000), st.integers(1, 40))
@@ -427,52 +435,110 @@ def test_conv_kernel_does_not_depend_on_timing(tile, splits, copies_land_early, 
     + [(name, dtype) for name in ("3x3, 9 steps of the ring", "stem") for dtype in ("bfloat16", "float32")],
 )
 def test_split_sums(name, dtype):
-    """Two parts, and more parts than there are steps: the same sums in another order."""
+    """Every tile in two parts, and in more parts than there are steps: the same sums in another order."""
     window = WINDOWS[name]
     operands = random_operands(window, dtype)
-    tile = next(tile for tile in (2, 1) if can_run(tile, window, dtype))
     steps = -(-window.shape().reduction * getattr(torch, dtype).itemsize // checks.STAGE_ROW_BYTES)
-    for splits in (2, steps + 1):
-        emulate(window, operands, tile=tile, splits=splits).assert_close()
+    for tile in TILES:
+        if can_run(tile, window, dtype):
+            for splits in (2, steps + 1):
+                emulate(window, operands, tile=tile, splits=splits).assert_close()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_backend_gives_the_kernel_what_it_needs(monkeypatch, dtype):
-    """From operands in any layout to the operator's arguments, with the memory for split sums."""
+# --------------------------------------------------------------------------------------- the backend and its configs
+
+CUDA = backends.known("conv_bn_act")["cuda"]
+
+
+@pytest.fixture
+def emulated_library(monkeypatch):
+    """The library's convolution, emulated, for tensors on the CPU; the (tile, splits) of each call that reached it."""
     if torch.cuda.is_available():
         pytest.skip("on a GPU machine the kernel itself is tested")
-    window = Window(1, 256, 6, 7, 40, 3, 3, padding=(1, 1), stride=(2, 1))
-    operands, seen = random_operands(window, dtype), []
+    ran = []
 
     def kernel(*arguments):
-        o, (*window_of_call, activation, allow_tf32, partials, out) = ConvOperands(*arguments[:9]), arguments[9:]
-        assert window_of_call == [[2, 1], [1, 1], [1, 1], 1] and allow_tf32
+        o, (*window, groups, activation, allow_tf32, tile, partials, out) = ConvOperands(*arguments[:9]), arguments[9:]
+        assert allow_tf32
         assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (o.x, o.weight, o.residual, out))
         splits = 1 if partials is None else partials.shape[0]
         assert splits == 1 or (partials.shape == (splits, out.numel()) and partials.dtype == torch.float32)
-        seen.append(splits)
-        out.copy_(emulate(window, o, activation, splits=splits).actual)
+        ran.append((tile, splits))
+        shape = (o.x.shape[0], *o.x.shape[1:], o.weight.shape[0], *o.weight.shape[2:])
+        out.copy_(emulate(Window(*shape, *map(tuple, window), groups), o, activation, tile=tile, splits=splits).actual)
 
-    def choose(x, weight, stride, padding, dilation, groups, element_bytes, device_index):
-        reduction = weight[1] * weight[2] * weight[3] * element_bytes
-        rows = x[0] * window.P * window.Q
-        return checks.choose_splits(rows, weight[0], reduction, 1, device("9.0", num_sms), True)
+    def configs(x, weight, stride, padding, dilation, groups, element_bytes, is_aligned, index):
+        window = Window(*x, weight[0], *weight[2:], tuple(stride), tuple(padding), tuple(dilation), groups)
+        is_aligned = is_aligned and weight[1] * element_bytes % 16 == 0
+        size = (x[0] * window.P * window.Q, weight[0] // groups, window.shape().reduction * element_bytes, groups)
+        pairs = checks.legal_configs(*size, device("9.0", 132), is_aligned)
+        return list(itertools.chain(*pairs))
 
+    legal_on = backends.nvidia._cuda_legal_on  # a tensor on the CPU has no index for it
+    on_cpu = functools.lru_cache(lambda problem, is_aligned, index: legal_on.__wrapped__(problem, is_aligned, 0))
+    monkeypatch.setattr(backends.nvidia, "_cuda_legal_on", on_cpu)
     monkeypatch.setattr(backends.nvidia.triton_conv_bn_act, "allows_tf32", lambda: True)
-    split = backends.nvidia._cuda_conv_splits  # a tensor on the CPU has no index for it
-    monkeypatch.setattr(backends.nvidia, "_cuda_conv_splits", lambda problem, index: split(problem, 0))
-    try:
-        with torch.library._scoped_library("fused_resnet", "IMPL") as library:
-            library.impl("cuda_conv_bn_act", kernel, "CPU")
-            library.impl("cuda_conv_splits", choose, "CompositeExplicitAutograd")
-            for num_sms in (132, 1):  # noqa: B007
-                split.cache_clear()
-                problem = conv_problem(operands, window.stride, window.padding, window.dilation, 1, "relu")
-                actual = backends.nvidia._cuda_conv_bn_act(problem, operands).double()
-                Emulation(problem, operands, actual).assert_close()
-    finally:
-        split.cache_clear()
-    assert seen[0] > 1 and seen[1] == 1
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    backends.nvidia._cuda_choice.cache_clear()
+    with torch.library._scoped_library("fused_resnet", "IMPL") as library:
+        library.impl("cuda_conv_bn_act", kernel, "CPU")
+        library.impl("cuda_conv_configs", configs, "CompositeExplicitAutograd")
+        yield ran
+    backends.nvidia._cuda_choice.cache_clear()
+
+
+SMALL_BATCH = Window(1, 256, 6, 7, 40, 3, 3, padding=(1, 1), stride=(2, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_config_of_the_backend_is_right(emulated_library, dtype):
+    """The default and what the tuner measures beside it, from operands in any layout to the operator's arguments."""
+    operands = random_operands(SMALL_BATCH, dtype)
+    problem = conv_problem(operands, SMALL_BATCH.stride, SMALL_BATCH.padding, SMALL_BATCH.dilation, 1, "relu")
+    configs, legal = CUDA.configs(problem), CUDA.legal(problem)
+    default = legal[0]
+    assert default.splits > 1 and default not in configs
+    assert set(configs) <= set(legal) and len(set(configs)) == len(configs)
+    for tile in TILES:  # alone, and in as many parts as should suit it best
+        best = next(config for config in legal if config.tile == tile)
+        assert {config for config in (default, *configs) if config.tile == tile} == {best, (tile, 1)}
+    for config in (None, *configs):
+        selection = backends.Selection(CUDA, config)
+        Emulation(problem, operands, selection.run(problem, operands).double()).assert_close()
+        assert emulated_library[-1] == (config or default)
+
+
+@pytest.mark.parametrize("name, dtype", [(name, "float16") for name in WINDOWS])
+def test_every_config_on_every_kind_of_window(emulated_library, name, dtype):
+    window = WINDOWS[name]
+    operands = random_operands(window, dtype)
+    problem = conv_problem(operands, window.stride, window.padding, window.dilation, window.groups, "relu")
+    configs = CUDA.configs(problem)
+    assert CUDA.legal(problem)[0] not in configs
+    for config in (None, *configs):
+        Emulation(problem, operands, CUDA.run(problem, operands, config).double()).assert_close()
+
+
+def test_where_operands_are_not_aligned_a_config_that_needs_it_gives_way(emulated_library):
+    """A view into the middle of a tensor: no tile for aligned operands reads it."""
+    window = WINDOWS["pointwise"]
+    operands = random_operands(window, "float16")
+    problem = conv_problem(operands, window.stride, window.padding, window.dilation, 1, "relu")
+    rows = operands.x.permute(0, 2, 3, 1).flatten()
+    shifted = torch.cat([rows.new_zeros(1), rows])[1:].view(window.N, window.H, window.W, window.C).permute(0, 3, 1, 2)
+    for config in CUDA.legal(problem):
+        actual = CUDA.run(problem, operands._replace(x=shifted), config).double()
+        Emulation(problem, operands, actual).assert_close()
+        tile, _ = emulated_library[-1]
+        assert checks.tile(tile)["any_alignment"]
+        assert not checks.tile(config.tile)["any_alignment"] or emulated_library[-1] == config
+
+
+def test_what_is_tuned_for_one_batch_is_legal_for_its_neighbours(emulated_library):
+    operands = random_operands(SMALL_BATCH, "float16")
+    problem = conv_problem(operands, SMALL_BATCH.stride, SMALL_BATCH.padding, SMALL_BATCH.dilation, 1, "relu")
+    for batch in (2, 4, 64):
+        assert set(CUDA.configs(problem)) <= set(CUDA.legal(problem._replace(N=batch)))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -243,6 +243,8 @@ def test_the_search_space_is_small_and_legal(N):
         assert legal == configs(each, 90) and 1 <= len(legal) <= 17, f"{each}: {len(legal)}"
         assert default_config(each) in [config for config, _ in considered] and default_config(each).form == "pointer"
         assert likely_config(each, 90) in legal
+        if each.R * each.S > 1:  # eight warps have miscompiled such loops (pytorch issue 173068): only what is measured
+            assert default_config(each).num_warps == likely_config(each, 90).num_warps == 4
         for config in legal:
             assert why_illegal(each, config, 90) is None and TritonConfig(**config._asdict()) == config
             assert shared_bytes(each, config) <= 227 * 1024 and sums_per_thread(config) <= 128

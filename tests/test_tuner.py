@@ -12,8 +12,9 @@ from click.testing import CliRunner
 from tuned_files import problem
 
 from fused_resnet import __main__ as command_line
-from fused_resnet import backends, bench, models, precompile, provenance, registry, timing, tuner, tuning
+from fused_resnet import backends, bench, layouts, models, precompile, provenance, registry, timing, tuner, tuning
 from fused_resnet.journal import Journal
+from fused_resnet.triton_kernels import row_space, runtime
 from fused_resnet.triton_kernels.conv_configs import TritonConfig
 
 EAGER = backends.known("conv_bn_act")["eager"]
@@ -148,6 +149,48 @@ def test_an_entry_keeps_the_best_of_each_backend_and_the_winner_itself():
     entry = tuner.entry_of({"timed": timed, "winner": described, "default": described}, "run")
     assert entry.candidates == {"a": tuning.Measured(None, 10.0, 0.5), "b": tuning.Measured(None, 11.0, 0.5)}
     assert (entry.winner, entry.default, entry.run) == ("a", "a", "run")
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """The shapes that were converted into row space, in order."""
+    shapes, pack = [], row_space.pack
+    monkeypatch.setattr(row_space, "pack", lambda x: shapes.append(x.shape) or pack(x))
+    return shapes
+
+
+ROWS = TritonConfig(64, 16, 16, 8, 4, 2, "rows_tma")
+needs_interpreter = pytest.mark.skipif(not runtime.INTERPRETED, reason="needs Triton's interpreter")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("has_residual", (False, True))
+def test_a_time_in_row_space_holds_no_conversion(packed, has_residual):
+    """x lies there before the call, as a plan has it. The output is NHWC, and checked as any other."""
+    subject = tuner._Subject(problem(2, has_residual=has_residual), "cpu")
+    candidate = tuner.Candidate(backends.known("conv_bn_act")["triton"], ROWS)
+    call = subject.call(candidate)
+    assert packed == [subject.operands.x.shape]
+    assert 0 < subject.error_ratio(candidate, call) <= 1 and call().shape == subject.problem.output_shape
+    assert len(packed) == 1
+
+
+@needs_interpreter
+@pytest.mark.parametrize("form", (None, "pointer", "lines_tma"))
+def test_other_forms_are_timed_on_what_everybody_reads(packed, form):
+    subject = tuner._Subject(problem(2), "cpu")
+    candidate = tuner.Candidate(backends.known("conv_bn_act")["triton"], form and ROWS._replace(form=form))
+    assert subject.error_ratio(candidate, subject.call(candidate)) <= 1 and not packed
+
+
+def test_row_space_is_no_candidate_with_live_bn():
+    """Which runs outside plans: nobody keeps x there."""
+    folded = problem(32, torch.float16, "cuda", C=64, K=64, H=28, W=28)
+    forms = [
+        {config.form for config in tuner.promising_on(one, 90)}
+        for one in (folded, folded._replace(has_bn=True, has_bias=False))
+    ]
+    assert "rows_tma" in forms[0] and "rows_tma" not in forms[1]
 
 
 # ------------------------------------------------------------------------------------------------- wrong, failing, slow
@@ -528,6 +571,11 @@ def pretended_gpu(monkeypatch):
         us = {one: 10.0 if [one] == fastest else 20.0 for one in calls}
         return {one: timing.Stats(us[one], us[one], 0, 0, call() is None) for one, call in calls.items()}
 
+    def run_placed(placed, operands):
+        p, x = placed.problem, operands.x
+        return run(p, operands if x.dim() == 4 else operands._replace(x=row_space.unpack(x, p.N, p.H, p.W)))
+
+    monkeypatch.setattr(layouts.Placed, "run", run_placed)
     triton = backends.known("conv_bn_act")["triton"]
     pretended = triton._replace(why_not=lambda problem: None, run=run)
     monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "triton", pretended)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import multiprocessing
 import shlex
 
@@ -350,7 +351,18 @@ def test_a_config_that_is_slow_to_launch_is_for_plans_and_long_kernels(
 
 def test_only_tensor_descriptors_are_slow_to_launch():
     launch_us, tile = backends.known("conv_bn_act")["triton"].launch_us, TritonConfig(64, 64, 64, 8, 4, 4)
-    assert launch_us(None) == launch_us(tile) == 0 < launch_us(tile._replace(form="gemm_tma"))
+    assert launch_us(None) == launch_us(tile) == 0 < launch_us(tile._replace(form="gemm_tma")) < math.inf
+
+
+def test_row_space_is_for_plans_however_long_the_kernel(tuned_files, monkeypatch):
+    """Its time holds no conversion of x, which every call outside a plan would pay."""
+    triton = backends.known("conv_bn_act")["triton"]
+    rows = TritonConfig(64, 16, 16, 8, 4, 3, "rows_tma")
+    ours = triton._replace(why_not=lambda problem: None, legal=lambda problem: [rows])
+    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "triton", ours)
+    tuned_files.add(tuned_files.user, problem(), entry("triton", triton=(rows._asdict(), 1e6)))
+    assert backends.select(problem(), in_plan=True).config == rows
+    assert backends.select(problem(), in_plan=False).backend.name == "onednn"
 
 
 def test_the_operator_runs_the_winner(tuned_files, monkeypatch):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
-from typing import Optional, Sequence, cast
+from typing import NamedTuple, Optional, Sequence, cast
 
 import torch
 from torch import Tensor
@@ -97,8 +98,10 @@ def _triton_estimated_us(problem: ConvProblem, config: TritonConfig) -> float:
 
 def _triton_launch_us(config: Optional[TritonConfig]) -> float:
     """Triton encodes every tensor descriptor anew at each launch: 38 us reported for an H100 (Triton PR 7987). A plan's
-    launches are replayed from a CUDA graph."""
-    return 0.0 if config is None or config.form == "pointer" else 38.0
+    launches are replayed from a CUDA graph. Without bound for rows_tma: only a plan keeps x in row space."""
+    if config is None or config.form == "pointer":
+        return 0.0
+    return math.inf if config.form == "rows_tma" else 38.0
 
 
 def _triton_target() -> tuple[int, int]:
@@ -162,30 +165,66 @@ def cuda_why_not(problem: Problem) -> Optional[str]:
     return runtime.why_too_old()
 
 
-def _cuda_conv_bn_act(problem: ConvProblem, operands: ConvOperands) -> Tensor:
+class CudaConfig(NamedTuple):
+    """How csrc's kernel computes a convolution.
+
+    tile: one of csrc/heuristics.h's, by index. splits: in how many parts the reduction is summed, before a second
+    kernel adds them up.
+    """
+
+    tile: int
+    splits: int
+
+
+def _cuda_conv_bn_act(problem: ConvProblem, operands: ConvOperands, config: Optional[CudaConfig] = None) -> Tensor:
+    """config: by default the likeliest, which also takes the place of one that needs better aligned operands."""
     p, o = problem, all_channels_last(operands)
     out = ops.empty_output(p, o.x)
-    splits = _cuda_conv_splits(p, out.device.index)
+    is_aligned = (o.x.data_ptr() | o.weight.data_ptr()) % _CUDA_CHUNK_BYTES == 0
+    tile, splits = _cuda_choice(p, config, is_aligned, out.device.index)
     partials = None if splits == 1 else torch.empty(splits, out.numel(), dtype=torch.float32, device=out.device)
     torch.ops.fused_resnet.cuda_conv_bn_act.default(
-        *o, p.stride, p.padding, p.dilation, p.groups, p.activation, triton_conv_bn_act.allows_tf32(), partials, out
-    )
+        *o, p.stride, p.padding, p.dilation, p.groups, p.activation, triton_conv_bn_act.allows_tf32(), tile, partials,
+        out,
+    )  # fmt: skip
     return out
 
 
 @functools.lru_cache(maxsize=4096)
-def _cuda_conv_splits(problem: ConvProblem, device: int) -> int:
-    """Into how many parts the kernel should split the reduction, so that a small batch fills this GPU."""
+def _cuda_choice(problem: ConvProblem, config: Optional[CudaConfig], is_aligned: bool, device: int) -> CudaConfig:
+    legal = _cuda_legal_on(problem, is_aligned, device)
+    return config if config is not None and config in legal else legal[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def _cuda_legal_on(problem: ConvProblem, is_aligned: bool, device: int) -> tuple[CudaConfig, ...]:
+    """What this GPU can run, the likeliest first: more splits where a small batch would not fill it."""
     p = problem
     x, weight = (p.N, p.C, p.H, p.W), (p.K, p.C // p.groups, p.R, p.S)
-    return torch.ops.fused_resnet.cuda_conv_splits.default(
-        x, weight, p.stride, p.padding, p.dilation, p.groups, p.dtype.itemsize, device
+    flat = torch.ops.fused_resnet.cuda_conv_configs.default(
+        x, weight, p.stride, p.padding, p.dilation, p.groups, p.dtype.itemsize, is_aligned, device
     )
+    return tuple(map(CudaConfig, flat[::2], flat[1::2]))
+
+
+def _cuda_legal(problem: ConvProblem) -> Sequence[CudaConfig]:
+    return _cuda_legal_on(problem, True, torch.cuda.current_device())
+
+
+def _cuda_configs(problem: ConvProblem) -> Sequence[CudaConfig]:
+    """Each tile in one part and in as many as should suit it best; not the default, which is the first of all."""
+    default, *others = _cuda_legal(problem)
+    seen, found = {default.tile}, []
+    for config in others:
+        if config.splits == 1 or config.tile not in seen:
+            found.append(config)
+        seen.add(config.tile)
+    return found
 
 
 CUDNN = Backend("cudnn", _cudnn_why_not, _cudnn_conv_bn_act, auto=("cuda",), takes_bn=False)
 CUBLASLT = Backend("cublaslt", _cublaslt_why_not, _cublaslt_conv_bn_act, takes_bn=False)
-CUDA = Backend("cuda", _cuda_conv_why_not, _cuda_conv_bn_act)
+CUDA = Backend("cuda", _cuda_conv_why_not, _cuda_conv_bn_act, configs=_cuda_configs, legal=_cuda_legal)
 TRITON = Backend(
     "triton",
     triton_conv_bn_act.why_not,

@@ -16,6 +16,7 @@ from fused_resnet.bench.operators import (
     mismatches,
     op_subjects,
     op_variants,
+    planned_call,
     random_operands,
     why_not_timed,
 )
@@ -55,6 +56,6 @@ __all__ = [
     "UNTUNED", "CountedProblem", "Measured", "Prepared", "Row", "Subject", "add_relu_variants", "bench_network",
     "bench_op", "blocks_of", "build_variants", "calibrated", "chosen_by_auto", "compared", "compared_case",
     "compiled", "convs_of", "error_ratio", "folded_operands", "in_turn", "is_ours", "max_error", "mismatches",
-    "missing_reason", "op_subjects", "op_variants", "part_of", "random_operands", "rival_of", "short_name",
-    "summarise", "summarise_networks", "summarise_ops", "variant_builders", "why_not_timed", "with_auto",
+    "missing_reason", "op_subjects", "op_variants", "part_of", "planned_call", "random_operands", "rival_of",
+    "short_name", "summarise", "summarise_networks", "summarise_ops", "variant_builders", "why_not_timed", "with_auto",
 ]  # fmt: skip

@@ -9,14 +9,14 @@ from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, Union
 import torch
 from torch import Tensor, nn
 
-from fused_resnet import backends, plan, reference, testing, timing
+from fused_resnet import backends, layouts, plan, reference, testing, timing
 from fused_resnet.bench.summary import COPY, FOLDED, UNFUSED, Row
 from fused_resnet.bench.turns import Subject
 from fused_resnet.bench.variants import missing_reason, short_name
 from fused_resnet.frozen import FrozenModel
 from fused_resnet.problem import AddReluProblem, ConvOperands, ConvProblem
 from fused_resnet.timing import Progress, Roofline
-from fused_resnet.triton_kernels import runtime
+from fused_resnet.triton_kernels import row_space, runtime
 
 Problem = Union[ConvProblem, AddReluProblem]
 
@@ -117,6 +117,20 @@ def folded_operands(operands: ConvOperands) -> ConvOperands:
     )
 
 
+def planned_call(problem: ConvProblem, selection: backends.Selection, operands: ConvOperands) -> Callable[[], Tensor]:
+    """A convolution with folded BN as a frozen plan calls it: its weight packed, and x where the plan would have it.
+
+    For a rows_tma config that is row space, and its time holds no conversion: a plan takes another form wherever it
+    cannot keep x there (`layouts`). The residual and the output are NHWC, since where those lie depends on who else
+    reads them.
+    """
+    conv, x = plan.FrozenConv(problem, selection, operands.weight, operands.bias), operands.x
+    if selection.backend.name == "triton":
+        conv.placed = layouts.Placed(problem, selection.config)
+        x = row_space.pack(x) if conv.placed.wants_row_space else x
+    return functools.partial(conv.bound(), x, operands.residual)
+
+
 class Prepared(NamedTuple):
     """A variant of an operator: how to run it, and by which backend's rules a few of its images are compared."""
 
@@ -143,9 +157,8 @@ def op_variants(problem: ConvProblem, live: ConvOperands) -> tuple[dict[str, Pre
     skipped = why_not_timed(problem)
     for name in backends.known("conv_bn_act"):
         if name != "eager" and name not in skipped:
-            conv = plan.FrozenConv(problem, backends.select(problem, name, in_plan=True), folded.weight, folded.bias)
-            run = functools.partial(conv.bound(), folded.x, folded.residual)
-            found[name] = Prepared(run, images, folded_case, name)
+            call = planned_call(problem, backends.select(problem, name, in_plan=True), folded)
+            found[name] = Prepared(call, images, folded_case, name)
     return found, skipped
 
 

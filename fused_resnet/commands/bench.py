@@ -16,8 +16,8 @@ from fused_resnet.commands.console import (
     Listed,
     device_option,
     dtypes_option,
-    image_shape,
     measuring_options,
+    networks_of,
     new_table,
     options,
     prepare,
@@ -43,11 +43,28 @@ baselines_option = click.option(
     type=Listed("baseline", lambda: bench.BASELINES),
     help=f"Repeat for several: {', '.join(bench.BASELINES)}. Default: eager, folded, compile.",
 )
+backends_option = click.option(
+    "--backend",
+    "frozen_backends",
+    multiple=True,
+    default=("auto",),
+    show_default=True,
+    type=Listed("backend", lambda: ("auto", *backends.known("conv_bn_act"), bench.UNTUNED)),
+    help=f"Backends to freeze with; {bench.UNTUNED}: auto without what `fused-resnet tune` has measured.",
+)
 DEFAULT_BASELINES = ("eager", "folded", "compile")
-models_option = click.option("--model", "names", type=Listed("model", models.names, many=True), default="resnet50",
-                             show_default=True, help="One, or several separated by commas.")  # fmt: skip
 op_dtypes_option = click.option("--dtype", "dtypes", type=Listed("dtype", lambda: tuple(bench.SHORT_DTYPES), many=True),
                                 default="fp32", show_default=True)  # fmt: skip
+
+
+def _measuring(*own: Callable, batch: str, dtypes: Callable) -> Callable:
+    """What every command takes, batches by default `batch`, and the options of its own among it."""
+    return options(
+        click.option("--model", "names", type=Listed("model", models.names, many=True), default="resnet50",
+                     show_default=True, help="One, or several separated by commas."),
+        click.option("--batch", "batches", type=Batches(), default=batch, show_default=True),
+        dtypes, *own, device_option, measuring_options, continuing_options, click.pass_context,
+    )  # fmt: skip
 
 
 @click.group("bench")
@@ -56,13 +73,7 @@ def bench_group() -> None:
 
 
 @bench_group.command("ops")
-@models_option
-@click.option("--batch", "batches", type=Batches(), default="1", show_default=True)
-@op_dtypes_option
-@device_option
-@measuring_options
-@continuing_options
-@click.pass_context
+@_measuring(batch="1", dtypes=op_dtypes_option)
 def bench_ops(ctx, names, batches, dtypes, device, image, threads, budget_s, rounds, as_json, **where) -> None:
     """Every distinct convolution and addition of these models on every backend that can run it, beside eager unfused.
 
@@ -71,7 +82,7 @@ def bench_ops(ctx, names, batches, dtypes, device, image, threads, budget_s, rou
     prepare(device, threads)
     settings = {"models": names, "batches": batches, "dtypes": dtypes, "device": device, "image": image,
                 "rounds": rounds}  # fmt: skip
-    networks = {name: (models.create(name), image_shape(name, image)) for name in names}
+    networks = networks_of(names, image)
     subjects = bench.op_subjects(networks, batches, _torch_dtypes(dtypes), device=device, rounds=rounds)
 
     def measured(rows: Sequence[bench.Row]) -> dict[str, Any]:
@@ -86,14 +97,7 @@ def bench_ops(ctx, names, batches, dtypes, device, image, threads, budget_s, rou
 
 
 @bench_group.command("blocks")
-@models_option
-@click.option("--batch", "batches", type=Batches(), default="1", show_default=True)
-@dtypes_option
-@baselines_option
-@device_option
-@measuring_options
-@continuing_options
-@click.pass_context
+@_measuring(baselines_option, batch="1", dtypes=dtypes_option)
 def bench_blocks(
     ctx, names, batches, dtypes, baselines, device, image, threads, budget_s, rounds, as_json, **where
 ) -> None:
@@ -103,9 +107,8 @@ def bench_blocks(
     settings = {"models": names, "batches": batches, "dtypes": dtypes, "baselines": baselines, "device": device,
                 "image": image, "rounds": rounds}  # fmt: skip
     subjects: dict[str, bench.Subject] = {}
-    for name in names:
-        shape = image_shape(name, image)
-        network = bench.calibrated(models.create(name), shape).to(device)
+    for name, (model, shape) in networks_of(names, image).items():
+        network = bench.calibrated(model, shape).to(device)
         for path, block, input_shape in bench.blocks_of(network, shape):
             for batch in batches:
                 title = f"{name} {path}, {type(block).__name__} {'x'.join(map(str, (batch, *input_shape)))}"
@@ -114,32 +117,11 @@ def bench_blocks(
                     dtypes=_torch_dtypes(dtypes), baselines=baselines,
                 )  # fmt: skip
 
-    def measured(rows: Sequence[bench.Row]) -> dict[str, Any]:
-        return {"rows": rows, "summary": bench.summarise_networks(rows, _competitors(baselines))}
-
-    record = _measure("bench blocks", settings, subjects, measured, budget_s=budget_s, **where)
-    print_json(record) if as_json else _show_networks(record)
-    ctx.exit(1 if record["broken"] else 0)
+    _measure_networks(ctx, "bench blocks", "rows", settings, subjects, as_json, budget_s=budget_s, **where)
 
 
 @bench_group.command("model")
-@models_option
-@click.option("--batch", "batches", type=Batches(), default="1,8", show_default=True)
-@dtypes_option
-@baselines_option
-@click.option(
-    "--backend",
-    "frozen_backends",
-    multiple=True,
-    default=("auto",),
-    show_default=True,
-    type=Listed("backend", lambda: ("auto", *backends.known("conv_bn_act"), bench.UNTUNED)),
-    help=f"Backends to freeze with; {bench.UNTUNED}: auto without what `fused-resnet tune` has measured.",
-)
-@device_option
-@measuring_options
-@continuing_options
-@click.pass_context
+@_measuring(baselines_option, backends_option, batch="1,8", dtypes=dtypes_option)
 def bench_model(
     ctx, names, batches, dtypes, baselines, frozen_backends, device, image, threads, budget_s, rounds, as_json, **where
 ) -> None:
@@ -149,21 +131,15 @@ def bench_model(
     settings = {"models": names, "batches": batches, "dtypes": dtypes, "baselines": baselines, "device": device,
                 "backends": frozen_backends, "image": image, "rounds": rounds}  # fmt: skip
     subjects: dict[str, bench.Subject] = {}
-    for name in names:
-        shape = image_shape(name, image)
-        network = bench.calibrated(models.create(name), shape).to(device)
+    for name, (model, shape) in networks_of(names, image).items():
+        network = bench.calibrated(model, shape).to(device)
         for batch in batches:
             subjects[f"{name}, batch {batch}, {shape[1]} px"] = _network_subject(
                 network, (batch, *shape), device, rounds=rounds, dtypes=_torch_dtypes(dtypes), baselines=baselines,
                 frozen_backends=frozen_backends,
             )  # fmt: skip
 
-    def measured(rows: Sequence[bench.Row]) -> dict[str, Any]:
-        return {"runs": rows, "summary": bench.summarise_networks(rows, _competitors(baselines))}
-
-    record = _measure("bench model", settings, subjects, measured, budget_s=budget_s, **where)
-    print_json(record) if as_json else _show_networks(record)
-    ctx.exit(1 if record["broken"] else 0)
+    _measure_networks(ctx, "bench model", "runs", settings, subjects, as_json, budget_s=budget_s, **where)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -173,16 +149,32 @@ def _torch_dtypes(names: Sequence[str]) -> list[torch.dtype]:
     return [bench.SHORT_DTYPES[name] for name in names]
 
 
-def _competitors(baselines: Sequence[str]) -> list[str]:
-    return [name for name in bench.COMPETITORS if name in baselines]
-
-
 def _network_subject(network: torch.nn.Module, shape: Sequence[int], device: str, **options: Any) -> bench.Subject:
     def subject(budget_s: float, progress: timing.Progress) -> bench.Row:
         x = torch.randn(*shape, device=device)
         return bench.bench_network(network, x, device=device, budget_s=budget_s, progress=progress, **options)
 
     return subject
+
+
+def _measure_networks(
+    ctx: click.Context,
+    kind: str,
+    rows_name: str,
+    settings: dict[str, Any],
+    subjects: Mapping[str, bench.Subject],
+    as_json: bool,
+    **how: Any,
+) -> None:
+    """Measure, show, and end with exit code 1 where something broke. rows_name: what the record calls its rows."""
+    competitors = [name for name in bench.COMPETITORS if name in settings["baselines"]]
+
+    def measured(rows: Sequence[bench.Row]) -> dict[str, Any]:
+        return {rows_name: rows, "summary": bench.summarise_networks(rows, competitors)}
+
+    record = _measure(kind, settings, subjects, measured, **how)
+    print_json(record) if as_json else _show_networks(record)
+    ctx.exit(1 if record["broken"] else 0)
 
 
 def _measure(

@@ -119,6 +119,11 @@ def image_shape(model: str, image: Optional[int]) -> tuple[int, int, int]:
     return (channels, image or height, image or width)
 
 
+def networks_of(names: Sequence[str], image: Optional[int]) -> dict[str, tuple[torch.nn.Module, tuple[int, int, int]]]:
+    """(model, image shape) by name."""
+    return {name: (models.create(name), image_shape(name, image)) for name in names}
+
+
 def stdout_console():
     from rich.console import Console
 

@@ -15,7 +15,7 @@ from fused_resnet.commands.console import (
     Batches,
     Listed,
     device_option,
-    image_shape,
+    networks_of,
     new_table,
     options,
     prepare,
@@ -80,7 +80,7 @@ def tune(
     if not compile_only:
         prepare(device, threads)
     names = names or (() if convs else ("resnet50",))
-    networks = {name: (models.create(name), image_shape(name, image)) for name in names}
+    networks = networks_of(names, image)
     wanted = [tuning.DTYPES[dtype] for dtype in dtypes]
     problems = [tuning.parsed_problem(conv, kind) for conv in convs]
     problems += tuner.problems_of(networks, batches, wanted, kind, live_bn=live_bn)

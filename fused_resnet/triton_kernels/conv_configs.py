@@ -24,6 +24,9 @@ NUM_SMS = 132  # of an H100 and an H200
 # Sums a thread: twice as many do not fit beside anything else that a thread must hold. sm_90, Triton 3.6.0 and 3.7.1:
 # up to 440 bytes of stack with a residual, in a persistent kernel, or for stride 1 in lines_tma.
 MANY_SUMS, _FEW_SUMS = 128, 64
+# More of them have miscompiled a flattened (r, s, c) loop for filters beyond 1x1 (pytorch issue 173068). A config with
+# more is taken only where it was measured, and so held against the reference on that very GPU.
+_SAFE_WARPS = 4
 _MAX_HALO = 1.2  # rows computed per row wanted, above which other forms win on paper: 1.31 at 7x7
 _SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # a block's, CUDA C guide
 
@@ -92,9 +95,11 @@ def likely_config(
 ) -> TritonConfig:
     """The config that `estimated_us` likes best of those that suit, for plans whose launches a CUDA graph replays.
 
-    A prediction. The pointer forms that `default_config` chooses from always suit.
+    A prediction, of a config that nobody has verified here: for filters beyond 1x1 one of 4 warps (_SAFE_WARPS). The
+    pointer forms that `default_config` chooses from always suit.
     """
-    candidates = [config for config in configs(problem, arch, num_sms) if suits(config)]
+    most_warps = 8 if problem.R * problem.S == 1 else _SAFE_WARPS
+    candidates = [c for c in configs(problem, arch, num_sms) if c.num_warps <= most_warps and suits(c)]
     return min(candidates, key=lambda config: estimated_us(problem, config, arch, num_sms))
 
 
@@ -103,7 +108,7 @@ def likely_config(
 
 def _pointer_tiles(problem: ConvProblem) -> list[TritonConfig]:
     """All fit into 99 KiB of shared memory, so that they run on every GPU from sm_80 on. Eight warps are for pointwise
-    convolutions only: for filters, a flattened (r, s, c) loop has been miscompiled with them (pytorch issue 173068)."""
+    convolutions only (_SAFE_WARPS), since `default_config` takes these unmeasured."""
     if problem.C // problem.groups % _step(problem):  # masks and divisions for each element take registers
         tiles = [(64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 3)]
     elif problem.dtype == torch.float32:
@@ -260,6 +265,8 @@ def _why_hopeless(problem: ConvProblem, config: TritonConfig, num_sms: int) -> O
     computed = num_rows(p, rows) / (p.N * p.P * (1 if rows == "lines" else p.Q))
     if computed > _MAX_HALO:
         return f"{100 * (computed - 1):.0f} % more rows for the halo of {p.P}x{p.Q} maps"
+    if c.form == "rows_tma" and p.has_bn:
+        return "live BN runs outside plans, where x would be copied into row space"
     if c.form != "pointer" and num_rows(p, rows) < c.BLOCK_M // 2:
         return f"{num_rows(p, rows)} rows fill less than half of a tile of {c.BLOCK_M}"
     if c.BLOCK_N >= 2 * _widest(problem):

@@ -5,7 +5,7 @@ Row m = (n, p, q) of dense NHWC, column k; reduction (r, s, c), c fastest. The e
 
 from __future__ import annotations
 
-from fused_resnet.triton_kernels.epilogue import finish, ordered_tile, steps_of_part
+from fused_resnet.triton_kernels.epilogue import finish, part_and_tile, steps_of_part
 from fused_resnet.triton_kernels.runtime import jit, tl
 
 
@@ -20,8 +20,7 @@ def _pointwise_bn_act_kernel(
 ):  # fmt: skip
     # row m = (n, h, w), column k; reduction c. WHOLE_STEPS: BLOCK_K divides C
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N)
-    part = tl.program_id(0) // (num_m * num_n)
-    tile_m, tile_n = ordered_tile(tl.program_id(0) % (num_m * num_n), num_m, num_n, GROUP_M)
+    part, tile_m, tile_n = part_and_tile(tl.program_id(0), num_m, num_n, GROUP_M)
     first_row = tile_m * BLOCK_M
     local_rows = tl.arange(0, BLOCK_M)
     channels = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -66,8 +65,7 @@ def _conv_bn_act_kernel(
     # each step of the loop lies within one filter tap (r, s)
     tiles_per_group = tl.cdiv(group_K, BLOCK_N)
     num_m, num_n = tl.cdiv(M, BLOCK_M), K // group_K * tiles_per_group
-    part = tl.program_id(0) // (num_m * num_n)
-    tile_m, tile_n = ordered_tile(tl.program_id(0) % (num_m * num_n), num_m, num_n, GROUP_M)
+    part, tile_m, tile_n = part_and_tile(tl.program_id(0), num_m, num_n, GROUP_M)
     group = tile_n // tiles_per_group
     first_row = tile_m * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)

@@ -27,6 +27,14 @@ def ordered_tile(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @jit
+def part_and_tile(program, num_m, num_n, GROUP_M: tl.constexpr):
+    """(part of the reduction, tile of rows, tile of channels): all tiles of the first part come first."""
+    part = program // (num_m * num_n)
+    tile_m, tile_n = ordered_tile(program % (num_m * num_n), num_m, num_n, GROUP_M)
+    return part, tile_m, tile_n
+
+
+@jit
 def steps_of_part(part, num_steps, SPLIT_K: tl.constexpr):
     """[first, last) of the reduction's steps that one of SPLIT_K parts sums. The last parts may be empty."""
     if SPLIT_K == 1:
