@@ -254,11 +254,13 @@ def gpu_state() -> dict[str, Any]:
 
 
 def _commit() -> dict[str, Any]:
+    """Of the code that is measured: records may have changed, the one being written has."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return {"commit": None, "dirty": None}
     commit = _output("git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD")
-    return {"commit": commit or None, "dirty": bool(_output("git", "-C", str(root), "status", "--porcelain"))}
+    changes = _output("git", "-C", str(root), "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return {"commit": commit or None, "dirty": bool(changes)}
 
 
 def _output(*command: str) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -119,6 +121,21 @@ def test_environment_names_what_matters_and_no_place():
 
     text = json.dumps(record)
     assert socket.gethostname() not in text and str(provenance.ROOT) not in text
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_record_being_written_is_no_change_of_the_code(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-C", tmp_path, *arguments], check=True, capture_output=True)
+
+    git("init")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "first")
+    monkeypatch.setattr(timing, "__file__", str(tmp_path / "fused_resnet" / "timing.py"))
+    assert timing.environment()["dirty"] is False
+    timing.write_json(tmp_path / "benchmarks" / "results" / "cpu" / "model.json", {})
+    assert timing.environment()["dirty"] is False
+    timing.write_json(tmp_path / "benchmarks" / "new.json", {})
+    assert timing.environment()["dirty"] is True
 
 
 def test_write_json_replaces_whole_files(tmp_path):
