@@ -153,11 +153,11 @@ def _residual_layer(block: Any, x: Tensor) -> Any:
         return NotImplemented
     if not all(_is_stock_conv_layer(layer) for layer in block.layer) or type(last.activation) is not nn.Identity:
         return NotImplemented
-    out, shortcut = x, block.shortcut(x)
+    out = x
     for layer in first:
         out = conv_bn_act(out, layer.convolution, layer.normalization, layer.activation, backend=block.backend)
     children = last.convolution, last.normalization, block.activation
-    return conv_bn_act(out, *children, shortcut, block.backend, "out += residual")
+    return conv_bn_act(out, *children, block.shortcut(x), block.backend, "out += residual")
 
 
 def _is_stock_conv_layer(layer: nn.Module) -> bool:

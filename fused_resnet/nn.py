@@ -154,11 +154,11 @@ class FusedBlock(NotScriptable):
         stages = [(getattr(self, conv), getattr(self, bn)) for conv, bn in self.stage_names]
         if why_not_fused(self.relu, stages) is not None:
             return self.plain_class.forward(self, x)
-        activation = _ACTIVATION_OF[type(self.relu)]
-        identity = x if self.downsample is None else self._shortcut(self.downsample, x)
-        out = x
+        activation, out = _ACTIVATION_OF[type(self.relu)], x
         for conv, bn in stages[:-1]:
             out = _conv_bn_act(out, conv, bn, activation, None, self.backend)
+        # after the main path has read x, as in the plain block: a shortcut of somebody's own may write to it
+        identity = x if self.downsample is None else self._shortcut(self.downsample, x)
         return _conv_bn_act(out, *stages[-1], activation, identity, self.backend, "out += residual")
 
     def fused_shortcut(self) -> Optional[tuple[nn.Conv2d, nn.BatchNorm2d]]:
@@ -333,7 +333,7 @@ def _conv_bn_act(
     sum: str = "out + residual",
 ) -> Tensor:
     """conv_bn_act of children that may be bypassed."""
-    fits = x.dim() == 4 and _fits(residual, x, conv, sum)
+    fits = x.dim() == 4 and _norm_keeps_dtype(bn, x) and _fits(residual, x, conv, sum)
     if not fits or type(bn) is nn.BatchNorm2d and bn.training:
         out = conv(x) if bn is None else bn(conv(x))
         if fits and residual is not None and activation == "relu":
@@ -347,16 +347,31 @@ def _conv_bn_act(
     )  # fmt: skip
 
 
-def _fits(residual: Optional[Tensor], x: Tensor, conv: Any, sum: str) -> bool:
+def _autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
+    """What autocast casts a convolution's operands to, or None where it does not."""
+    device = x.device.type
+    casts = device in AUTOCAST_DEVICES and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else None
+
+
+def _norm_keeps_dtype(bn: Optional[nn.Module], x: Tensor) -> bool:
+    """Whether bn(conv(x)) has the convolution's dtype. FrozenBatchNorm2d multiplies by its buffers as they are."""
+    if bn is None or type(bn) is nn.BatchNorm2d:
+        return True
+    return cast(Tensor, bn.weight).dtype == (_autocast_dtype(x) or x.dtype)
+
+
+def _fits(residual: Any, x: Tensor, conv: Any, sum: str) -> bool:
     """Whether the residual has the shape of the convolution's output, and the sum its dtype."""
     if residual is None:
         return True
-    device = x.device.type
-    casts = device in AUTOCAST_DEVICES and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
-    if residual.dtype != (torch.get_autocast_dtype(device) if casts else x.dtype):
+    if not isinstance(residual, Tensor):
+        return False
+    autocast_dtype = _autocast_dtype(x)
+    if residual.dtype != (autocast_dtype or x.dtype):
         # autocast casts the residual, which shows in the dtype of a sum that is a new tensor
         is_castable = residual.is_floating_point() and residual.dtype != torch.float64
-        if not (casts and is_castable and sum == "out += residual"):
+        if not (autocast_dtype is not None and is_castable and sum == "out += residual"):
             return False
     windows = zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride)
     image = [

@@ -30,8 +30,8 @@ def problem(C, H, K, R, **options):
 
 
 BLOCK = (  # networks.single(): 16 -> 8 channels, stride 2, with a projection
-    ("downsample.0", problem(16, 9, 8, 1, stride=2, activation="none")),
     ("conv1", problem(16, 9, 8, 3, stride=2)),
+    ("downsample.0", problem(16, 9, 8, 1, stride=2, activation="none")),
     ("conv2", problem(8, 5, 8, 3, has_residual=True)),
 )
 
@@ -238,7 +238,7 @@ def test_printed_and_as_json():
     assert record["totals"]["time_us"] is None
     lines = str(found).splitlines()
     assert "plain, shown as fused_resnet.fuse would make it; input 2x16x9x9 float32 on cpu; 3 convolutions" in lines[0]
-    assert [line.split()[0] for line in lines[4:8]] == ["downsample.0", "conv1", "conv2", "all"]
+    assert [line.split()[0] for line in lines[4:8]] == ["conv1", "downsample.0", "conv2", "all"]
     assert f"eager: 3 of 3: {registry.FIXED_ORDER}" in lines
     assert any(line.startswith("not onednn: 3 of 3: it takes only a bias") for line in lines)
 

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 
 from fused_resnet import functional
-from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBottleneck
+from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBottleneck, conv_bn_act
 
 FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
 
@@ -53,7 +53,7 @@ def test_eval_is_one_call_per_convolution(block, convolutions, stride, fused_cal
     with torch.no_grad():
         close(fused(x), plain(x))
     projected = plain.downsample is not None
-    expected = [("conv_bn_act", "none", False)] * projected + [("conv_bn_act", "relu", False)] * (convolutions - 2)
+    expected = [("conv_bn_act", "relu", False)] * (convolutions - 2) + [("conv_bn_act", "none", False)] * projected
     assert fused_calls == [*expected, ("conv_bn_act", "relu", True)]
 
 
@@ -136,6 +136,24 @@ def test_what_a_shortcut_may_be_added(shortcut, training):
     actual, expected = fused(x), plain(x)
     assert actual.dtype == expected.dtype == torch.float32
     close(actual, expected)
+
+
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("block", (BasicBlock, Bottleneck))
+def test_a_shortcut_may_write_to_its_input(block, training):
+    """The main path has read it by then."""
+    plain, fused = (module.train(training) for module in twins(block))
+    for module in (plain, fused):
+        module.downsample = nn.Sequential(nn.ReLU(inplace=True), module.downsample)
+    x = torch.randn(2, 16, 9, 7)
+    with torch.no_grad():
+        close(fused(x.clone()), plain(x.clone()))
+
+
+@pytest.mark.parametrize("residual", (3, 0.5))
+def test_a_number_may_be_added(residual):
+    conv, bn, x = nn.Conv2d(4, 8, 3), networks.randomize(nn.BatchNorm2d(8)).eval(), torch.randn(1, 4, 5, 5)
+    close(conv_bn_act(x, conv, bn, "relu", residual), (bn(conv(x)) + residual).relu())
 
 
 def test_weights_never_go_stale():

@@ -371,6 +371,18 @@ def test_frozen_norms_stay_frozen_in_training_mode():
         as_good_as(model.train()(x), plain.train()(x), exact)
 
 
+def test_frozen_norms_under_autocast_give_what_theirs_give():
+    """They multiply bf16 by their own fp32 vectors."""
+    norm = real_data.torchvision().ops.misc.FrozenBatchNorm2d
+    plain = settled(nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.ReLU()))
+    model, x = fused_resnet.fuse(copy.deepcopy(plain)), torch.randn(1, 3, 5, 5)
+    assert fused_convs(model) == ["0"]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        actual, expected = model(x), plain(x)
+    assert expected.dtype == torch.float32
+    torch.testing.assert_close(actual, expected)
+
+
 def test_a_patched_frozen_norm_is_no_norm(monkeypatch):
     norm = real_data.torchvision().ops.misc.FrozenBatchNorm2d
     model, x = settled(nn.Sequential(nn.Conv2d(3, 4, 1), norm(4), nn.ReLU())), torch.randn(1, 3, 5, 5)
