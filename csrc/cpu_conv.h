@@ -1,10 +1,11 @@
-// What the operators of the CPU's own convolutions share: checks of their epilogue's operands, and scratch memory.
+// What the operators of the CPU's own convolutions share: checks of their operands, and scratch memory.
 #pragma once
 
 #include <cstdlib>
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cpu_vectors.h"
 #include "operators.h"
@@ -36,6 +37,17 @@ inline Activation parse_activation(const char* op, const std::string& name) {
 
 inline void check_float(const char* op, const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float, op, ": ", name, " must be float32");
+}
+
+// Bounded, the padding cannot overflow an extent. A window of x reaches over other windows' outputs: x must not be out.
+inline void check_input(const char* op, const Tensor& x, const std::vector<int64_t>& padding, const Tensor& out) {
+  STD_TORCH_CHECK(x.scalar_type() == out.scalar_type(), op, ": x and out must have one dtype");
+  STD_TORCH_CHECK(is_channels_last(x) && is_channels_last(out), op, ": x and out must be channels_last");
+  STD_TORCH_CHECK(out.numel() == 0 || out.const_data_ptr() != x.const_data_ptr(), op, ": out must not be x");
+  STD_TORCH_CHECK(padding.size() == 2, op, ": padding must have 2 values");
+  for (const int64_t side : padding) {
+    STD_TORCH_CHECK(side >= 0 && side <= INT32_MAX, op, ": padding must be at least 0 and below 2^31");
+  }
 }
 
 inline void check_epilogue(const char* op, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,

@@ -31,12 +31,9 @@ RunRows<T> best_for_this_cpu() {
 
 grouped::Shape shape_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const Tensor& out) {
-  STD_TORCH_CHECK(is_channels_last(x) && is_channels_last(out), kOp, ": x and out must be channels_last");
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2, kOp, ": stride and padding must have 2 values");
-  for (int i = 0; i < 2; ++i) {
-    STD_TORCH_CHECK(stride[i] == 1 || stride[i] == 2, kOp, ": stride must be 1 or 2");
-    STD_TORCH_CHECK(padding[i] >= 0, kOp, ": padding must be at least 0");
-  }
+  check_input(kOp, x, padding, out);
+  STD_TORCH_CHECK(stride.size() == 2, kOp, ": stride must have 2 values");
+  for (const int64_t step : stride) STD_TORCH_CHECK(step == 1 || step == 2, kOp, ": stride must be 1 or 2");
   const int64_t C = x.size(1), width = weight.dim() == 5 ? weight.size(2) : 0;
   STD_TORCH_CHECK(
       width > 0 && weight.is_contiguous() && weight.size(0) == (C + grouped::kPanel - 1) / grouped::kPanel &&
@@ -73,7 +70,6 @@ void run(const grouped::Shape& s, const Tensor& x, const Tensor& weight, const E
 void grouped_conv(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
                   std::vector<int64_t> stride, std::vector<int64_t> padding, std::string activation, Tensor out) {
   check_float(kOp, weight, "weight");
-  STD_TORCH_CHECK(x.scalar_type() == out.scalar_type(), kOp, ": x and out must have one dtype");
   const grouped::Shape s = shape_of(x, weight, stride, padding, out);
   const Activation parsed = parse_activation(kOp, activation);
   check_epilogue(kOp, bias, residual, out);

@@ -96,9 +96,10 @@ __attribute__((target("avx2,f16c"))) void add_relu_avx2(const Half* a, const Hal
   add_relu_loop(a + i, b + i, out + i, n - i);
 }
 
-bool has_avx2() {
-  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  return has;
+// Whether add_relu_avx2<T> may run where the best instructions are AVX2 or wider.
+template <class T>
+bool can_convert() {
+  return !std::is_same_v<T, Half> || __builtin_cpu_supports("f16c");
 }
 #endif
 
@@ -109,11 +110,14 @@ void add_relu_parallel(const void* a, const void* b, void* out, int64_t numel) {
     const T* from_b = static_cast<const T*>(b) + begin;
     T* to = static_cast<T*>(out) + begin;
 #if defined(__x86_64__)
+    const InstructionSet best = best_instruction_set();
     // only bfloat16, with its arithmetic on bits, gains from wider vectors; the others wait for memory
     if constexpr (std::is_same_v<T, BFloat16Bits>) {
-      if (has_avx512()) return add_relu_avx512<T>(from_a, from_b, to, end - begin);
+      if (best == InstructionSet::kAvx512) return add_relu_avx512<T>(from_a, from_b, to, end - begin);
     }
-    if (has_avx2()) return add_relu_avx2<T>(from_a, from_b, to, end - begin);
+    if (best != InstructionSet::kPortable && can_convert<T>()) {
+      return add_relu_avx2<T>(from_a, from_b, to, end - begin);
+    }
 #endif
     add_relu_loop(from_a, from_b, to, end - begin);
   });
@@ -219,8 +223,9 @@ void max_pool_parallel(const void* from, void* to, const Pooling& s, int64_t row
   const int64_t grain = std::max<int64_t>(1, kGrainSize / (s.Q * s.C * s.kernel_h * s.kernel_w));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
 #if defined(__x86_64__)
-    if (has_avx512()) return max_pool_avx512<Format>(x, out, s, begin, end);
-    if (has_avx2()) return max_pool_avx2<Format>(x, out, s, begin, end);
+    const InstructionSet best = best_instruction_set();
+    if (best == InstructionSet::kAvx512) return max_pool_avx512<Format>(x, out, s, begin, end);
+    if (best == InstructionSet::kAvx2) return max_pool_avx2<Format>(x, out, s, begin, end);
 #endif
     max_pool_rows<Format>(x, out, s, begin, end);
   });
@@ -234,7 +239,7 @@ void max_pool2d(Tensor x, std::vector<int64_t> kernel_size, std::vector<int64_t>
   STD_TORCH_CHECK(is_channels_last(x) && is_channels_last(out), kPool, ": x and out must be channels_last");
   STD_TORCH_CHECK(x.scalar_type() == out.scalar_type(), kPool, ": x and out must have one dtype");
   for (int i = 0; i < 2; ++i) {
-    STD_TORCH_CHECK(kernel_size[i] > 0 && stride[i] > 0 && padding[i] >= 0 && 2 * padding[i] <= kernel_size[i], kPool,
+    STD_TORCH_CHECK(kernel_size[i] > 0 && stride[i] > 0 && padding[i] >= 0 && padding[i] <= kernel_size[i] / 2, kPool,
                     ": window and stride must be positive and padding at most half the window");
     const int64_t room = x.size(2 + i) + 2 * padding[i] - kernel_size[i];
     STD_TORCH_CHECK(room >= 0 && out.size(2 + i) == room / stride[i] + 1, kPool, ": out has the wrong height or width");

@@ -15,24 +15,25 @@ enum class InstructionSet { kPortable, kAvx2, kAvx512 };
 #if defined(__x86_64__)
 #define FUSED_RESNET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512")))
 #define FUSED_RESNET_AVX2 __attribute__((target("avx2,fma")))
-
-inline bool has_avx512() {
-  static const bool has =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  return has;
-}
 #endif
 
-// The best that the processor has and, as for torch's own kernels, ATEN_CPU_CAPABILITY (default, avx2) allows.
-inline InstructionSet best_instruction_set() {
+inline InstructionSet find_best_instruction_set() {
 #if defined(__x86_64__)
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
   const char* limit = variable == nullptr ? "" : variable;
   if (std::strcmp(limit, "default") == 0) return InstructionSet::kPortable;
-  if (std::strcmp(limit, "avx2") != 0 && has_avx512()) return InstructionSet::kAvx512;
+  const bool has_avx512 =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (std::strcmp(limit, "avx2") != 0 && has_avx512) return InstructionSet::kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return InstructionSet::kAvx2;
 #endif
   return InstructionSet::kPortable;
+}
+
+// The best that the processor has and, as for torch's own kernels, ATEN_CPU_CAPABILITY (default, avx2) allows.
+inline InstructionSet best_instruction_set() {
+  static const InstructionSet best = find_best_instruction_set();
+  return best;
 }
 
 template <int kLanes>

@@ -30,9 +30,7 @@ RunBlock<T> best_for_this_cpu() {
 
 winograd::Shape shape_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& padding,
                          const Tensor& out) {
-  STD_TORCH_CHECK(is_channels_last(x) && is_channels_last(out), kOp, ": x and out must be channels_last");
-  STD_TORCH_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, kOp,
-                  ": padding must be 2 values of at least 0");
+  check_input(kOp, x, padding, out);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.size(0) == winograd::kPoints &&
                       weight.size(2) == x.size(1) && weight.size(3) == winograd::kPanel,
                   kOp, ": weight must be packed as (36, K/16, C, 16)");
@@ -72,7 +70,6 @@ void run(const winograd::Shape& s, const Tensor& x, const Tensor& weight, const 
 void winograd_conv(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
                    std::vector<int64_t> padding, std::string activation, Tensor out) {
   check_float(kOp, weight, "weight");
-  STD_TORCH_CHECK(x.scalar_type() == out.scalar_type(), kOp, ": x and out must have one dtype");
   const winograd::Shape s = shape_of(x, weight, padding, out);
   const Activation parsed = parse_activation(kOp, activation);
   check_epilogue(kOp, bias, residual, out);

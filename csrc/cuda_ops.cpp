@@ -129,7 +129,6 @@ void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::
   ConvArguments args{};
   args.shape = shape_of(sizes_of(x), sizes_of(weight), stride, padding, dilation, groups);
   const ConvShape& s = args.shape;
-  STD_TORCH_CHECK(s.P > 0 && s.Q > 0, kConv, ": the output would be empty");
   STD_TORCH_CHECK(
       out.dim() == 4 && out.size(0) == s.N && out.size(1) == s.K && out.size(2) == s.P && out.size(3) == s.Q, kConv,
       ": out has the wrong shape");

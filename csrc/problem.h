@@ -70,8 +70,11 @@ inline const char* derive(ConvShape& s) {
   if (window_h >= kLargestExtent || window_w >= kLargestExtent) {
     return "dilation * (filter size - 1) must be below 2^28";
   }
-  s.P = static_cast<int32_t>((s.H + 2LL * s.pad_h - window_h - 1) / s.stride_h + 1);
-  s.Q = static_cast<int32_t>((s.W + 2LL * s.pad_w - window_w - 1) / s.stride_w + 1);
+  const int64_t room_h = s.H + 2LL * s.pad_h - window_h - 1;
+  const int64_t room_w = s.W + 2LL * s.pad_w - window_w - 1;
+  if (room_h < 0 || room_w < 0) return "the output would be empty";
+  s.P = static_cast<int32_t>(room_h / s.stride_h + 1);
+  s.Q = static_cast<int32_t>(room_w / s.stride_w + 1);
   s.group_channels = s.C / s.groups;
   s.group_filters = s.K / s.groups;
   const int64_t pixels = static_cast<int64_t>(s.P) * s.Q;

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"cuda": "csrc", "triton": "fused_resnet/triton_kernels"}
 # by backend, what each of our CPU kernels is made from
 CPU_SOURCES = {
-    name: ("csrc/cpu_conv.h", f"csrc/cpu_{name}.cpp", "csrc/cpu_vectors.h", f"csrc/{name}.h")
+    name: ("csrc/cpu_conv.h", f"csrc/cpu_{name}.cpp", "csrc/cpu_vectors.h", f"csrc/{name}.h", "csrc/operators.h")
     for name in ("winograd", "grouped")
 }
 _SUFFIXES = {".cu", ".cuh", ".h", ".cpp", ".py"}
@@ -58,12 +58,17 @@ _NO_KERNEL = re.compile(
 ).search
 
 
+def gpu_kernels(root: Path = ROOT, backends: Sequence[str] = tuple(FOLDERS)) -> dict[str, str]:
+    """Of digests(root, backends), the sources that these backends' GPU kernels are made from."""
+    return {file: digest for file, digest in digests(root, backends).items() if not _NO_KERNEL(file)}
+
+
 def kernel_digest(backend: str, root: Path = ROOT) -> Optional[str]:
     """One digest of all that this backend's kernels are made from, None where the sources are not there."""
     if backend in CPU_SOURCES:
         sources = {file: digest for file, digest in digests(root, ["cuda"]).items() if file in CPU_SOURCES[backend]}
     else:
-        sources = {file: digest for file, digest in digests(root, [backend]).items() if not _NO_KERNEL(file)}
+        sources = gpu_kernels(root, [backend])
     return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:16] if sources else None
 
 
@@ -74,7 +79,7 @@ def source_digest(root: Path = ROOT) -> str:
 
 def verified_record(device: str, date: str, backends: Sequence[str], root: Path = ROOT) -> dict[str, Any]:
     """What to store under "verified" once these backends agreed with the reference on `device`. date: ISO 8601."""
-    return {"device": device, "date": date, "backends": list(backends), "kernels": digests(root, backends)}
+    return {"device": device, "date": date, "backends": list(backends), "kernels": gpu_kernels(root, backends)}
 
 
 def newest(root: Path = ROOT) -> Provenance:
@@ -91,11 +96,11 @@ def newest(root: Path = ROOT) -> Provenance:
         verified = record.get("verified") if isinstance(record, dict) else None
         if verified:
             found.append(verified)
-    current = digests(root)
+    current = gpu_kernels(root)
     if not found:
         return Provenance(None, None, (), (), tuple(current))
     latest = max(found, key=lambda verified: verified["date"])
-    kernels = latest["kernels"]
+    kernels = {file: digest for file, digest in latest["kernels"].items() if not _NO_KERNEL(file)}
     return Provenance(
         latest["device"],
         latest["date"][:10],

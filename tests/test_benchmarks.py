@@ -198,7 +198,7 @@ def test_only_what_passed_is_called_verified(tmp_path, outcomes, backends):
         assert record["verified"] is None
     else:
         assert record["verified"]["backends"] == backends
-        assert record["verified"]["kernels"] == provenance.digests(backends=backends)
+        assert record["verified"]["kernels"] == provenance.gpu_kernels(backends=backends)
 
 
 def test_a_later_call_keeps_the_other_steps_but_not_for_other_sources(tmp_path, monkeypatch):

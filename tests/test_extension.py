@@ -199,6 +199,27 @@ def test_cpu_add_relu_with_any_number_of_threads(threads):
         torch.set_num_threads(before)
 
 
+NAN_WITH_PAYLOAD = """
+import torch
+from fused_resnet import extension
+assert extension.load("cpu") is None
+nan, out = torch.full((8,), 0x7E55, dtype=torch.int16).view(torch.half), torch.empty(8, dtype=torch.half)
+torch.ops.fused_resnet.cpu_add_relu(nan, nan, out)
+print(*{hex(bits) for bits in out.view(torch.int16).tolist()})
+"""
+
+
+@built("cpu")
+@pytest.mark.parametrize("capability, nan", [("default", "0x7e00"), ("avx2", "0x7e55"), ("avx512", "0x7e55")])
+def test_torch_s_variable_limits_the_instructions(capability, nan):
+    """Only the instructions keep a NaN's payload when they round it to float16."""
+    if "f16c" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no F16C")
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run([sys.executable, "-c", NAN_WITH_PAYLOAD], capture_output=True, text=True, env=env)
+    assert done.stdout.split() == [nan], done.stdout + done.stderr
+
+
 # ---------------------------------------------------------------------------------------------------- cpu_max_pool2d
 
 
@@ -236,6 +257,7 @@ def test_cpu_max_pool2d_in_parallel_and_empty():
 
 @pytest.mark.parametrize("change, message", [
     (dict(padding=(2, 1)), "padding at most half"),
+    (dict(padding=(2**63 - 1, 1)), "padding at most half"),
     (dict(stride=(0, 2)), "must be positive"),
     (dict(kernel_size=(0, 0), padding=(0, 0), like=torch.empty(1, 8, 6, 6)), "window and stride must be positive"),
     (dict(kernel_size=(3,)), "must have 2 values"),
@@ -284,13 +306,14 @@ good = [x, w, v, v, v, v, 1e-5, v, out, [1, 1], [1, 1], [1, 1], 1, "relu", True,
 def conv(**change):
     names = "x w bw bb bm bv eps bias residual stride padding dilation groups activation tf32 tile partials out".split()
     return "cuda_conv_bn_act", [change.get(name, value) for name, value in zip(names, good)]
-def configs(groups, element_bytes):
-    return "cuda_conv_configs", [[2, 8, 5, 5], [16, 8, 3, 3], [1, 1], [1, 1], [1, 1], groups, element_bytes, True, 0]
+def configs(groups, element_bytes, stride=[1, 1], dilation=[1, 1]):
+    return "cuda_conv_configs", [[2, 8, 5, 5], [16, 8, 3, 3], stride, [1, 1], dilation, groups, element_bytes, True, 0]
 calls = [
     ("cuda_add_relu", [x, x, x]), ("cuda_add_relu_backward", [x, x, x]), ("cuda_add_relu", [x, w, x]),
     conv(), conv(bw=None, bb=None, bm=None, bv=None, bias=None, residual=None), conv(groups=3), conv(stride=[1]),
     conv(padding=[2**40, 0]), conv(out=x), conv(residual=x), conv(stride=[0, 1]), conv(padding=[0, 0]),
     conv(tile=-1), conv(tile=4), configs(3, 2), configs(1, 8),
+    conv(stride=[2, 1], dilation=[4, 1]), configs(1, 2, stride=[2, 1], dilation=[4, 1]),
 ]
 assert {name for name, _ in calls} == set(schemas.KERNELS["cuda"])
 for name, args in calls:
@@ -320,6 +343,7 @@ def test_cuda_operators_unpack_their_arguments_and_check_them(tmp_path):
         "x is on another device", "do not fit these groups", "must have 2 values", "padding is 1099511627776",
         "out has the wrong shape", "residual must have the shape", "must be positive", "out has the wrong shape",
         "there is no tile -1", "there is no tile 4", "do not fit these groups", "elements have 2 or 4 bytes",
+        "the output would be empty", "the output would be empty",
     ]  # fmt: skip
     messages = result.stdout.splitlines()
     assert len(messages) == len(expected)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -184,10 +185,14 @@ def test_the_operator_refuses_what_would_leave_its_memory():
         (dict(x=draw(1, 28, 8, 8, 4)[0]), "wrong shape"),
         (dict(x=draw(1, 30, 8, 8, 2)[0]), "whole groups"),
         (dict(x=x.contiguous()), "channels_last"),
+        (dict(stride=(1, 1), out=x), "must not be x"),
+        (dict(stride=(2,)), "stride must have 2 values"),
         (dict(stride=(1, 2)), "wrong shape"),
         (dict(stride=(3, 2)), "1 or 2"),
         (dict(padding=(0, 1)), "wrong shape"),
         (dict(padding=(-1, 1)), "at least 0"),
+        (dict(padding=(2**63 - 1, 1)), "below 2\\^31"),
+        (dict(padding=(1,)), "padding must have 2 values"),
         (dict(x=x[:, :, :, :1].contiguous(memory_format=torch.channels_last), padding=(1, 0)), "would be empty"),
         (dict(bias=bias[:31]), "one value per output channel"),
         (dict(residual=x), "residual must have"),
@@ -197,6 +202,16 @@ def test_the_operator_refuses_what_would_leave_its_memory():
     ):
         with pytest.raises(RuntimeError, match=sentence):
             run(*(good | change).values())
+
+
+@pytest.mark.parametrize("name", provenance.CPU_SOURCES)
+def test_a_cpu_kernel_s_digest_covers_all_it_includes(name):
+    files, found = {f"csrc/cpu_{name}.cpp"}, set()
+    while files - found:
+        file = (files - found).pop()
+        found.add(file)
+        files |= {f"csrc/{header}" for header in re.findall('#include "(.+)"', (provenance.ROOT / file).read_text())}
+    assert found == set(provenance.CPU_SOURCES[name])
 
 
 def test_measurements_of_cpu_kernels_go_stale_with_their_sources(monkeypatch, tmp_path):

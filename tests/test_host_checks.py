@@ -133,6 +133,9 @@ def test_input_offset_is_the_definition(window, data):
         (dict(padding=(2**28, 0)), "padding"),
         (dict(R=2**27 + 1, dilation=(2, 1), padding=(2**27, 0)), "dilation"),
         (dict(H=2**16, W=2**16), "fewer than 2\\^31 - 1025 pixels"),
+        (dict(R=2), "the output would be empty"),
+        (dict(S=2, stride=(1, 2)), "the output would be empty"),
+        (dict(S=3, stride=(1, 2)), "the output would be empty"),
         (dict(C=2**30, R=2, H=2), "R \\* S \\* C / groups must be below 2\\^31 - 1025"),
     ],
 )

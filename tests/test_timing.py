@@ -408,6 +408,20 @@ def test_changed_since(tree):
     assert str(provenance.newest(tree)) == "kernels verified on NVIDIA H200, 2026-11-20; changed since: csrc/a.cu"
 
 
+def test_a_cpu_kernel_is_not_verified_on_a_gpu(tree):
+    file = tree / "csrc" / "grouped.h"
+    file.write_text("grouped")
+    assert "csrc/grouped.h" not in provenance.newest(tree).never_verified
+    record(tree)
+    path = tree / "benchmarks" / "results" / "h200" / "check.json"
+    of_before = json.loads(path.read_text())
+    assert "csrc/grouped.h" not in of_before["verified"]["kernels"]
+    of_before["verified"]["kernels"]["csrc/grouped.h"] = "another digest"
+    timing.write_json(path, of_before)
+    file.write_text("edited")
+    assert str(provenance.newest(tree)) == "kernels verified on NVIDIA H200, 2026-11-20"
+
+
 def test_added_and_removed_since(tree):
     record(tree)
     (tree / "csrc" / "a.cu").rename(tree / "csrc" / "c.cu")
