@@ -72,8 +72,8 @@ def fuse(
     convolutions of its own the sequences that torch.fx sees in its forward (`rewriting`): timm's blocks, stems, VGG,
     Inception, RegNet. `fused_convs` lists the convolutions. Fuse before torch.compile and fully_shard.
 
-    backend: asked for by everything fused; "auto" chooses per problem. filter_fn(module, name) -> bool: of a module for
-    which it is false the own forward runs; the modules inside are asked about too, among them a residual block's
+    backend: asked for by everything fused; "auto" chooses per problem. filter_fn(module, name) -> bool: a module for
+    which it is false is not fused by this call; the modules inside are asked about too, among them a residual block's
     downsample, which the block then calls. Convolutions, norms and activations belong to the forward that calls them,
     and what an adapter computes to the block, so those are not kept by themselves. strict: raise ValueError when a
     module with a convolution and a norm or an activation was left alone, or when there is nothing to fuse.

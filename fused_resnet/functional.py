@@ -46,7 +46,8 @@ def conv_bn_act(
     bn_weight scales by 1, no bn_var divides by nothing, the others are 0; all four None means no BN. Returns a new
     (N, K, P, Q) tensor in channels_last memory; channels_last inputs are read as they are, others converted.
 
-    activation: "none", "relu", "relu6" or "silu". backend: "auto", "eager", "cudnn", "onednn", "triton", "cuda".
+    activation: "none", "relu", "relu6" or "silu". backend: "auto" or one of "eager", "winograd",
+    "grouped", "onednn" (CPU), "cudnn", "cuda", "cublaslt" and "triton"; the name of one that is registered, too.
     A kernel makes one pass over memory, eager one per step, onednn a second one for what it does not fuse.
     Gradients reach x, weight, bn_weight, bn_bias, bias and residual; bn_mean and bn_var are constants. Under the
     transforms of torch.func and forward-mode AD the same is computed by ATen, whatever the backend, in ATen's layout.

@@ -92,7 +92,7 @@ def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any]:
 def _noting_writes(model: nn.Module) -> Iterator[set[int]]:
     """The modules, by id, of which this thread writes an attribute, a parameter or a buffer meanwhile."""
     written: set[int] = set()
-    thread, stock = threading.get_ident(), {name: getattr(nn.Module, name) for name in ("__setattr__", "__delattr__")}
+    thread = threading.get_ident()
 
     def noting(write: Callable) -> Callable:
         def noted(module: nn.Module, *args: Any) -> None:
@@ -107,6 +107,8 @@ def _noting_writes(model: nn.Module) -> Iterator[set[int]]:
 
     before = [(module, writes(module)) for module in model.modules()]
     with TRACING:
+        # read here: what another thread's trace has patched is not stock
+        stock = {name: getattr(nn.Module, name) for name in ("__setattr__", "__delattr__")}
         try:
             for name, write in stock.items():
                 setattr(nn.Module, name, noting(write))

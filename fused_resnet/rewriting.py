@@ -31,7 +31,7 @@ class Program(NamedTuple):
 
     run: Callable[[nn.Module, Tensor], Any]
     convs: tuple[str, ...]
-    original: Callable[..., Any]
+    originals: tuple  # the forwards of its class and of the classes that this is from
     reads: Reads
     skipped: tuple[str, ...]  # modules that return their input and are not called
 
@@ -39,7 +39,7 @@ class Program(NamedTuple):
         return (
             len(args) == 1
             and isinstance(args[0], Tensor)
-            and module.plain_class.forward is self.original
+            and _forwards(module.plain_class) == self.originals
             and self.reads.hold(module)
             and all(returns_its_input(module.get_submodule(name)) for name in self.skipped)
         )
@@ -96,7 +96,11 @@ def _program_of(module: nn.Module, training: bool) -> Program:
     convs = tuple(dict.fromkeys(str(match.conv.target) for match in found))
     for match in found:
         _replace(graph, match, modules)
-    return Program(_compiled(graph), convs, plain_class_of(module).forward, reads, tuple(skipped))
+    return Program(_compiled(graph), convs, _forwards(plain_class_of(module)), reads, tuple(skipped))
+
+
+def _forwards(cls: type) -> tuple:
+    return tuple(base.__dict__.get("forward") for base in cls.__mro__)
 
 
 # ----------------------------------------------------------------------------------------------------------- rewriting

@@ -3,26 +3,32 @@
 
 The children are calls. What torch.fx cannot see is refused or told: the trace is taken twice, with gradients on and
 off, and both must agree; code that asks for the class of a value or a module, asks for another of torch's modes or
-changes one, draws random numbers, writes attributes of any module or class or into the containers there, recomputes
-activations, or takes anything but one tensor is refused. What the forward read of the module and of those inside comes
-with the graph, to be compared before each call.
+changes one, draws random numbers, writes attributes of any module or class or into the containers there, writes a
+variable outside or into a container or object that its code names, recomputes activations, or takes anything but one
+tensor is refused, also where it swallows the error. What the forward read of the module and of those inside comes with
+the graph, to be compared before each call.
 
 Not seen: a path that depends on a global variable, or on what is read of a class by the class's name, and that changes
-later.
+later; what is printed, or written into tensors outside, slots, Python's modules and objects inside other objects, or by
+a function of another file that is given neither a module nor a value; an error that Python raises where it needs an
+integer, as in range(x.shape[0]), and the forward swallows.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dis
 import enum
 import functools
 import inspect
+import itertools
+import operator
 import random
 import sys
 import threading
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Optional
 
 import torch
@@ -37,9 +43,11 @@ _KNOWN_FUNCTIONS = {"torch", "_operator", "operator", "builtins", "math", "colle
 _MODES = frozenset(
     "is_autocast_enabled is_autocast_cpu_enabled get_autocast_dtype get_autocast_cpu_dtype get_autocast_gpu_dtype "
     "is_inference_mode_enabled is_tracing _is_tracing _get_tracing_state is_in_onnx_export is_compiling "
-    "is_dynamo_compiling is_exporting get_default_dtype".split()
+    "is_dynamo_compiling is_exporting get_default_dtype are_deterministic_algorithms_enabled".split()
 )
 _CLASS_QUESTIONS = {"LOAD_GLOBAL": "type", "LOAD_ATTR": "__class__", "LOAD_METHOD": "__class__"}
+_COLLECTIONS = (dict, list, tuple, set, frozenset, collections.deque)
+_NO_CONTENT = (ModuleType, FunctionType, nn.Module, Tensor, fx.Proxy)  # or none that is kept
 _LOOKUP = nn.Module.__getattr__.__code__
 _MISSING = object()
 
@@ -83,18 +91,102 @@ def plain_class_of(module: Any) -> type[nn.Module]:
 class _Proxy(Proxy):
     """A value of which the rewritten forward may not depend in ways that torch.fx does not record."""
 
+    tracer: _Tracer
+
     @property  # type: ignore[misc]
     def __class__(self):  # type: ignore[override]
         # isinstance asks here, and the proxy's answer would not be the value's
         asker = sys._getframe(1).f_globals.get("__name__", "")
-        if asker.startswith("torch."):
-            return _Proxy
-        raise CannotRewrite("its forward asks for the class of a value")
+        if not asker.startswith("torch."):
+            self.tracer.watch._refuse("asks for the class of a value")
+        return _Proxy
 
     def __getattr__(self, name: str) -> Any:
         if not hasattr(Tensor, name):
             raise AttributeError(name)
-        return super().__getattr__(name)
+        return _Attribute(self, name)
+
+    def _look(self, *_: Any) -> NoReturn:
+        self.tracer.watch._refuse("looks at a value, which torch.fx cannot trace")
+
+    __len__ = __int__ = __float__ = __complex__ = __array__ = __setitem__ = _look  # type: ignore[assignment]
+
+
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    """What an attribute of a value gives: a shape, a method."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+
+class _Contents:
+    """Containers, objects and classes outside the module, each with its content as it was when first seen."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, tuple[str, Any, Any]] = {}
+
+    def keep_named_in(self, frame: FrameType) -> None:
+        """What the code of a function that is being called names and does not make itself."""
+        for name in frame.f_code.co_names:
+            self.keep(name, frame.f_globals.get(name))
+        for name in frame.f_code.co_freevars:
+            self.keep(name, frame.f_locals.get(name))
+
+    def keep(self, name: str, value: Any) -> None:
+        content = None if id(value) in self._before else _content(value)
+        if content is None:
+            return
+        self._before[id(value)] = (name, value, content)
+        for key, part in content.items() if isinstance(content, dict) else enumerate(content):
+            if issubclass(type(part), _COLLECTIONS):
+                self.keep(f"{key}, an attribute of a class" if issubclass(type(value), type) else name, part)
+
+    def put_back(self) -> list[str]:
+        """The names of what was written since, which is as before now."""
+        written = []
+        for name, value, content in self._before.values():
+            now = _content(value)
+            if not _same(now, content):
+                if isinstance(value, type):
+                    key = next(key for key in {**now, **content} if _differ(now, content, key))
+                    name = f"{key}, an attribute of a class"
+                written.append(name)
+                _restore(value, content)
+        return written
+
+
+def _differ(now: dict, content: dict, key: Any) -> bool:
+    return now.get(key, _MISSING) is not content.get(key, _MISSING)
+
+
+def _content(value: Any) -> Any:
+    """What is in a container, object or class that code outside torch may write, or None."""
+    kind = type(value)
+    if issubclass(kind, dict):
+        return dict(value)
+    if issubclass(kind, _COLLECTIONS):
+        return list(value)
+    if issubclass(kind, _NO_CONTENT) or _is_torchs(value.__module__ if issubclass(kind, type) else kind.__module__):
+        return None
+    return dict(vars(value)) if hasattr(value, "__dict__") else None
+
+
+def _restore(value: Any, content: Any) -> None:
+    if isinstance(value, type):
+        now = dict(vars(value))
+        for name in set(now) - set(content):
+            delattr(value, name)
+        for name in content:
+            if _differ(now, content, name):
+                setattr(value, name, content[name])
+    elif isinstance(value, list):
+        value[:] = content
+    elif isinstance(value, (dict, set, collections.deque)):
+        value.clear()
+        (value.extend if isinstance(value, collections.deque) else value.update)(content)
+    else:
+        vars(value).clear()
+        vars(value).update(content)
 
 
 class _Watch:
@@ -105,7 +197,9 @@ class _Watch:
         for name, child in module.named_modules(remove_duplicate=False):
             self.paths.setdefault(id(child), []).append(tuple(name.split(".")) if name else ())
         self.read: set[tuple[tuple[str, ...], str]] = set()
-        self.refusal: Optional[CannotRewrite] = None
+        self.refusal: Optional[CannotRewrite] = None  # the first; the forward may have swallowed it
+        self.outside = _Contents()
+        self._globals = plain_class_of(module).forward.__globals__
         self.in_forward = False
         self._lent: dict[int, tuple[str, Any, Any]] = {}
         self._thread = threading.get_ident()
@@ -143,18 +237,50 @@ class _Watch:
     @contextlib.contextmanager
     def of_all_calls(self) -> Iterator[None]:
         """Looks at what is called in this thread, and by whom. `check` refuses; the forward goes on."""
-        profile = sys.getprofile()
+        profile: Any = sys.getprofile()
         sys.setprofile(self._look_at_call)
         try:
             yield
         finally:
-            sys.setprofile(profile)
+            if hasattr(profile, "enable"):  # cProfile's, which sys.setprofile cannot put back
+                profile.enable()
+            else:
+                sys.setprofile(profile)
 
     def _look_at_call(self, frame: FrameType, event: str, function: Any) -> None:
-        if self.in_forward and self.refusal is None and event in ("call", "c_call"):
-            what = _unseen_in(frame) if event == "call" else _mode_asked(getattr(function, "__name__", ""), frame)
-            if what is not None:
-                self.refusal = CannotRewrite(f"its forward {what}")
+        if not self.in_forward or event not in ("call", "c_call", "c_exception"):
+            return
+        name = getattr(function, "__name__", "")
+        if event == "call":
+            what = _unseen_in(frame)
+            if self._is_the_forwards(frame):
+                what = what or _unseen_in_code(frame.f_code, _variable_written)
+                if what is not None:
+                    raise self.note(CannotRewrite(f"its forward {what}"))  # before it is done
+                self.outside.keep_named_in(frame)
+        elif event == "c_call":
+            what = _mode_asked(name, frame)
+        else:
+            what = f"fails in torch's {name}()" if _is_torchs(_owner(function)) else None
+        if what is not None:
+            self.note(CannotRewrite(f"its forward {what}"))
+
+    def _is_the_forwards(self, frame: FrameType) -> bool:
+        """Whether a function works for the forward, unlike an import or a callback of the garbage collector's."""
+        if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+            return False
+        name = _module_name(frame)
+        is_known = _is_torchs(name) or name.partition(".")[0] in sys.stdlib_module_names
+        return frame.f_globals is self._globals or not is_known and _is_about_the_forward(frame)
+
+    def note(self, error: Exception) -> CannotRewrite:
+        """The first reason to refuse, which is this one where there was none."""
+        if self.refusal is None:
+            if not isinstance(error, CannotRewrite):
+                first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+                error = CannotRewrite(f"torch.fx cannot trace its forward: {first_line}")
+            self.refusal = error
+        return self.refusal
 
     def check(self) -> None:
         """Raises CannotRewrite for a forward that went on after its refusal, or wrote into a container that it read."""
@@ -194,14 +320,34 @@ class _Watch:
         return ".".join((*self._paths_of(module)[0], name))
 
     def _refuse(self, what: str) -> NoReturn:
-        self.refusal = CannotRewrite(f"its forward {what}")
-        raise self.refusal
+        raise self.note(CannotRewrite(f"its forward {what}"))
+
+
+def _noted(method: Callable) -> Callable:
+    """A tracer's method whose errors are noted, because the forward may swallow them."""
+
+    @functools.wraps(method)
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            if threading.get_ident() == self._thread:
+                self.watch.note(error)
+            raise
+
+    return noted
 
 
 class _Tracer(Tracer):
     """Traces one module; its children are calls. Refuses what a graph does not show."""
 
     proxy_class = _Proxy
+    to_bool, iter, keys = _noted(Tracer.to_bool), _noted(Tracer.iter), _noted(Tracer.keys)
+    call_module = _noted(Tracer.call_module)
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
 
     def trace(self, root: Any, concrete_args: Optional[dict[str, Any]] = None) -> fx.Graph:
         self._modes = _modes()
@@ -220,11 +366,13 @@ class _Tracer(Tracer):
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
 
+    @_noted
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), Tensor):
             raise CannotRewrite("its forward makes a tensor, which a graph would keep")
         return super().create_arg(a)
 
+    @_noted
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self._modes:
             raise CannotRewrite("its forward changes the gradient mode or autocast")
@@ -255,16 +403,13 @@ def _traced(module: nn.Module, plain: Any, training: bool, gradients: bool) -> t
     """The graph of one trace, and what the forward read of the module. The module is as before, whatever happens."""
     watch, cls, mode = _Watch(module), module.__class__, module.training
     try:
-        with TRACING, torch.set_grad_enabled(gradients), _no_random_numbers(), _no_class_written(module):
+        with TRACING, torch.set_grad_enabled(gradients), _no_random_numbers(), _nothing_written_outside(module, watch):
             module.__class__ = _of_one_tensor(plain, watch)
             module.__dict__["training"] = training
             with watch.of_all_modules(), watch.of_all_calls():
-                graph = _Tracer().trace(module)
-    except CannotRewrite:
-        raise
+                graph = _Tracer(watch).trace(module)
     except Exception as error:
-        first_line = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CannotRewrite(f"torch.fx cannot trace its forward: {first_line}") from error
+        raise watch.note(error) from error
     finally:
         module.__dict__["training"] = mode
         module.__class__ = cls
@@ -323,34 +468,28 @@ def _comparable(state: Any) -> list:
 
 
 @contextlib.contextmanager
-def _no_class_written(module: nn.Module) -> Iterator[None]:
-    """Raises CannotRewrite where an attribute of its class, or of a class inside, was. They are as before, whatever
-    happens."""
-    classes = {cls for child in module.modules() for cls in type(child).__mro__ if not _is_torchs(cls.__module__)}
-    before = {cls: {name: (value, _kept(value)) for name, value in vars(cls).items()} for cls in classes - {object}}
-    written = []
+def _nothing_written_outside(module: nn.Module, watch: _Watch) -> Iterator[None]:
+    """Raises CannotRewrite where anything outside the module was: its class, one of a class inside, what its code
+    names. They are as before, whatever happens."""
+    for child in module.modules():
+        for cls in type(child).__mro__[:-1]:
+            watch.outside.keep(cls.__name__, cls)
     try:
         yield
     finally:
-        for cls, attributes in before.items():
-            for name in set(vars(cls)) - set(attributes):
-                delattr(cls, name)
-                written.append(name)
-            for name, (value, kept) in attributes.items():
-                is_same_content = value is kept or _is_plain(value) and value == kept
-                if vars(cls).get(name, _MISSING) is not value or not is_same_content:
-                    setattr(cls, name, kept)
-                    written.append(name)
+        written = watch.outside.put_back()
         if written:
-            raise CannotRewrite(f"its forward writes {written[0]}, an attribute of a class")
+            raise watch.note(CannotRewrite(f"its forward writes {written[0]}, outside the module"))
 
 
 def _kept(value: Any) -> Any:
     return copy.deepcopy(value) if _is_plain(value) else value
 
 
-def _same(value: dict, content: dict) -> bool:
-    """Whether a dictionary still holds the very same things."""
+def _same(value: Any, content: Any) -> bool:
+    """Whether a dictionary or list still holds the very same things."""
+    if isinstance(content, list):
+        return len(value) == len(content) and all(map(operator.is_, value, content))
     return list(value) == list(content) and all(value[key] is content[key] for key in content)
 
 
@@ -366,15 +505,30 @@ def _module_name(frame: Optional[FrameType]) -> str:
     return "" if frame is None else frame.f_globals.get("__name__", "")
 
 
+def _owner(function: Any) -> str:
+    """The module of Python that a function in C is from."""
+    return getattr(function, "__module__", None) or type(getattr(function, "__self__", None)).__module__
+
+
 def _unseen_in(frame: FrameType) -> Optional[str]:
     """What a function that is being called does that a graph does not show, or None."""
     if not _is_torchs(_module_name(frame)):
-        kinds = (type(value) for value in frame.f_locals.values())
-        is_about_the_forward = any(issubclass(kind, (nn.Module, _Proxy)) for kind in kinds)
-        return _unseen_in_code(frame.f_code) if is_about_the_forward else None
+        return _unseen_in_code(frame.f_code, _class_asked) if _is_about_the_forward(frame) else None
     if _module_name(frame) == "torch.utils.checkpoint":
         return "recomputes its activations (torch.utils.checkpoint)"
     return _mode_asked(frame.f_code.co_name, frame.f_back)
+
+
+def _is_about_the_forward(frame: FrameType) -> bool:
+    return any(issubclass(kind, (nn.Module, _Proxy)) for kind in _kinds_in(frame.f_locals))
+
+
+def _kinds_in(values: Any, depth: int = 2) -> Iterator[type]:
+    """The types of values, and of what is in those that are containers."""
+    for value in values.values() if issubclass(type(values), dict) else values:
+        yield type(value)
+        if depth and issubclass(type(value), _COLLECTIONS):
+            yield from _kinds_in(value, depth - 1)
 
 
 def _mode_asked(name: str, asker: Optional[FrameType]) -> Optional[str]:
@@ -383,15 +537,23 @@ def _mode_asked(name: str, asker: Optional[FrameType]) -> Optional[str]:
 
 
 @functools.lru_cache(maxsize=None)
-def _unseen_in_code(code: CodeType) -> Optional[str]:
-    for instruction in dis.get_instructions(code):
-        kind, name = instruction.opname, instruction.argval
-        if kind in _CLASS_QUESTIONS and name == _CLASS_QUESTIONS[kind]:
-            return "asks for the class of a value or a module"
-        if kind == "STORE_GLOBAL":
-            return f"writes the global variable {name}"
-    inner = (_unseen_in_code(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return next(filter(None, inner), None)
+def _unseen_in_code(code: CodeType, unseen: Callable[[CodeType, str, Any], Optional[str]]) -> Optional[str]:
+    """What an instruction of a function, or of one inside, does, or None."""
+    own = (unseen(code, instruction.opname, instruction.argval) for instruction in dis.get_instructions(code))
+    inner = (_unseen_in_code(constant, unseen) for constant in code.co_consts if isinstance(constant, CodeType))
+    return next(filter(None, itertools.chain(own, inner)), None)
+
+
+def _class_asked(code: CodeType, kind: str, name: Any) -> Optional[str]:
+    is_asked = kind in _CLASS_QUESTIONS and name == _CLASS_QUESTIONS[kind]
+    return "asks for the class of a value or a module" if is_asked else None
+
+
+def _variable_written(code: CodeType, kind: str, name: Any) -> Optional[str]:
+    if kind in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+        return f"writes the global variable {name}"
+    is_outer = kind in ("STORE_DEREF", "DELETE_DEREF") and name in code.co_freevars
+    return f"writes the nonlocal variable {name}" if is_outer else None
 
 
 # ------------------------------------------------------------------------------------------------- what a forward reads
@@ -465,7 +627,7 @@ def _is_unchanging(value: Any, module: nn.Module) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    if type(value) is _Proxy:  # which answers no isinstance
+    if issubclass(type(value), _Proxy):  # which answers no isinstance
         return False
     if isinstance(value, dict):
         return all(_is_plain(part) for pair in value.items() for part in pair)

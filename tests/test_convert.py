@@ -354,6 +354,13 @@ def test_filter():
     assert seen == [name for name, _ in model.named_modules()]
 
 
+def test_a_filter_does_not_unfuse():
+    model = fused_resnet.fuse(networks.small())
+    fused = convert.fused_convs(model)
+    fused_resnet.fuse(model, backend="eager", filter_fn=lambda module, name: False)
+    assert convert.fused_convs(model) == fused and {block.backend for block in fused_blocks(model)} == {"auto"}
+
+
 def test_a_filter_keeps_a_downsample(monkeypatch):
     plain = networks.small(Bottleneck)
     model, forward, called = copy.deepcopy(plain), nn.Conv2d.forward, []

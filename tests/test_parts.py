@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fused_resnet
+from fused_resnet import parts
 from fused_resnet.frozen import FrozenModel, FrozenParts
 from fused_resnet.nn import ConvBNAct
 from fused_resnet.plan import FrozenConv
@@ -337,6 +338,25 @@ def test_what_the_forward_writes_to_is_in_no_part(what):
         for (actual, last), (wanted, width) in zip(frozen(x), expected):
             close(actual, wanted)
             assert last == width
+
+
+def test_what_a_trace_in_another_thread_patched_is_not_put_back(monkeypatch):
+    stock = nn.Module.__setattr__
+
+    class EndOfAnotherTrace:
+        """The lock, got when the other thread has undone its patch."""
+
+        def __enter__(self):
+            nn.Module.__setattr__ = stock
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(nn.Module, "__setattr__", lambda *args: stock(*args))
+    monkeypatch.setattr(parts, "TRACING", EndOfAnotherTrace())
+    with parts._noting_writes(nn.ReLU()):
+        assert nn.Module.__setattr__ is not stock
+    assert nn.Module.__setattr__ is stock
 
 
 def test_no_part_at_all():

@@ -3,7 +3,9 @@
 import collections
 import contextlib
 import copy
+import cProfile
 import functools
+import gc
 import itertools
 import pickle
 import random
@@ -23,10 +25,32 @@ from fused_resnet.nn import conv_bn_act
 from fused_resnet.rewriting import Rewritten
 
 ALTERNATING = itertools.cycle((True, False))
+FEATURES, NESTED, SEEN, LATEST = [], {"of": [[]]}, set(), collections.deque(maxlen=3)
 
 
 class Config:
     scale = 2.0
+
+
+class Stats:
+    total, kept = 0, []
+
+    def __init__(self):
+        self.calls, self.outputs = 0, []
+
+    def add(self, out):
+        self.outputs.append(out)
+
+
+STATS = Stats()
+
+
+def outside():
+    """What forwards could write beside their modules, and which objects these are."""
+    nested = NESTED["of"]
+    containers = (FEATURES, NESTED, nested, nested[0], SEEN, LATEST, STATS.outputs, Unit.history, Stats.kept)
+    contents = [list(container) for container in containers]
+    return contents, [id(container) for container in containers], STATS.calls, Stats.total, Unit.total
 
 
 class Gain:
@@ -450,6 +474,107 @@ def hides_its_write(self, x):
     return self.stem(x)
 
 
+def swallows_a_branch(self, x):
+    out = self.stem(x)
+    with contextlib.suppress(Exception):
+        if out.sum() > 0:
+            return out * 3
+    return out
+
+
+def swallows_a_loop(self, x):
+    with contextlib.suppress(Exception):
+        return sum(self.stem(row) for row in x)
+    return self.stem(x)
+
+
+def swallows(question):
+    def forward(self, x):
+        out = self.stem(x)
+        try:
+            return out * question(out)
+        except Exception:
+            return out
+
+    return forward
+
+
+swallows_a_float = swallows(lambda out: float(out.sum()))
+swallows_an_int = swallows(lambda out: int(out.sum()))
+swallows_a_length = swallows(lambda out: len(out))
+swallows_the_length_of_a_shape = swallows(lambda out: len(out.shape))
+swallows_keys = swallows(lambda out: 2 if dict(**out) else 1)
+swallows_a_class = swallows(lambda out: 2 if isinstance(out, torch.Tensor) else 1)
+swallows_the_class_of_a_shape = swallows(lambda out: 2 if isinstance(out.shape, tuple) else 1)
+swallows_a_tensor = swallows(lambda out: torch.full((1,), 2.0))
+swallows_an_array = swallows(lambda out: float(np.asarray(out).sum()))
+swallows_no_array = swallows(torch.from_numpy)
+swallows_a_size = swallows(lambda out: torch.arange(out.shape[0]).sum())
+swallows_a_strange_module = swallows(lambda out: STRANGE(out))
+STRANGE = nn.Hardtanh()
+
+
+def appends_to_a_global(self, x):
+    FEATURES.append(self.stem(x))
+    return FEATURES[-1]
+
+
+def appends_deep_in_a_global(self, x):
+    NESTED["of"][0].append(1)
+    return self.stem(x)
+
+
+def adds_to_a_global_set(self, x):
+    SEEN.add("call")
+    return self.stem(x)
+
+
+def appends_to_a_global_deque(self, x):
+    LATEST.append(1)
+    return self.stem(x)
+
+
+def counts_in_a_global_object(self, x):
+    STATS.calls += 1
+    return self.stem(x)
+
+
+def calls_a_global_object(self, x):
+    STATS.add(1)
+    return self.stem(x)
+
+
+def counts_in_another_class(self, x):
+    Stats.total += 1
+    return self.stem(x)
+
+
+def appends_to_another_class(self, x):
+    Stats.kept.append(1)
+    return self.stem(x)
+
+
+def _keep(out):
+    FEATURES.append(1)
+    return out
+
+
+def appends_in_a_helper(self, x):
+    return _keep(self.stem(x))
+
+
+def _is_tensor(*values):
+    return type(values[0]) is torch.Tensor
+
+
+def asks_in_a_helper(self, x):
+    return self.stem(x) if _is_tensor(x) else self.conv(x)
+
+
+def asks_for_determinism(self, x):
+    return self.conv(x) if torch.are_deterministic_algorithms_enabled() else self.stem(x)
+
+
 def takes_two(self, x, y):
     return self.stem(x) + y
 
@@ -485,13 +610,26 @@ REFUSED = {
     writes_a_nested_container: "writes its attribute memory", adds_a_module: "writes its attribute stages._modules",
     takes_two: "does not take exactly one tensor", takes_any_number: "does not take exactly one tensor",
     nothing_follows: "followed by a BN or an activation",
+    swallows_a_branch: "torch.fx cannot trace its forward: TraceError", swallows_a_loop: "TraceError",
+    swallows_a_float: "looks at a value", swallows_an_int: "looks at a value", swallows_a_length: "looks at a value",
+    swallows_the_length_of_a_shape: "looks at a value", swallows_keys: "torch.fx cannot trace its forward: TraceError",
+    swallows_a_class: "asks for the class of a value", swallows_the_class_of_a_shape: "asks for the class of a value",
+    swallows_a_tensor: "makes a tensor", swallows_a_size: "asks for the class of a value",
+    swallows_an_array: "looks at a value", swallows_no_array: r"fails in torch's from_numpy\(\)",
+    swallows_a_strange_module: "torch.fx cannot trace its forward: NameError",
+    appends_to_a_global: "writes FEATURES, outside", appends_deep_in_a_global: "writes NESTED, outside",
+    adds_to_a_global_set: "writes SEEN, outside", appends_to_a_global_deque: "writes LATEST, outside",
+    counts_in_a_global_object: "writes STATS, outside", calls_a_global_object: "writes STATS, outside",
+    counts_in_another_class: "writes total, an attribute of a class",
+    appends_to_another_class: "writes kept, an attribute of a class", appends_in_a_helper: "writes FEATURES, outside",
+    asks_in_a_helper: "class of a value or a module", asks_for_determinism: "asks torch are_deterministic_algorithms",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("forward", REFUSED)
 def test_what_is_refused_is_as_before(forward):
     module = unit(forward)
-    before = [dict(child.__dict__) for child in module.modules()]
+    before, around = [dict(child.__dict__) for child in module.modules()], outside()
     generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     with pytest.raises(ValueError, match=f"the model: .*{REFUSED[forward]}"):
         fused_resnet.fuse(module, strict=True)
@@ -499,9 +637,60 @@ def test_what_is_refused_is_as_before(forward):
     assert generators == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     after = [dict(child.__dict__) for child in module.modules()]
     after[0].pop("backend", None)
-    assert after == before
+    assert after == before and outside() == around
     assert module.taps == ["a"] and module.memory == {"last": []} and len(module.stages) == 1
-    assert (Unit.total, Unit.history, hasattr(Unit, "latest")) == (0, [], False)
+    assert not hasattr(Unit, "latest")
+
+
+@pytest.mark.parametrize("is_helper", (False, True))
+def test_a_nonlocal_variable_is_not_counted(is_helper):
+    calls = 0
+
+    def count():
+        nonlocal calls
+        calls += 1
+
+    def forward(self, x):
+        nonlocal calls
+        calls += 1
+        return self.stem(x)
+
+    def calls_a_helper(self, x):
+        count()
+        return self.stem(x)
+
+    with pytest.raises(ValueError, match="writes the nonlocal variable calls"):
+        fused_resnet.fuse(unit(calls_a_helper if is_helper else forward), strict=True)
+    assert calls == 0
+
+
+def collects_garbage(self, x):
+    gc.collect()
+    return self.stem(x)
+
+
+def test_a_callback_of_the_garbage_collector_is_not_the_forwards():
+    elsewhere = {"__name__": "elsewhere", "runs": 0}
+    exec("def callback(phase, info):\n    global runs\n    runs += 1", elsewhere)
+    gc.callbacks.append(elsewhere["callback"])
+    try:
+        assert fused_convs(fused_resnet.fuse(unit(collects_garbage))) == ["conv"] and elsewhere["runs"]
+    finally:
+        gc.callbacks.remove(elsewhere["callback"])
+
+
+def test_a_running_profile_goes_on():
+    def after_fusing():
+        pass
+
+    profile = cProfile.Profile()
+    profile.enable()
+    try:
+        assert fused_convs(fused_resnet.fuse(unit(modules_only))) == ["conv"]
+        after_fusing()
+    finally:
+        profile.disable()
+    assert "after_fusing" in {getattr(entry.code, "co_name", "") for entry in profile.getstats()}
 
 
 def counts_a_buffer(self, x):
@@ -653,6 +842,22 @@ def test_what_changes_after_fusing_has_its_effect(forward, change):
     changed = run(plain, x)
     assert changed.shape != before.shape or not torch.allclose(changed, before, rtol=1e-3), "the change must matter"
     same(run(model, x), run(plain, x))
+
+
+def test_a_replaced_forward_of_a_parent_is_run():
+    class Parent(Unit):
+        def forward(self, x):
+            return self.stem(x)
+
+    class Child(Parent):
+        def forward(self, x):
+            return super().forward(x)
+
+    model, x = fused_resnet.fuse(networks.randomize(Child())), torch.randn(1, 6, 4, 4)
+    before = run(model, x)
+    assert fused_convs(model) == ["conv"]
+    Parent.forward = lambda self, x: 3 * self.stem(x)
+    same(run(model, x), 3 * before)
 
 
 def through_two_convolutions(self, x):
