@@ -2,7 +2,8 @@
 
 A 3x3 convolution that reads row space (`rows_tma`) needs no index arithmetic, but somebody has to write the halo. Where
 a Triton convolution writes a tensor that only Triton convolutions read, it writes the halo along with it; nothing is
-cleared or copied. Elsewhere a rows_tma config would copy its input at every call, and another form takes its place.
+cleared or copied. Elsewhere a rows_tma config would copy its input at every call, and another form takes its place:
+of what was measured, the best without row space (`stranded`), else the likeliest.
 """
 
 from __future__ import annotations
@@ -47,14 +48,15 @@ def assign(convs: Mapping[fx.Node, Placed], device: torch.device, *, is_replayed
     """The same convolutions with their final configs and layouts.
 
     convs: the nodes that are Triton convolutions, called with x and perhaps a residual. is_replayed: a CUDA graph will
-    replay the launches, and encoding descriptors costs nothing: those without a config take the likely fastest.
+    replay the launches, and encoding descriptors costs nothing: those without a config, which nobody measured, take the
+    likely fastest.
     """
     target = runtime.arch(device), runtime.num_sms(device)
     chosen = dict(convs)
     if is_replayed:
         for node, conv in convs.items():
             chosen[node] = conv._replace(config=conv.config or conv_configs.likely_config(conv.problem, *target))
-    in_row_space = {node for node in chosen if _belongs_in_row_space(node, chosen)}
+    in_row_space = _in_row_space(chosen)
     for node, conv in chosen.items():
         config, writes_row_space = conv.config, node in in_row_space
         reads_row_space = node.args[0] in in_row_space
@@ -63,6 +65,17 @@ def assign(convs: Mapping[fx.Node, Placed], device: torch.device, *, is_replayed
             config = conv_configs.likely_config(conv.problem, *target, suits) if is_replayed else None
         chosen[node] = conv._replace(config=config, writes_row_space=writes_row_space)
     return chosen
+
+
+def stranded(convs: Mapping[fx.Node, Placed]) -> list[fx.Node]:
+    """The convolutions whose config reads x from row space, where it cannot lie. Another choice for them may strand
+    others: those that read what they write, or the same x."""
+    in_row_space = _in_row_space(convs)
+    return [node for node, conv in convs.items() if conv.wants_row_space and node.args[0] not in in_row_space]
+
+
+def _in_row_space(convs: Mapping[fx.Node, Placed]) -> set[fx.Node]:
+    return {node for node in convs if _belongs_in_row_space(node, convs)}
 
 
 def _belongs_in_row_space(node: fx.Node, convs: Mapping[fx.Node, Placed]) -> bool:

@@ -38,10 +38,15 @@ class FrozenConv(nn.Module):
         self, problem: ConvProblem, selection: backends.Selection, weight: Tensor, bias: Optional[Tensor]
     ) -> None:
         super().__init__()
-        self.problem, self.selection, self.in_place = problem, selection, False
+        self.problem, self.in_place = problem, False
         self.placed: Optional[layouts.Placed] = None  # of Triton convolutions: how `layouts` settled them
-        self.bias = bias
-        self.weight = selection.backend.pack(problem, weight, selection.config)
+        self.weight, self.bias = weight, bias
+        self.select(selection)
+
+    def select(self, selection: backends.Selection) -> None:
+        """Have this selection run it. The weight must not be packed yet, which Triton's never is."""
+        self.selection = selection
+        self.weight = selection.backend.pack(self.problem, self.weight, selection.config)
 
     @property
     def backend(self) -> backends.Backend:
@@ -191,6 +196,7 @@ def make_plan(traced: fx.GraphModule, x: Tensor, dtype: torch.dtype, backend: st
     modules = dict(module.named_modules())
     for match in _matches(module.graph, modules):
         _lower(module, modules, match, dtype, backend)
+    _reselect_stranded(module.graph, modules, backend)
     _mark_sums_in_place(module.graph, modules)
     _place_triton(module.graph, modules, x.device)
     if x.device.type == "cpu" and backend in ("auto", "onednn") and backends.onednn_missing(dtype) is None:
@@ -334,17 +340,28 @@ def _mark_sums_in_place(graph: fx.Graph, modules: dict) -> None:
         )
 
 
-def _place_triton(graph: fx.Graph, modules: dict, device: torch.device) -> None:
-    convs = {
-        node: conv
+def _reselect_stranded(graph: fx.Graph, modules: dict, backend: str) -> None:
+    """Where x cannot lie in row space, take what was measured fastest without it."""
+    while stranded := layouts.stranded(_triton_as_selected(graph, modules)):
+        for node in stranded:
+            conv = modules[node.target]
+            conv.select(backends.select(conv.problem, backend, in_plan=True, in_nhwc=True))
+
+
+def _triton_as_selected(graph: fx.Graph, modules: dict) -> dict[fx.Node, layouts.Placed]:
+    return {
+        node: layouts.Placed(conv.problem, conv.selection.config)
         for node in graph.nodes
         if isinstance(conv := module_of(node, modules), FrozenConv) and conv.backend.name == "triton"
     }
-    asked = {node: layouts.Placed(conv.problem, conv.selection.config) for node, conv in convs.items()}
+
+
+def _place_triton(graph: fx.Graph, modules: dict, device: torch.device) -> None:
+    asked = _triton_as_selected(graph, modules)
     is_replayed = device.type == "cuda" and not torch.version.hip
     for node, placed in layouts.assign(asked, device, is_replayed=is_replayed).items():
-        convs[node].placed = placed
-        convs[node].selection = convs[node].selection._replace(config=placed.config)
+        conv = modules[node.target]
+        conv.placed, conv.selection = placed, conv.selection._replace(config=placed.config)
 
 
 def _owns_its_memory(node: fx.Node, modules: dict) -> bool:

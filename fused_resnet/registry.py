@@ -36,9 +36,11 @@ class Backend(NamedTuple):
     (x, residual=None) -> output, for plans. only_packed: `auto` takes it in plans alone, since packing costs too much.
     pays: (problem) -> whether `auto` should take it unmeasured. configs: the ways in which it can run a
     problem beside its default and that are worth measuring, as NamedTuples of plain values; legal: those that a file
-    may name, default the same. estimated_us: (problem, config) -> a guess from arithmetic, by which the tuner drops
-    what cannot win. launch_us: (config) -> what a launch takes outside plans where that is more than a few
-    microseconds; measured times do not hold it.
+    may name, default the same. default_config: (problem) -> what None runs as outside plans, where a plan would take
+    another config for it; measured by its name, so that a plan runs what was measured. estimated_us: (problem, config)
+    -> a guess from arithmetic, by which the tuner drops what cannot win. launch_us: (config) -> what a launch takes
+    outside plans where that is more than a few microseconds; measured times do not hold it. reads_row_space: (config)
+    -> whether it was measured with x in row space, where only a plan keeps it.
     """
 
     name: str
@@ -53,8 +55,10 @@ class Backend(NamedTuple):
     pays: Callable[[Any], bool] = lambda problem: True
     configs: Optional[Callable[[Any], Sequence[Any]]] = None
     legal: Optional[Callable[[Any], Sequence[Any]]] = None
+    default_config: Optional[Callable[[Any], Any]] = None
     estimated_us: Optional[Callable[[Any, Any], float]] = None
     launch_us: Callable[[Any], float] = lambda config: 0.0
+    reads_row_space: Callable[[Any], bool] = lambda config: False
 
 
 class Selection(NamedTuple):
@@ -96,15 +100,16 @@ def why_never_live(backend: str) -> Optional[str]:
     return None if backend == "auto" or _REGISTRY["conv_bn_act"][backend].takes_bn else NEEDS_FOLDED_BN
 
 
-def select(problem: Problem, backend: str = "auto", *, in_plan: bool = False) -> Selection:
+def select(problem: Problem, backend: str = "auto", *, in_plan: bool = False, in_nhwc: bool = False) -> Selection:
     """Who runs this problem, and how. "auto": the measured winner where there is one, else the fixed order.
 
-    A backend asked for by name takes its best measured config. in_plan: the weight is packed once for many calls.
+    A backend asked for by name takes its best measured config. in_plan: the weight is packed once for many calls, and x
+    may lie in row space. in_nhwc: but this x cannot, so the best measured without it counts; as ever outside plans.
     BackendError when the backend is unknown or cannot run this.
     """
-    candidates = _REGISTRY[problem.op]
+    candidates, in_nhwc = _REGISTRY[problem.op], in_nhwc or not in_plan
     if backend == "auto":
-        return _measured_winner(problem, in_plan) or fixed_order(problem, in_plan)
+        return _measured_winner(problem, in_plan, in_nhwc) or fixed_order(problem, in_plan)
     if backend not in candidates:
         raise BackendError(
             f"unknown backend {backend!r} for {problem.op}; known ones are auto, {', '.join(candidates)}."
@@ -115,9 +120,9 @@ def select(problem: Problem, backend: str = "auto", *, in_plan: bool = False) ->
         raise BackendError(
             f"backend {backend!r} cannot run this: {reason}. Use backend='eager' or 'auto'. The problem: {problem}."
         )
-    choice = tuning.lookup(problem, backend) if chosen.configs else None
+    choice = tuning.lookup(problem, backend, in_nhwc) if chosen.configs else None
     config = choice and _config(chosen, problem, choice)
-    if choice is None or config is None or _is_slow_to_launch(chosen, config, choice, in_plan):
+    if choice is None or config is None or _why_not_here(chosen, config, choice, in_plan, in_nhwc):
         return Selection(chosen, None, BY_NAME)
     return Selection(chosen, config, f"{BY_NAME}; {choice.source}")
 
@@ -133,9 +138,9 @@ def fixed_order(problem: Problem, in_plan: bool = False) -> Selection:
     return Selection(candidates["eager"])
 
 
-def _measured_winner(problem: Problem, in_plan: bool) -> Optional[Selection]:
+def _measured_winner(problem: Problem, in_plan: bool, in_nhwc: bool) -> Optional[Selection]:
     """None without a measurement; the fixed order, with the reason, where the winner cannot be had here."""
-    choice = tuning.lookup(problem)
+    choice = tuning.lookup(problem, in_nhwc=in_nhwc)
     if choice is None:
         if problem.device == "cuda" and problem.device not in tuning.warned and _has_configs(problem):
             tuning.warn_untuned(problem)
@@ -147,16 +152,21 @@ def _measured_winner(problem: Problem, in_plan: bool) -> Optional[Selection]:
     config = None if backend is None or reason is not None else _config(backend, problem, choice)
     if reason is None and config is None and choice.config is not None:
         reason = "it has no such config any more"
-    if reason is None and backend is not None and _is_slow_to_launch(backend, config, choice, in_plan):
-        reason = "outside a frozen plan its launch takes longer than the kernel"
+    if reason is None and backend is not None:
+        reason = _why_not_here(backend, config, choice, in_plan, in_nhwc)
     if backend is None or reason is not None:
         source = f"{FIXED_ORDER}; {choice.source}: {choice.backend}, but {reason}"
         return fixed_order(problem, in_plan)._replace(source=source)
     return Selection(backend, config, choice.source)
 
 
-def _is_slow_to_launch(backend: Backend, config: Any, choice: tuning.Choice, in_plan: bool) -> bool:
-    return not in_plan and choice.time_us < backend.launch_us(config)
+def _why_not_here(backend: Backend, config: Any, choice: tuning.Choice, in_plan: bool, in_nhwc: bool) -> Optional[str]:
+    """Why what was measured would not be as fast at this place, or None."""
+    if in_nhwc and backend.reads_row_space(config):
+        return "its time is for x in row space, where it does not lie here"
+    if not in_plan and choice.time_us < backend.launch_us(config):
+        return "outside a frozen plan its launch takes longer than the kernel"
+    return None
 
 
 def _has_configs(problem: Problem) -> bool:
@@ -165,7 +175,9 @@ def _has_configs(problem: Problem) -> bool:
 
 
 def _config(backend: Backend, problem: Problem, choice: tuning.Choice) -> Optional[Any]:
-    return None if choice.config is None else _config_of(backend, problem, tuple(sorted(choice.config.items())))
+    if choice.config is None:
+        return backend.default_config and backend.default_config(problem)
+    return _config_of(backend, problem, tuple(sorted(choice.config.items())))
 
 
 @functools.lru_cache(maxsize=8192)

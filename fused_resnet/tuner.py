@@ -2,10 +2,11 @@
 
 A candidate is a backend with one of its configs. What cannot win by arithmetic is dropped, what remains is compiled
 ahead, held against the reference (a wrong one is recorded and never chosen), and timed in turn with the others from
-cold caches, on CUDA by replaying a graph. A time is what a plan pays for the launches, with x where the plan would have
-it (`bench.planned_call`). The backend of the fixed order is always among them and keeps its place unless another one
-beats it by MARGIN. Winners are written after each convolution; a journal keeps every check and row, so that a process
-that was interrupted goes on where it stopped.
+cold caches, on CUDA by replaying a graph. A time is what a plan pays for the launches, with x where it is read
+(`bench.planned_call`); a plan cannot always keep x in row space, so there is a second winner without it. The backend of
+the fixed order is always among them and keeps its place unless another one beats it by MARGIN. Winners are written
+after each convolution; a journal keeps every check and row, so that a process that was interrupted goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -43,10 +44,14 @@ class DeviceFailed(RuntimeError):
 
 
 class Candidate(NamedTuple):
-    """A backend and one of its configs, None for its default."""
+    """A backend and one of its configs, None for a default that is the same inside plans and outside."""
 
     backend: backends.Backend
     config: Optional[Any]
+
+    @property
+    def reads_row_space(self) -> bool:
+        return self.backend.reads_row_space(self.config)
 
     def __str__(self) -> str:
         if self.config is None:
@@ -56,13 +61,18 @@ class Candidate(NamedTuple):
 
 def candidates(problem: ConvProblem) -> tuple[list[Candidate], dict[str, str]]:
     """(what is worth measuring, the fixed order's choice first; why the other backends cannot run the problem)."""
-    found = {Candidate(backends.fixed_order(problem, in_plan=True).backend, None): None}
+    first = backends.fixed_order(problem, in_plan=True).backend
+    found = {Candidate(first, _default(problem, first)): None}
     skipped = bench.why_not_timed(problem)
     for name, backend in backends.known(problem.op).items():
         if name not in skipped:
-            configs = [None, *promising(problem, backend)]
+            configs = [_default(problem, backend), *promising(problem, backend)]
             found.update(dict.fromkeys(Candidate(backend, config) for config in configs))
     return list(found), skipped
+
+
+def _default(problem: ConvProblem, backend: backends.Backend) -> Optional[Any]:
+    return None if backend.default_config is None else backend.default_config(problem)
 
 
 def promising(problem: ConvProblem, backend: backends.Backend) -> list[Any]:
@@ -239,11 +249,12 @@ def _check_device(device: str, problem: ConvProblem, candidate: Candidate) -> No
 
 
 def _fastest(calls: dict, stats: dict[Candidate, timing.Stats], default: Candidate) -> dict:
-    """Of each backend the few that were fastest in the screening; the default in any case."""
+    """Of each backend the few that were fastest in the screening, with and without row space; the default in any
+    case."""
     kept = {default} & calls.keys()
-    by_backend: dict[str, list[Candidate]] = {}
+    alike: dict[tuple[str, bool], list[Candidate]] = {}
     for candidate in sorted(calls, key=lambda one: stats[one].min_us):
-        mates = by_backend.setdefault(candidate.backend.name, [])
+        mates = alike.setdefault((candidate.backend.name, candidate.reads_row_space), [])
         if len(mates) < _FINALISTS:
             mates.append(candidate)
             kept.add(candidate)
@@ -258,14 +269,19 @@ def _row(
     stats: dict[Candidate, timing.Stats],
     skipped: dict[str, str],
 ) -> Row:
-    winner = _winner(default, stats) if stats else None
+    in_nhwc = {one: times for one, times in stats.items() if not one.reads_row_space}
+    winner, winner_in_nhwc = (_winner(default, found) if found else None for found in (stats, in_nhwc))
     described = {one: {"backend": one.backend.name, "config": one.config and one.config._asdict()} for one in outcomes}
     return {
         "problem": str(problem),
         "default": described[default],
         "winner": winner and described[winner],
+        "winner_in_nhwc": winner_in_nhwc and described[winner_in_nhwc],
         "speedup": stats[default].median_us / stats[winner].median_us if winner and default in stats else None,
-        "timed": [{**described[one], **times._asdict(), **outcomes[one]} for one, times in stats.items()],
+        "timed": [
+            {**described[one], **times._asdict(), **outcomes[one], "reads_row_space": one.reads_row_space}
+            for one, times in stats.items()
+        ],
         "wrong": [
             {**described[one], **outcome}
             for one, outcome in outcomes.items()
@@ -288,16 +304,24 @@ def _winner(default: Candidate, stats: dict[Candidate, timing.Stats]) -> Candida
 
 
 def entry_of(row: Row, run: str) -> tuning.Entry:
-    """What is kept of a row: the best config of each backend that is right."""
+    """What is kept of a row: the best config of each backend that is right, and where any reads row space, the same
+    without those."""
+    entry = _entry_among(row["timed"], row["winner"], row["default"]["backend"], run)
+    in_nhwc = [one for one in row["timed"] if not one.get("reads_row_space")]
+    if not in_nhwc or len(in_nhwc) == len(row["timed"]):
+        return entry
+    return entry._replace(in_nhwc=_entry_among(in_nhwc, row["winner_in_nhwc"], entry.default, run))
+
+
+def _entry_among(timed: Sequence[dict], winner: dict, default: str, run: str) -> tuning.Entry:
     best: dict[str, tuning.Measured] = {}
-    for one in row["timed"]:
+    for one in timed:
         measured = tuning.Measured(one["config"], one["median_us"], one["error_ratio"])
         if one["backend"] not in best or measured.time_us < best[one["backend"]].time_us:
             best[one["backend"]] = measured
-    winner = row["winner"]["backend"]
-    kept = next(one for one in row["timed"] if {key: one[key] for key in ("backend", "config")} == row["winner"])
-    best[winner] = tuning.Measured(kept["config"], kept["median_us"], kept["error_ratio"])
-    return tuning.Entry(winner, row["default"]["backend"], run, best)
+    kept = next(one for one in timed if {key: one[key] for key in ("backend", "config")} == winner)
+    best[winner["backend"]] = tuning.Measured(kept["config"], kept["median_us"], kept["error_ratio"])
+    return tuning.Entry(winner["backend"], default, run, best)
 
 
 # -------------------------------------------------------------------------------------------------------------- tune

@@ -56,12 +56,15 @@ class Entry(NamedTuple):
     """The best of each backend for one problem at one batch, the backend that `auto` takes, and who measured it.
 
     default: the backend `auto` takes without tuning. run: key of the file's "runs", which hold the environments.
+    in_nhwc: the same among the candidates that read x in NHWC, for where it cannot lie in row space. None where no
+    candidate reads row space, and in entries that older versions wrote.
     """
 
     winner: str
     default: str
     run: str
     candidates: dict[str, Measured]
+    in_nhwc: Optional["Entry"] = None
 
     @classmethod
     def from_json(cls, record: dict) -> "Entry":
@@ -75,10 +78,14 @@ class Entry(NamedTuple):
             candidates[name] = measured
         if record["winner"] not in candidates:
             raise ValueError(f"the winner {record['winner']!r} was not measured")
-        return cls(record["winner"], str(record["default"]), str(record["run"]), candidates)
+        in_nhwc = record.get("in_nhwc")
+        nested = None if in_nhwc is None else cls.from_json(in_nhwc)
+        return cls(record["winner"], str(record["default"]), str(record["run"]), candidates, nested)
 
     def as_json(self) -> dict:
-        return dict(self._asdict(), candidates={name: one._asdict() for name, one in self.candidates.items()})
+        record = dict(self._asdict(), candidates={name: one._asdict() for name, one in self.candidates.items()})
+        del record["in_nhwc"]
+        return record if self.in_nhwc is None else {**record, "in_nhwc": self.in_nhwc.as_json()}
 
 
 class Table(NamedTuple):
@@ -170,24 +177,26 @@ def user_folder() -> Path:
     return files.cache_dir() / "tuning"
 
 
-def lookup(problem, backend: Optional[str] = None) -> Optional[Choice]:
+def lookup(problem, backend: Optional[str] = None, in_nhwc: bool = False) -> Optional[Choice]:
     """What was measured fastest for this problem or its nearest batch; with `backend`, that backend's best config.
 
-    None without a measurement, for another operator than conv_bn_act, and for a kernel of ours whose sources have
-    changed since. Never raises because of a file.
+    in_nhwc: of those that read x in NHWC, if the entry tells them apart (`Entry`). None without a measurement, for
+    another operator than conv_bn_act, and for a kernel of ours whose sources have changed since. Never raises because
+    of a file.
     """
     if problem.op != "conv_bn_act" or problem.device not in ("cpu", "cuda") or _is_ignored.get():
         return None
-    return _lookup(problem, backend, torch.get_num_threads() if problem.device == "cpu" else 0)
+    return _lookup(problem, backend, in_nhwc, torch.get_num_threads() if problem.device == "cpu" else 0)
 
 
 @functools.lru_cache(maxsize=8192)
-def _lookup(problem, backend: Optional[str], threads: int) -> Optional[Choice]:
+def _lookup(problem, backend: Optional[str], in_nhwc: bool, threads: int) -> Optional[Choice]:
     entries = _entries(problem.device).get(key(problem), {})
     if not entries:
         return None
     batch = min(entries, key=lambda found: (abs(math.log2(found / max(problem.N, 1))), -found))
     entry, place, kernels = entries[batch]
+    entry = entry.in_nhwc or entry if in_nhwc else entry
     name = backend or entry.winner
     if name not in entry.candidates or not _is_unchanged(name, kernels, place):
         return None

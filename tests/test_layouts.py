@@ -7,9 +7,10 @@ import networks
 import pytest
 import torch
 from torch import nn
+from tuned_files import entry
 
 import fused_resnet
-from fused_resnet import layouts, plan
+from fused_resnet import backends, layouts, plan, registry
 from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.problem import ConvProblem
 from fused_resnet.triton_kernels import runtime
@@ -33,7 +34,8 @@ def freeze(monkeypatch):
 
     def frozen(model, x, config=tma):
         def forced(problem, backend, **options):
-            return select(problem, backend, **options)._replace(config=config(problem))
+            chosen = select(problem, backend, **options)
+            return chosen if options.get("in_nhwc") else chosen._replace(config=config(problem))
 
         monkeypatch.setattr(plan.backends, "select", forced)
         return fused_resnet.freeze(model.to(DEVICE), x.to(DEVICE), backend="triton")
@@ -190,3 +192,42 @@ def test_a_rows_config_without_row_space_is_replaced_under_a_cuda_graph():
     first, second = layouts.assign(convs, torch.device("cpu"), is_replayed=True).values()
     assert first.config.form != "rows_tma" and first.config in configs(first.problem, 90) and first.writes_row_space
     assert second.config == rows and not second.writes_row_space
+
+
+def _tune_3x3s(tuned_files, monkeypatch, in_nhwc):
+    """A basic block and an input whose 3x3 convolutions were measured fastest in row space, with this second winner."""
+    rows = TritonConfig(64, 16, 16, 8, 4, 2, "rows_tma")
+    triton = backends.known("conv_bn_act")["triton"]._replace(legal=lambda p: [rows, rows._replace(form="pointer")])
+    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "triton", triton)
+    model, x = networks.single(stride=1, channels=16).to(DEVICE), torch.randn(2, 16, 6, 6, device=DEVICE)
+    convs = [m for m in fused_resnet.freeze(model, x).plan(x).modules() if isinstance(m, plan.FrozenConv)]
+    for conv in convs:
+        best = entry("triton", triton=(rows._asdict(), 1.0), onednn=(None, 3.0))
+        tuned_files.add(tuned_files.user, conv.problem, best._replace(in_nhwc=in_nhwc))
+    return model, x
+
+
+needs_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="the tuned files of these tests are for a CPU")
+POINTER = TritonConfig(64, 16, 16, 8, 4, 2)
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    "in_nhwc, expected",
+    [
+        (None, None),  # as older versions wrote it: the fixed order
+        (entry("onednn"), [("onednn", None)] * 2),  # and what reads its output is stranded in turn
+        (entry("triton", triton=(POINTER._asdict(), 2.0)), [("triton", "pointer"), ("triton", "rows_tma")]),
+    ],
+    ids=("not kept", "another backend", "another form"),
+)
+def test_what_was_measured_without_row_space_takes_over_where_x_cannot_lie_there(
+    tuned_files, monkeypatch, in_nhwc, expected
+):
+    """The first convolution reads the caller's x. Nothing that nobody measured takes its place."""
+    model, x = _tune_3x3s(tuned_files, monkeypatch, in_nhwc)
+    frozen = fused_resnet.freeze(model, x)
+    convs = [m for m in frozen.plan(x).modules() if isinstance(m, plan.FrozenConv)]
+    expected = expected or [(backends.fixed_order(c.problem, in_plan=True).backend.name, None) for c in convs]
+    assert [(c.backend.name, c.selection.config and c.selection.config.form) for c in convs] == expected
+    check(frozen, model, x)

@@ -14,7 +14,7 @@ from tuned_files import problem
 from fused_resnet import __main__ as command_line
 from fused_resnet import backends, bench, layouts, models, precompile, provenance, registry, timing, tuner, tuning
 from fused_resnet.journal import Journal
-from fused_resnet.triton_kernels import row_space, runtime
+from fused_resnet.triton_kernels import conv_configs, row_space, runtime
 from fused_resnet.triton_kernels.conv_configs import TritonConfig
 
 EAGER = backends.known("conv_bn_act")["eager"]
@@ -149,6 +149,39 @@ def test_an_entry_keeps_the_best_of_each_backend_and_the_winner_itself():
     entry = tuner.entry_of({"timed": timed, "winner": described, "default": described}, "run")
     assert entry.candidates == {"a": tuning.Measured(None, 10.0, 0.5), "b": tuning.Measured(None, 11.0, 0.5)}
     assert (entry.winner, entry.default, entry.run) == ("a", "a", "run")
+
+
+def test_a_default_that_a_plan_would_replace_is_measured_by_its_name(monkeypatch):
+    """A plan takes another config for None, which then is not what was timed."""
+    one, config = problem(), backends.EagerConfig("x")
+    Fake(monkeypatch, "named", configs=lambda p: [config], default_config=lambda p: config)
+    found, _ = tuner.candidates(one)
+    assert [found_one.config for found_one in found if found_one.backend.name == "named"] == [config]
+    triton = backends.known("conv_bn_act")["triton"]
+    assert tuner._default(one, triton) == conv_configs.default_config(one)
+
+
+def test_an_entry_keeps_a_second_winner_for_where_x_cannot_lie_in_row_space():
+    reads = dict(reads_row_space=lambda config: config == backends.EagerConfig("rows"))
+    ours, default = EAGER._replace(name="ours", **reads), tuner.Candidate(EAGER._replace(name="cudnn"), None)
+    rows, other = (tuner.Candidate(ours, backends.EagerConfig(layout)) for layout in ("rows", "other"))
+    for other_us, winner in ((8.0, "ours"), (9.9, "cudnn")):
+        times = {default: 10.0, rows: 5.0, other: other_us}
+        stats = {one: timing.Stats(us, us, us, us, 9) for one, us in times.items()}
+        row = tuner._row(problem(), "cpu", default, dict.fromkeys(stats, {"error_ratio": 0.5}), stats, {})
+        entry = tuner.entry_of(json.loads(json.dumps(row)), "run")
+        assert (entry.winner, entry.candidates["ours"].config) == ("ours", {"layout": "rows"})
+        assert (entry.in_nhwc.winner, entry.in_nhwc.candidates["ours"].config) == (winner, {"layout": "other"})
+        assert entry.in_nhwc.candidates["cudnn"].time_us == 10.0
+        assert tuning.Entry.from_json(json.loads(json.dumps(entry.as_json()))) == entry
+
+
+def test_screening_keeps_the_best_without_row_space():
+    ours = EAGER._replace(name="ours", reads_row_space=lambda config: config.layout != "other")
+    some = [tuner.Candidate(ours, backends.EagerConfig(layout)) for layout in (*"abcdef", "other")]
+    stats = {one: timing.Stats(0, float(n), 0, 0, 0) for n, one in enumerate(some)}
+    kept = tuner._fastest(dict.fromkeys(some), stats, tuner.Candidate(EAGER, None))
+    assert list(kept) == [*some[: tuner._FINALISTS], some[-1]]
 
 
 @pytest.fixture

@@ -365,6 +365,31 @@ def test_row_space_is_for_plans_however_long_the_kernel(tuned_files, monkeypatch
     assert backends.select(problem(), in_plan=False).backend.name == "onednn"
 
 
+def test_a_default_measured_without_its_name_is_named(tuned_files, monkeypatch):
+    """As older versions wrote it: a plan would run another config for None."""
+    eager, named = backends.known("conv_bn_act")["eager"], backends.EagerConfig("NCHW")
+    ours = eager._replace(name="ours", default_config=lambda problem: named)
+    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "ours", ours)
+    tuned_files.add(tuned_files.user, problem(), entry("ours"))
+    assert backends.select(problem(), in_plan=True).config == backends.select(problem(), "ours").config == named
+
+
+def test_where_x_cannot_lie_in_row_space_the_second_winner_counts(tuned_files, monkeypatch):
+    eager = backends.known("conv_bn_act")["eager"]
+    ours = eager._replace(name="ours", reads_row_space=lambda config: config is not None)
+    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "ours", ours)
+    best = entry("ours", ours=(NCHW, 1.0), eager=(NCHW, 3.0))
+    second = entry("eager", ours=(None, 9.0), eager=(NCHW, 3.0))
+    for in_nhwc in (second, None):
+        tuned_files.add(tuned_files.user, problem(), best._replace(in_nhwc=in_nhwc))
+        assert backends.select(problem(), in_plan=True).backend.name == "ours"
+        for in_plan in (True, False):
+            # an older entry does not say: the fixed order
+            expected = "eager" if in_nhwc else backends.fixed_order(problem(), in_plan).backend.name
+            assert backends.select(problem(), in_plan=in_plan, in_nhwc=in_plan).backend.name == expected
+        assert backends.select(problem(), "ours", in_plan=True, in_nhwc=True).config is None
+
+
 def test_the_operator_runs_the_winner(tuned_files, monkeypatch):
     case = next(c for c in map(lambda i: testing.case_at(7, i), range(99)) if c.problem.op == "conv_bn_act"
                 and not c.problem.has_bn and c.problem.N and c.problem.dtype == torch.float32)  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 from typing import NamedTuple, Optional, Sequence, cast
 
@@ -98,10 +97,8 @@ def _triton_estimated_us(problem: ConvProblem, config: TritonConfig) -> float:
 
 def _triton_launch_us(config: Optional[TritonConfig]) -> float:
     """Triton encodes every tensor descriptor anew at each launch: 38 us reported for an H100 (Triton PR 7987). A plan's
-    launches are replayed from a CUDA graph. Without bound for rows_tma: only a plan keeps x in row space."""
-    if config is None or config.form == "pointer":
-        return 0.0
-    return math.inf if config.form == "rows_tma" else 38.0
+    launches are replayed from a CUDA graph."""
+    return 0.0 if config is None or config.form == "pointer" else 38.0
 
 
 def _triton_target() -> tuple[int, int]:
@@ -231,6 +228,8 @@ TRITON = Backend(
     _triton_conv_bn_act,
     configs=_triton_configs,
     legal=_triton_legal,
+    default_config=conv_configs.default_config,
     estimated_us=_triton_estimated_us,
     launch_us=_triton_launch_us,
+    reads_row_space=lambda config: config is not None and config.form == "rows_tma",
 )

@@ -120,9 +120,10 @@ def folded_operands(operands: ConvOperands) -> ConvOperands:
 def planned_call(problem: ConvProblem, selection: backends.Selection, operands: ConvOperands) -> Callable[[], Tensor]:
     """A convolution with folded BN as a frozen plan calls it: its weight packed, and x where the plan would have it.
 
-    For a rows_tma config that is row space, and its time holds no conversion: a plan takes another form wherever it
-    cannot keep x there (`layouts`). The residual and the output are NHWC, since where those lie depends on who else
-    reads them.
+    For a rows_tma config that is row space, and its time holds no conversion: a plan takes what was measured best
+    without wherever it cannot keep x there (`layouts`). The residual and the output are NHWC, since where those lie
+    depends on who else reads them. Triton without a config, which is to say unmeasured, runs its default, for which a
+    plan that is replayed takes a likelier one.
     """
     conv, x = plan.FrozenConv(problem, selection, operands.weight, operands.bias), operands.x
     if selection.backend.name == "triton":
