@@ -182,6 +182,19 @@ def test_torch_is_asked_about_nan_only_where_it_does_not_crash(padding, monkeypa
     assert bool(asked) == problem.reads_x == (padding == 0)
 
 
+@pytest.mark.parametrize("x, status", [(-256.0, "ok"), (-255.0, "mismatch")])
+def test_silu_of_a_sum_that_overflows_may_be_nan(x, status, monkeypatch):
+    """-256 * 256 is -inf in fp16, of which torch's SiLU is NaN; -255 * 256 is finite."""
+    operands = ConvOperands(torch.full((1, 1, 2, 2), x).half(), torch.full((1, 1, 1, 1), 256.0).half())
+    case = testing.Case(conv_problem(operands, (1, 1), (0, 0), (1, 1), 1, "silu"), operands)
+    eager = backends.known("conv_bn_act")["eager"]
+    if status == "ok":
+        assert case.run("eager").isnan().all()
+    record = eager._replace(run=lambda problem, operands: eager.run(problem, operands).fill_(torch.nan))
+    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "eager", record)
+    assert testing.check(case, "eager").status == status
+
+
 def test_unknown_backends_are_refused():
     with pytest.raises(backends.BackendError, match="unknown backend 'tpu'; known ones are"):
         testing.check(testing.case_at(SEED, 0), "tpu")
