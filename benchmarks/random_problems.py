@@ -19,12 +19,13 @@ import torch
 from fused_resnet import files, timing
 
 ROOT = Path(__file__).parents[1]
-RECORD = ROOT / "benchmarks" / "results" / "verify" / "random_problems.json"
+RECORDS = ROOT / "benchmarks" / "results" / "verify"
 
 
-def run_part(file: Path, problems: int, seed: int, device: str) -> Optional[int]:
+def run_part(file: Path, problems: int, seed: int, device: str, kind: str) -> Optional[int]:
     """Run one part into `file`. None, or the exit code of a process that ended without a report."""
     command = (sys.executable, "-m", "fused_resnet", "verify", "--device", device, "--json")
+    command += ("--common",) if kind == "common" else ()
     size = ("--problems", str(problems), "--seed", str(seed))
     interpret = {} if device.startswith("cuda") else {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
@@ -67,8 +68,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--per-part", type=int, default=500)
     parser.add_argument("--seed", type=int, default=2000, help="of the first part; the others count up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--kind", choices=("random", "common"), default="random", help="common: as `verify --common`")
     parser.add_argument("--parts", type=Path, default=ROOT / "out" / "random_problems")
-    parser.add_argument("--out", type=Path, default=RECORD)
+    parser.add_argument("--out", type=Path, help="default: results/verify/KIND_problems.json")
     options = parser.parse_args(arguments)
     if options.problems < 1 or options.per_part < 1:
         parser.error(f"--problems and --per-part must be positive, got {options.problems} and {options.per_part}")
@@ -76,8 +78,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     reports = []
     for index, start in enumerate(range(0, options.problems, options.per_part)):
         problems, seed = min(options.per_part, options.problems - start), options.seed + index
-        file = options.parts / f"{problems}_{seed}_{options.device}.json"
-        exit_code = None if file.exists() else run_part(file, problems, seed, options.device)
+        file = options.parts / f"{options.kind}_{problems}_{seed}_{options.device}.json"
+        exit_code = None if file.exists() else run_part(file, problems, seed, options.device, options.kind)
         if exit_code is None:
             reports.append(json.loads(file.read_text()))
         else:
@@ -92,8 +94,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         "ended_without_report": ended,
     }
     record["passed"] = record["passed"] and not ended
-    files.write_json(options.out, record)
-    print(f"{options.out}: {record['problems']} problems, {'passed' if record['passed'] else 'NOT passed'}")
+    out = options.out or RECORDS / f"{options.kind}_problems.json"
+    files.write_json(out, record)
+    print(f"{out}: {record['problems']} problems, {'passed' if record['passed'] else 'NOT passed'}")
     return 0 if record["passed"] else 1
 
 

@@ -221,7 +221,7 @@ def test_random_problems_in_parts(tmp_path, monkeypatch):
     """Parts are kept and summed; one that ends its process is reported and run again the next time."""
     from benchmarks import random_problems
 
-    def run_part(file, problems, seed, device):
+    def run_part(file, problems, seed, device, kind):
         asked.append(seed)
         if seed in ending:
             return -11
@@ -247,18 +247,18 @@ def test_random_problems_in_parts(tmp_path, monkeypatch):
 def test_a_part_runs_the_command(tmp_path):
     from benchmarks import random_problems
 
-    assert random_problems.run_part(tmp_path / "part.json", 1, 3, "cpu") is None
-    assert json.loads((tmp_path / "part.json").read_text())["problems"] == 1
-    assert (
-        random_problems.run_part(tmp_path / "other.json", 1, 3, "tpu") == 2 and not (tmp_path / "other.json").exists()
-    )
+    file, other = tmp_path / "part.json", tmp_path / "other.json"
+    for kind, operator in (("random", "add_relu"), ("common", "conv_bn_act")):  # what seed 4 begins with
+        assert random_problems.run_part(file, 1, 4, "cpu", kind) is None
+        assert f"{operator}/eager" in json.loads(file.read_text())["backends"]
+    assert random_problems.run_part(other, 1, 4, "tpu", "random") == 2 and not other.exists()
 
 
 def test_the_committed_record():
     """Its counts are those of its problems, and it says that all agreed."""
     from benchmarks import random_problems
 
-    record = json.loads(random_problems.RECORD.read_text())
+    record = json.loads((random_problems.RECORDS / "random_problems.json").read_text())
     assert record["passed"] and not record["ended_without_report"] and len(set(record["seeds"])) == len(record["seeds"])
     for op in ("conv_bn_act", "add_relu"):
         eager, triton = (record["backends"][f"{op}/{name}"] for name in ("eager", "triton"))
