@@ -1,11 +1,14 @@
 """Whole random problems on every backend of this machine, and that the comparison would notice a mistake."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from fused_resnet import backends, files, registry, testing
+from fused_resnet import backends, extension, files, registry, testing
 from fused_resnet.problem import AddReluProblem, ConvOperands, conv_problem
 
 SEED = 0
@@ -198,6 +201,34 @@ def test_silu_of_a_sum_that_overflows_may_be_nan(x, status, monkeypatch):
 def test_unknown_backends_are_refused():
     with pytest.raises(backends.BackendError, match="unknown backend 'tpu'; known ones are"):
         testing.check(testing.case_at(SEED, 0), "tpu")
+
+
+# ------------------------------------------------------------------------------------------- what plans of ResNets have
+
+
+NEEDS_LIBRARY = pytest.mark.skipif(extension.load("cpu") is not None, reason=str(extension.load("cpu")))
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("backend, problems, at_least", [("winograd", 120, 40), ("grouped", 150, 30)])
+def test_common_problems(backend, problems, at_least):
+    report = testing.verify(problems, seed=7, backends=[backend], is_common=True)
+    assert report.passed, str(report)
+    assert report.backends[f"conv_bn_act/{backend}"].ok > at_least
+
+
+@NEEDS_LIBRARY
+@pytest.mark.full
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("backend, problems, at_least", [("winograd", 450, 150), ("grouped", 500, 100)])
+def test_common_problems_on_every_instruction_set(backend, problems, at_least, capability):
+    command = [sys.executable, "-m", "fused_resnet", "verify", "--common", "--backend", backend, "--json"]
+    done = subprocess.run(
+        [*command, "--problems", str(problems), "--seed", "11"],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["backends"][f"conv_bn_act/{backend}"]["ok"] > at_least
 
 
 # -------------------------------------------------------------------------------------------------------------- 2,000
