@@ -64,12 +64,28 @@ inline void check_epilogue(const char* op, const std::optional<Tensor>& bias, co
   }
 }
 
-// After check_epilogue; out is a tensor of T.
 template <class T>
 Epilogue<T> epilogue_of(const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                         Activation activation) {
   return {bias.has_value() ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
           residual.has_value() ? static_cast<const T*>(residual->const_data_ptr()) : nullptr, activation};
+}
+
+// Calls run(epilogue) with the epilogue of out's element type, after checking its operands. residual may be out.
+template <class Run>
+void with_epilogue(const char* op, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                   const std::string& activation, const Tensor& out, const Run& run) {
+  const Activation parsed = parse_activation(op, activation);
+  check_epilogue(op, bias, residual, out);
+  if (out.size(0) == 0) return;
+  switch (out.scalar_type()) {
+    case torch::headeronly::ScalarType::Float:
+      return run(epilogue_of<float>(bias, residual, parsed));
+    case torch::headeronly::ScalarType::BFloat16:
+      return run(epilogue_of<BFloat16>(bias, residual, parsed));
+    default:
+      STD_TORCH_CHECK(false, op, ": the dtype must be float32 or bfloat16");
+  }
 }
 
 }  // namespace fused_resnet

@@ -11,8 +11,6 @@
 namespace fused_resnet {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 constexpr const char* kOp = "cpu_grouped_conv";
 constexpr int64_t kGrainProducts = 1 << 18;  // a few microseconds of arithmetic for each thread at least
 
@@ -66,22 +64,11 @@ void run(const grouped::Shape& s, const Tensor& x, const Tensor& weight, const E
   });
 }
 
-// residual may be out.
 void grouped_conv(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
                   std::vector<int64_t> stride, std::vector<int64_t> padding, std::string activation, Tensor out) {
   check_float(kOp, weight, "weight");
   const grouped::Shape s = shape_of(x, weight, stride, padding, out);
-  const Activation parsed = parse_activation(kOp, activation);
-  check_epilogue(kOp, bias, residual, out);
-  if (s.N == 0) return;
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return run(s, x, weight, epilogue_of<float>(bias, residual, parsed), out);
-    case ScalarType::BFloat16:
-      return run(s, x, weight, epilogue_of<BFloat16>(bias, residual, parsed), out);
-    default:
-      STD_TORCH_CHECK(false, kOp, ": the dtype must be float32 or bfloat16");
-  }
+  with_epilogue(kOp, bias, residual, activation, out, [&](const auto& epilogue) { run(s, x, weight, epilogue, out); });
 }
 
 }  // namespace
