@@ -578,7 +578,9 @@ def test_autocast():
 
 @pytest.fixture
 def fresh_dynamo():
+    """Dynamo's counters, empty: its `reset` leaves them as an earlier test of this process made them."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield torch._dynamo.utils.counters
     torch._dynamo.reset()
 
