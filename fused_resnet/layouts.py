@@ -3,7 +3,8 @@
 A 3x3 convolution that reads row space (`rows_tma`) needs no index arithmetic, but somebody has to write the halo. Where
 a Triton convolution writes a tensor that only Triton convolutions read, it writes the halo along with it; nothing is
 cleared or copied. Elsewhere a rows_tma config would copy its input at every call, and another form takes its place:
-of what was measured, the best without row space (`stranded`), else the likeliest.
+of what was measured, the best without row space (`stranded`), else the likeliest. No measured config makes way for
+row space: a producer that would spill when it writes there keeps its own, and strands its readers.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def assign(convs: Mapping[fx.Node, Placed], device: torch.device, *, is_replayed
     if is_replayed:
         for node, conv in convs.items():
             chosen[node] = conv._replace(config=conv.config or conv_configs.likely_config(conv.problem, *target))
-    in_row_space = _in_row_space(chosen)
+    in_row_space = _in_row_space(chosen, measured=convs)
     for node, conv in chosen.items():
         config, writes_row_space = conv.config, node in in_row_space
         reads_row_space = node.args[0] in in_row_space
@@ -70,20 +71,25 @@ def assign(convs: Mapping[fx.Node, Placed], device: torch.device, *, is_replayed
 def stranded(convs: Mapping[fx.Node, Placed]) -> list[fx.Node]:
     """The convolutions whose config reads x from row space, where it cannot lie. Another choice for them may strand
     others: those that read what they write, or the same x."""
-    in_row_space = _in_row_space(convs)
+    in_row_space = _in_row_space(convs, measured=convs)
     return [node for node, conv in convs.items() if conv.wants_row_space and node.args[0] not in in_row_space]
 
 
-def _in_row_space(convs: Mapping[fx.Node, Placed]) -> set[fx.Node]:
-    return {node for node in convs if _belongs_in_row_space(node, convs)}
+def _in_row_space(convs: Mapping[fx.Node, Placed], measured: Mapping[fx.Node, Placed]) -> set[fx.Node]:
+    """measured: the same convolutions, with a config only where it must stay."""
+    return {node for node in convs if _belongs_in_row_space(node, convs, measured)}
 
 
-def _belongs_in_row_space(node: fx.Node, convs: Mapping[fx.Node, Placed]) -> bool:
-    """Whether somebody reads it as the input of a rows_tma, and nobody who cannot."""
+def _belongs_in_row_space(node: fx.Node, convs: Mapping[fx.Node, Placed], measured: Mapping[fx.Node, Placed]) -> bool:
+    """Whether somebody reads it as the input of a rows_tma, nobody who cannot, and whoever makes it can write it so."""
     readers = [convs.get(user) for user in node.users]
-    inputs = [convs[user] for user in node.users if user in convs and user.args[0] is node]
-    wanted = any(conv.wants_row_space for conv in inputs)
-    return wanted and all(readers) and all(_reads_row_space(conv) for conv in inputs)
+    inputs = [user for user in node.users if user in convs and user.args[0] is node]
+    return (
+        any(convs[user].wants_row_space for user in inputs)
+        and all(readers)
+        and all(_reads_row_space(convs[user]) for user in inputs)
+        and not any(_spills_in_row_space(measured[user].config) for user in (node, *inputs))
+    )
 
 
 def _reads_row_space(conv: Placed) -> bool:
@@ -95,5 +101,11 @@ def _suits(config: TritonConfig, reads_row_space: bool, writes_row_space: bool) 
     """Whether a config is as good as it looked, now that the layouts are known."""
     if config.form == "rows_tma":
         return reads_row_space
-    # numbering rows in two ways takes registers, and the largest tiles would spill
-    return not (reads_row_space or writes_row_space) or conv_configs.sums_per_thread(config) < conv_configs.MANY_SUMS
+    return not ((reads_row_space or writes_row_space) and _spills_in_row_space(config))
+
+
+def _spills_in_row_space(config: Optional[TritonConfig]) -> bool:
+    """Numbering rows in two ways takes registers that the largest tiles do not leave. rows_tma numbers them in one."""
+    if config is None or config.form == "rows_tma":
+        return False
+    return conv_configs.sums_per_thread(config) >= conv_configs.MANY_SUMS

@@ -194,6 +194,29 @@ def test_a_rows_config_without_row_space_is_replaced_under_a_cuda_graph():
     assert second.config == rows and not second.writes_row_space
 
 
+LARGE = TritonConfig(128, 256, 64, 8, 8, 3, "gemm_tma")
+ROWS = TritonConfig(128, 64, 64, 8, 4, 3, "rows_tma")
+
+
+@pytest.mark.parametrize("measured", [{"conv1": LARGE}, {"elsewhere": LARGE}, {}], ids=["writer", "reader", "neither"])
+def test_a_measured_config_that_would_spill_in_row_space_keeps_its_tensors_out(measured):
+    """Many sums a thread leave no registers for a second numbering of the rows; only what nobody measured makes way."""
+    model = Middle(nn.Conv2d(256, 256, 1))
+    model.conv1, model.conv2 = nn.Conv2d(64, 256, 1), nn.Conv2d(256, 64, 3, padding=1)
+    model.eval()
+    graph = _graph_of(model, torch.randn(1, 64, 28, 28))
+    nodes = {node.name.removeprefix("fused_").removeprefix("model_"): node for node in graph}
+
+    def with_configs(**configs):
+        return {node: graph[node]._replace(config=configs.get(name)) for name, node in nodes.items()}
+
+    assert layouts.stranded(with_configs(conv2=ROWS, **measured)) == [nodes["conv2"]] * bool(measured)
+    settled = measured or {"conv2": ROWS}
+    assigned = layouts.assign(with_configs(**settled), torch.device("cpu"), is_replayed=True)
+    assert {name: assigned[nodes[name]].config for name in settled} == settled
+    assert assigned[nodes["conv1"]].writes_row_space == (not measured)
+
+
 def _tune_3x3s(tuned_files, monkeypatch, in_nhwc):
     """A basic block and an input whose 3x3 convolutions were measured fastest in row space, with this second winner."""
     rows = TritonConfig(64, 16, 16, 8, 4, 2, "rows_tma")
