@@ -96,9 +96,13 @@ def onednn_convolution(
 
     if not problem.has_residual:
         return plain
+    p = problem
     # The binding does not fuse these sums: it rounds first, its add_relu turns Inf into the largest number and
     # raises in bf16 (torch 2.13). So the sum is ATen's.
-    return then_sum if problem.groups > 1 or problem.C * problem.H * problem.W == 1 else with_sum
+    is_not_fused = p.groups > 1 or p.C * p.H * p.W == 1
+    # Where strides do not tell channels_last from NCHW, it "could not create a memory" (torch 2.11, not 2.12).
+    is_ambiguous = p.K == 1 or p.P * p.Q == 1
+    return then_sum if is_not_fused or is_ambiguous else with_sum
 
 
 ONEDNN = Backend(
