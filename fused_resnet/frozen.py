@@ -127,10 +127,10 @@ class FrozenModel(_Frozen):
         self._plan_for(example_input)
 
     def forward(self, x: Tensor) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # asked first: torch 2.11's says that it is exporting too
+            return torch.compiler.disable(self._run, reason="compiled already; export frozen.unfreeze()")(x)
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
             raise RuntimeError("a frozen model cannot be exported: its weights are packed. Export frozen.unfreeze().")
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(self._run, reason="a frozen plan is compiled already")(x)
         return self._run(x)
 
     def _run(self, x: Tensor) -> Any:

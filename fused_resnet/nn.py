@@ -392,8 +392,10 @@ def why_called(module: nn.Module) -> Optional[str]:
     """Why calling this module may do more than the forward of its class, or None."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{type(module).__name__} has hooks"
-    replaced = sorted(CALLED & module.__dict__.keys())
-    return f"the {replaced[0]} of {type(module).__name__} was replaced" if replaced else None
+    for name in CALLED:
+        if name in module.__dict__:
+            return f"the {name} of {type(module).__name__} was replaced"
+    return None
 
 
 def _is_plain_tensor(value) -> bool:

@@ -28,7 +28,7 @@ import operator
 import random
 import sys
 import threading
-from types import CodeType, FrameType, FunctionType, ModuleType
+from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Optional
 
 import torch
@@ -577,7 +577,7 @@ def _seen(module: Any, path: tuple[str, ...], name: str) -> Any:
     value = getattr(module, name, _MISSING)
     if isinstance(value, nn.Module):  # a property that gives a child
         return _kind(value)
-    return getattr(value, "__func__", value)
+    return value.__func__ if isinstance(value, MethodType) else value  # which torch 2.11's Dynamo can follow
 
 
 def _kind(child: Optional[nn.Module]) -> Any:

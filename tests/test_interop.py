@@ -224,6 +224,8 @@ def test_a_frozen_model_says_that_it_is_not_for_export():
     for export in (torch.export.export, torch.jit.trace):
         with pytest.raises(RuntimeError, match=r"cannot be exported: .* Export frozen.unfreeze\(\)"):
             export(frozen, (x,))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"export frozen.unfreeze\(\)"):
+        torch.export.export(frozen, (x,), strict=True)
 
 
 @pytest.mark.full
