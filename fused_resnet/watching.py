@@ -520,7 +520,8 @@ def _unseen_in(frame: FrameType) -> Optional[str]:
 
 
 def _is_about_the_forward(frame: FrameType) -> bool:
-    return any(issubclass(kind, (nn.Module, _Proxy)) for kind in _kinds_in(frame.f_locals))
+    variables = frame.f_locals.values()  # of what is no dict from Python 3.13 on
+    return any(issubclass(kind, (nn.Module, _Proxy)) for kind in _kinds_in(variables))
 
 
 def _kinds_in(values: Any, depth: int = 2) -> Iterator[type]:
