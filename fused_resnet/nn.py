@@ -22,7 +22,7 @@ from fused_resnet.problem import ACTIVATIONS
 _FROZEN_NORM = ("torchvision.ops.misc", "FrozenBatchNorm2d")
 _FROZEN_NORM_READS = frozenset("weight bias running_mean running_var eps reshape rsqrt".split())
 # What calling a module runs of it, the second in a convolution; one in its __dict__ replaces its class's.
-CALLED = frozenset(("forward", "_conv_forward"))
+_CALLED = ("forward", "_conv_forward")
 _ACTIVATION_OF = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Identity: "none"}
 # How a forward adds a residual to out = bn(conv(x)). An augmented sum has the dtype and shape of what it writes to.
 _SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -392,9 +392,15 @@ def why_called(module: nn.Module) -> Optional[str]:
     """Why calling this module may do more than the forward of its class, or None."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{type(module).__name__} has hooks"
-    for name in CALLED:
+    replaced = replaced_call(module)
+    return None if replaced is None else f"the {replaced} of {type(module).__name__} was replaced"
+
+
+def replaced_call(module: nn.Module) -> Optional[str]:
+    """The method that calling a module runs, of its own instead of its class's, or None."""
+    for name in _CALLED:  # a loop, since torch 2.11's Dynamo can ask __dict__ for one name only
         if name in module.__dict__:
-            return f"the {name} of {type(module).__name__} was replaced"
+            return name
     return None
 
 

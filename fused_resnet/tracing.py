@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
-from fused_resnet.nn import CALLED, is_norm
+from fused_resnet.nn import is_norm, replaced_call
 
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 POOL_FUNCTIONS = (F.max_pool2d, F.avg_pool2d)
@@ -256,7 +256,7 @@ def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 def has_stock_call(module: nn.Module) -> bool:
     """Whether calling a module runs its class's forward and nothing else: no hooks, no forward of its own."""
     hooks = module._forward_hooks or module._forward_pre_hooks or torch_module._has_any_global_hook()
-    return not hooks and CALLED.isdisjoint(module.__dict__)
+    return not hooks and replaced_call(module) is None
 
 
 def module_of(node: Optional[fx.Node], modules: dict[str, nn.Module]) -> Optional[nn.Module]:

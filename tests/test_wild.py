@@ -192,6 +192,18 @@ def test_fused_and_frozen(name):
     assert [type(module) for module in model.modules()] == classes
 
 
+@pytest.mark.parametrize("name", ["resnet10t", *(pytest.param(n, marks=full) for n in ("resnetblur50", "regnety_002"))])
+def test_fused_models_of_timm_compile_in_one_graph(name):
+    """What fusion asks of a module at every call, Dynamo can follow."""
+    torch._dynamo.reset()
+    model, x = settled(timm_model(name)), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        plain, exact = model(x), copy.deepcopy(model).double()(x.double())
+        assert fused_convs(fused_resnet.fuse(model))
+        as_good_as(torch.compile(model, backend="aot_eager", fullgraph=True)(x), plain, exact)
+    torch._dynamo.reset()
+
+
 def one_group(channels, **_):
     return nn.GroupNorm(1, channels)
 
