@@ -9,6 +9,7 @@ import functools
 import json
 import mmap
 import re
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Optional
 
@@ -61,12 +62,10 @@ def status() -> dict[str, dict]:
         why = load(library)
         parts[path.stem] = {"present": path.exists(), "loaded": library in _loaded, "why": why}
     # beside this file, not anywhere: an editable install elsewhere would answer an import too
-    present = any(_DIRECTORY.glob("_host_checks.*"))
-    parts["_host_checks"] = {
-        "present": present,
-        "loaded": None,
-        "why": None if present else _why_missing("host_checks"),
-    }
+    found = sorted(path.name for path in _DIRECTORY.glob("_host_checks.*"))
+    present = any(f"_host_checks{suffix}" in found for suffix in EXTENSION_SUFFIXES)
+    others = f"{', '.join(found)} is for another Python: {_REBUILD}" if found else _why_missing("host_checks")
+    parts["_host_checks"] = {"present": present, "loaded": None, "why": None if present else others}
     return parts
 
 

@@ -110,6 +110,15 @@ def test_status_names_every_part_and_explains_what_is_missing():
         assert not (part["loaded"] and part["why"])
 
 
+def test_host_checks_of_another_python_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(extension, "_DIRECTORY", tmp_path)
+    (tmp_path / "_host_checks.cpython-39-x86_64-linux-gnu.so").touch()
+    part = extension.status()["_host_checks"]
+    assert not part["present"] and "cpython-39-x86_64-linux-gnu.so is for another Python" in part["why"]
+    (tmp_path / f"_host_checks{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
+    assert extension.status()["_host_checks"] == {"present": True, "loaded": None, "why": None}
+
+
 # ------------------------------------------------------------------------------------------------------ cpu_add_relu
 
 
