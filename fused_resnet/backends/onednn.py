@@ -83,12 +83,16 @@ def onednn_convolution(
         y = convolution(x, *constants, "none", [], "")
         return activate_(residual.add_(y) if into_residual else y.add_(residual), problem.activation)
 
+    # Where strides do not tell channels_last from NCHW, a new output "could not create a memory" (torch 2.11, not 2.12)
+    in_place = into_residual or problem.K == 1 or problem.P * problem.Q == 1
+
     def with_sum(x: Tensor, residual: Tensor) -> Tensor:
         x = channels_last(x)
         # after a sum oneDNN's binding knows only ReLU; the others follow in place
         unary = "relu" if act == "relu" else None
-        if into_residual:
-            op, first = torch.ops.mkldnn._convolution_pointwise_.binary, (residual, x)
+        if in_place:
+            op = torch.ops.mkldnn._convolution_pointwise_.binary
+            first = (residual if into_residual else residual.clone(), x)
         else:
             op, first = torch.ops.mkldnn._convolution_pointwise.binary, (x, residual)
         y = op(*first, *constants, "add", 1.0, unary, [], "")
@@ -96,13 +100,9 @@ def onednn_convolution(
 
     if not problem.has_residual:
         return plain
-    p = problem
     # The binding does not fuse these sums: it rounds first, its add_relu turns Inf into the largest number and
     # raises in bf16 (torch 2.13). So the sum is ATen's.
-    is_not_fused = p.groups > 1 or p.C * p.H * p.W == 1
-    # Where strides do not tell channels_last from NCHW, it "could not create a memory" (torch 2.11, not 2.12).
-    is_ambiguous = p.K == 1 or p.P * p.Q == 1
-    return then_sum if is_not_fused or is_ambiguous else with_sum
+    return then_sum if problem.groups > 1 or problem.C * problem.H * problem.W == 1 else with_sum
 
 
 ONEDNN = Backend(
