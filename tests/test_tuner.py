@@ -612,6 +612,9 @@ def pretended_gpu(monkeypatch):
     triton = backends.known("conv_bn_act")["triton"]
     pretended = triton._replace(why_not=lambda problem: None, run=run)
     monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "triton", pretended)
+    for name in ("cuda", "cudnn", "cublaslt"):
+        absent = backends.known("conv_bn_act")[name]._replace(why_not=lambda problem: "there is no GPU")
+        monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], name, absent)
     monkeypatch.setattr(tuner.runtime, "INTERPRETED", False)
     monkeypatch.setattr(tuner.runtime, "arch", lambda device: 90)
     monkeypatch.setattr(tuner.runtime, "num_sms", lambda device: 132)
