@@ -157,10 +157,21 @@ def verify(
                 common = ", is_common=True" if is_common else ""
                 call = f"check(case_at({seed}, {index}, {device!r}{common}), {name!r})"
                 _record(report, case, call, check(case, name))
+                if device != "cpu" and not _is_usable(device):
+                    return report  # the mismatch that it ends with has raised what broke the device
         report.problems += 1
         if progress is not None:
             progress(index)
     return report
+
+
+def _is_usable(device: str) -> bool:
+    """Whether this process can still compute there: no kernel has failed since it began."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def known_backends(op: str) -> tuple[str, ...]:
@@ -208,6 +219,8 @@ def check(case: Case, backend: str) -> Outcome:
             grad = (
                 torch.ops.fused_resnet.add_relu_backward(case.operands.grad, actual, backend) if is_addition else None
             )
+            if case.problem.device == "cuda":
+                torch.cuda.synchronize()  # what a kernel did wrong is raised by whatever comes next
     except Exception as error:  # the backend said that it can run this
         return Outcome(backend, "mismatch", f"raised {type(error).__name__}: {error}")
     for name, tensor in before.items():
@@ -369,8 +382,8 @@ def random_case(rng: random.Random, device: str = "cpu", *, is_common: bool = Fa
     """A whole problem: shapes, window, epilogue, dtypes, memory layouts and values, awkward ones on purpose.
 
     is_common: a convolution as plans of ResNets have it, with awkward sizes and values all the same: fp32 or bf16, no
-    BN, a 3x3 window, either of stride 1 with channels in sixteens, or with groups as wide as ResNeXt's. Kernels for
-    just those see too few of the others.
+    BN, mostly ReLU, channels in sixteens, and a window of 1x1, of 3x3 with stride 1, or of 3x3 with groups as wide as
+    ResNeXt's. Kernels for just those see too few of the others.
     """
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
     draw = _Draw(rng, generator, device)
@@ -456,7 +469,8 @@ def _random_conv(draw: _Draw, is_common: bool = False) -> Case:
         bias=draw.vector(draw.normal(K) * vector_magnitude, vector_dtypes) if rng.random() < 0.4 else None,
         residual=draw.tensor(residual, dtype) if rng.random() < 0.4 else None,
     )
-    return Case(conv_problem(operands, *window, rng.choice(ACTIVATIONS)), operands)
+    activations = (*ACTIVATIONS, "relu", "relu", "relu") if is_common else ACTIVATIONS
+    return Case(conv_problem(operands, *window, rng.choice(activations)), operands)
 
 
 def _random_window(rng: random.Random) -> tuple[tuple[Pair, Pair, Pair, int], tuple[int, ...]]:
@@ -493,6 +507,8 @@ def _common_window(rng: random.Random) -> tuple[tuple[Pair, Pair, Pair, int], tu
         stride, width = _pair(rng, (1, 2)), rng.choice((4, 8, 16, 32))
         groups = rng.randint(2, max(2, 96 // width))
         C = K = groups * width
+    elif rng.random() < 0.4:
+        return ((1, 1), (0, 0), (1, 1), 1), (N, C, H, W, K, 1, 1)
     return (stride, padding, (1, 1), groups), (N, C, H, W, K, 3, 3)
 
 

@@ -26,7 +26,7 @@ def _backend_names() -> list[str]:
 @device_option
 @click.option("--backend", "chosen", multiple=True, type=Listed("backend", _backend_names),
               help="Repeat for several; default, all.")  # fmt: skip
-@click.option("--common", is_flag=True, help="Only 3x3 convolutions as plans of ResNets have them.")
+@click.option("--common", is_flag=True, help="Only 1x1 and 3x3 convolutions as plans of ResNets have them.")
 @as_json_option
 @click.pass_context
 def verify(ctx, problems: int, seed: int, device: str, chosen: tuple[str, ...], common: bool, as_json: bool) -> None:
