@@ -98,7 +98,7 @@ class Precompiler:
         """Ends what still runs: nothing that was compiled is lost."""
         with self._lock:
             self._is_closed = True
-            for process in self._running:
+            for process in list(self._running):  # which the threads that wait for them empty meanwhile
                 process.kill()
         self._pool.shutdown(cancel_futures=True)
 
