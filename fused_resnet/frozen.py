@@ -144,6 +144,11 @@ class FrozenModel(_Frozen):
         self._check_input(x)
         return self._plan_for(x).module
 
+    def is_graphed(self, x: Tensor) -> bool:
+        """Whether inputs like x are served by replaying a CUDA graph. Without one, a warning has said why."""
+        self._check_input(x)
+        return self._plan_for(x).is_graphed
+
     def plans(self) -> list[fx.GraphModule]:
         """The plans that there are, the one used last at the end."""
         with self._lock:

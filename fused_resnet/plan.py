@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import itertools
 import logging
 import math
@@ -116,6 +117,8 @@ class FrozenMaxPool(nn.Module):
 class Plan:
     """A lowered graph between the caller's dtype and the plan's."""
 
+    is_graphed = False
+
     def __init__(self, module: fx.GraphModule, dtype: torch.dtype, output_dtype: torch.dtype) -> None:
         self.module, self.dtype, self.output_dtype = module, dtype, output_dtype
         self._run = _bound(module)
@@ -149,11 +152,13 @@ def _bound(module: fx.GraphModule) -> Callable[[Tensor], Any]:
 class _GraphedPlan(Plan):
     """The same, captured once as a CUDA graph. Replays share static buffers, so they take turns."""
 
+    is_graphed = True
+
     def __init__(self, plan: Plan, example: Tensor) -> None:
         super().__init__(plan.module, plan.dtype, plan.output_dtype)
         self._lock = threading.Lock()
         # CUDA allows one capture at a time in a process; a normal tensor can be written in and out of inference mode
-        with _CAPTURING, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(example.device):
+        with _CAPTURING, uncollected(), torch.inference_mode(False), torch.no_grad(), torch.cuda.device(example.device):
             self._finished = torch.cuda.Event()
             self._input = torch.empty_like(example).copy_(example)
             stream = torch.cuda.Stream()
@@ -180,6 +185,19 @@ class _GraphedPlan(Plan):
         # the plan may be dropped while another stream still replays it
         if finished := self.__dict__.get("_finished"):
             finished.synchronize()
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection: a CUDA graph that is freed while another is captured ends that capture (pytorch PR
+    161037), and torch.cuda.graph no longer collects beforehand."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

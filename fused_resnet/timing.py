@@ -16,8 +16,10 @@ import torch
 from fused_resnet import cache_read
 from fused_resnet.devices import cpu_flags, cpu_name, device_name
 from fused_resnet.files import write_json
+from fused_resnet.plan import uncollected
 from fused_resnet.problem import AddReluProblem, ConvProblem
 from fused_resnet.triton_kernels import runtime
+from fused_resnet.triton_kernels.conv_bn_act import allows_tf32
 
 __all__ = [
     "MIN_ROUNDS", "Progress", "Roofline", "Stats", "Variants", "captured", "device_name", "environment", "gpu_state",
@@ -151,7 +153,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with uncollected(), torch.cuda.graph(graph):
         out = call()
 
     def replay(kept: Any = call) -> Any:  # the graph works in memory that `call` owns
@@ -234,7 +236,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "cudnn_benchmark": torch.backends.cudnn.benchmark,
-            "allow_tf32": torch.backends.cudnn.allow_tf32,
+            "allow_tf32": allows_tf32(),
             **gpu_state(),
         }
     return record
