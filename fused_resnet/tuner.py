@@ -134,8 +134,13 @@ def journal_of(device: str) -> Journal:
         "triton": timing.triton_version(),
         "kernels": tuning.kernel_digests(),
     }
-    name = tuning.file_name(str(identity["device"])).removesuffix(".json")
-    return Journal(tuning.user_folder() / f"{name}.journal.jsonl", identity)
+    return Journal(journal_path(device), identity)
+
+
+def journal_path(device: str) -> Path:
+    """Its file: there from the first candidate on, and to be carried where tuning goes on on another machine."""
+    name = tuning.file_name(str(tuning.device_id(device))).removesuffix(".json")
+    return tuning.user_folder() / f"{name}.journal.jsonl"
 
 
 # ------------------------------------------------------------------------------------------------------ one convolution
@@ -212,13 +217,11 @@ def _checked(
         journal.begin(*place)
     try:
         call = subject.call(candidate)
-        if known is None:
-            ratio = subject.error_ratio(candidate, call)
-            outcome: dict[str, Any] = {"error_ratio": ratio if math.isfinite(ratio) else None}
-        else:
-            outcome = known
+        outcome = _compared(subject, candidate, call) if known is None else known
         if device != "cpu" and _is_right(outcome):
             call = timing.captured(call)  # as a frozen plan replays it; what cannot be captured fails here
+            if known is None:
+                outcome = _compared(subject, candidate, call)
     except KeyboardInterrupt:
         journal.interrupt(*place)
         raise
@@ -230,6 +233,11 @@ def _checked(
     if known is None:
         journal.end(*place, outcome)
     return outcome, call if _is_right(outcome) else None
+
+
+def _compared(subject: _Subject, candidate: Candidate, call: Callable[[], torch.Tensor]) -> dict[str, Any]:
+    ratio = subject.error_ratio(candidate, call)
+    return {"error_ratio": ratio if math.isfinite(ratio) else None}
 
 
 def _is_right(outcome: dict) -> bool:
