@@ -1,12 +1,13 @@
 """Everything that needs a GPU, in one call: python -m benchmarks.gpu_check [--out folder] [--only tests,ops].
 
-Builds _C_cuda where there is none, then by value: a smoke test, the GPU tests, compute-sanitizer, the baselines,
-`verify`, the tuner, the benchmarks. Each step is a process group of its own, so that one that crashes or hangs costs
-only itself. Writes check.json, with what was verified, after each step, beside log.txt, configs.json and one file per
-benchmark: eight in all, in benchmarks/results/<device>/.
+Builds _C_cuda where there is none, then by value: a smoke test, the GPU tests, `verify`, compute-sanitizer, the tuner,
+the benchmarks. Each step is a process group of its own, so that one that crashes or hangs costs only itself. Writes
+check.json, with what was verified, after each step, beside log.txt, the tuner's configs.json and journal.jsonl, and one
+file per benchmark: eight in all, in benchmarks/results/<device>/.
 
 --budget says how many seconds the call may take. A later call goes on: --only names steps, "rest" those that have not
-passed on these sources; check.json keeps the others with their dates, and benchmarks go on in their files.
+passed on these sources; check.json keeps the others with their dates, and benchmarks go on in their files. On another
+machine it needs what the first one wrote: the results' folder, and fused_resnet/configs.
 --device cpu runs what a CPU can of it, to try the whole out.
 """
 
@@ -18,6 +19,7 @@ import datetime
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -27,12 +29,14 @@ from typing import Any, Callable, NamedTuple, Optional, Sequence
 import torch
 
 from benchmarks.isolated import CLOSING_CHARACTERS, FAILED, NOT_RUN, PASSED, Result, execute, executed
-from fused_resnet import provenance, timing, tuning
+from fused_resnet import extension, provenance, timing, tuner, tuning
 
 PYTHON = sys.executable
 CLI = (PYTHON, "-m", "fused_resnet")
 OURS = ("cuda", "triton")
-NEEDED = ("click", "rich", "platformdirs", "filelock", "pytest", "hypothesis", "expecttest", "numpy", "PIL")
+NEEDED = ("click", "rich", "platformdirs", "filelock", "pytest", "xdist", "hypothesis", "expecttest", "numpy", "PIL")
+# The tuner's: time is split among the first, until so much is left, of which a quarter may go into starting.
+_ATTEMPTS, _ATTEMPT_S = 5, 120.0
 
 
 class Step(NamedTuple):
@@ -111,30 +115,35 @@ def all_steps(setup: Setup) -> list[Step]:
         return Step(name, needs_s, limit_s, share, lambda seconds: benchmark(setup, name, arguments, seconds))
 
     def random_problems(name: str) -> Step:
-        return Step(f"verify-{name}", 30, 200, 0, lambda seconds: verify(setup, name, setup.problems, seconds))
+        kind = ("--common",) if name in ("cudnn", "cublaslt") else ()  # they run too few of the others
+        return Step(f"verify-{name}", 30, 200, 0, lambda seconds: verify(setup, name, setup.problems, seconds, *kind))
 
     if setup.is_gpu:
-        verified, large, batches, dtypes = (*OURS, "cudnn", "cublaslt", "eager"), "256", "256,32,128,8,1", "fp16,bf16"
+        smoked, large, batches, dtypes = OURS, "256", "256,32,128,8,1", "fp16,bf16"
+        rivals_verified = ("cudnn", "cublaslt", "eager")
     else:
-        verified, large, batches, dtypes = ("onednn", "eager"), "2", "2,1", "fp32"
+        smoked, large, batches, dtypes = ("onednn", "eager"), "2", "2,1", "fp32"
+        rivals_verified = ()
     frozen = [argument for name in (("auto", *OURS) if setup.is_gpu else ("auto",)) for argument in ("--backend", name)]
     rivals = ("--baseline", "compile", "--baseline", "cudnn")
     dtype = dtypes.split(",")[0]
     return [
         Step("environment", 45, 120, 0, lambda seconds: environment(setup, seconds)),
         Step("build", 5, 400, 0, lambda seconds: build(setup, seconds)),
-        Step("smoke", 60, 300, 0, lambda seconds: smoke(setup, verified, seconds)),
+        Step("smoke", 60, 200, 0, lambda seconds: smoke(setup, smoked, seconds)),
         Step("tests", 60, 300, 0, lambda seconds: gpu_tests(setup, seconds)),
-        Step("sanitizer", 20, 150, 0, lambda seconds: sanitize(setup, seconds)),
-        bench("baselines", 60, 240, 3, "model", "--batch", f"{large},1", "--dtype", dtype, *rivals),
-        *map(random_problems, verified),
-        Step("tune", 30, 1200, 6, lambda seconds: tune(setup, batches, dtypes, seconds)),
-        Step("sanitizer-configs", 30, 300, 0, lambda seconds: sanitize_configs(setup, seconds)),
-        bench("ops", 30, 400, 5, "ops", "--batch", batches, "--dtype", dtypes),
-        bench("model", 60, 400, 4, "model", "--batch", f"{large},1", "--dtype", dtypes, *rivals, *frozen),
-        bench("autotune", 60, 500, 4, "model", "--batch", large, "--dtype", dtype, *rivals, "--baseline", "autotune",
+        *map(random_problems, smoked),
+        Step("sanitizer", 20, 100, 0, lambda seconds: sanitize(setup, seconds)),
+        # a network's first row takes its compilation by torch.compile and a reference in fp64: with less time than
+        # that nothing is written
+        Step("tune", 90 * setup.is_gpu, 1200, 6, lambda seconds: tune(setup, batches, dtypes, seconds)),
+        bench("ops", 60, 400, 5, "ops", "--batch", batches, "--dtype", dtypes),
+        bench("model", 150, 400, 4, "model", "--batch", f"{large},1", "--dtype", dtypes, *rivals, *frozen),
+        bench("autotune", 240, 500, 4, "model", "--batch", large, "--dtype", dtype, *rivals, "--baseline", "autotune",
               "--baseline", "tensorrt"),
-        bench("blocks", 40, 200, 1, "blocks", "--batch", large, "--dtype", dtype, *rivals),
+        bench("blocks", 60, 200, 1, "blocks", "--batch", large, "--dtype", dtype, *rivals),
+        *map(random_problems, rivals_verified),
+        Step("sanitizer-configs", 30, 100, 0, lambda seconds: sanitize_configs(setup, seconds)),
     ]  # fmt: skip
 
 
@@ -230,7 +239,7 @@ def build(setup: Setup, limit_s: float) -> Result:
     """The library that is there, when it loads; else a new one, when there is a compiler for it."""
     if not setup.is_gpu:
         return Result(NOT_RUN, "it needs a CUDA build of torch")
-    load = (PYTHON, "-c", "import sys; from fused_resnet import extension; sys.exit(extension.load('cuda'))")
+    load = (PYTHON, "-c", "import sys; from benchmarks import gpu_check; sys.exit(gpu_check.why_not_this_library())")
     result = execute(load, limit_s, setup.log)
     if result.outcome == PASSED:
         return Result(PASSED, "the library that was there loads")
@@ -244,6 +253,16 @@ def build(setup: Setup, limit_s: float) -> Result:
     return loaded if loaded.outcome == FAILED else Result(PASSED, "built, and it loads")
 
 
+def why_not_this_library() -> Optional[str]:
+    """Why _C_cuda cannot be what is verified and tuned here, or None. fused_resnet/_build.json, which lies beside it,
+    says what it was compiled from."""
+    built, sources = tuning.kernel_digest("cuda"), provenance.kernel_digest("cuda")
+    why = extension.load("cuda")
+    if why is None and built != sources:
+        why = f"_C_cuda was compiled from kernels {built} by _build.json, these are {sources}"
+    return why
+
+
 def smoke(setup: Setup, backends: Sequence[str], limit_s: float) -> Result:
     """A few random problems on each backend, each in a process of its own."""
     results = {name: verify(setup, name, 2, limit_s / len(backends)) for name in backends}
@@ -251,13 +270,13 @@ def smoke(setup: Setup, backends: Sequence[str], limit_s: float) -> Result:
     return Result(FAILED, "; ".join(broken)) if broken else Result(PASSED, f"{', '.join(backends)} ran")
 
 
-def verify(setup: Setup, backend: str, problems: int, limit_s: float) -> Result:
+def verify(setup: Setup, backend: str, problems: int, limit_s: float, *kind: str) -> Result:
     """Random problems against the reference, on a GPU in several processes: most of the time goes into compiling."""
     workers = min(8, max(1, (os.cpu_count() or 1) // 2), problems) if setup.is_gpu else 1
 
     def part(seed: int) -> Result:
         command = (*CLI, "verify", "--device", setup.device, "--backend", backend, "--seed", str(seed),
-                   "--problems", str(-(-problems // workers)))  # fmt: skip
+                   "--problems", str(-(-problems // workers)), *kind)  # fmt: skip
         return execute(command, limit_s, setup.log, OMP_NUM_THREADS="2")
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -270,8 +289,9 @@ def gpu_tests(setup: Setup, limit_s: float) -> Result:
     if not setup.is_gpu:
         return Result(NOT_RUN, "they need a GPU")
     workers = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
-    command = (PYTHON, "-m", "pytest", "tests", "-q", "-k", "(cuda or gpu or triton) and not aot", *workers,
-               "-o", "faulthandler_timeout=120")  # fmt: skip
+    # cuDNN is no kernel of ours, and has a step of its own; without addopts, or pytest would ask for pytest-benchmark
+    command = (PYTHON, "-m", "pytest", "tests", "-q", *workers, "-o", "faulthandler_timeout=120", "-o", "addopts=",
+               "-k", "(cuda or gpu or triton) and not (aot or gpu_check or cudnn)")  # fmt: skip
     return execute(command, limit_s, setup.log)
 
 
@@ -295,7 +315,8 @@ def memcheck(setup: Setup, limit_s: float, *command: str) -> Result:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return Result(NOT_RUN, "compute-sanitizer is not installed")
-    checked = (tool, "--tool", "memcheck", "--error-exitcode", "9", *command)
+    # torch and Triton ask the driver for functions that it may lack, which would be counted as errors
+    checked = (tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9", *command)
     # torch's allocator hands out parts of large blocks, inside which an overrun would go unseen
     return judge_sanitizer(*executed(checked, limit_s, setup.log, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
 
@@ -308,12 +329,35 @@ def judge_sanitizer(result: Result, output: str) -> Result:
 
 
 def tune(setup: Setup, batches: str, dtypes: str, limit_s: float) -> Result:
-    """The tuner goes on where it stopped; its winners come back as configs.json."""
+    """The tuner goes on where it stopped, also on another machine: its winners come back as configs.json, and all else
+    it has found out as journal.jsonl.
+
+    Several attempts, each with half of what is left: a candidate that leaves the GPU unusable, or hangs, ends its
+    process, is recorded, and the next attempt goes on after it.
+    """
     ships = provenance.ROOT / "fused_resnet" / "configs"
     folder = setup.configs or (ships if setup.is_gpu else setup.out / "tuned")
     command = (*CLI, "tune", "--device", setup.device, "--model", setup.model, "--batch", batches, "--dtype", dtypes,
-               "--configs", str(folder), "--budget-minutes", f"{0.85 * limit_s / 60:.2f}")  # fmt: skip
-    result = execute(command, limit_s, setup.log)
+               "--configs", str(folder), "--budget-minutes")  # fmt: skip
+    journal, brought = tuner.journal_path(setup.device), setup.out / "journal.jsonl"
+    if brought.exists() and not journal.exists():
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(brought, journal)
+    deadline = time.monotonic() + limit_s
+    result = Result(NOT_RUN, "there was no time")
+    for _ in range(_ATTEMPTS):
+        left_s = deadline - time.monotonic()
+        if left_s < _ATTEMPT_S / 4:
+            break
+        given_s = left_s / 2 if left_s > _ATTEMPT_S else left_s
+        result, output = executed((*command, f"{0.85 * given_s / 60:.2f}"), given_s, setup.log)
+        unfinished = re.search(r"\d+ convolutions are left", output)
+        if result.outcome == PASSED and unfinished is None:
+            break
+        if result.outcome == PASSED:
+            result = Result(NOT_RUN, f"the time was up: {unfinished.group()}; --only tune goes on")
+    if journal.exists():
+        shutil.copyfile(journal, brought)
     name = tuning.device_id(setup.device)
     winners = None if name is None else folder / tuning.file_name(name)
     if winners is not None and winners.exists():

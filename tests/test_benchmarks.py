@@ -9,23 +9,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import gpu_check, isolated, run_configs, shapes  # noqa: E402
-from fused_resnet import backends, bench, provenance, registry, tuning  # noqa: E402
+from fused_resnet import backends, bench, extension, provenance, registry, tuner, tuning  # noqa: E402
 
 
 def script(*arguments, **environment):
-    """Run a script of ours from the repository root, without Triton's interpreter and without xdist's variables."""
+    """Run a script of ours from the repository root on the CPU, without Triton's interpreter and xdist's variables."""
     dropped = ("TRITON_INTERPRET", "PYTEST_")  # pytest-benchmark writes nothing inside an xdist worker
     variables = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env={**variables, **environment},
+        env={**variables, "CUDA_VISIBLE_DEVICES": "", **environment},
         capture_output=True,
         text=True,
     )
@@ -107,8 +106,6 @@ def test_demo_goes_on_without_a_compiler(tmp_path):
 
 
 def test_gpu_check_without_a_gpu():
-    if torch.cuda.is_available():
-        pytest.skip("needs a machine without a GPU")
     done = script("-m", "benchmarks.gpu_check")
     assert done.returncode == 2 and "needs a CUDA GPU" in done.stderr
 
@@ -275,7 +272,7 @@ def test_gpu_check_writes_at_most_eight_files_and_every_command_parses(setup, mo
     for step in gpu_check.all_steps(setup):
         step.run(100)
     files = {command[command.index("--out") + 1] for command in commands if "--out" in command}
-    assert len(files) == 5  # beside check.json, configs.json and log.txt
+    assert len(files) == 4  # beside check.json, log.txt, configs.json and journal.jsonl
     ours = [command for command in commands if command[2] == "fused_resnet"]
     assert {command[3] for command in ours} == {"info", "verify", "tune", "bench"}
     for command in ours:
@@ -301,6 +298,52 @@ def test_a_benchmark_goes_on_with_its_file_and_replaces_another_measurement(setu
     assert gpu_check.benchmark(setup, "ops", ("ops",), 100) == gpu_check.Result(gpu_check.PASSED, "closing")
     assert ["--resume" in command for command in commands] == [True, True, False]
     assert commands[0][commands[0].index("--stop-after") + 1] == "75"
+
+
+def test_the_tuner_is_begun_again_after_a_failure_and_unfinished_it_has_not_passed(setup, monkeypatch):
+    answers = ["has left the GPU unusable", "3 convolutions are left: give", "tuned"]
+    given = []
+
+    def answered(command, seconds, log=None, **_):
+        given.append((seconds, float(command[-1])))
+        said = answers.pop(0)
+        return gpu_check.Result(gpu_check.FAILED if "unusable" in said else gpu_check.PASSED, said), said
+
+    monkeypatch.setattr(gpu_check, "executed", answered)
+    assert gpu_check.tune(setup, "1", "fp16", 400) == gpu_check.Result(gpu_check.PASSED, "tuned")
+    assert [seconds for seconds, _ in given] == pytest.approx([200, 200, 200], abs=1)  # half of what is left, each time
+    assert given[0][1] == pytest.approx(0.85 * 200 / 60, abs=0.1)
+    answers += ["3 convolutions are left: give"] * 5
+    assert gpu_check.tune(setup, "1", "fp16", 100) == gpu_check.Result(
+        gpu_check.NOT_RUN, "the time was up: 3 convolutions are left; --only tune goes on"
+    )
+    assert gpu_check.tune(setup, "1", "fp16", 10).outcome == gpu_check.NOT_RUN  # not begun
+
+
+def test_what_the_tuner_found_out_goes_along_to_another_machine(setup, monkeypatch, tuned_files):
+    monkeypatch.setattr(tuning, "device_id", lambda device: "NVIDIA Test")
+    journal = tuner.journal_path("cuda")
+
+    def answered(command, seconds, log=None, **_):
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        with open(journal, "a") as file:
+            file.write("found\n")
+        return gpu_check.Result(gpu_check.PASSED, "tuned"), "tuned"
+
+    monkeypatch.setattr(gpu_check, "executed", answered)
+    gpu_check.tune(setup, "1", "fp16", 100)
+    assert (setup.out / "journal.jsonl").read_text() == "found\n"
+    journal.unlink()  # another machine
+    gpu_check.tune(setup, "1", "fp16", 100)
+    assert journal.read_text() == (setup.out / "journal.jsonl").read_text() == "found\nfound\n"
+
+
+def test_a_library_of_other_sources_is_not_what_is_verified(monkeypatch):
+    monkeypatch.setattr(extension, "load", lambda library: None)
+    monkeypatch.setattr(tuning, "kernel_digest", lambda backend: provenance.kernel_digest(backend))
+    assert gpu_check.why_not_this_library() is None
+    monkeypatch.setattr(tuning, "kernel_digest", lambda backend: None)  # _build.json was left behind
+    assert "compiled from kernels None by _build.json" in gpu_check.why_not_this_library()
 
 
 def test_random_problems_are_shared_between_processes_and_one_failure_counts(setup, monkeypatch):
@@ -333,7 +376,7 @@ def test_gpu_check_from_end_to_end_on_a_cpu(tmp_path):
     }  # fmt: skip
     assert record["verified"] is None
     assert {file.name for file in tmp_path.iterdir() if file.is_file()} == {
-        "check.json", "configs.json", "log.txt", "ops.json",
+        "check.json", "configs.json", "journal.jsonl", "log.txt", "ops.json",
     }  # fmt: skip
 
 
