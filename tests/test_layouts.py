@@ -55,13 +55,14 @@ def placed(frozen, x) -> dict[str, tuple[str, bool]]:
 
 
 def check(frozen, model, x) -> None:
-    """Within four times the error that the plain model makes against fp64: a mistake is a thousand times worse."""
-    x = x.to(DEVICE)
+    """Within four times the error that the plain model makes against fp64: a mistake is a thousand times worse. On a
+    GPU both multiply in TF32, which cuDNN may round to and Triton truncates to."""
+    x, (factor, limit) = x.to(DEVICE), (4, 1e-3) if DEVICE == "cpu" else (8, 1e-2)
     exact = networks.in_fp64(model, x)
     with torch.no_grad():
         plain = networks.error(model(x), exact)
         for _ in range(2):  # a second call meets memory that the first one has written
-            assert networks.error(frozen(x), exact) <= 4 * plain < 1e-3
+            assert networks.error(frozen(x), exact) <= factor * plain < limit
 
 
 def basic_blocks() -> nn.Module:

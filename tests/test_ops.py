@@ -111,13 +111,19 @@ def test_opcheck_cpu_add_relu():
     torch.library.opcheck(torch.ops.fused_resnet.cpu_add_relu.default, (a, b, torch.empty_like(a)))
 
 
+def device_of(backend):
+    """Where Triton's kernels run: on the GPU where there is one, else in the interpreter."""
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
 @pytest.mark.parametrize("shape", ((2, 1, 4, 5), (2, 3, 1, 1), (1, 1, 1, 1), (1, 3, 4, 1), (0, 3, 4, 5)))
 @pytest.mark.parametrize("backend", ("eager", "onednn", "triton"))
 def test_strides_are_the_promised_ones(shape, backend):
     """Dimensions of size 1 and 0 may have any stride; Inductor still counts on the ones that the fake gives."""
     N, K, P, Q = shape
-    x, weight = torch.randn(N, 4, P, Q), torch.randn(K, 4, 1, 1)
-    for residual in (None, torch.randn(shape)):
+    device = device_of(backend)
+    x, weight = torch.randn(N, 4, P, Q, device=device), torch.randn(K, 4, 1, 1, device=device)
+    for residual in (None, torch.randn(shape, device=device)):
         operands = ConvOperands(x, weight, residual=residual)
         args = (*operands, (1, 1), (0, 0), (1, 1), 1, "relu")
         with FakeTensorMode() as mode:
@@ -132,8 +138,10 @@ def test_strides_are_the_promised_ones(shape, backend):
 def test_add_relu_keeps_the_layout_of_a(backend, layout):
     if backend == "cpu":
         needs_cpu_library()
-    a = testing.laid_out(torch.randn(2, 3, 4, 5), layout)
-    for b in (a.clone(), torch.randn(2, 3, 4, 5), torch.randn(5, 4, 3, 2).permute(3, 2, 1, 0)):
+    device = device_of(backend)
+    a = testing.laid_out(torch.randn(2, 3, 4, 5, device=device), layout)
+    other, permuted = torch.randn(2, 3, 4, 5, device=device), torch.randn(5, 4, 3, 2, device=device)
+    for b in (a.clone(), other, permuted.permute(3, 2, 1, 0)):
         with FakeTensorMode() as mode:
             fake = add_relu(mode.from_tensor(a), mode.from_tensor(b), backend)
         real = add_relu(a, b, backend)
