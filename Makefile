@@ -5,7 +5,7 @@
 #
 # PYTHON=/path/to/python uses an interpreter that already has torch, as it is: nothing is installed, and compiled
 # parts are taken as they lie in fused_resnet/ (`PYTHON=python3 make gpu-check` on a prepared GPU machine).
-# gpu-check takes BUDGET=560 seconds in all, and goes on in later calls: STEPS=rest, or STEPS=tune,ops.
+# gpu-check takes BUDGET=540 seconds in all, and goes on in later calls: STEPS=rest, or STEPS=tune,ops.
 # FUSED_RESNET_CUDA=1 also compiles _C_cuda beside a CPU-only torch.
 
 VENV := .venv

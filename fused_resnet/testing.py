@@ -461,12 +461,13 @@ def _random_conv(draw: _Draw, is_common: bool = False) -> Case:
     }
     some = tuple(rng.sample(list(vectors), rng.randint(1, 3)))
     has_bn = () if is_common else rng.choice(((), (), (), tuple(vectors), tuple(vectors), some))
+    has_bias = 0.9 if is_common else 0.4  # folded BN leaves one
     operands = ConvOperands(
         draw.tensor(x, dtype),
         draw.tensor(draw.normal(K, C // groups, R, S) / reduction**0.5, dtype),
         **{name: draw.vector(vectors[name], vector_dtypes) for name in vectors if name in has_bn},
         eps=rng.choice(_EPS),
-        bias=draw.vector(draw.normal(K) * vector_magnitude, vector_dtypes) if rng.random() < 0.4 else None,
+        bias=draw.vector(draw.normal(K) * vector_magnitude, vector_dtypes) if rng.random() < has_bias else None,
         residual=draw.tensor(residual, dtype) if rng.random() < 0.4 else None,
     )
     activations = (*ACTIVATIONS, "relu", "relu", "relu") if is_common else ACTIVATIONS

@@ -347,18 +347,26 @@ def test_a_library_of_other_sources_is_not_what_is_verified(monkeypatch):
 
 
 def test_random_problems_are_shared_between_processes_and_one_failure_counts(setup, monkeypatch):
-    commands = []
+    """A share with nothing that the backend can run does not, unless all are such."""
+    commands, said = [], {}
 
     def answered(command, seconds, log=None, **_):
         commands.append(command)
-        failed = command[command.index("--seed") + 1] == "1"
-        return gpu_check.Result(gpu_check.FAILED if failed else gpu_check.PASSED, "closing")
+        closing = said.get(command[command.index("--seed") + 1], "no mismatch")
+        return gpu_check.Result(gpu_check.PASSED if closing == "no mismatch" else gpu_check.FAILED, closing), closing
 
-    monkeypatch.setattr(gpu_check, "execute", answered)
+    monkeypatch.setattr(gpu_check, "executed", answered)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    result = gpu_check.verify(setup, "triton", 10, 60)
-    assert result == gpu_check.Result(gpu_check.FAILED, "seed 1: closing")
+    idle = "verify: backend 'cublaslt' could not run any of these problems."
+    said.update({"0": idle, "1": "MISMATCH"})
+    result = gpu_check.verify(setup, "cublaslt", 10, 60, "--common")
+    assert result == gpu_check.Result(gpu_check.FAILED, "seed 1: MISMATCH")
     assert len(commands) == 4 and {command[command.index("--problems") + 1] for command in commands} == {"3"}
+    assert all("--common" in command for command in commands)
+    said["1"] = "no mismatch"
+    assert gpu_check.verify(setup, "cublaslt", 10, 60) == gpu_check.Result(gpu_check.PASSED, "no mismatch")
+    said.update(dict.fromkeys("0123", idle))
+    assert gpu_check.verify(setup, "cublaslt", 10, 60) == gpu_check.Result(gpu_check.NOT_RUN, idle)
 
 
 @pytest.mark.full

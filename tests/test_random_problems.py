@@ -222,7 +222,7 @@ NEEDS_LIBRARY = pytest.mark.skipif(extension.load("cpu") is not None, reason=str
 
 
 @NEEDS_LIBRARY
-@pytest.mark.parametrize("backend, problems, at_least", [("winograd", 120, 40), ("grouped", 150, 30)])
+@pytest.mark.parametrize("backend, problems, at_least", [("winograd", 150, 40), ("grouped", 150, 30)])
 def test_common_problems(backend, problems, at_least):
     report = testing.verify(problems, seed=7, backends=[backend], is_common=True)
     assert report.passed, str(report)
@@ -232,7 +232,7 @@ def test_common_problems(backend, problems, at_least):
 @NEEDS_LIBRARY
 @pytest.mark.full
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-@pytest.mark.parametrize("backend, problems, at_least", [("winograd", 450, 150), ("grouped", 500, 100)])
+@pytest.mark.parametrize("backend, problems, at_least", [("winograd", 550, 150), ("grouped", 500, 100)])
 def test_common_problems_on_every_instruction_set(backend, problems, at_least, capability):
     command = [sys.executable, "-m", "fused_resnet", "verify", "--common", "--backend", backend, "--json"]
     done = subprocess.run(
