@@ -417,6 +417,14 @@ def test_why_not_on_a_gpu(monkeypatch, hip, capability, reason):
         runtime._driver_error.cache_clear()
 
 
+def test_an_interpreter_that_this_numpy_breaks_is_not_used():
+    assert "Triton 3.6.0 does not run with numpy 2.5.2: install numpy<2.4" in runtime._interpreter_error(
+        "3.6.0", "2.5.2"
+    )
+    fine = (("3.6.0", "2.3.5"), ("3.7.1", "2.5.2"), ("3.10.0+git1", "2.4.0rc1"))
+    assert [runtime._interpreter_error(*versions) for versions in fine] == [None] * 3
+
+
 _ON_A_CPU = """
 from fused_resnet.triton_kernels import add_relu, conv_bn_act, runtime
 import torch

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Optional
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def why_not(device: str, dtype: torch.dtype) -> Optional[str]:
     if dtype not in _DTYPES:
         return f"{dtype_name(dtype)} is not supported ({', '.join(map(dtype_name, _DTYPES))} are)"
     if INTERPRETED and device in ("cpu", "cuda"):
-        return None
+        return _interpreter_error(triton.__version__, numpy.__version__)
     if device == "cpu":
         return "on a CPU it runs only in the interpreter: set TRITON_INTERPRET=1"
     if device != "cuda":
@@ -69,6 +70,19 @@ def why_too_old() -> Optional[str]:
         return None
     wanted, found = ("{}.{}".format(*pair) for pair in (_MIN_CAPABILITY, capability))
     return f"it needs compute capability {wanted} or later on every visible GPU, one has {found}"
+
+
+@functools.lru_cache(maxsize=None)
+def _interpreter_error(triton_version: str, numpy_version: str) -> Optional[str]:
+    """Triton 3.6's interpreter takes an array of one element for a number, which numpy 2.4 no longer allows."""
+    is_old, is_new = _release(triton_version) < (3, 7), _release(numpy_version) >= (2, 4)
+    if not (is_old and is_new):
+        return None
+    return f"the interpreter of Triton {triton_version} does not run with numpy {numpy_version}: install numpy<2.4"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 @functools.lru_cache(maxsize=None)  # the visible GPUs stay what they are
