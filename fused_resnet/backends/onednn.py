@@ -92,7 +92,7 @@ def onednn_convolution(
         unary = "relu" if act == "relu" else None
         if in_place:
             op = torch.ops.mkldnn._convolution_pointwise_.binary
-            first = (residual if into_residual else residual.clone(), x)
+            first = (residual if into_residual else residual.clone(memory_format=torch.channels_last), x)
         else:
             op, first = torch.ops.mkldnn._convolution_pointwise.binary, (x, residual)
         y = op(*first, *constants, "add", 1.0, unary, [], "")
