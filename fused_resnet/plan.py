@@ -157,8 +157,8 @@ class _GraphedPlan(Plan):
     def __init__(self, plan: Plan, example: Tensor) -> None:
         super().__init__(plan.module, plan.dtype, plan.output_dtype)
         self._lock = threading.Lock()
-        # CUDA allows one capture at a time in a process; a normal tensor can be written in and out of inference mode
-        with _CAPTURING, uncollected(), torch.inference_mode(False), torch.no_grad(), torch.cuda.device(example.device):
+        # a normal tensor can be written in and out of inference mode
+        with capturing(), torch.inference_mode(False), torch.no_grad(), torch.cuda.device(example.device):
             self._finished = torch.cuda.Event()
             self._input = torch.empty_like(example).copy_(example)
             stream = torch.cuda.Stream()
@@ -188,16 +188,17 @@ class _GraphedPlan(Plan):
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Without garbage collection: a CUDA graph that is freed while another is captured ends that capture (pytorch PR
-    161037), and torch.cuda.graph no longer collects beforehand."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def capturing() -> Iterator[None]:
+    """One thread at a time, which is what CUDA allows, and without garbage collection: a CUDA graph that is freed while
+    another is captured ends that capture (pytorch PR 161037), and torch.cuda.graph no longer collects beforehand."""
+    with _CAPTURING:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_enabled:
+                gc.enable()
 
 
 @contextlib.contextmanager

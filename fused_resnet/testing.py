@@ -157,21 +157,27 @@ def verify(
                 common = ", is_common=True" if is_common else ""
                 call = f"check(case_at({seed}, {index}, {device!r}{common}), {name!r})"
                 _record(report, case, call, check(case, name))
-                if device != "cpu" and not _is_usable(device):
-                    return report  # the mismatch that it ends with has raised what broke the device
+                if (why := _why_unusable(device)) is not None:
+                    _record(report, case, call, Outcome(name, "mismatch", f"has left the device unusable: {why}"))
+                    return report
         report.problems += 1
         if progress is not None:
             progress(index)
     return report
 
 
-def _is_usable(device: str) -> bool:
-    """Whether this process can still compute there: no kernel has failed since it began."""
+def _why_unusable(device: str) -> Optional[str]:
+    """What keeps this process from computing there since a kernel has failed, or None."""
     try:
+        _synchronize(device)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _synchronize(device: Union[str, torch.device]) -> None:
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-    except RuntimeError:
-        return False
-    return True
 
 
 def known_backends(op: str) -> tuple[str, ...]:
@@ -219,8 +225,7 @@ def check(case: Case, backend: str) -> Outcome:
             grad = (
                 torch.ops.fused_resnet.add_relu_backward(case.operands.grad, actual, backend) if is_addition else None
             )
-            if case.problem.device == "cuda":
-                torch.cuda.synchronize()  # what a kernel did wrong is raised by whatever comes next
+            _synchronize(actual.device)  # what a kernel did wrong is raised by whatever waits next
     except Exception as error:  # the backend said that it can run this
         return Outcome(backend, "mismatch", f"raised {type(error).__name__}: {error}")
     for name, tensor in before.items():
@@ -381,9 +386,9 @@ def _identical(a: Tensor, b: Tensor) -> bool:
 def random_case(rng: random.Random, device: str = "cpu", *, is_common: bool = False) -> Case:
     """A whole problem: shapes, window, epilogue, dtypes, memory layouts and values, awkward ones on purpose.
 
-    is_common: a convolution as plans of ResNets have it, with awkward sizes and values all the same: fp32 or bf16, no
-    BN, mostly ReLU, channels in sixteens, and a window of 1x1, of 3x3 with stride 1, or of 3x3 with groups as wide as
-    ResNeXt's. Kernels for just those see too few of the others.
+    is_common: a convolution as plans of ResNets have it, with awkward sizes and values all the same: fp32 (on CUDA
+    fp16) or bf16, no BN, mostly ReLU, channels in sixteens, and a window of 1x1, of 3x3 with stride 1, or of 3x3 with
+    groups as wide as ResNeXt's. Kernels for just those see too few of the others.
     """
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
     draw = _Draw(rng, generator, device)
@@ -433,7 +438,8 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
 
 def _random_conv(draw: _Draw, is_common: bool = False) -> Case:
     rng = draw.rng
-    dtype = rng.choice((torch.float32, torch.bfloat16)) if is_common else _random_dtype(rng)
+    common_dtypes = (torch.float32 if draw.device == "cpu" else torch.float16, torch.bfloat16)
+    dtype = rng.choice(common_dtypes) if is_common else _random_dtype(rng)
     window, (N, C, H, W, K, R, S) = _common_window(rng) if is_common else _random_window(rng)
     stride, padding, dilation, groups = window
     P, Q = (

@@ -16,7 +16,7 @@ import torch
 from fused_resnet import cache_read
 from fused_resnet.devices import cpu_flags, cpu_name, device_name
 from fused_resnet.files import write_json
-from fused_resnet.plan import uncollected
+from fused_resnet.plan import capturing
 from fused_resnet.problem import AddReluProblem, ConvProblem
 from fused_resnet.triton_kernels import runtime
 from fused_resnet.triton_kernels.conv_bn_act import allows_tf32
@@ -153,7 +153,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with uncollected(), torch.cuda.graph(graph):
+    with capturing(), torch.cuda.graph(graph):
         out = call()
 
     def replay(kept: Any = call) -> Any:  # the graph works in memory that `call` owns

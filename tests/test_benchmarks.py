@@ -251,8 +251,9 @@ def test_the_time_is_split_by_share_and_what_cannot_be_done_in_it_is_not_begun(t
 
 
 @pytest.fixture
-def setup(tmp_path):
-    return gpu_check.Setup(tmp_path, "cuda", "resnet50", 10, None)
+def setup(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "device_id", lambda device: "NVIDIA Test")
+    return gpu_check.Setup(tmp_path, "cuda", "resnet50", 10, tmp_path / "configs")
 
 
 def test_gpu_check_writes_at_most_eight_files_and_every_command_parses(setup, monkeypatch):
@@ -321,7 +322,6 @@ def test_the_tuner_is_begun_again_after_a_failure_and_unfinished_it_has_not_pass
 
 
 def test_what_the_tuner_found_out_goes_along_to_another_machine(setup, monkeypatch, tuned_files):
-    monkeypatch.setattr(tuning, "device_id", lambda device: "NVIDIA Test")
     journal = tuner.journal_path("cuda")
 
     def answered(command, seconds, log=None, **_):
@@ -336,6 +336,14 @@ def test_what_the_tuner_found_out_goes_along_to_another_machine(setup, monkeypat
     journal.unlink()  # another machine
     gpu_check.tune(setup, "1", "fp16", 100)
     assert journal.read_text() == (setup.out / "journal.jsonl").read_text() == "found\nfound\n"
+
+    (setup.out / "configs.json").write_text("winners")
+    assert setup.winners == setup.configs / "NVIDIA_Test.json"
+    gpu_check.bring_winners(setup)
+    assert setup.winners.read_text() == "winners"
+    (setup.out / "configs.json").write_text("older")
+    gpu_check.bring_winners(setup)
+    assert setup.winners.read_text() == "winners"
 
 
 def test_a_library_of_other_sources_is_not_what_is_verified(monkeypatch):
@@ -367,6 +375,8 @@ def test_random_problems_are_shared_between_processes_and_one_failure_counts(set
     assert gpu_check.verify(setup, "cublaslt", 10, 60) == gpu_check.Result(gpu_check.PASSED, "no mismatch")
     said.update(dict.fromkeys("0123", idle))
     assert gpu_check.verify(setup, "cublaslt", 10, 60) == gpu_check.Result(gpu_check.NOT_RUN, idle)
+    assert gpu_check.verify(setup, "triton", 10, 60).outcome == gpu_check.FAILED  # our own must run
+    assert gpu_check.smoke(setup, ["cublaslt"], 60).outcome == gpu_check.FAILED
 
 
 @pytest.mark.full

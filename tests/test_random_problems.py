@@ -206,13 +206,22 @@ def test_unknown_backends_are_refused():
 
 def test_a_kernel_that_breaks_the_gpu_ends_the_report_and_is_in_it(monkeypatch):
     """Nothing can be computed after it, in this process."""
+
+    def synchronize(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
     case_at = testing.case_at
     monkeypatch.setattr(testing, "case_at", lambda seed, index, device, **kind: case_at(seed, index, "cpu", **kind))
-    monkeypatch.setattr(testing, "check", lambda case, name: testing.Outcome(name, "mismatch", "raised illegal access"))
-    monkeypatch.setattr(testing, "_is_usable", lambda device: False)
+    monkeypatch.setattr(testing, "_synchronize", synchronize)
     report = testing.verify(5, seed=SEED, device="cuda", backends=["eager"])
     (entry,) = report.backends.values()
-    assert not report.passed and len(entry.mismatches) == 1 and "'cuda'), 'eager')" in entry.mismatches[0]["call"]
+    raised, ended = entry.mismatches
+    assert not report.passed and "'cuda'), 'eager')" in raised["call"] == ended["call"]
+    assert "raised RuntimeError: CUDA error" in raised["detail"] and "left the device unusable" in ended["detail"]
+
+
+def test_a_device_may_have_a_number():
+    assert testing.verify(3, seed=SEED, device="cpu:0", backends=["eager"]).problems == 3
 
 
 # ------------------------------------------------------------------------------------------- what plans of ResNets have
@@ -253,7 +262,8 @@ def test_two_thousand(start):
     report = testing.verify(range(start, start + CHUNK), seed=1)
     assert report.passed, str(report)
     names = ["conv_bn_act/eager", "conv_bn_act/onednn", "add_relu/eager"]
-    for name in names + ["conv_bn_act/triton", "add_relu/triton"] * runtime.INTERPRETED:
+    is_interpreted = runtime.why_not("cpu", torch.float32) is None
+    for name in names + ["conv_bn_act/triton", "add_relu/triton"] * is_interpreted:
         entry = report.backends[name]
         assert entry.ok >= MINIMUM[name] * CHUNK // FIRST_TIER // 2, (name, entry.cannot_run)
 

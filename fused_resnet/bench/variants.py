@@ -121,7 +121,8 @@ def _fused(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Any]
 def _frozen(model: nn.Module, x: Tensor, backend: str, dtype: torch.dtype) -> Callable[[], Any]:
     with tuning.ignored() if backend == UNTUNED else contextlib.nullcontext():
         frozen = freeze(model, x, dtype=dtype, backend="auto" if backend == UNTUNED else backend)
-    if x.is_cuda and isinstance(frozen, FrozenModel) and not frozen.is_graphed(x):
+    is_nvidia = x.is_cuda and torch.version.hip is None
+    if is_nvidia and isinstance(frozen, FrozenModel) and not frozen.is_graphed(x):
         raise RuntimeError("it cannot be captured as a CUDA graph")  # as `freeze` has just warned, with the reason
     return lambda: frozen(x)
 
