@@ -170,6 +170,28 @@ def test_auto_on_rocm(monkeypatch):
     assert backends.known("conv_bn_act")["cudnn"].why_not(ONE_BY_ONE) == "it does not run on ROCm"
 
 
+@pytest.mark.parametrize(
+    "changed, expected",
+    [
+        ({}, "cudnn"),
+        (dict(groups=2), "eager"),
+        (dict(dilation=(2, 2)), "eager"),
+        (dict(C=3), "eager"),
+        (dict(activation="none"), "eager"),
+    ],
+    ids=str,
+)
+def test_unmeasured_cudnn_gets_what_it_surely_can(monkeypatch, changed, expected):
+    """Anything else might raise in `auto`, which promises to run."""
+    from fused_resnet.backends import nvidia
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    problem = ONE_BY_ONE._replace(has_bias=True, **changed)
+    assert registry.fixed_order(problem, in_plan=True).backend.name == expected
+    assert (nvidia.CUDNN.why_not(problem) is None) == (problem.activation == "relu")  # to be had by name
+
+
 @pytest.mark.parametrize("backend", backends.known("conv_bn_act"))
 def test_who_never_takes_live_bn(backend):
     """What refuses a name for every problem is the sentence that refuses one problem on the backend's own device."""
