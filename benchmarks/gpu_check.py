@@ -61,7 +61,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     file = out / "check.json"
     setup = Setup(out, options.device, options.model, options.problems, options.configs)
-    bring_winners(setup)
+    bring_back(setup)
     steps = all_steps(setup)
     unknown = set(options.only or ()) - {"rest", *(step.name for step in steps)}
     if unknown:
@@ -117,13 +117,19 @@ class Setup(NamedTuple):
         folder = self.configs or (ships if self.is_gpu else self.out / "tuned")
         return None if name is None else folder / tuning.file_name(name)
 
+    @property
+    def kept(self) -> list[tuple[Path, Path]]:
+        """(where the tuner and `auto` look for what is tuned, its copy in OUT), of the winners and of the journal."""
+        found = [(tuner.journal_path(self.device), self.out / "journal.jsonl")]
+        return found if self.winners is None else [*found, (self.winners, self.out / "configs.json")]
 
-def bring_winners(setup: Setup) -> None:
-    """Put what an earlier call has tuned, perhaps on another machine, where `auto` looks for it."""
-    brought, winners = setup.out / "configs.json", setup.winners
-    if winners is not None and brought.exists() and not winners.exists():
-        winners.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(brought, winners)
+
+def bring_back(setup: Setup) -> None:
+    """Put what an earlier call has tuned, perhaps on another machine, where it is looked for."""
+    for place, copy in setup.kept:
+        if copy.exists() and not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(copy, place)
 
 
 def all_steps(setup: Setup) -> list[Step]:
@@ -155,7 +161,7 @@ def all_steps(setup: Setup) -> list[Step]:
         Step("tune", 90 * setup.is_gpu, 1200, 6, lambda seconds: tune(setup, batches, dtypes, seconds)),
         bench("ops", 60, 400, 5, "ops", "--batch", batches, "--dtype", dtypes),
         # a network's first row takes its compilation by torch.compile and a reference in fp64: with less time than
-        # that nothing is written
+        # that nothing is written. How much that is on a GPU is a guess
         bench("model", 150, 400, 4, "model", "--batch", f"{large},1", "--dtype", dtypes, *rivals, *frozen),
         bench("autotune", 240, 500, 4, "model", "--batch", large, "--dtype", dtype, *rivals, "--baseline", "autotune",
               "--baseline", "tensorrt"),
@@ -352,8 +358,8 @@ def judge_sanitizer(result: Result, output: str) -> Result:
 
 
 def tune(setup: Setup, batches: str, dtypes: str, limit_s: float) -> Result:
-    """The tuner goes on where it stopped, also on another machine: its winners come back as configs.json, and all else
-    it has found out as journal.jsonl.
+    """The tuner goes on where it stopped; its winners come back as configs.json, and all else it has found out as
+    journal.jsonl.
 
     Several attempts, each with half of what is left: a candidate that leaves the GPU unusable, or hangs, ends its
     process, is recorded, and the next attempt goes on after it.
@@ -363,10 +369,6 @@ def tune(setup: Setup, batches: str, dtypes: str, limit_s: float) -> Result:
         return Result(FAILED, "GPUs of different kinds are visible")
     command = (*CLI, "tune", "--device", setup.device, "--model", setup.model, "--batch", batches, "--dtype", dtypes,
                "--configs", str(winners.parent), "--budget-minutes")  # fmt: skip
-    journal, brought = tuner.journal_path(setup.device), setup.out / "journal.jsonl"
-    if brought.exists() and not journal.exists():
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(brought, journal)
     deadline = time.monotonic() + limit_s
     result = Result(NOT_RUN, "there was no time")
     for _ in range(_ATTEMPTS):
@@ -380,10 +382,9 @@ def tune(setup: Setup, batches: str, dtypes: str, limit_s: float) -> Result:
             break
         if result.outcome == PASSED:
             result = Result(NOT_RUN, f"the time was up: {unfinished.group()}; --only tune goes on")
-    if journal.exists():
-        shutil.copyfile(journal, brought)
-    if winners.exists():
-        shutil.copyfile(winners, setup.out / "configs.json")
+    for place, copy in setup.kept:
+        if place.exists():
+            shutil.copyfile(place, copy)
     return result
 
 

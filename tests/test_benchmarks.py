@@ -334,15 +334,16 @@ def test_what_the_tuner_found_out_goes_along_to_another_machine(setup, monkeypat
     gpu_check.tune(setup, "1", "fp16", 100)
     assert (setup.out / "journal.jsonl").read_text() == "found\n"
     journal.unlink()  # another machine
+    gpu_check.bring_back(setup)
     gpu_check.tune(setup, "1", "fp16", 100)
     assert journal.read_text() == (setup.out / "journal.jsonl").read_text() == "found\nfound\n"
 
     (setup.out / "configs.json").write_text("winners")
     assert setup.winners == setup.configs / "NVIDIA_Test.json"
-    gpu_check.bring_winners(setup)
+    gpu_check.bring_back(setup)
     assert setup.winners.read_text() == "winners"
     (setup.out / "configs.json").write_text("older")
-    gpu_check.bring_winners(setup)
+    gpu_check.bring_back(setup)
     assert setup.winners.read_text() == "winners"
 
 

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import networks
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fused_resnet
-from fused_resnet import BackendError, backends, extension, models, plan, testing, workspace
+from fused_resnet import BackendError, backends, extension, models, plan, testing, timing, workspace
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct
 from fused_resnet.plan import FrozenConv
 from fused_resnet.triton_kernels import runtime
@@ -1041,12 +1042,23 @@ def test_the_workspace_stays_with_the_process():
     assert page_faults(MALLOC_MMAP_THRESHOLD_=str(32 * 2**20)) > 10_000  # the environment's word is the last
 
 
-def test_nothing_is_collected_while_a_graph_is_captured():
-    """A CUDA graph that is freed meanwhile would end the capture."""
-    assert gc.isenabled()
-    with pytest.raises(RuntimeError), plan.capturing():
-        assert not gc.isenabled() and plan._CAPTURING.locked()
-        raise RuntimeError("it cannot be captured")
+def test_nothing_is_collected_while_a_graph_is_captured(monkeypatch):
+    """A CUDA graph that is freed meanwhile would end the capture, and so would another thread's capture."""
+    seen = []
+
+    def call():
+        seen.append((gc.isenabled(), plan._CAPTURING.locked()))
+        if len(seen) == 8:
+            raise RuntimeError("it cannot be captured")
+
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        fake = mock.MagicMock()
+        fake.return_value.__exit__.return_value = False
+        monkeypatch.setattr(torch.cuda, name, fake)
+    timing.captured(call)
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        timing.captured(call)
+    assert seen == [*[(True, False)] * 3, (False, True)] * 2  # three calls to warm up
     assert gc.isenabled() and not plan._CAPTURING.locked()
 
 
