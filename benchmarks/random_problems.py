@@ -25,7 +25,7 @@ RECORDS = ROOT / "benchmarks" / "results" / "verify"
 def run_part(file: Path, problems: int, seed: int, device: str, kind: str) -> Optional[int]:
     """Run one part into `file`. None, or the exit code of a process that ended without a report."""
     command = (sys.executable, "-m", "fused_resnet", "verify", "--device", device, "--json")
-    command += ("--common",) if kind == "common" else ()
+    command += () if kind == "random" else (f"--{kind}",)
     size = ("--problems", str(problems), "--seed", str(seed))
     interpret = {} if device.startswith("cuda") else {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
@@ -68,7 +68,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--per-part", type=int, default=500)
     parser.add_argument("--seed", type=int, default=2000, help="of the first part; the others count up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--kind", choices=("random", "common"), default="random", help="common: as `verify --common`")
+    parser.add_argument("--kind", choices=("random", "common", "strided"), default="random",
+                        help="common, strided: as `verify --common`, `verify --strided`")  # fmt: skip
     parser.add_argument("--parts", type=Path, default=ROOT / "out" / "random_problems")
     parser.add_argument("--out", type=Path, help="default: results/verify/KIND_problems.json")
     options = parser.parse_args(arguments)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from fused_resnet import reference, schemas
+from fused_resnet import library_faults, reference, schemas
 from fused_resnet.problem import ConvOperands, add_relu_problem, conv_problem
 
 LIBRARY = torch.library.Library("fused_resnet", "DEF")
@@ -84,7 +84,7 @@ def _conv_bn_act_backward(ctx, grad: Tensor):
     output channel plus (bias - mean)*sum(g), which needs no second forward convolution.
     """
     x, weight, bn_weight, bn_bias, bn_mean, bn_var, bias, residual, out = ctx.saved_tensors
-    stride, padding, dilation, groups, activation = ctx.window
+    activation = ctx.window[-1]
     needs = dict(zip(_CONV_ARGUMENTS, ctx.needs_input_grad[1:]))  # the first is what computes
     if activation == "silu":
         operands = (x, weight, bn_weight, bn_bias, bn_mean, bn_var, ctx.eps, bias, residual)
@@ -112,12 +112,12 @@ def _conv_bn_act_backward(ctx, grad: Tensor):
         return (tensor * scale.view(-1, *[1] * (tensor.dim() - 1))).to(tensor.dtype)
 
     needs_scale = bn_weight is not None and needs["bn_weight"]
-    grad_x, grad_folded, _ = torch.ops.aten.convolution_backward(
-        g, x, scaled(weight), None, stride, padding, dilation, False, [0, 0],
-        groups, [needs["x"], needs["weight"] or needs_scale, False],
-    )  # fmt: skip
+    problem = conv_problem(ConvOperands(x, weight), *ctx.window)
+    grad_x, grad_folded = library_faults.conv2d_backward(
+        problem, g, x, scaled(weight), needs["x"], needs["weight"] or needs_scale
+    )
     grads["x"] = grad_x
-    if needs["weight"]:
+    if needs["weight"] and grad_folded is not None:
         grads["weight"] = scaled(grad_folded)
     if not (needs_scale or needs["bn_bias"] or needs["bias"]):
         return tuple(grads.values())
@@ -126,7 +126,7 @@ def _conv_bn_act_backward(ctx, grad: Tensor):
         grads["bn_bias"] = grad_shift.to(bn_bias.dtype)
     if needs["bias"] and bias is not None:
         grads["bias"] = scaled(grad_shift).to(bias.dtype)
-    if needs_scale:
+    if needs_scale and grad_folded is not None:
         grad_scale = (grad_folded.to(wide) * weight.to(wide)).sum((1, 2, 3))
         for vector, sign in ((bias, 1), (bn_mean, -1)):
             if vector is not None:
@@ -176,15 +176,13 @@ def composite_conv_bn_act(*args) -> Tensor:
     """conv_bn_act by ATen, nothing in place: it can be differentiated and mapped in any mode. Checks shapes alone."""
     o, *window = split_arguments(args)
     problem = conv_problem(o, *window)
-    *conv_window, activation = window
     mean, var = (None if vector is None else vector.detach() for vector in (o.bn_mean, o.bn_var))
     o = o._replace(bn_mean=mean, bn_var=var)
-    # torch.conv2d crashes the process where every window lies in the padding (oneDNN issue 5942, torch 2.13)
-    y = F.conv2d(o.x, o.weight, None, *conv_window) if problem.reads_x else o.x.new_zeros(problem.output_shape)
+    y = library_faults.conv2d(problem, o.x, o.weight)
     if o.bias is not None or any(vector is not None for vector in o.bn_vectors.values()):
         scale, shift = reference.scale_and_shift(o, torch.promote_types(torch.float32, y.dtype))
         y = (y * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(y.dtype)
-    return activate(y if o.residual is None else y + o.residual, activation)
+    return activate(y if o.residual is None else y + o.residual, problem.activation)
 
 
 def composite_add_relu(a: Tensor, b: Tensor, backend: str) -> Tensor:

@@ -29,6 +29,7 @@ from fused_resnet.problem import (
 from fused_resnet.triton_kernels.conv_bn_act import allows_tf32
 
 Pair = tuple[int, int]
+KINDS = ("any", "common", "strided")
 LAYOUTS = ("channels_last", "contiguous", "sliced", "expanded", "permuted")
 # Triton's interpreter, the slowest backend, takes about a millisecond for each tile and step of the reduction
 _MAX_TILE_STEPS = 150
@@ -141,21 +142,21 @@ def verify(
     backends: Optional[Sequence[str]] = None,
     progress: Optional[Callable[[int], None]] = None,
     *,
-    is_common: bool = False,
+    kind: str = "any",
 ) -> Report:
     """Run random problems on every backend of their operator and compare each result with the reference.
 
     problems: how many, or which indices (so that processes can share the work). backends: names; default, all.
-    progress: called with the index of each finished problem. is_common: as `random_case`.
+    progress: called with the index of each finished problem. kind: as `random_case`.
     """
     indices = range(problems) if isinstance(problems, int) else problems
     report = Report(seed, device)
     for index in indices:
-        case = case_at(seed, index, device, is_common=is_common)
+        case = case_at(seed, index, device, kind=kind)
         for name in known_backends(case.problem.op):
             if backends is None or name in backends:
-                common = ", is_common=True" if is_common else ""
-                call = f"check(case_at({seed}, {index}, {device!r}{common}), {name!r})"
+                drawn = "" if kind == "any" else f", kind={kind!r}"
+                call = f"check(case_at({seed}, {index}, {device!r}{drawn}), {name!r})"
                 _record(report, case, call, check(case, name))
                 if (why := _why_unusable(device)) is not None:
                     _record(report, case, call, Outcome(name, "mismatch", f"has left the device unusable: {why}"))
@@ -184,9 +185,9 @@ def known_backends(op: str) -> tuple[str, ...]:
     return tuple(backends.known(op))
 
 
-def case_at(seed: int, index: int, device: str = "cpu", *, is_common: bool = False) -> Case:
-    """The case with this number: the same on every machine. is_common: as `random_case`."""
-    return random_case(random.Random(f"{seed}/{index}"), device, is_common=is_common)
+def case_at(seed: int, index: int, device: str = "cpu", *, kind: str = "any") -> Case:
+    """The case with this number: the same on every machine. kind: as `random_case`."""
+    return random_case(random.Random(f"{seed}/{index}"), device, kind=kind)
 
 
 def _record(report: Report, case: Case, call: str, outcome: Outcome) -> None:
@@ -383,18 +384,23 @@ def _identical(a: Tensor, b: Tensor) -> bool:
 # --------------------------------------------------------------------------------------------------------- drawing
 
 
-def random_case(rng: random.Random, device: str = "cpu", *, is_common: bool = False) -> Case:
+def random_case(rng: random.Random, device: str = "cpu", *, kind: str = "any") -> Case:
     """A whole problem: shapes, window, epilogue, dtypes, memory layouts and values, awkward ones on purpose.
 
-    is_common: a convolution as plans of ResNets have it, with awkward sizes and values all the same: fp32 (on CUDA
+    kind: "any", or one of those that "any" draws too few of.
+    "common": a convolution as plans of ResNets have it, with awkward sizes and values all the same: fp32 (on CUDA
     fp16) or bf16, no BN, mostly ReLU, channels in sixteens, and a window of 1x1, of 3x3 with stride 1, or of 3x3 with
-    groups as wide as ResNeXt's. Kernels for just those see too few of the others.
+    groups as wide as ResNeXt's.
+    "strided": a convolution in bf16 with strides to 4 on maps of 1 to 33 rows and columns, where libraries err
+    (`library_faults`).
     """
+    if kind not in KINDS:
+        raise ValueError(f"random_case: unknown kind {kind!r}; known ones are {', '.join(KINDS)}.")
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
     draw = _Draw(rng, generator, device)
-    if is_common:
-        return _random_conv(draw, is_common=True)
-    return _random_add_relu(draw) if rng.random() < 0.2 else _random_conv(draw)
+    if kind == "any" and rng.random() < 0.2:
+        return _random_add_relu(draw)
+    return _random_conv(draw, kind)
 
 
 class _Draw:
@@ -436,11 +442,11 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor.contiguous()
 
 
-def _random_conv(draw: _Draw, is_common: bool = False) -> Case:
-    rng = draw.rng
+def _random_conv(draw: _Draw, kind: str) -> Case:
+    rng, is_common = draw.rng, kind == "common"
     common_dtypes = (torch.float32 if draw.device == "cpu" else torch.float16, torch.bfloat16)
-    dtype = rng.choice(common_dtypes) if is_common else _random_dtype(rng)
-    window, (N, C, H, W, K, R, S) = _common_window(rng) if is_common else _random_window(rng)
+    dtype = rng.choice(common_dtypes) if is_common else torch.bfloat16 if kind == "strided" else _random_dtype(rng)
+    window, (N, C, H, W, K, R, S) = _common_window(rng) if is_common else _random_window(rng, kind == "strided")
     stride, padding, dilation, groups = window
     P, Q = (
         (size + 2 * pad - d * (taps - 1) - 1) // step + 1
@@ -480,7 +486,9 @@ def _random_conv(draw: _Draw, is_common: bool = False) -> Case:
     return Case(conv_problem(operands, *window, rng.choice(activations)), operands)
 
 
-def _random_window(rng: random.Random) -> tuple[tuple[Pair, Pair, Pair, int], tuple[int, ...]]:
+def _random_window(
+    rng: random.Random, is_strided: bool = False
+) -> tuple[tuple[Pair, Pair, Pair, int], tuple[int, ...]]:
     """((stride, padding, dilation, groups), (N, C, H, W, K, R, S)) of a convolution with an output, small enough."""
     while True:
         kind = rng.choice(("dense", "dense", "grouped", "depthwise", "pointwise"))
@@ -493,10 +501,11 @@ def _random_window(rng: random.Random) -> tuple[tuple[Pair, Pair, Pair, int], tu
             C, K = groups * rng.randint(1, 70 // groups), groups * rng.randint(1, 70 // groups)
         elif kind == "depthwise":
             groups, K = C, C * rng.randint(1, max(1, 70 // C))
-        stride = _pair(rng, (1, 1, 2, 3))
+        stride = _pair(rng, (1, 2, 3, 4) if is_strided else (1, 1, 2, 3))
         padding = _pair(rng, (0, 1, 2, 3) if kind != "pointwise" else (0, 0, 0, 1))
         dilation = _pair(rng, (1, 1, 1, 2, 3))
-        N, H, W = rng.choice((0, 1, 1, 1, 1, 2, 2, 2, 3, 4)), rng.randint(1, 19), rng.randint(1, 19)
+        N = rng.choice((0, 1, 1, 1, 1, 2, 2, 2, 3, 4))
+        H, W = (rng.randint(1, rng.choice((4, 33)) if is_strided else 19) for _ in range(2))
         P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
         Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
         tiles = -(-N * P * Q // 64) * groups * -(-K // groups // 32)
@@ -505,7 +514,7 @@ def _random_window(rng: random.Random) -> tuple[tuple[Pair, Pair, Pair, int], tu
 
 
 def _common_window(rng: random.Random) -> tuple[tuple[Pair, Pair, Pair, int], tuple[int, ...]]:
-    """The same for `is_common`."""
+    """The same of the kind "common"."""
     padding = _pair(rng, (1, 1, 1, 0, 2, 7))
     N, C, K = rng.choice((0, 1, 1, 2, 3)), 16 * rng.randint(1, 6), 16 * rng.randint(1, 6)
     H, W = (rng.randint(max(1, 3 - 2 * pad), 23) for pad in padding)

@@ -233,7 +233,7 @@ NEEDS_LIBRARY = pytest.mark.skipif(extension.load("cpu") is not None, reason=str
 @NEEDS_LIBRARY
 @pytest.mark.parametrize("backend, problems, at_least", [("winograd", 150, 40), ("grouped", 150, 30)])
 def test_common_problems(backend, problems, at_least):
-    report = testing.verify(problems, seed=7, backends=[backend], is_common=True)
+    report = testing.verify(problems, seed=7, backends=[backend], kind="common")
     assert report.passed, str(report)
     assert report.backends[f"conv_bn_act/{backend}"].ok > at_least
 

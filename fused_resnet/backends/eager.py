@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet import ops, reference
+from fused_resnet import library_faults, reference
 from fused_resnet.problem import ConvOperands, ConvProblem
 from fused_resnet.registry import Backend
 
@@ -29,10 +29,7 @@ def _eager_conv_bn_act(problem: ConvProblem, operands: ConvOperands, config: Opt
     has_late_bias = o.bias is not None and o.bias.dtype != o.x.dtype
     bias = None if has_late_bias else o.bias
     x = o.x.contiguous() if config is not None or _weight_is_dearer_to_convert(problem, o) else o.x
-    if problem.reads_x:
-        y = F.conv2d(x, o.weight, bias, problem.stride, problem.padding, problem.dilation, problem.groups)
-    else:
-        y = _sum_of_nothing(problem, x, bias)
+    y = library_faults.conv2d(problem, x, o.weight, bias)
     if o.residual is not None:  # which as a rule is channels_last
         y = channels_last(y)
     if not has_late_bias and _is_stock_batch_norm(o):
@@ -48,13 +45,6 @@ def _eager_conv_bn_act(problem: ConvProblem, operands: ConvOperands, config: Opt
 
 def _eager_weight(problem: ConvProblem, weight: Tensor, config: Optional[EagerConfig]) -> Tensor:
     return weight if config is None else weight.contiguous()
-
-
-def _sum_of_nothing(problem: ConvProblem, x: Tensor, bias: Optional[Tensor]) -> Tensor:
-    """The convolution where every window lies in the padding: oneDNN, and so torch.conv2d, crashes the process on it
-    (oneDNN issue 5942, torch 2.13)."""
-    y = ops.empty_output(problem, x).zero_()
-    return y if bias is None else y.add_(bias.view(1, -1, 1, 1))
 
 
 def _weight_is_dearer_to_convert(problem: ConvProblem, operands: ConvOperands) -> bool:

@@ -26,10 +26,13 @@ def _backend_names() -> list[str]:
 @device_option
 @click.option("--backend", "chosen", multiple=True, type=Listed("backend", _backend_names),
               help="Repeat for several; default, all.")  # fmt: skip
-@click.option("--common", is_flag=True, help="Only 1x1 and 3x3 convolutions as plans of ResNets have them.")
+@click.option("--common", "kind", flag_value="common",
+              help="Only 1x1 and 3x3 convolutions as plans of ResNets have them.")  # fmt: skip
+@click.option("--strided", "kind", flag_value="strided",
+              help="Only bf16 convolutions with strides to 4 on maps of 1 to 33 columns.")  # fmt: skip
 @as_json_option
 @click.pass_context
-def verify(ctx, problems: int, seed: int, device: str, chosen: tuple[str, ...], common: bool, as_json: bool) -> None:
+def verify(ctx, problems: int, seed: int, device: str, chosen: tuple[str, ...], kind: str, as_json: bool) -> None:
     """Random problems on every backend against the fp64 reference. Exit code 1 when one differs.
 
     A backend asked for by name that could not run a single problem is a failure too.
@@ -37,7 +40,7 @@ def verify(ctx, problems: int, seed: int, device: str, chosen: tuple[str, ...], 
     with progress_on_stderr(f"verify on {device}") as progress:
         report = testing.verify(
             problems, seed, device, chosen or None,
-            progress=lambda index: progress((index + 1) / problems, f"{index + 1}/{problems}"), is_common=common,
+            progress=lambda index: progress((index + 1) / problems, f"{index + 1}/{problems}"), kind=kind or "any",
         )  # fmt: skip
     idle = [name for name in chosen if not any(_ran(entry) for key, entry in report.backends.items()
                                                if key.split("/")[1] == name)]  # fmt: skip

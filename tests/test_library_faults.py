@@ -1,0 +1,255 @@
+"""Convolutions that libraries compute wrongly: right through every path of ours, on this machine as on others."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fused_resnet
+from fused_resnet import backends, functional, library_faults, reference, testing
+from fused_resnet.problem import ConvOperands, conv_problem
+
+# (N, C, H, W, K, R, S, stride, padding, dilation, groups) that oneDNN 3.12 computes wrongly in bf16: the first ones on
+# AMX alone, then with AVX-512's bf16 instructions too
+SHAPES = {
+    "one column": (2, 64, 18, 2, 24, 3, 3, (1, 2), (1, 1), (1, 1), 1),
+    "one column, grouped": (2, 64, 9, 3, 64, 3, 2, (1, 2), (0, 0), (1, 1), 4),
+    "rows passed by": (1, 32, 67, 9, 48, 2, 3, (3, 1), (0, 1), (1, 1), 1),
+    "rows passed by, dilated": (2, 16, 33, 7, 16, 2, 2, (4, 2), (1, 0), (2, 1), 1),
+    "one column as wide as the filter": (2, 16, 18, 4, 32, 3, 4, (1, 4), (2, 0), (1, 1), 1),
+    "one column, one channel a group": (2, 4, 18, 3, 96, 2, 3, (1, 5), (0, 0), (1, 1), 4),
+}
+WEIGHT_GRADIENT_SHAPES = {
+    "a tap that meets padding alone": (2, 24, 12, 2, 16, 3, 4, (1, 3), (1, 3), (1, 1), 1),
+    "an outer tap that meets padding alone": (2, 48, 15, 2, 96, 4, 7, (3, 6), (2, 3), (1, 1), 1),
+    "dilated rows": (2, 24, 19, 32, 32, 3, 3, (1, 1), (2, 1), (2, 1), 1),
+    "dilated rows of groups": (2, 8, 10, 33, 16, 3, 1, (1, 1), (0, 0), (2, 2), 2),
+}
+on_wrong_shapes = pytest.mark.parametrize("shape", SHAPES)
+
+
+def case_of(shape, dtype=torch.bfloat16, activation="none", residual=False):
+    N, C, H, W, K, R, S, *window = {**SHAPES, **WEIGHT_GRADIENT_SHAPES}[shape]
+    x = torch.randn(N, C, H, W).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(K, C // window[3], R, S) / (C // window[3] * R * S) ** 0.5
+    operands = ConvOperands(x, weight.to(dtype), bias=torch.randn(K).to(dtype))
+    if residual:
+        out = conv_problem(operands, *window, activation).output_shape
+        operands = operands._replace(residual=torch.randn(out).to(dtype, memory_format=torch.channels_last))
+    return testing.Case(conv_problem(operands, *window, activation), operands)
+
+
+def check_within(actual, case):
+    """By the bound of a computation that rounds between its steps."""
+    bound = reference.error_bound(case.problem, case.operands, expected=case.expected, stored=case.problem.dtype)
+    assert ((actual.double() - case.expected).abs() <= bound).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
+@on_wrong_shapes
+@pytest.mark.parametrize("backend", backends.known("conv_bn_act"))
+@pytest.mark.parametrize("activation, residual", (("none", False), ("relu", True)))
+def test_every_backend_is_right(shape, backend, activation, residual):
+    outcome = testing.check(case_of(shape, activation=activation, residual=residual), backend)
+    if outcome.status == "cannot run":
+        pytest.skip(f"{backend}: {outcome.detail}")
+    assert outcome.status == "ok", outcome.detail
+
+
+@on_wrong_shapes
+def test_the_composite_is_right(shape):
+    case = case_of(shape)
+    p, o = case.problem, case.operands
+    options = dict(stride=p.stride, padding=p.padding, dilation=p.dilation, groups=p.groups, activation="none")
+    out = torch.func.vmap(lambda x: functional.conv_bn_act(x, o.weight, bias=o.bias, **options))(o.x[None])[0]
+    check_within(out, case)
+
+
+@on_wrong_shapes
+@pytest.mark.parametrize("backend", ("auto", "onednn", "eager"))
+def test_frozen_is_right(shape, backend):
+    if backend == "onednn" and backends.onednn_missing(torch.bfloat16) is not None:
+        pytest.skip(backends.onednn_missing(torch.bfloat16))
+    case = case_of(shape)
+    frozen = fused_resnet.freeze(module_of(case).eval(), case.operands.x, backend=backend)
+    check_within(frozen(case.operands.x), case)
+
+
+@on_wrong_shapes
+def test_fused_is_right(shape):
+    case = case_of(shape, activation="relu")
+    fused = fused_resnet.fuse(nn.Sequential(module_of(case), nn.ReLU()).eval(), strict=True)
+    with torch.no_grad():
+        check_within(fused(case.operands.x), case)
+
+
+def module_of(case):
+    p, o = case.problem, case.operands
+    window = dict(stride=p.stride, padding=p.padding, dilation=p.dilation, groups=p.groups)
+    conv = nn.Conv2d(p.C, p.K, (p.R, p.S), **window, dtype=p.dtype)
+    conv.load_state_dict({"weight": o.weight, "bias": o.bias})
+    return conv
+
+
+@pytest.mark.parametrize("shape", (*SHAPES, *WEIGHT_GRADIENT_SHAPES))
+@pytest.mark.parametrize("backend", ("auto", "eager"))
+def test_gradients_are_right(shape, backend):
+    """Against those of fp64, in the bounds of sums of bf16 products: one rounding of the result, fp32 sums."""
+    case = case_of(shape)
+    p, o = case.problem, case.operands
+    grad = torch.randn(p.output_shape).bfloat16()
+    window = dict(stride=p.stride, padding=p.padding, dilation=p.dilation, groups=p.groups)
+    x, weight = o.x.requires_grad_(), o.weight.requires_grad_()
+    functional.conv_bn_act(x, weight, **window, activation="none", backend=backend).backward(grad)
+    exact_x, exact_weight = (tensor.detach().double().requires_grad_() for tensor in (x, weight))
+    F.conv2d(exact_x, exact_weight, **window).backward(grad.double())
+    magnitude = torch.ops.aten.convolution_backward(
+        grad.double().abs(), exact_x.detach().abs(), exact_weight.detach().abs(), None, p.stride, p.padding,
+        p.dilation, False, [0, 0], p.groups, [True, True, False],
+    )  # fmt: skip
+    for got, exact, sums in zip((x.grad, weight.grad), (exact_x.grad, exact_weight.grad), magnitude):
+        terms = p.N * p.P * p.Q + p.K * p.R * p.S
+        assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + terms * 2.0**-24 * sums).all()
+
+
+@pytest.mark.parametrize("kind, shape", (("weight", "dilated rows"), ("x", "one column")))
+def test_second_derivatives_are_right(kind, shape):
+    case = case_of(shape)
+    p, o = case.problem, case.operands
+    window = dict(stride=p.stride, padding=p.padding, dilation=p.dilation, groups=p.groups)
+    grad = torch.randn(p.output_shape)
+
+    def derived(conv, dtype):
+        x, weight = (tensor.detach().to(dtype).requires_grad_() for tensor in (o.x, o.weight))
+        out = conv(x, weight) * grad.to(dtype)
+        first = torch.autograd.grad(out.sum(), {"weight": weight, "x": x}[kind], create_graph=True)[0]
+        return torch.autograd.grad(first.square().sum(), {"weight": x, "x": weight}[kind])[0]
+
+    got = derived(lambda x, w: functional.conv_bn_act(x, w, **window, activation="none"), torch.bfloat16)
+    exact = derived(lambda x, w: F.conv2d(x, w, **window), torch.float64)
+    # three roundings to bf16 on the way, of terms of random sign
+    torch.testing.assert_close(got.double(), exact, rtol=2**-5, atol=2**-5 * exact.square().mean().sqrt().item())
+
+
+# ------------------------------------------------------------------------------------------------------------ the rule
+
+
+def problem_of(shape, **changes):
+    return case_of(shape).problem._replace(**changes)
+
+
+@pytest.mark.parametrize("amx", (True, False))
+def test_which_problems_go_another_way(amx, monkeypatch):
+    monkeypatch.setattr(library_faults, "onednn_has_amx", lambda: amx)
+    axes = lambda shape, **changes: {dim - 2 for dim, _, _ in _laid(problem_of(shape, **changes))}  # noqa: E731
+    assert axes("one column") == {1} and axes("one column", dtype=torch.float32) == {1}
+    assert axes("one column", stride=(1, 1), W=1) == set()
+    assert axes("one column", W=4) == set()  # two columns
+    assert axes("one column", device="cuda") == set()
+    assert axes("rows passed by") == ({0} if amx else set())
+    assert axes("rows passed by", dtype=torch.float32) == set()
+    assert axes("rows passed by", stride=(2, 1)) == set()
+    assert axes("rows passed by", R=1, S=1, stride=(2, 2)) == set()  # a projection shortcut
+    assert axes("one column", H=1, W=1, padding=(3, 3), dilation=(4, 4), R=2, S=2, stride=(3, 3)) == {0, 1}
+
+
+def _laid(problem):
+    detour = library_faults.forward_detour(problem)
+    return () if detour is None else detour.laid
+
+
+@pytest.mark.parametrize(
+    "changes, axes",
+    (
+        ({}, {0}),
+        ({"dtype": torch.float32}, set()),
+        ({"stride": (2, 1)}, set()),
+        ({"dilation": (1, 2)}, set()),
+        ({"W": 1, "padding": (2, 3), "stride": (2, 2)}, {1}),
+        ({"device": "cuda"}, set()),
+    ),
+)
+def test_which_weight_gradients_go_another_way(changes, axes):
+    detour = library_faults._weight_gradient_detour(problem_of("dilated rows", **changes))
+    assert {dim - 2 for dim, _, _ in (() if detour is None else detour.laid)} == axes
+
+
+def test_a_tap_is_idle_where_it_meets_padding_alone():
+    for size, taps, stride, padding, dilation in itertools.product(
+        range(1, 5), range(1, 5), range(1, 4), range(4), (1, 2)
+    ):
+        outputs = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+        if outputs > 0:
+            x, grad = torch.ones(1, 1, size), torch.ones(1, 1, outputs)
+            window = (None, [stride], [padding], [dilation], False, [0], 1, [False, True, False])
+            weight = torch.zeros(1, 1, taps)
+            wanted = bool((torch.ops.aten.convolution_backward(grad, x, weight, *window)[1] == 0).any())
+            assert library_faults._has_idle_tap(size, outputs, taps, stride, padding, dilation) == wanted
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), axes=st.sampled_from(((0,), (1,), (0, 1))))
+def test_side_by_side_is_the_same_convolution(seed, axes):
+    """In fp64, where no library is wrong: values, the gradient as the adjoint, and shapes."""
+    torch.manual_seed(seed)
+    case = testing.case_at(seed, 0, kind="strided")
+    p = case.problem
+    if p.N == 0 or not p.reads_x:
+        return
+    x, weight = (tensor.nan_to_num(1.0, 1.0, 1.0).double() for tensor in (case.operands.x, case.operands.weight))
+    laid = library_faults._side_by_side(p, frozenset(axes))
+    q = laid.problem
+    assert q.output_shape == p.output_shape and q.reduction == p.reduction
+    read = laid.input(x)
+    assert read.shape == (q.N, q.C, q.H, q.W)
+    expected = F.conv2d(x, weight, None, p.stride, p.padding, p.dilation, p.groups)
+    torch.testing.assert_close(F.conv2d(read, weight, None, q.stride, q.padding, q.dilation, q.groups), expected)
+    grad = torch.randn_like(read)
+    torch.testing.assert_close((read * grad).sum(), (x * laid.input_gradient(grad)).sum())
+    assert laid.input(x.contiguous(memory_format=torch.channels_last)).equal(read)
+
+
+def test_what_goes_another_way_can_be_differentiated(monkeypatch):
+    """With every problem sent that way: first and second derivatives, backward and forward."""
+    monkeypatch.setattr(library_faults, "_wrong_axes", lambda problem: frozenset((0, 1)))
+    x, weight = torch.randn(2, 4, 5, 6, dtype=torch.float64), torch.randn(6, 2, 2, 3, dtype=torch.float64)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    problem = conv_problem(ConvOperands(x, weight), (2, 1), (1, 0), (1, 2), 2, "none")
+
+    def conv(x, weight):
+        return library_faults.conv2d(problem, x, weight)
+
+    assert torch.autograd.gradcheck(conv, (x, weight), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(conv, (x, weight))
+    grad = torch.randn(problem.output_shape, dtype=torch.float64, requires_grad=True)
+
+    def backward(grad, x, weight):
+        return library_faults.conv2d_backward(problem, grad, x, weight, True, True)
+
+    assert torch.autograd.gradcheck(backward, (grad, x, weight))
+    expected = torch.autograd.grad((F.conv2d(x, weight, None, (2, 1), (1, 0), (1, 2), 2) * grad).sum(), (x, weight))
+    for got, wanted in zip(backward(grad, x, weight), expected):
+        torch.testing.assert_close(got, wanted)
+    assert library_faults.conv2d_backward(problem, grad, x, weight, False, True)[0] is None
+    assert library_faults.conv2d_backward(problem, grad, x, weight, True, False)[1] is None
+
+
+@pytest.mark.parametrize(
+    "limit, expected",
+    ((None, True), ("AVX2", False), ("avx512_core_bf16", False), ("AVX512_CORE_AMX", True), ("ALL", True)),
+)
+def test_amx_is_asked_of_the_processor_and_the_limit(limit, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert library_faults.onednn_has_amx.__wrapped__() is expected
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert library_faults.onednn_has_amx.__wrapped__() is False
