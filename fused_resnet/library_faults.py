@@ -1,9 +1,8 @@
 """ATen's convolution and its gradients on a CPU, right where the libraries below are wrong.
 
-oneDNN, which ATen calls, computes some windows wrongly, by up to 1e38 and otherwise each time (`FAULTS`). The same
-sums come out right, and as fast, over an x whose windows lie side by side (`SideBySide`): no window then overlaps
-another, passes pixels by or leaves the image. The rules ask for the shape alone where narrower instruction sets have
-the fault too, since such shapes are rare and the copy is of at most what the convolution reads.
+oneDNN, which ATen calls, computes some windows wrongly, by up to 1e38 and otherwise each time. The same sums come out
+right, and as fast, over an x whose windows lie side by side, or that has channels of zeros (`Detour`). The rules are
+for oneDNN 3.12, whose sources explain them; where all instruction sets have a fault, they ask for the shape alone.
 """
 
 from __future__ import annotations
@@ -37,23 +36,38 @@ def onednn_has_amx() -> bool:
     )
 
 
-class SideBySide(NamedTuple):
-    """A convolution's windows laid side by side in one dimension or both, and the problem that reads them so.
+class Detour(NamedTuple):
+    """The same convolution over another x and filter, as a problem of its own.
 
-    Along a dimension, x'[o * taps + t] = x[o * stride + t * dilation - padding], zero outside of x, and x' is read with
-    stride `taps`, without padding and dilation. laid: per dimension of x its number, its size, and these positions.
+    laid: per dimension of x in which the windows lie side by side its number, its size, and positions: x'[i] =
+    x[positions[i]], zero outside of x. position o * taps + t is o * stride + t * dilation - padding, so that x' is read
+    with stride `taps`, without padding and dilation. spare_channels: so many of zeros follow each group's own.
     """
 
     laid: tuple[tuple[int, int, tuple[int, ...]], ...]
+    spare_channels: int
     problem: ConvProblem
 
     def input(self, x: Tensor) -> Tensor:
         """x' of x. Differentiable."""
-        return functools.reduce(lambda value, axis: _gathered(value, *axis), self.laid, x)
+        read = functools.reduce(lambda value, axis: _gathered(value, *axis), self.laid, x)
+        if not self.spare_channels:
+            return read
+        groups = read.unflatten(1, (self.problem.groups, -1))
+        return F.pad(groups, (0, 0, 0, 0, 0, self.spare_channels)).flatten(1, 2)
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        """The gradient with respect to x from that with respect to x'. Differentiable."""
-        return functools.reduce(lambda value, axis: _scattered(value, *axis), reversed(self.laid), grad)
+    def filter(self, weight: Tensor) -> Tensor:
+        """The filter that reads x'."""
+        return F.pad(weight, (0, 0, 0, 0, 0, self.spare_channels)) if self.spare_channels else weight
+
+    def gradients(self, x: Optional[Tensor], weight: Optional[Tensor]) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        """The gradients of x and the weight from those of x' and its filter. Differentiable."""
+        kept = self.problem.C // self.problem.groups - self.spare_channels
+        if x is not None:
+            if self.spare_channels:
+                x = x.unflatten(1, (self.problem.groups, -1))[:, :, :kept].flatten(1, 2)
+            x = functools.reduce(lambda value, axis: _scattered(value, *axis), reversed(self.laid), x)
+        return x, weight if weight is None else weight[:, :kept]
 
 
 def _gathered(x: Tensor, dim: int, size: int, positions: tuple[int, ...]) -> Tensor:
@@ -90,8 +104,9 @@ def _inside(size: int, positions: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 def conv2d(problem: ConvProblem, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """F.conv2d of this problem's window. Differentiable in any mode, and its derivatives are right too."""
-    detour = forward_detour(problem)
-    p, x = (problem, x) if detour is None else (detour.problem, detour.input(x))
+    detour, p = forward_detour(problem), problem
+    if detour is not None:
+        p, x, weight = detour.problem, detour.input(x), detour.filter(weight)
     return F.conv2d(x, weight, bias, p.stride, p.padding, p.dilation, p.groups)
 
 
@@ -100,14 +115,18 @@ def conv2d_backward(
 ) -> tuple[Optional[Tensor], Optional[Tensor]]:
     """The gradients of F.conv2d with respect to x and the weight, None where not needed. Differentiable."""
 
-    def gradients(detour: Optional[SideBySide], *mask: bool) -> tuple[Optional[Tensor], Optional[Tensor]]:
-        p, read = (problem, x) if detour is None else (detour.problem, detour.input(x))
-        grad_read, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, read, weight, None, p.stride, p.padding, p.dilation, False, [0, 0], p.groups, [*mask, False]
+    def gradients(detour: Optional[Detour], *mask: bool) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        p, read, filter = problem, x, weight
+        if detour is not None:
+            p, read, filter = detour.problem, detour.input(x), detour.filter(weight)
+        grad_read, grad_filter, _ = torch.ops.aten.convolution_backward(
+            grad, read, filter, None, p.stride, p.padding, p.dilation, False, [0, 0], p.groups, [*mask, False]
         )
-        return grad_read if detour is None or grad_read is None else detour.input_gradient(grad_read), grad_weight
+        return (grad_read, grad_filter) if detour is None else detour.gradients(grad_read, grad_filter)
 
-    for_x, for_weight = forward_detour(problem), _weight_gradient_detour(problem)
+    # what is differentiated once more is a forward convolution
+    again = _wrong_axes(problem) if torch.is_grad_enabled() else frozenset()
+    for_x, for_weight = _detour(problem, again), _detour(problem, again | _axes_of_wrong_weight_gradients(problem))
     if for_x == for_weight or not needs_weight:
         return gradients(for_x, needs_x, needs_weight)
     grad_x = gradients(for_x, True, False)[0] if needs_x else None
@@ -117,35 +136,56 @@ def conv2d_backward(
 # ---------------------------------------------------------------------------------------------------------- the rules
 
 
-def forward_detour(problem: ConvProblem) -> Optional[SideBySide]:
-    """The windows of a convolution that oneDNN would compute wrongly, or None for all others."""
-    axes = _wrong_axes(problem)
-    return _side_by_side(problem, axes) if axes else None
-
-
-def _weight_gradient_detour(problem: ConvProblem) -> Optional[SideBySide]:
-    """The same for the gradient with respect to the weight, and for what is differentiated of that again."""
-    p, axes = problem, _wrong_axes(problem)
-    if p.device == "cpu" and p.dtype in _HALF_PRECISION:
-        if p.dilation[0] > 1 and p.stride[0] == 1:
-            axes |= {0}
-        if _has_idle_tap(p.W, p.Q, p.S, p.stride[1], p.padding[1], p.dilation[1]):
-            axes |= {1}
-    return _side_by_side(problem, axes) if axes else None
+def forward_detour(problem: ConvProblem) -> Optional[Detour]:
+    """How to compute a convolution that oneDNN would compute wrongly, or None for all others."""
+    return _detour(problem, _wrong_axes(problem))
 
 
 def _wrong_axes(problem: ConvProblem) -> frozenset[int]:
-    """The dimensions, 0 for rows and 1 for columns, in which oneDNN computes this problem wrongly."""
+    """The dimensions, 0 for rows and 1 for columns, whose windows must lie side by side.
+
+    One column: the rows of x that oneDNN copies are not as far apart as it reads them (pytorch issue 169688); in bf16,
+    and from packed weights of one channel in fp32. Rows that the stride passes by: on AMX the buffer for them is too
+    small, and what lies behind it is overwritten (oneDNN PR 5494). Windows that lie in the padding whole end the
+    process (oneDNN issue 5942).
+    """
     p = problem
     if p.device != "cpu":
         return frozenset()
     if not p.reads_x:
         return frozenset((0, 1))
-    passes_rows_by = p.R * p.S > 1 and p.stride[0] > p.R
-    rows = passes_rows_by and p.dtype in _HALF_PRECISION and onednn_has_amx()
-    # in bf16; from packed weights in fp32 too, with one channel
+    is_sampling = p.R == p.S == 1 and p.padding == (0, 0)  # as a projection shortcut does
+    rows = p.stride[0] > p.R and not is_sampling and p.dtype in _HALF_PRECISION and onednn_has_amx()
     columns = p.Q == 1 and p.stride[1] > 1 and p.S > 1
     return frozenset(axis for axis, is_wrong in enumerate((rows, columns)) if is_wrong)
+
+
+def _axes_of_wrong_weight_gradients(problem: ConvProblem) -> frozenset[int]:
+    """The same for the gradient with respect to the weight: in bf16, rows that are dilated, from 28 columns on, and
+    columns of the filter that meet padding alone."""
+    p = problem
+    if p.device != "cpu" or p.dtype not in _HALF_PRECISION:
+        return frozenset()
+    rows = p.dilation[0] > 1 and p.stride[0] == 1
+    columns = _has_idle_tap(p.W, p.Q, p.S, p.stride[1], p.padding[1], p.dilation[1])
+    return frozenset(axis for axis, is_wrong in enumerate((rows, columns)) if is_wrong)
+
+
+def _spare_channels(problem: ConvProblem) -> int:
+    """How many channels to add on AMX where oneDNN counts columns of the filter as channels, packed or not, although
+    its packed filter has each column filled up to 32 of them."""
+    p, channels = problem, problem.C // problem.groups
+    if p.device != "cpu" or p.dtype not in _HALF_PRECISION or p.S == 1 or channels % 2 or channels >= 32:
+        return 0
+    if p.dilation[1] != 1 or not onednn_has_amx():
+        return 0
+    is_odd_sum = lambda columns: columns * channels > 32 and columns * channels % 32 == 0  # noqa: E731
+    whole = channels < 16 and is_odd_sum(p.S)
+    is_tiled = p.groups == 1 and p.stride[1] > 1 and p.padding[1] == 0
+    parts = is_tiled and any(
+        is_odd_sum(part) for part in range(2, p.S + 1) if not (p.W % part or p.S % part or p.stride[1] % part)
+    )
+    return 32 - channels if whole or parts else 0
 
 
 def _has_idle_tap(size: int, outputs: int, taps: int, stride: int, padding: int, dilation: int) -> bool:
@@ -156,7 +196,8 @@ def _has_idle_tap(size: int, outputs: int, taps: int, stride: int, padding: int,
     )
 
 
-def _side_by_side(problem: ConvProblem, axes: frozenset[int]) -> SideBySide:
+def _detour(problem: ConvProblem, axes: frozenset[int]) -> Optional[Detour]:
+    """With the windows side by side in these dimensions, and spare channels where those are needed then."""
     p, laid = problem, []
     for axis in sorted(axes):
         size, outputs, taps = ((p.H, p.P, p.R), (p.W, p.Q, p.S))[axis]
@@ -169,4 +210,7 @@ def _side_by_side(problem: ConvProblem, axes: frozenset[int]) -> SideBySide:
         for name, value in window.items():
             changes[name] = (value, getattr(p, name)[1]) if axis == 0 else (getattr(p, name)[0], value)
         p = p._replace(**changes)
-    return SideBySide(tuple(laid), p)
+    spare = _spare_channels(p)
+    if not (laid or spare):
+        return None
+    return Detour(tuple(laid), spare, p._replace(C=p.C + spare * p.groups))

@@ -18,8 +18,11 @@ from fused_resnet.problem import ConvOperands, conv_problem
 SHAPES = {
     "one column": (2, 64, 18, 2, 24, 3, 3, (1, 2), (1, 1), (1, 1), 1),
     "one column, grouped": (2, 64, 9, 3, 64, 3, 2, (1, 2), (0, 0), (1, 1), 4),
-    "rows passed by": (1, 32, 67, 9, 48, 2, 3, (3, 1), (0, 1), (1, 1), 1),
-    "rows passed by, dilated": (2, 16, 33, 7, 16, 2, 2, (4, 2), (1, 0), (2, 1), 1),
+    "rows passed by": (2, 24, 70, 3, 48, 1, 3, (2, 1), (0, 3), (1, 3), 1),
+    "rows passed by, dilated": (2, 16, 33, 7, 16, 2, 2, (4, 2), (1, 2), (2, 1), 1),
+    "columns as channels": (2, 8, 9, 27, 16, 3, 8, (1, 2), (1, 2), (1, 1), 1),
+    "columns as channels, grouped": (2, 24, 6, 19, 32, 2, 8, (1, 1), (0, 1), (1, 1), 2),
+    "parts of the columns as channels": (2, 16, 12, 12, 32, 3, 4, (1, 4), (0, 0), (1, 1), 1),
     "one column as wide as the filter": (2, 16, 18, 4, 32, 3, 4, (1, 4), (2, 0), (1, 1), 1),
     "one column, one channel a group": (2, 4, 18, 3, 96, 2, 3, (1, 5), (0, 0), (1, 1), 4),
 }
@@ -144,24 +147,55 @@ def problem_of(shape, **changes):
     return case_of(shape).problem._replace(**changes)
 
 
+def axes_of(detour):
+    return {dim - 2 for dim, _, _ in (() if detour is None else detour.laid)}
+
+
 @pytest.mark.parametrize("amx", (True, False))
-def test_which_problems_go_another_way(amx, monkeypatch):
+def test_whose_windows_are_laid_side_by_side(amx, monkeypatch):
     monkeypatch.setattr(library_faults, "onednn_has_amx", lambda: amx)
-    axes = lambda shape, **changes: {dim - 2 for dim, _, _ in _laid(problem_of(shape, **changes))}  # noqa: E731
+    axes = lambda shape, **changes: axes_of(library_faults.forward_detour(problem_of(shape, **changes)))  # noqa: E731
     assert axes("one column") == {1} and axes("one column", dtype=torch.float32) == {1}
     assert axes("one column", stride=(1, 1), W=1) == set()
     assert axes("one column", W=4) == set()  # two columns
     assert axes("one column", device="cuda") == set()
     assert axes("rows passed by") == ({0} if amx else set())
     assert axes("rows passed by", dtype=torch.float32) == set()
-    assert axes("rows passed by", stride=(2, 1)) == set()
-    assert axes("rows passed by", R=1, S=1, stride=(2, 2)) == set()  # a projection shortcut
+    assert axes("rows passed by", stride=(1, 1)) == set()
+    shortcut = dict(R=1, S=1, stride=(2, 2), dilation=(1, 1))
+    assert axes("rows passed by", **shortcut, padding=(0, 0)) == set()
+    assert axes("rows passed by", **shortcut, padding=(0, 1)) == ({0} if amx else set())
     assert axes("one column", H=1, W=1, padding=(3, 3), dilation=(4, 4), R=2, S=2, stride=(3, 3)) == {0, 1}
 
 
-def _laid(problem):
-    detour = library_faults.forward_detour(problem)
-    return () if detour is None else detour.laid
+@pytest.mark.parametrize(
+    "changes, spare",
+    (
+        ({}, 24),
+        ({"C": 12}, 20),
+        ({"C": 16, "groups": 2}, 24),
+        ({"dtype": torch.float16}, 24),
+        ({"dtype": torch.float32}, 0),
+        ({"device": "cuda"}, 0),
+        ({"dilation": (1, 2)}, 0),
+        ({"S": 4}, 0),  # one block of 32
+        ({"S": 7}, 0),
+        ({"C": 16}, 0),
+        ({"C": 16, "W": 32, "stride": (2, 4), "padding": (1, 0)}, 16),
+        ({"C": 16, "W": 32, "stride": (2, 4), "padding": (1, 1)}, 0),
+        ({"C": 16, "W": 33, "stride": (2, 4), "padding": (1, 0)}, 0),  # not in whole parts
+        ({"C": 64, "W": 32, "stride": (2, 4), "padding": (1, 0)}, 0),
+        ({"W": 8, "stride": (1, 3), "padding": (0, 0), "C": 8}, 24),  # one column, with windows side by side
+    ),
+)
+def test_who_gets_spare_channels_on_amx(changes, spare, monkeypatch):
+    monkeypatch.setattr(library_faults, "onednn_has_amx", lambda: True)
+    detour = library_faults.forward_detour(problem_of("columns as channels", **changes))
+    assert (0 if detour is None else detour.spare_channels) == spare
+    assert detour is None or library_faults.forward_detour(detour.problem) is None
+    monkeypatch.setattr(library_faults, "onednn_has_amx", lambda: False)
+    detour = library_faults.forward_detour(problem_of("columns as channels", **changes))
+    assert detour is None or not detour.spare_channels
 
 
 @pytest.mark.parametrize(
@@ -176,8 +210,7 @@ def _laid(problem):
     ),
 )
 def test_which_weight_gradients_go_another_way(changes, axes):
-    detour = library_faults._weight_gradient_detour(problem_of("dilated rows", **changes))
-    assert {dim - 2 for dim, _, _ in (() if detour is None else detour.laid)} == axes
+    assert library_faults._axes_of_wrong_weight_gradients(problem_of("dilated rows", **changes)) == axes
 
 
 def test_a_tap_is_idle_where_it_meets_padding_alone():
@@ -194,30 +227,36 @@ def test_a_tap_is_idle_where_it_meets_padding_alone():
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32), axes=st.sampled_from(((0,), (1,), (0, 1))))
-def test_side_by_side_is_the_same_convolution(seed, axes):
-    """In fp64, where no library is wrong: values, the gradient as the adjoint, and shapes."""
+@given(seed=st.integers(0, 2**32), axes=st.sampled_from(((), (0,), (1,), (0, 1))), spare=st.integers(0, 2))
+def test_a_detour_is_the_same_convolution(seed, axes, spare):
+    """In fp64, where no library is wrong: values, the gradients as the adjoint, and shapes."""
     torch.manual_seed(seed)
     case = testing.case_at(seed, 0, kind="strided")
     p = case.problem
-    if p.N == 0 or not p.reads_x:
+    if p.N == 0 or not p.reads_x or not (axes or spare):
         return
     x, weight = (tensor.nan_to_num(1.0, 1.0, 1.0).double() for tensor in (case.operands.x, case.operands.weight))
-    laid = library_faults._side_by_side(p, frozenset(axes))
-    q = laid.problem
-    assert q.output_shape == p.output_shape and q.reduction == p.reduction
-    read = laid.input(x)
-    assert read.shape == (q.N, q.C, q.H, q.W)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(library_faults, "_spare_channels", lambda problem: spare)
+        detour = library_faults._detour(p, frozenset(axes))
+    q = detour.problem
+    assert q.output_shape == p.output_shape
+    read, filter = detour.input(x), detour.filter(weight)
+    assert read.shape == (q.N, q.C, q.H, q.W) and filter.shape == (q.K, q.C // q.groups, q.R, q.S)
     expected = F.conv2d(x, weight, None, p.stride, p.padding, p.dilation, p.groups)
-    torch.testing.assert_close(F.conv2d(read, weight, None, q.stride, q.padding, q.dilation, q.groups), expected)
-    grad = torch.randn_like(read)
-    torch.testing.assert_close((read * grad).sum(), (x * laid.input_gradient(grad)).sum())
-    assert laid.input(x.contiguous(memory_format=torch.channels_last)).equal(read)
+    torch.testing.assert_close(F.conv2d(read, filter, None, q.stride, q.padding, q.dilation, q.groups), expected)
+    grads = torch.randn_like(read), torch.randn_like(filter)
+    for value, grad, original, returned in zip((read, filter), grads, (x, weight), detour.gradients(*grads)):
+        assert returned.shape == original.shape
+        torch.testing.assert_close((value * grad).sum(), (original * returned).sum())
+    assert detour.input(x.contiguous(memory_format=torch.channels_last)).equal(read)
 
 
-def test_what_goes_another_way_can_be_differentiated(monkeypatch):
+@pytest.mark.parametrize("spare", (0, 1))
+def test_what_goes_another_way_can_be_differentiated(spare, monkeypatch):
     """With every problem sent that way: first and second derivatives, backward and forward."""
     monkeypatch.setattr(library_faults, "_wrong_axes", lambda problem: frozenset((0, 1)))
+    monkeypatch.setattr(library_faults, "_spare_channels", lambda problem: spare)
     x, weight = torch.randn(2, 4, 5, 6, dtype=torch.float64), torch.randn(6, 2, 2, 3, dtype=torch.float64)
     x, weight = x.requires_grad_(), weight.requires_grad_()
     problem = conv_problem(ConvOperands(x, weight), (2, 1), (1, 0), (1, 2), 2, "none")

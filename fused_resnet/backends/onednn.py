@@ -48,16 +48,18 @@ def onednn_missing(dtype: torch.dtype) -> Optional[str]:
 
 
 def _onednn_conv_bn_act(problem: ConvProblem, operands: ConvOperands) -> Tensor:
-    o = all_channels_last(operands)
+    o, detour = all_channels_last(operands), forward_detour(problem)
+    weight = o.weight if detour is None else detour.filter(o.weight)
     bias = None if o.bias is None else o.bias.to(o.x.dtype)
-    return channels_last(onednn_convolution(problem, o.weight, bias)(o.x, o.residual))
+    return channels_last(onednn_convolution(problem, weight, bias)(o.x, o.residual))
 
 
 def _onednn_weight(problem: ConvProblem, weight: Tensor, config: None = None) -> Tensor:
     # Packed without the input's real size, some shapes fall to a reference loop: bf16 1x1 256->1024 at 14x14 took
     # 11 ms instead of 0.22 (torch 2.13, one core, AVX-512 bf16).
-    detour = forward_detour(problem)
-    p = problem if detour is None else detour.problem
+    detour, p = forward_detour(problem), problem
+    if detour is not None:
+        p, weight = detour.problem, detour.filter(weight)
     return torch.ops.mkldnn._reorder_convolution_weight(
         weight, p.padding, p.stride, p.dilation, p.groups, [p.N, p.C, p.H, p.W]
     )
@@ -69,8 +71,8 @@ def onednn_convolution(
     """(x, residual=None) -> oneDNN's convolution with bias, add and activation as post-ops.
 
     Everything that does not change from call to call is bound here, because a plan calls it dozens of times with cold
-    caches. weight: may be packed for this input size. into_residual: the sum replaces the residual's memory, and the
-    residual is returned.
+    caches. weight: as `_onednn_weight` packs it for this input size, or the filter that it packs. into_residual: the
+    sum replaces the residual's memory, and the residual is returned.
     """
     detour = forward_detour(problem)
     if detour is not None:
