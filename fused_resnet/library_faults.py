@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -214,3 +215,76 @@ def _detour(problem: ConvProblem, axes: frozenset[int]) -> Optional[Detour]:
     if not (laid or spare):
         return None
     return Detour(tuple(laid), spare, p._replace(C=p.C + spare * p.groups))
+
+
+# ---------------------------------------------------------------------------------------------------------- for people
+
+
+class Fault(NamedTuple):
+    """A known fault of a library below, for `fused-resnet info`.
+
+    what: wrong results, of which problems; source: where it is reported, or found. instead: what is done here.
+    needs_amx: whether it needs AMX. example: (operation, x, weight, stride, padding, dilation) that shows it, or None
+    where trying would end the process.
+    """
+
+    what: str
+    source: str
+    instead: str
+    needs_amx: bool = False
+    example: Optional[tuple] = None
+
+
+_LAID = "the windows are laid side by side"
+FAULTS = (
+    Fault("bf16 convolutions to one column with a stride across it are wrong", "pytorch issue 169688", _LAID,
+          example=("forward", (2, 16, 18, 4), (32, 16, 3, 4), (1, 4), (2, 0), (1, 1))),
+    Fault("bf16 convolutions whose stride is higher than the filter are wrong, and write past their memory",
+          "oneDNN PR 5494", _LAID, needs_amx=True),
+    Fault("bf16 convolutions of fewer than 32 channels are wrong where columns of the filter times channels fill "
+          "blocks of 32", "found by random problems", "channels of zeros are added", needs_amx=True,
+          example=("forward", (2, 8, 9, 27), (16, 8, 3, 8), (1, 2), (1, 2), (1, 1))),
+    Fault("gradients of bf16 weights are wrong where rows are dilated", "found by random problems", _LAID,
+          example=("weight gradient", (2, 24, 19, 32), (32, 24, 3, 3), (1, 1), (2, 1), (2, 1))),
+    Fault("gradients of bf16 weights are wrong in columns that meet padding alone", "found by random problems", _LAID,
+          example=("weight gradient", (2, 24, 12, 2), (16, 24, 3, 4), (1, 3), (1, 3), (1, 1))),
+    Fault("a convolution of padding alone ends the process", "oneDNN issue 5942", _LAID),
+    Fault("bf16 depthwise convolutions read one pixel too many, times zero", "found by random problems",
+          "nothing: NaN and infinities may reach one pixel further"),
+)  # fmt: skip
+
+
+def known_faults() -> list[dict[str, Any]]:
+    """Of each of FAULTS its text, whether it applies to this processor, and whether its example shows it here (None:
+    not tried)."""
+    found = []
+    for fault in FAULTS:
+        applies = torch.backends.mkldnn.is_available() and (onednn_has_amx() or not fault.needs_amx)
+        seen = _is_seen(*fault.example) if applies and fault.example is not None else None
+        texts = {"what": fault.what, "source": fault.source, "instead": fault.instead}
+        found.append({"library": onednn_version(), **texts, "applies": applies, "seen": seen})
+    return found
+
+
+def onednn_version() -> str:
+    version = re.search(r"MKL-DNN (v[0-9.]+)", torch.__config__.show())
+    return f"oneDNN {version.group(1)}" if version else "oneDNN"
+
+
+def _is_seen(operation: str, x_shape: tuple, weight_shape: tuple, stride, padding, dilation) -> bool:
+    """Whether torch's own operation in bf16 is far from the same in fp32."""
+    random = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=random).bfloat16() for shape in (x_shape, weight_shape))
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def result(dtype: torch.dtype) -> Tensor:
+        out = F.conv2d(x.to(dtype), weight.to(dtype), None, stride, padding, dilation)
+        if operation == "forward":
+            return out.float()
+        operands = (torch.ones_like(out), x.to(dtype), weight.to(dtype), None)
+        rest = (False, [0, 0], 1, [False, True, False])
+        return torch.ops.aten.convolution_backward(*operands, stride, padding, dilation, *rest)[1].float()
+
+    with torch.no_grad():
+        right = result(torch.float32)
+        return not bool(((result(torch.bfloat16) - right).abs() <= 0.1 * (right.abs() + right.abs().mean())).all())

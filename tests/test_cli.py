@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import fused_resnet
 from fused_resnet import __main__ as command_line
-from fused_resnet import bench, models, provenance, testing, timing, tuning
+from fused_resnet import bench, library_faults, models, provenance, testing, timing, tuning
 from fused_resnet.commands import console, info
 
 TINY = ["--rounds", "1", "--device", "cpu"]
@@ -97,6 +97,19 @@ def test_info_for_people():
     assert result.exit_code == 0
     for expected in ("conv_bn_act", "auto: fp32", "_C_cuda", "Provenance: kernels", "oneDNN bf16"):
         assert expected in result.output
+
+
+def test_info_says_which_faults_of_libraries_apply(monkeypatch):
+    amx = "stride is higher than the filter"
+    for has_amx in (True, False):
+        monkeypatch.setattr(library_faults, "onednn_has_amx", lambda answer=has_amx: answer)
+        found = {fault["what"]: fault for fault in json_of("info")["library_faults"]}
+        assert [fault["applies"] for what, fault in found.items() if amx in what] == [has_amx]
+        text = " ".join(run("info").output.split())
+        assert (amx in text) is has_amx
+        assert "(oneDNN issue 5942); instead: the windows are laid side by side" in text
+    shown = [fault for fault in found.values() if fault["seen"] is not None]
+    assert shown and all(f"({fault['source']}, {'' if fault['seen'] else 'not '}seen here)" in text for fault in shown)
 
 
 def test_info_has_a_line_for_each_backend_and_a_reason_once(monkeypatch):

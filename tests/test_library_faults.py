@@ -19,7 +19,7 @@ SHAPES = {
     "one column": (2, 64, 18, 2, 24, 3, 3, (1, 2), (1, 1), (1, 1), 1),
     "one column, grouped": (2, 64, 9, 3, 64, 3, 2, (1, 2), (0, 0), (1, 1), 4),
     "rows passed by": (2, 24, 70, 3, 48, 1, 3, (2, 1), (0, 3), (1, 3), 1),
-    "rows passed by, dilated": (2, 16, 33, 7, 16, 2, 2, (4, 2), (1, 2), (2, 1), 1),
+    "rows passed by, dilated": (2, 24, 66, 29, 48, 2, 2, (5, 1), (2, 1), (3, 1), 1),
     "columns as channels": (2, 8, 9, 27, 16, 3, 8, (1, 2), (1, 2), (1, 1), 1),
     "columns as channels, grouped": (2, 24, 6, 19, 32, 2, 8, (1, 1), (0, 1), (1, 1), 2),
     "parts of the columns as channels": (2, 16, 12, 12, 32, 3, 4, (1, 4), (0, 0), (1, 1), 1),
@@ -292,3 +292,16 @@ def test_amx_is_asked_of_the_processor_and_the_limit(limit, expected, monkeypatc
     assert library_faults.onednn_has_amx.__wrapped__() is expected
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert library_faults.onednn_has_amx.__wrapped__() is False
+
+
+@pytest.mark.parametrize("error, seen", ((0.0, False), (1.0, True), (torch.nan, True)))
+def test_an_example_is_seen_where_torch_is_wrong(error, seen, monkeypatch):
+    conv2d = F.conv2d
+
+    def with_error(x, weight, *window):
+        exact = conv2d(x.float(), weight.float(), *window)
+        return exact if x.dtype == torch.float32 else (exact + error * exact.mean().sign() * 5).bfloat16()
+
+    monkeypatch.setattr(F, "conv2d", with_error)
+    examples = [fault.example for fault in library_faults.FAULTS if fault.example and fault.example[0] == "forward"]
+    assert examples and all(library_faults._is_seen(*example) is seen for example in examples)

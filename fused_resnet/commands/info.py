@@ -13,7 +13,7 @@ import click
 import torch
 
 import fused_resnet
-from fused_resnet import backends, bench, extension, files, provenance, timing, tuning
+from fused_resnet import backends, bench, extension, files, library_faults, provenance, timing, tuning
 from fused_resnet.commands.console import (
     as_json_option,
     new_table,
@@ -67,6 +67,9 @@ def info(as_json: bool) -> None:
         out.print(f"{part}: {'present' if entry['present'] else 'absent'}{', loaded' if entry['loaded'] else ''}")
         if entry["why"]:
             out.print(f"  {entry['why']}")
+    for fault in record["library_faults"]:
+        if fault["applies"]:
+            out.print(f"{fault['library']}: {_fault_sentence(fault)}", markup=False)
     for device, tuned in record["tuning"].items():
         out.print(f"tuned for {device}, {tuned['device']}: {_tuned_sentence(tuned)}")
     out.print(f"cache: {record['folders']['cache']}")
@@ -114,6 +117,7 @@ def collect_info() -> dict[str, Any]:
         ],
         "parts": extension.status(),
         "build": extension.build_record(),
+        "library_faults": library_faults.known_faults(),
         "tuning": {device: _tuning_info(device) for device in ("cpu", "cuda") if device == "cpu" or has_cuda},
         "folders": {
             "package": _at_home(Path(fused_resnet.__file__).parent),
@@ -155,6 +159,11 @@ def _tuning_info(device: str) -> dict[str, Any]:
             }
         )
     return found
+
+
+def _fault_sentence(fault: dict[str, Any]) -> str:
+    seen = {True: ", seen here", False: ", not seen here", None: ""}[fault["seen"]]
+    return f"{fault['what']} ({fault['source']}{seen}); instead: {fault['instead']}"
 
 
 def _tuned_sentence(tuned: dict[str, Any]) -> str:
