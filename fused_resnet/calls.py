@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet import backends, convert
 from fused_resnet.frozen import FrozenModel, FrozenParts
+from fused_resnet.matching import unfolded_norms
 from fused_resnet.nn import why_not_fused
 from fused_resnet.plan import FrozenConv
 from fused_resnet.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name
@@ -166,16 +167,21 @@ def _of_plan(prefix: str, frozen: FrozenModel, x: Tensor, measure: bool) -> tupl
     names = {name.replace(".", "_"): name for name, _ in frozen.unfreeze().named_modules()}
     modules = dict(plan.named_modules())
     calls, left_alone = [], []
+
+    def name_of(node: fx.Node) -> str:
+        stem = str(node.target).removeprefix("fused_").removeprefix("model_").rstrip("_")
+        return prefix + names.get(stem, stem)
+
     for node in plan.graph.nodes:
         module = modules.get(node.target) if node.op == "call_module" else None
         if isinstance(module, FrozenConv):
-            stem = str(node.target).removeprefix("fused_").removeprefix("model_").rstrip("_")
-            time_us = statistics.median(run[node] for run in runs) if runs else None
-            name = prefix + names.get(stem, stem)
+            name, time_us = name_of(node), statistics.median(run[node] for run in runs) if runs else None
             calls.append(Call(name, module.problem, frozen.backend, time_us=time_us, selection=module.selection))
         elif isinstance(module, nn.modules.conv._ConvNd):
             reason = why_not_fused(None, [(module, None)]) or "a plan has no rule for the way it is called"
             left_alone.append(convert.LeftAlone(prefix + str(node.target).removeprefix("model."), reason))
+    for node, reason in unfolded_norms(plan.graph, modules, FrozenConv):
+        left_alone.append(convert.LeftAlone(name_of(node), f"without its norm: {reason}"))
     return calls, left_alone
 
 

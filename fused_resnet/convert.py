@@ -23,7 +23,7 @@ from fused_resnet.nn import (
     FusedBottleneck,
     fused_shortcut,
     has_stock_code,
-    is_norm,
+    may_be_norm,
     why_not_fused,
 )
 from fused_resnet.rewriting import Rewritten
@@ -55,6 +55,7 @@ class _Change(NamedTuple):
     apply: Callable[[], None]
     has_norm: bool
     claims: list[nn.Module]  # modules that it computes itself, so that they need not be fused
+    left: tuple[tuple[str, str], ...] = ()  # convolutions inside without the norm that follows them, and why
 
 
 def fuse(
@@ -159,6 +160,7 @@ def _survey(
         if change is not None:
             changes.append((module, change))
             claimed.update(map(id, change.claims))
+            skipped += [LeftAlone(f"{name}.{conv}" if name else conv, why) for conv, why in change.left]
         elif reason is not None:
             skipped.append(LeftAlone(name or "the model", reason))
     return changes, skipped
@@ -227,12 +229,18 @@ def _rewritten(module: nn.Module) -> tuple[Optional[_Change], Optional[str]]:
         return None, None
     programs, reason = rewriting.programs_of(module)
     if not programs:
-        others = [child for child in children if is_norm(child) or why_not_fused(child, []) is None]
-        return None, reason if others else None
+        others = [child for child in children if may_be_norm(child) or why_not_fused(child, []) is None]
+        return None, reason if others or _calls_batch_norm(module) else None
     reason = _why_not_reclassed(module, Rewritten)
     if reason is not None:
         return None, reason
-    return _Change(lambda: rewriting.rewrite(module, programs), any(map(is_norm, children)), []), None
+    has_norm, left = programs[False].has_norm, programs[False].left
+    return _Change(lambda: rewriting.rewrite(module, programs), has_norm, [], left), None
+
+
+def _calls_batch_norm(module: nn.Module) -> bool:
+    code = getattr(getattr(type(module), "forward", None), "__code__", None)
+    return code is not None and "batch_norm" in code.co_names
 
 
 def _why_not_reclassed(module: nn.Module, kind: Any) -> Optional[str]:

@@ -5,14 +5,15 @@ For `plan` (whole models, shapes known) and `rewriting` (one module's forward, s
 
 from __future__ import annotations
 
+import functools
 import operator
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fused_resnet.nn import is_norm, why_not_fused
+from fused_resnet.nn import Norm, is_norm, may_be_norm, norm_of, why_called, why_not_bn, why_not_fused
 from fused_resnet.tracing import memory_of, module_of, only_user, writes_in_place, written
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -21,10 +22,15 @@ _ACTIVATIONS: dict[Any, str] = {
     F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
     F.relu6: "relu6", F.silu: "silu",
 }  # fmt: skip
+_BATCH_NORMS = {
+    F.batch_norm: "input running_mean running_var weight bias training momentum eps".split(),
+    torch.batch_norm: "input weight bias running_mean running_var training momentum eps cudnn_enabled".split(),
+}
 
 
 class Match(NamedTuple):
-    """conv -> bn? -> add? -> activation?, each the only user of the one before it."""
+    """conv -> bn? -> add? -> activation?, each the only user of the one before it. Nothing follows a bn that calls
+    modules with its result."""
 
     conv: fx.Node
     bn: Optional[fx.Node]
@@ -60,6 +66,10 @@ def matches(
     heads = _heads(graph, modules, is_image)
     found = []
     for head, match in heads.items():
+        norm = norm_of(norm_at(match.bn, modules))
+        if norm is not None and norm.then:
+            found.append(match)
+            continue
         add = only_user(head)
         if add is not None and _is_plain_add(add):
             (other,) = [arg for arg in add.args if arg is not head] or [None]
@@ -89,18 +99,65 @@ def _heads(graph: fx.Graph, modules: dict[str, nn.Module], is_image: Callable) -
         if len(node.args) != 1 or node.kwargs or not is_image(node.args[0]):
             continue
         user = only_user(node)
-        bn = module_of(user, modules)
-        has_bn = is_norm(bn) and why_not_fused(None, [(conv, bn)]) is None
+        bn = norm_at(user, modules)
+        has_bn = bn is not None and why_not_fused(None, [(conv, bn)]) is None
         heads[user if has_bn else node] = Match(node, user if has_bn else None, None, None)
     return heads
+
+
+def norm_at(node: Optional[fx.Node], modules: dict[str, nn.Module]) -> Union[nn.Module, Norm, None]:
+    """The norm that a node calls: a module, or F.batch_norm in eval mode with attributes; None of any other node."""
+    module, operands = module_of(node, modules), norm_operands(node)
+    if module is not None or not operands:
+        return module if is_norm(module) else None
+
+    def value_of(operand: Any) -> Any:
+        is_node = isinstance(operand, fx.Node)
+        return functools.reduce(getattr, str(operand.target).split("."), modules[""]) if is_node else operand
+
+    return Norm(**{name: value_of(operand) for name, operand in operands.items()})
+
+
+def norm_operands(node: Optional[fx.Node]) -> dict[str, Any]:
+    """Norm's fields where a node is F.batch_norm in eval mode, its vectors as the nodes of attributes; else empty."""
+    call = _batch_norm_call(node)
+    vectors = [call.get(name) for name in Norm._fields[:4]]
+    eps = call.get("eps", 1e-5)
+    is_kept = all(vector is None or getattr(vector, "op", None) == "get_attr" for vector in vectors)
+    is_eval = bool(call) and call.get("training", False) is False and None not in vectors[2:]
+    return dict(zip(Norm._fields, (*vectors, eps))) if is_kept and is_eval and isinstance(eps, (int, float)) else {}
+
+
+def _batch_norm_call(node: Optional[fx.Node]) -> dict[str, Any]:
+    """The arguments of a call of F.batch_norm by name; empty of any other node."""
+    if node is None or node.op != "call_function" or node.target not in _BATCH_NORMS:
+        return {}
+    return {**dict(zip(_BATCH_NORMS[node.target], node.args)), **node.kwargs}
+
+
+def unfolded_norms(graph: fx.Graph, modules: dict[str, nn.Module], conv: type[nn.Module]) -> list[tuple[fx.Node, str]]:
+    """The convolutions, modules of this class, whose result goes into what looks like a batch norm and cannot be
+    folded, and why."""
+    convs = [node for node in graph.nodes if isinstance(module_of(node, modules), conv)]
+    reasons = [(node, _why_not_norm(user, modules)) for node in convs for user in node.users]
+    return [(node, reason) for node, reason in reasons if reason is not None]
+
+
+def _why_not_norm(node: fx.Node, modules: dict[str, nn.Module]) -> Optional[str]:
+    module = module_of(node, modules)
+    if module is not None:
+        return why_called(module) or why_not_bn(module) if may_be_norm(module) else None
+    if not _batch_norm_call(node) or norm_operands(node):
+        return None
+    return "its batch_norm uses the batch's statistics, or vectors that are no attributes of a module"
 
 
 def _before_writes(
     match: Match, order: dict[fx.Node, int], writes: list[fx.Node], memory: dict, modules: dict[str, nn.Module]
 ) -> Match:
     """The part of a match that no foreign in-place operation cuts: everything moves to the match's last node, and the
-    reads of the input and of the residual must not move past a write to them, nor a BN past another call of the same,
-    which updates its running statistics too."""
+    reads of the input, of the residual and of a functional BN's vectors must not move past a write to them, nor a BN
+    past another call of the same, which updates its running statistics too."""
     bn = module_of(match.bn, modules)
 
     def cut(first: fx.Node, read: fx.Node) -> bool:
@@ -116,6 +173,8 @@ def _before_writes(
         cut(match.conv, match.conv.args[0])
         or match.residual is not None
         and cut(match.add, match.residual)
+        or match.bn is not None
+        and any(cut(match.bn, vector) for vector in match.bn.all_input_nodes if vector is not match.conv)
         or any(map(calls_bn, order))
     ):
         last = match._fields[max(i for i, node in enumerate(match) if node is not None)]

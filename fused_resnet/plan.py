@@ -15,7 +15,7 @@ import logging
 import math
 import threading
 from collections.abc import Iterator
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Union
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,7 +24,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 
 from fused_resnet import backends, extension, layouts, reference, workspace
-from fused_resnet.matching import Match, activation_of, matches
+from fused_resnet.matching import Match, activation_of, matches, norm_at
+from fused_resnet.nn import Norm, norm_of
 from fused_resnet.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name, pair
 from fused_resnet.tracing import POOL_FUNCTIONS, POOLS, has_stock_call, module_of
 
@@ -286,9 +287,11 @@ def _matches(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Match]:
 
 
 def _lower(module: fx.GraphModule, modules: dict, match: Match, dtype: torch.dtype, backend: str) -> None:
-    """Replace a match by one FrozenConv, placed where its last node was."""
+    """Replace a match by one FrozenConv, placed where its last node was, and what its norm calls after that."""
     conv: nn.Conv2d = modules[match.conv.target]
-    weight, bias = fold(conv, modules[match.bn.target] if match.bn else None, dtype)
+    norm = norm_of(norm_at(match.bn, modules))
+    weight, bias = fold(conv, norm, dtype)
+    activation, then = ("none", ()) if norm is None else norm.activation
     source, residual, tail = match.conv.args[0], match.residual, match.nodes[-1]
     described = ConvOperands(
         torch.empty(_shape_of(source), dtype=dtype, device="meta"),
@@ -296,7 +299,8 @@ def _lower(module: fx.GraphModule, modules: dict, match: Match, dtype: torch.dty
         bias=None if bias is None else bias.to("meta"),
         residual=None if residual is None else torch.empty(_shape_of(residual), dtype=dtype, device="meta"),
     )
-    activation = "none" if match.act is None else activation_of(match.act, modules)
+    if match.act is not None:
+        activation = activation_of(match.act, modules)
     window = (pair("stride", conv.stride), pair("padding", conv.padding), pair("dilation", conv.dilation))
     problem = conv_problem(described, *window, conv.groups, activation)
     problem = problem._replace(device=weight.device.type)
@@ -304,10 +308,16 @@ def _lower(module: fx.GraphModule, modules: dict, match: Match, dtype: torch.dty
     name = _add(module, modules, f"fused_{match.conv.name}", frozen)
     with module.graph.inserting_before(tail):
         fused = module.graph.call_module(name, (source,) if residual is None else (source, residual))
-    fused.meta = dict(tail.meta)
+        fused.meta = dict(tail.meta)
+        for called in then:
+            name = _add(module, modules, f"{match.conv.name}_{type(called).__name__.lower()}", called)
+            fused = module.graph.call_module(name, (fused,))
+            fused.meta = dict(tail.meta)
     tail.replace_all_uses_with(fused)
-    for node in reversed(match.nodes):
-        module.graph.erase_node(node)
+    vectors = [node for node in match.bn.all_input_nodes if node.op == "get_attr"] if match.bn else []
+    for node in (*reversed(match.nodes), *vectors):
+        if not node.users:
+            module.graph.erase_node(node)
 
 
 def _pack_linears(module: fx.GraphModule, modules: dict, dtype: torch.dtype) -> None:
@@ -414,17 +424,17 @@ def _differs(tensor: Tensor, dtype: torch.dtype) -> bool:
     return tensor.is_floating_point() and tensor.dtype != dtype
 
 
-def fold(conv: nn.Conv2d, bn: Optional[nn.BatchNorm2d], dtype: torch.dtype) -> tuple[Tensor, Optional[Tensor]]:
+def fold(
+    conv: nn.Conv2d, bn: Union[nn.Module, Norm, None], dtype: torch.dtype
+) -> tuple[Tensor, Optional[Tensor]]:
     """(weight * scale, shift) of conv -> BN in eval mode, computed in fp64; the weight in channels_last."""
-    operands = ConvOperands(conv.weight, conv.weight, bias=conv.bias)
-    if bn is not None:
-        operands = operands._replace(
-            bn_weight=bn.weight, bn_bias=bn.bias, bn_mean=bn.running_mean, bn_var=bn.running_var, eps=bn.eps
-        )
+    operands, norm = ConvOperands(conv.weight, conv.weight, bias=conv.bias), norm_of(bn)
+    if norm is not None:
+        operands = ConvOperands(conv.weight, conv.weight, *norm[:5], bias=conv.bias)
     with torch.no_grad():
         scale, shift = reference.scale_and_shift(operands, torch.float64)
         weight = conv.weight.double() * scale.view(-1, 1, 1, 1)
-    has_shift = conv.bias is not None or bn is not None
+    has_shift = conv.bias is not None or norm is not None
     return weight.to(dtype, memory_format=torch.channels_last), shift.to(dtype) if has_shift else None
 
 

@@ -20,8 +20,8 @@ from typing import Any, Callable, NamedTuple, Optional
 from torch import Tensor, fx, nn
 
 from fused_resnet.adapters import FusedForward, fused_class
-from fused_resnet.matching import Match, activation_of, matches
-from fused_resnet.nn import conv_bn_act
+from fused_resnet.matching import Match, activation_of, matches, norm_operands, unfolded_norms
+from fused_resnet.nn import Norm, conv_bn_act
 from fused_resnet.tracing import has_stock_call, module_of, returns_its_input, skip_identities, writes_in_place
 from fused_resnet.watching import CONTAINERS, CannotRewrite, Reads, graph_of, plain_class_of
 
@@ -34,6 +34,8 @@ class Program(NamedTuple):
     originals: tuple  # the forwards of its class and of the classes that this is from
     reads: Reads
     skipped: tuple[str, ...]  # modules that return their input and are not called
+    has_norm: bool
+    left: tuple[tuple[str, str], ...]  # convolutions without the norm that follows them, and why
 
     def holds(self, module: Any, args: tuple) -> bool:
         return (
@@ -91,12 +93,16 @@ def _program_of(module: nn.Module, training: bool) -> Program:
     modules = dict(module.named_modules())
     skipped = skip_identities(graph, modules)
     found = [match for match in matches(graph, modules, is_write=_may_write) if match.bn or match.act]
+    left = tuple((str(conv.target), reason) for conv, reason in unfolded_norms(graph, modules, nn.Conv2d))
     if not found:
-        raise CannotRewrite("none of its convolutions is followed by a BN or an activation alone")
+        nothing = "none of its convolutions is followed by a BN or an activation alone"
+        raise CannotRewrite(left[0][1] if left else nothing)
+    has_norm = any(match.bn for match in found)
     convs = tuple(dict.fromkeys(str(match.conv.target) for match in found))
     for match in found:
         _replace(graph, match, modules)
-    return Program(_compiled(graph), convs, _forwards(plain_class_of(module)), reads, tuple(skipped))
+    originals = _forwards(plain_class_of(module))
+    return Program(_compiled(graph), convs, originals, reads, tuple(skipped), has_norm, left)
 
 
 def _forwards(cls: type) -> tuple:
@@ -120,7 +126,9 @@ def _replace(graph: fx.Graph, match: Match, modules: dict[str, nn.Module]) -> No
     tail, act = match.nodes[-1], match.act
     with graph.inserting_before(tail):
         conv = graph.create_node("get_attr", match.conv.target)
-        bn = graph.create_node("get_attr", match.bn.target) if match.bn else None
+        functional = norm_operands(match.bn)
+        bn = graph.create_node("get_attr", match.bn.target) if match.bn and not functional else None
+        bn = graph.call_function(Norm, kwargs=functional) if functional else bn
         if act is not None and act.op == "call_module":
             activation: Any = graph.create_node("get_attr", act.target)
         else:

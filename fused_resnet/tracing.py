@@ -16,21 +16,19 @@ from typing import Any, Callable, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
-from fused_resnet.nn import is_norm, replaced_call
+from fused_resnet.nn import has_stock_call, is_norm, returns_its_input
 
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 POOL_FUNCTIONS = (F.max_pool2d, F.avg_pool2d)
 # Modules that return new memory, never their input or a view of it.
 _FRESH = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._NormBase, *POOLS, nn.AdaptiveAvgPool2d)
 _FRESH_FUNCTIONS = {
-    *POOL_FUNCTIONS, F.conv2d, F.linear, F.adaptive_avg_pool2d, F.batch_norm, "clone", torch.clone, torch.cat,
-    operator.add, operator.sub, operator.mul, torch.add, "add", "mul", "sum", "mean", torch.relu, "relu",
+    *POOL_FUNCTIONS, F.conv2d, F.linear, F.adaptive_avg_pool2d, F.batch_norm, torch.batch_norm, torch.cat,
+    "clone", torch.clone, "add", torch.add, "relu", torch.relu, "mul", "sum", "mean",
+    operator.add, operator.sub, operator.mul,
 }  # fmt: skip
-# They return their input itself; dropout in eval mode.
-_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _AUGMENTED = {f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
 # A view of contiguous memory, a copy of channels_last memory; or the other way round.
 _LAYOUT_DECIDES = {"view", "reshape", "flatten", "ravel", "contiguous", torch.reshape, torch.flatten, torch.ravel}
@@ -152,13 +150,6 @@ def skip_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]
     return skipped
 
 
-def returns_its_input(module: Optional[nn.Module]) -> bool:
-    """Whether calling this module, as it is now, does nothing."""
-    if module is None or type(module) not in _IDENTITIES or not has_stock_call(module):
-        return False
-    return type(module) is nn.Identity or not module.training
-
-
 def _let_views_copy(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """`view` as `reshape`, because a plan's activations are channels_last, which few views survive.
 
@@ -251,12 +242,6 @@ def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return (isinstance(module, _FRESH) or is_norm(module)) and has_stock_call(module)
     is_call = node.op in ("call_function", "call_method")
     return is_call and node.target in _FRESH_FUNCTIONS and not writes_in_place(node, modules)
-
-
-def has_stock_call(module: nn.Module) -> bool:
-    """Whether calling a module runs its class's forward and nothing else: no hooks, no forward of its own."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or torch_module._has_any_global_hook()
-    return not hooks and replaced_call(module) is None
 
 
 def module_of(node: Optional[fx.Node], modules: dict[str, nn.Module]) -> Optional[nn.Module]:
