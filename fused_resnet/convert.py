@@ -43,7 +43,7 @@ _PICKLED_BY = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex
 
 
 class LeftAlone(NamedTuple):
-    """A module that looks as if it could be fused, and was not."""
+    """A module that looks as if it could be fused, and was not, or a convolution without the norm that follows it."""
 
     name: str
     reason: str
@@ -77,7 +77,8 @@ def fuse(
     which it is false is not fused by this call; the modules inside are asked about too, among them a residual block's
     downsample, which the block then calls. Convolutions, norms and activations belong to the forward that calls them,
     and what an adapter computes to the block, so those are not kept by themselves. strict: raise ValueError when a
-    module with a convolution and a norm or an activation was left alone, or when there is nothing to fuse.
+    module with a convolution and a norm or an activation was left alone, or a convolution without its norm, or when
+    there is nothing to fuse.
 
     Raises BackendError for an unknown backend and for one that cannot run live BN ("onednn", "cudnn"). A call that
     raises leaves the model as it was.
@@ -227,20 +228,15 @@ def _rewritten(module: nn.Module) -> tuple[Optional[_Change], Optional[str]]:
     children = _own_children(module)
     if not any(isinstance(child, nn.Conv2d) for child in children):
         return None, None
-    programs, reason = rewriting.programs_of(module)
+    programs, error = rewriting.programs_of(module)
     if not programs:
         others = [child for child in children if may_be_norm(child) or why_not_fused(child, []) is None]
-        return None, reason if others or _calls_batch_norm(module) else None
+        return None, str(error) if others or isinstance(error, rewriting.NormUnfolded) else None
     reason = _why_not_reclassed(module, Rewritten)
     if reason is not None:
         return None, reason
     has_norm, left = programs[False].has_norm, programs[False].left
     return _Change(lambda: rewriting.rewrite(module, programs), has_norm, [], left), None
-
-
-def _calls_batch_norm(module: nn.Module) -> bool:
-    code = getattr(getattr(type(module), "forward", None), "__code__", None)
-    return code is not None and "batch_norm" in code.co_names
 
 
 def _why_not_reclassed(module: nn.Module, kind: Any) -> Optional[str]:

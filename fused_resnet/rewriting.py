@@ -69,15 +69,19 @@ class Rewritten(FusedForward):
         self.__dict__["_programs"] = programs_of(self)[0]
 
 
-def programs_of(module: nn.Module) -> tuple[dict[bool, Program], Optional[str]]:
+class NormUnfolded(CannotRewrite):
+    """No convolution of a module can be fused, and one of them is followed by a norm."""
+
+
+def programs_of(module: nn.Module) -> tuple[dict[bool, Program], Optional[CannotRewrite]]:
     """(the module's programs by `training`, None), or ({}, why it has none). The module is left as it was."""
     programs: dict[bool, Program] = {}
-    reason = None
+    reason: Optional[CannotRewrite] = None
     for training in (True, False):
         try:
             programs[training] = _program_of(module, training)
         except CannotRewrite as error:
-            reason = str(error)
+            reason = error
     return (programs, None) if False in programs else ({}, reason)
 
 
@@ -95,8 +99,9 @@ def _program_of(module: nn.Module, training: bool) -> Program:
     found = [match for match in matches(graph, modules, is_write=_may_write) if match.bn or match.act]
     left = tuple((str(conv.target), reason) for conv, reason in unfolded_norms(graph, modules, nn.Conv2d))
     if not found:
-        nothing = "none of its convolutions is followed by a BN or an activation alone"
-        raise CannotRewrite(left[0][1] if left else nothing)
+        if left:
+            raise NormUnfolded(left[0][1])
+        raise CannotRewrite("none of its convolutions is followed by a BN or an activation alone")
     has_norm = any(match.bn for match in found)
     convs = tuple(dict.fromkeys(str(match.conv.target) for match in found))
     for match in found:

@@ -5,6 +5,7 @@ import json
 import networks
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_resnet
@@ -175,6 +176,28 @@ def test_what_is_left_alone_and_why():
     assert found.rows[3].source == entry.reason
     assert "nothing that could be fused follows it" in found.rows[-1].source
     assert f"left alone: 1: {entry.reason}" in str(found)
+
+
+class Batchwise(nn.Module):
+    """A norm that uses the statistics of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return F.batch_norm(self.conv(x), None, None, training=True)
+
+
+def test_a_frozen_convolution_without_its_norm_is_named():
+    model = nn.Sequential(Batchwise(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    found = explain(fused_resnet.freeze(model, x), x)
+    names = [row.name for row in found.rows]
+    reasons = dict(found.left_alone)
+    assert names == ["0.conv", "1"] == list(reasons)
+    assert reasons["0.conv"].startswith("without its norm: its batch_norm uses the batch's statistics")
+    assert reasons["1"] == "without its norm: the BatchNorm2d keeps no running statistics"
 
 
 def test_other_convolutions_have_no_row():

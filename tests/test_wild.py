@@ -9,6 +9,7 @@ containers, names, shapes and dtypes must be those of the model.
 import copy
 import functools
 import pickle
+import warnings
 from typing import Callable, NamedTuple, Optional
 
 import networks
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 import fused_resnet
 from fused_resnet.adapters import Adapted, FusedForward
-from fused_resnet.convert import fused_convs
+from fused_resnet.convert import fused_convs, left_alone
 from fused_resnet.frozen import FrozenModel, FrozenParts
 from fused_resnet.plan import FrozenConv
 
@@ -53,10 +54,13 @@ def as_good_as(actual, plain, exact):
         assert error <= 4 * allowed < 1e-4 or error == allowed == 0
 
 
-def frozen_convs(frozen):
+def frozen_modules(frozen):
     parts = [frozen] if isinstance(frozen, FrozenModel) else frozen.parts.values()
-    plans = [part.plans()[0] for part in parts]
-    return [module for plan in plans for module in plan.modules() if isinstance(module, FrozenConv)]
+    return [module for part in parts for module in part.plans()[0].modules()]
+
+
+def frozen_convs(frozen):
+    return [module for module in frozen_modules(frozen) if isinstance(module, FrozenConv)]
 
 
 # -------------------------------------------------------------------------------------------------- other people's zoos
@@ -132,7 +136,9 @@ WILD = {
     "timm wide_resnet50_2": Wild(timm("wide_resnet50_2"), 53, 53, (49, 16)),
     "timm resnetblur50": Wild(timm("resnetblur50"), 53, 53, (49, 16)),
     "timm resnet18, dropping": Wild(timm("resnet18", drop_block_rate=0.1, drop_path_rate=0.1), 20, 20, (17, 8)),
-    "timm resnetv2_50": Wild(timm("resnetv2_50"), 54, 0, (0, 16)),
+    "timm cspresnet50": Wild(timm("cspresnet50"), 55, 55, (0, 13)),
+    "timm inception_v3": Wild(timm("inception_v3"), 94, 94, (94, 0), 96),
+    "timm resnetv2_50": Wild(timm("resnetv2_50"), 54, 32, (32, 16)),
     "torchvision fcn_resnet50": Wild(functools.partial(segmentation, "fcn_resnet50"), 55, 54, (50, 16)),
     "torchvision deeplabv3_resnet50": Wild(functools.partial(segmentation, "deeplabv3_resnet50"), 61, 60, (56, 16)),
     "torchvision fasterrcnn_resnet50_fpn, backbone": Wild(faster_rcnn_backbone, 61, 53, (49, 16)),
@@ -155,6 +161,7 @@ WILD = {
 # one of each library, small: the rest is for the second tier
 SMALL = {
     "timm resnet10t": Wild(timm("resnet10t"), 14, 13, (11, 4), 32),
+    "timm regnetx_002": Wild(timm("regnetx_002"), 44, 44, (40, 13), 32),
     "torchvision DenseNet": Wild(small_densenet, 12, 6, (6, 0), 32),
     "torchvision resnet18 fpn, frozen norms": Wild(
         functools.partial(detection_backbone, "resnet18", True), 28, 20, (17, 8), 32),
@@ -188,6 +195,8 @@ def test_fused_and_frozen(name):
     )
     assert (len(convs), len(set(live)), len(live)) == (wild.convs, wild.live, wild.live)
     assert (len(problems), activated, summed) == (wild.convs, *wild.frozen)
+    if all(conv in live for conv, module in model.named_modules() if isinstance(module, nn.Conv2d)):
+        assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in frozen_modules(frozen))
     fused_resnet.unfuse(model)
     assert [type(module) for module in model.modules()] == classes
 
@@ -209,8 +218,8 @@ def one_group(channels, **_):
 
 
 def test_what_is_left_alone_is_reported():
-    """resnetv2's norms carry their activation, and stand before the convolutions."""
-    with pytest.raises(ValueError, match="stages.0.blocks.0: none of its convolutions is followed by a BN"):
+    """resnetv2's norms stand before the convolutions, so that its projections have none."""
+    with pytest.raises(ValueError, match="stages.0.blocks.0.downsample: none of its convolutions is followed by a BN"):
         fused_resnet.fuse(timm_model("resnetv2_50").eval(), strict=True)
     with pytest.raises(ValueError, match="layer1.0: none of its convolutions is followed by a BN"):
         fused_resnet.fuse(timm_model("resnet10t", norm_layer=one_group).eval(), strict=True)
@@ -405,6 +414,153 @@ def test_a_patched_frozen_norm_is_no_norm(monkeypatch):
         torch.testing.assert_close(fused_resnet.freeze(model, x)(x), expected)
         torch.testing.assert_close(fused_resnet.fuse(model)(x), expected)
     assert not fused_convs(model)
+
+
+def batch_norm_act(activation="relu", drop=None):
+    real_data.torchvision()
+    norm_act = pytest.importorskip("timm.layers.norm_act", reason="timm is not installed")
+    return norm_act.BatchNormAct2d(4, act_layer=activation, apply_act=activation is not None, drop_layer=drop)
+
+
+def converted_by_timm(function):
+    """One with SiLU, as timm's function of this name converts it."""
+    norm = batch_norm_act("silu")
+    return getattr(__import__("timm").layers, function)(norm)
+
+
+def detrs_norm():
+    real_data.torchvision()
+    detr = pytest.importorskip("transformers.models.detr.modeling_detr", reason="transformers is not installed")
+    return detr.DetrFrozenBatchNorm2d(4)
+
+
+NORMS = {  # and the activation that becomes the convolution's
+    "timm": (batch_norm_act, "relu"),
+    "timm, ReLU6": (functools.partial(batch_norm_act, "relu6"), "relu6"),
+    "timm, SiLU": (functools.partial(batch_norm_act, "silu"), "silu"),
+    "timm, LeakyReLU": (functools.partial(batch_norm_act, "leaky_relu"), "none"),
+    "timm, no activation": (functools.partial(batch_norm_act, None), "none"),
+    "timm, dropping": (functools.partial(batch_norm_act, drop=nn.Dropout2d), "relu"),
+    "timm, dropping otherwise": (functools.partial(batch_norm_act, drop=nn.Dropout3d), "none"),
+    "timm, frozen": (functools.partial(converted_by_timm, "freeze_batch_norm_2d"), "silu"),
+    "timm, synchronised": (functools.partial(converted_by_timm, "convert_sync_batchnorm"), "silu"),
+    "timm, split": (functools.partial(converted_by_timm, "convert_splitbn_model"), "silu"),
+    "transformers": (detrs_norm, "none"),
+}
+
+
+class Summed(nn.Module):
+    """relu(norm(conv(x)) + x): a norm with an activation of its own is not part of the sum."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), norm
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x)) + x)
+
+
+@pytest.mark.parametrize("is_summed", (False, True))
+@pytest.mark.parametrize("name", NORMS)
+def test_other_peoples_norms_are_folded_with_their_activation(name, is_summed):
+    make, activation = NORMS[name]
+    norm = make()
+    model = settled(Summed(norm) if is_summed else nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), norm))
+    ends_in = [module for module in (getattr(norm, "act", None),) if type(module) not in (type(None), nn.Identity)]
+    x = torch.randn(2, 4, 6, 5)
+    with torch.no_grad():
+        plain, exact = model(x), copy.deepcopy(model).double()(x.double())
+        frozen = fused_resnet.freeze(model, x)
+        as_good_as(frozen(x), plain, exact)
+        (conv,) = frozen_convs(frozen)
+        is_last = is_summed and not ends_in
+        assert (conv.problem.activation, conv.problem.has_residual) == ("relu" if is_last else activation, is_last)
+        assert not any(hasattr(module, "running_var") for module in frozen_modules(frozen))
+        fused_resnet.fuse(model, strict=True)
+        assert len(fused_convs(model)) == 1
+        as_good_as(model(x), plain, exact)
+        as_good_as(pickle.loads(pickle.dumps(model))(x), plain, exact)
+
+
+def _hooked_act(norm):
+    norm.act.register_forward_hook(lambda module, args, out: out + 1)
+
+
+def _another_act(norm):
+    norm.act = nn.Tanh().eval()
+
+
+def _no_act(norm):
+    norm.act = nn.Identity().eval()
+
+
+def _dropping(norm):
+    norm.drop = nn.Tanh().eval()
+
+
+def _hooked_norm(norm):
+    norm.register_forward_hook(lambda module, args, out: out + 1)
+
+
+def _own_forward(norm):
+    norm.forward = lambda x: x
+
+
+def _in_training(norm):
+    norm.train()
+
+
+@pytest.mark.parametrize(
+    "change", (_hooked_act, _another_act, _no_act, _dropping, _hooked_norm, _own_forward, _in_training)
+)
+@pytest.mark.parametrize("apply_act", (True, False))
+def test_what_becomes_of_a_norm_with_an_activation_has_its_effect(change, apply_act):
+    """Also where the sum was in the convolution's call, and the norm got an activation afterwards."""
+    plain = settled(Summed(batch_norm_act("relu" if apply_act else None)))
+    model, x = fused_resnet.fuse(copy.deepcopy(plain)), torch.randn(2, 4, 6, 5)
+    with torch.no_grad():
+        before = plain(x)
+        for network in (plain, model):
+            change(network.norm)
+        expected = plain(x)
+        assert (change is _no_act and not apply_act) or not torch.allclose(expected, before, rtol=1e-3)
+        torch.testing.assert_close(model(x), expected)
+        if change is not _in_training:
+            torch.testing.assert_close(fused_resnet.freeze(plain, x)(x), expected)
+
+
+def test_a_norm_with_an_activation_trains_as_it_is():
+    plain = settled(nn.Sequential(nn.Conv2d(3, 4, 3), batch_norm_act("silu", nn.Dropout2d))).train()
+    model, x = fused_resnet.fuse(copy.deepcopy(plain)), torch.randn(4, 3, 8, 8)
+    for network in (plain, model):
+        torch.manual_seed(3)
+        network(x).square().sum().backward()
+    assert len(fused_convs(model)) == 1
+    for (key, p), q in zip(plain.named_parameters(), model.parameters()):
+        assert torch.equal(p.grad, q.grad), key
+    assert torch.equal(plain[1].running_mean, model[1].running_mean)
+
+
+def test_a_patched_norm_with_an_activation_is_no_norm(monkeypatch):
+    norm = batch_norm_act()
+    stock = type(norm).forward
+    monkeypatch.setattr(type(norm), "forward", lambda self, x: 2 * stock(self, x))
+    model, x = settled(nn.Sequential(nn.Conv2d(3, 4, 1), norm)), torch.randn(1, 3, 5, 5)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(fused_resnet.freeze(model, x)(x), expected)
+        torch.testing.assert_close(fused_resnet.fuse(model)(x), expected)
+    assert left_alone(model) == [("the model", "the norm is BatchNormAct2d, not nn.BatchNorm2d")]
+
+
+def test_norms_with_activations_compile_in_one_graph():
+    torch._dynamo.reset()
+    model, x = settled(nn.Sequential(nn.Conv2d(3, 4, 3), batch_norm_act("leaky_relu"))), torch.randn(1, 3, 6, 6)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = model(x)
+        fused_resnet.fuse(model, strict=True)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
 
 
 def test_transformers_layers_step_aside():
