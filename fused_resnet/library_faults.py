@@ -103,7 +103,7 @@ def _inside(size: int, positions: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 # ----------------------------------------------------------------------------------------------------- the operations
 
 
-def conv2d(problem: ConvProblem, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+def convolution(problem: ConvProblem, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """F.conv2d of this problem's window. Differentiable in any mode, and its derivatives are right too."""
     detour, p = forward_detour(problem), problem
     if detour is not None:
@@ -111,7 +111,7 @@ def conv2d(problem: ConvProblem, x: Tensor, weight: Tensor, bias: Optional[Tenso
     return F.conv2d(x, weight, bias, p.stride, p.padding, p.dilation, p.groups)
 
 
-def conv2d_backward(
+def convolution_backward(
     problem: ConvProblem, grad: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Optional[Tensor], Optional[Tensor]]:
     """The gradients of F.conv2d with respect to x and the weight, None where not needed. Differentiable."""
@@ -167,7 +167,7 @@ def _axes_of_wrong_weight_gradients(problem: ConvProblem) -> frozenset[int]:
     p = problem
     if p.device != "cpu" or p.dtype not in _HALF_PRECISION:
         return frozenset()
-    rows = p.dilation[0] > 1 and p.stride[0] == 1
+    rows = p.R > 1 and p.dilation[0] > 1 and p.stride[0] == 1
     columns = _has_idle_tap(p.W, p.Q, p.S, p.stride[1], p.padding[1], p.dilation[1])
     return frozenset(axis for axis, is_wrong in enumerate((rows, columns)) if is_wrong)
 
@@ -176,17 +176,39 @@ def _spare_channels(problem: ConvProblem) -> int:
     """How many channels to add on AMX where oneDNN counts columns of the filter as channels, packed or not, although
     its packed filter has each column filled up to 32 of them."""
     p, channels = problem, problem.C // problem.groups
-    if p.device != "cpu" or p.dtype not in _HALF_PRECISION or p.S == 1 or channels % 2 or channels >= 32:
+    if p.device != "cpu" or p.dtype not in _HALF_PRECISION or p.dilation[1] != 1 or not onednn_has_amx():
         return 0
-    if p.dilation[1] != 1 or not onednn_has_amx():
-        return 0
-    is_odd_sum = lambda columns: columns * channels > 32 and columns * channels % 32 == 0  # noqa: E731
-    whole = channels < 16 and is_odd_sum(p.S)
+    # a filter of one column: its rows
+    whole = channels < 16 and _fills_blocks(channels, p.S if p.S > 1 else p.R)
     is_tiled = p.groups == 1 and p.stride[1] > 1 and p.padding[1] == 0
-    parts = is_tiled and any(
-        is_odd_sum(part) for part in range(2, p.S + 1) if not (p.W % part or p.S % part or p.stride[1] % part)
-    )
-    return 32 - channels if whole or parts else 0
+    parts = (part for part in range(2, p.S + 1) if not (p.W % part or p.S % part or p.stride[1] % part))
+    return 32 - channels if whole or is_tiled and any(_fills_blocks(channels, part) for part in parts) else 0
+
+
+def _fills_blocks(channels: int, columns: int) -> bool:
+    return channels < 32 and channels % 2 == 0 and channels * columns > 32 and channels * columns % 32 == 0
+
+
+def may_be_wrong(dtype: torch.dtype, weight: tuple, out: tuple, stride: tuple, dilation: tuple) -> bool:
+    """Whether torch's own convolution in this dtype on a CPU, of one, two or three dimensions, may be one of those.
+
+    weight, out: shapes. For convolutions that take no detour, so the rule is a wide one.
+    """
+    channels, taps = weight[1], weight[2:]
+    if dtype not in _HALF_PRECISION:
+        return False
+    if out[-1] == 1 and stride[-1] > 1 and taps[-1] > 1 or any(t == 1 < d for t, d in zip(taps, dilation)):
+        return True
+    passes_by = any(step > tap for step, tap in zip(stride[:-1], taps[:-1])) and max(taps) > 1
+    return onednn_has_amx() and (passes_by or any(_fills_blocks(channels, tap) for tap in taps))
+
+
+def _undilated(problem: ConvProblem) -> ConvProblem:
+    p = problem
+    if p.dilation == (1, 1) or p.device != "cpu":
+        return p
+    dilation = (p.dilation[0] if p.R > 1 else 1, p.dilation[1] if p.S > 1 else 1)
+    return p if dilation == p.dilation else p._replace(dilation=dilation)
 
 
 def _has_idle_tap(size: int, outputs: int, taps: int, stride: int, padding: int, dilation: int) -> bool:
@@ -198,8 +220,11 @@ def _has_idle_tap(size: int, outputs: int, taps: int, stride: int, padding: int,
 
 
 def _detour(problem: ConvProblem, axes: frozenset[int]) -> Optional[Detour]:
-    """With the windows side by side in these dimensions, and spare channels where those are needed then."""
-    p, laid = problem, []
+    """With the windows side by side in these dimensions, and spare channels where those are needed then.
+
+    A tap that is alone is never dilated: what that changes is nothing but oneDNN's choice, which may end the process.
+    """
+    p, laid = _undilated(problem), []
     for axis in sorted(axes):
         size, outputs, taps = ((p.H, p.P, p.R), (p.W, p.Q, p.S))[axis]
         stride, padding, dilation = p.stride[axis], p.padding[axis], p.dilation[axis]
@@ -212,7 +237,7 @@ def _detour(problem: ConvProblem, axes: frozenset[int]) -> Optional[Detour]:
             changes[name] = (value, getattr(p, name)[1]) if axis == 0 else (getattr(p, name)[0], value)
         p = p._replace(**changes)
     spare = _spare_channels(p)
-    if not (laid or spare):
+    if not (laid or spare or p is not problem):
         return None
     return Detour(tuple(laid), spare, p._replace(C=p.C + spare * p.groups))
 

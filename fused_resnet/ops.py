@@ -113,7 +113,7 @@ def _conv_bn_act_backward(ctx, grad: Tensor):
 
     needs_scale = bn_weight is not None and needs["bn_weight"]
     problem = conv_problem(ConvOperands(x, weight), *ctx.window)
-    grad_x, grad_folded = library_faults.conv2d_backward(
+    grad_x, grad_folded = library_faults.convolution_backward(
         problem, g, x, scaled(weight), needs["x"], needs["weight"] or needs_scale
     )
     grads["x"] = grad_x
@@ -178,7 +178,7 @@ def composite_conv_bn_act(*args) -> Tensor:
     problem = conv_problem(o, *window)
     mean, var = (None if vector is None else vector.detach() for vector in (o.bn_mean, o.bn_var))
     o = o._replace(bn_mean=mean, bn_var=var)
-    y = library_faults.conv2d(problem, o.x, o.weight)
+    y = library_faults.convolution(problem, o.x, o.weight)
     if o.bias is not None or any(vector is not None for vector in o.bn_vectors.values()):
         scale, shift = reference.scale_and_shift(o, torch.promote_types(torch.float32, y.dtype))
         y = (y * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(y.dtype)

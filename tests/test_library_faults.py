@@ -22,8 +22,10 @@ SHAPES = {
     "rows passed by, dilated": (2, 24, 66, 29, 48, 2, 2, (5, 1), (2, 1), (3, 1), 1),
     "columns as channels": (2, 8, 9, 27, 16, 3, 8, (1, 2), (1, 2), (1, 1), 1),
     "columns as channels, grouped": (2, 24, 6, 19, 32, 2, 8, (1, 1), (0, 1), (1, 1), 2),
+    "rows as channels": (2, 4, 21, 5, 16, 16, 1, (1, 1), (0, 0), (1, 1), 1),
     "parts of the columns as channels": (2, 16, 12, 12, 32, 3, 4, (1, 4), (0, 0), (1, 1), 1),
     "one column as wide as the filter": (2, 16, 18, 4, 32, 3, 4, (1, 4), (2, 0), (1, 1), 1),
+    "a single tap, dilated": (3, 8, 4, 3, 24, 1, 1, (1, 2), (1, 1), (1, 2), 1),
     "one column, one channel a group": (2, 4, 18, 3, 96, 2, 3, (1, 5), (0, 0), (1, 1), 4),
 }
 WEIGHT_GRADIENT_SHAPES = {
@@ -184,6 +186,7 @@ def test_whose_windows_are_laid_side_by_side(amx, monkeypatch):
         ({"C": 16, "W": 32, "stride": (2, 4), "padding": (1, 0)}, 16),
         ({"C": 16, "W": 32, "stride": (2, 4), "padding": (1, 1)}, 0),
         ({"C": 16, "W": 33, "stride": (2, 4), "padding": (1, 0)}, 0),  # not in whole parts
+        ({"C": 4, "R": 16, "S": 1, "H": 21}, 28),  # its rows
         ({"C": 64, "W": 32, "stride": (2, 4), "padding": (1, 0)}, 0),
         ({"W": 8, "stride": (1, 3), "padding": (0, 0), "C": 8}, 24),  # one column, with windows side by side
     ),
@@ -205,12 +208,45 @@ def test_who_gets_spare_channels_on_amx(changes, spare, monkeypatch):
         ({"dtype": torch.float32}, set()),
         ({"stride": (2, 1)}, set()),
         ({"dilation": (1, 2)}, set()),
+        ({"R": 1}, set()),
         ({"W": 1, "padding": (2, 3), "stride": (2, 2)}, {1}),
         ({"device": "cuda"}, set()),
     ),
 )
 def test_which_weight_gradients_go_another_way(changes, axes):
     assert library_faults._axes_of_wrong_weight_gradients(problem_of("dilated rows", **changes)) == axes
+
+
+def test_a_tap_that_is_alone_is_not_dilated():
+    problem = problem_of("a single tap, dilated")
+    assert library_faults.forward_detour(problem) == library_faults.Detour((), 0, problem._replace(dilation=(1, 1)))
+    wider = problem._replace(S=2)
+    assert library_faults.forward_detour(wider) is None
+    assert library_faults.forward_detour(problem._replace(device="cuda")) is None
+
+
+@pytest.mark.parametrize(
+    "changes, anywhere, on_amx",
+    (
+        ({}, False, False),
+        ({"out": (1, 8, 9, 1), "stride": (1, 2)}, True, True),
+        ({"out": (1, 8, 9, 1), "stride": (1, 2), "dtype": torch.float32}, False, False),
+        ({"out": (1, 8, 9, 1), "stride": (1, 2), "weight": (8, 64, 3, 1)}, False, False),
+        ({"stride": (4, 1)}, False, True),
+        ({"stride": (2, 2), "weight": (8, 64, 1, 1)}, False, False),
+        ({"weight": (8, 8, 3, 8)}, False, True),
+        ({"weight": (8, 8, 3, 3)}, False, False),
+        ({"weight": (8, 64, 3, 1), "dilation": (1, 2)}, True, True),
+        ({"weight": (8, 64, 3, 3, 3), "out": (1, 8, 9, 9, 1), "stride": (1, 1, 2), "dilation": (1, 1, 1)}, True, True),
+        ({"weight": (8, 64, 1, 3, 3), "out": (1, 8, 9, 9, 9), "stride": (2, 1, 1), "dilation": (1, 1, 1)}, False, True),
+        ({"weight": (8, 64, 3), "out": (1, 8, 1), "stride": (2,), "dilation": (1,)}, True, True),
+    ),
+)
+def test_what_may_be_wrong_without_a_detour(changes, anywhere, on_amx, monkeypatch):
+    plain = dict(dtype=torch.bfloat16, weight=(8, 64, 3, 3), out=(1, 8, 9, 9), stride=(1, 1), dilation=(1, 1))
+    for has_amx, expected in ((False, anywhere), (True, on_amx)):
+        monkeypatch.setattr(library_faults, "onednn_has_amx", lambda answer=has_amx: answer)
+        assert library_faults.may_be_wrong(**{**plain, **changes}) is expected
 
 
 def test_a_tap_is_idle_where_it_meets_padding_alone():
@@ -262,21 +298,21 @@ def test_what_goes_another_way_can_be_differentiated(spare, monkeypatch):
     problem = conv_problem(ConvOperands(x, weight), (2, 1), (1, 0), (1, 2), 2, "none")
 
     def conv(x, weight):
-        return library_faults.conv2d(problem, x, weight)
+        return library_faults.convolution(problem, x, weight)
 
     assert torch.autograd.gradcheck(conv, (x, weight), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(conv, (x, weight))
     grad = torch.randn(problem.output_shape, dtype=torch.float64, requires_grad=True)
 
     def backward(grad, x, weight):
-        return library_faults.conv2d_backward(problem, grad, x, weight, True, True)
+        return library_faults.convolution_backward(problem, grad, x, weight, True, True)
 
     assert torch.autograd.gradcheck(backward, (grad, x, weight))
     expected = torch.autograd.grad((F.conv2d(x, weight, None, (2, 1), (1, 0), (1, 2), 2) * grad).sum(), (x, weight))
     for got, wanted in zip(backward(grad, x, weight), expected):
         torch.testing.assert_close(got, wanted)
-    assert library_faults.conv2d_backward(problem, grad, x, weight, False, True)[0] is None
-    assert library_faults.conv2d_backward(problem, grad, x, weight, True, False)[1] is None
+    assert library_faults.convolution_backward(problem, grad, x, weight, False, True)[0] is None
+    assert library_faults.convolution_backward(problem, grad, x, weight, True, False)[1] is None
 
 
 @pytest.mark.parametrize(

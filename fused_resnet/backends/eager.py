@@ -29,7 +29,7 @@ def _eager_conv_bn_act(problem: ConvProblem, operands: ConvOperands, config: Opt
     has_late_bias = o.bias is not None and o.bias.dtype != o.x.dtype
     bias = None if has_late_bias else o.bias
     x = o.x.contiguous() if config is not None or _weight_is_dearer_to_convert(problem, o) else o.x
-    y = library_faults.conv2d(problem, x, o.weight, bias)
+    y = library_faults.convolution(problem, x, o.weight, bias)
     if o.residual is not None:  # which as a rule is channels_last
         y = channels_last(y)
     if not has_late_bias and _is_stock_batch_norm(o):
