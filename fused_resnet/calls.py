@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet import backends, convert
+from fused_resnet.dtypes import first_line, without_torchs_log
 from fused_resnet.frozen import FrozenModel, FrozenParts
 from fused_resnet.matching import unfolded_norms
 from fused_resnet.nn import why_not_fused
@@ -88,7 +89,7 @@ def recorded(
     try:
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
         fake = pytree.tree_map_only(Tensor, fakes.from_tensor, example)
-        with fakes:
+        with fakes, without_torchs_log():
             calls = [call._replace(time_us=None) for call in _record(model, fake, device)]
     except Exception:  # control flow that reads values, or a mistake, which then shows again
         calls = [call._replace(time_us=None) for call in _record(model, example, device)]
@@ -111,7 +112,7 @@ def _record(model: nn.Module, example: Any, device: torch.device) -> list[Call]:
     except backends.BackendError:
         raise
     except Exception as error:
-        cause = str(error).partition("\n")[0] or type(error).__name__
+        cause = first_line(error)
         raise ValueError(f"explain: the model cannot take {shown(example)}: {cause}") from error
     return recorder.calls
 
@@ -179,7 +180,8 @@ def _of_plan(prefix: str, frozen: FrozenModel, x: Tensor, measure: bool) -> tupl
             calls.append(Call(name, module.problem, frozen.backend, time_us=time_us, selection=module.selection))
         elif isinstance(module, nn.modules.conv._ConvNd):
             reason = why_not_fused(None, [(module, None)]) or "a plan has no rule for the way it is called"
-            left_alone.append(convert.LeftAlone(prefix + str(node.target).removeprefix("model."), reason))
+            name = str(node.meta.get("converted", node.target)).removeprefix("model.")
+            left_alone.append(convert.LeftAlone(prefix + name, reason))
     for node, reason in unfolded_norms(plan.graph, modules, FrozenConv):
         left_alone.append(convert.LeftAlone(name_of(node), f"without its norm: {reason}"))
     return calls, left_alone
@@ -191,9 +193,8 @@ class _TimedPlan(fx.Interpreter):
     def times(self, frozen: FrozenModel, x: Tensor) -> dict[fx.Node, float]:
         self.took_us: dict[fx.Node, float] = {}
         self._device = frozen.device
-        x = x.to(frozen.dtype)
         with torch.no_grad():
-            self.run(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
+            self.run(frozen.taken(x))
         return self.took_us
 
     def run_node(self, n: fx.Node) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fused_resnet import backends
+from fused_resnet.dtypes import conversion, main_dtype
 from fused_resnet.nn import NotScriptable
 from fused_resnet.parts import freeze_parts
 from fused_resnet.plan import Plan, make_plan, plainly
@@ -36,8 +37,14 @@ def freeze(
 
     model: in eval mode; it is not changed, and later changes to it do not reach the frozen copy. example_input: what
     the model takes, a tensor or a list or dict of them; its plan is made now, others when their shape is first seen.
-    dtype: what the arithmetic runs in (fp32, bf16, fp16); default, the model's own. Inputs and outputs keep the
-    example's dtype. backend: "auto", or the one that every convolution must use.
+    dtype: what the arithmetic runs in (fp32, bf16, fp16, fp64); default, as the model computes. backend: "auto", or the
+    one that every convolution must use.
+
+    With a dtype, the input and what most of the model is in are converted, as by `model.to(dtype)`, and the rest is as
+    under autocast: products (convolutions, linear layers, matmul, attention) cast what arrives, a step with an explicit
+    cast computes in what it was cast to, and sums promote. Weights in an fp32 step are not rounded. Parameters and
+    buffers of another dtype than the model's main one keep theirs. Outputs have the dtypes that the model's have.
+    Without one, an input that the model refuses for its dtype is cast to the model's, and the outputs back.
 
     Calls are safe from several threads, outputs are fresh tensors, and autocast around a call changes nothing. A
     frozen CPU plan may turn NaN into 0 where it meets a ReLU, as oneDNN does. On glibc, malloc is told to keep as much
@@ -65,10 +72,7 @@ def freeze(
     device = next((p.device for p in model.parameters()), example.device)
     if example.device != device:
         raise TypeError(f"freeze: example_input is on {example.device} but the model is on {device}.")
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if dtype is None:
-        dtype = dtypes.pop() if len(dtypes) == 1 else example.dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"freeze: dtype must be float32, bfloat16, float16 or float64, got {dtype}.")
     backends.check_name("freeze", backend)
     frozen = [name for name, module in model.named_modules() if isinstance(module, _Frozen)]
@@ -118,11 +122,21 @@ class FrozenModel(_Frozen):
     _lock: threading.Lock
     _plans: collections.OrderedDict[tuple, Plan]
 
-    def __init__(self, model: nn.Module, example_input: Tensor, dtype: torch.dtype, backend: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Tensor,
+        dtype: Optional[torch.dtype],
+        backend: str,
+        main: Optional[torch.dtype] = None,  # of the whole, where the model is a part
+    ) -> None:
         super().__init__(model)
-        self.dtype, self.backend = dtype, backend
+        own = main_dtype(model, example_input.dtype)
+        self.dtype, self.backend = dtype or own, backend
         self.device, self.input_dtype = example_input.device, example_input.dtype
         self.__dict__["_traced"] = trace(model)
+        with plainly(self.device):
+            self._conversion = conversion(self._traced, example_input.detach(), main or own, dtype)
         self._reset_plans()
         self._plan_for(example_input)
 
@@ -143,6 +157,11 @@ class FrozenModel(_Frozen):
         """The plan for inputs like x, made now if there is none: `print(frozen.plan(x).code)`."""
         self._check_input(x)
         return self._plan_for(x).module
+
+    def taken(self, x: Tensor) -> Tensor:
+        """x as the plan for it takes it."""
+        self._check_input(x)
+        return self._plan_for(x).taken(x)
 
     def is_graphed(self, x: Tensor) -> bool:
         """Whether inputs like x are served by replaying a CUDA graph. Without one, a warning has said why."""
@@ -167,7 +186,7 @@ class FrozenModel(_Frozen):
             plan = self._plans.get(key)
             if plan is None:
                 with plainly(self.device):
-                    plan = self._plans[key] = make_plan(self._traced, x.detach(), self.dtype, self.backend)
+                    plan = self._plans[key] = make_plan(self._traced, x.detach(), self._conversion, self.backend)
                 if len(self._plans) > MAX_PLANS:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(key)
@@ -188,8 +207,11 @@ class FrozenModel(_Frozen):
 class _FrozenPart(FrozenModel):
     """A FrozenModel inside a model, which may ask it for its attributes, as they were, but not set them."""
 
-    def __init__(self, part: nn.Module, x: Tensor, dtype: torch.dtype, backend: str) -> None:
-        super().__init__(part, x, dtype, backend)
+    def __init__(
+        self, part: nn.Module, x: Tensor, dtype: Optional[torch.dtype], backend: str, main: torch.dtype
+    ) -> None:
+        # what the model computes in another dtype than its main one stays in it
+        super().__init__(part, x, dtype if x.dtype == main else None, backend, main)
         if self._traced.meta["writes_input"]:
             raise ValueError("freeze: it writes into its input, which a frozen part does not.")
         try:
@@ -221,20 +243,26 @@ class FrozenParts(_Frozen):
     """What `freeze` returns for a model that cannot be frozen as a whole: a copy with frozen parts.
 
     Callable like the model, in no_grad mode; autocast around a call changes nothing. parts: {name: FrozenModel}. The
-    rest of the copy computes in the model's dtype, and what a part returns is in the dtype that it was given.
+    rest of the copy computes in the model's dtype, and a part returns the dtypes that its module did.
 
     A part does what its module did when it was frozen, and its attributes and the modules inside it are those of then,
     to be read. Setting an attribute of a part is an error; what is set on a module inside, or hooked to it, has no
     effect: change unfreeze(), and freeze again. Modules that the forward writes to are in no part.
     """
 
-    def __init__(self, model: nn.Module, example_input: Any, dtype: torch.dtype, backend: str, reason: str) -> None:
+    def __init__(
+        self, model: nn.Module, example_input: Any, dtype: Optional[torch.dtype], backend: str, reason: str
+    ) -> None:
         super().__init__(model)
         tensors = (value for value in pytree.tree_leaves(example_input) if isinstance(value, Tensor))
         weights = itertools.chain(model.parameters(), model.buffers(), tensors)
         self._device = next((tensor.device for tensor in weights), torch.device("cpu"))
+        example = next(filter(_is_floating, pytree.tree_leaves(example_input)))
+        main = main_dtype(model, example.dtype)
         with plainly(self._device):
-            parts, expected = freeze_parts(model, example_input, lambda part, x: _FrozenPart(part, x, dtype, backend))
+            parts, expected = freeze_parts(
+                model, example_input, lambda part, x: _FrozenPart(part, x, dtype, backend, main)
+            )
         if not parts:
             raise NothingToFreeze(f"freeze: no part of {type(model).__name__} can be frozen, and {reason}")
         self.parts = parts

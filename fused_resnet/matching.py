@@ -52,18 +52,18 @@ def matches(
     graph: fx.Graph,
     modules: dict[str, nn.Module],
     *,
-    is_image: Callable[[Any], bool] = lambda node: True,
+    is_fit: Callable[[fx.Node], bool] = lambda node: True,
     is_alike: Callable[[Any, fx.Node], bool] = lambda other, head: True,
     is_write: Callable[[fx.Node, dict], bool] = writes_in_place,
 ) -> list[Match]:
     """Every convolution that can be bypassed, with as much of what follows it as may be computed together with it.
 
-    is_image: whether a convolution's input is a batch of images. is_alike: whether an addend has the shape and dtype of
-    the convolution's result, so that the addition does not broadcast. is_write: whether a node may write memory that it
-    is given. Where the graph cannot tell, the caller must find out when it runs.
+    is_fit: whether a convolution or its norm takes a batch of images and computes in its dtype. is_alike: whether an
+    addend has the shape and dtype of the convolution's result, so that the addition does not broadcast. is_write:
+    whether a node may write memory that it is given. Where the graph cannot tell, the caller must find out at run time.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
-    heads = _heads(graph, modules, is_image)
+    heads = _heads(graph, modules, is_fit)
     found = []
     for head, match in heads.items():
         norm = norm_of(norm_at(match.bn, modules))
@@ -89,18 +89,18 @@ def matches(
     return [_before_writes(match, order, writes, memory, modules) for match in found]
 
 
-def _heads(graph: fx.Graph, modules: dict[str, nn.Module], is_image: Callable) -> dict[fx.Node, Match]:
+def _heads(graph: fx.Graph, modules: dict[str, nn.Module], is_fit: Callable) -> dict[fx.Node, Match]:
     """conv -> bn? by their last node."""
     heads = {}
     for node in graph.nodes:
         conv = module_of(node, modules)
         if conv is None or why_not_fused(None, [(conv, None)]) is not None:
             continue
-        if len(node.args) != 1 or node.kwargs or not is_image(node.args[0]):
+        if len(node.args) != 1 or node.kwargs or not is_fit(node):
             continue
         user = only_user(node)
         bn = norm_at(user, modules)
-        has_bn = bn is not None and why_not_fused(None, [(conv, bn)]) is None
+        has_bn = bn is not None and why_not_fused(None, [(conv, bn)]) is None and is_fit(user)
         heads[user if has_bn else node] = Match(node, user if has_bn else None, None, None)
     return heads
 

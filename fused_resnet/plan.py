@@ -19,11 +19,10 @@ from typing import Any, Callable, Optional, Union
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils import _pytree as pytree
 
-from fused_resnet import backends, extension, layouts, reference, workspace
+from fused_resnet import backends, dtypes, extension, layouts, reference, workspace
+from fused_resnet.dtypes import Conversion, facts_of, first_line
 from fused_resnet.matching import Match, activation_of, matches, norm_at
 from fused_resnet.nn import Norm, norm_of
 from fused_resnet.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name, pair
@@ -115,24 +114,34 @@ class FrozenMaxPool(nn.Module):
         return run
 
 
+_LOWERED = (FrozenConv, FrozenLinear, FrozenMaxPool)
+
+
 class Plan:
-    """A lowered graph between the caller's dtype and the plan's."""
+    """A lowered graph; with a conversion, between the caller's dtypes and the plan's."""
 
     is_graphed = False
 
-    def __init__(self, module: fx.GraphModule, dtype: torch.dtype, output_dtype: torch.dtype) -> None:
-        self.module, self.dtype, self.output_dtype = module, dtype, output_dtype
+    def __init__(self, module: fx.GraphModule, conversion: Optional[Conversion]) -> None:
+        self.module, self.conversion = module, conversion
         self._run = _bound(module)
 
-    def __call__(self, x: Tensor) -> Any:
-        x = x.to(self.dtype)  # not together with the layout: fp32 to bf16 and NHWC at once took 2.5 times as long
-        out = self._run(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
-        if self.dtype == self.output_dtype:
-            return out
-        return pytree.tree_map(self._converted, out)
+    def taken(self, x: Tensor) -> Tensor:
+        """x as the graph takes it."""
+        if self.conversion is not None:
+            # not together with the layout: fp32 to bf16 and NHWC at once took 2.5 times as long
+            x = x.to(self.conversion.input)
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
-    def _converted(self, value: Any) -> Any:
-        return value.to(self.output_dtype) if isinstance(value, Tensor) and value.dtype == self.dtype else value
+    def __call__(self, x: Tensor) -> Any:
+        out = self._run(self.taken(x))
+        if self.conversion is None:
+            return out
+        if isinstance(out, Tensor):
+            return out.to(self.conversion.outputs[0])
+        leaves, structure = pytree.tree_flatten(out)
+        wanted = zip(leaves, self.conversion.outputs, strict=True)
+        return pytree.tree_unflatten([v if dtype is None else v.to(dtype) for v, dtype in wanted], structure)
 
 
 def _bound(module: fx.GraphModule) -> Callable[[Tensor], Any]:
@@ -145,7 +154,7 @@ def _bound(module: fx.GraphModule) -> Callable[[Tensor], Any]:
     modules = dict(module.named_modules())
     for node in graph.nodes:
         frozen = module_of(node, modules)
-        if isinstance(frozen, (FrozenConv, FrozenLinear, FrozenMaxPool)):
+        if isinstance(frozen, _LOWERED):
             node.op, node.target = "call_function", frozen.bound()
     return fx.GraphModule(module, graph).forward
 
@@ -156,7 +165,7 @@ class _GraphedPlan(Plan):
     is_graphed = True
 
     def __init__(self, plan: Plan, example: Tensor) -> None:
-        super().__init__(plan.module, plan.dtype, plan.output_dtype)
+        super().__init__(plan.module, plan.conversion)
         self._lock = threading.Lock()
         # a normal tensor can be written in and out of inference mode
         with capturing(), torch.inference_mode(False), torch.no_grad(), torch.cuda.device(example.device):
@@ -210,25 +219,26 @@ def plainly(device: torch.device) -> Iterator[None]:
         yield
 
 
-def make_plan(traced: fx.GraphModule, x: Tensor, dtype: torch.dtype, backend: str) -> Plan:
-    module = fx.GraphModule(traced, copy.deepcopy(traced.graph))
-    _infer_shapes(module, x)
+def make_plan(traced: fx.GraphModule, x: Tensor, conversion: Optional[Conversion], backend: str) -> Plan:
+    """The plan for inputs like x: as the model computes, or with its dtypes converted."""
+    module = dtypes.propagated(traced, x, conversion)
     modules = dict(module.named_modules())
     for match in _matches(module.graph, modules):
-        _lower(module, modules, match, dtype, backend)
+        _lower(module, modules, match, backend)
     _reselect_stranded(module.graph, modules, backend)
     _mark_sums_in_place(module.graph, modules)
     _place_triton(module.graph, modules, x.device)
-    if x.device.type == "cpu" and backend in ("auto", "onednn") and backends.onednn_missing(dtype) is None:
-        _pack_linears(module, modules, dtype)
+    if x.device.type == "cpu" and backend in ("auto", "onednn"):
+        _pack_linears(module, modules)
     if x.device.type == "cpu" and extension.load("cpu") is None:
         _replace_max_pools(module, modules)
+    if conversion is not None and conversion.wanted is not None:
+        _convert_the_rest(module, modules, conversion)
     module.delete_all_unused_submodules()
-    _convert_the_rest(module, dtype)
     module.recompile()
-    plan = Plan(module.eval(), dtype, x.dtype)
+    plan = Plan(module.eval(), conversion)
     if x.device.type == "cpu":
-        workspace.keep(*_workspace_of(module.graph, dtype))
+        workspace.keep(*_workspace_of(module.graph))
     _try(plan, x)
     if x.device.type != "cuda" or torch.version.hip:
         return plan
@@ -244,60 +254,57 @@ def _try(plan: Plan, x: Tensor) -> None:
     try:
         plan(x)
     except Exception as error:
-        raise ValueError(f"freeze: the plan for an input of {_shown(x)} does not run: {error}") from error
+        wanted = plan.conversion and plan.conversion.wanted
+        where = f"{f' in {dtype_name(wanted)}' if wanted else ''} on an input of {_shown(x)}"
+        raise ValueError(f"freeze: the model does not run{where}: {first_line(error)}") from error
 
 
 def _shown(x: Tensor) -> str:
     return f"shape {tuple(x.shape)} in {dtype_name(x.dtype)}"
 
 
-def _workspace_of(graph: fx.Graph, dtype: torch.dtype) -> tuple[int, int]:
+def _workspace_of(graph: fx.Graph) -> tuple[int, int]:
     """Bytes of the largest tensor, and of all that are alive at once, as a plan computes its nodes in order."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     change = [0] * (len(order) + 1)  # bytes that come alive at each node
     largest = 0
     for node, index in order.items():
-        size = math.prod(_shape_of(node) or (0,)) * dtype.itemsize
+        facts = facts_of(node)
+        size = 0 if facts is None else math.prod(facts.shape) * facts.dtype.itemsize
         largest = max(largest, size)
         change[index] += size
         change[1 + max((order[user] for user in node.users), default=index)] -= size
     return largest, max(itertools.accumulate(change))
 
 
-def _infer_shapes(module: fx.GraphModule, x: Tensor) -> None:
-    """Write each node's shape into its meta, without computing anything."""
-    parameter = next((p for p in module.parameters() if p.is_floating_point()), x)
-    try:
-        with torch.no_grad():
-            ShapeProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(x.to(parameter.dtype))
-    except Exception as error:
-        cause = error.__cause__ or error
-        raise ValueError(
-            f"freeze: the model cannot take an input of shape {tuple(x.shape)}: {str(cause).splitlines()[0]}"
-        ) from error
-
-
 def _matches(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Match]:
     return matches(
         graph,
         modules,
-        is_image=lambda node: len(_shape_of(node) or ()) == 4,
-        is_alike=lambda other, head: _shape_of(other) == _shape_of(head) and _dtype_of(other) == _dtype_of(head),
+        is_fit=lambda node: len(getattr(facts_of(node), "shape", ())) == 4 and _keeps_dtype(node),
+        is_alike=lambda other, head: facts_of(other) == facts_of(head),
     )
 
 
-def _lower(module: fx.GraphModule, modules: dict, match: Match, dtype: torch.dtype, backend: str) -> None:
+def _keeps_dtype(node: fx.Node) -> bool:
+    """Whether it returns the dtype that it was given, and that is one which plans know."""
+    source, result = facts_of(node.all_input_nodes[0]), facts_of(node)
+    return bool(source and result and source.dtype == result.dtype in FLOAT_DTYPES)
+
+
+def _lower(module: fx.GraphModule, modules: dict, match: Match, backend: str) -> None:
     """Replace a match by one FrozenConv, placed where its last node was, and what its norm calls after that."""
     conv: nn.Conv2d = modules[match.conv.target]
     norm = norm_of(norm_at(match.bn, modules))
-    weight, bias = fold(conv, norm, dtype)
     activation, then = ("none", ()) if norm is None else norm.activation
-    source, residual, tail = match.conv.args[0], match.residual, match.nodes[-1]
+    source, residual, tail = match.conv.all_input_nodes[0], match.residual, match.nodes[-1]
+    facts = source.meta["facts"]
+    weight, bias = fold(conv, norm, facts.dtype)
     described = ConvOperands(
-        torch.empty(_shape_of(source), dtype=dtype, device="meta"),
+        torch.empty(facts.shape, dtype=facts.dtype, device="meta"),
         weight.to("meta"),
         bias=None if bias is None else bias.to("meta"),
-        residual=None if residual is None else torch.empty(_shape_of(residual), dtype=dtype, device="meta"),
+        residual=None if residual is None else torch.empty(tail.meta["facts"].shape, dtype=facts.dtype, device="meta"),
     )
     if match.act is not None:
         activation = activation_of(match.act, modules)
@@ -320,23 +327,26 @@ def _lower(module: fx.GraphModule, modules: dict, match: Match, dtype: torch.dty
             module.graph.erase_node(node)
 
 
-def _pack_linears(module: fx.GraphModule, modules: dict, dtype: torch.dtype) -> None:
+def _pack_linears(module: fx.GraphModule, modules: dict) -> None:
     for node in module.graph.nodes:
-        linear, shape = module_of(node, modules), _shape_of(node.args[0]) if node.args else None
-        if type(linear) is not nn.Linear or not has_stock_call(linear) or node.kwargs or shape is None:
+        linear, facts = module_of(node, modules), facts_of(node.args[0]) if node.args else None
+        if type(linear) is not nn.Linear or not has_stock_call(linear) or node.kwargs or facts is None:
             continue
-        if len(shape) == 2 and shape[0] and type(linear.weight) is nn.Parameter:
-            node.target = _add(module, modules, f"packed_{node.name}", FrozenLinear(linear, dtype, shape[0]))
+        if len(facts.shape) != 2 or not facts.shape[0] or type(linear.weight) is not nn.Parameter:
+            continue
+        if _keeps_dtype(node) and backends.onednn_missing(facts.dtype) is None:
+            packed = FrozenLinear(linear, facts.dtype, facts.shape[0])
+            node.target = _add(module, modules, f"packed_{node.name}", packed)
 
 
 def _replace_max_pools(module: fx.GraphModule, modules: dict) -> None:
     for node in module.graph.nodes:
-        pool, shape = module_of(node, modules), _shape_of(node)
-        if type(pool) is not nn.MaxPool2d or not has_stock_call(pool) or node.kwargs or len(shape or ()) != 4:
+        pool, facts = module_of(node, modules), facts_of(node)
+        if type(pool) is not nn.MaxPool2d or not has_stock_call(pool) or node.kwargs or facts is None:
             continue
         is_plain = pair("pooling", pool.dilation) == (1, 1) and not pool.ceil_mode and not pool.return_indices
-        if is_plain and _dtype_of(node) in FLOAT_DTYPES:
-            node.target = _add(module, modules, f"frozen_{node.name}", FrozenMaxPool(pool, shape))
+        if is_plain and len(facts.shape) == 4 and facts.dtype in FLOAT_DTYPES:
+            node.target = _add(module, modules, f"frozen_{node.name}", FrozenMaxPool(pool, facts.shape))
 
 
 def _add(module: fx.GraphModule, modules: dict, name: str, child: nn.Module) -> str:
@@ -400,28 +410,18 @@ def _owns_its_memory(node: fx.Node, modules: dict) -> bool:
     return node.op == "call_function" and node.target in POOL_FUNCTIONS
 
 
-def _convert_the_rest(module: fx.GraphModule, dtype: torch.dtype) -> None:
-    """Give copies in `dtype` to the modules that were not lowered; a norm's vectors are fp32 beside 16-bit inputs."""
-    for name, child in list(module.named_modules()):
-        tensors = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
-        is_norm = isinstance(child, nn.modules.batchnorm._NormBase)
-        wanted = torch.promote_types(dtype, torch.float32) if is_norm else dtype
-        if not any(_differs(t, wanted) for t in tensors):
+def _convert_the_rest(module: fx.GraphModule, modules: dict, conversion: Conversion) -> None:
+    """Give converted copies to the modules that were not lowered: one for each dtype that a module computes in."""
+    names: dict[tuple[Any, torch.dtype], str] = {}
+    for node in module.graph.nodes:
+        child, dtype = module_of(node, modules), node.meta.get("arrives_in")
+        if child is None or dtype is None or isinstance(child, _LOWERED):
             continue
-        converted = module if child is module else copy.copy(child)
-        own = {**dict(child.named_parameters(recurse=False)), **dict(child.named_buffers(recurse=False))}
-        converted._parameters, converted._modules = {}, dict(child._modules)
-        converted._buffers = {k: t.detach().to(wanted) if _differs(t, wanted) else t.detach() for k, t in own.items()}
-        for key in child._parameters.keys() - own.keys():  # bias=None stays None
-            converted.register_parameter(key, None)
-        for key in child._buffers.keys() - own.keys():
-            converted.register_buffer(key, None)
-        if child is not module:
-            module.set_submodule(name, converted)
-
-
-def _differs(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return tensor.is_floating_point() and tensor.dtype != dtype
+        key = (node.target, dtype)
+        if key not in names:
+            copied = dtypes.converted(child, conversion.main, dtype)
+            names[key] = _add(module, modules, f"{node.name}_{dtype_name(dtype)}", copied)
+        node.meta["converted"], node.target = node.target, names[key]
 
 
 def fold(
@@ -436,17 +436,3 @@ def fold(
         weight = conv.weight.double() * scale.view(-1, 1, 1, 1)
     has_shift = conv.bias is not None or norm is not None
     return weight.to(dtype, memory_format=torch.channels_last), shift.to(dtype) if has_shift else None
-
-
-# ------------------------------------------------------------------------------------------------- questions to nodes
-
-
-def _dtype_of(node: Any) -> Optional[torch.dtype]:
-    meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
-    return getattr(meta, "dtype", None)
-
-
-def _shape_of(node: Any) -> Optional[tuple[int, ...]]:
-    meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
-    shape = getattr(meta, "shape", None)
-    return None if shape is None else tuple(shape)

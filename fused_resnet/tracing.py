@@ -16,6 +16,7 @@ from typing import Any, Callable, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fused_resnet.nn import has_stock_call, is_norm, returns_its_input
@@ -101,6 +102,23 @@ class _Call(nn.Module):
         return self.model(x)
 
 
+class _OwnTensors(TorchFunctionMode):
+    """Notes which tensors a trace computes from the model's own buffers alone, before the graph sees them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._tensors
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(id(leaf) in self._tensors for leaf in pytree.tree_leaves((args, kwargs))):
+            self._tensors.update((id(leaf), leaf) for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor))
+        return out
+
+
 class Untraceable(ValueError):
     """torch.fx cannot trace a model."""
 
@@ -120,7 +138,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     try:
         # a copy, because the forward runs: what it counts and keeps is not for the model
         root = _Call(copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})).eval()
-        with TRACING:
+        with TRACING, _OwnTensors(root) as own:
             graph = tracer.trace(root)
     except Exception as error:
         raise Untraceable(
@@ -130,6 +148,9 @@ def trace(model: nn.Module) -> fx.GraphModule:
     modules = dict(root.named_modules())
     for node in graph.nodes:
         node.type = None  # annotations are of no use here, and as strings they cannot be pickled
+        if is_made_in_forward(node) and getattr(root, node.target) in own:
+            setattr(root, f"_of_buffers{node.target}", getattr(root, node.target))
+            node.target = f"_of_buffers{node.target}"
     skip_identities(graph, modules)
     _let_views_copy(graph, modules)
     writes_input = _leave_input_alone(graph, modules)
@@ -137,6 +158,11 @@ def trace(model: nn.Module) -> fx.GraphModule:
     traced = copy.deepcopy(fx.GraphModule(root, graph)).eval()
     traced.meta["writes_input"] = writes_input
     return traced
+
+
+def is_made_in_forward(node: fx.Node) -> bool:
+    """Whether this is a tensor that the forward makes, as torch.arange does, and that is in no module."""
+    return node.op == "get_attr" and str(node.target).startswith("_tensor_constant")
 
 
 def skip_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:

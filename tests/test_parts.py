@@ -394,3 +394,42 @@ def test_autocast_changes_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         (actual,) = fused_resnet.freeze(model, images)(images)
     assert actual.dtype == torch.float32 and torch.equal(actual, expected)
+
+
+class Refined(nn.Module):
+    """Its branch is in no graph. One part is fp64 on purpose, one has an fp32 step before its convolution."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            return self.last(self.first(x).float().softmax(1))
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = ConvBNAct(3, 8), Refined.Head()
+        self.exact = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()).double()
+
+    def forward(self, x):
+        y = self.stem(x)
+        if y.shape[0] > 1:
+            y = y.clone()
+        return self.head(y), self.exact(y.double())
+
+
+@pytest.mark.parametrize("dtype", (None, torch.bfloat16, torch.float16), ids=str)
+def test_a_part_of_another_dtype_than_the_model_stays_in_it(dtype):
+    model, x = networks.randomize(Refined()), torch.randn(2, 3, 8, 8)
+    frozen = fused_resnet.freeze(model, x, dtype=dtype)
+    own = dtype or torch.float32
+    assert {name: part.dtype for name, part in frozen.parts.items()} == {
+        "stem": own, "head": own, "exact": torch.float64
+    }  # fmt: skip
+    with torch.no_grad():
+        wanted, seen = model(x), model.stem(x)
+    for actual, expected in zip(frozen(x), wanted, strict=True):
+        assert actual.dtype == expected.dtype
+        assert networks.error(actual, expected.double()) < (1e-5 if dtype is None else 0.02)
+    assert networks.error(frozen.parts["exact"](seen.double()), model.exact(seen.double())) < 1e-14
