@@ -17,7 +17,7 @@ from fused_resnet.dtypes import first_line, without_torchs_log
 from fused_resnet.frozen import FrozenModel, FrozenParts
 from fused_resnet.matching import unfolded_norms
 from fused_resnet.nn import why_not_fused
-from fused_resnet.plan import FrozenConv
+from fused_resnet.plan import FrozenConv, WideConv
 from fused_resnet.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name
 
 _RUNS = 5
@@ -178,6 +178,9 @@ def _of_plan(prefix: str, frozen: FrozenModel, x: Tensor, measure: bool) -> tupl
         if isinstance(module, FrozenConv):
             name, time_us = name_of(node), statistics.median(run[node] for run in runs) if runs else None
             calls.append(Call(name, module.problem, frozen.backend, time_us=time_us, selection=module.selection))
+        elif isinstance(module, WideConv):
+            reason = "it is computed in float32, because oneDNN is wrong there in 16 bits"
+            left_alone.append(convert.LeftAlone(prefix + str(node.target).removeprefix("wide_model_"), reason))
         elif isinstance(module, nn.modules.conv._ConvNd):
             reason = why_not_fused(None, [(module, None)]) or "a plan has no rule for the way it is called"
             name = str(node.meta.get("converted", node.target)).removeprefix("model.")

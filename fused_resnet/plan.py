@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from typing import Any, Callable, Optional, Union
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fused_resnet import backends, dtypes, extension, layouts, reference, workspace
+from fused_resnet import backends, dtypes, extension, layouts, library_faults, reference, workspace
 from fused_resnet.dtypes import Conversion, facts_of, first_line
 from fused_resnet.matching import Match, activation_of, matches, norm_at
 from fused_resnet.nn import Norm, norm_of
@@ -112,6 +113,22 @@ class FrozenMaxPool(nn.Module):
             return out
 
         return run
+
+
+class WideConv(nn.Module):
+    """A convolution that is no FrozenConv and that torch would compute wrongly in a 16-bit dtype: in fp32.
+
+    run: a module or a function of torch.nn.functional.
+    """
+
+    def __init__(self, run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.run = copy.deepcopy(run).float() if isinstance(run, nn.Module) else run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        (dtype,) = {value.dtype for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        return self.run(*args, **kwargs).to(dtype)
 
 
 _LOWERED = (FrozenConv, FrozenLinear, FrozenMaxPool)
@@ -234,6 +251,8 @@ def make_plan(traced: fx.GraphModule, x: Tensor, conversion: Optional[Conversion
         _replace_max_pools(module, modules)
     if conversion is not None and conversion.wanted is not None:
         _convert_the_rest(module, modules, conversion)
+    if x.device.type == "cpu":
+        _widen_what_is_wrong(module, modules)
     module.delete_all_unused_submodules()
     module.recompile()
     plan = Plan(module.eval(), conversion)
@@ -347,6 +366,34 @@ def _replace_max_pools(module: fx.GraphModule, modules: dict) -> None:
         is_plain = pair("pooling", pool.dilation) == (1, 1) and not pool.ceil_mode and not pool.return_indices
         if is_plain and len(facts.shape) == 4 and facts.dtype in FLOAT_DTYPES:
             node.target = _add(module, modules, f"frozen_{node.name}", FrozenMaxPool(pool, facts.shape))
+
+
+def _widen_what_is_wrong(module: fx.GraphModule, modules: dict) -> None:
+    """Have convolutions that were not lowered computed in fp32 where torch's own would be wrong."""
+    for node in module.graph.nodes:
+        facts, conv = facts_of(node), module_of(node, modules)
+        if isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            weight: Optional[tuple] = tuple(conv.weight.shape)
+            stride, dilation = conv.stride, conv.dilation
+        elif node.op == "call_function" and node.target in _CONVOLUTIONS:
+            asked = {**dict(zip(_CONVOLUTION_ARGUMENTS, node.args)), **node.kwargs}
+            dims = _CONVOLUTIONS[node.target]
+            weight = getattr(facts_of(asked["weight"]), "shape", None)
+            stride, dilation = (_spread(asked.get(name, 1), dims) for name in ("stride", "dilation"))
+        else:
+            continue
+        if facts and weight and library_faults.may_be_wrong(facts.dtype, weight, facts.shape, stride, dilation):
+            wide = WideConv(conv or node.target)
+            node.op, node.target = "call_module", _add(module, modules, f"wide_{node.name}", wide)
+
+
+_CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+_CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+def _spread(value: Any, dims: int) -> tuple:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values if len(values) == dims else values * dims
 
 
 def _add(module: fx.GraphModule, modules: dict, name: str, child: nn.Module) -> str:

@@ -205,7 +205,8 @@ def in_plan(function, dtype, **options):
     ("normalisation, float", "truediv", fp32), ("lrn", "model_lrn", fp32), ("F.batch_norm, float", "batch_norm", fp32),
     # what the model's own weights meet keeps the plan's dtype, as do numbers, and products take nothing else
     ("gamma", "mul", None), ("a number", "mul", None), ("where", "where", None), ("convnext", "mul", None),
-    ("normalisation", "truediv", None), ("frozen bn of buffers", "mul", None), ("relu, F.batch_norm", "batch_norm", None),
+    ("normalisation", "truediv", None), ("frozen bn of buffers", "mul", None),
+    ("relu, F.batch_norm", "batch_norm", None),
     ("to a weight", "to", None), ("to a weight's dtype", "to", None), ("in place", "add_", None),
     ("F.conv2d", "conv2d", None), ("F.linear", "linear", None), ("matmul", "matmul", None), ("@", "matmul", None),
     ("bmm", "bmm", None), ("baddbmm", "baddbmm", None), ("einsum", "einsum", None), ("lstm", "getitem", None),
