@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Callable, Optional
 
 import torch
@@ -43,7 +44,9 @@ def onednn_missing(dtype: torch.dtype) -> Optional[str]:
     if dtype not in supported:
         return f"{dtype_name(dtype)} is not supported (float32, bfloat16, float16 are)"
     if not supported[dtype]():
-        return f"this CPU has no {dtype_name(dtype)} instructions that oneDNN can use"
+        variables = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # oneDNN reads the first that is set
+        limits = [f" within {name}={os.environ[name]}" for name in variables if os.environ.get(name)]
+        return f"this CPU has no {dtype_name(dtype)} instructions that oneDNN can use{''.join(limits[:1])}"
     return None
 
 
