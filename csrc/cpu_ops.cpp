@@ -2,11 +2,14 @@
 //
 // cpu_add_relu: out = max(a + b, 0) in one pass over memory, which is what limits it; torch.relu(a + b) takes two.
 // cpu_max_pool2d: the maximum of each window in channels_last memory, without the indices that ATen's also writes.
+// cpu_instruction_set: which instructions the kernels of this library use, why, and what to warn of.
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstring>
+#include <string>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -265,8 +268,17 @@ void max_pool2d(Tensor x, std::vector<int64_t> kernel_size, std::vector<int64_t>
   }
 }
 
+std::tuple<std::string, std::string, std::string> instruction_set() {
+  const ChosenInstructions& chosen = chosen_instructions();
+  return {kInstructionSetNames[static_cast<int>(chosen.set)], chosen.why, chosen.warning};
+}
+
 }  // namespace
 }  // namespace fused_resnet
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_set", TORCH_BOX(&fused_resnet::instruction_set));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
   m.impl("cpu_add_relu", TORCH_BOX(&fused_resnet::add_relu));

@@ -5,35 +5,72 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 namespace fused_resnet {
 
 #define FUSED_RESNET_INLINE inline __attribute__((always_inline))
 
+// From the narrowest to the widest, and what FUSED_RESNET_CPU_ISA calls them.
 enum class InstructionSet { kPortable, kAvx2, kAvx512 };
+constexpr const char* kInstructionSetNames[] = {"portable", "avx2", "avx512"};
 
 #if defined(__x86_64__)
 #define FUSED_RESNET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512")))
 #define FUSED_RESNET_AVX2 __attribute__((target("avx2,fma")))
 #endif
 
-inline InstructionSet find_best_instruction_set() {
+inline InstructionSet widest_of_this_cpu() {
 #if defined(__x86_64__)
-  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
-  const char* limit = variable == nullptr ? "" : variable;
-  if (std::strcmp(limit, "default") == 0) return InstructionSet::kPortable;
-  const bool has_avx512 =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (std::strcmp(limit, "avx2") != 0 && has_avx512) return InstructionSet::kAvx512;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+    return InstructionSet::kAvx512;
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return InstructionSet::kAvx2;
 #endif
   return InstructionSet::kPortable;
 }
 
-// The best that the processor has and, as for torch's own kernels, ATEN_CPU_CAPABILITY (default, avx2) allows.
+struct ChosenInstructions {
+  InstructionSet set;
+  std::string why, warning;  // for people; warning is empty where there is none
+};
+
+// The widest that the processor has and a variable allows: FUSED_RESNET_CPU_ISA where it names a set, else, as for
+// torch's own kernels, ATEN_CPU_CAPABILITY (default, avx2). Any other value of either limits nothing.
+inline ChosenInstructions choose_instructions() {
+  ChosenInstructions chosen{widest_of_this_cpu(), "this processor and the kernels have no wider ones", ""};
+  const auto limit_to = [&](InstructionSet limit, const char* variable, const std::string& value) {
+    if (limit >= chosen.set) return;
+    chosen.set = limit;
+    chosen.why = std::string(variable) + "=" + value;
+  };
+  const char* own = std::getenv("FUSED_RESNET_CPU_ISA");
+  const std::string wanted = own == nullptr ? "" : own;
+  std::string known;
+  for (const InstructionSet set : {InstructionSet::kPortable, InstructionSet::kAvx2, InstructionSet::kAvx512}) {
+    const char* name = kInstructionSetNames[static_cast<int>(set)];
+    if (wanted == name) {
+      limit_to(set, "FUSED_RESNET_CPU_ISA", wanted);
+      return chosen;
+    }
+    known += (known.empty() ? "" : ", ") + std::string(name);
+  }
+  if (!wanted.empty()) chosen.warning = "FUSED_RESNET_CPU_ISA=" + wanted + " is ignored: it may be one of " + known;
+  const char* aten = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string capability = aten == nullptr ? "" : aten;
+  if (capability == "default") limit_to(InstructionSet::kPortable, "ATEN_CPU_CAPABILITY", capability);
+  if (capability == "avx2") limit_to(InstructionSet::kAvx2, "ATEN_CPU_CAPABILITY", capability);
+  return chosen;
+}
+
+// Chosen once in a process.
+inline const ChosenInstructions& chosen_instructions() {
+  static const ChosenInstructions chosen = choose_instructions();
+  return chosen;
+}
+
 inline InstructionSet best_instruction_set() {
-  static const InstructionSet best = find_best_instruction_set();
-  return best;
+  return chosen_instructions().set;
 }
 
 template <int kLanes>

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import mmap
 import re
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -16,6 +17,8 @@ from typing import Optional
 import torch
 
 from fused_resnet import schemas
+
+log = logging.getLogger("fused_resnet")
 
 _DIRECTORY = Path(__file__).parent
 _REBUILD = "rebuild with `pip install --no-build-isolation .`"
@@ -48,7 +51,17 @@ def load(library: str) -> Optional[str]:
     except OSError as error:
         return f"{path.name} does not load ({error}): {_rebuild(library)}"
     _loaded.add(library)
+    if library == "cpu" and (warning := torch.ops.fused_resnet.cpu_instruction_set()[2]):
+        log.warning("%s", warning)
     return None
+
+
+def instruction_set() -> Optional[dict[str, str]]:
+    """{"name", "why"} of the instructions that _C_cpu uses in this process; None where it is not loaded."""
+    if load("cpu") is not None:
+        return None
+    name, why, _ = torch.ops.fused_resnet.cpu_instruction_set()
+    return {"name": name, "why": why}
 
 
 def status() -> dict[str, dict]:

@@ -29,6 +29,8 @@ KERNELS = {
         "cpu_grouped_conv": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, "
         "str activation, Tensor(a!) out) -> ()",
         "cpu_max_pool2d": "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, Tensor(a!) out) -> ()",
+        # its name, why that one, and what to warn of, if anything
+        "cpu_instruction_set": "() -> (str, str, str)",
     },
     "cuda": {
         "cuda_add_relu": "(Tensor a, Tensor b, Tensor(a!) out) -> ()",

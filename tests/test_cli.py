@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import fused_resnet
 from fused_resnet import __main__ as command_line
-from fused_resnet import bench, library_faults, models, provenance, testing, timing, tuning
+from fused_resnet import bench, extension, library_faults, models, provenance, testing, timing, tuning
 from fused_resnet.commands import console, info
 
 TINY = ["--rounds", "1", "--device", "cpu"]
@@ -97,6 +97,8 @@ def test_info_for_people():
     assert result.exit_code == 0
     for expected in ("conv_bn_act", "auto: fp32", "_C_cuda", "Provenance: kernels", "oneDNN bf16"):
         assert expected in result.output
+    if kernels := extension.instruction_set():
+        assert f"  C++ kernels: {kernels['name']} ({kernels['why']})\n" in result.output
 
 
 def test_info_says_which_faults_of_libraries_apply(monkeypatch):

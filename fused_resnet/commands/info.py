@@ -30,7 +30,7 @@ _OPTIONAL = (
 # Whatever may change what is chosen, how fast it is, or where it is kept.
 _VARIABLES = re.compile(
     r"(FUSED_RESNET|TRITON|TORCHINDUCTOR|TORCH_CUDA|TORCH_LOGS|PYTORCH|CUDA|CUDNN|CUBLAS|NVIDIA|OMP|MKL|ONEDNN|DNNL|KMP"
-    r"|MALLOC|GLIBC_TUNABLES|LD_PRELOAD|CC$|CXX$|DISABLE_ADDMM)"
+    r"|ATEN_CPU|MALLOC|GLIBC_TUNABLES|LD_PRELOAD|CC$|CXX$|DISABLE_ADDMM)"
 )
 
 
@@ -48,6 +48,8 @@ def info(as_json: bool) -> None:
     out.print(f"CPU: {cpu['name']}, {cpu['threads']} threads, {' '.join(cpu['flags']) or 'no vector flags known'}")
     for dtype, reason in cpu["onednn"].items():
         out.print(f"  oneDNN {dtype}: {'yes' if reason is None else reason}")
+    if cpu["kernels"]:
+        out.print(f"  C++ kernels: {cpu['kernels']['name']} ({cpu['kernels']['why']})")
     for name in gpu["names"] or [f"none ({gpu['why']})"]:
         out.print(f"GPU: {name}")
     out.print(f"Triton: {record['triton_error'] or 'imported'}\n")
@@ -104,6 +106,7 @@ def collect_info() -> dict[str, Any]:
                 "threads": record["threads"],
                 "flags": record["cpu_flags"],
                 "onednn": {short: backends.onednn_missing(dtype) for short, dtype in bench.SHORT_DTYPES.items()},
+                "kernels": extension.instruction_set(),
             },
             "cuda": {"names": names, "why": None if has_cuda else why_no_cuda()},
         },
