@@ -1,9 +1,6 @@
 """Whole random problems on every backend of this machine, and that the comparison would notice a mistake."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -236,20 +233,6 @@ def test_common_problems(backend, problems, at_least):
     report = testing.verify(problems, seed=7, backends=[backend], kind="common")
     assert report.passed, str(report)
     assert report.backends[f"conv_bn_act/{backend}"].ok > at_least
-
-
-@NEEDS_LIBRARY
-@pytest.mark.full
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-@pytest.mark.parametrize("backend, problems, at_least", [("winograd", 550, 150), ("grouped", 500, 100)])
-def test_common_problems_on_every_instruction_set(backend, problems, at_least, capability):
-    command = [sys.executable, "-m", "fused_resnet", "verify", "--common", "--backend", backend, "--json"]
-    done = subprocess.run(
-        [*command, "--problems", str(problems), "--seed", "11", "--device", "cpu"],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout)["backends"][f"conv_bn_act/{backend}"]["ok"] > at_least
 
 
 # -------------------------------------------------------------------------------------------------------------- 2,000
