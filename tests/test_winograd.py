@@ -106,8 +106,7 @@ def test_what_it_cannot_run_it_says(change, sentence):
 
 
 def test_auto_takes_it_in_plans_where_it_pays(monkeypatch):
-    for module in (backends.onednn, backends.winograd):  # whose bf16 would be faster
-        monkeypatch.setattr(module, "onednn_has_amx", lambda: False, raising=False)
+    monkeypatch.setattr(backends.winograd, "onednn_has_amx", lambda: False)
     chosen = lambda p, **where: backends.fixed_order(p, **where).backend.name  # noqa: E731
     assert chosen(problem_of(H=56, W=56), in_plan=True) == "winograd"
     assert chosen(problem_of(H=56, W=56)) != "winograd"  # the weight would be packed at every call
@@ -120,6 +119,9 @@ def test_auto_takes_it_in_plans_where_it_pays(monkeypatch):
     assert chosen(half, in_plan=True) == "winograd"
     assert chosen(half._replace(H=17, W=17), in_plan=True) != "winograd"  # a quarter of the tiles lies outside
     assert chosen(half._replace(C=192, K=192, H=17, W=17), in_plan=True) == "winograd"
+    monkeypatch.setattr(backends.winograd, "onednn_has_amx", lambda: True)  # whose bf16 is faster
+    assert chosen(half, in_plan=True) != "winograd"
+    assert chosen(half._replace(dtype=torch.float32), in_plan=True) == "winograd"
 
 
 def test_plans_use_it_and_sum_in_place():
