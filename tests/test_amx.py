@@ -157,14 +157,20 @@ sys.exit(pytest.main(["-q", "-p", "no:faulthandler", "-p", "no:cacheprovider", *
 """
 
 
+_ROOMS = "plan winograd grouped functional nn explain parts convert rewriting".split()
+_NO_FP16 = "not fp16 and not float16 and not half"  # whose instructions of AVX-512 are not emulated
+
+
 @needs_emulation
 @pytest.mark.parametrize(
     "arguments",
     [
         ["tests/test_library_faults.py"],
-        pytest.param(["tests/test_plan.py", "tests/test_winograd.py", "-m", "not full"], marks=pytest.mark.full),
+        pytest.param(
+            [*(f"tests/test_{room}.py" for room in _ROOMS), "-m", "not full", "-k", _NO_FP16], marks=pytest.mark.full
+        ),
     ],
-    ids=["faults", "plans"],
+    ids=["faults", "all that computes"],
 )
 def test_our_tests_pass_with_amx(arguments):
     """Those of what is chosen and computed by the processor's instructions; elsewhere they ran without AMX."""
