@@ -7,7 +7,7 @@ import copy
 import itertools
 import logging
 import threading
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, Optional, Union, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,9 +18,13 @@ from fused_resnet.nn import NotScriptable
 from fused_resnet.parts import freeze_parts
 from fused_resnet.plan import Plan, make_plan, plainly
 from fused_resnet.problem import dtype_name
-from fused_resnet.tracing import Untraceable, trace
+from fused_resnet.tracing import Untraceable, copy_tensors, trace
 
 MAX_PLANS = 8
+_CANNOT_MOVE = (
+    "a frozen model cannot be moved or converted: move frozen.unfreeze() and freeze it again (dtype= converts). Of a "
+    "model around it, the modules that come before it have been moved."
+)
 
 log = logging.getLogger("fused_resnet")
 
@@ -39,7 +43,8 @@ def freeze(
     dtype: what the arithmetic runs in (fp32, bf16, fp16); default, the model's own. Inputs and outputs keep the
     example's dtype. backend: "auto", or the one that every convolution must use.
 
-    Calls are safe from several threads, outputs are fresh tensors, and autocast around a call changes nothing. A
+    Calls are safe from several threads, outputs are fresh tensors, and autocast around a call changes nothing. A frozen
+    model reads its input: where the model writes into it (an in-place ReLU first, `x += y`), the copy does not. A
     frozen CPU plan may turn NaN into 0 where it meets a ReLU, as oneDNN does. On glibc, malloc is told to keep as much
     freed memory as a plan works in (`workspace`).
 
@@ -85,6 +90,10 @@ def freeze(
             raise error from None
 
 
+def _kind_of(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
+    return tensor.device, tensor.dtype
+
+
 def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
@@ -106,10 +115,20 @@ class _Frozen(NotScriptable, nn.Module):
             raise RuntimeError("a frozen model cannot be trained: train frozen.unfreeze() and freeze it again.")
         return self
 
+    def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
+        """Where its tensors lie, and their dtypes."""
+        raise NotImplementedError
+
     def _apply(self, fn: Callable, recurse: bool = True) -> "_Frozen":
-        raise RuntimeError(
-            "a frozen model cannot be moved or converted: move frozen.unfreeze() and freeze it again (dtype= converts)."
-        )
+        """What `to`, `float` and their like do to every module. Where a model like this one is as they ask, nothing."""
+        try:
+            samples = [torch.empty(1, device=device, dtype=dtype) for device, dtype in self._kinds()]
+            moves = any(_kind_of(sample) != _kind_of(fn(sample)) for sample in samples)
+        except Exception as error:
+            raise RuntimeError(_CANNOT_MOVE) from error
+        if moves:
+            raise RuntimeError(_CANNOT_MOVE)
+        return self
 
 
 class FrozenModel(_Frozen):
@@ -173,6 +192,9 @@ class FrozenModel(_Frozen):
             self._plans.move_to_end(key)
             return plan
 
+    def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
+        return {(self.device, self.dtype), (self.device, self.input_dtype)}
+
     def _reset_plans(self) -> None:
         self.__dict__.update(_lock=threading.Lock(), _plans=collections.OrderedDict())
 
@@ -234,10 +256,12 @@ class FrozenParts(_Frozen):
         weights = itertools.chain(model.parameters(), model.buffers(), tensors)
         self._device = next((tensor.device for tensor in weights), torch.device("cpu"))
         with plainly(self._device):
-            parts, expected = freeze_parts(model, example_input, lambda part, x: _FrozenPart(part, x, dtype, backend))
+            parts, expected, self._writes_input = freeze_parts(
+                model, example_input, lambda part, x: _FrozenPart(part, x, dtype, backend)
+            )
         if not parts:
             raise NothingToFreeze(f"freeze: no part of {type(model).__name__} can be frozen, and {reason}")
-        self.parts = parts
+        self.parts = cast("dict[str, FrozenModel]", parts)
         replaced = {id(model.get_submodule(name)): part for name, part in parts.items()}
         self.__dict__["_copy"] = copy.deepcopy(model, replaced)  # deepcopy takes what its memo holds for a copy
         got, wanted = pytree.tree_structure(self(example_input)), pytree.tree_structure(expected)
@@ -248,7 +272,14 @@ class FrozenParts(_Frozen):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self._copy
         with plainly(self._device):
+            if self._writes_input:
+                args, kwargs = copy_tensors((args, kwargs))
             return model(*args, **kwargs)
+
+    def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
+        model: Any = self._copy
+        rest = itertools.chain(model.parameters(), model.buffers())
+        return {*map(_kind_of, rest), *itertools.chain.from_iterable(part._kinds() for part in self.parts.values())}
 
     def extra_repr(self) -> str:
         return ", ".join(self.parts)

@@ -14,19 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fused_resnet.tracing import TRACING
+from fused_resnet.tracing import TRACING, copy_tensors
 
 
 def freeze_parts(
     model: nn.Module, example: Any, freeze_part: Callable[[nn.Module, Tensor], nn.Module]
-) -> tuple[dict[str, nn.Module], Any]:
-    """({name: frozen part}, the model's output for `example`).
+) -> tuple[dict[str, nn.Module], Any, bool]:
+    """({name: frozen part}, the model's output for `example`, whether it writes into its input).
 
     Modules are tried from the model's children downwards: freeze_part(module, the tensor that it was called with) for
     each that has convolutions, was only ever called with one tensor, and did not return that to be written into. Where
     it raises ValueError, the module's children are tried. Raises ValueError when the model does not run on the example.
     """
-    inputs, output = _inputs(model, example)
+    with torch.inference_mode(False), torch.no_grad():  # whose writes would not be counted
+        example = copy_tensors(example)  # the caller's is not written
+    inputs, output, writes_input = _inputs(model, example)
     parts: dict[str, nn.Module] = {}
 
     def visit(name: str, module: nn.Module) -> None:
@@ -43,11 +45,12 @@ def freeze_parts(
 
     for name, child in model.named_children():
         visit(name, child)
-    return parts, output
+    return parts, output, writes_input
 
 
-def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any]:
-    """Of each module that this run calls with one floating-point tensor and nothing else: that tensor. The output.
+def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any, bool]:
+    """Of each module that this run calls with one floating-point tensor and nothing else: that tensor. The output, and
+    whether the example was written to.
 
     Not of a module that returned its input or a view of it, into which the model then wrote, nor of one inside which
     anything was written: an attribute of a module, which the model may read, or a parameter.
@@ -69,6 +72,7 @@ def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any]:
         if threading.get_ident() == thread and _memory_of(args) & _memory_of(output):
             returned.extend((name, leaf, _writes_to(leaf)) for leaf in args if isinstance(leaf, Tensor))
 
+    given = [(leaf, _writes_to(leaf)) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
     handles: list[Any] = []
     for name, module in model.named_modules():
         handles += [
@@ -85,7 +89,8 @@ def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any]:
             handle.remove()
     others.update(name for name, tensor, writes in returned if _writes_to(tensor) != writes)
     others.update(name for name, module in model.named_modules() if not written.isdisjoint(map(id, module.modules())))
-    return {name: value for name, value in inputs.items() if name not in others}, output
+    writes_input = any(_writes_to(tensor) != writes for tensor, writes in given)
+    return {name: value for name, value in inputs.items() if name not in others}, output, writes_input
 
 
 @contextlib.contextmanager

@@ -207,7 +207,7 @@ def _leave_input_alone(graph: fx.Graph, modules: dict[str, nn.Module]) -> bool:
     writes = [node for node in graph.nodes if writes_in_place(node, modules)]
     if any(placeholder in memory[node] for write in writes for node in written(write)):
         with graph.inserting_after(placeholder):
-            own = graph.call_function(_copy, (placeholder,))
+            own = graph.call_function(copy_tensors, (placeholder,))
         placeholder.replace_all_uses_with(own, delete_user_cb=lambda user: user is not own)
         return True
     return False
@@ -219,10 +219,10 @@ def _return_new_memory(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     for node in output.all_input_nodes:
         if any(owner.op in ("placeholder", "get_attr") for owner in memory[node]):
             with graph.inserting_before(output):
-                output.replace_input_with(node, graph.call_function(_copy, (node,)))
+                output.replace_input_with(node, graph.call_function(copy_tensors, (node,)))
 
 
-def _copy(value: Any) -> Any:
+def copy_tensors(value: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
 
 

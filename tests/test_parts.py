@@ -208,6 +208,34 @@ def test_a_part_that_writes_its_input_is_not_frozen():
         close(frozen(x), model(x))
 
 
+class WritesIntoItsImages(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(inplace=True)
+
+    def forward(self, images):
+        for image in images:
+            image += 1
+        return [self.conv(self.relu(image)[None]) for image in images]
+
+
+def test_what_the_rest_writes_into_is_a_copy_of_the_input():
+    model, x = WritesIntoItsImages().eval(), images()
+    before = copy.deepcopy(x)
+    with torch.no_grad():
+        expected = model(copy.deepcopy(x))
+    frozen = fused_resnet.freeze(model, x)
+    close(x, before, 0)
+    for restored in (frozen, pickle.loads(pickle.dumps(frozen))):
+        close(restored(x), expected)
+        close(x, before, 0)
+    with torch.inference_mode():
+        x = images()
+        before = copy.deepcopy(x)
+        frozen(x), fused_resnet.freeze(model, x)(x)
+        close(x, before, 0)
+
+
 class ReturnsItsInput(nn.Module):
     """The block hands its input on, and the model writes into that."""
 

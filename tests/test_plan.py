@@ -751,6 +751,76 @@ def test_a_frozen_model_stays_as_it_is():
             call()
 
 
+UNMOVED = {
+    "to(device)": lambda m: m.to("cpu"),
+    "to(dtype)": lambda m: m.to(torch.float32),
+    "to(tensor)": lambda m: m.to(torch.ones(1)),
+    "to(memory_format)": lambda m: m.to(memory_format=torch.channels_last),
+    "cpu": lambda m: m.cpu(),
+    "float": lambda m: m.float(),
+    "share_memory": lambda m: m.share_memory(),
+    "eval": lambda m: m.eval(),
+    "train(False)": lambda m: m.train(False),
+    "requires_grad_(False)": lambda m: m.requires_grad_(False),
+    "zero_grad": lambda m: m.zero_grad() or m,
+}
+MOVED = {
+    "half": lambda m: m.half(),
+    "double": lambda m: m.double(),
+    "to(dtype)": lambda m: m.to(torch.bfloat16),
+    "to(device)": lambda m: m.to("meta"),
+    "to_empty": lambda m: m.to_empty(device="meta"),
+    "cuda": lambda m: m.cuda() if not torch.cuda.is_available() else m.to("meta"),
+    "train": lambda m: m.train(),
+}
+
+
+@pytest.fixture(params=("whole", "parts"))
+def frozen_and_example(request):
+    """A frozen model and what it takes."""
+    if request.param == "whole":
+        return fused_resnet.freeze(networks.small(), torch.randn(X)), torch.randn(X)
+    images = [torch.randn(X)]
+    return fused_resnet.freeze(Each(networks.small()).eval(), images), images
+
+
+class Each(nn.Module):
+    """A list of images in, which torch.fx does not trace."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.classifier = model, nn.Linear(10, 4)
+
+    def forward(self, images):
+        return torch.cat([self.classifier(self.model(image)) for image in images])
+
+
+@pytest.mark.parametrize("call", UNMOVED.values(), ids=UNMOVED)
+def test_what_would_not_change_a_frozen_model_does_nothing(frozen_and_example, call):
+    frozen, x = frozen_and_example
+    around, expected = nn.Sequential(frozen, nn.Linear(10, 10)).eval(), frozen(x)
+    assert call(frozen) is frozen and call(around) is around and around[0] is frozen
+    assert torch.equal(frozen(x), expected)
+
+
+@pytest.mark.parametrize("call", MOVED.values(), ids=MOVED)
+def test_what_would_change_a_frozen_model_is_refused(frozen_and_example, call):
+    frozen, x = frozen_and_example
+    around, expected = nn.Sequential(frozen, nn.Linear(10, 10)).eval(), frozen(x)
+    for module in (frozen, around):
+        with pytest.raises(RuntimeError, match="a frozen model cannot be .*frozen.unfreeze"):
+            call(module)
+    assert torch.equal(frozen(x), expected) and {p.dtype for p in around[1].parameters()} == {torch.float32}
+
+
+def test_to_the_dtype_of_the_arithmetic_or_of_the_inputs_alone_is_a_conversion():
+    frozen = fused_resnet.freeze(networks.small(), torch.randn(X), dtype=torch.float64)
+    for call in (frozen.float, frozen.double):
+        with pytest.raises(RuntimeError, match="a frozen model cannot be moved or converted"):
+            call()
+    assert frozen.to("cpu") is frozen
+
+
 def test_hooks_of_leaves_are_kept_and_those_of_containers_refused():
     model, x, seen = networks.small(), torch.randn(X), []
     handle = model.layer1[0].conv1.register_forward_hook(
@@ -907,12 +977,32 @@ def test_every_kind_of_write_is_seen(function):
     frozen_equals(Traced(function), torch.randn(2, 4, 6, 7))
 
 
-def test_the_input_is_not_written():
-    model = Traced(lambda m, x: m.conv(torch.relu_(x)) + x).eval()
+def augments_its_input(m, x):
+    x += 1
+    return m.conv(x) + x
+
+
+@pytest.mark.parametrize(
+    "function",
+    (
+        lambda m, x: m.conv(torch.relu_(x)) + x,
+        lambda m, x: m.conv(m.relu(x)) + x,
+        lambda m, x: m.conv(m.relu(x.view(x.shape))) + x,
+        augments_its_input,
+    ),
+    ids=("relu_", "ReLU(inplace=True)", "through a view", "+="),
+)
+def test_the_input_is_not_written(function):
+    model = Traced(function, relu=nn.ReLU(inplace=True)).eval()
     x = torch.randn(2, 4, 6, 7).contiguous(memory_format=torch.channels_last)
     before, frozen = x.clone(), fused_resnet.freeze(model, x)
-    equal_outputs(frozen(x), networks.in_fp64(model, before))
     assert torch.equal(x, before)
+    expected = networks.in_fp64(model, before)
+    equal_outputs(frozen(x), expected)
+    assert torch.equal(x, before)
+    with torch.no_grad():
+        model(x)
+    assert not torch.equal(x, before)  # which the plain model does
 
 
 def test_a_returned_buffer_is_a_copy():
