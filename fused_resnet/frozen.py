@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import copy
 import itertools
 import logging
 import threading
@@ -18,7 +17,7 @@ from fused_resnet.nn import NotScriptable
 from fused_resnet.parts import freeze_parts
 from fused_resnet.plan import Plan, make_plan, plainly
 from fused_resnet.problem import dtype_name
-from fused_resnet.tracing import Untraceable, copy_tensors, trace
+from fused_resnet.tracing import Untraceable, copy_of, copy_tensors, trace
 
 MAX_PLANS = 8
 _CANNOT_MOVE = (
@@ -215,7 +214,7 @@ class _FrozenPart(FrozenModel):
         if self._traced.meta["writes_input"]:
             raise ValueError("freeze: it writes into its input, which a frozen part does not.")
         try:
-            self.__dict__["_asked"] = copy.deepcopy(part)
+            self.__dict__["_asked"] = copy_of(part)
         except Exception as error:
             raise ValueError(f"freeze: {type(part).__name__} cannot be copied: {error}") from error
 
@@ -263,7 +262,7 @@ class FrozenParts(_Frozen):
             raise NothingToFreeze(f"freeze: no part of {type(model).__name__} can be frozen, and {reason}")
         self.parts = cast("dict[str, FrozenModel]", parts)
         replaced = {id(model.get_submodule(name)): part for name, part in parts.items()}
-        self.__dict__["_copy"] = copy.deepcopy(model, replaced)  # deepcopy takes what its memo holds for a copy
+        self.__dict__["_copy"] = copy_of(model, replaced)
         got, wanted = pytree.tree_structure(self(example_input)), pytree.tree_structure(expected)
         if got != wanted:
             raise ValueError(f"freeze: frozen in parts, {type(model).__name__} returns {got} instead of {wanted}.")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fused_resnet.tracing import TRACING, copy_tensors
+from fused_resnet.tracing import TRACING, computed_weights, copy_tensors
 
 
 def freeze_parts(
@@ -100,10 +100,10 @@ def _noting_writes(model: nn.Module) -> Iterator[set[int]]:
     thread = threading.get_ident()
 
     def noting(write: Callable) -> Callable:
-        def noted(module: nn.Module, *args: Any) -> None:
-            if threading.get_ident() == thread:
+        def noted(module: nn.Module, name: str, *args: Any) -> None:
+            if threading.get_ident() == thread and name not in computed_weights(module):
                 written.add(id(module))
-            write(module, *args)
+            write(module, name, *args)
 
         return noted
 

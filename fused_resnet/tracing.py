@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from fused_resnet.nn import is_norm, replaced_call
@@ -31,6 +34,7 @@ _FRESH_FUNCTIONS = {
 }  # fmt: skip
 # They return their input itself; dropout in eval mode.
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_WEIGHT_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
 _AUGMENTED = {f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
 # A view of contiguous memory, a copy of channels_last memory; or the other way round.
 _LAYOUT_DECIDES = {"view", "reshape", "flatten", "ravel", "contiguous", torch.reshape, torch.flatten, torch.ravel}
@@ -114,21 +118,23 @@ def trace(model: nn.Module) -> fx.GraphModule:
     Raises Untraceable when torch.fx cannot have it, ValueError when the graph would not be the model.
     """
     tracer = Tracer()
-    for name, module in model.named_modules():
+    try:
+        # a copy, because the forward runs: what it counts and keeps is not for the model
+        copied = copy_of(model, {id(parameter): parameter for parameter in model.parameters()})
+    except Exception as error:
+        raise _untraceable(model, error) from error
+    _compute_weights(copied)
+    for name, module in copied.named_modules():
         if not tracer.is_leaf_module(module, name) and (module._forward_hooks or module._forward_pre_hooks):
             raise ValueError(
                 f"freeze: {name or 'the model'} has forward hooks, which a plan would drop. Remove them first."
             )
+    root = _Call(copied).eval()
     try:
-        # a copy, because the forward runs: what it counts and keeps is not for the model
-        root = _Call(copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})).eval()
         with TRACING:
             graph = tracer.trace(root)
     except Exception as error:
-        raise Untraceable(
-            f"freeze: torch.fx cannot trace {type(model).__name__}: {error}. Freeze the part that is a plain network, "
-            "or use fused_resnet.fuse."
-        ) from error
+        raise _untraceable(model, error) from error
     modules = dict(root.named_modules())
     for node in graph.nodes:
         node.type = None  # annotations are of no use here, and as strings they cannot be pickled
@@ -139,6 +145,45 @@ def trace(model: nn.Module) -> fx.GraphModule:
     traced = copy.deepcopy(fx.GraphModule(root, graph)).eval()
     traced.meta["writes_input"] = writes_input
     return traced
+
+
+def _untraceable(model: nn.Module, error: Exception) -> Untraceable:
+    return Untraceable(
+        f"freeze: torch.fx cannot trace {type(model).__name__}: {error}. Freeze the part that is a plain network, "
+        "or use fused_resnet.fuse."
+    )
+
+
+def copy_of(model: nn.Module, copies: Optional[dict[int, Any]] = None) -> nn.Module:
+    """A deep copy, in which `copies` stand for what they are copies of (by id).
+
+    deepcopy refuses tensors with a history, such as a pruned weight. The copy has their values.
+    """
+    memo: dict[int, Any] = dict(copies or {})
+    for module in model.modules():
+        for leaf in pytree.tree_leaves(vars(module)):
+            if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                memo.setdefault(id(leaf), leaf.detach().clone())
+    return copy.deepcopy(model, memo)
+
+
+def computed_weights(module: nn.Module) -> dict[str, Callable]:
+    """The weights that torch's own hooks compute before each call, in eval mode from parameters and buffers alone."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _WEIGHT_HOOKS)]
+    return {hook._tensor_name if isinstance(hook, prune.BasePruningMethod) else hook.name: hook for hook in hooks}
+
+
+def _compute_weights(model: nn.Module) -> None:
+    """Make parameters of them, save where other hooks run too, which may want their turn kept."""
+    for module in model.modules():
+        computed = computed_weights(module)
+        if len(computed) != len(module._forward_pre_hooks):
+            continue
+        for name, hook in computed.items():
+            with torch.no_grad():
+                hook(module, ())
+            module.register_parameter(name, nn.Parameter(module.__dict__.pop(name).detach(), requires_grad=False))
+        module._forward_pre_hooks.clear()
 
 
 def skip_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 import fused_resnet
 from fused_resnet import BackendError, backends, extension, models, plan, testing, timing, workspace
@@ -859,6 +860,65 @@ def test_parametrized_and_replaced_modules_are_called():
     model.layer3[0].relu = nn.SiLU()
     model.layer1[1].bn2 = nn.BatchNorm2d(8, track_running_stats=False)
     as_good_as_plain(fused_resnet.freeze(model.eval(), x), model, x)
+
+
+COMPUTED = {
+    "pruned": lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+    "pruned twice": lambda conv: [prune.random_unstructured(conv, "weight", 0.3) for _ in range(2)],
+    "weight_norm, old": pytest.param(nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore::FutureWarning")),
+    "spectral_norm, old": nn.utils.spectral_norm,
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("grad_mode", (torch.enable_grad, torch.no_grad, torch.inference_mode))
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+def test_weights_that_are_computed_from_others(compute, grad_mode):
+    """In grad mode such a weight has a history, which deepcopy refuses. The model's own stays as it was, trainable."""
+    model, x = networks.small(), torch.randn(X)
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    for conv in convs[:3]:
+        compute(conv)
+    images = [x]
+    parts = Each(model).eval()
+    model(x)
+    before, hooks = remember(model), [len(conv._forward_pre_hooks) for conv in convs]
+    with torch.no_grad():
+        expected, of_parts = model(x), parts(images)
+    with grad_mode():
+        frozen, in_parts = fused_resnet.freeze(model, x), fused_resnet.freeze(parts, images)
+    torch.testing.assert_close(frozen(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(in_parts(images), of_parts, rtol=1e-4, atol=1e-5)
+    assert list(in_parts.parts) == ["model"]
+    unchanged(model, before, x, expected)
+    assert [len(conv._forward_pre_hooks) for conv in convs] == hooks
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in convs[0].parameters())
+    if hooks[0]:  # a hook's weight is folded like any other
+        assert len(convolutions(frozen, x)) == len(convs)
+
+
+def test_a_hook_beside_the_one_that_computes_the_weight_is_kept():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), torch.randn(X)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    model[0].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    with torch.no_grad():
+        expected = model(x)
+    torch.testing.assert_close(fused_resnet.freeze(model, x)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tensors_with_a_history_are_copied():
+    """As an attribute, as a buffer and in a list."""
+    weight = torch.ones(4, 1, 1, requires_grad=True)
+    model = Traced(lambda m, x: m.conv(x) * m.scale + m.shift * m.others[0]).eval()
+    model.scale, model.others = 2 * weight, [3 * weight]
+    model.register_buffer("shift", 4 * weight)
+    x = torch.randn(2, 4, 6, 7)
+    with torch.no_grad():
+        expected = model(x)
+    torch.testing.assert_close(fused_resnet.freeze(model, x)(x), expected, rtol=1e-4, atol=1e-5)
+    assert model.scale.requires_grad and model.shift.requires_grad
 
 
 # ------------------------------------------------------------------------------------- what a model may do to a plan
