@@ -17,14 +17,21 @@ from fused_resnet.nn import NotScriptable
 from fused_resnet.parts import freeze_parts
 from fused_resnet.plan import Plan, make_plan, plainly
 from fused_resnet.problem import dtype_name
-from fused_resnet.tracing import Untraceable, copy_of, copy_tensors, trace
+from fused_resnet.tracing import (
+    Untraceable,
+    copy_of,
+    copy_tensors,
+    copy_with_parameters,
+    in_training_mode,
+    reads_mode,
+    trace,
+)
 
 MAX_PLANS = 8
 _CANNOT_MOVE = (
     "a frozen model cannot be moved or converted: move frozen.unfreeze() and freeze it again (dtype= converts). Of a "
     "model around it, the modules that come before it have been moved."
 )
-
 log = logging.getLogger("fused_resnet")
 
 
@@ -50,9 +57,11 @@ def freeze(
     A model that torch.fx cannot trace, or that takes no single tensor (detectors, transformers' ResNet), is frozen in
     parts: a FrozenParts, in which the largest modules that can be are frozen and the rest runs as it is.
 
-    Raises RuntimeError when the model is in training mode or sets attributes of what was frozen in it, TypeError and
-    ValueError when the example does not fit the model or no part of it can be traced, BackendError when `backend`
-    cannot run one of its convolutions.
+    Raises RuntimeError when a module to which that makes a difference is in training mode, when the forward keeps state
+    (a counter, the last features; a cache is none) or draws random numbers that depend on no input, and when it sets
+    attributes of what was frozen in it.
+    TypeError and ValueError when the example does not fit the model or no part of it can be traced, BackendError when
+    `backend` cannot run one of its convolutions.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: expected an nn.Module, got {type(model).__name__}.")
@@ -61,11 +70,9 @@ def freeze(
         is_tensor = isinstance(example_input, Tensor)
         got = f"a {dtype_name(example_input.dtype)} tensor" if is_tensor else type(example_input)
         raise TypeError(f"freeze: example_input must be a floating-point tensor as the model takes it, got {got}.")
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
-    if training:
-        raise RuntimeError(
-            f"freeze: {training[0]} is in training mode; call model.eval() first. To train, use fused_resnet.fuse."
-        )
+    for name, module in model.named_modules():
+        if module.training and reads_mode(module):
+            raise in_training_mode(name, module)
     device = next((p.device for p in model.parameters()), example.device)
     if example.device != device:
         raise TypeError(f"freeze: example_input is on {example.device} but the model is on {device}.")
@@ -78,15 +85,16 @@ def freeze(
     frozen = [name for name, module in model.named_modules() if isinstance(module, _Frozen)]
     if frozen:
         raise ValueError(f"freeze: {frozen[0] or 'the model'} is frozen already. Freeze what it was made from.")
-    if not isinstance(example_input, Tensor):
-        return FrozenParts(model, example_input, dtype, backend, f"it takes a {type(example_input).__name__}")
-    try:
-        return FrozenModel(model, example_input, dtype, backend)
-    except Untraceable as error:
+    with torch.inference_mode(False), torch.no_grad():  # copies made in inference mode could not be written to outside
+        if not isinstance(example_input, Tensor):
+            return FrozenParts(model, example_input, dtype, backend, f"it takes a {type(example_input).__name__}")
         try:
-            return FrozenParts(model, example_input, dtype, backend, str(error))
-        except NothingToFreeze:
-            raise error from None
+            return FrozenModel(model, example_input, dtype, backend)
+        except Untraceable as error:
+            try:
+                return FrozenParts(model, example_input, dtype, backend, str(error))
+            except NothingToFreeze:
+                raise error from None
 
 
 def _kind_of(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
@@ -140,7 +148,8 @@ class FrozenModel(_Frozen):
         super().__init__(model)
         self.dtype, self.backend = dtype, backend
         self.device, self.input_dtype = example_input.device, example_input.dtype
-        self.__dict__["_traced"] = trace(model)
+        with plainly(self.device):
+            self.__dict__["_traced"] = trace(model)
         self._reset_plans()
         self._plan_for(example_input)
 
@@ -246,7 +255,8 @@ class FrozenParts(_Frozen):
 
     A part does what its module did when it was frozen, and its attributes and the modules inside it are those of then,
     to be read. Setting an attribute of a part is an error; what is set on a module inside, or hooked to it, has no
-    effect: change unfreeze(), and freeze again. Modules that the forward writes to are in no part.
+    effect: change unfreeze(), and freeze again. Modules that the forward writes to are in no part, and go on from where
+    the model was.
     """
 
     def __init__(self, model: nn.Module, example_input: Any, dtype: torch.dtype, backend: str, reason: str) -> None:
@@ -255,17 +265,22 @@ class FrozenParts(_Frozen):
         weights = itertools.chain(model.parameters(), model.buffers(), tensors)
         self._device = next((tensor.device for tensor in weights), torch.device("cpu"))
         with plainly(self._device):
+            try:
+                plain = copy_with_parameters(model)
+            except Exception as error:
+                raise NothingToFreeze(f"freeze: {type(model).__name__} cannot be copied: {error}") from error
             parts, expected, self._writes_input = freeze_parts(
-                model, example_input, lambda part, x: _FrozenPart(part, x, dtype, backend)
+                plain, example_input, lambda part, x: _FrozenPart(part, x, dtype, backend)
             )
         if not parts:
             raise NothingToFreeze(f"freeze: no part of {type(model).__name__} can be frozen, and {reason}")
         self.parts = cast("dict[str, FrozenModel]", parts)
-        replaced = {id(model.get_submodule(name)): part for name, part in parts.items()}
-        self.__dict__["_copy"] = copy_of(model, replaced)
+        replaced = {id(plain.get_submodule(name)): part for name, part in parts.items()}
+        self.__dict__["_copy"] = copy_of(plain, replaced)
         got, wanted = pytree.tree_structure(self(example_input)), pytree.tree_structure(expected)
         if got != wanted:
             raise ValueError(f"freeze: frozen in parts, {type(model).__name__} returns {got} instead of {wanted}.")
+        self.__dict__["_copy"] = copy_of(plain, replaced)  # which has not been called yet: the rest may keep state
         log.info("frozen in %d parts (%s): %s", len(parts), ", ".join(parts), reason)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

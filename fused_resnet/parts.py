@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fused_resnet.tracing import TRACING, computed_weights, copy_tensors
+from fused_resnet.tracing import (
+    TRACING,
+    Unfaithful,
+    computed_weights,
+    copy_tensors,
+    copy_with_parameters,
+    count_writes,
+)
 
 
 def freeze_parts(
@@ -24,11 +31,11 @@ def freeze_parts(
 
     Modules are tried from the model's children downwards: freeze_part(module, the tensor that it was called with) for
     each that has convolutions, was only ever called with one tensor, and did not return that to be written into. Where
-    it raises ValueError, the module's children are tried. Raises ValueError when the model does not run on the example.
+    it raises ValueError or Unfaithful, its children are tried. A copy of the model runs on the example, once. Raises
+    ValueError when it does not.
     """
-    with torch.inference_mode(False), torch.no_grad():  # whose writes would not be counted
-        example = copy_tensors(example)  # the caller's is not written
-    inputs, output, writes_input = _inputs(model, example)
+    example = copy_tensors(example)  # the caller's is not written
+    inputs, output, writes_input = _inputs(copy_with_parameters(model), example)
     parts: dict[str, nn.Module] = {}
 
     def visit(name: str, module: nn.Module) -> None:
@@ -38,7 +45,7 @@ def freeze_parts(
             try:
                 parts[name] = freeze_part(module, inputs[name])
                 return
-            except ValueError:
+            except (ValueError, Unfaithful):
                 pass  # a smaller part may do; where none does, freeze says what the whole model lacks
         for child_name, child in module.named_children():
             visit(f"{name}.{child_name}" if name else child_name, child)
@@ -70,9 +77,9 @@ def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any, boo
 
     def note_output(name: str, args: tuple, output: Any) -> None:
         if threading.get_ident() == thread and _memory_of(args) & _memory_of(output):
-            returned.extend((name, leaf, _writes_to(leaf)) for leaf in args if isinstance(leaf, Tensor))
+            returned.extend((name, leaf, count_writes(leaf)) for leaf in args if isinstance(leaf, Tensor))
 
-    given = [(leaf, _writes_to(leaf)) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
+    given = [(leaf, count_writes(leaf)) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
     handles: list[Any] = []
     for name, module in model.named_modules():
         handles += [
@@ -87,9 +94,9 @@ def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any, boo
     finally:
         for handle in handles:
             handle.remove()
-    others.update(name for name, tensor, writes in returned if _writes_to(tensor) != writes)
+    others.update(name for name, tensor, writes in returned if count_writes(tensor) != writes)
     others.update(name for name, module in model.named_modules() if not written.isdisjoint(map(id, module.modules())))
-    writes_input = any(_writes_to(tensor) != writes for tensor, writes in given)
+    writes_input = any(count_writes(tensor) != writes for tensor, writes in given)
     return {name: value for name, value in inputs.items() if name not in others}, output, writes_input
 
 
@@ -108,7 +115,7 @@ def _noting_writes(model: nn.Module) -> Iterator[set[int]]:
         return noted
 
     def writes(module: nn.Module) -> list[int]:
-        return [_writes_to(tensor) for tensor in (*module.parameters(False), *module.buffers(False))]
+        return [count_writes(tensor) for tensor in (*module.parameters(False), *module.buffers(False))]
 
     before = [(module, writes(module)) for module in model.modules()]
     with TRACING:
@@ -128,8 +135,3 @@ def _memory_of(values: Any) -> set[int]:
     """Where the memory of the tensors in these values begins."""
     tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
-
-
-def _writes_to(tensor: Tensor) -> int:
-    """How often its memory was written to, as far as that is counted."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -7,11 +7,18 @@ proxies; other threads may call modules while one is traced; a view that becomes
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
+import functools
+import io
 import operator
+import pickle
+import random
+import sys
 import threading
-from typing import Any, Callable, Optional
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, Callable, Iterator, Optional
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +42,8 @@ _FRESH_FUNCTIONS = {
 # They return their input itself; dropout in eval mode.
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _WEIGHT_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
+_HOLDERS = {"_parameters", "_buffers", "_modules"}
+_SAME_BY_ID = (Tensor, nn.Module, FunctionType, ModuleType, type, fx.Proxy)
 _AUGMENTED = {f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
 # A view of contiguous memory, a copy of channels_last memory; or the other way round.
 _LAYOUT_DECIDES = {"view", "reshape", "flatten", "ravel", "contiguous", torch.reshape, torch.flatten, torch.ravel}
@@ -65,12 +74,15 @@ class Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self._thread = threading.get_ident()
+        self.used: dict[int, tuple[Tensor, int]] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return self.proxy_class(node, self)
 
     def create_arg(self, a: Any) -> Any:
         kind = type(a)
+        if issubclass(kind, Tensor):
+            self.used.setdefault(id(a), (a, count_writes(a)))
         if not issubclass(kind, dict) or kind is dict:
             return super().create_arg(a)
         items = [(key, self.create_arg(value)) for key, value in a.items()]
@@ -111,40 +123,170 @@ class Untraceable(ValueError):
     """torch.fx cannot trace a model."""
 
 
+class Unfaithful(RuntimeError):
+    """A graph would not go on doing what the model does."""
+
+
+def keeps_state(what: str) -> Unfaithful:
+    return Unfaithful(
+        f"freeze: the forward writes {what}, which a plan would not write again: a frozen model does the same in each "
+        "call. Freeze the modules that keep nothing, or use fused_resnet.fuse."
+    )
+
+
+def _draws() -> Unfaithful:
+    return Unfaithful(
+        "freeze: the forward draws random numbers that depend on no input, which a plan would repeat in each call. "
+        "Draw them like a tensor (torch.rand_like), or use fused_resnet.fuse."
+    )
+
+
 def trace(model: nn.Module) -> fx.GraphModule:
     """The model as a graph of one input over copies of its leaf modules. meta["writes_input"]: whether the model does,
     which the graph does to a copy.
 
-    Raises Untraceable when torch.fx cannot have it, ValueError when the graph would not be the model.
+    Raises Untraceable when torch.fx cannot have it, ValueError when the graph would not be the model. Unfaithful when
+    it would be in the first call alone, or in eval mode alone where the model is not all in eval mode.
     """
     tracer = Tracer()
     try:
         # a copy, because the forward runs: what it counts and keeps is not for the model
-        copied = copy_of(model, {id(parameter): parameter for parameter in model.parameters()})
+        copied = copy_with_parameters(model)
     except Exception as error:
         raise _untraceable(model, error) from error
+    in_training = [module for module in copied.modules() if module.training]
+    _set_training(in_training, False)
+    _drop_checks(copied)
     _compute_weights(copied)
     for name, module in copied.named_modules():
-        if not tracer.is_leaf_module(module, name) and (module._forward_hooks or module._forward_pre_hooks):
-            raise ValueError(
-                f"freeze: {name or 'the model'} has forward hooks, which a plan would drop. Remove them first."
-            )
-    root = _Call(copied).eval()
+        if not tracer.is_leaf_module(module, name):
+            refuse_hooks(name, module)
+    root = _Call(copied)
+    _set_training([root], False)
+    before, numbers = _state_of(copied), _random_state()
     try:
-        with TRACING:
-            graph = tracer.trace(root)
+        graph = _graph_of(root)
     except Exception as error:
         raise _untraceable(model, error) from error
+    if changed := _changes(before, _state_of(copied)):
+        graph = _settled(root, graph, keeps_state(changed[0]))
+    elif _random_state() != numbers:  # another thread may have drawn them: then a second graph is the same
+        graph = _settled(root, graph, _draws())
+    if in_training:
+        _compare_modes(root, graph, in_training)
     modules = dict(root.named_modules())
     for node in graph.nodes:
         node.type = None  # annotations are of no use here, and as strings they cannot be pickled
+        if node.target is getattr and node.args[1] == "data":  # the same tensor, whose writes are not counted
+            node.op, node.target, node.args = "call_method", "detach", node.args[:1]
     skip_identities(graph, modules)
+    _renew_made_tensors(root, graph, modules)
     _let_views_copy(graph, modules)
     writes_input = _leave_input_alone(graph, modules)
     _return_new_memory(graph, modules)
     traced = copy.deepcopy(fx.GraphModule(root, graph)).eval()
     traced.meta["writes_input"] = writes_input
     return traced
+
+
+def refuse_hooks(name: str, module: nn.Module) -> None:
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ValueError(
+            f"freeze: {name or 'the model'} has forward hooks, which a plan would drop. Remove them first."
+        )
+
+
+def _graph_of(root: nn.Module) -> fx.Graph:
+    tracer = Tracer()
+    with TRACING:
+        graph = tracer.trace(root)
+    if any(count_writes(tensor) != writes for tensor, writes in tracer.used.values()):
+        raise ValueError("it writes into a tensor that it has computed with, which a graph would not see")
+    return graph
+
+
+def _set_training(modules: list[nn.Module], mode: bool) -> None:
+    for module in modules:
+        module.training = mode
+
+
+def _settled(root: Any, graph: fx.Graph, refusal: Unfaithful) -> fx.Graph:
+    """The graph of a second call, where the first one changed something. It must be the same, and change nothing: then
+    what changed was a cache. Raises the refusal where it is not."""
+    before = _state_of(root.model)
+    try:
+        again = _graph_of(root)
+    except Exception as error:
+        raise refusal from error
+    if _changes(before, _state_of(root.model)) or not _are_alike(root, graph, again):
+        raise refusal
+    return again
+
+
+def _compare_modes(root: Any, graph: fx.Graph, in_training: list[nn.Module]) -> None:
+    """Raises Unfaithful where these modules do something else in training mode."""
+    before = _state_of(root.model)
+    try:
+        _set_training(in_training, True)
+        other = _graph_of(root)
+    except Exception:
+        other = None
+    finally:
+        _set_training(in_training, False)
+    if other is None or _changes(before, _state_of(root.model)) or not _are_alike(root, graph, other):
+        name = next(name for name, module in root.named_modules() if module is in_training[0])
+        raise in_training_mode(name.removeprefix("model").removeprefix("."), in_training[0])
+
+
+def reads_mode(module: nn.Module) -> bool:
+    """Whether training mode means anything to a module, by its code, and to what a trace does not go into by its hooks.
+
+    The modules inside are asked by themselves. What is traced is traced in both modes where one of them is in training.
+    """
+    is_opaque = Tracer().is_leaf_module(module, "") and not has_stock_call(module)
+    return is_opaque or any(map(_class_reads_mode, type(module).__mro__))
+
+
+@functools.lru_cache(maxsize=None)
+def _class_reads_mode(cls: type) -> bool:
+    if cls is nn.Module or cls.__module__.startswith("torch.fx."):
+        return False
+    members = (getattr(value, "fget", None) or getattr(value, "__func__", value) for value in vars(cls).values())
+    return any(isinstance(member, FunctionType) and _names(member.__code__, "training") for member in members)
+
+
+def _names(code: CodeType, name: str) -> bool:
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return name in code.co_names or any(_names(constant, name) for constant in inner)
+
+
+def in_training_mode(name: str, module: nn.Module) -> Unfaithful:
+    return Unfaithful(
+        f"freeze: {name or 'the model'} is in training mode; call model.eval() first. {type(module).__name__} does "
+        "something else then. To train, use fused_resnet.fuse."
+    )
+
+
+def _are_alike(root: nn.Module, graph: fx.Graph, other: fx.Graph) -> bool:
+    """Whether two graphs over the same modules do the same."""
+    (steps, tensors), (other_steps, other_tensors) = _steps(root, graph), _steps(root, other)
+    return steps == other_steps and all(map(_is_equal, tensors, other_tensors))
+
+
+def _steps(root: nn.Module, graph: fx.Graph) -> tuple[list, list]:
+    """What the nodes do, and the attributes that they get."""
+    names = {node: f"%{index}" for index, node in enumerate(graph.nodes)}
+    got = [functools.reduce(getattr, node.target.split("."), root) for node in graph.nodes if node.op == "get_attr"]
+    return [
+        (node.op, node.op == "get_attr" or node.target, fx.map_arg((node.args, node.kwargs), names.__getitem__))
+        for node in graph.nodes
+    ], got
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return one is other
+    return one is other or one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _untraceable(model: nn.Module, error: Exception) -> Untraceable:
@@ -167,6 +309,23 @@ def copy_of(model: nn.Module, copies: Optional[dict[int, Any]] = None) -> nn.Mod
     return copy.deepcopy(model, memo)
 
 
+def copy_with_parameters(model: nn.Module) -> nn.Module:
+    """A copy over the model's own parameters, whose forward may count and keep what it likes."""
+    return copy_of(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def _drop_checks(model: nn.Module) -> None:
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if _is_check(hook)]:
+                del hooks[key]
+
+
+def _is_check(hook: Callable) -> bool:
+    """Whether it checks the input of a torch.export'ed module, which its graph does besides."""
+    return getattr(hook, "__module__", "") == "torch.export._unlift"
+
+
 def computed_weights(module: nn.Module) -> dict[str, Callable]:
     """The weights that torch's own hooks compute before each call, in eval mode from parameters and buffers alone."""
     hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _WEIGHT_HOOKS)]
@@ -186,6 +345,119 @@ def _compute_weights(model: nn.Module) -> None:
         module._forward_pre_hooks.clear()
 
 
+# ------------------------------------------------------------------------------------------------- what a forward keeps
+
+
+class _Told(pickle.Pickler):
+    """Writes down what a value holds: of a small tensor its numbers, of a large one and of a parameter which it is and
+    how often it was written to."""
+
+    def __init__(self, file: io.BytesIO, alive: list) -> None:
+        super().__init__(file)
+        self._alive = alive
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, _SAME_BY_ID):
+            return None
+        if type(value) is Tensor and value.layout is torch.strided and not value.is_meta and value.numel() < 2**16:
+            numbers = value.detach().reshape(-1).view(torch.uint8).cpu().numpy()
+            return str(value.dtype), tuple(value.shape), numbers.tobytes()
+        self._alive.append(value)  # or something new could have its id
+        return id(value), count_writes(value) if isinstance(value, Tensor) else 0
+
+
+class _Seen:
+    """What a value was; `before == now` as long as it holds the same."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self._alive: list[Any] = []
+        self._content = self._told()
+
+    def __eq__(self, now: object) -> bool:
+        if not isinstance(now, _Seen):
+            return False
+        if now._content is None or now._content != now._told():  # of a lock all that can be told is which it is
+            return self._value is now._value
+        return self._content == now._content
+
+    def _told(self) -> Any:
+        kind = type(self._value)
+        is_empty = kind in (dict, list, tuple, collections.OrderedDict) and not self._value
+        if is_empty or kind in (bool, int, str, type(None)):  # most are, and pickling them takes ten times as long
+            return kind, self._value or None
+        written = io.BytesIO()
+        try:
+            _Told(written, self._alive).dump(self._value)
+        except Exception:
+            return None
+        return written.getvalue()
+
+
+def _state_of(model: nn.Module) -> dict[str, _Seen]:
+    """What a forward could write: attributes, those of classes, and the variables that methods name. By what they are
+    called in a sentence."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        own = {**vars(module), **module._parameters, **module._buffers, **module._modules}
+        path = f"{name}." if name else ""
+        for key in own.keys() - _HOLDERS:
+            found[f"its attribute {path}{key}"] = own[key]
+            if isinstance(own[key], FunctionType):
+                found.update(_variables_of(own[key], own[key].__code__))
+    for cls in {cls for module in model.modules() for cls in type(module).__mro__}:
+        if not _is_torchs(cls):
+            found.update(_state_of_class(cls))
+    return {label: _Seen(value) for label, value in found.items()}
+
+
+def _state_of_class(cls: type) -> Iterator[tuple[str, Any]]:
+    for key, value in list(vars(cls).items()):
+        if isinstance(value, FunctionType):
+            yield from _variables_of(value, value.__code__)
+        elif not key.startswith("__"):
+            yield f"{key}, an attribute of the class {cls.__name__}", value
+
+
+def _variables_of(function: FunctionType, code: CodeType) -> Iterator[tuple[str, Any]]:
+    for name in code.co_names:
+        value = function.__globals__.get(name)
+        yield f"the global variable {name}", value
+        if isinstance(value, type) and not issubclass(value, nn.Module) and not _is_torchs(value):
+            yield from ((f"{key}, an attribute of the class {name}", part) for key, part in list(vars(value).items()))
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        with contextlib.suppress(ValueError):  # which is empty still
+            yield f"the variable {name} of a function around it", cell.cell_contents
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _variables_of(function, constant)
+
+
+def _is_torchs(cls: type) -> bool:
+    return cls is object or cls.__module__.partition(".")[0] in ("torch", "fused_resnet")
+
+
+def _changes(before: dict[str, _Seen], now: dict[str, _Seen]) -> list[str]:
+    return [label for label in {**before, **now} if before.get(label) != now.get(label)]
+
+
+def _random_state() -> list:
+    """Of the generators that a forward may draw from unseen."""
+    state = [random.getstate(), torch.get_rng_state().numpy().tobytes()]
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        state.append((kind, keys.tobytes(), *rest))
+    return state
+
+
+def count_writes(tensor: Tensor) -> int:
+    """How often its memory was written to, as far as that is counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+# ----------------------------------------------------------------------------------------------------- memory in graphs
+
+
 def skip_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
     """Drop the modules that return their input. Their names."""
     skipped = []
@@ -202,6 +474,40 @@ def returns_its_input(module: Optional[nn.Module]) -> bool:
     if module is None or type(module) not in _IDENTITIES or not has_stock_call(module):
         return False
     return type(module) is nn.Identity or not module.training
+
+
+def _renew_made_tensors(root: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Give each call tensors of its own where the forward makes some and may write to them: a graph has them once.
+
+    Raises Unfaithful where such a tensor is a view of another one.
+    """
+    memory = memory_of(graph, modules)
+    writes = [node for node in graph.nodes if writes_in_place(node, modules)]
+    touched = {owner for write in writes for node in written(write) for owner in memory[node]}
+    got = {str(node.target) for node in touched if node.op == "get_attr"}
+    made = {name for name in got if name.startswith("_tensor_constant")}
+    if not made:
+        return
+    held = {id(t): t for module in root.modules() for t in pytree.tree_leaves(vars(module)) if isinstance(t, Tensor)}
+    places = collections.Counter(_storage_of(tensor) for tensor in held.values())
+    renewed: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or node.target not in made:
+            continue
+        if places[_storage_of(getattr(root, str(node.target)))] > 1:
+            raise Unfaithful(
+                "freeze: the forward writes into a view of a tensor that is not computed from its input, which a plan "
+                "would not see. Write into the tensor itself (t[i] = value), or use fused_resnet.fuse."
+            )
+        if node.target not in renewed:
+            with graph.inserting_after(node):
+                renewed[node.target] = graph.call_function(copy_tensors, (node,))
+        own = renewed[node.target]
+        node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
+
+
+def _storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
 def _let_views_copy(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:

@@ -236,6 +236,40 @@ def test_what_the_rest_writes_into_is_a_copy_of_the_input():
         close(x, before, 0)
 
 
+class Counts(nn.Module):
+    """The rest counts on the whole model, one block on itself, the other one does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.counting, self.log = nn.Sequential(nn.Conv2d(3, 3, 1)), Counting(), []
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, images):
+        self.calls += 1
+        self.log.append(len(images))
+        return [self.counting(self.block(image[None])) * self.calls * len(self.log) for image in images]
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.calls = nn.Conv2d(3, 3, 1), []
+
+    def forward(self, x):
+        self.calls.append(1)
+        return self.inner(x) * len(self.calls)
+
+
+def test_the_rest_keeps_state_from_where_the_model_is():
+    model, x = Counts().eval(), images()
+    frozen = fused_resnet.freeze(model, x)
+    assert list(frozen.parts) == ["block", "counting.inner"]
+    assert model.calls == 0 and not model.log and not model.counting.calls
+    with torch.no_grad():
+        for _ in range(3):
+            close(frozen(x), model(x))
+
+
 class ReturnsItsInput(nn.Module):
     """The block hands its input on, and the model writes into that."""
 

@@ -5,6 +5,7 @@ import gc
 import operator
 import os
 import pickle
+import random
 import subprocess
 import sys
 import threading
@@ -673,8 +674,229 @@ def test_training_mode_is_refused():
     model.layer2[0].bn1.train()
     with pytest.raises(RuntimeError, match=r"freeze: layer2.0.bn1 is in training mode; call model.eval\(\) first"):
         fused_resnet.freeze(model, x)
-    with pytest.raises(RuntimeError, match="freeze: the model is in training mode"):
+    with pytest.raises(RuntimeError, match="freeze: bn1 is in training mode; .* BatchNorm2d does something else then"):
         fused_resnet.freeze(model.train(), x)
+    dropping = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout())
+    for name, module in (("1", dropping), ("the model", Branches())):
+        with pytest.raises(RuntimeError, match=f"freeze: {name} is in training mode"):
+            fused_resnet.freeze(module, x)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x) if self.training else -self.conv(x)
+
+
+def ask(module):
+    return module.training
+
+
+class AsksThroughAFunction(Branches):
+    """Its own code does not say `training`."""
+
+    def forward(self, x):
+        return self.conv(x) if ask(self) else -self.conv(x)
+
+
+class CountsInTraining(Branches):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        if ask(self):
+            self.calls += 1
+        return self.conv(x) + self.calls
+
+
+@pytest.mark.parametrize("model", (AsksThroughAFunction, CountsInTraining))
+def test_what_training_mode_means_is_seen_in_the_graph(model):
+    model, x = model(), torch.randn(X)
+    with pytest.raises(RuntimeError, match="freeze: the model is in training mode; call model.eval"):
+        fused_resnet.freeze(model, x)
+    frozen_equals(model.eval(), x)
+
+
+def with_fresh_modules(model):
+    model.relu, model.layer1[0].relu = nn.Sequential(nn.Identity(), nn.ReLU()), nn.ReLU()
+    return model
+
+
+def exported(model):
+    return torch.export.export(model, (torch.randn(X),)).module()
+
+
+MODELESS = {
+    "fresh modules": with_fresh_modules,
+    "exported": exported,
+    "traced by torch.fx": lambda model: torch.fx.symbolic_trace(nn.Sequential(model).eval()),
+    "a flag alone": lambda model: model.conv1.train() and model,
+}
+
+
+@pytest.mark.parametrize("make", MODELESS.values(), ids=MODELESS)
+def test_a_training_flag_that_means_nothing_is_no_matter(make):
+    model, x = make(networks.small()), torch.randn(X)
+    assert any(module.training for module in model.modules())
+    flags, hooks = [module.training for module in model.modules()], len(model._forward_pre_hooks)
+    with torch.no_grad():
+        expected = model(x)
+    frozen = fused_resnet.freeze(model, x)
+    torch.testing.assert_close(frozen(x), expected, rtol=1e-4, atol=1e-5)
+    assert [module.training for module in model.modules()] == flags and len(model._forward_pre_hooks) == hooks
+
+
+def test_an_exported_model_keeps_its_guards():
+    frozen = fused_resnet.freeze(exported(networks.small()), torch.randn(X))
+    with pytest.raises(ValueError, match="Guard failed"):
+        frozen(torch.randn(3, *X[1:]))
+
+
+# ----------------------------------------------------------------------------------------------- state and other models
+
+COUNT, KEPT = 0, []
+
+
+class Keeps(nn.Module):
+    """A convolution, and something that `write` may write to before it."""
+
+    calls = 0
+
+    def __init__(self, write):
+        super().__init__()
+        self.write, self.conv, self.child = write, nn.Conv2d(4, 4, 1), nn.ReLU()
+        self.register_buffer("n", torch.zeros(1))
+        self.scale, self.child.calls = nn.Parameter(torch.ones(4, 1, 1)), 0
+        self.k, self.seen, self.named, self.plain = 0, [], {}, torch.zeros(1)
+
+    def forward(self, x):
+        factor = self.write(self, x)
+        return self.conv(x) if factor is None else self.conv(x) * factor
+
+
+def adds_in_place(m, x):
+    m.n += 1
+    return m.n
+
+
+def counts_globally(m, x):
+    global COUNT
+    COUNT += 1
+
+
+def counts_around():
+    calls = 0
+
+    def count(m, x):
+        nonlocal calls
+        calls += 1
+
+    return count
+
+
+STATEFUL = {
+    "n.add_": (lambda m, x: m.n.add_(1), "its attribute n"),
+    "n +=": (adds_in_place, "its attribute n"),
+    "n = n + 1": (lambda m, x: setattr(m, "n", m.n + 1), "its attribute n"),
+    "n.add_(x)": (lambda m, x: m.n.add_(x.mean()), "its attribute n"),
+    "n[0] = x": (lambda m, x: operator.setitem(m.n, 0, x.mean()), "its attribute n"),
+    "n[0].add_(x)": (lambda m, x: [None, m.n[0].add_(x.mean())][0], "a view of a tensor"),
+    "n = x": (lambda m, x: setattr(m, "n", x.mean()), "its attribute n"),
+    "n.data": (lambda m, x: m.n.data.add_(1), "its attribute n"),
+    "a tensor": (lambda m, x: m.plain.add_(1), "its attribute plain"),
+    "a parameter": (lambda m, x: m.scale.mul_(0.5), "its attribute scale"),
+    "a parameter's data": (lambda m, x: m.scale.data.mul_(0.5), "its attribute scale"),
+    "a counter": (lambda m, x: setattr(m, "k", m.k + 1), "its attribute k"),
+    "a new attribute": (lambda m, x: setattr(m, "last", x), "its attribute last"),
+    "a list": (lambda m, x: m.seen.append(1), "its attribute seen"),
+    "a list of features": (lambda m, x: m.seen.append(x), "its attribute seen"),
+    "a dictionary": (lambda m, x: m.named.update(last=x), "its attribute named"),
+    "of a child": (lambda m, x: setattr(m.child, "calls", m.child.calls + 1), "its attribute child.calls"),
+    "of the class": (lambda m, x: setattr(type(m), "calls", m.calls + 1), "calls, an attribute of the class Keeps"),
+    "a global": (counts_globally, "the global variable COUNT"),
+    "a global list": (lambda m, x: KEPT.append(1), "the global variable KEPT"),
+    "a variable around": (counts_around(), "the variable calls of a function around it"),
+    "the first call": (
+        lambda m, x: [1.0 if m.k else 2.0, setattr(m, "k", 1)][0], "its attribute k"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode))
+@pytest.mark.parametrize("write, what", STATEFUL.values(), ids=STATEFUL)
+def test_a_forward_that_keeps_state_is_refused(write, what, mode):
+    x = torch.randn(2, 4, 5, 5)
+    with mode():
+        model = Keeps(write).eval()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(RuntimeError, match=f"freeze: the forward writes (into )?{what}.* fused_resnet.fuse"):
+            fused_resnet.freeze(model, x)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.k == 0 and not model.seen and not hasattr(model, "last")
+
+
+CACHED = {
+    "a constant": lambda m, x: setattr(m, "stride", 4),
+    "made once": lambda m, x: m.named.setdefault("scale", torch.arange(4.0).view(4, 1, 1)),
+    "made again": lambda m, x: setattr(m, "made", torch.arange(4.0).view(4, 1, 1)) or m.made,
+    "written back": lambda m, x: setattr(m, "n", m.n.clone()),
+    "the same value": lambda m, x: m.n.mul_(1) + 1,
+}
+
+
+@pytest.mark.parametrize("write", CACHED.values(), ids=CACHED)
+def test_a_cache_is_no_state(write):
+    """What the second call leaves as the first one did."""
+    frozen_equals(Keeps(write), torch.randn(2, 4, 5, 5))
+
+
+DRAWN = {
+    "torch": lambda m, x: torch.randn(4, 1, 1),
+    "Python": lambda m, x: random.random(),
+    "numpy": lambda m, x: float(pytest.importorskip("numpy").random.rand()),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN)
+def test_random_numbers_that_a_graph_would_repeat_are_refused(draw):
+    with pytest.raises(RuntimeError, match="freeze: the forward draws random numbers that depend on no input"):
+        fused_resnet.freeze(Keeps(draw).eval(), torch.randn(2, 4, 5, 5))
+
+
+def test_random_numbers_like_a_tensor_are_drawn_in_each_call():
+    frozen = fused_resnet.freeze(Keeps(lambda m, x: torch.randn_like(x)).eval(), x := torch.randn(2, 4, 5, 5))
+    assert not torch.equal(frozen(x), frozen(x))
+
+
+def sums_up(m, x):
+    total = torch.zeros(1)
+    total += x.mean()
+    return total
+
+
+def fills_in(m, x):
+    scale = torch.ones(4, 1, 1)
+    scale[1] = x.mean()
+    return scale
+
+
+def written_between(m, x):
+    scale = torch.ones(4, 1, 1)
+    once = x * scale
+    scale.add_(1)
+    return once + x * scale
+
+
+@pytest.mark.parametrize("write", (sums_up, fills_in, written_between))
+def test_tensors_that_the_forward_makes_are_new_in_each_call(write):
+    model, x = Keeps(write).eval(), torch.randn(2, 4, 5, 5)
+    frozen = fused_resnet.freeze(model, x)
+    for image in (x, -x, x):
+        equal_outputs(frozen(image), networks.in_fp64(model, image))
+
 
 
 class TwoBranches(nn.Module):
