@@ -24,7 +24,9 @@ from fused_resnet.tracing import (
     copy_with_parameters,
     in_training_mode,
     reads_mode,
+    refuse_hooks,
     trace,
+    unwrapped,
 )
 
 MAX_PLANS = 8
@@ -55,7 +57,8 @@ def freeze(
     freed memory as a plan works in (`workspace`).
 
     A model that torch.fx cannot trace, or that takes no single tensor (detectors, transformers' ResNet), is frozen in
-    parts: a FrozenParts, in which the largest modules that can be are frozen and the rest runs as it is.
+    parts: a FrozenParts, in which the largest modules that can be are frozen and the rest runs as it is. What
+    torch.compile, DataParallel and DistributedDataParallel wrap is frozen like the plain model.
 
     Raises RuntimeError when a module to which that makes a difference is in training mode, when the forward keeps state
     (a counter, the last features; a cache is none) or draws random numbers that depend on no input, and when it sets
@@ -73,6 +76,8 @@ def freeze(
     for name, module in model.named_modules():
         if module.training and reads_mode(module):
             raise in_training_mode(name, module)
+        if unwrapped(module) is not module:
+            refuse_hooks(name, module)
     device = next((p.device for p in model.parameters()), example.device)
     if example.device != device:
         raise TypeError(f"freeze: example_input is on {example.device} but the model is on {device}.")

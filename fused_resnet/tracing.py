@@ -39,6 +39,12 @@ _FRESH_FUNCTIONS = {
     *POOL_FUNCTIONS, F.conv2d, F.linear, F.adaptive_avg_pool2d, F.batch_norm, "clone", torch.clone, torch.cat,
     operator.add, operator.sub, operator.mul, torch.add, "add", "mul", "sum", "mean", torch.relu, "relu",
 }  # fmt: skip
+# By the name of the class, because torch._dynamo takes long to import: the attribute that holds what they were given.
+_WRAPPERS = {
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
+}
 # They return their input itself; dropout in eval mode.
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _WEIGHT_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
@@ -243,6 +249,8 @@ def reads_mode(module: nn.Module) -> bool:
 
     The modules inside are asked by themselves. What is traced is traced in both modes where one of them is in training.
     """
+    if unwrapped(module) is not module:
+        return False
     is_opaque = Tracer().is_leaf_module(module, "") and not has_stock_call(module)
     return is_opaque or any(map(_class_reads_mode, type(module).__mro__))
 
@@ -296,8 +304,15 @@ def _untraceable(model: nn.Module, error: Exception) -> Untraceable:
     )
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What torch.compile, DataParallel or DistributedDataParallel were given; any other module is itself."""
+    while inner := _WRAPPERS.get((type(module).__module__, type(module).__qualname__)):
+        module = getattr(module, inner)
+    return module
+
+
 def copy_of(model: nn.Module, copies: Optional[dict[int, Any]] = None) -> nn.Module:
-    """A deep copy, in which `copies` stand for what they are copies of (by id).
+    """A deep copy without the wrappers, in which `copies` stand for what they are copies of (by id).
 
     deepcopy refuses tensors with a history, such as a pruned weight. The copy has their values.
     """
@@ -306,6 +321,9 @@ def copy_of(model: nn.Module, copies: Optional[dict[int, Any]] = None) -> nn.Mod
         for leaf in pytree.tree_leaves(vars(module)):
             if isinstance(leaf, Tensor) and not leaf.is_leaf:
                 memo.setdefault(id(leaf), leaf.detach().clone())
+    for module in reversed(list(model.modules())):  # from the inside out
+        if id(module) not in memo and unwrapped(module) is not module:
+            memo[id(module)] = copy.deepcopy(unwrapped(module), memo)
     return copy.deepcopy(model, memo)
 
 

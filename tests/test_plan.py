@@ -898,6 +898,62 @@ def test_tensors_that_the_forward_makes_are_new_in_each_call(write):
         equal_outputs(frozen(image), networks.in_fp64(model, image))
 
 
+def ddp(model):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def with_a_compiled_stage(model):
+    model.layer2 = torch.compile(model.layer2, backend="eager")
+    return model
+
+
+def compiled_in_place(model):
+    model.layer2.compile(backend="eager")
+    return model
+
+
+WRAPPED = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "a compiled stage": with_a_compiled_stage,
+    "compiled twice": lambda model: torch.compile(with_a_compiled_stage(model), backend="eager"),
+    "compiled in place": compiled_in_place,
+    "DataParallel": nn.DataParallel,
+    "DistributedDataParallel": ddp,
+    "compiled DistributedDataParallel": lambda model: torch.compile(ddp(model), backend="eager"),
+}
+
+
+@pytest.fixture
+def no_process_group():
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_wrapped_models_are_frozen_like_what_is_in_them(wrap, no_process_group):
+    plain, x = networks.small(), torch.randn(X)
+    model, expected = wrap(copy.deepcopy(plain)).eval(), fused_resnet.freeze(plain, x)(x)
+    frozen = fused_resnet.freeze(model, x)
+    assert torch.equal(frozen(x), expected) and frozen.unfreeze() is model
+    assert len(convolutions(frozen, x)) == 12
+    parts = fused_resnet.freeze(Each(model).eval(), [x])
+    assert list(parts.parts) == ["model"] and torch.equal(parts.parts["model"](x), expected)
+    bn = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    bn.train()
+    with pytest.raises(RuntimeError, match="bn1 is in training mode"):
+        fused_resnet.freeze(model, x)
+
+
+def test_a_wrapper_with_hooks_is_refused():
+    model, x = torch.compile(networks.small(), backend="eager"), torch.randn(X)
+    model.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(ValueError, match="freeze: the model has forward hooks, which a plan would drop"):
+        fused_resnet.freeze(model, x)
+
+
 
 class TwoBranches(nn.Module):
     def forward(self, x):
