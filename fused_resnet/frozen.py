@@ -34,6 +34,10 @@ _CANNOT_MOVE = (
     "a frozen model cannot be moved or converted: move frozen.unfreeze() and freeze it again (dtype= converts). Of a "
     "model around it, the modules that come before it have been moved."
 )
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+# In torch.ao.nn.quantized, but of models yet to be quantized, or inside a module that quantizes its own input.
+_SERVES_FLOATS = ("FloatFunctional", "FXFloatFunctional", "LinearPackedParams")
+
 log = logging.getLogger("fused_resnet")
 
 
@@ -62,7 +66,7 @@ def freeze(
 
     Raises RuntimeError when a module to which that makes a difference is in training mode, when the forward keeps state
     (a counter, the last features; a cache is none) or draws random numbers that depend on no input, and when it sets
-    attributes of what was frozen in it.
+    attributes of what was frozen in it. TypeError when weights are quantized, sparse or otherwise no plain tensors.
     TypeError and ValueError when the example does not fit the model or no part of it can be traced, BackendError when
     `backend` cannot run one of its convolutions.
     """
@@ -73,6 +77,7 @@ def freeze(
         is_tensor = isinstance(example_input, Tensor)
         got = f"a {dtype_name(example_input.dtype)} tensor" if is_tensor else type(example_input)
         raise TypeError(f"freeze: example_input must be a floating-point tensor as the model takes it, got {got}.")
+    _refuse_other_weights(model)
     for name, module in model.named_modules():
         if module.training and reads_mode(module):
             raise in_training_mode(name, module)
@@ -100,6 +105,34 @@ def freeze(
                 return FrozenParts(model, example_input, dtype, backend, str(error))
             except NothingToFreeze:
                 raise error from None
+
+
+def _refuse_other_weights(model: nn.Module) -> None:
+    """Raises TypeError for what is quantized, and for weights that cannot be folded and packed as plain tensors."""
+    for name, module in model.named_modules():
+        if _is_quantized(type(module)):
+            raise TypeError(
+                f"freeze: the model is quantized already ({name or 'it'} is a {type(module).__name__} of "
+                "torch.ao.nn.quantized), and a plan computes in floats. Freeze the float model that it was made from."
+            )
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise TypeError(f"freeze: {name} has no values yet. Call the model once, then freeze it.")
+        is_dense = tensor.layout is torch.strided and not tensor.is_quantized
+        is_adjacency = tensor.layout in _SPARSE and not isinstance(tensor, nn.Parameter)  # an operand, no weight
+        if type(tensor) not in (Tensor, nn.Parameter) or not (is_dense or is_adjacency):
+            layout = str(tensor.layout).removeprefix("torch.")
+            raise TypeError(
+                f"freeze: {name} is a {type(tensor).__name__} of layout {layout} and dtype {dtype_name(tensor.dtype)}, "
+                "and a plan takes plain dense weights. Freeze the model as it was before they were converted."
+            )
+
+
+def _is_quantized(cls: type) -> bool:
+    """A module between int8 activations. Not one that quantizes its own input, which serves between floats."""
+    package, _, rest = cls.__module__.partition("quantized.")
+    is_known = package.startswith(("torch.nn.", "torch.ao.nn.")) and rest.startswith("modules")
+    return is_known and cls.__name__ not in _SERVES_FLOATS
 
 
 def _kind_of(tensor: Tensor) -> tuple[torch.device, torch.dtype]:

@@ -954,6 +954,76 @@ def test_a_wrapper_with_hooks_is_refused():
         fused_resnet.freeze(model, x)
 
 
+class Tagged(torch.Tensor):
+    """A subclass of which only torch functions know what it does."""
+
+
+def with_weight(change):
+    def make():
+        model = networks.small()
+        with torch.no_grad():
+            model.fc.weight = nn.Parameter(change(model.fc.weight.detach()), requires_grad=False)
+        return model
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def quantized(by_torch_fx):
+    from torch.ao import quantization
+    from torch.ao.quantization import quantize_fx
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)).eval()
+    x = torch.randn(X)
+    if by_torch_fx:
+        prepared = quantize_fx.prepare_fx(model, quantization.get_default_qconfig_mapping("x86"), (x,))
+        prepared(x)
+        return quantize_fx.convert_fx(prepared)
+    model = nn.Sequential(quantization.QuantStub(), *model, quantization.DeQuantStub()).eval()
+    model.qconfig = quantization.get_default_qconfig("x86")
+    prepared = quantization.prepare(model)
+    prepared(x)
+    return quantization.convert(prepared)
+
+
+CONVERTED = {
+    "int8": (lambda: quantized(False), "the model is quantized already .*Freeze the float model"),
+    "int8 by torch.fx": (lambda: quantized(True), "the model is quantized already .*Freeze the float model"),
+    "a quantized tensor": (
+        with_weight(lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)), "fc.weight .* dtype qint8, .* dense"),
+    "a subclass": (with_weight(lambda w: w.as_subclass(Tagged)), "fc.weight is a Tagged"),
+    "lazy": (
+        lambda: nn.Sequential(nn.LazyConv2d(3, 3)).eval(), "0.weight has no values yet. Call the model once"),
+    "sparse": (with_weight(lambda w: w.to_sparse_csr()), "fc.weight is a Parameter of layout sparse_csr"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make, message", CONVERTED.values(), ids=CONVERTED)
+def test_models_of_other_numbers_are_refused(make, message):
+    with pytest.raises(TypeError, match=f"freeze: {message}"):
+        fused_resnet.freeze(make(), torch.randn(X))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_linear_that_quantizes_its_input_serves_in_a_plan():
+    from torch.ao.quantization import quantize_dynamic
+
+    model, x = networks.small(), torch.randn(X)
+    model = quantize_dynamic(model, {nn.Linear})
+    frozen = fused_resnet.freeze(model, x)
+    with torch.no_grad():
+        assert networks.error(frozen(x), model(x).double()) < 0.01  # inputs that differ by rounding may be int8s apart
+
+
+def test_a_sparse_operand_is_no_weight():
+    model, x = Traced(lambda m, x: torch.sparse.mm(m.mix, m.conv(x).flatten(1).t())).eval(), torch.randn(2, 4, 6, 7)
+    model.register_buffer("mix", torch.randn(3, 4 * 6 * 7).relu().to_sparse())
+    with torch.no_grad():
+        torch.testing.assert_close(fused_resnet.freeze(model, x)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+
 
 class TwoBranches(nn.Module):
     def forward(self, x):
