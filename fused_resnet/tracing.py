@@ -60,6 +60,11 @@ TRACING = threading.RLock()
 class Proxy(fx.Proxy):
     """Keeps `a += b` the write to a's memory that it is; torch.fx alone records a new tensor."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(Tensor, name):  # `a.data = b`, which torch.fx alone forgets
+            raise keeps_state(f"the attribute {name} of a tensor")
+        super().__setattr__(name, value)
+
 
 def _augmented(operation: Callable) -> Callable:
     return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
@@ -172,8 +177,11 @@ def trace(model: nn.Module) -> fx.GraphModule:
     before, numbers = _state_of(copied), _random_state()
     try:
         graph = _graph_of(root)
+    except Unfaithful:
+        raise
     except Exception as error:
         raise _untraceable(model, error) from error
+    _forget_constants(copied, before)
     if changed := _changes(before, _state_of(copied)):
         graph = _settled(root, graph, keeps_state(changed[0]))
     elif _random_state() != numbers:  # another thread may have drawn them: then a second graph is the same
@@ -286,7 +294,7 @@ def _steps(root: nn.Module, graph: fx.Graph) -> tuple[list, list]:
     names = {node: f"%{index}" for index, node in enumerate(graph.nodes)}
     got = [functools.reduce(getattr, node.target.split("."), root) for node in graph.nodes if node.op == "get_attr"]
     return [
-        (node.op, node.op == "get_attr" or node.target, fx.map_arg((node.args, node.kwargs), names.__getitem__))
+        (node.op, node.op == "get_attr" or node.target, fx.map_arg((node.args, node.kwargs), names.get))
         for node in graph.nodes
     ], got
 
@@ -388,7 +396,7 @@ class _Seen:
     """What a value was; `before == now` as long as it holds the same."""
 
     def __init__(self, value: Any) -> None:
-        self._value = value
+        self.value = value
         self._alive: list[Any] = []
         self._content = self._told()
 
@@ -396,17 +404,17 @@ class _Seen:
         if not isinstance(now, _Seen):
             return False
         if now._content is None or now._content != now._told():  # of a lock all that can be told is which it is
-            return self._value is now._value
+            return self.value is now.value
         return self._content == now._content
 
     def _told(self) -> Any:
-        kind = type(self._value)
-        is_empty = kind in (dict, list, tuple, collections.OrderedDict) and not self._value
+        kind = type(self.value)
+        is_empty = kind in (dict, list, tuple, collections.OrderedDict) and not self.value
         if is_empty or kind in (bool, int, str, type(None)):  # most are, and pickling them takes ten times as long
-            return kind, self._value or None
+            return kind, self.value or None
         written = io.BytesIO()
         try:
-            _Told(written, self._alive).dump(self._value)
+            _Told(written, self._alive).dump(self.value)
         except Exception:
             return None
         return written.getvalue()
@@ -417,13 +425,14 @@ def _state_of(model: nn.Module) -> dict[str, _Seen]:
     called in a sentence."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
-        own = {**vars(module), **module._parameters, **module._buffers, **module._modules}
+        own = {key: value for key, value in vars(module).items() if key not in _HOLDERS}
+        own.update({**module._parameters, **module._buffers, **module._modules})
         path = f"{name}." if name else ""
-        for key in own.keys() - _HOLDERS:
+        for key in own:
             found[f"its attribute {path}{key}"] = own[key]
             if isinstance(own[key], FunctionType):
                 found.update(_variables_of(own[key], own[key].__code__))
-    for cls in {cls for module in model.modules() for cls in type(module).__mro__}:
+    for cls in dict.fromkeys(cls for module in model.modules() for cls in type(module).__mro__):
         if not _is_torchs(cls):
             found.update(_state_of_class(cls))
     return {label: _Seen(value) for label, value in found.items()}
@@ -453,6 +462,33 @@ def _variables_of(function: FunctionType, code: CodeType) -> Iterator[tuple[str,
 
 def _is_torchs(cls: type) -> bool:
     return cls is object or cls.__module__.partition(".")[0] in ("torch", "fused_resnet")
+
+
+def _forget_constants(model: nn.Module, before: dict[str, _Seen]) -> None:
+    """Take back, where nothing was before, what depends on parameters alone: in a frozen model they are constants."""
+    for name, module in model.named_modules():
+        path, own = f"{name}." if name else "", vars(module)
+        for key in own.keys() - _HOLDERS:
+            seen, value = before.get(f"its attribute {path}{key}"), own[key]
+            if isinstance(value, dict):
+                for part in [part for part in value if _is_constant(value[part])]:
+                    del value[part]
+            elif _is_constant(value) and (seen is None or seen.value is None):
+                del own[key]
+                if seen is not None:
+                    own[key] = None
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether it was computed in a trace, and not from the input."""
+    if not isinstance(value, fx.Proxy):
+        return False
+    sources, found = [value.node], {value.node}
+    while sources:
+        new = set(sources.pop().all_input_nodes) - found
+        sources.extend(new)
+        found |= new
+    return all(node.op != "placeholder" for node in found)
 
 
 def _changes(before: dict[str, _Seen], now: dict[str, _Seen]) -> list[str]:

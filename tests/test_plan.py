@@ -814,6 +814,9 @@ STATEFUL = {
     "a tensor": (lambda m, x: m.plain.add_(1), "its attribute plain"),
     "a parameter": (lambda m, x: m.scale.mul_(0.5), "its attribute scale"),
     "a parameter's data": (lambda m, x: m.scale.data.mul_(0.5), "its attribute scale"),
+    "an assigned parameter's data": (
+        lambda m, x: setattr(m.scale, "data", 0.5 * m.scale.data), "the attribute data of a tensor"),
+    "a power iteration": (lambda m, x: setattr(m, "n", (m.n * m.scale).mean((1, 2))), "its attribute n"),
     "a counter": (lambda m, x: setattr(m, "k", m.k + 1), "its attribute k"),
     "a new attribute": (lambda m, x: setattr(m, "last", x), "its attribute last"),
     "a list": (lambda m, x: m.seen.append(1), "its attribute seen"),
@@ -849,6 +852,22 @@ CACHED = {
     "written back": lambda m, x: setattr(m, "n", m.n.clone()),
     "the same value": lambda m, x: m.n.mul_(1) + 1,
 }
+
+
+def gathers_once(m, x):
+    """The biases of LeViT's attention: a dictionary by device, of what is computed from parameters."""
+    key = str(x.device)
+    if key not in m.named:
+        m.named[key] = m.scale[[3, 2, 1, 0]]
+    return m.named[key]
+
+
+def keeps_a_product(m, x):
+    m.product = 2 * m.scale if m.k == 0 else m.product
+    return m.product
+
+
+CACHED |= {"computed from a parameter": gathers_once, "a product of a parameter": keeps_a_product}
 
 
 @pytest.mark.parametrize("write", CACHED.values(), ids=CACHED)
