@@ -215,10 +215,10 @@ class _Propagation(fx.Interpreter):
         module = self.fetch_attr(target)
         if type(module) is nn.BatchNorm2d and has_stock_call(module) and _takes(module, *args, **kwargs):
             return torch.empty_like(args[0])  # on meta tensors torch takes longer than for all else together
-        for tensor in (*module.parameters(), *module.buffers()):
-            if id(tensor) not in self._ghosts:
-                self._ghosts[id(tensor)] = self._ghost(tensor)
-        module = copy.deepcopy(module, self._ghosts)
+        held = (*module.parameters(), *module.buffers())
+        self._ghosts.update({id(tensor): self._ghost(tensor) for tensor in held if id(tensor) not in self._ghosts})
+        if held:  # packed weights of quantized layers are none, and have no ghosts
+            module = copy.deepcopy(module, self._ghosts)
         dtype = self.node.meta.get("arrives_in")
         if dtype is None or self._to is None:
             return module(*args, **kwargs)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import collections
-import copy
 import itertools
 import logging
 import threading
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, Optional, Union, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,9 +18,26 @@ from fused_resnet.nn import NotScriptable
 from fused_resnet.parts import freeze_parts
 from fused_resnet.plan import Plan, make_plan, plainly
 from fused_resnet.problem import dtype_name
-from fused_resnet.tracing import Untraceable, trace
+from fused_resnet.tracing import (
+    Untraceable,
+    copy_of,
+    copy_tensors,
+    copy_with_parameters,
+    in_training_mode,
+    reads_mode,
+    refuse_hooks,
+    trace,
+    unwrapped,
+)
 
 MAX_PLANS = 8
+_CANNOT_MOVE = (
+    "a frozen model cannot be moved or converted: move frozen.unfreeze() and freeze it again (dtype= converts). Of a "
+    "model around it, the modules that come before it have been moved."
+)
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+# In torch.ao.nn.quantized, but of models yet to be quantized, or inside a module that quantizes its own input.
+_SERVES_FLOATS = ("FloatFunctional", "FXFloatFunctional", "LinearPackedParams")
 
 log = logging.getLogger("fused_resnet")
 
@@ -46,16 +62,20 @@ def freeze(
     buffers of another dtype than the model's main one keep theirs. Outputs have the dtypes that the model's have.
     Without one, an input that the model refuses for its dtype is cast to the model's, and the outputs back.
 
-    Calls are safe from several threads, outputs are fresh tensors, and autocast around a call changes nothing. A
+    Calls are safe from several threads, outputs are fresh tensors, and autocast around a call changes nothing. A frozen
+    model reads its input: where the model writes into it (an in-place ReLU first, `x += y`), the copy does not. A
     frozen CPU plan may turn NaN into 0 where it meets a ReLU, as oneDNN does. On glibc, malloc is told to keep as much
     freed memory as a plan works in (`workspace`).
 
     A model that torch.fx cannot trace, or that takes no single tensor (detectors, transformers' ResNet), is frozen in
-    parts: a FrozenParts, in which the largest modules that can be are frozen and the rest runs as it is.
+    parts: a FrozenParts, in which the largest modules that can be are frozen and the rest runs as it is. What
+    torch.compile, DataParallel and DistributedDataParallel wrap is frozen like the plain model.
 
-    Raises RuntimeError when the model is in training mode or sets attributes of what was frozen in it, TypeError and
-    ValueError when the example does not fit the model or no part of it can be traced, BackendError when `backend`
-    cannot run one of its convolutions.
+    Raises RuntimeError when a module to which that makes a difference is in training mode, when the forward keeps state
+    (a counter, the last features; a cache is none) or draws random numbers that depend on no input, and when it sets
+    attributes of what was frozen in it. TypeError when weights are quantized, sparse or otherwise no plain tensors.
+    TypeError and ValueError when the example does not fit the model or no part of it can be traced, BackendError when
+    `backend` cannot run one of its convolutions.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: expected an nn.Module, got {type(model).__name__}.")
@@ -64,11 +84,12 @@ def freeze(
         is_tensor = isinstance(example_input, Tensor)
         got = f"a {dtype_name(example_input.dtype)} tensor" if is_tensor else type(example_input)
         raise TypeError(f"freeze: example_input must be a floating-point tensor as the model takes it, got {got}.")
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
-    if training:
-        raise RuntimeError(
-            f"freeze: {training[0]} is in training mode; call model.eval() first. To train, use fused_resnet.fuse."
-        )
+    _refuse_other_weights(model)
+    for name, module in model.named_modules():
+        if module.training and reads_mode(module):
+            raise in_training_mode(name, module)
+        if unwrapped(module) is not module:
+            refuse_hooks(name, module)
     device = next((p.device for p in model.parameters()), example.device)
     if example.device != device:
         raise TypeError(f"freeze: example_input is on {example.device} but the model is on {device}.")
@@ -78,15 +99,48 @@ def freeze(
     frozen = [name for name, module in model.named_modules() if isinstance(module, _Frozen)]
     if frozen:
         raise ValueError(f"freeze: {frozen[0] or 'the model'} is frozen already. Freeze what it was made from.")
-    if not isinstance(example_input, Tensor):
-        return FrozenParts(model, example_input, dtype, backend, f"it takes a {type(example_input).__name__}")
-    try:
-        return FrozenModel(model, example_input, dtype, backend)
-    except Untraceable as error:
+    with torch.inference_mode(False), torch.no_grad():  # copies made in inference mode could not be written to outside
+        if not isinstance(example_input, Tensor):
+            return FrozenParts(model, example_input, dtype, backend, f"it takes a {type(example_input).__name__}")
         try:
-            return FrozenParts(model, example_input, dtype, backend, str(error))
-        except NothingToFreeze:
-            raise error from None
+            return FrozenModel(model, example_input, dtype, backend)
+        except Untraceable as error:
+            try:
+                return FrozenParts(model, example_input, dtype, backend, str(error))
+            except NothingToFreeze:
+                raise error from None
+
+
+def _refuse_other_weights(model: nn.Module) -> None:
+    """Raises TypeError for what is quantized, and for weights that cannot be folded and packed as plain tensors."""
+    for name, module in model.named_modules():
+        if _is_quantized(type(module)):
+            raise TypeError(
+                f"freeze: the model is quantized already ({name or 'it'} is a {type(module).__name__} of "
+                "torch.ao.nn.quantized), and a plan computes in floats. Freeze the float model that it was made from."
+            )
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise TypeError(f"freeze: {name} has no values yet. Call the model once, then freeze it.")
+        is_dense = tensor.layout is torch.strided and not tensor.is_quantized
+        is_adjacency = tensor.layout in _SPARSE and not isinstance(tensor, nn.Parameter)  # an operand, no weight
+        if type(tensor) not in (Tensor, nn.Parameter) or not (is_dense or is_adjacency):
+            layout = str(tensor.layout).removeprefix("torch.")
+            raise TypeError(
+                f"freeze: {name} is a {type(tensor).__name__} of layout {layout} and dtype {dtype_name(tensor.dtype)}, "
+                "and a plan takes plain dense weights. Freeze the model as it was before they were converted."
+            )
+
+
+def _is_quantized(cls: type) -> bool:
+    """A module between int8 activations. Not one that quantizes its own input, which serves between floats."""
+    package, _, rest = cls.__module__.partition("quantized.")
+    is_known = package.startswith(("torch.nn.", "torch.ao.nn.")) and rest.startswith("modules")
+    return is_known and cls.__name__ not in _SERVES_FLOATS
+
+
+def _kind_of(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
+    return tensor.device, tensor.dtype
 
 
 def _is_floating(value: Any) -> bool:
@@ -110,10 +164,20 @@ class _Frozen(NotScriptable, nn.Module):
             raise RuntimeError("a frozen model cannot be trained: train frozen.unfreeze() and freeze it again.")
         return self
 
+    def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
+        """Where its tensors lie, and their dtypes."""
+        raise NotImplementedError
+
     def _apply(self, fn: Callable, recurse: bool = True) -> "_Frozen":
-        raise RuntimeError(
-            "a frozen model cannot be moved or converted: move frozen.unfreeze() and freeze it again (dtype= converts)."
-        )
+        """What `to`, `float` and their like do to every module. Where a model like this one is as they ask, nothing."""
+        try:
+            samples = [torch.empty(1, device=device, dtype=dtype) for device, dtype in self._kinds()]
+            moves = any(_kind_of(sample) != _kind_of(fn(sample)) for sample in samples)
+        except Exception as error:
+            raise RuntimeError(_CANNOT_MOVE) from error
+        if moves:
+            raise RuntimeError(_CANNOT_MOVE)
+        return self
 
 
 class FrozenModel(_Frozen):
@@ -134,8 +198,8 @@ class FrozenModel(_Frozen):
         own = main_dtype(model, example_input.dtype)
         self.dtype, self.backend = dtype or own, backend
         self.device, self.input_dtype = example_input.device, example_input.dtype
-        self.__dict__["_traced"] = trace(model)
         with plainly(self.device):
+            self.__dict__["_traced"] = trace(model)
             self._conversion = conversion(self._traced, example_input.detach(), main or own, dtype)
         self._reset_plans()
         self._plan_for(example_input)
@@ -192,6 +256,9 @@ class FrozenModel(_Frozen):
             self._plans.move_to_end(key)
             return plan
 
+    def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
+        return {(self.device, self.dtype), (self.device, self.input_dtype)}
+
     def _reset_plans(self) -> None:
         self.__dict__.update(_lock=threading.Lock(), _plans=collections.OrderedDict())
 
@@ -215,7 +282,7 @@ class _FrozenPart(FrozenModel):
         if self._traced.meta["writes_input"]:
             raise ValueError("freeze: it writes into its input, which a frozen part does not.")
         try:
-            self.__dict__["_asked"] = copy.deepcopy(part)
+            self.__dict__["_asked"] = copy_of(part)
         except Exception as error:
             raise ValueError(f"freeze: {type(part).__name__} cannot be copied: {error}") from error
 
@@ -247,7 +314,8 @@ class FrozenParts(_Frozen):
 
     A part does what its module did when it was frozen, and its attributes and the modules inside it are those of then,
     to be read. Setting an attribute of a part is an error; what is set on a module inside, or hooked to it, has no
-    effect: change unfreeze(), and freeze again. Modules that the forward writes to are in no part.
+    effect: change unfreeze(), and freeze again. Modules that the forward writes to are in no part, and go on from where
+    the model was.
     """
 
     def __init__(
@@ -260,23 +328,35 @@ class FrozenParts(_Frozen):
         example = next(filter(_is_floating, pytree.tree_leaves(example_input)))
         main = main_dtype(model, example.dtype)
         with plainly(self._device):
-            parts, expected = freeze_parts(
-                model, example_input, lambda part, x: _FrozenPart(part, x, dtype, backend, main)
+            try:
+                plain = copy_with_parameters(model)
+            except Exception as error:
+                raise NothingToFreeze(f"freeze: {type(model).__name__} cannot be copied: {error}") from error
+            parts, expected, self._writes_input = freeze_parts(
+                plain, example_input, lambda part, x: _FrozenPart(part, x, dtype, backend, main)
             )
         if not parts:
             raise NothingToFreeze(f"freeze: no part of {type(model).__name__} can be frozen, and {reason}")
-        self.parts = parts
-        replaced = {id(model.get_submodule(name)): part for name, part in parts.items()}
-        self.__dict__["_copy"] = copy.deepcopy(model, replaced)  # deepcopy takes what its memo holds for a copy
+        self.parts = cast("dict[str, FrozenModel]", parts)
+        replaced = {id(plain.get_submodule(name)): part for name, part in parts.items()}
+        self.__dict__["_copy"] = copy_of(plain, replaced)
         got, wanted = pytree.tree_structure(self(example_input)), pytree.tree_structure(expected)
         if got != wanted:
             raise ValueError(f"freeze: frozen in parts, {type(model).__name__} returns {got} instead of {wanted}.")
+        self.__dict__["_copy"] = copy_of(plain, replaced)  # which has not been called yet: the rest may keep state
         log.info("frozen in %d parts (%s): %s", len(parts), ", ".join(parts), reason)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self._copy
         with plainly(self._device):
+            if self._writes_input:
+                args, kwargs = copy_tensors((args, kwargs))
             return model(*args, **kwargs)
+
+    def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
+        model: Any = self._copy
+        rest = itertools.chain(model.parameters(), model.buffers())
+        return {*map(_kind_of, rest), *itertools.chain.from_iterable(part._kinds() for part in self.parts.values())}
 
     def extra_repr(self) -> str:
         return ", ".join(self.parts)

@@ -14,19 +14,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fused_resnet.tracing import TRACING
+from fused_resnet.tracing import (
+    TRACING,
+    Unfaithful,
+    computed_weights,
+    copy_tensors,
+    copy_with_parameters,
+    count_writes,
+)
 
 
 def freeze_parts(
     model: nn.Module, example: Any, freeze_part: Callable[[nn.Module, Tensor], nn.Module]
-) -> tuple[dict[str, nn.Module], Any]:
-    """({name: frozen part}, the model's output for `example`).
+) -> tuple[dict[str, nn.Module], Any, bool]:
+    """({name: frozen part}, the model's output for `example`, whether it writes into its input).
 
     Modules are tried from the model's children downwards: freeze_part(module, the tensor that it was called with) for
     each that has convolutions, was only ever called with one tensor, and did not return that to be written into. Where
-    it raises ValueError, the module's children are tried. Raises ValueError when the model does not run on the example.
+    it raises ValueError or Unfaithful, its children are tried. A copy of the model runs on the example, once. Raises
+    ValueError when it does not.
     """
-    inputs, output = _inputs(model, example)
+    example = copy_tensors(example)  # the caller's is not written
+    inputs, output, writes_input = _inputs(copy_with_parameters(model), example)
     parts: dict[str, nn.Module] = {}
 
     def visit(name: str, module: nn.Module) -> None:
@@ -36,18 +45,19 @@ def freeze_parts(
             try:
                 parts[name] = freeze_part(module, inputs[name])
                 return
-            except ValueError:
+            except (ValueError, Unfaithful):
                 pass  # a smaller part may do; where none does, freeze says what the whole model lacks
         for child_name, child in module.named_children():
             visit(f"{name}.{child_name}" if name else child_name, child)
 
     for name, child in model.named_children():
         visit(name, child)
-    return parts, output
+    return parts, output, writes_input
 
 
-def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any]:
-    """Of each module that this run calls with one floating-point tensor and nothing else: that tensor. The output.
+def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any, bool]:
+    """Of each module that this run calls with one floating-point tensor and nothing else: that tensor. The output, and
+    whether the example was written to.
 
     Not of a module that returned its input or a view of it, into which the model then wrote, nor of one inside which
     anything was written: an attribute of a module, which the model may read, or a parameter.
@@ -67,8 +77,9 @@ def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any]:
 
     def note_output(name: str, args: tuple, output: Any) -> None:
         if threading.get_ident() == thread and _memory_of(args) & _memory_of(output):
-            returned.extend((name, leaf, _writes_to(leaf)) for leaf in args if isinstance(leaf, Tensor))
+            returned.extend((name, leaf, count_writes(leaf)) for leaf in args if isinstance(leaf, Tensor))
 
+    given = [(leaf, count_writes(leaf)) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
     handles: list[Any] = []
     for name, module in model.named_modules():
         handles += [
@@ -83,9 +94,10 @@ def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any]:
     finally:
         for handle in handles:
             handle.remove()
-    others.update(name for name, tensor, writes in returned if _writes_to(tensor) != writes)
+    others.update(name for name, tensor, writes in returned if count_writes(tensor) != writes)
     others.update(name for name, module in model.named_modules() if not written.isdisjoint(map(id, module.modules())))
-    return {name: value for name, value in inputs.items() if name not in others}, output
+    writes_input = any(count_writes(tensor) != writes for tensor, writes in given)
+    return {name: value for name, value in inputs.items() if name not in others}, output, writes_input
 
 
 @contextlib.contextmanager
@@ -95,15 +107,15 @@ def _noting_writes(model: nn.Module) -> Iterator[set[int]]:
     thread = threading.get_ident()
 
     def noting(write: Callable) -> Callable:
-        def noted(module: nn.Module, *args: Any) -> None:
-            if threading.get_ident() == thread:
+        def noted(module: nn.Module, name: str, *args: Any) -> None:
+            if threading.get_ident() == thread and name not in computed_weights(module):
                 written.add(id(module))
-            write(module, *args)
+            write(module, name, *args)
 
         return noted
 
     def writes(module: nn.Module) -> list[int]:
-        return [_writes_to(tensor) for tensor in (*module.parameters(False), *module.buffers(False))]
+        return [count_writes(tensor) for tensor in (*module.parameters(False), *module.buffers(False))]
 
     before = [(module, writes(module)) for module in model.modules()]
     with TRACING:
@@ -123,8 +135,3 @@ def _memory_of(values: Any) -> set[int]:
     """Where the memory of the tensors in these values begins."""
     tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
-
-
-def _writes_to(tensor: Tensor) -> int:
-    """How often its memory was written to, as far as that is counted."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -27,7 +27,7 @@ from fused_resnet.dtypes import Conversion, facts_of, first_line
 from fused_resnet.matching import Match, activation_of, matches, norm_at
 from fused_resnet.nn import Norm, norm_of
 from fused_resnet.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name, pair
-from fused_resnet.tracing import POOL_FUNCTIONS, POOLS, has_stock_call, module_of
+from fused_resnet.tracing import POOL_FUNCTIONS, POOLS, count_writes, has_stock_call, keeps_state, module_of
 
 log = logging.getLogger("fused_resnet")
 _CAPTURING = threading.Lock()
@@ -269,13 +269,18 @@ def make_plan(traced: fx.GraphModule, x: Tensor, conversion: Optional[Conversion
 
 
 def _try(plan: Plan, x: Tensor) -> None:
-    """Run a new plan once, so that what it cannot do is said where it is made."""
+    """Run a new plan once, so that what it cannot do is said where it is made, and what it would keep."""
+    held = {**dict(plan.module.named_parameters()), **dict(plan.module.named_buffers())}
+    before = {name: count_writes(tensor) for name, tensor in held.items()}
     try:
         plan(x)
     except Exception as error:
         wanted = plan.conversion and plan.conversion.wanted
         where = f"{f' in {dtype_name(wanted)}' if wanted else ''} on an input of {_shown(x)}"
         raise ValueError(f"freeze: the model does not run{where}: {first_line(error)}") from error
+    for name, tensor in held.items():
+        if count_writes(tensor) != before[name]:
+            raise keeps_state(f"its attribute {name.removeprefix('model.')}")
 
 
 def _shown(x: Tensor) -> str:

@@ -7,15 +7,25 @@ proxies; other threads may call modules while one is traced; a view that becomes
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
+import functools
+import io
 import operator
+import pickle
+import random
+import sys
 import threading
-from typing import Any, Callable, Optional
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, Callable, Iterator, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -30,6 +40,15 @@ _FRESH_FUNCTIONS = {
     "clone", torch.clone, "add", torch.add, "relu", torch.relu, "mul", "sum", "mean",
     operator.add, operator.sub, operator.mul,
 }  # fmt: skip
+# By the name of the class, because torch._dynamo takes long to import: the attribute that holds what they were given.
+_WRAPPERS = {
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
+}
+_WEIGHT_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
+_HOLDERS = {"_parameters", "_buffers", "_modules"}
+_SAME_BY_ID = (Tensor, nn.Module, FunctionType, ModuleType, type, fx.Proxy)
 _AUGMENTED = {f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
 # A view of contiguous memory, a copy of channels_last memory; or the other way round.
 _LAYOUT_DECIDES = {"view", "reshape", "flatten", "ravel", "contiguous", torch.reshape, torch.flatten, torch.ravel}
@@ -39,6 +58,11 @@ TRACING = threading.RLock()
 
 class Proxy(fx.Proxy):
     """Keeps `a += b` the write to a's memory that it is; torch.fx alone records a new tensor."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(Tensor, name):  # `a.data = b`, which torch.fx alone forgets
+            raise keeps_state(f"the attribute {name} of a tensor")
+        super().__setattr__(name, value)
 
 
 def _augmented(operation: Callable) -> Callable:
@@ -60,12 +84,15 @@ class Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self._thread = threading.get_ident()
+        self.used: dict[int, tuple[Tensor, int]] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return self.proxy_class(node, self)
 
     def create_arg(self, a: Any) -> Any:
         kind = type(a)
+        if issubclass(kind, Tensor):
+            self.used.setdefault(id(a), (a, count_writes(a)))
         if not issubclass(kind, dict) or kind is dict:
             return super().create_arg(a)
         items = [(key, self.create_arg(value)) for key, value in a.items()]
@@ -123,38 +150,74 @@ class Untraceable(ValueError):
     """torch.fx cannot trace a model."""
 
 
+class Unfaithful(RuntimeError):
+    """A graph would not go on doing what the model does."""
+
+
+def keeps_state(what: str) -> Unfaithful:
+    return Unfaithful(
+        f"freeze: the forward writes {what}, which a plan would not write again: a frozen model does the same in each "
+        "call. Freeze the modules that keep nothing, or use fused_resnet.fuse."
+    )
+
+
+def _draws() -> Unfaithful:
+    return Unfaithful(
+        "freeze: the forward draws random numbers that depend on no input, which a plan would repeat in each call. "
+        "Draw them like a tensor (torch.rand_like), or use fused_resnet.fuse."
+    )
+
+
 def trace(model: nn.Module) -> fx.GraphModule:
     """The model as a graph of one input over copies of its leaf modules. meta["writes_input"]: whether the model does,
     which the graph does to a copy.
 
-    Raises Untraceable when torch.fx cannot have it, ValueError when the graph would not be the model.
+    Raises Untraceable when torch.fx cannot have it, ValueError when the graph would not be the model. Unfaithful when
+    it would be in the first call alone, or in eval mode alone where the model is not all in eval mode.
     """
     tracer = Tracer()
-    for name, module in model.named_modules():
-        if not tracer.is_leaf_module(module, name) and (module._forward_hooks or module._forward_pre_hooks):
-            raise ValueError(
-                f"freeze: {name or 'the model'} has forward hooks, which a plan would drop. Remove them first."
-            )
     try:
         # a copy, because the forward runs: what it counts and keeps is not for the model
-        root = _Call(copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})).eval()
-        with TRACING, _OwnTensors(root) as own:
-            graph = tracer.trace(root)
+        copied = copy_with_parameters(model)
     except Exception as error:
-        raise Untraceable(
-            f"freeze: torch.fx cannot trace {type(model).__name__}: {error}. Freeze the part that is a plain network, "
-            "or use fused_resnet.fuse."
-        ) from error
+        raise _untraceable(model, error) from error
+    in_training = [module for module in copied.modules() if module.training]
+    _set_training(in_training, False)
+    _drop_checks(copied)
+    _compute_weights(copied)
+    for name, module in copied.named_modules():
+        if not tracer.is_leaf_module(module, name):
+            refuse_hooks(name, module)
+    root = _Call(copied)
+    _set_training([root], False)
+    before, numbers = _state_of(copied), _random_state()
+    try:
+        graph = _graph_of(root)
+    except Unfaithful:
+        raise
+    except Exception as error:
+        raise _untraceable(model, error) from error
+    _forget_constants(copied, before)
+    if changed := _changes(before, _state_of(copied)):
+        graph = _settled(root, graph, keeps_state(changed[0]))
+    elif _random_state() != numbers:  # another thread may have drawn them: then a second graph is the same
+        graph = _settled(root, graph, _draws())
+    if in_training:
+        _compare_modes(root, graph, in_training)
     modules = dict(root.named_modules())
     for node in graph.nodes:
         node.type = None  # annotations are of no use here, and as strings they cannot be pickled
-        if is_made_in_forward(node) and getattr(root, node.target) in own:
-            setattr(root, f"_of_buffers{node.target}", getattr(root, node.target))
-            node.target = f"_of_buffers{node.target}"
+        if node.target is getattr and node.args[1] == "data":  # the same tensor, whose writes are not counted
+            node.op, node.target, node.args = "call_method", "detach", node.args[:1]
     skip_identities(graph, modules)
+    _renew_made_tensors(root, graph, modules)
     _let_views_copy(graph, modules)
     writes_input = _leave_input_alone(graph, modules)
     _return_new_memory(graph, modules)
+    for node in graph.nodes:
+        if node.meta.pop("is_of_buffers", False):
+            setattr(root, f"_of_buffers{node.target}", getattr(root, node.target))
+            node.target = f"_of_buffers{node.target}"
     traced = copy.deepcopy(fx.GraphModule(root, graph)).eval()
     traced.meta["writes_input"] = writes_input
     return traced
@@ -163,6 +226,317 @@ def trace(model: nn.Module) -> fx.GraphModule:
 def is_made_in_forward(node: fx.Node) -> bool:
     """Whether this is a tensor that the forward makes, as torch.arange does, and that is in no module."""
     return node.op == "get_attr" and str(node.target).startswith("_tensor_constant")
+
+
+def refuse_hooks(name: str, module: nn.Module) -> None:
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ValueError(
+            f"freeze: {name or 'the model'} has forward hooks, which a plan would drop. Remove them first."
+        )
+
+
+def _graph_of(root: nn.Module) -> fx.Graph:
+    tracer = Tracer()
+    with TRACING, _OwnTensors(root) as own:
+        graph = tracer.trace(root)
+    for node in graph.nodes:
+        node.meta["is_of_buffers"] = is_made_in_forward(node) and getattr(root, node.target) in own
+    if any(count_writes(tensor) != writes for tensor, writes in tracer.used.values()):
+        raise ValueError("it writes into a tensor that it has computed with, which a graph would not see")
+    return graph
+
+
+def _set_training(modules: list[nn.Module], mode: bool) -> None:
+    for module in modules:
+        module.training = mode
+
+
+def _settled(root: Any, graph: fx.Graph, refusal: Unfaithful) -> fx.Graph:
+    """The graph of a second call, where the first one changed something. It must be the same, and change nothing: then
+    what changed was a cache. Raises the refusal where it is not."""
+    before = _state_of(root.model)
+    try:
+        again = _graph_of(root)
+    except Exception as error:
+        raise refusal from error
+    if _changes(before, _state_of(root.model)) or not _are_alike(root, graph, again):
+        raise refusal
+    return again
+
+
+def _compare_modes(root: Any, graph: fx.Graph, in_training: list[nn.Module]) -> None:
+    """Raises Unfaithful where these modules do something else in training mode."""
+    before = _state_of(root.model)
+    try:
+        _set_training(in_training, True)
+        other = _graph_of(root)
+    except Exception:
+        other = None
+    finally:
+        _set_training(in_training, False)
+    if other is None or _changes(before, _state_of(root.model)) or not _are_alike(root, graph, other):
+        name = next(name for name, module in root.named_modules() if module is in_training[0])
+        raise in_training_mode(name.removeprefix("model").removeprefix("."), in_training[0])
+
+
+def reads_mode(module: nn.Module) -> bool:
+    """Whether training mode means anything to a module, by its code, and to what a trace does not go into by its hooks.
+
+    The modules inside are asked by themselves. What is traced is traced in both modes where one of them is in training.
+    """
+    if unwrapped(module) is not module:
+        return False
+    is_opaque = Tracer().is_leaf_module(module, "") and not has_stock_call(module)
+    return is_opaque or any(map(_class_reads_mode, type(module).__mro__))
+
+
+@functools.lru_cache(maxsize=None)
+def _class_reads_mode(cls: type) -> bool:
+    if cls is nn.Module or cls.__module__.startswith("torch.fx."):
+        return False
+    members = (getattr(value, "fget", None) or getattr(value, "__func__", value) for value in vars(cls).values())
+    return any(isinstance(member, FunctionType) and _names(member.__code__, "training") for member in members)
+
+
+def _names(code: CodeType, name: str) -> bool:
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return name in code.co_names or any(_names(constant, name) for constant in inner)
+
+
+def in_training_mode(name: str, module: nn.Module) -> Unfaithful:
+    return Unfaithful(
+        f"freeze: {name or 'the model'} is in training mode; call model.eval() first. {type(module).__name__} does "
+        "something else then. To train, use fused_resnet.fuse."
+    )
+
+
+def _are_alike(root: nn.Module, graph: fx.Graph, other: fx.Graph) -> bool:
+    """Whether two graphs over the same modules do the same."""
+    (steps, tensors), (other_steps, other_tensors) = _steps(root, graph), _steps(root, other)
+    return steps == other_steps and all(map(_is_equal, tensors, other_tensors))
+
+
+def _steps(root: nn.Module, graph: fx.Graph) -> tuple[list, list]:
+    """What the nodes do, and the attributes that they get."""
+    names = {node: f"%{index}" for index, node in enumerate(graph.nodes)}
+    got = [functools.reduce(getattr, node.target.split("."), root) for node in graph.nodes if node.op == "get_attr"]
+    return [
+        (node.op, node.op == "get_attr" or node.target, fx.map_arg((node.args, node.kwargs), names.get))
+        for node in graph.nodes
+    ], got
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return one is other
+    return one is other or one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _untraceable(model: nn.Module, error: Exception) -> Untraceable:
+    return Untraceable(
+        f"freeze: torch.fx cannot trace {type(model).__name__}: {error}. Freeze the part that is a plain network, "
+        "or use fused_resnet.fuse."
+    )
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What torch.compile, DataParallel or DistributedDataParallel were given; any other module is itself."""
+    while inner := _WRAPPERS.get((type(module).__module__, type(module).__qualname__)):
+        module = getattr(module, inner)
+    return module
+
+
+def copy_of(model: nn.Module, copies: Optional[dict[int, Any]] = None) -> nn.Module:
+    """A deep copy without the wrappers, in which `copies` stand for what they are copies of (by id).
+
+    deepcopy refuses tensors with a history, such as a pruned weight. The copy has their values.
+    """
+    memo: dict[int, Any] = dict(copies or {})
+    for module in model.modules():
+        for leaf in pytree.tree_leaves(vars(module)):
+            if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                memo.setdefault(id(leaf), leaf.detach().clone())
+    for module in reversed(list(model.modules())):  # from the inside out
+        if id(module) not in memo and unwrapped(module) is not module:
+            memo[id(module)] = copy.deepcopy(unwrapped(module), memo)
+    return copy.deepcopy(model, memo)
+
+
+def copy_with_parameters(model: nn.Module) -> nn.Module:
+    """A copy over the model's own parameters, whose forward may count and keep what it likes."""
+    return copy_of(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def _drop_checks(model: nn.Module) -> None:
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if _is_check(hook)]:
+                del hooks[key]
+
+
+def _is_check(hook: Callable) -> bool:
+    """Whether it checks the input of a torch.export'ed module, which its graph does besides."""
+    return getattr(hook, "__module__", "") == "torch.export._unlift"
+
+
+def computed_weights(module: nn.Module) -> dict[str, Callable]:
+    """The weights that torch's own hooks compute before each call, in eval mode from parameters and buffers alone."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _WEIGHT_HOOKS)]
+    return {hook._tensor_name if isinstance(hook, prune.BasePruningMethod) else hook.name: hook for hook in hooks}
+
+
+def _compute_weights(model: nn.Module) -> None:
+    """Make parameters of them, save where other hooks run too, which may want their turn kept."""
+    for module in model.modules():
+        computed = computed_weights(module)
+        if len(computed) != len(module._forward_pre_hooks):
+            continue
+        for name, hook in computed.items():
+            with torch.no_grad():
+                hook(module, ())
+            module.register_parameter(name, nn.Parameter(module.__dict__.pop(name).detach(), requires_grad=False))
+        module._forward_pre_hooks.clear()
+
+
+# ------------------------------------------------------------------------------------------------- what a forward keeps
+
+
+class _Told(pickle.Pickler):
+    """Writes down what a value holds: of a small tensor its numbers, of a large one and of a parameter which it is and
+    how often it was written to."""
+
+    def __init__(self, file: io.BytesIO, alive: list) -> None:
+        super().__init__(file)
+        self._alive = alive
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, _SAME_BY_ID):
+            return None
+        if type(value) is Tensor and value.layout is torch.strided and not value.is_meta and value.numel() < 2**16:
+            numbers = value.detach().reshape(-1).view(torch.uint8).cpu().numpy()
+            return str(value.dtype), tuple(value.shape), numbers.tobytes()
+        self._alive.append(value)  # or something new could have its id
+        return id(value), count_writes(value) if isinstance(value, Tensor) else 0
+
+
+class _Seen:
+    """What a value was; `before == now` as long as it holds the same."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self._alive: list[Any] = []
+        self._content = self._told()
+
+    def __eq__(self, now: object) -> bool:
+        if not isinstance(now, _Seen):
+            return False
+        if now._content is None or now._content != now._told():  # of a lock all that can be told is which it is
+            return self.value is now.value
+        return self._content == now._content
+
+    def _told(self) -> Any:
+        kind = type(self.value)
+        is_empty = kind in (dict, list, tuple, collections.OrderedDict) and not self.value
+        if is_empty or kind in (bool, int, str, type(None)):  # most are, and pickling them takes ten times as long
+            return kind, self.value or None
+        written = io.BytesIO()
+        try:
+            _Told(written, self._alive).dump(self.value)
+        except Exception:
+            return None
+        return written.getvalue()
+
+
+def _state_of(model: nn.Module) -> dict[str, _Seen]:
+    """What a forward could write: attributes, those of classes, and the variables that methods name. By what they are
+    called in a sentence."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        own = {key: value for key, value in vars(module).items() if key not in _HOLDERS}
+        own.update({**module._parameters, **module._buffers, **module._modules})
+        path = f"{name}." if name else ""
+        for key in own:
+            found[f"its attribute {path}{key}"] = own[key]
+            if isinstance(own[key], FunctionType):
+                found.update(_variables_of(own[key], own[key].__code__))
+    for cls in dict.fromkeys(cls for module in model.modules() for cls in type(module).__mro__):
+        if not _is_torchs(cls):
+            found.update(_state_of_class(cls))
+    return {label: _Seen(value) for label, value in found.items()}
+
+
+def _state_of_class(cls: type) -> Iterator[tuple[str, Any]]:
+    for key, value in list(vars(cls).items()):
+        if isinstance(value, FunctionType):
+            yield from _variables_of(value, value.__code__)
+        elif not key.startswith("__"):
+            yield f"{key}, an attribute of the class {cls.__name__}", value
+
+
+def _variables_of(function: FunctionType, code: CodeType) -> Iterator[tuple[str, Any]]:
+    for name in code.co_names:
+        value = function.__globals__.get(name)
+        yield f"the global variable {name}", value
+        if isinstance(value, type) and not issubclass(value, nn.Module) and not _is_torchs(value):
+            yield from ((f"{key}, an attribute of the class {name}", part) for key, part in list(vars(value).items()))
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        with contextlib.suppress(ValueError):  # which is empty still
+            yield f"the variable {name} of a function around it", cell.cell_contents
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _variables_of(function, constant)
+
+
+def _is_torchs(cls: type) -> bool:
+    return cls is object or cls.__module__.partition(".")[0] in ("torch", "fused_resnet")
+
+
+def _forget_constants(model: nn.Module, before: dict[str, _Seen]) -> None:
+    """Take back, where nothing was before, what depends on parameters alone: in a frozen model they are constants."""
+    for name, module in model.named_modules():
+        path, own = f"{name}." if name else "", vars(module)
+        for key in own.keys() - _HOLDERS:
+            seen, value = before.get(f"its attribute {path}{key}"), own[key]
+            if isinstance(value, dict):
+                for part in [part for part in value if _is_constant(value[part])]:
+                    del value[part]
+            elif _is_constant(value) and (seen is None or seen.value is None):
+                del own[key]
+                if seen is not None:
+                    own[key] = None
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether it was computed in a trace, and not from the input."""
+    if not isinstance(value, fx.Proxy):
+        return False
+    sources, found = [value.node], {value.node}
+    while sources:
+        new = set(sources.pop().all_input_nodes) - found
+        sources.extend(new)
+        found |= new
+    return all(node.op != "placeholder" for node in found)
+
+
+def _changes(before: dict[str, _Seen], now: dict[str, _Seen]) -> list[str]:
+    return [label for label in {**before, **now} if before.get(label) != now.get(label)]
+
+
+def _random_state() -> list:
+    """Of the generators that a forward may draw from unseen."""
+    state = [random.getstate(), torch.get_rng_state().numpy().tobytes()]
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        state.append((kind, keys.tobytes(), *rest))
+    return state
+
+
+def count_writes(tensor: Tensor) -> int:
+    """How often its memory was written to, as far as that is counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+# ----------------------------------------------------------------------------------------------------- memory in graphs
 
 
 def skip_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]:
@@ -174,6 +548,40 @@ def skip_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[str]
             graph.erase_node(node)
             skipped.append(str(node.target))
     return skipped
+
+
+def _renew_made_tensors(root: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Give each call tensors of its own where the forward makes some and may write to them: a graph has them once.
+
+    Raises Unfaithful where such a tensor is a view of another one.
+    """
+    memory = memory_of(graph, modules)
+    writes = [node for node in graph.nodes if writes_in_place(node, modules)]
+    touched = {owner for write in writes for node in written(write) for owner in memory[node]}
+    got = {str(node.target) for node in touched if node.op == "get_attr"}
+    made = {name for name in got if name.startswith("_tensor_constant")}
+    if not made:
+        return
+    held = {id(t): t for module in root.modules() for t in pytree.tree_leaves(vars(module)) if isinstance(t, Tensor)}
+    places = collections.Counter(_storage_of(tensor) for tensor in held.values())
+    renewed: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or node.target not in made:
+            continue
+        if places[_storage_of(getattr(root, str(node.target)))] > 1:
+            raise Unfaithful(
+                "freeze: the forward writes into a view of a tensor that is not computed from its input, which a plan "
+                "would not see. Write into the tensor itself (t[i] = value), or use fused_resnet.fuse."
+            )
+        if node.target not in renewed:
+            with graph.inserting_after(node):
+                renewed[node.target] = graph.call_function(copy_tensors, (node,))
+        own = renewed[node.target]
+        node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
+
+
+def _storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
 def _let_views_copy(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
@@ -224,7 +632,7 @@ def _leave_input_alone(graph: fx.Graph, modules: dict[str, nn.Module]) -> bool:
     writes = [node for node in graph.nodes if writes_in_place(node, modules)]
     if any(placeholder in memory[node] for write in writes for node in written(write)):
         with graph.inserting_after(placeholder):
-            own = graph.call_function(_copy, (placeholder,))
+            own = graph.call_function(copy_tensors, (placeholder,))
         placeholder.replace_all_uses_with(own, delete_user_cb=lambda user: user is not own)
         return True
     return False
@@ -236,10 +644,10 @@ def _return_new_memory(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     for node in output.all_input_nodes:
         if any(owner.op in ("placeholder", "get_attr") for owner in memory[node]):
             with graph.inserting_before(output):
-                output.replace_input_with(node, graph.call_function(_copy, (node,)))
+                output.replace_input_with(node, graph.call_function(copy_tensors, (node,)))
 
 
-def _copy(value: Any) -> Any:
+def copy_tensors(value: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
 
 

@@ -208,6 +208,68 @@ def test_a_part_that_writes_its_input_is_not_frozen():
         close(frozen(x), model(x))
 
 
+class WritesIntoItsImages(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(inplace=True)
+
+    def forward(self, images):
+        for image in images:
+            image += 1
+        return [self.conv(self.relu(image)[None]) for image in images]
+
+
+def test_what_the_rest_writes_into_is_a_copy_of_the_input():
+    model, x = WritesIntoItsImages().eval(), images()
+    before = copy.deepcopy(x)
+    with torch.no_grad():
+        expected = model(copy.deepcopy(x))
+    frozen = fused_resnet.freeze(model, x)
+    close(x, before, 0)
+    for restored in (frozen, pickle.loads(pickle.dumps(frozen))):
+        close(restored(x), expected)
+        close(x, before, 0)
+    with torch.inference_mode():
+        x = images()
+        before = copy.deepcopy(x)
+        frozen(x), fused_resnet.freeze(model, x)(x)
+        close(x, before, 0)
+
+
+class Counts(nn.Module):
+    """The rest counts on the whole model, one block on itself, the other one does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.counting, self.log = nn.Sequential(nn.Conv2d(3, 3, 1)), Counting(), []
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, images):
+        self.calls += 1
+        self.log.append(len(images))
+        return [self.counting(self.block(image[None])) * self.calls * len(self.log) for image in images]
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.calls = nn.Conv2d(3, 3, 1), []
+
+    def forward(self, x):
+        self.calls.append(1)
+        return self.inner(x) * len(self.calls)
+
+
+def test_the_rest_keeps_state_from_where_the_model_is():
+    model, x = Counts().eval(), images()
+    frozen = fused_resnet.freeze(model, x)
+    assert list(frozen.parts) == ["block", "counting.inner"]
+    assert model.calls == 0 and not model.log and not model.counting.calls
+    with torch.no_grad():
+        for _ in range(3):
+            close(frozen(x), model(x))
+
+
 class ReturnsItsInput(nn.Module):
     """The block hands its input on, and the model writes into that."""
 

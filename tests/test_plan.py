@@ -5,6 +5,7 @@ import gc
 import operator
 import os
 import pickle
+import random
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 import fused_resnet
 from fused_resnet import BackendError, backends, extension, models, plan, testing, timing, workspace
@@ -672,8 +674,376 @@ def test_training_mode_is_refused():
     model.layer2[0].bn1.train()
     with pytest.raises(RuntimeError, match=r"freeze: layer2.0.bn1 is in training mode; call model.eval\(\) first"):
         fused_resnet.freeze(model, x)
-    with pytest.raises(RuntimeError, match="freeze: the model is in training mode"):
+    with pytest.raises(RuntimeError, match="freeze: bn1 is in training mode; .* BatchNorm2d does something else then"):
         fused_resnet.freeze(model.train(), x)
+    dropping = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout())
+    for name, module in (("1", dropping), ("the model", Branches())):
+        with pytest.raises(RuntimeError, match=f"freeze: {name} is in training mode"):
+            fused_resnet.freeze(module, x)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x) if self.training else -self.conv(x)
+
+
+def ask(module):
+    return module.training
+
+
+class AsksThroughAFunction(nn.Module):
+    """Its own code does not say `training`."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x) if ask(self) else -self.conv(x)
+
+
+class CountsInTraining(AsksThroughAFunction):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        if ask(self):
+            self.calls += 1
+        return self.conv(x) + self.calls
+
+
+@pytest.mark.parametrize("model", (AsksThroughAFunction, CountsInTraining))
+def test_what_training_mode_means_is_seen_in_the_graph(model):
+    model, x = model(), torch.randn(X)
+    with pytest.raises(RuntimeError, match="freeze: the model is in training mode; call model.eval"):
+        fused_resnet.freeze(model, x)
+    frozen_equals(model.eval(), x)
+
+
+def with_fresh_modules(model):
+    model.relu, model.layer1[0].relu = nn.Sequential(nn.Identity(), nn.ReLU()), nn.ReLU()
+    return model
+
+
+def exported(model):
+    return torch.export.export(model, (torch.randn(X),)).module()
+
+
+MODELESS = {
+    "fresh modules": with_fresh_modules,
+    "exported": exported,
+    "traced by torch.fx": lambda model: torch.fx.symbolic_trace(nn.Sequential(model).eval()),
+    "a flag alone": lambda model: model.conv1.train() and model,
+}
+
+
+@pytest.mark.parametrize("make", MODELESS.values(), ids=MODELESS)
+def test_a_training_flag_that_means_nothing_is_no_matter(make):
+    model, x = make(networks.small()), torch.randn(X)
+    assert any(module.training for module in model.modules())
+    flags, hooks = [module.training for module in model.modules()], len(model._forward_pre_hooks)
+    with torch.no_grad():
+        expected = model(x)
+    frozen = fused_resnet.freeze(model, x)
+    torch.testing.assert_close(frozen(x), expected, rtol=1e-4, atol=1e-5)
+    assert [module.training for module in model.modules()] == flags and len(model._forward_pre_hooks) == hooks
+
+
+def test_an_exported_model_keeps_its_guards():
+    frozen = fused_resnet.freeze(exported(networks.small()), torch.randn(X))
+    with pytest.raises(ValueError, match="Guard failed"):
+        frozen(torch.randn(3, *X[1:]))
+
+
+# ----------------------------------------------------------------------------------------------- state and other models
+
+COUNT, KEPT = 0, []
+
+
+class Keeps(nn.Module):
+    """A convolution, and something that `write` may write to before it."""
+
+    calls = 0
+
+    def __init__(self, write):
+        super().__init__()
+        self.write, self.conv, self.child = write, nn.Conv2d(4, 4, 1), nn.ReLU()
+        self.register_buffer("n", torch.zeros(1))
+        self.scale, self.child.calls = nn.Parameter(torch.ones(4, 1, 1)), 0
+        self.k, self.seen, self.named, self.plain = 0, [], {}, torch.zeros(1)
+
+    def forward(self, x):
+        factor = self.write(self, x)
+        return self.conv(x) if factor is None else self.conv(x) * factor
+
+
+def adds_in_place(m, x):
+    m.n += 1
+    return m.n
+
+
+def counts_globally(m, x):
+    global COUNT
+    COUNT += 1
+
+
+def counts_around():
+    calls = 0
+
+    def count(m, x):
+        nonlocal calls
+        calls += 1
+
+    return count
+
+
+STATEFUL = {
+    "n.add_": (lambda m, x: m.n.add_(1), "its attribute n"),
+    "n +=": (adds_in_place, "its attribute n"),
+    "n = n + 1": (lambda m, x: setattr(m, "n", m.n + 1), "its attribute n"),
+    "n.add_(x)": (lambda m, x: m.n.add_(x.mean()), "its attribute n"),
+    "n[0] = x": (lambda m, x: operator.setitem(m.n, 0, x.mean()), "its attribute n"),
+    "n[0].add_(x)": (lambda m, x: [None, m.n[0].add_(x.mean())][0], "a view of a tensor"),
+    "n = x": (lambda m, x: setattr(m, "n", x.mean()), "its attribute n"),
+    "n.data": (lambda m, x: m.n.data.add_(1), "its attribute n"),
+    "a tensor": (lambda m, x: m.plain.add_(1), "its attribute plain"),
+    "a parameter": (lambda m, x: m.scale.mul_(0.5), "its attribute scale"),
+    "a parameter's data": (lambda m, x: m.scale.data.mul_(0.5), "its attribute scale"),
+    "an assigned parameter's data": (
+        lambda m, x: setattr(m.scale, "data", 0.5 * m.scale.data), "the attribute data of a tensor"),
+    "a power iteration": (lambda m, x: setattr(m, "n", (m.n * m.scale).mean((1, 2))), "its attribute n"),
+    "a counter": (lambda m, x: setattr(m, "k", m.k + 1), "its attribute k"),
+    "a new attribute": (lambda m, x: setattr(m, "last", x), "its attribute last"),
+    "a list": (lambda m, x: m.seen.append(1), "its attribute seen"),
+    "a list of features": (lambda m, x: m.seen.append(x), "its attribute seen"),
+    "a dictionary": (lambda m, x: m.named.update(last=x), "its attribute named"),
+    "of a child": (lambda m, x: setattr(m.child, "calls", m.child.calls + 1), "its attribute child.calls"),
+    "of the class": (lambda m, x: setattr(type(m), "calls", m.calls + 1), "calls, an attribute of the class Keeps"),
+    "a global": (counts_globally, "the global variable COUNT"),
+    "a global list": (lambda m, x: KEPT.append(1), "the global variable KEPT"),
+    "a variable around": (counts_around(), "the variable calls of a function around it"),
+    "the first call": (
+        lambda m, x: [1.0 if m.k else 2.0, setattr(m, "k", 1)][0], "its attribute k"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode))
+@pytest.mark.parametrize("write, what", STATEFUL.values(), ids=STATEFUL)
+def test_a_forward_that_keeps_state_is_refused(write, what, mode):
+    x = torch.randn(2, 4, 5, 5)
+    with mode():
+        model = Keeps(write).eval()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(RuntimeError, match=f"freeze: the forward writes (into )?{what}.* fused_resnet.fuse"):
+            fused_resnet.freeze(model, x)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.k == 0 and not model.seen and not hasattr(model, "last")
+
+
+CACHED = {
+    "a constant": lambda m, x: setattr(m, "stride", 4),
+    "made once": lambda m, x: m.named.setdefault("scale", torch.arange(4.0).view(4, 1, 1)),
+    "made again": lambda m, x: setattr(m, "made", torch.arange(4.0).view(4, 1, 1)) or m.made,
+    "written back": lambda m, x: setattr(m, "n", m.n.clone()),
+    "the same value": lambda m, x: m.n.mul_(1) + 1,
+}
+
+
+def gathers_once(m, x):
+    """The biases of LeViT's attention: a dictionary by device, of what is computed from parameters."""
+    key = str(x.device)
+    if key not in m.named:
+        m.named[key] = m.scale[[3, 2, 1, 0]]
+    return m.named[key]
+
+
+def keeps_a_product(m, x):
+    m.product = 2 * m.scale if m.k == 0 else m.product
+    return m.product
+
+
+CACHED |= {"computed from a parameter": gathers_once, "a product of a parameter": keeps_a_product}
+
+
+@pytest.mark.parametrize("write", CACHED.values(), ids=CACHED)
+def test_a_cache_is_no_state(write):
+    """What the second call leaves as the first one did."""
+    frozen_equals(Keeps(write), torch.randn(2, 4, 5, 5))
+
+
+DRAWN = {
+    "torch": lambda m, x: torch.randn(4, 1, 1),
+    "Python": lambda m, x: random.random(),
+    "numpy": lambda m, x: float(pytest.importorskip("numpy").random.rand()),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN)
+def test_random_numbers_that_a_graph_would_repeat_are_refused(draw):
+    with pytest.raises(RuntimeError, match="freeze: the forward draws random numbers that depend on no input"):
+        fused_resnet.freeze(Keeps(draw).eval(), torch.randn(2, 4, 5, 5))
+
+
+def test_random_numbers_like_a_tensor_are_drawn_in_each_call():
+    frozen = fused_resnet.freeze(Keeps(lambda m, x: torch.randn_like(x)).eval(), x := torch.randn(2, 4, 5, 5))
+    assert not torch.equal(frozen(x), frozen(x))
+
+
+def sums_up(m, x):
+    total = torch.zeros(1)
+    total += x.mean()
+    return total
+
+
+def fills_in(m, x):
+    scale = torch.ones(4, 1, 1)
+    scale[1] = x.mean()
+    return scale
+
+
+def written_between(m, x):
+    scale = torch.ones(4, 1, 1)
+    once = x * scale
+    scale.add_(1)
+    return once + x * scale
+
+
+@pytest.mark.parametrize("write", (sums_up, fills_in, written_between))
+def test_tensors_that_the_forward_makes_are_new_in_each_call(write):
+    model, x = Keeps(write).eval(), torch.randn(2, 4, 5, 5)
+    frozen = fused_resnet.freeze(model, x)
+    for image in (x, -x, x):
+        equal_outputs(frozen(image), networks.in_fp64(model, image))
+
+
+def ddp(model):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def with_a_compiled_stage(model):
+    model.layer2 = torch.compile(model.layer2, backend="eager")
+    return model
+
+
+def compiled_in_place(model):
+    model.layer2.compile(backend="eager")
+    return model
+
+
+WRAPPED = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "a compiled stage": with_a_compiled_stage,
+    "compiled twice": lambda model: torch.compile(with_a_compiled_stage(model), backend="eager"),
+    "compiled in place": compiled_in_place,
+    "DataParallel": nn.DataParallel,
+    "DistributedDataParallel": ddp,
+    "compiled DistributedDataParallel": lambda model: torch.compile(ddp(model), backend="eager"),
+}
+
+
+@pytest.fixture
+def no_process_group():
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_wrapped_models_are_frozen_like_what_is_in_them(wrap, no_process_group):
+    plain, x = networks.small(), torch.randn(X)
+    model, expected = wrap(copy.deepcopy(plain)).eval(), fused_resnet.freeze(plain, x)(x)
+    frozen = fused_resnet.freeze(model, x)
+    assert torch.equal(frozen(x), expected) and frozen.unfreeze() is model
+    assert len(convolutions(frozen, x)) == 12
+    parts = fused_resnet.freeze(Each(model).eval(), [x])
+    assert list(parts.parts) == ["model"] and torch.equal(parts.parts["model"](x), expected)
+    bn = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    bn.train()
+    with pytest.raises(RuntimeError, match="bn1 is in training mode"):
+        fused_resnet.freeze(model, x)
+
+
+def test_a_wrapper_with_hooks_is_refused():
+    model, x = torch.compile(networks.small(), backend="eager"), torch.randn(X)
+    model.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(ValueError, match="freeze: the model has forward hooks, which a plan would drop"):
+        fused_resnet.freeze(model, x)
+
+
+class Tagged(torch.Tensor):
+    """A subclass of which only torch functions know what it does."""
+
+
+def with_weight(change):
+    def make():
+        model = networks.small()
+        with torch.no_grad():
+            model.fc.weight = nn.Parameter(change(model.fc.weight.detach()), requires_grad=False)
+        return model
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def quantized(by_torch_fx):
+    from torch.ao import quantization
+    from torch.ao.quantization import quantize_fx
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)).eval()
+    x = torch.randn(X)
+    if by_torch_fx:
+        prepared = quantize_fx.prepare_fx(model, quantization.get_default_qconfig_mapping("x86"), (x,))
+        prepared(x)
+        return quantize_fx.convert_fx(prepared)
+    model = nn.Sequential(quantization.QuantStub(), *model, quantization.DeQuantStub()).eval()
+    model.qconfig = quantization.get_default_qconfig("x86")
+    prepared = quantization.prepare(model)
+    prepared(x)
+    return quantization.convert(prepared)
+
+
+CONVERTED = {
+    "int8": (lambda: quantized(False), "the model is quantized already .*Freeze the float model"),
+    "int8 by torch.fx": (lambda: quantized(True), "the model is quantized already .*Freeze the float model"),
+    "a quantized tensor": (
+        with_weight(lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)), "fc.weight .* dtype qint8, .* dense"),
+    "a subclass": (with_weight(lambda w: w.as_subclass(Tagged)), "fc.weight is a Tagged"),
+    "lazy": (
+        lambda: nn.Sequential(nn.LazyConv2d(3, 3)).eval(), "0.weight has no values yet. Call the model once"),
+    "sparse": (with_weight(lambda w: w.to_sparse_csr()), "fc.weight is a Parameter of layout sparse_csr"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make, message", CONVERTED.values(), ids=CONVERTED)
+def test_models_of_other_numbers_are_refused(make, message):
+    with pytest.raises(TypeError, match=f"freeze: {message}"):
+        fused_resnet.freeze(make(), torch.randn(X))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_linear_that_quantizes_its_input_serves_in_a_plan():
+    from torch.ao.quantization import quantize_dynamic
+
+    model, x = networks.small(), torch.randn(X)
+    model = quantize_dynamic(model, {nn.Linear})
+    frozen = fused_resnet.freeze(model, x)
+    with torch.no_grad():
+        assert networks.error(frozen(x), model(x).double()) < 0.01  # inputs that differ by rounding may be int8s apart
+
+
+def test_a_sparse_operand_is_no_weight():
+    model, x = Traced(lambda m, x: torch.sparse.mm(m.mix, m.conv(x).flatten(1).t())).eval(), torch.randn(2, 4, 6, 7)
+    model.register_buffer("mix", torch.randn(3, 4 * 6 * 7).relu().to_sparse())
+    with torch.no_grad():
+        torch.testing.assert_close(fused_resnet.freeze(model, x)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 class TwoBranches(nn.Module):
@@ -751,6 +1121,76 @@ def test_a_frozen_model_stays_as_it_is():
             call()
 
 
+UNMOVED = {
+    "to(device)": lambda m: m.to("cpu"),
+    "to(dtype)": lambda m: m.to(torch.float32),
+    "to(tensor)": lambda m: m.to(torch.ones(1)),
+    "to(memory_format)": lambda m: m.to(memory_format=torch.channels_last),
+    "cpu": lambda m: m.cpu(),
+    "float": lambda m: m.float(),
+    "share_memory": lambda m: m.share_memory(),
+    "eval": lambda m: m.eval(),
+    "train(False)": lambda m: m.train(False),
+    "requires_grad_(False)": lambda m: m.requires_grad_(False),
+    "zero_grad": lambda m: m.zero_grad() or m,
+}
+MOVED = {
+    "half": lambda m: m.half(),
+    "double": lambda m: m.double(),
+    "to(dtype)": lambda m: m.to(torch.bfloat16),
+    "to(device)": lambda m: m.to("meta"),
+    "to_empty": lambda m: m.to_empty(device="meta"),
+    "cuda": lambda m: m.cuda() if not torch.cuda.is_available() else m.to("meta"),
+    "train": lambda m: m.train(),
+}
+
+
+@pytest.fixture(params=("whole", "parts"))
+def frozen_and_example(request):
+    """A frozen model and what it takes."""
+    if request.param == "whole":
+        return fused_resnet.freeze(networks.small(), torch.randn(X)), torch.randn(X)
+    images = [torch.randn(X)]
+    return fused_resnet.freeze(Each(networks.small()).eval(), images), images
+
+
+class Each(nn.Module):
+    """A list of images in, which torch.fx does not trace."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.classifier = model, nn.Linear(10, 4)
+
+    def forward(self, images):
+        return torch.cat([self.classifier(self.model(image)) for image in images])
+
+
+@pytest.mark.parametrize("call", UNMOVED.values(), ids=UNMOVED)
+def test_what_would_not_change_a_frozen_model_does_nothing(frozen_and_example, call):
+    frozen, x = frozen_and_example
+    around, expected = nn.Sequential(frozen, nn.Linear(10, 10)).eval(), frozen(x)
+    assert call(frozen) is frozen and call(around) is around and around[0] is frozen
+    assert torch.equal(frozen(x), expected)
+
+
+@pytest.mark.parametrize("call", MOVED.values(), ids=MOVED)
+def test_what_would_change_a_frozen_model_is_refused(frozen_and_example, call):
+    frozen, x = frozen_and_example
+    around, expected = nn.Sequential(frozen, nn.Linear(10, 10)).eval(), frozen(x)
+    for module in (frozen, around):
+        with pytest.raises(RuntimeError, match="a frozen model cannot be .*frozen.unfreeze"):
+            call(module)
+    assert torch.equal(frozen(x), expected) and {p.dtype for p in around[1].parameters()} == {torch.float32}
+
+
+def test_to_the_dtype_of_the_arithmetic_or_of_the_inputs_alone_is_a_conversion():
+    frozen = fused_resnet.freeze(networks.small(), torch.randn(X), dtype=torch.float64)
+    for call in (frozen.float, frozen.double):
+        with pytest.raises(RuntimeError, match="a frozen model cannot be moved or converted"):
+            call()
+    assert frozen.to("cpu") is frozen
+
+
 def test_hooks_of_leaves_are_kept_and_those_of_containers_refused():
     model, x, seen = networks.small(), torch.randn(X), []
     handle = model.layer1[0].conv1.register_forward_hook(
@@ -789,6 +1229,65 @@ def test_parametrized_and_replaced_modules_are_called():
     model.layer3[0].relu = nn.SiLU()
     model.layer1[1].bn2 = nn.BatchNorm2d(8, track_running_stats=False)
     as_good_as_plain(fused_resnet.freeze(model.eval(), x), model, x)
+
+
+COMPUTED = {
+    "pruned": lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+    "pruned twice": lambda conv: [prune.random_unstructured(conv, "weight", 0.3) for _ in range(2)],
+    "weight_norm, old": pytest.param(nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore::FutureWarning")),
+    "spectral_norm, old": nn.utils.spectral_norm,
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("grad_mode", (torch.enable_grad, torch.no_grad, torch.inference_mode))
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+def test_weights_that_are_computed_from_others(compute, grad_mode):
+    """In grad mode such a weight has a history, which deepcopy refuses. The model's own stays as it was, trainable."""
+    model, x = networks.small(), torch.randn(X)
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    for conv in convs[:3]:
+        compute(conv)
+    images = [x]
+    parts = Each(model).eval()
+    model(x)
+    before, hooks = remember(model), [len(conv._forward_pre_hooks) for conv in convs]
+    with torch.no_grad():
+        expected, of_parts = model(x), parts(images)
+    with grad_mode():
+        frozen, in_parts = fused_resnet.freeze(model, x), fused_resnet.freeze(parts, images)
+    torch.testing.assert_close(frozen(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(in_parts(images), of_parts, rtol=1e-4, atol=1e-5)
+    assert list(in_parts.parts) == ["model"]
+    unchanged(model, before, x, expected)
+    assert [len(conv._forward_pre_hooks) for conv in convs] == hooks
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in convs[0].parameters())
+    if hooks[0]:  # a hook's weight is folded like any other
+        assert len(convolutions(frozen, x)) == len(convs)
+
+
+def test_a_hook_beside_the_one_that_computes_the_weight_is_kept():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), torch.randn(X)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    model[0].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    with torch.no_grad():
+        expected = model(x)
+    torch.testing.assert_close(fused_resnet.freeze(model, x)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tensors_with_a_history_are_copied():
+    """As an attribute, as a buffer and in a list."""
+    weight = torch.ones(4, 1, 1, requires_grad=True)
+    model = Traced(lambda m, x: m.conv(x) * m.scale + m.shift * m.others[0]).eval()
+    model.scale, model.others = 2 * weight, [3 * weight]
+    model.register_buffer("shift", 4 * weight)
+    x = torch.randn(2, 4, 6, 7)
+    with torch.no_grad():
+        expected = model(x)
+    torch.testing.assert_close(fused_resnet.freeze(model, x)(x), expected, rtol=1e-4, atol=1e-5)
+    assert model.scale.requires_grad and model.shift.requires_grad
 
 
 # ------------------------------------------------------------------------------------- what a model may do to a plan
@@ -907,12 +1406,32 @@ def test_every_kind_of_write_is_seen(function):
     frozen_equals(Traced(function), torch.randn(2, 4, 6, 7))
 
 
-def test_the_input_is_not_written():
-    model = Traced(lambda m, x: m.conv(torch.relu_(x)) + x).eval()
+def augments_its_input(m, x):
+    x += 1
+    return m.conv(x) + x
+
+
+@pytest.mark.parametrize(
+    "function",
+    (
+        lambda m, x: m.conv(torch.relu_(x)) + x,
+        lambda m, x: m.conv(m.relu(x)) + x,
+        lambda m, x: m.conv(m.relu(x.view(x.shape))) + x,
+        augments_its_input,
+    ),
+    ids=("relu_", "ReLU(inplace=True)", "through a view", "+="),
+)
+def test_the_input_is_not_written(function):
+    model = Traced(function, relu=nn.ReLU(inplace=True)).eval()
     x = torch.randn(2, 4, 6, 7).contiguous(memory_format=torch.channels_last)
     before, frozen = x.clone(), fused_resnet.freeze(model, x)
-    equal_outputs(frozen(x), networks.in_fp64(model, before))
     assert torch.equal(x, before)
+    expected = networks.in_fp64(model, before)
+    equal_outputs(frozen(x), expected)
+    assert torch.equal(x, before)
+    with torch.no_grad():
+        model(x)
+    assert not torch.equal(x, before)  # which the plain model does
 
 
 def test_a_returned_buffer_is_a_copy():

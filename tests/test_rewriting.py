@@ -717,7 +717,8 @@ def test_freezing_leaves_the_model_as_it_was():
 
     module = unit(forward)
     before = [dict(child.__dict__) for child in module.modules()]
-    fused_resnet.freeze(module, torch.randn(1, 6, 4, 4))
+    with pytest.raises(RuntimeError, match="freeze: the forward writes its attribute taps"):
+        fused_resnet.freeze(module, torch.randn(1, 6, 4, 4))
     assert [dict(child.__dict__) for child in module.modules()] == before
     assert module.taps == ["a"] and module.bn2.num_batches_tracked == 0
 
