@@ -22,7 +22,7 @@ from typing import Any, Callable, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.nn import NotScriptable, conv_bn_act, has_stock_code, why_called
+from fused_resnet.nn import NotScriptable, conv_bn_act, has_stock_code, is_traced, why_called
 
 
 class Adapter(NamedTuple):
@@ -91,7 +91,7 @@ class FusedForward(NotScriptable):
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.fused_forward(*args, **kwargs)
+        out = NotImplemented if any(map(is_traced, (*args, *kwargs.values()))) else self.fused_forward(*args, **kwargs)
         return self.plain_class.forward(self, *args, **kwargs) if out is NotImplemented else out
 
     def __reduce_ex__(self, protocol: Any) -> tuple:

@@ -24,6 +24,7 @@ from fused_resnet.nn import (
     fused_shortcut,
     has_stock_code,
     may_be_norm,
+    set_class,
     why_not_fused,
 )
 from fused_resnet.rewriting import Rewritten
@@ -38,6 +39,8 @@ _FUSED_CLASS = {
 }
 # What fused modules keep in their __dict__; the last is the backend that a ConvBNAct had of its own.
 _KEPT = frozenset(("backend", "calls_downsample", "_stock_class", "_programs", "_own_backend"))
+# Modules of these that hold a convolution and what follows it have a class that says so.
+_QUANTIZATIONS = ("torch.ao.nn.", "torch.nn.intrinsic.", "torch.nn.qat.", "torch.nn.quantized.")
 # What says how a module is pickled; a fused one is pickled by its plain class and its state.
 _PICKLED_BY = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
 
@@ -102,7 +105,7 @@ def fuse(
             module.__dict__["backend"] = backend
     except BaseException:
         for module, cls, own in before:
-            _set_class(module, cls)
+            set_class(module, cls)
             _restore(module, own)
         raise
     log.info("fused %d modules (%d convolutions), left %d alone", len(changes), len(fused_convs(model)), len(skipped))
@@ -116,7 +119,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     model."""
     for module in model.modules():
         if isinstance(module, (FusedBlock, FusedForward)):
-            _set_class(module, module.__dict__.get("_stock_class", module.plain_class))
+            set_class(module, module.__dict__.get("_stock_class", module.plain_class))
             _restore(module, {})
         elif isinstance(module, ConvBNAct) and "_own_backend" in module.__dict__:
             module.__dict__.pop("backend", None)
@@ -172,6 +175,8 @@ def _change_of(module: nn.Module, kept: set[int]) -> tuple[Optional[_Change], Op
 
     kept: the modules inside that must run their own forward, by id.
     """
+    if type(module).__module__.startswith(_QUANTIZATIONS):
+        return None, "torch.ao.quantization swaps it by its class"
     if isinstance(module, ConvBNAct):
         return _Change(lambda: _keep_own_backend(module), module.has_norm, []), None
     block, reason = _residual_block(module, kept)
@@ -195,7 +200,7 @@ def _residual_block(module: Any, kept: set[int]) -> tuple[Optional[_Change], Opt
     def apply() -> None:
         if not isinstance(module, FusedBlock):
             module.__dict__["_stock_class"] = type(module)
-            _set_class(module, fused_class)
+            set_class(module, fused_class)
         module.__dict__["calls_downsample"] = calls_downsample
 
     return _Change(apply, True, [module.downsample] if is_claimed else []), None
@@ -215,7 +220,7 @@ def _adapted(module: Any) -> tuple[Optional[_Change], Optional[str]]:
 
     def apply() -> None:
         if not isinstance(module, Adapted):
-            _set_class(module, adapters.fused_class(Adapted, module.__class__))
+            set_class(module, adapters.fused_class(Adapted, module.__class__))
 
     return _Change(apply, True, claims), None
 
@@ -239,13 +244,18 @@ def _rewritten(module: nn.Module) -> tuple[Optional[_Change], Optional[str]]:
     return _Change(lambda: rewriting.rewrite(module, programs), has_norm, [], left), None
 
 
-def _why_not_reclassed(module: nn.Module, kind: Any) -> Optional[str]:
+def _why_not_reclassed(module: Any, kind: Any) -> Optional[str]:
     """Why a module that is not fused yet cannot be given a class of this kind, or None."""
     if isinstance(module, FusedForward):
         return None
-    cls = type(module)
+    cls: Any = type(module)
     if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _PICKLED_BY):
         return f"{cls.__qualname__} has its own way to be pickled"
+    try:
+        set_class(module, adapters.fused_class(kind, cls))
+        set_class(module, cls)
+    except Exception as error:  # a metaclass may refuse anything, and Python refuses other layouts
+        return f"its class cannot be replaced: {error}"
     return _why_name_taken(module, adapters.fused_class(kind, nn.Module), nn.Module)
 
 
@@ -253,11 +263,6 @@ def _why_name_taken(module: nn.Module, fused: type, plain: type) -> Optional[str
     """Why a module may not get a fused class that adds names to a plain one's: it has one of them already."""
     taken = sorted((set(dir(fused)) - set(dir(plain)) | _KEPT) & set(dir(module)))
     return f"its attribute {taken[0]} has a name that fused modules use for something else" if taken else None
-
-
-def _set_class(module: nn.Module, cls: type) -> None:
-    """Past the module's own __setattr__, which may do anything."""
-    object.__setattr__(module, "__class__", cls)
 
 
 def _keep_own_backend(module: ConvBNAct) -> None:

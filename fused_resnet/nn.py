@@ -14,7 +14,7 @@ from typing import Any, Callable, NamedTuple, Optional, Union, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
@@ -154,6 +154,8 @@ class FusedBlock(NotScriptable):
     downsample: Optional[nn.Module]
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_traced(x):
+            return self.plain_class.forward(self, x)
         stages = [(getattr(self, conv), getattr(self, bn)) for conv, bn in self.stage_names]
         if why_not_fused(self.relu, stages) is not None:
             return self.plain_class.forward(self, x)
@@ -228,7 +230,7 @@ class ConvBNAct(NotScriptable, nn.Sequential):
         bn = rest.pop(0) if rest and self.has_norm else None
         act = rest.pop(0) if rest else None
         activation = "none" if act is None else _ACTIVATION_OF.get(type(act))
-        if rest or activation is None or why_not_fused(act, [(conv, bn)]) is not None:
+        if rest or activation is None or is_traced(x) or why_not_fused(act, [(conv, bn)]) is not None:
             return self._plain_forward(x, residual, act)
         return _conv_bn_act(x, conv, bn, activation, residual, self.backend)
 
@@ -388,6 +390,16 @@ def _takes_images(check: Any) -> bool:
 # ------------------------------------------------------------------------------------------------------- stepping aside
 
 
+def is_traced(x: Any) -> bool:
+    """Whether torch.fx traces this call. It wants the plain form, and records each parameter that is read."""
+    return isinstance(x, fx.Proxy)
+
+
+def set_class(module: nn.Module, cls: type) -> None:
+    """Past the module's own __setattr__, which may do anything."""
+    object.__setattr__(module, "__class__", cls)
+
+
 def why_not_fused(act: Optional[nn.Module], stages: list) -> Optional[str]:
     """None when this activation and these (conv, bn) pairs may be bypassed, else the reason. Cheap: runs every call."""
     if torch_module._has_any_global_hook():
@@ -458,7 +470,7 @@ def conv_bn_act(
     "out += residual" or "residual += out".
     """
     module = act if isinstance(act, nn.Module) else None
-    if why_not_fused(module, [(conv, bn)]) is None:
+    if not is_traced(x) and why_not_fused(module, [(conv, bn)]) is None:
         activation = act if isinstance(act, str) else "none" if module is None else _ACTIVATION_OF[type(module)]
         return _conv_bn_act(x, conv, bn, activation, residual, backend, sum)
     out = conv(x) if bn is None else bn(conv(x))

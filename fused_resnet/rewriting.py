@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from fused_resnet.adapters import FusedForward, fused_class
 from fused_resnet.matching import Match, activation_of, matches, norm_operands, unfolded_norms
-from fused_resnet.nn import Norm, conv_bn_act
+from fused_resnet.nn import Norm, conv_bn_act, set_class
 from fused_resnet.tracing import has_stock_call, module_of, returns_its_input, skip_identities, writes_in_place
 from fused_resnet.watching import CONTAINERS, CannotRewrite, Reads, graph_of, plain_class_of
 
@@ -88,7 +88,7 @@ def programs_of(module: nn.Module) -> tuple[dict[bool, Program], Optional[Cannot
 def rewrite(module: nn.Module, programs: dict[bool, Program]) -> None:
     """Have a module run these programs. In place."""
     if not isinstance(module, Rewritten):
-        module.__class__ = fused_class(Rewritten, type(module))
+        set_class(module, fused_class(Rewritten, type(module)))
     module.__dict__["_programs"] = programs
 
 

@@ -34,6 +34,7 @@ from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Optional
 import torch
 from torch import Tensor, fx, nn
 
+from fused_resnet.nn import set_class
 from fused_resnet.tracing import TRACING, Proxy, Tracer
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -404,7 +405,7 @@ def _traced(module: nn.Module, plain: Any, training: bool, gradients: bool) -> t
     watch, cls, mode = _Watch(module), module.__class__, module.training
     try:
         with TRACING, torch.set_grad_enabled(gradients), _no_random_numbers(), _nothing_written_outside(module, watch):
-            module.__class__ = _of_one_tensor(plain, watch)
+            set_class(module, _of_one_tensor(plain, watch))
             module.__dict__["training"] = training
             with watch.of_all_modules(), watch.of_all_calls():
                 graph = _Tracer(watch).trace(module)
@@ -412,7 +413,7 @@ def _traced(module: nn.Module, plain: Any, training: bool, gradients: bool) -> t
         raise watch.note(error) from error
     finally:
         module.__dict__["training"] = mode
-        module.__class__ = cls
+        set_class(module, cls)
     watch.check()
     for node in graph.nodes:
         node.type = None  # annotations are of no use here

@@ -4,6 +4,7 @@ import copy
 import functools
 import logging
 import pickle
+import re
 
 import networks
 import pytest
@@ -11,12 +12,14 @@ import real_data
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.ao import quantization
+from torch.ao.quantization import quantize_fx
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_resnet
-from fused_resnet import convert, models
-from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBlock, FusedBottleneck
+from fused_resnet import adapters, convert, models, rewriting
+from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBlock, FusedBottleneck, conv_bn_act
 from fused_resnet.plan import FrozenConv
 from fused_resnet.rewriting import Rewritten
 
@@ -606,11 +609,86 @@ class TakesNoAttributes(Rewritable):
         super().__setattr__(name, value)
 
 
-def test_a_failure_midway_leaves_the_model_as_it_was():
-    model = nn.Sequential(ConvBNAct(3, 8), Rewritable(), BasicBlock(8, 8), NoFusedSubclass(), ConvBNAct(8, 8)).eval()
+class Fixed(type):
+    def __call__(cls, *args):
+        return super().__call__(*args)
+
+    def __new__(metaclass, name, bases, contents, **options):
+        if name.startswith("Fused"):
+            raise TypeError("this class is final")
+        return super().__new__(metaclass, name, bases, contents)
+
+
+class OfAMetaclass(Rewritable, metaclass=Fixed):
+    pass
+
+
+class SettingNothing(Rewritable):
+    """Read only, once it says so."""
+
+    def __setattr__(self, name, value):
+        if "is_read_only" in self.__dict__:
+            raise AttributeError(f"{name} cannot be set")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name):
+        raise AttributeError(f"{name} cannot be deleted")
+
+
+class Slotted(Rewritable):
+    __slots__ = ("extra",)
+
+
+@pytest.mark.parametrize("cls", (NoFusedSubclass, OfAMetaclass))
+def test_a_class_that_cannot_be_replaced_is_left_alone(cls):
+    model = nn.Sequential(Rewritable(), cls()).eval()
+    before = snapshot(model[1])
+    fused_resnet.fuse(model)
+    unchanged(model[1], before)
+    assert isinstance(model[0], Rewritten)
+    ((name, reason),) = convert.left_alone(model)
+    assert name == "1" and re.match("its class cannot be replaced: (no subclass|this class is final)", reason)
+
+
+@pytest.mark.parametrize("cls", (SettingNothing, Slotted))
+def test_a_module_that_cannot_be_set_is_fused_and_unfused(cls):
+    model, x = nn.Sequential(networks.randomize(cls())).eval(), torch.randn(2, 3, 6, 6)
+    model[0].__dict__["is_read_only"] = True
+    before = snapshot(model)
+    expected = model(x)
+    fused_resnet.fuse(model, strict=True)
+    torch.testing.assert_close(model(x), expected)
+    assert isinstance(model[0], Rewritten)
+    fused_resnet.unfuse(model)
+    unchanged(model, before)
+
+
+def test_what_a_refusing_module_cannot_trace_is_said():
+    class Branches(SettingNothing):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    model = nn.Sequential(Branches()).eval()
+    model[0].__dict__["is_read_only"] = True
+    before = snapshot(model)
+    fused_resnet.fuse(model)
+    unchanged(model, before)
+    assert "torch.fx cannot trace" in convert.left_alone(model)[0].reason
+
+
+def test_a_failure_midway_leaves_the_model_as_it_was(monkeypatch):
+    model = nn.Sequential(ConvBNAct(3, 8), Rewritable(), BasicBlock(8, 8), Rewritable(), ConvBNAct(8, 8)).eval()
     model[0].backend = "eager"
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match="no subclass of this name"):
+    rewrite = rewriting.rewrite
+
+    def fails_once(module, programs):
+        if module is model[3]:
+            raise RuntimeError("out of luck")
+        rewrite(module, programs)
+
+    monkeypatch.setattr(rewriting, "rewrite", fails_once)
+    with pytest.raises(RuntimeError, match="out of luck"):
         fused_resnet.fuse(model)
     unchanged(model, before)
     assert model[0].backend == "eager"
@@ -845,3 +923,105 @@ def test_export_keeps_the_operators(tmp_path):
     assert operator_names(program.graph_module) == ["conv_bn_act"] * (1 + 4 * 2 + 3)
     with torch.no_grad():
         assert torch.equal(program.module()(x), model(x))
+
+
+# -------------------------------------------------------------------------------------------------------- torch.fx
+
+
+TRACED = {
+    "basic block": lambda: BasicBlock(8, 8, 2, nn.Sequential(nn.Conv2d(8, 8, 1, 2), nn.BatchNorm2d(8))),
+    "bottleneck": lambda: Bottleneck(32, 8),
+    "ConvBNAct": lambda: ConvBNAct(8, 8),
+    "rewritten": lambda: nn.Sequential(nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
+    "network": lambda: networks.small(),
+}
+
+
+@pytest.mark.parametrize("make", TRACED.values(), ids=TRACED)
+@pytest.mark.parametrize("tracer", (torch.fx.Tracer, quantize_fx.QuantizationTracer))
+def test_a_trace_of_what_is_fused_is_that_of_the_plain(make, tracer):
+    model = make().eval()
+    arguments = ([], []) if tracer is quantize_fx.QuantizationTracer else ()
+    plain = str(tracer(*arguments).trace(model))
+    fused = tracer(*arguments).trace(fused_resnet.fuse(model, strict=True))
+    assert str(fused) == plain
+    assert not [node for node in fused.nodes if node.op != "output" and not node.users]
+
+
+def test_a_trace_of_an_adapted_block_is_that_of_the_plain():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.act = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+
+        def forward(self, x):
+            return self.act(self.bn(self.conv(x)))
+
+    @adapters.register(f"{Layer.__module__}.{Layer.__qualname__}", reads="act bn conv", convs="conv")
+    def layer(block, x):
+        return conv_bn_act(x, block.conv, block.bn, block.act, backend=block.backend)
+
+    try:
+        model = Layer().eval()
+        plain = str(torch.fx.symbolic_trace(model).graph)
+        assert isinstance(fused_resnet.fuse(model), adapters.Adapted)
+        assert str(torch.fx.symbolic_trace(model).graph) == plain
+    finally:
+        del adapters._ADAPTERS[f"{Layer.__module__}.{Layer.__qualname__}"]
+
+
+# ---------------------------------------------------------------------------------------------------- quantization
+
+
+class Quantizable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.quant, self.dequant = quantization.QuantStub(), quantization.DeQuantStub()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        self.second, self.act = nn.Conv2d(8, 8, 3), nn.ReLU()
+
+    def forward(self, x):
+        x = self.relu(self.bn(self.conv(self.quant(x))))
+        return self.dequant(self.act(self.second(x)))
+
+
+@pytest.mark.parametrize("fused_first", (True, False))
+@pytest.mark.parametrize("train", (True, False))
+def test_eager_quantization_goes_on_after_fuse(fused_first, train):
+    """Observers, swaps by class and int8 kernels as without fuse; before and after torch's own fusing."""
+    torch.manual_seed(0)
+    model, x = networks.randomize(Quantizable()), torch.randn(4, 3, 12, 12)
+    groups = [["conv", "bn", "relu"], ["second", "act"]]
+
+    def quantized(model, fuse):
+        if not fused_first:
+            model = fuse(model)
+        if train:
+            model.train().qconfig = quantization.get_default_qat_qconfig("x86")
+            quantization.fuse_modules_qat(model, groups, inplace=True)
+        else:
+            model.eval().qconfig = quantization.get_default_qconfig("x86")
+            quantization.fuse_modules(model, groups, inplace=True)
+        if fused_first:
+            model = fuse(model)
+        prepare = quantization.prepare_qat if train else quantization.prepare
+        model = fuse(prepare(model))
+        with torch.no_grad():
+            model(x)
+        return quantization.convert(model.eval())
+
+    with torch.no_grad():
+        expected = quantized(copy.deepcopy(model), lambda model: model)(x)
+        got = quantized(copy.deepcopy(model), fused_resnet.fuse)(x)
+    assert torch.equal(got, expected)
+
+
+def test_modules_of_quantization_are_named_and_left_alone():
+    model = Quantizable().eval()
+    model.qconfig = quantization.get_default_qconfig("x86")
+    quantization.fuse_modules(model, [["conv", "bn", "relu"], ["second", "act"]], inplace=True)
+    before = snapshot(model)
+    fused_resnet.fuse(model)
+    unchanged(model, before)
+    found = dict(convert.left_alone(model))
+    assert set(found) == {"conv", "second"} and all("torch.ao.quantization swaps it" in why for why in found.values())
