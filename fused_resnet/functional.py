@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Optional, Union
+import functools
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ def conv_bn_act(
     groups: int = 1,
     activation: str = "relu",
     backend: str = "auto",
+    channels_last: bool = True,
 ) -> Tensor:
     """act(BN(conv(x, weight) + bias) + residual) with BN's running statistics.
 
@@ -44,7 +46,8 @@ def conv_bn_act(
     x: (N, C, H, W); weight: (K, C/groups, R, S); the vectors: (K,); residual: (N, K, P, Q). fp32, fp16, bf16 (fp64 in
     eager); vectors may be fp32 beside fp16 or bf16 activations. Any of the BN vectors may be None and drops out: no
     bn_weight scales by 1, no bn_var divides by nothing, the others are 0; all four None means no BN. Returns a new
-    (N, K, P, Q) tensor in channels_last memory; channels_last inputs are read as they are, others converted.
+    (N, K, P, Q) tensor in channels_last memory, or in NCHW where channels_last=False. Kernels read channels_last inputs
+    as they are and convert others; eager computes NCHW inputs to an NCHW output without conversions.
 
     activation: "none", "relu", "relu6" or "silu". backend: "auto" or one of "eager", "winograd",
     "grouped", "onednn" (CPU), "cudnn", "cuda", "cublaslt" and "triton"; the name of one that is registered, too.
@@ -62,11 +65,29 @@ def conv_bn_act(
     vectors = (bn_weight, bn_bias, bn_mean, bn_var, bias)
     if not _is_watched() and _are_plain((x, weight), (*vectors, residual)) and type(eps) is float:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
-            return ops.ConvBnAct.apply(backends.conv_bn_act_in_a_row, *operands, *window, backend)
-        return backends.conv_bn_act(operands, window, backend)
+            compute = functools.partial(backends.conv_bn_act_in_a_row, channels_last=channels_last)
+            return ops.ConvBnAct.apply(compute, *operands, *window, backend)
+        return backends.conv_bn_act(operands, window, backend, channels_last)
     if ops.is_transformed():
         return _composite_conv_bn_act(operands, window, backend)
-    return torch.ops.fused_resnet.conv_bn_act.default(*operands, *window, backend)
+    return torch.ops.fused_resnet.conv_bn_act.default(*operands, *window, backend, channels_last=channels_last)
+
+
+def why_refused(
+    *tensors: Optional[Tensor], eps: float, bias: Any, residual: Any, stride: Any, padding: Any, dilation: Any,
+    groups: Any, activation: str,
+) -> Optional[str]:  # fmt: skip
+    """What conv_bn_act says of operands that it does not take, or None. tensors: from x to bn_var."""
+    o = ConvOperands(*tensors, eps, bias, residual)  # type: ignore
+    device = o.x.device.type
+    if device in ops.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+        o = ops.cast_operands(o, device)
+    try:
+        pairs = (pair("stride", stride), pair("padding", padding), pair("dilation", dilation))
+        conv_problem(o, *pairs, *pair("groups", groups)[:1], activation)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def add_relu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:

@@ -30,9 +30,9 @@ for _kernels in schemas.KERNELS.values():
 
 
 @torch.library.register_fake("fused_resnet::conv_bn_act", lib=LIBRARY)
-def _conv_bn_act_fake(*args) -> Tensor:
+def _conv_bn_act_fake(*args, channels_last: bool = True) -> Tensor:
     operands, *window = split_arguments(args)
-    return empty_output(conv_problem(operands, *window), operands.x)
+    return empty_output(conv_problem(operands, *window), operands.x, channels_last)
 
 
 @torch.library.register_fake("fused_resnet::add_relu", lib=LIBRARY)
@@ -53,8 +53,9 @@ def split_arguments(args) -> tuple:
     return ConvOperands(*args[:_NUM_OPERANDS]), *pairs, groups, activation
 
 
-def empty_output(problem, like: Tensor) -> Tensor:
-    return torch.empty(problem.output_shape, dtype=problem.dtype, device=like.device, memory_format=torch.channels_last)
+def empty_output(problem, like: Tensor, channels_last: bool = True) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(problem.output_shape, dtype=problem.dtype, device=like.device, memory_format=memory_format)
 
 
 # ------------------------------------------------------------------------------------------------------- gradients
@@ -173,7 +174,8 @@ def is_transformed() -> bool:
 
 
 def composite_conv_bn_act(*args) -> Tensor:
-    """conv_bn_act by ATen, nothing in place: it can be differentiated and mapped in any mode. Checks shapes alone."""
+    """conv_bn_act by ATen, nothing in place: it can be differentiated and mapped in any mode. Checks shapes alone. The
+    layout is ATen's, whatever was asked for."""
     o, *window = split_arguments(args)
     problem = conv_problem(o, *window)
     mean, var = (None if vector is None else vector.detach() for vector in (o.bn_mean, o.bn_var))
@@ -214,13 +216,13 @@ def _differentiable(name: str, setup: Callable, backward: Callable, composite: C
         def backward(ctx, grad):
             return None, *backward(ctx, grad)
 
-    def kernel(keys, *args):
+    def kernel(keys, *args, **layout):
         if is_transformed():
             return composite(*args)
 
         def compute(*args):
             with torch._C._AutoDispatchBelowAutograd():
-                return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+                return op.redispatch(keys & torch._C._after_autograd_keyset, *args, **layout)
 
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return Gradient.apply(compute, *args)
@@ -260,10 +262,10 @@ def cast_operands(o: ConvOperands, device: str) -> ConvOperands:
 def _register_autocast(device: str, key: str) -> None:
     below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def conv_bn_act(*args):
+    def conv_bn_act(*args, **layout):
         operands = cast_operands(ConvOperands(*args[:_NUM_OPERANDS]), device)
         with torch._C._ExcludeDispatchKeyGuard(below):
-            return torch.ops.fused_resnet.conv_bn_act(*operands, *args[_NUM_OPERANDS:])
+            return torch.ops.fused_resnet.conv_bn_act(*operands, *args[_NUM_OPERANDS:], **layout)
 
     def add_relu(a, b, backend):
         with torch._C._ExcludeDispatchKeyGuard(below):

@@ -29,7 +29,8 @@ class Backend(NamedTuple):
     """One way to compute one operator.
 
     why_not: None, or why it cannot run a problem of its operator. run: (problem, *operands) -> output; with `configs`
-    also config=, one of them or None. backward: add_relu only. auto: the devices on which `auto` may choose it
+    also config=, one of them or None. run_nchw: (problem, operands) -> the same in NCHW memory, where that is no detour
+    over channels_last. backward: add_relu only. auto: the devices on which `auto` may choose it
     unmeasured; a kernel of ours is chosen on a GPU where a measurement says that it is right there (`tuning`).
     takes_bn: False where no problem with live BN can ever run, on any device. pack: (problem, weight, config) -> the
     weight in the layout that it reads in plans. bind: (problem, packed weight, bias, into_residual=) -> a function
@@ -55,6 +56,7 @@ class Backend(NamedTuple):
     pays: Callable[[Any], bool] = lambda problem: True
     configs: Optional[Callable[[Any], Sequence[Any]]] = None
     legal: Optional[Callable[[Any], Sequence[Any]]] = None
+    run_nchw: Optional[Callable[..., Tensor]] = None
     default_config: Optional[Callable[[Any], Any]] = None
     estimated_us: Optional[Callable[[Any, Any], float]] = None
     launch_us: Callable[[Any], float] = lambda config: 0.0

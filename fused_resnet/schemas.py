@@ -15,7 +15,7 @@ _CONV_OPERANDS = (
 
 # What users call, through `functional` or torch.ops.
 PUBLIC = {
-    "conv_bn_act": f"({_CONV_OPERANDS}, str backend) -> Tensor",
+    "conv_bn_act": f"({_CONV_OPERANDS}, str backend, *, bool channels_last=True) -> Tensor",
     "add_relu": "(Tensor a, Tensor b, str backend) -> Tensor",
     "add_relu_backward": "(Tensor grad, Tensor out, str backend) -> Tensor",
 }

@@ -1,16 +1,20 @@
 """The blocks: fused and plain compute the same in every mode, and a fused one steps aside where it must."""
 
 import copy
+import itertools
+import operator
 import pickle
 
 import networks
 import pytest
+import real_data
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 
+import fused_resnet
 from fused_resnet import functional
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBottleneck, conv_bn_act
 
@@ -483,3 +487,292 @@ def test_copies_and_pickles(make):
         for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
             assert type(copied) is type(module)
             assert torch.equal(copied(x), module(x))
+
+
+# ------------------------------------------------------------------------------------- the layout that plain would give
+
+
+def laid_out(shape, layout):
+    """A random tensor in one of the layouts that a convolution meets."""
+    N, C, H, W = shape
+    return {
+        "NCHW": lambda: torch.randn(shape),
+        "channels_last": lambda: torch.empty(shape, memory_format=torch.channels_last).normal_(),
+        "neither": lambda: torch.randn(W, C, H, N).permute(3, 1, 2, 0),
+        "every other channel": lambda: torch.randn(N, 2 * C, H, W)[:, ::2],
+        "some channels, channels_last": lambda: laid_out((N, 2 * C, H, W), "channels_last")[:, :C],
+        "expanded": lambda: torch.randn(N, 1, H, W).expand(shape),
+        # of one image strides say NCHW and the memory is channels_last
+        "image from numpy": lambda: torch.randn(H, W, C).permute(2, 0, 1)[None].expand(N, C, H, W),
+    }[layout]()
+
+
+LAYOUTS = (
+    "NCHW", "channels_last", "neither", "every other channel", "some channels, channels_last", "expanded",
+    "image from numpy",
+)  # fmt: skip
+# x, and the arguments of a convolution
+WINDOWS = {
+    "3x3": ((2, 8, 6, 5), (8, 16, 3)), "1x1": ((2, 8, 6, 5), (8, 16, 1)), "one image": ((1, 8, 6, 5), (8, 16, 3)),
+    "groups": ((2, 8, 6, 5), (8, 16, 3, 2, 1, 1, 2)), "depthwise": ((2, 8, 6, 5), (8, 8, 3, 1, 1, 1, 8)),
+    "one channel in": ((2, 1, 6, 5), (1, 16, 3)), "one channel out": ((2, 8, 6, 5), (8, 1, 3)),
+    "one channel": ((2, 1, 6, 5), (1, 1, 1)), "one pixel": ((2, 8, 1, 1), (8, 16, 1)),
+    "one pixel out": ((2, 8, 3, 3), (8, 16, 3)), "one row out": ((2, 8, 3, 6), (8, 16, 3)),
+    "one column out": ((2, 8, 6, 3), (8, 16, 3)), "empty batch": ((0, 8, 6, 5), (8, 16, 3)),
+}  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+def one_by_one(x, conv, bn, act, residual, sum):
+    """conv_bn_act as a plain forward writes it."""
+    out = conv(x) if bn is None else bn(conv(x))
+    if residual is not None:
+        out = {"out + residual": operator.add, "out += residual": operator.iadd}.get(
+            sum, lambda out, residual: operator.iadd(residual, out)
+        )(out, residual)
+    return out if act is None else F.relu(out) if act == "relu" else act(out)
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, "autocast"))
+@pytest.mark.parametrize("window", WINDOWS)
+def test_strides_are_those_of_the_plain_forward(window, dtype, fused_calls):
+    shape, arguments = WINDOWS[window]
+    acts = (nn.ReLU(), nn.ReLU(True), nn.ReLU6(), nn.SiLU(), "relu", None)
+    sums = [("out + residual", None), *itertools.product(("out + residual", "out += residual"), LAYOUTS[:2])]
+    sums += [("residual += out", layout) for layout in LAYOUTS[:2]]
+    count = 0
+    for layout, weight_layout, has_norm in itertools.product(LAYOUTS, LAYOUTS[:2], (True, False)):
+        conv = nn.Conv2d(*arguments).to(DTYPES.get(dtype))
+        conv.weight.data = laid_out(conv.weight.shape, weight_layout).to(DTYPES.get(dtype))
+        bn = networks.randomize(nn.BatchNorm2d(arguments[1])).to(DTYPES.get(dtype)) if has_norm else None
+        x = laid_out(shape, layout).to(DTYPES.get(dtype))
+        for act, (sum, residual_layout) in itertools.product(acts, sums):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+                out = conv(x)
+                residual = residual_layout and laid_out(out.shape, residual_layout).to(out.dtype)
+                actual = conv_bn_act(x, conv, bn, act, residual, sum=sum)
+                expected = one_by_one(x, conv, bn, act, None if residual is None else residual.clone(), sum)
+            what = (layout, weight_layout, has_norm, act, sum, residual_layout)
+            assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
+            is_odd_sum = sum == "out + residual" and residual is not None and residual.stride() != out.stride()
+            assert all(
+                ours == plain or is_odd_sum and size == 1
+                for ours, plain, size in zip(actual.stride(), expected.stride(), out.shape)
+            ), what
+            count += not (dtype == "autocast" and 0 in x.stride())
+    assert len(fused_calls) == count, "these are fused"
+
+
+@pytest.mark.parametrize("block", (BasicBlock, Bottleneck))
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("weights", LAYOUTS[:2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_block_keeps_the_layout(layout, weights, training, block):
+    for stride in (1, 2):
+        plain, fused = twins(block, stride=stride)
+        x = laid_out((2, 16, 9, 7), layout)
+        for module in (plain, fused):
+            module.train(training)
+            if weights == "channels_last":
+                module.to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            actual, expected = fused(x), plain(x)
+            assert actual.stride() == expected.stride()
+            close(actual, expected)
+
+
+@pytest.mark.parametrize("sum", ("out + residual", "out += residual", "residual += out"))
+@pytest.mark.parametrize("layout, other", (LAYOUTS[:2], LAYOUTS[1::-1]))
+def test_a_sum_in_training_keeps_the_layout(layout, other, sum, fused_calls):
+    conv, bn, x = nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), laid_out((2, 8, 6, 5), layout)
+    residual = laid_out((2, 16, 4, 3), other)
+    expected = one_by_one(x, conv, copy.deepcopy(bn), nn.ReLU(), residual.clone(), sum)
+    actual = conv_bn_act(x, conv, bn, nn.ReLU(), residual, sum=sum)
+    assert actual.stride() == expected.stride() and fused_calls == [("add_relu", None, False)]
+    close(actual, expected)
+
+
+class Viewed(nn.Module):
+    """A forward that reads its activations' memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu, self.pool = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)
+        self.fc = nn.Linear(8 * 3 * 3, 4)
+
+    def forward(self, x):
+        x = self.pool(self.relu(self.bn(self.conv(x))))
+        return self.fc(x.view(x.size(0), -1)), torch.as_strided(x, (2, 4, 9), (72, 18, 2))
+
+
+@pytest.mark.parametrize("training", (False, True))
+def test_a_view_after_a_fused_module(training):
+    plain = networks.randomize(Viewed())
+    fused = fused_resnet.fuse(copy.deepcopy(plain), strict=True)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        for actual, expected in zip(fused.train(training)(x), plain.train(training)(x)):
+            close(actual, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_no_pass_over_memory_is_spent_on_the_layout(layout):
+    """In a network whose weights and input agree there are no more of ATen's copies than in the plain one."""
+    plain = networks.small()
+    plain.to(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+    fused = fused_resnet.fuse(copy.deepcopy(plain), backend="eager", strict=True)
+    x = laid_out((2, 3, 16, 16), layout)
+    counts = []
+    for model in (plain, fused):
+        with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            model(x)
+        names = [event.name for event in profiled.events()]
+        counts.append((names.count("aten::batch_norm"), names.count("aten::copy_")))
+    assert counts[0] == counts[1] and counts[0][0] == 12
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("form", ("compiled", "exported"))
+def test_a_compiled_block_keeps_the_layout(layout, form):
+    plain, fused = twins()
+    x = laid_out((2, 16, 9, 7), layout)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        if form == "compiled":
+            model = torch.compile(fused, backend="aot_eager", fullgraph=True)
+        else:
+            model = torch.export.export(fused, (x,)).module()
+        actual, expected = model(x), plain(x)
+    assert actual.stride() == expected.stride()
+    close(actual, expected)
+
+
+# ------------------------------------------------------------------------------------------ what plain takes or refuses
+
+
+def outcome(function):
+    """What a call gives, or the type of the error it raises."""
+    try:
+        return function()
+    except Exception as error:
+        return type(error)
+
+
+def same_outcome(actual, expected, what):
+    if isinstance(expected, type):
+        assert actual is expected, what
+        return
+    assert not isinstance(actual, type), (what, actual)
+    assert (actual.dtype, actual.shape, actual.stride()) == (expected.dtype, expected.shape, expected.stride()), what
+    rounding = 2.0**-6 if expected.dtype in (torch.bfloat16, torch.float16) else 1e-5
+    torch.testing.assert_close(actual, expected, rtol=rounding, atol=rounding * 4, msg=lambda text: f"{what}: {text}")
+
+
+def _frozen_norm(channels):
+    return networks.randomize(real_data.torchvision().ops.FrozenBatchNorm2d(channels))
+
+
+@pytest.mark.parametrize("autocast", (False, True))
+@pytest.mark.parametrize("norm", (nn.BatchNorm2d, _frozen_norm, None))
+def test_mixed_dtypes_are_taken_or_refused_as_plain_does(norm, autocast, fused_calls):
+    """x, the weight, its bias, the norm's affine map and its statistics, a residual: each in four dtypes."""
+    refused = 0
+    x, weight, bias, residual = (
+        torch.randn(2, 4, 5, 5),
+        torch.randn(8, 4, 3, 3),
+        torch.randn(8),
+        torch.randn(2, 8, 3, 3),
+    )
+    of_norm = [(kind, kind) for kind in DTYPES.values()] + [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ]
+    for dtypes in itertools.product(DTYPES.values(), repeat=3):
+        for affine, statistics in of_norm if norm else of_norm[:1]:
+            conv = nn.Conv2d(4, 8, 3)
+            conv.weight.data, conv.bias.data = weight.to(dtypes[1]), bias.to(dtypes[2])
+            bn = norm and norm(8).eval()
+            if bn is not None:
+                bn.weight.data, bn.bias.data = bn.weight.data.to(affine), bn.bias.data.to(affine)
+                bn.running_mean, bn.running_var = bn.running_mean.to(statistics), bn.running_var.to(statistics)
+            for addend, sum in (
+                (None, "out + residual"),
+                (dtypes[0], "out + residual"),
+                (statistics, "out += residual"),
+            ):
+                arguments = x.to(dtypes[0]), conv, bn, nn.ReLU(), None if addend is None else residual.to(addend)
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    expected = outcome(lambda: one_by_one(*arguments, sum))  # noqa: B023
+                    actual = outcome(lambda: conv_bn_act(*arguments, sum=sum))  # noqa: B023
+                same_outcome(actual, expected, (*dtypes, affine, statistics, addend, sum))
+                refused += isinstance(expected, type)
+    assert refused and fused_calls
+
+
+def _set_data(path, function):
+    def change(block):
+        module, _, name = path.rpartition(".")
+        tensor = getattr(block.get_submodule(module), name)
+        setattr(block.get_submodule(module), name, function(tensor))
+
+    return change
+
+
+def _as_parameter(function):
+    return lambda tensor: nn.Parameter(function(tensor.data), requires_grad=False)
+
+
+ODD = {
+    "half statistics": _set_data("bn1.running_mean", torch.Tensor.half),
+    "norm in bf16": lambda block: block.bn1.bfloat16(),
+    "norm in fp64": lambda block: block.bn2.double(),
+    "convolution in fp64": lambda block: block.conv1.double(),
+    "projection in bf16": lambda block: block.downsample.bfloat16(),
+    "too few statistics": _set_data("bn1.running_var", lambda t: t[:3]),
+    "too few gammas": _set_data("bn1.weight", _as_parameter(lambda t: t[:3])),
+    "statistics of another shape": _set_data("bn1.running_mean", lambda t: t[None]),
+    "statistics with a gradient": _set_data("bn1.running_mean", lambda t: t.requires_grad_()),
+    "variance with a gradient": _set_data("bn2.running_var", lambda t: t.requires_grad_()),
+    "no gamma": lambda block: setattr(block.bn1, "weight", None),
+    "no beta": lambda block: setattr(block.bn1, "bias", None),
+    "an integer stride": lambda block: setattr(block.conv2, "stride", 1),
+    "three strides": lambda block: setattr(block.conv2, "stride", (1, 1, 1)),
+    "a negative padding": lambda block: setattr(block.conv2, "padding", (-1, 0)),
+    "no stride": lambda block: setattr(block.conv2, "stride", (0, 0)),
+    "a fractional padding": lambda block: setattr(block.conv2, "padding", (1.0, 1.0)),
+    "an integer eps": lambda block: setattr(block.bn1, "eps", 1),
+    "a weight of 3 dimensions": _set_data("conv1.weight", _as_parameter(lambda t: t[..., 0])),
+    "a weight of other channels": _set_data("conv1.weight", _as_parameter(lambda t: t[:, :3])),
+    "no output channels": _set_data("conv2.weight", _as_parameter(lambda t: t[:0])),
+    "a projection that broadcasts": _set_data("downsample.0.weight", _as_parameter(lambda t: t[:1])),
+    "a shortcut of another shape": lambda block: setattr(block, "downsample", nn.Conv2d(16, 8, 3)),
+    "nothing": lambda block: None,
+}  # fmt: skip
+INPUTS = {
+    "as ever": torch.randn(2, 16, 9, 7), "unbatched": torch.randn(16, 9, 7), "flat": torch.randn(2, 16),
+    "volume": torch.randn(1, 2, 16, 9, 7), "few channels": torch.randn(2, 5, 9, 7), "empty": torch.randn(0, 16, 9, 7),
+    "no rows": torch.randn(2, 16, 0, 7), "one pixel": torch.randn(2, 16, 1, 1), "integers": torch.ones(
+        2, 16, 9, 7, dtype=torch.long), "fp64": torch.randn(2, 16, 9, 7).double(),
+    "bf16": torch.randn(2, 16, 9, 7).bfloat16(), "complex": torch.randn(2, 16, 9, 7, dtype=torch.cfloat),
+    "None": None, "a number": 1.0, "a list": [torch.randn(16, 9, 7)], "meta": torch.randn(2, 16, 9, 7, device="meta"),
+    "sparse": torch.randn(2, 16, 9, 7).to_sparse(), "a gradient": torch.randn(2, 16, 9, 7, requires_grad=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ODD.values(), ids=ODD)
+def test_odd_parameters_and_inputs_are_taken_or_refused_as_plain_does(change):
+    for training, gradients in ((False, True), (False, False), (True, True)):
+        for name, x in INPUTS.items():
+            blocks = twins()
+            results = []
+            for block in blocks:
+                block.train(training)
+                change(block)
+                with torch.set_grad_enabled(gradients):
+                    results.append(outcome(lambda: block(x)))  # noqa: B023
+            if getattr(x, "is_meta", False) or getattr(results[0], "is_meta", False):
+                results = [
+                    result if isinstance(result, type) else torch.empty_like(result, device="cpu").zero_()
+                    for result in results
+                ]
+            same_outcome(*reversed(results), (name, training, gradients))

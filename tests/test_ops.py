@@ -71,7 +71,8 @@ def test_opcheck_conv_bn_act(dtype, without):
     operands = requiring_grad(operands_of(dtype=dtype, without=without))
     # the gradients' values are checked below against fp64 and torch.nn; here bf16 gradients agree as bf16 does
     tolerance = {} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.02}
-    torch.library.opcheck(conv_bn_act.default, arguments(operands), **tolerance)
+    for layout in ({}, {"channels_last": False}):
+        torch.library.opcheck(conv_bn_act.default, arguments(operands), layout, **tolerance)
 
 
 @pytest.mark.parametrize("backend", ("eager", "auto", "onednn"))
@@ -117,20 +118,23 @@ def device_of(backend):
 
 
 @pytest.mark.parametrize("shape", ((2, 1, 4, 5), (2, 3, 1, 1), (1, 1, 1, 1), (1, 3, 4, 1), (0, 3, 4, 5)))
+@pytest.mark.parametrize("memory_format", (torch.channels_last, torch.contiguous_format))
 @pytest.mark.parametrize("backend", ("eager", "onednn", "triton"))
-def test_strides_are_the_promised_ones(shape, backend):
+def test_strides_are_the_promised_ones(shape, backend, memory_format):
     """Dimensions of size 1 and 0 may have any stride; Inductor still counts on the ones that the fake gives."""
     N, K, P, Q = shape
     device = device_of(backend)
     x, weight = torch.randn(N, 4, P, Q, device=device), torch.randn(K, 4, 1, 1, device=device)
+    layout = {"channels_last": memory_format == torch.channels_last}
     for residual in (None, torch.randn(shape, device=device)):
         operands = ConvOperands(x, weight, residual=residual)
         args = (*operands, (1, 1), (0, 0), (1, 1), 1, "relu")
         with FakeTensorMode() as mode:
-            fake = conv_bn_act(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in args), backend)
-        real = conv_bn_act(*args, backend)
+            fakes = (mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in args)
+            fake = conv_bn_act(*fakes, backend, **layout)
+        real = conv_bn_act(*args, backend, **layout)
         assert real.shape == fake.shape == shape
-        assert real.stride() == fake.stride() == torch.empty(shape, memory_format=torch.channels_last).stride()
+        assert real.stride() == fake.stride() == torch.empty(shape, memory_format=memory_format).stride()
 
 
 @pytest.mark.parametrize("backend", ("eager", "triton", "cpu"))

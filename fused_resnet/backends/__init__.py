@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_resnet import ops
 from fused_resnet.backends.addition import ADD_RELU
-from fused_resnet.backends.eager import EAGER, EagerConfig, activate_, channels_last
+from fused_resnet.backends.eager import EAGER, EagerConfig, activate_, channels_last, nchw
 from fused_resnet.backends.grouped import GROUPED
 from fused_resnet.backends.nvidia import CUBLASLT, CUDA, CUDNN, TRITON
 from fused_resnet.backends.onednn import ONEDNN, onednn_missing
@@ -43,19 +43,22 @@ for _backend in ADD_RELU:
     register("add_relu", _backend)
 
 
-def conv_bn_act(operands: ConvOperands, window: tuple, backend: str) -> Tensor:
+def conv_bn_act(operands: ConvOperands, window: tuple, backend: str, channels_last: bool = True) -> Tensor:
     """The operator's implementation on every device: check, select, run. window: from stride to activation."""
     problem = conv_problem(operands, *window)
     chosen = select(problem, backend)
     if problem.N == 0:
-        return ops.empty_output(problem, operands.x)
-    return chosen.run(problem, operands)
+        return ops.empty_output(problem, operands.x, channels_last)
+    if channels_last:
+        return chosen.run(problem, operands)
+    run_nchw = chosen.backend.run_nchw
+    return nchw(chosen.run(problem, operands)) if run_nchw is None else run_nchw(problem, operands)
 
 
-def conv_bn_act_in_a_row(*args) -> Tensor:
+def conv_bn_act_in_a_row(*args, channels_last: bool = True) -> Tensor:
     """conv_bn_act as the dispatcher and autograd call it: every argument by itself."""
     operands, *window = ops.split_arguments(args)
-    return conv_bn_act(operands, tuple(window), args[-1])
+    return conv_bn_act(operands, tuple(window), args[-1], channels_last)
 
 
 def add_relu(a: Tensor, b: Tensor, backend: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple, Optional
 
 import torch
@@ -23,15 +24,17 @@ def _eager_configs(problem: ConvProblem) -> list[EagerConfig]:
     return [EagerConfig("NCHW")] if problem.device == "cpu" else []
 
 
-def _eager_conv_bn_act(problem: ConvProblem, operands: ConvOperands, config: Optional[EagerConfig] = None) -> Tensor:
+def _eager_conv_bn_act(
+    problem: ConvProblem, operands: ConvOperands, config: Optional[EagerConfig] = None, in_nchw: bool = False
+) -> Tensor:
     """The operator as ATen calls, one per step: the specification at speed, and the fallback."""
-    o = operands
+    o, placed = operands, nchw if in_nchw else channels_last
     has_late_bias = o.bias is not None and o.bias.dtype != o.x.dtype
     bias = None if has_late_bias else o.bias
     x = o.x.contiguous() if config is not None or _weight_is_dearer_to_convert(problem, o) else o.x
     y = library_faults.convolution(problem, x, o.weight, bias)
-    if o.residual is not None:  # which as a rule is channels_last
-        y = channels_last(y)
+    if o.residual is not None:  # which as a rule has the output's layout
+        y = placed(y)
     if not has_late_bias and _is_stock_batch_norm(o):
         y = F.batch_norm(y, o.bn_mean, o.bn_var, o.bn_weight, o.bn_bias, False, 0.0, o.eps)
     elif problem.has_bn or has_late_bias:
@@ -40,7 +43,7 @@ def _eager_conv_bn_act(problem: ConvProblem, operands: ConvOperands, config: Opt
         y = (y * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(o.x.dtype)
     if o.residual is not None:
         y = y.add_(o.residual)
-    return channels_last(activate_(y, problem.activation))
+    return placed(activate_(y, problem.activation))
 
 
 def _eager_weight(problem: ConvProblem, weight: Tensor, config: Optional[EagerConfig]) -> Tensor:
@@ -95,6 +98,15 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
 
 
+def nchw(tensor: Tensor) -> Tensor:
+    """The tensor in NCHW memory, as `channels_last`."""
+    _, C, H, W = tensor.shape
+    strides = (C * H * W, H * W, W, 1)
+    if tensor.stride() != strides:
+        tensor = tensor.contiguous()
+    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
+
+
 EAGER = Backend(
     "eager",
     lambda problem: None,
@@ -102,4 +114,5 @@ EAGER = Backend(
     auto=("cpu", "cuda"),
     pack=_eager_weight,
     configs=_eager_configs,
+    run_nchw=functools.partial(_eager_conv_bn_act, in_nchw=True),
 )
