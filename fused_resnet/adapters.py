@@ -20,9 +20,10 @@ import functools
 from typing import Any, Callable, NamedTuple, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from fused_resnet.nn import NotScriptable, conv_bn_act, has_stock_code, is_traced, why_called
+from fused_resnet.nn import NotScriptable, conv_bn_act, has_stock_code, why_called
 
 
 class Adapter(NamedTuple):
@@ -91,7 +92,7 @@ class FusedForward(NotScriptable):
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = NotImplemented if any(map(is_traced, (*args, *kwargs.values()))) else self.fused_forward(*args, **kwargs)
+        out = self.fused_forward(*args, **kwargs)
         return self.plain_class.forward(self, *args, **kwargs) if out is NotImplemented else out
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -107,7 +108,9 @@ def fused_class(kind: type[FusedForward], plain: type[nn.Module]) -> type[nn.Mod
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return kind.forward(self, *args, **kwargs)
 
+    # tracers decide by the name of the class's module what is one node
     contents = {"kind": kind, "plain_class": plain, "forward": forward, "__doc__": plain.__doc__}
+    contents["__module__"] = plain.__module__
     return type(f"Fused{plain.__name__}", (kind, plain), contents)
 
 
@@ -121,11 +124,18 @@ class Adapted(FusedForward):
 
     def fused_forward(self, *args: Any, **kwargs: Any) -> Any:
         adapter = adapter_of_class(self.plain_class)
-        return NotImplemented if adapter is None else adapter.forward(self, *args, **kwargs)
+        if adapter is None or _are_proxies((args, kwargs)):
+            return NotImplemented
+        return adapter.forward(self, *args, **kwargs)
 
     def fused_convs(self) -> list[str]:
         adapter = adapter_of_class(self.plain_class)
         return [] if adapter is None else convs_of(self, adapter)
+
+
+def _are_proxies(arguments: tuple) -> bool:
+    """Whether a call is part of a symbolic trace, which is to be that of the plain block."""
+    return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(arguments))
 
 
 def convs_of(module: nn.Module, adapter: Adapter) -> list[str]:

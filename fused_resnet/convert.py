@@ -39,8 +39,6 @@ _FUSED_CLASS = {
 }
 # What fused modules keep in their __dict__; the last is the backend that a ConvBNAct had of its own.
 _KEPT = frozenset(("backend", "calls_downsample", "_stock_class", "_programs", "_own_backend"))
-# Modules of these that hold a convolution and what follows it have a class that says so.
-_QUANTIZATIONS = ("torch.ao.nn.", "torch.nn.intrinsic.", "torch.nn.qat.", "torch.nn.quantized.")
 # What says how a module is pickled; a fused one is pickled by its plain class and its state.
 _PICKLED_BY = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
 
@@ -118,10 +116,11 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Give every fused module its plain class back, and every ConvBNAct the backend it had. In place; returns the
     model."""
     for module in model.modules():
-        if isinstance(module, (FusedBlock, FusedForward)):
-            set_class(module, module.__dict__.get("_stock_class", module.plain_class))
+        cls: Any = type(module)  # which, unlike isinstance, asks nothing of the module
+        if issubclass(cls, (FusedBlock, FusedForward)):
+            set_class(module, module.__dict__.get("_stock_class", cls.plain_class))
             _restore(module, {})
-        elif isinstance(module, ConvBNAct) and "_own_backend" in module.__dict__:
+        elif issubclass(cls, ConvBNAct) and "_own_backend" in module.__dict__:
             module.__dict__.pop("backend", None)
             module.__dict__.update(module.__dict__.pop("_own_backend"))
     return model
@@ -137,13 +136,14 @@ def fused_convs(model: nn.Module) -> list[str]:
     names = []
     for name, module in model.named_modules():
         own: list[str] = []
-        if isinstance(module, FusedBlock):
-            own = [conv for conv, _ in module.stage_names]
-            own += ["downsample.0"] if module.fused_shortcut() else []
-        elif isinstance(module, FusedForward):
-            own = module.fused_convs()
-        elif isinstance(module, ConvBNAct):
-            own = ["0"] if len(module) > 1 else []
+        fused: Any = module
+        if issubclass(type(module), FusedBlock):
+            own = [conv for conv, _ in fused.stage_names]
+            own += ["downsample.0"] if fused.fused_shortcut() else []
+        elif issubclass(type(module), FusedForward):
+            own = fused.fused_convs()
+        elif issubclass(type(module), ConvBNAct):
+            own = ["0"] if len(fused) > 1 else []
         names += [f"{name}.{conv}" if name else conv for conv in own]
     return names
 
@@ -160,7 +160,10 @@ def _survey(
     for name, module in named:
         if id(module) in kept | claimed:
             continue
-        change, reason = _change_of(module, kept)
+        try:
+            change, reason = _change_of(module, kept)
+        except Exception as error:  # a module may do anything when it is looked at
+            change, reason = None, f"it cannot be looked at: {_first_line(error)}"
         if change is not None:
             changes.append((module, change))
             claimed.update(map(id, change.claims))
@@ -170,13 +173,17 @@ def _survey(
     return changes, skipped
 
 
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def _change_of(module: nn.Module, kept: set[int]) -> tuple[Optional[_Change], Optional[str]]:
     """(change, None), or (None, why this module is left alone), or (None, None) where there is nothing to fuse.
 
     kept: the modules inside that must run their own forward, by id.
     """
-    if type(module).__module__.startswith(_QUANTIZATIONS):
-        return None, "torch.ao.quantization swaps it by its class"
+    if type(module).__module__.startswith("torch.ao."):
+        return None, _why_not_quantizations(module)
     if isinstance(module, ConvBNAct):
         return _Change(lambda: _keep_own_backend(module), module.has_norm, []), None
     block, reason = _residual_block(module, kept)
@@ -187,6 +194,13 @@ def _change_of(module: nn.Module, kept: set[int]) -> tuple[Optional[_Change], Op
         if adapted is not None or reason is not None:
             return adapted, reason
     return _rewritten(module)
+
+
+def _why_not_quantizations(module: nn.Module) -> Optional[str]:
+    """Why one of torch.ao's modules is left alone, if it could be fused."""
+    if not any(isinstance(child, nn.Conv2d) for child in _own_children(module)):
+        return None
+    return f"quantization knows a {type(module).__qualname__} of torch.ao by its class"
 
 
 def _residual_block(module: Any, kept: set[int]) -> tuple[Optional[_Change], Optional[str]]:
@@ -251,12 +265,15 @@ def _why_not_reclassed(module: Any, kind: Any) -> Optional[str]:
     cls: Any = type(module)
     if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _PICKLED_BY):
         return f"{cls.__qualname__} has its own way to be pickled"
-    try:
+    reason = _why_name_taken(module, adapters.fused_class(kind, nn.Module), nn.Module)
+    if reason is not None:
+        return reason
+    try:  # it may forbid subclasses, or have a layout that no other class has
         set_class(module, adapters.fused_class(kind, cls))
-        set_class(module, cls)
-    except Exception as error:  # a metaclass may refuse anything, and Python refuses other layouts
-        return f"its class cannot be replaced: {error}"
-    return _why_name_taken(module, adapters.fused_class(kind, nn.Module), nn.Module)
+    except Exception as error:
+        return f"its class cannot be replaced: {_first_line(error)}"
+    set_class(module, cls)
+    return None
 
 
 def _why_name_taken(module: nn.Module, fused: type, plain: type) -> Optional[str]:

@@ -127,6 +127,11 @@ class Bottleneck(nn.Module):
         return self.relu(out)
 
 
+def set_class(module: nn.Module, cls: type) -> None:
+    """Past the module's own __setattr__, which may do anything."""
+    object.__setattr__(module, "__class__", cls)
+
+
 class NotScriptable:
     """Modules whose forward is no TorchScript, and which say so."""
 
@@ -154,8 +159,8 @@ class FusedBlock(NotScriptable):
     downsample: Optional[nn.Module]
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_traced(x):
-            return self.plain_class.forward(self, x)
+        if isinstance(x, fx.Proxy):  # a symbolic trace is the plain block's; reading a parameter here would be in it
+            return self.__dict__.get("_stock_class", self.plain_class).forward(self, x)
         stages = [(getattr(self, conv), getattr(self, bn)) for conv, bn in self.stage_names]
         if why_not_fused(self.relu, stages) is not None:
             return self.plain_class.forward(self, x)
@@ -229,7 +234,7 @@ class ConvBNAct(NotScriptable, nn.Sequential):
         conv, *rest = self
         bn = rest.pop(0) if rest and self.has_norm else None
         act = rest.pop(0) if rest else None
-        if rest or is_traced(x) or why_not_fused(act, [(conv, bn)]) is not None:
+        if isinstance(x, fx.Proxy) or rest or why_not_fused(act, [(conv, bn)]) is not None:
             return self._plain_forward(x, residual, act)
         return _conv_bn_act(x, conv, bn, act, residual, self.backend)
 
@@ -389,16 +394,6 @@ def _takes_images(check: Any) -> bool:
 # ------------------------------------------------------------------------------------------------------- stepping aside
 
 
-def is_traced(x: Any) -> bool:
-    """Whether torch.fx traces this call. It wants the plain form, and records each parameter that is read."""
-    return isinstance(x, fx.Proxy)
-
-
-def set_class(module: nn.Module, cls: type) -> None:
-    """Past the module's own __setattr__, which may do anything."""
-    object.__setattr__(module, "__class__", cls)
-
-
 def why_not_fused(act: Optional[nn.Module], stages: list) -> Optional[str]:
     """None when this activation and these (conv, bn) pairs may be bypassed, else the reason. Cheap: runs every call."""
     if torch_module._has_any_global_hook():
@@ -469,7 +464,7 @@ def conv_bn_act(
     "out += residual" or "residual += out".
     """
     module = act if isinstance(act, nn.Module) else None
-    if not is_traced(x) and why_not_fused(module, [(conv, bn)]) is None:
+    if not isinstance(x, fx.Proxy) and why_not_fused(module, [(conv, bn)]) is None:
         return _conv_bn_act(x, conv, bn, act, residual, backend, sum)
     out = conv(x) if bn is None else bn(conv(x))
     return _activated(out if residual is None else _SUMS[sum](out, residual), act)

@@ -29,7 +29,7 @@ import random
 import sys
 import threading
 from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
-from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Optional
+from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Optional, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -253,7 +253,7 @@ class _Watch:
             return
         name = getattr(function, "__name__", "")
         if event == "call":
-            what = _unseen_in(frame)
+            what = _unseen_in(frame) or self._written_by(frame)
             if self._is_the_forwards(frame):
                 what = what or _unseen_in_code(frame.f_code, _variable_written)
                 if what is not None:
@@ -265,6 +265,14 @@ class _Watch:
             what = f"fails in torch's {name}()" if _is_torchs(_owner(function)) else None
         if what is not None:
             self.note(CannotRewrite(f"its forward {what}"))
+
+    def _written_by(self, frame: FrameType) -> Optional[str]:
+        """What a module's own __setattr__ or __delattr__ is about to do, which need not ask nn.Module's."""
+        code = frame.f_code
+        if code.co_name not in ("__setattr__", "__delattr__") or code.co_argcount < 2:
+            return None
+        module, name = (cast(Any, frame.f_locals.get(argument)) for argument in code.co_varnames[:2])
+        return f"writes its attribute {self._label(module, name)}" if id(module) in self.paths else None
 
     def _is_the_forwards(self, frame: FrameType) -> bool:
         """Whether a function works for the forward, unlike an import or a callback of the garbage collector's."""
@@ -402,7 +410,8 @@ def _check_signature(module: nn.Module, plain: Any) -> None:
 
 def _traced(module: nn.Module, plain: Any, training: bool, gradients: bool) -> tuple[fx.Graph, Reads]:
     """The graph of one trace, and what the forward read of the module. The module is as before, whatever happens."""
-    watch, cls, mode = _Watch(module), module.__class__, module.training
+    watch, cls, mode = _Watch(module), type(module), module.__dict__.get("training", _MISSING)
+    before = [(name, child, dict(vars(child))) for name, child in module.named_modules()]
     try:
         with TRACING, torch.set_grad_enabled(gradients), _no_random_numbers(), _nothing_written_outside(module, watch):
             set_class(module, _of_one_tensor(plain, watch))
@@ -413,7 +422,12 @@ def _traced(module: nn.Module, plain: Any, training: bool, gradients: bool) -> t
         raise watch.note(error) from error
     finally:
         module.__dict__["training"] = mode
+        if mode is _MISSING:  # a property
+            del module.__dict__["training"]
         set_class(module, cls)
+        written = _attributes_put_back(before)
+    if written:
+        watch.note(CannotRewrite(f"its forward writes its attribute {written[0]}"))
     watch.check()
     for node in graph.nodes:
         node.type = None  # annotations are of no use here
@@ -481,6 +495,18 @@ def _nothing_written_outside(module: nn.Module, watch: _Watch) -> Iterator[None]
         written = watch.outside.put_back()
         if written:
             raise watch.note(CannotRewrite(f"its forward writes {written[0]}, outside the module"))
+
+
+def _attributes_put_back(before: list[tuple[str, nn.Module, dict]]) -> list[str]:
+    """The names of the attributes that modules got past nn.Module.__setattr__, and have no more."""
+    written = []
+    for path, module, own in before:
+        now = vars(module)
+        if not _same(now, own):
+            name = next((key for key in {**own, **now} if _differ(now, own, key)), "__dict__")
+            written.append(f"{path}.{name}" if path else name)
+            _restore(module, own)
+    return written
 
 
 def _kept(value: Any) -> Any:

@@ -12,6 +12,9 @@ import networks
 import pytest
 import torch
 from torch import nn
+from torch.ao import quantization
+from torch.ao.quantization import quantize_fx
+from torch.ao.quantization.fx.tracer import QuantizationTracer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
@@ -19,8 +22,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import fused_resnet
-from fused_resnet import convert
-from fused_resnet.nn import BasicBlock, Bottleneck
+from fused_resnet import adapters, convert
+from fused_resnet import nn as nn_module
+from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # fp32, ten layers, two orders of summation
@@ -132,6 +136,185 @@ def test_pruning_and_parametrizing_a_child_is_seen():
     for model in (plain, fused):
         prune.remove(model.layer1[0].conv1, "weight")
     assert_same(fused(x), plain(x))
+
+
+# ------------------------------------------------------------------------------------------- symbolic traces
+
+
+class Adapts(nn.Module):
+    """A block that has an adapter, called with one tensor or several."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+
+    def forward(self, x):
+        x = x if isinstance(x, (torch.fx.Proxy, torch.Tensor)) else torch.cat(x, 1)
+        return self.relu(self.bn(self.conv(x)))
+
+
+@adapters.register(f"{__name__}.Adapts", reads=" ".join(Adapts.forward.__code__.co_names), convs="conv")
+def _adapts(block, x):
+    x = x if isinstance(x, torch.Tensor) else torch.cat(x, 1)
+    return nn_module.conv_bn_act(x, block.conv, block.bn, block.relu, backend=block.backend)
+
+
+class Gives(nn.Module):
+    """Calls a module with several tensors."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module([x[:, :1], x[:, 1:]])
+
+
+class ByHand(nn.Module):
+    """A forward that was written for us."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+
+    def forward(self, x):
+        return nn_module.conv_bn_act(x, self.conv, self.bn, self.relu)
+
+
+TRACED = {
+    "our blocks": lambda: networks.small(BasicBlock), "our bottlenecks": lambda: networks.small(Bottleneck),
+    "sequences": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
+    "a root of our own": lambda: networks.single(Bottleneck), "adapted": Adapts, "adapted, of a list": lambda: Gives(
+        Adapts()), "ConvBNAct": lambda: nn.Sequential(ConvBNAct(3, 8), ConvBNAct(8, 8, norm_layer=None)),
+}  # fmt: skip
+
+
+class Deep(torch.fx.Tracer):
+    """Follows torch's own modules too, but for norms, which ask for the number of dimensions."""
+
+    def is_leaf_module(self, module, qualified_name):
+        return isinstance(module, nn.BatchNorm2d)
+
+
+class Shallow(torch.fx.Tracer):
+    """One node for what is written in these files."""
+
+    def is_leaf_module(self, module, qualified_name):
+        return type(module).__module__ in (__name__, "networks") or super().is_leaf_module(module, qualified_name)
+
+
+def nodes_of(graph):
+    return [(node.name, node.op, node.target, str(node.args), str(node.kwargs)) for node in graph.nodes]
+
+
+@pytest.mark.parametrize("tracer", (torch.fx.Tracer, Shallow, QuantizationTracer, Deep))
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("make", TRACED.values(), ids=TRACED)
+def test_a_symbolic_trace_is_that_of_the_plain_model(make, training, tracer):
+    plain = networks.randomize(make()).train(training)
+    fused = fused_resnet.fuse(copy.deepcopy(plain))
+    assert convert.fused_convs(fused)
+    tracers = [tracer([], []) if tracer is QuantizationTracer else tracer() for _ in range(2)]
+    ours, theirs = (nodes_of(one.trace(model)) for one, model in zip(tracers, (fused, plain)))
+    assert ours == theirs
+
+
+def test_a_symbolic_trace_of_a_forward_by_hand_holds_calls():
+    graph = torch.fx.symbolic_trace(ByHand().eval()).graph
+    assert [node.op for node in graph.nodes] == ["placeholder", *["call_module"] * 3, "output"]
+
+
+def test_a_torchvision_like_block_is_traced_by_its_own_forward(tmp_path, monkeypatch):
+    plain = networks.single(networks.torchvision_like(tmp_path, monkeypatch).BasicBlock)
+    fused = fused_resnet.fuse(copy.deepcopy(plain))
+    assert nodes_of(torch.fx.symbolic_trace(fused).graph) == nodes_of(torch.fx.symbolic_trace(plain).graph)
+
+
+# ------------------------------------------------------------------------------------------- quantization
+
+
+class Quantizable(nn.Module):
+    """What torch.ao.quantization.fuse_modules has something to do with."""
+
+    def __init__(self):
+        super().__init__()
+        self.quant, self.dequant = quantization.QuantStub(), quantization.DeQuantStub()
+        self.conv1, self.bn1, self.relu1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.rest = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.conv3, self.relu3 = nn.Conv2d(8, 8, 1), nn.ReLU()
+
+    def forward(self, x):
+        x = self.relu1(self.bn1(self.conv1(self.quant(x))))
+        x = self.rest(self.bn2(self.conv2(x)))
+        return self.dequant(self.relu3(self.conv3(x)))
+
+
+GROUPS = [["conv1", "bn1", "relu1"], ["conv2", "bn2"], ["rest.0", "rest.1", "rest.2"], ["conv3", "relu3"]]
+
+
+def quantized(steps, training):
+    """The result of a model that goes through these steps, and its convolutions' classes."""
+    torch.manual_seed(0)
+    model, x = networks.randomize(Quantizable()).train(training), torch.randn(4, 3, 12, 12)
+    for step in steps:
+        if step == "fuse":
+            fused_resnet.fuse(model)
+        elif step == "fuse_modules":
+            (quantization.fuse_modules_qat if training else quantization.fuse_modules)(model, GROUPS, inplace=True)
+        elif step == "prepare":
+            default = quantization.get_default_qat_qconfig if training else quantization.get_default_qconfig
+            model.qconfig = default(torch.backends.quantized.engine)
+            model = (quantization.prepare_qat if training else quantization.prepare)(model)
+        elif step == "calibrate":
+            model(x)
+        else:
+            model = quantization.convert(model.eval())
+    return model(x), {name: type(module) for name, module in model.named_modules() if "Conv" in type(module).__name__}
+
+
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("at", range(5))
+def test_eager_mode_quantization(at, training):
+    """Wherever in the flow the model is fused."""
+    flow = ["fuse_modules", "prepare", "calibrate", "convert"]
+    expected, classes = quantized(flow, training)
+    actual, ours = quantized([*flow[:at], "fuse", *flow[at:]], training)
+    assert ours == classes and any("quantized" in kind.__module__ for kind in classes.values())
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("make", (lambda: networks.Network(BasicBlock), lambda: nn.Sequential(ConvBNAct(3, 8))))
+def test_fx_graph_mode_quantization(make, at, training):
+    def result(*steps):
+        torch.manual_seed(0)
+        model, x = networks.randomize(make()).train(training), torch.randn(4, 3, 12, 12)
+        for step in steps:
+            if step == "fuse":
+                fused_resnet.fuse(model)
+            elif step == "prepare":
+                prepare = quantize_fx.prepare_qat_fx if training else quantize_fx.prepare_fx
+                model = prepare(model, quantization.get_default_qconfig_mapping(), (x,))
+            elif step == "calibrate":
+                model(x)
+            else:
+                model = quantize_fx.convert_fx(model.eval())
+        return model(x)
+
+    flow = ["prepare", "calibrate", "convert"]
+    assert torch.equal(result(*flow[:at], "fuse", *flow[at:]), result(*flow))
+
+
+def test_the_modules_of_torch_ao_are_left_alone_with_a_reason():
+    model = quantization.fuse_modules(networks.randomize(Quantizable()), GROUPS)
+    kinds = [type(module) for module in model.modules()]
+    fused_resnet.fuse(model)
+    assert [type(module) for module in model.modules()] == kinds
+    reasons = {name: reason for name, reason in convert.left_alone(model) if name != "the model"}
+    assert list(reasons) == ["conv1", "rest.0", "conv3"]
+    assert set(reasons.values()) == {"quantization knows a ConvReLU2d of torch.ao by its class"}
 
 
 # ------------------------------------------------------------------------------------------- other forms of a model
