@@ -162,7 +162,7 @@ def test_within(limit, tmp_path):
 def record_of_this_process():
     """What `test_within` asserts on."""
     names = ["eager", "onednn", "winograd", "grouped", "cpu"]
-    reports = [testing.verify(150, 5, backends=names), testing.verify(300, 11, backends=names[:4], is_common=True)]
+    reports = [testing.verify(150, 5, backends=names), testing.verify(300, 11, backends=names[:4], kind="common")]
     return {
         "kernels": extension.instruction_set()["name"],
         "torch": torch.backends.cpu.get_cpu_capability(),
