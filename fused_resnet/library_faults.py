@@ -139,7 +139,10 @@ def convolution_backward(
 
 def forward_detour(problem: ConvProblem) -> Optional[Detour]:
     """How to compute a convolution that oneDNN would compute wrongly, or None for all others."""
-    return _detour(problem, _wrong_axes(problem))
+    p, axes = problem, _wrong_axes(problem)
+    if not axes and p.dilation == (1, 1) and p.dtype not in _HALF_PRECISION:
+        return None  # quickly, since this is asked at every call
+    return _detour(p, axes)
 
 
 def _wrong_axes(problem: ConvProblem) -> frozenset[int]:
@@ -151,7 +154,7 @@ def _wrong_axes(problem: ConvProblem) -> frozenset[int]:
     process (oneDNN issue 5942).
     """
     p = problem
-    if p.device != "cpu":
+    if p.device != "cpu" or p.stride == (1, 1) and p.reads_x:
         return frozenset()
     if not p.reads_x:
         return frozenset((0, 1))
