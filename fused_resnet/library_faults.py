@@ -103,9 +103,13 @@ def _inside(size: int, positions: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 # ----------------------------------------------------------------------------------------------------- the operations
 
 
-def convolution(problem: ConvProblem, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """F.conv2d of this problem's window. Differentiable in any mode, and its derivatives are right too."""
+def convolution(
+    problem: ConvProblem, x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, *, is_differentiated: bool = False
+) -> Tensor:
+    """F.conv2d of this problem's window. is_differentiated: ATen's own derivatives of the result must be right too."""
     detour, p = forward_detour(problem), problem
+    if is_differentiated:
+        detour = _detour(p, _wrong_axes(p) | _axes_of_wrong_weight_gradients(p))
     if detour is not None:
         p, x, weight = detour.problem, detour.input(x), detour.filter(weight)
     return F.conv2d(x, weight, bias, p.stride, p.padding, p.dilation, p.groups)

@@ -382,8 +382,10 @@ def _widen_what_is_wrong(module: fx.GraphModule, modules: dict) -> None:
             stride, dilation = conv.stride, conv.dilation
         elif node.op == "call_function" and node.target in _CONVOLUTIONS:
             asked = {**dict(zip(_CONVOLUTION_ARGUMENTS, node.args)), **node.kwargs}
-            dims = _CONVOLUTIONS[node.target]
             weight = getattr(facts_of(asked["weight"]), "shape", None)
+            dims = len(weight or ()) - 2
+            if node.target in _ANY_CONVOLUTION and (asked["transposed"] if "transposed" in asked else node.args[6]):
+                continue
             stride, dilation = (_spread(asked.get(name, 1), dims) for name in ("stride", "dilation"))
         else:
             continue
@@ -392,8 +394,14 @@ def _widen_what_is_wrong(module: fx.GraphModule, modules: dict) -> None:
             node.op, node.target = "call_module", _add(module, modules, f"wide_{node.name}", wide)
 
 
-_CONVOLUTIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
-_CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+# As torch.nn.functional, as operators in the graphs of torch.export, and the one for all, which may be transposed.
+_ATEN = torch.ops.aten
+_ANY_CONVOLUTION = (torch.convolution, _ATEN.convolution.default)
+_CONVOLUTIONS: tuple[Any, ...] = (
+    F.conv1d, F.conv2d, F.conv3d, *_ANY_CONVOLUTION,
+    *(getattr(op, kind) for op in (_ATEN.conv1d, _ATEN.conv2d, _ATEN.conv3d) for kind in ("default", "padding")),
+)  # fmt: skip
+_CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation")
 
 
 def _spread(value: Any, dims: int) -> tuple:

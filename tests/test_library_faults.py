@@ -1,5 +1,6 @@
 """Convolutions that libraries compute wrongly: right through every path of ours, on this machine as on others."""
 
+import copy
 import itertools
 
 import pytest
@@ -125,6 +126,49 @@ def test_what_a_plan_does_not_lower_is_right():
     assert "oneDNN is wrong there in 16 bits" in str(fused_resnet.explain(frozen, x))
 
 
+@pytest.mark.parametrize("call", (
+    lambda x, w: torch.ops.aten.conv2d.default(x, w, None, [1, 5], [0, 0], [1, 1], 4),
+    lambda x, w: torch.ops.aten.conv2d.padding(x, w, None, [1, 5], "valid", [1, 1], 4),
+    lambda x, w: torch.ops.aten.convolution.default(x, w, None, [1, 5], [0, 0], [1, 1], False, [0, 0], 4),
+    lambda x, w: torch.convolution(x, w, None, (1, 5), (0, 0), (1, 1), False, (0, 0), 4),
+    "exported",
+))  # fmt: skip
+def test_operators_that_a_plan_does_not_lower_are_right(call):
+    model = nn.Conv2d(4, 96, (2, 3), stride=(1, 5), groups=4, bias=False).bfloat16().float().eval()
+    x = torch.randn(2, 4, 18, 3).bfloat16().float()
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(x.double())
+    if call == "exported":
+        model = torch.export.export(nn.Sequential(model), (x,)).module()
+    else:
+
+        class Calls(nn.Module):
+            def __init__(self, weight):
+                super().__init__()
+                self.weight = weight
+
+            def forward(self, x):
+                return call(x, self.weight)
+
+        model = Calls(model.weight).eval()
+    got = fused_resnet.freeze(model, x, dtype=torch.bfloat16)(x)
+    torch.testing.assert_close(got.double(), expected, rtol=2**-7, atol=2**-7)
+
+
+def test_transposed_convolutions_stay_as_they_are():
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3, 2, 3))
+
+        def forward(self, x):
+            return torch.convolution(x, self.weight, None, (1, 5), (0, 0), (1, 1), True, (0, 0), 1)
+
+    x = torch.randn(2, 4, 5, 1)
+    plan = fused_resnet.freeze(Transposed().eval(), x, dtype=torch.bfloat16).plan(x)
+    assert not [node for node in plan.graph.nodes if str(node.target).startswith("wide_")]
+
+
 def module_of(case):
     p, o = case.problem, case.operands
     window = dict(stride=p.stride, padding=p.padding, dilation=p.dilation, groups=p.groups)
@@ -152,6 +196,31 @@ def test_gradients_are_right(shape, backend):
     for got, exact, sums in zip((x.grad, weight.grad), (exact_x.grad, exact_weight.grad), magnitude):
         terms = p.N * p.P * p.Q + p.K * p.R * p.S
         assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + terms * 2.0**-24 * sums).all()
+
+
+@pytest.mark.parametrize("shape", (*SHAPES, *WEIGHT_GRADIENT_SHAPES))
+@pytest.mark.parametrize("mapped", (False, True))
+def test_gradients_by_transforms_are_right(shape, mapped):
+    """torch.func differentiates the composite, whose gradients are ATen's."""
+    case = case_of(shape)
+    p, o = case.problem, case.operands
+    window = dict(stride=p.stride, padding=p.padding, dilation=p.dilation, groups=p.groups)
+
+    def gradients(conv, x, weight):
+        return torch.func.grad(lambda x, weight: conv(x, weight).sum(), (0, 1))(x, weight)
+
+    def ours(x, weight):
+        return functional.conv_bn_act(x, weight, **window, activation="none")
+
+    if mapped:
+        per_sample = torch.func.vmap(lambda x: gradients(ours, x, o.weight))(o.x[None])
+        got = [gradient[0] for gradient in per_sample]
+    else:
+        got = gradients(ours, o.x, o.weight)
+    exact = gradients(lambda x, weight: F.conv2d(x, weight, **window), o.x.double(), o.weight.double())
+    # each tap's share of x's gradient is rounded to bf16, and the sum of them; the weight's once
+    for ours_, right in zip(got, exact):
+        torch.testing.assert_close(ours_.double(), right, rtol=2**-6, atol=2**-6 * right.abs().max().item())
 
 
 @pytest.mark.parametrize("kind, shape", (("weight", "dilated rows"), ("x", "one column")))
