@@ -1,8 +1,8 @@
 """ATen's convolution and its gradients on a CPU, right where the libraries below are wrong.
 
 oneDNN, which ATen calls, computes some windows wrongly, by up to 1e38 and otherwise each time. The same sums come out
-right, and as fast, over an x whose windows lie side by side, or that has channels of zeros (`Detour`). The rules are
-for oneDNN 3.12, whose sources explain them; where all instruction sets have a fault, they ask for the shape alone.
+right over an x whose windows lie side by side, or that has channels of zeros (`Detour`). The rules are for oneDNN 3.12,
+whose sources explain them. Where all instruction sets have a fault, they ask for the shape alone.
 """
 
 from __future__ import annotations
@@ -26,15 +26,26 @@ _WITHOUT_AMX = frozenset(
 )
 
 
+def onednn_limit() -> tuple[str, str]:
+    """The variable by which oneDNN's instructions are limited, and its value; both empty where none is set."""
+    names = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # oneDNN reads the first that is set
+    return next(((name, os.environ[name]) for name in names if os.environ.get(name)), ("", ""))
+
+
 @functools.lru_cache(maxsize=None)
 def onednn_has_amx() -> bool:
     """Whether oneDNN computes bf16 convolutions with AMX tiles: the processor has them, and no variable forbids it."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     return bool(
         torch.backends.mkldnn.is_available()
         and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-        and limit.upper() not in _WITHOUT_AMX
+        and onednn_limit()[1].upper() not in _WITHOUT_AMX
     )
+
+
+def onednn_has_bf16() -> bool:
+    """Whether oneDNN computes bf16 convolutions on this processor, within its limit."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.backends.mkldnn.is_available() and supported is not None and bool(supported())
 
 
 class Detour(NamedTuple):
@@ -152,10 +163,10 @@ def forward_detour(problem: ConvProblem) -> Optional[Detour]:
 def _wrong_axes(problem: ConvProblem) -> frozenset[int]:
     """The dimensions, 0 for rows and 1 for columns, whose windows must lie side by side.
 
-    One column: the rows of x that oneDNN copies are not as far apart as it reads them (pytorch issue 169688); in bf16,
-    and from packed weights of one channel in fp32. Rows that the stride passes by: on AMX the buffer for them is too
-    small, and what lies behind it is overwritten (oneDNN PR 5494). Windows that lie in the padding whole end the
-    process (oneDNN issue 5942).
+    One column: the rows of x that oneDNN copies are not as far apart as it reads them (pytorch issue 169688). That is
+    in bf16, and from packed weights of one channel in fp32. Rows that the stride passes by: on AMX their buffer is too
+    small, and what lies behind is overwritten (oneDNN PR 5494). Windows that lie in the padding whole end the process
+    (oneDNN issue 5942).
     """
     p = problem
     if p.device != "cpu" or p.stride == (1, 1) and p.reads_x:
@@ -169,8 +180,11 @@ def _wrong_axes(problem: ConvProblem) -> frozenset[int]:
 
 
 def _axes_of_wrong_weight_gradients(problem: ConvProblem) -> frozenset[int]:
-    """The same for the gradient with respect to the weight: in bf16, rows that are dilated, from 28 columns on, and
-    columns of the filter that meet padding alone."""
+    """The same for the gradient with respect to the weight, in bf16.
+
+    Rows: where they are dilated; seen from 28 columns on, asked for at any width. Columns: where one of the filter's
+    meets padding alone.
+    """
     p = problem
     if p.device != "cpu" or p.dtype not in _HALF_PRECISION:
         return frozenset()
@@ -180,8 +194,10 @@ def _axes_of_wrong_weight_gradients(problem: ConvProblem) -> frozenset[int]:
 
 
 def _spare_channels(problem: ConvProblem) -> int:
-    """How many channels to add on AMX where oneDNN counts columns of the filter as channels, packed or not, although
-    its packed filter has each column filled up to 32 of them."""
+    """How many channels to add on AMX where oneDNN counts columns of the filter as channels.
+
+    Its packed filter has the channels of each column filled up to 32, which it then does not reckon with.
+    """
     p, channels = problem, problem.C // problem.groups
     if p.device != "cpu" or p.dtype not in _HALF_PRECISION or p.dilation[1] != 1 or not onednn_has_amx():
         return 0
@@ -256,14 +272,15 @@ class Fault(NamedTuple):
     """A known fault of a library below, for `fused-resnet info`.
 
     what: wrong results, of which problems; source: where it is reported, or found. instead: what is done here.
-    needs_amx: whether it needs AMX. example: (operation, x, weight, stride, padding, dilation) that shows it, or None
-    where trying would end the process.
+    needs_amx: whether it needs AMX. needs_bf16: whether it needs bf16 convolutions of oneDNN's. example: (operation, x,
+    weight, stride, padding, dilation) that shows it, or None where trying would end the process.
     """
 
     what: str
     source: str
     instead: str
     needs_amx: bool = False
+    needs_bf16: bool = True
     example: Optional[tuple] = None
 
 
@@ -280,7 +297,7 @@ FAULTS = (
           example=("weight gradient", (2, 24, 19, 32), (32, 24, 3, 3), (1, 1), (2, 1), (2, 1))),
     Fault("gradients of bf16 weights are wrong in columns that meet padding alone", "found by random problems", _LAID,
           example=("weight gradient", (2, 24, 12, 2), (16, 24, 3, 4), (1, 3), (1, 3), (1, 1))),
-    Fault("a convolution of padding alone ends the process", "oneDNN issue 5942", _LAID),
+    Fault("a convolution of padding alone ends the process", "oneDNN issue 5942", _LAID, needs_bf16=False),
     Fault("bf16 depthwise convolutions read one pixel too many, times zero", "found by random problems",
           "nothing: NaN and infinities may reach one pixel further"),
 )  # fmt: skip
@@ -291,7 +308,11 @@ def known_faults() -> list[dict[str, Any]]:
     not tried)."""
     found = []
     for fault in FAULTS:
-        applies = torch.backends.mkldnn.is_available() and (onednn_has_amx() or not fault.needs_amx)
+        applies = (
+            torch.backends.mkldnn.is_available()
+            and (onednn_has_amx() or not fault.needs_amx)
+            and (onednn_has_bf16() or not fault.needs_bf16)
+        )
         seen = _is_seen(*fault.example) if applies and fault.example is not None else None
         texts = {"what": fault.what, "source": fault.source, "instead": fault.instead}
         found.append({"library": onednn_version(), **texts, "applies": applies, "seen": seen})

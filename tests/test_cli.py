@@ -101,7 +101,14 @@ def test_info_for_people():
         assert f"  C++ kernels: {kernels['name']} ({kernels['why']})\n" in result.output
 
 
+def test_info_names_no_bf16_fault_where_onednn_has_no_bf16(monkeypatch):
+    monkeypatch.setattr(library_faults, "onednn_has_bf16", lambda: False)
+    applying = [fault["what"] for fault in json_of("info")["library_faults"] if fault["applies"]]
+    assert applying == ["a convolution of padding alone ends the process"]
+
+
 def test_info_says_which_faults_of_libraries_apply(monkeypatch):
+    monkeypatch.setattr(library_faults, "onednn_has_bf16", lambda: True)
     amx = "stride is higher than the filter"
     for has_amx in (True, False):
         monkeypatch.setattr(library_faults, "onednn_has_amx", lambda answer=has_amx: answer)

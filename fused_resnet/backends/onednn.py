@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import Callable, Optional
 
 import torch
 from torch import Tensor
 
 from fused_resnet.backends.eager import activate_, all_channels_last, channels_last
-from fused_resnet.library_faults import forward_detour
+from fused_resnet.library_faults import forward_detour, onednn_limit
 from fused_resnet.problem import ConvOperands, ConvProblem, dtype_name
 from fused_resnet.registry import NEEDS_FOLDED_BN, Backend
 
@@ -44,9 +43,9 @@ def onednn_missing(dtype: torch.dtype) -> Optional[str]:
     if dtype not in supported:
         return f"{dtype_name(dtype)} is not supported (float32, bfloat16, float16 are)"
     if not supported[dtype]():
-        variables = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # oneDNN reads the first that is set
-        limits = [f" within {name}={os.environ[name]}" for name in variables if os.environ.get(name)]
-        return f"this CPU has no {dtype_name(dtype)} instructions that oneDNN can use{''.join(limits[:1])}"
+        variable, limit = onednn_limit()
+        within = f" within {variable}={limit}" if variable else ""
+        return f"this CPU has no {dtype_name(dtype)} instructions that oneDNN can use{within}"
     return None
 
 
