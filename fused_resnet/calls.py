@@ -17,7 +17,7 @@ from fused_resnet.dtypes import first_line, without_torchs_log
 from fused_resnet.frozen import FrozenModel, FrozenParts
 from fused_resnet.matching import unfolded_norms
 from fused_resnet.nn import why_not_fused
-from fused_resnet.plan import FrozenConv, WideConv
+from fused_resnet.plan import CONVOLUTIONS, FrozenConv, WideConv
 from fused_resnet.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name
 
 _RUNS = 5
@@ -185,6 +185,8 @@ def _of_plan(prefix: str, frozen: FrozenModel, x: Tensor, measure: bool) -> tupl
             reason = why_not_fused(None, [(module, None)]) or "a plan has no rule for the way it is called"
             name = str(node.meta.get("converted", node.target)).removeprefix("model.")
             left_alone.append(convert.LeftAlone(prefix + name, reason))
+        elif node.op == "call_function" and node.target in CONVOLUTIONS:
+            left_alone.append(convert.LeftAlone(prefix + node.name, "it is called as a function, not as an nn.Conv2d"))
     for node, reason in unfolded_norms(plan.graph, modules, FrozenConv):
         left_alone.append(convert.LeftAlone(name_of(node), f"without its norm: {reason}"))
     return calls, left_alone

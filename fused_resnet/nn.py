@@ -459,9 +459,8 @@ def conv_bn_act(
 
     For forwards that are written or generated to replace a model's own: whatever a child has become since (hooked,
     replaced, parametrized), the result is the stock one. bn: a module, with the activation that it may have of its own,
-    or a Norm. act: a module, the name of an activation, or None. residual:
-    whatever may be added to bn(conv(x)). sum: how the stock forward adds it, which decides the dtype: "out + residual",
-    "out += residual" or "residual += out".
+    or a Norm. act: a module, the name of an activation, or None. residual: whatever may be added to bn(conv(x)). sum:
+    how the stock forward adds it, which decides the dtype: "out + residual", "out += residual" or "residual += out".
     """
     module = act if isinstance(act, nn.Module) else None
     if not isinstance(x, fx.Proxy) and why_not_fused(module, [(conv, bn)]) is None:

@@ -380,7 +380,7 @@ def _widen_what_is_wrong(module: fx.GraphModule, modules: dict) -> None:
         if isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             weight: Optional[tuple] = tuple(conv.weight.shape)
             stride, dilation = conv.stride, conv.dilation
-        elif node.op == "call_function" and node.target in _CONVOLUTIONS:
+        elif node.op == "call_function" and node.target in CONVOLUTIONS:
             asked = {**dict(zip(_CONVOLUTION_ARGUMENTS, node.args)), **node.kwargs}
             weight = getattr(facts_of(asked["weight"]), "shape", None)
             dims = len(weight or ()) - 2
@@ -397,7 +397,7 @@ def _widen_what_is_wrong(module: fx.GraphModule, modules: dict) -> None:
 # As torch.nn.functional, as operators in the graphs of torch.export, and the one for all, which may be transposed.
 _ATEN = torch.ops.aten
 _ANY_CONVOLUTION = (torch.convolution, _ATEN.convolution.default)
-_CONVOLUTIONS: tuple[Any, ...] = (
+CONVOLUTIONS: tuple[Any, ...] = (
     F.conv1d, F.conv2d, F.conv3d, *_ANY_CONVOLUTION,
     *(getattr(op, kind) for op in (_ATEN.conv1d, _ATEN.conv2d, _ATEN.conv3d) for kind in ("default", "padding")),
 )  # fmt: skip

@@ -337,3 +337,12 @@ def test_command_line(quick_roofline, capsys):
 def test_command_line_refuses(arguments, message, capsys):
     assert main(["explain", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_convolutions_that_are_called_as_functions_are_named():
+    """Graphs of torch.export have no modules, and a plan lowers none of theirs."""
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval(), torch.randn(1, 3, 9, 9)
+    frozen = fused_resnet.freeze(torch.export.export(model, (x,)).module(), x)
+    ((name, reason),) = fused_resnet.explain(frozen, x).left_alone
+    assert name.startswith("conv2d") and reason == "it is called as a function, not as an nn.Conv2d"
+    assert not fused_resnet.explain(fused_resnet.freeze(model, x), x).left_alone
