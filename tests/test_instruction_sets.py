@@ -227,13 +227,16 @@ def show_onednn_s_instructions():
 
 @pytest.mark.full
 @pytest.mark.parametrize("limit", ["oneDNN SSE4.1", "oneDNN AVX2", "oneDNN AVX-512", "AVX2 everywhere"])
-def test_tests_of_plans_within(limit):
+@pytest.mark.parametrize("room, which", (
+    ("plan", "values or fp16 or models or sums or pass or pooling or norms or windows"),
+    ("library_faults", "gradients_are_right or composite or lower"),
+))  # fmt: skip
+def test_tests_within(limit, room, which):
     variables, flag, *_ = WITHIN[limit]
     if flag not in processor_flags():
         pytest.skip(f"this processor has no {flag}")
-    which = "values or fp16 or models or sums or pass or pooling or norms or windows"
     options = ["-q", "-p", "no:cacheprovider", "-m", "not full", "-k", which]
-    output = in_a_process_within(variables, ["-m", "pytest", *options, "tests/test_plan.py"])
+    output = in_a_process_within(variables, ["-m", "pytest", *options, f"tests/test_{room}.py"])
     assert int(re.search(r"(\d+) passed", output)[1]) > 20, output
 
 
