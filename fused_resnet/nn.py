@@ -321,7 +321,8 @@ def norm_of(bn: Any) -> Optional[Norm]:
     if bn is None or type(bn) is Norm:
         return bn
     if type(bn) is nn.BatchNorm2d:  # at once: this runs at every call
-        return Norm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, (), bn.training)  # type: ignore
+        weight, bias, mean, var, eps = _attributes(bn, Norm._fields[:5])
+        return Norm(weight, bias, mean, var, eps, (), bn.training)
     kind = _norm_kind(bn)
     if kind is None:
         return None
@@ -332,11 +333,24 @@ def norm_of(bn: Any) -> Optional[Norm]:
     return Norm(*vectors, eps, then, kind.has_modes and bn.training, not kind.has_modes)
 
 
+def _attributes(module: nn.Module, names: tuple[str, ...]) -> list:
+    """Attributes that a module's class has none of. nn.Module looks parameters and buffers up in a microsecond each."""
+    if not torch.compiler.is_compiling():  # Dynamo reads them one by one
+        own = module.__dict__
+        found = own["_buffers"] | own["_parameters"] | own
+        try:
+            return [found[name] for name in names]
+        except KeyError:
+            pass
+    return [getattr(module, name) for name in names]
+
+
 def why_not_bn(bn: Any) -> Optional[str]:
     """None of a norm that has a value in eval mode, else the reason."""
-    if not is_norm(bn):
+    norm = norm_of(bn)
+    if norm is None:
         return f"the norm is {type(bn).__name__}, not nn.BatchNorm2d"
-    if bn.running_mean is None or bn.running_var is None:
+    if norm.running_mean is None or norm.running_var is None:
         return f"the {type(bn).__name__} keeps no running statistics"
     return None
 
