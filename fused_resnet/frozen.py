@@ -31,13 +31,11 @@ from fused_resnet.tracing import (
 )
 
 MAX_PLANS = 8
-_CANNOT_MOVE = (
-    "a frozen model cannot be moved or converted: move frozen.unfreeze() and freeze it again (dtype= converts). Of a "
-    "model around it, the modules that come before it have been moved."
-)
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 # In torch.ao.nn.quantized, but of models yet to be quantized, or inside a module that quantizes its own input.
 _SERVES_FLOATS = ("FloatFunctional", "FXFloatFunctional", "LinearPackedParams")
+
+_Kind = tuple[torch.device, torch.dtype]
 
 log = logging.getLogger("fused_resnet")
 
@@ -139,7 +137,7 @@ def _is_quantized(cls: type) -> bool:
     return is_known and cls.__name__ not in _SERVES_FLOATS
 
 
-def _kind_of(tensor: Tensor) -> tuple[torch.device, torch.dtype]:
+def _kind_of(tensor: Tensor) -> _Kind:
     return tensor.device, tensor.dtype
 
 
@@ -164,19 +162,31 @@ class _Frozen(NotScriptable, nn.Module):
             raise RuntimeError("a frozen model cannot be trained: train frozen.unfreeze() and freeze it again.")
         return self
 
-    def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
-        """Where its tensors lie, and their dtypes."""
+    def _kinds(self) -> set[frozenset[_Kind]]:
+        """What it is in: sets of kinds, within each of which a move changes nothing."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "_Frozen":
-        """What `to`, `float` and their like do to every module. Where a model like this one is as they ask, nothing."""
-        try:
-            samples = [torch.empty(1, device=device, dtype=dtype) for device, dtype in self._kinds()]
-            moves = any(_kind_of(sample) != _kind_of(fn(sample)) for sample in samples)
-        except Exception as error:
-            raise RuntimeError(_CANNOT_MOVE) from error
-        if moves:
-            raise RuntimeError(_CANNOT_MOVE)
+        """What `to`, `float` and their like do to every module: nothing, where this one is as they ask already.
+
+        A model frozen with dtype= is in two dtypes, that of its inputs and that of its arithmetic; either is as it is.
+        """
+        for kinds in self._kinds():
+            for kind in kinds:
+                device, dtype = kind
+                sample, cause = torch.empty(1, device=device, dtype=dtype), None
+                try:
+                    moved = fn(sample)
+                    is_kept = moved is sample or _kind_of(moved) in kinds - {kind}
+                except Exception as error:
+                    is_kept, cause = False, error
+                if not is_kept:
+                    names = " or ".join(sorted(dtype_name(dtype) for _, dtype in kinds))
+                    raise RuntimeError(
+                        f"a frozen model cannot be moved or converted, and this one is in {names} on {device}: move "
+                        "frozen.unfreeze() and freeze it again (dtype= converts). Where it is inside another model, "
+                        "the modules that come before it there have been moved."
+                    ) from cause
         return self
 
 
@@ -256,8 +266,8 @@ class FrozenModel(_Frozen):
             self._plans.move_to_end(key)
             return plan
 
-    def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
-        return {(self.device, self.dtype), (self.device, self.input_dtype)}
+    def _kinds(self) -> set[frozenset[_Kind]]:
+        return {frozenset(((self.device, self.dtype), (self.device, self.input_dtype)))}
 
     def _reset_plans(self) -> None:
         self.__dict__.update(_lock=threading.Lock(), _plans=collections.OrderedDict())
@@ -353,10 +363,10 @@ class FrozenParts(_Frozen):
                 args, kwargs = copy_tensors((args, kwargs))
             return model(*args, **kwargs)
 
-    def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
+    def _kinds(self) -> set[frozenset[_Kind]]:
         model: Any = self._copy
-        rest = itertools.chain(model.parameters(), model.buffers())
-        return {*map(_kind_of, rest), *itertools.chain.from_iterable(part._kinds() for part in self.parts.values())}
+        rest = {frozenset((_kind_of(tensor),)) for tensor in itertools.chain(model.parameters(), model.buffers())}
+        return rest.union(*(part._kinds() for part in self.parts.values()))
 
     def extra_repr(self) -> str:
         return ", ".join(self.parts)

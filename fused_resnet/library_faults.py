@@ -155,7 +155,7 @@ def convolution_backward(
 def forward_detour(problem: ConvProblem) -> Optional[Detour]:
     """How to compute a convolution that oneDNN would compute wrongly, or None for all others."""
     p, axes = problem, _wrong_axes(problem)
-    if not axes and p.dilation == (1, 1) and p.dtype not in _HALF_PRECISION:
+    if not axes and p.dilation == (1, 1) and not _spare_channels(p):
         return None  # quickly, since this is asked at every call
     return _detour(p, axes)
 
@@ -199,7 +199,9 @@ def _spare_channels(problem: ConvProblem) -> int:
     Its packed filter has the channels of each column filled up to 32, which it then does not reckon with.
     """
     p, channels = problem, problem.C // problem.groups
-    if p.device != "cpu" or p.dtype not in _HALF_PRECISION or p.dilation[1] != 1 or not onednn_has_amx():
+    if p.dtype not in _HALF_PRECISION or channels >= 32 or p.device != "cpu":
+        return 0
+    if p.dilation[1] != 1 or not onednn_has_amx():
         return 0
     # a filter of one column: its rows
     whole = channels < 16 and _fills_blocks(channels, p.S if p.S > 1 else p.R)

@@ -321,7 +321,8 @@ def norm_of(bn: Any) -> Optional[Norm]:
     if bn is None or type(bn) is Norm:
         return bn
     if type(bn) is nn.BatchNorm2d:  # at once: this runs at every call
-        return Norm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, (), bn.training)  # type: ignore
+        weight, bias, mean, var, eps = _attributes(bn, Norm._fields[:5])
+        return Norm(weight, bias, mean, var, eps, (), bn.training)
     kind = _norm_kind(bn)
     if kind is None:
         return None
@@ -332,11 +333,24 @@ def norm_of(bn: Any) -> Optional[Norm]:
     return Norm(*vectors, eps, then, kind.has_modes and bn.training, not kind.has_modes)
 
 
+def _attributes(module: nn.Module, names: tuple[str, ...]) -> list:
+    """Attributes that a module's class has none of. nn.Module looks parameters and buffers up in a microsecond each."""
+    if not torch.compiler.is_compiling():  # Dynamo reads them one by one
+        own = module.__dict__
+        found = own["_buffers"] | own["_parameters"] | own
+        try:
+            return [found[name] for name in names]
+        except KeyError:
+            pass
+    return [getattr(module, name) for name in names]
+
+
 def why_not_bn(bn: Any) -> Optional[str]:
     """None of a norm that has a value in eval mode, else the reason."""
-    if not is_norm(bn):
+    norm = norm_of(bn)
+    if norm is None:
         return f"the norm is {type(bn).__name__}, not nn.BatchNorm2d"
-    if bn.running_mean is None or bn.running_var is None:
+    if norm.running_mean is None or norm.running_var is None:
         return f"the {type(bn).__name__} keeps no running statistics"
     return None
 
@@ -487,7 +501,8 @@ def _conv_bn_act(
     then: tuple[nn.Module, ...] = ()
     activation = act if isinstance(act, str) else "none" if act is None else _ACTIVATION_OF[type(act)]
     is_training = norm is not None and norm.training
-    fits = isinstance(x, Tensor) and x.dim() == 4 and not is_training
+    # of an empty batch only the strides are left, and ATen's have rules of their own
+    fits = isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] > 0 and not is_training
     if fits and norm is not None and norm.then:
         fits = activation == "none" and residual is None  # which come after the norm's own
         if fits:
@@ -590,15 +605,15 @@ def _gives_channels_last(
 
     A new sum of two layouts may give a dimension of size 1 yet another stride.
     """
-    N, K, P, Q = shape
+    _, K, P, Q = shape
     is_new = norm is not None or residual is not None and sum == "out + residual"
     if residual is not None and sum == "residual += out":
         is_asked, is_new = _has_channels_last_strides(residual), False
     else:
-        is_asked = N > 0 and (_has_channels_last_strides(x) or _has_channels_last_strides(weight))
+        is_asked = _has_channels_last_strides(x) or _has_channels_last_strides(weight)
         if is_asked and x.dtype == torch.float64 and x.is_cuda:
             return False  # cuDNN has no such kernel in channels_last
-    if not is_asked or N > 0 and K > 1 and (P > 1 or Q > 1):
+    if not is_asked or K > 1 and (P > 1 or Q > 1):
         return is_asked
     # Both are the same memory: of ATen's functions that make new tensors only hardtanh keeps channels_last's strides.
     in_place = act in (None, "relu6") or type(act) in (nn.Identity, nn.ReLU6) or getattr(act, "inplace", False)

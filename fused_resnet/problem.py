@@ -337,6 +337,8 @@ def pair(name: str, value: Any) -> tuple[int, int]:
     they are equal to ints, also to a lookup, but no kernel takes them."""
     if type(value) is int:
         return (value, value)
+    if type(value) is tuple and [*map(type, value)] == [int, int]:  # at once: this runs at every call
+        return value
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if len(values) not in (1, 2):
         raise ValueError(f"conv_bn_act: {name} must be an int or a pair, got {value!r}.")

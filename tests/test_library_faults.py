@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import random
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet import backends, functional, library_faults, reference, testing
-from fused_resnet.problem import ConvOperands, conv_problem
+from fused_resnet.problem import FLOAT_DTYPES, ConvOperands, conv_problem
 
 # (N, C, H, W, K, R, S, stride, padding, dilation, groups) that oneDNN 3.12 computes wrongly in bf16: the first ones on
 # AMX alone, then with AVX-512's bf16 instructions too
@@ -320,6 +321,23 @@ def test_who_gets_spare_channels_on_amx(changes, spare, monkeypatch):
 )
 def test_which_weight_gradients_go_another_way(changes, axes):
     assert library_faults._axes_of_wrong_weight_gradients(problem_of("dilated rows", **changes)) == axes
+
+
+@pytest.mark.parametrize("amx", (True, False))
+def test_the_quick_answers_are_the_rules(amx, monkeypatch):
+    monkeypatch.setattr(library_faults, "onednn_has_amx", lambda: amx)
+    draw, plain, found = random.Random(0), problem_of("columns as channels"), set()
+    for _ in range(2000):
+        size = {name: draw.choice((1, 2, 5, 9, 16)) for name in "HWRS"}
+        pairs = {name: tuple(draw.choices((1, 1, 2, 4), k=2)) for name in ("stride", "dilation")}
+        problem = plain._replace(**size, **pairs, C=draw.choice((2, 8, 30, 32, 64)), dtype=draw.choice(FLOAT_DTYPES))
+        problem = problem._replace(padding=tuple(draw.choices((0, 1, 3), k=2)))
+        if min(problem.output_shape) > 0:
+            expected = library_faults._detour(problem, library_faults._wrong_axes(problem))
+            assert library_faults.forward_detour(problem) == expected
+            found.add((expected is None, bool(expected and expected.laid), bool(expected and expected.spare_channels)))
+    kinds = {(True, False, False), (False, True, False), (False, False, False)}
+    assert found >= (kinds | {(False, False, True)} if amx else kinds)
 
 
 def test_a_tap_that_is_alone_is_not_dilated():

@@ -1128,6 +1128,8 @@ UNMOVED = {
     "to(memory_format)": lambda m: m.to(memory_format=torch.channels_last),
     "cpu": lambda m: m.cpu(),
     "float": lambda m: m.float(),
+    "type": lambda m: m.type(torch.float32),
+    "apply": lambda m: m.apply(lambda module: module.reset_parameters() if isinstance(module, nn.Conv2d) else None),
     "share_memory": lambda m: m.share_memory(),
     "eval": lambda m: m.eval(),
     "train(False)": lambda m: m.train(False),
@@ -1139,7 +1141,9 @@ MOVED = {
     "double": lambda m: m.double(),
     "to(dtype)": lambda m: m.to(torch.bfloat16),
     "to(device)": lambda m: m.to("meta"),
+    "type": lambda m: m.type(torch.float64),
     "to_empty": lambda m: m.to_empty(device="meta"),
+    "to_empty, where it is": lambda m: m.to_empty(device="cpu"),
     "cuda": lambda m: m.cuda() if not torch.cuda.is_available() else m.to("meta"),
     "train": lambda m: m.train(),
 }
@@ -1183,12 +1187,26 @@ def test_what_would_change_a_frozen_model_is_refused(frozen_and_example, call):
     assert torch.equal(frozen(x), expected) and {p.dtype for p in around[1].parameters()} == {torch.float32}
 
 
-def test_to_the_dtype_of_the_arithmetic_or_of_the_inputs_alone_is_a_conversion():
-    frozen = fused_resnet.freeze(networks.small(), torch.randn(X), dtype=torch.float64)
-    for call in (frozen.float, frozen.double):
-        with pytest.raises(RuntimeError, match="a frozen model cannot be moved or converted"):
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
+def test_to_the_dtype_of_the_arithmetic_or_of_the_inputs_does_nothing(dtype):
+    frozen, x = fused_resnet.freeze(networks.small(), torch.randn(X), dtype=dtype), torch.randn(X)
+    around, expected = nn.Sequential(frozen, nn.Linear(10, 10)).eval(), frozen(x)
+    for call in (*UNMOVED.values(), lambda m: m.to(dtype), lambda m: m.to("cpu", dtype), lambda m: m.type(dtype)):
+        assert call(frozen) is frozen and call(around) is around
+    assert around[1].weight.dtype == dtype and torch.equal(frozen(x), expected) and frozen.dtype == dtype
+    for other in {torch.bfloat16, torch.float16, torch.float64} - {dtype}:
+        with pytest.raises(RuntimeError, match=f"cannot be moved or converted.* in .*{str(dtype)[6:]}.* on cpu"):
+            around.to(other)
+    assert around[1].weight.dtype == dtype
+
+
+def test_to_the_dtype_of_the_parts_alone_is_a_conversion_of_the_rest():
+    images = [torch.randn(X)]
+    frozen = fused_resnet.freeze(Each(networks.small()).eval(), images, dtype=torch.bfloat16)
+    assert frozen.float() is frozen and frozen.to(images[0]) is frozen
+    for call in (frozen.bfloat16, frozen.half, frozen.double):
+        with pytest.raises(RuntimeError, match="cannot be moved or converted"):
             call()
-    assert frozen.to("cpu") is frozen
 
 
 def test_hooks_of_leaves_are_kept_and_those_of_containers_refused():
