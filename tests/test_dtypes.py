@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fused_resnet
-from fused_resnet import models
+from fused_resnet import backends, models
 from fused_resnet.plan import FrozenConv
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -161,6 +161,8 @@ STEPS = {
 
 
 NOT_UNDER_AUTOCAST = {("lstm", torch.float16), ("complex", torch.bfloat16), ("complex", torch.float16)}  # on CPUs
+if backends.onednn_missing(torch.bfloat16):
+    NOT_UNDER_AUTOCAST.add(("lstm", torch.bfloat16))
 
 
 def tensors(value):
