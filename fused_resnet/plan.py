@@ -397,7 +397,9 @@ def _widen_what_is_wrong(module: fx.GraphModule, modules: dict) -> None:
 
 
 def _spread(value: Any, dims: int) -> tuple:
-    values = (value,) if isinstance(value, int) else tuple(value)
+    """A step for each dimension. What is computed may be any, so it counts as the longest."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    values = tuple(math.inf if isinstance(step, fx.Node) else step for step in values)
     return values if len(values) == dims else values * dims
 
 

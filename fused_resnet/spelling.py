@@ -16,7 +16,9 @@ from torch import Tensor, fx, nn
 
 _ATEN = torch.ops.aten
 _BATCH_NORM, _MAX_POOL = _ATEN._native_batch_norm_legit_no_training.default, _ATEN.max_pool2d_with_indices.default
-_DROPOUTS = (_ATEN.dropout.default, _ATEN.feature_dropout.default)
+_DROPOUTS = tuple(
+    getattr(_ATEN, name).default for name in ("dropout", "dropout_", "feature_dropout", "feature_dropout_")
+)
 # Operators by the function, or the name of the method, that takes the same arguments.
 _CALLS: dict[Any, Any] = {
     _ATEN.conv1d.default: F.conv1d, _ATEN.conv2d.default: F.conv2d, _ATEN.conv3d.default: F.conv3d,
