@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from typing import Any, NamedTuple, Optional, Union, cast
@@ -19,6 +20,7 @@ from fused_resnet.matching import unfolded_norms
 from fused_resnet.nn import why_not_fused
 from fused_resnet.plan import CONVOLUTIONS, FrozenConv, WideConv
 from fused_resnet.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name
+from fused_resnet.spelling import arguments_of
 
 _RUNS = 5
 _OPERANDS = len(ConvOperands._fields)
@@ -165,13 +167,15 @@ def _inputs_of_parts(frozen: FrozenParts, example: Any) -> list[tuple[str, Tenso
 def _of_plan(prefix: str, frozen: FrozenModel, x: Tensor, measure: bool) -> tuple[list[Call], list[convert.LeftAlone]]:
     plan = frozen.plan(x)
     runs = [_TimedPlan(plan).times(frozen, x) for _ in range(1 + _RUNS)][1:] if measure else []
-    names = {name.replace(".", "_"): name for name, _ in frozen.unfreeze().named_modules()}
+    names = {f"model_{name}".replace(".", "_"): name for name, _ in frozen.unfreeze().named_modules() if name}
+    names["model"] = "model"
     modules = dict(plan.named_modules())
     calls, left_alone = [], []
 
     def name_of(node: fx.Node) -> str:
-        stem = str(node.target).removeprefix("fused_").removeprefix("model_").rstrip("_")
-        return prefix + names.get(stem, stem)
+        stem = node.name.removeprefix("fused_")
+        first = re.sub(r"_\d+$", "", stem)  # of several calls of a module
+        return prefix + (names.get(stem) or names.get(first) or stem.removeprefix("model_"))
 
     for node in plan.graph.nodes:
         module = modules.get(node.target) if node.op == "call_module" else None
@@ -180,13 +184,13 @@ def _of_plan(prefix: str, frozen: FrozenModel, x: Tensor, measure: bool) -> tupl
             calls.append(Call(name, module.problem, frozen.backend, time_us=time_us, selection=module.selection))
         elif isinstance(module, WideConv):
             reason = "it is computed in float32, because oneDNN is wrong there in 16 bits"
-            left_alone.append(convert.LeftAlone(prefix + str(node.target).removeprefix("wide_model_"), reason))
+            left_alone.append(convert.LeftAlone(name_of(node), reason))
         elif isinstance(module, nn.modules.conv._ConvNd):
             reason = why_not_fused(None, [(module, None)]) or "a plan has no rule for the way it is called"
-            name = str(node.meta.get("converted", node.target)).removeprefix("model.")
-            left_alone.append(convert.LeftAlone(prefix + name, reason))
+            left_alone.append(convert.LeftAlone(name_of(node), reason))
         elif node.op == "call_function" and node.target in CONVOLUTIONS:
-            left_alone.append(convert.LeftAlone(prefix + node.name, "it is called as a function, not as an nn.Conv2d"))
+            reason = "it is transposed" if arguments_of(node).get("transposed") else "its weight or bias is computed"
+            left_alone.append(convert.LeftAlone(name_of(node), reason))
     for node, reason in unfolded_norms(plan.graph, modules, FrozenConv):
         left_alone.append(convert.LeftAlone(name_of(node), f"without its norm: {reason}"))
     return calls, left_alone

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fused_resnet.nn import Norm, is_norm, may_be_norm, norm_of, why_called, why_not_bn, why_not_fused
+from fused_resnet.spelling import arguments_of
 from fused_resnet.tracing import memory_of, module_of, only_user, writes_in_place, written
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -22,10 +23,6 @@ _ACTIVATIONS: dict[Any, str] = {
     F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu", "relu": "relu", "relu_": "relu",
     F.relu6: "relu6", F.silu: "silu",
 }  # fmt: skip
-_BATCH_NORMS = {
-    F.batch_norm: "input running_mean running_var weight bias training momentum eps".split(),
-    torch.batch_norm: "input weight bias running_mean running_var training momentum eps cudnn_enabled".split(),
-}
 
 
 class Match(NamedTuple):
@@ -130,9 +127,7 @@ def norm_operands(node: Optional[fx.Node]) -> dict[str, Any]:
 
 def _batch_norm_call(node: Optional[fx.Node]) -> dict[str, Any]:
     """The arguments of a call of F.batch_norm by name; empty of any other node."""
-    if node is None or node.op != "call_function" or node.target not in _BATCH_NORMS:
-        return {}
-    return {**dict(zip(_BATCH_NORMS[node.target], node.args)), **node.kwargs}
+    return arguments_of(node) if node is not None and node.target in (F.batch_norm, torch.batch_norm) else {}
 
 
 def unfolded_norms(graph: fx.Graph, modules: dict[str, nn.Module], conv: type[nn.Module]) -> list[tuple[fx.Node, str]]:

@@ -27,9 +27,11 @@ from fused_resnet.dtypes import Conversion, facts_of, first_line
 from fused_resnet.matching import Match, activation_of, matches, norm_at
 from fused_resnet.nn import Norm, norm_of
 from fused_resnet.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name, pair
+from fused_resnet.spelling import add_child, arguments_of
 from fused_resnet.tracing import POOL_FUNCTIONS, POOLS, count_writes, has_stock_call, keeps_state, module_of
 
 log = logging.getLogger("fused_resnet")
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, torch.convolution)
 _CAPTURING = threading.Lock()
 
 
@@ -336,12 +338,12 @@ def _lower(module: fx.GraphModule, modules: dict, match: Match, backend: str) ->
     problem = conv_problem(described, *window, conv.groups, activation)
     problem = problem._replace(device=weight.device.type)
     frozen = FrozenConv(problem, backends.select(problem, backend, in_plan=True), weight, bias)
-    name = _add(module, modules, f"fused_{match.conv.name}", frozen)
+    name = add_child(module, modules, f"fused_{match.conv.name}", frozen)
     with module.graph.inserting_before(tail):
         fused = module.graph.call_module(name, (source,) if residual is None else (source, residual))
         fused.meta = dict(tail.meta)
         for called in then:
-            name = _add(module, modules, f"{match.conv.name}_{type(called).__name__.lower()}", called)
+            name = add_child(module, modules, f"{match.conv.name}_{type(called).__name__.lower()}", called)
             fused = module.graph.call_module(name, (fused,))
             fused.meta = dict(tail.meta)
     tail.replace_all_uses_with(fused)
@@ -360,7 +362,7 @@ def _pack_linears(module: fx.GraphModule, modules: dict) -> None:
             continue
         if _keeps_dtype(node) and backends.onednn_missing(facts.dtype) is None:
             packed = FrozenLinear(linear, facts.dtype, facts.shape[0])
-            node.target = _add(module, modules, f"packed_{node.name}", packed)
+            node.target = add_child(module, modules, f"packed_{node.name}", packed)
 
 
 def _replace_max_pools(module: fx.GraphModule, modules: dict) -> None:
@@ -370,7 +372,7 @@ def _replace_max_pools(module: fx.GraphModule, modules: dict) -> None:
             continue
         is_plain = pair("pooling", pool.dilation) == (1, 1) and not pool.ceil_mode and not pool.return_indices
         if is_plain and len(facts.shape) == 4 and facts.dtype in FLOAT_DTYPES:
-            node.target = _add(module, modules, f"frozen_{node.name}", FrozenMaxPool(pool, facts.shape))
+            node.target = add_child(module, modules, f"frozen_{node.name}", FrozenMaxPool(pool, facts.shape))
 
 
 def _widen_what_is_wrong(module: fx.GraphModule, modules: dict) -> None:
@@ -381,41 +383,24 @@ def _widen_what_is_wrong(module: fx.GraphModule, modules: dict) -> None:
             weight: Optional[tuple] = tuple(conv.weight.shape)
             stride, dilation = conv.stride, conv.dilation
         elif node.op == "call_function" and node.target in CONVOLUTIONS:
-            asked = {**dict(zip(_CONVOLUTION_ARGUMENTS, node.args)), **node.kwargs}
+            asked = arguments_of(node)
             weight = getattr(facts_of(asked["weight"]), "shape", None)
             dims = len(weight or ()) - 2
-            if node.target in _ANY_CONVOLUTION and (asked["transposed"] if "transposed" in asked else node.args[6]):
+            if asked.get("transposed"):
                 continue
             stride, dilation = (_spread(asked.get(name, 1), dims) for name in ("stride", "dilation"))
         else:
             continue
         if facts and weight and library_faults.may_be_wrong(facts.dtype, weight, facts.shape, stride, dilation):
             wide = WideConv(conv or node.target)
-            node.op, node.target = "call_module", _add(module, modules, f"wide_{node.name}", wide)
-
-
-# As torch.nn.functional, as operators in the graphs of torch.export, and the one for all, which may be transposed.
-_ATEN = torch.ops.aten
-_ANY_CONVOLUTION = (torch.convolution, _ATEN.convolution.default)
-CONVOLUTIONS: tuple[Any, ...] = (
-    F.conv1d, F.conv2d, F.conv3d, *_ANY_CONVOLUTION,
-    *(getattr(op, kind) for op in (_ATEN.conv1d, _ATEN.conv2d, _ATEN.conv3d) for kind in ("default", "padding")),
-)  # fmt: skip
-_CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation")
+            node.op, node.target = "call_module", add_child(module, modules, f"wide_{node.name}", wide)
 
 
 def _spread(value: Any, dims: int) -> tuple:
-    values = (value,) if isinstance(value, int) else tuple(value)
+    """A step for each dimension. What is computed may be any, so it counts as the longest."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    values = tuple(math.inf if isinstance(step, fx.Node) else step for step in values)
     return values if len(values) == dims else values * dims
-
-
-def _add(module: fx.GraphModule, modules: dict, name: str, child: nn.Module) -> str:
-    """Give the plan a child of this name, or of the next free one. Returns the name."""
-    while hasattr(module, name):
-        name += "_"
-    modules[name] = child
-    module.add_submodule(name, child)
-    return name
 
 
 def _mark_sums_in_place(graph: fx.Graph, modules: dict) -> None:
@@ -480,8 +465,8 @@ def _convert_the_rest(module: fx.GraphModule, modules: dict, conversion: Convers
         key = (node.target, dtype)
         if key not in names:
             copied = dtypes.converted(child, conversion.main, dtype)
-            names[key] = _add(module, modules, f"{node.name}_{dtype_name(dtype)}", copied)
-        node.meta["converted"], node.target = node.target, names[key]
+            names[key] = add_child(module, modules, f"{node.name}_{dtype_name(dtype)}", copied)
+        node.target = names[key]
 
 
 def fold(

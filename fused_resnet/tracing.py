@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fused_resnet.nn import has_stock_call, is_norm, returns_its_input
+from fused_resnet.spelling import call_functions, call_modules
 
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 POOL_FUNCTIONS = (F.max_pool2d, F.avg_pool2d)
@@ -210,7 +211,9 @@ def trace(model: nn.Module) -> fx.GraphModule:
         if node.target is getattr and node.args[1] == "data":  # the same tensor, whose writes are not counted
             node.op, node.target, node.args = "call_method", "detach", node.args[:1]
     skip_identities(graph, modules)
+    call_functions(graph)
     _renew_made_tensors(root, graph, modules)
+    call_modules(root, graph, modules)
     _let_views_copy(graph, modules)
     writes_input = _leave_input_alone(graph, modules)
     _return_new_memory(graph, modules)

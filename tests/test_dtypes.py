@@ -210,7 +210,7 @@ def in_plan(function, dtype, **options):
     ("normalisation", "truediv", None), ("frozen bn of buffers", "mul", None),
     ("relu, F.batch_norm", "batch_norm", None),
     ("to a weight", "to", None), ("to a weight's dtype", "to", None), ("in place", "add_", None),
-    ("F.conv2d", "conv2d", None), ("F.linear", "linear", None), ("matmul", "matmul", None), ("@", "matmul", None),
+    ("F.conv2d", "fused_model", None), ("F.linear", "model", None), ("matmul", "matmul", None), ("@", "matmul", None),
     ("bmm", "bmm", None), ("baddbmm", "baddbmm", None), ("einsum", "einsum", None), ("lstm", "getitem", None),
     ("sdpa", "scaled_dot_product_attention", None), ("attention", "getitem", None),
     ("float, conv1d", "model_conv1d", None), ("frozen bn", "mul_1", None),

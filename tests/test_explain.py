@@ -339,10 +339,26 @@ def test_command_line_refuses(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_convolutions_that_are_called_as_functions_are_named():
-    """Graphs of torch.export have no modules, and a plan lowers none of theirs."""
-    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval(), torch.randn(1, 3, 9, 9)
-    frozen = fused_resnet.freeze(torch.export.export(model, (x,)).module(), x)
-    ((name, reason),) = fused_resnet.explain(frozen, x).left_alone
-    assert name.startswith("conv2d") and reason == "it is called as a function, not as an nn.Conv2d"
-    assert not fused_resnet.explain(fused_resnet.freeze(model, x), x).left_alone
+class _Functions(nn.Module):
+    """Convolutions whose weight is an attribute, is computed, and is that of a transposed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+    def forward(self, x):
+        x = F.conv2d(F.conv2d(x, self.conv.weight, self.conv.bias), self.weight * x.mean())
+        return torch.convolution(x, self.weight, None, (1, 1), (0, 0), (1, 1), True, (0, 0), 1)
+
+
+@pytest.mark.parametrize("form", ("itself", "exported"))
+def test_convolutions_that_are_called_as_functions_are_named(form):
+    model, x = _Functions().eval(), torch.randn(1, 3, 9, 9)
+    if form == "exported":
+        model = torch.export.export(model, (x,)).module()
+    explanation = explain(fused_resnet.freeze(model, x), x)
+    assert [row.name for row in explanation.rows] == ["conv"]
+    (computed, reason), (transposed, other_reason) = explanation.left_alone
+    assert computed.startswith("conv2d") and reason == "its weight or bias is computed"
+    assert transposed.startswith("conv") and other_reason == "it is transposed"
