@@ -18,9 +18,9 @@ from fused_resnet.dtypes import first_line, without_torchs_log
 from fused_resnet.frozen import FrozenModel, FrozenParts
 from fused_resnet.matching import unfolded_norms
 from fused_resnet.nn import why_not_fused
-from fused_resnet.plan import CONVOLUTIONS, FrozenConv, WideConv
+from fused_resnet.plan import FrozenConv, WideConv
 from fused_resnet.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name
-from fused_resnet.spelling import arguments_of
+from fused_resnet.spelling import CONVOLUTIONS, arguments_of
 
 _RUNS = 5
 _OPERANDS = len(ConvOperands._fields)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Callable, NamedTuple, Optional, cast
 
-from torch import nn
+from torch import fx, nn
 
 from fused_resnet import adapters, backends, rewriting
 from fused_resnet.adapters import Adapted, FusedForward
@@ -28,6 +28,7 @@ from fused_resnet.nn import (
     why_not_fused,
 )
 from fused_resnet.rewriting import Rewritten
+from fused_resnet.spelling import has_convolutions
 
 log = logging.getLogger("fused_resnet")
 
@@ -246,6 +247,8 @@ def _convs_in(module: nn.Module) -> set[int]:
 def _rewritten(module: nn.Module) -> tuple[Optional[_Change], Optional[str]]:
     children = _own_children(module)
     if not any(isinstance(child, nn.Conv2d) for child in children):
+        if isinstance(module, fx.GraphModule) and has_convolutions(module.graph):
+            return None, "its convolutions are functions: fuse what it was exported from, or freeze it"
         return None, None
     programs, error = rewriting.programs_of(module)
     if not programs:

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from typing import Any, Callable, Optional, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -27,11 +26,10 @@ from fused_resnet.dtypes import Conversion, facts_of, first_line
 from fused_resnet.matching import Match, activation_of, matches, norm_at
 from fused_resnet.nn import Norm, norm_of
 from fused_resnet.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name, pair
-from fused_resnet.spelling import add_child, arguments_of
+from fused_resnet.spelling import CONVOLUTIONS, add_child, arguments_of
 from fused_resnet.tracing import POOL_FUNCTIONS, POOLS, count_writes, has_stock_call, keeps_state, module_of
 
 log = logging.getLogger("fused_resnet")
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, torch.convolution)
 _CAPTURING = threading.Lock()
 
 

@@ -38,6 +38,8 @@ _ACTIVATIONS: dict[Any, tuple[Any, tuple, bool]] = {
     _ATEN.hardtanh.default: (F.relu6, (0, 6), False),
     _ATEN.hardtanh_.default: (F.relu6, (0, 6), True),
 }
+# By what a weight's rank must be; torch.convolution takes several.
+CONVOLUTIONS = {F.conv1d: 3, F.conv2d: 4, F.conv3d: 5, torch.convolution: None}
 _CONVOLUTION = "input weight bias stride padding dilation groups".split()
 _ARGUMENTS: dict[Any, list[str]] = {
     F.conv1d: _CONVOLUTION, F.conv2d: _CONVOLUTION, F.conv3d: _CONVOLUTION,
@@ -54,6 +56,12 @@ def arguments_of(node: Optional[fx.Node]) -> dict[str, Any]:
     if node is None or node.op != "call_function" or node.target not in _ARGUMENTS:
         return {}
     return {**dict(zip(_ARGUMENTS[node.target], node.args)), **node.kwargs}
+
+
+def has_convolutions(graph: fx.Graph) -> bool:
+    """Whether it calls a convolution as a function or an operator."""
+    called = [node.target for node in graph.nodes if node.op == "call_function"]
+    return any(_CALLS.get(function, function) in CONVOLUTIONS for function in called)
 
 
 def call_functions(graph: fx.Graph) -> None:
@@ -116,7 +124,6 @@ def _convolution(
     rank: Optional[int], weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
     groups: int = 1, transposed: bool = False, output_padding: Any = 0,
 ) -> Any:  # fmt: skip
-    """rank: what a weight must have, None of a function that takes several."""
     if transposed or rank not in (weight.dim(), None) or weight.dim() not in _CONVOLUTIONS:
         raise ValueError("no convolution that a module computes")
     K, C, *window = weight.shape
@@ -138,9 +145,8 @@ def _max_pool2d(kernel_size: Any, stride: Any = None, **rest: Any) -> nn.Module:
 
 
 _CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
-_RANKS = {F.conv1d: 3, F.conv2d: 4, F.conv3d: 5, torch.convolution: None}
 _MODULES: dict[Any, Any] = {
-    **{function: functools.partial(_convolution, rank) for function, rank in _RANKS.items()},
+    **{function: functools.partial(_convolution, rank) for function, rank in CONVOLUTIONS.items()},
     F.linear: _linear,
     F.max_pool2d: _max_pool2d,
 }

@@ -1018,6 +1018,16 @@ def test_inductor_on_one_block(fresh_dynamo):
     torch.testing.assert_close(actual_grad, expected_grad, rtol=1e-4, atol=1e-4)
 
 
+def test_exported_models_are_left_alone_with_the_reason():
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval(), torch.randn(1, 3, 9, 9)
+    exported = torch.export.export(model, (x,)).module()
+    reason = "its convolutions are functions: fuse what it was exported from, or freeze it"
+    assert convert.left_alone(exported) == [("the model", reason)]
+    with pytest.raises(ValueError, match=reason):
+        fused_resnet.fuse(exported, strict=True)
+    assert not convert.left_alone(torch.export.export(fused_resnet.fuse(model), (x,)).module())
+
+
 def test_export_keeps_the_operators(tmp_path):
     plain = networks.small()
     model = fused_resnet.fuse(copy.deepcopy(plain))
