@@ -1265,12 +1265,13 @@ def test_models_of_other_numbers_are_refused(make, message):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_linear_that_quantizes_its_input_serves_in_a_plan():
+@pytest.mark.parametrize("dtype", (None, torch.float64, torch.bfloat16))
+def test_a_linear_that_quantizes_its_input_serves_in_a_plan(dtype):
     from torch.ao.quantization import quantize_dynamic
 
     model, x = networks.small(), torch.randn(X)
     model = quantize_dynamic(model, {nn.Linear})
-    frozen = fused_resnet.freeze(model, x)
+    frozen = fused_resnet.freeze(model, x, dtype=dtype)
     with torch.no_grad():
         assert networks.error(frozen(x), model(x).double()) < 0.01  # inputs that differ by rounding may be int8s apart
 
