@@ -48,6 +48,7 @@ _NO_16_BITS = frozenset(
     "rfft2 irfft2 fftn ifftn rfftn irfftn stft istft complex polar".split()
 )
 _NO_16_BIT_MODULES = (nn.LocalResponseNorm, nn.AvgPool3d)
+_DYNAMICALLY_QUANTIZED = "torch.ao.nn.quantized.dynamic."
 _CASTS = frozenset("to type type_as float double half bfloat16".split())
 
 
@@ -118,6 +119,7 @@ def propagated(traced: fx.GraphModule, x: Tensor, to: Optional[Conversion] = Non
         pass  # meta tensors are quick, but do not know of devices and of operators without a meta kernel
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, without_torchs_log():
+            mode.cache_enabled = False  # it compares arguments, which the packed weights of torch.ao refuse
             propagation = _Propagation(traced, to, mode.from_tensor)
             return propagation.run_on(x)
     except Exception as error:
@@ -269,6 +271,8 @@ class _Propagation(fx.Interpreter):
         if module is not None:
             if isinstance(module, _NO_16_BIT_MODULES) and widest is not None and widest.itemsize == 2:
                 return torch.float32, every
+            if type(module).__module__.startswith(_DYNAMICALLY_QUANTIZED):
+                return torch.float32, every  # which they quantize
             dtypes = _dtypes_in(module)
             is_product = isinstance(module, _PRODUCT_MODULES) or any(True for _ in module.children())
             if is_product and operands and dtypes:

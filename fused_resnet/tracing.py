@@ -1,7 +1,11 @@
 """A model as a torch.fx graph whose reading and writing of memory is what the model's was. For `plan`.
 
-What torch.fx alone loses and this keeps: `a += b` writes a's memory; default arguments are what the model sees, not
-proxies; other threads may call modules while one is traced; a view that becomes a copy is not written through.
+What torch.fx alone loses and this keeps:
+
+- `a += b` writes a's memory.
+- Default arguments are what the model sees, not proxies.
+- Other threads may call modules while one is traced.
+- A view that becomes a copy is not written through.
 """
 
 from __future__ import annotations
@@ -11,13 +15,12 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import io
 import operator
-import pickle
 import random
 import sys
 import threading
-from types import CodeType, FunctionType, ModuleType
+import zlib
+from types import CodeType, FunctionType, MemberDescriptorType, ModuleType
 from typing import Any, Callable, Iterator, Optional
 
 import torch
@@ -49,7 +52,13 @@ _WRAPPERS = {
 }
 _WEIGHT_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
 _HOLDERS = {"_parameters", "_buffers", "_modules"}
-_SAME_BY_ID = (Tensor, nn.Module, FunctionType, ModuleType, type, fx.Proxy)
+_LIBRARIES = {*sys.stdlib_module_names, "fused_resnet", "numpy", "timm", "torch", "torchvision", "transformers"}
+_SAME_BY_ID = (nn.Module, FunctionType, ModuleType, type, fx.Proxy, fx.Graph)
+_ATOMS = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device}
+_CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
+# How far is looked for state, from near to far: of an object beyond only the type is told.
+_MOST_CODE, _MOST_OBJECTS, _MOST_BYTES, _DEEPEST = 1000, 2**14, 2**30, 100
+_State = dict[tuple[int, str], Any]
 _AUGMENTED = {f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
 # A view of contiguous memory, a copy of channels_last memory; or the other way round.
 _LAYOUT_DECIDES = {"view", "reshape", "flatten", "ravel", "contiguous", torch.reshape, torch.flatten, torch.ravel}
@@ -298,12 +307,15 @@ def _class_reads_mode(cls: type) -> bool:
     if cls is nn.Module or cls.__module__.startswith("torch.fx."):
         return False
     members = (getattr(value, "fget", None) or getattr(value, "__func__", value) for value in vars(cls).values())
-    return any(isinstance(member, FunctionType) and _names(member.__code__, "training") for member in members)
+    return any(isinstance(member, FunctionType) and "training" in _names_in(member.__code__) for member in members)
 
 
-def _names(code: CodeType, name: str) -> bool:
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return name in code.co_names or any(_names(constant, name) for constant in inner)
+def _names_in(code: CodeType) -> Iterator[str]:
+    """The global variables, attributes and modules that code names, and the functions in it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
 
 
 def in_training_mode(name: str, module: nn.Module) -> Unfaithful:
@@ -404,108 +416,180 @@ def _compute_weights(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------- what a forward keeps
 
 
-class _Told(pickle.Pickler):
-    """Writes down what a value holds: of a small tensor its numbers, of a large one and of a parameter which it is and
-    how often it was written to."""
+def _state_of(model: nn.Module) -> _State:
+    """What a forward could write: attributes of modules, and what the functions name that it could call.
 
-    def __init__(self, file: io.BytesIO, alive: list) -> None:
-        super().__init__(file)
-        self._alive = alive
-
-    def persistent_id(self, value: Any) -> Any:
-        if not isinstance(value, _SAME_BY_ID):
-            return None
-        if type(value) is Tensor and value.layout is torch.strided and not value.is_meta and value.numel() < 2**16:
-            numbers = value.detach().reshape(-1).view(torch.uint8).cpu().numpy()
-            return str(value.dtype), tuple(value.shape), numbers.tobytes()
-        self._alive.append(value)  # or something new could have its id
-        return id(value), count_writes(value) if isinstance(value, Tensor) else 0
-
-
-class _Seen:
-    """What a value was; `before == now` as long as it holds the same."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-        self._alive: list[Any] = []
-        self._content = self._told()
-
-    def __eq__(self, now: object) -> bool:
-        if not isinstance(now, _Seen):
-            return False
-        if now._content is None or now._content != now._told():  # of a lock all that can be told is which it is
-            return self.value is now.value
-        return self._content == now._content
-
-    def _told(self) -> Any:
-        kind = type(self.value)
-        is_empty = kind in (dict, list, tuple, collections.OrderedDict) and not self.value
-        if is_empty or kind in (bool, int, str, type(None)):  # most are, and pickling them takes ten times as long
-            return kind, self.value or None
-        written = io.BytesIO()
-        try:
-            _Told(written, self._alive).dump(self.value)
-        except Exception:
-            return None
-        return written.getvalue()
-
-
-def _state_of(model: nn.Module) -> dict[str, _Seen]:
-    """What a forward could write: attributes, those of classes, and the variables that methods name. By what they are
-    called in a sentence."""
-    found: dict[str, Any] = {}
+    By whose it is, and by what it is called in a sentence. Functions are found through whatever is met on the way.
+    """
+    walk, state = _Walk(model), {}
     for name, module in model.named_modules():
         own = {key: value for key, value in vars(module).items() if key not in _HOLDERS}
         own.update({**module._parameters, **module._buffers, **module._modules})
-        path = f"{name}." if name else ""
-        for key in own:
-            found[f"its attribute {path}{key}"] = own[key]
-            if isinstance(own[key], FunctionType):
-                found.update(_variables_of(own[key], own[key].__code__))
-    for cls in dict.fromkeys(cls for module in model.modules() for cls in type(module).__mro__):
-        if not _is_torchs(cls):
-            found.update(_state_of_class(cls))
-    return {label: _Seen(value) for label, value in found.items()}
+        for key, value in own.items():
+            state[id(module), _attribute(name, key)] = walk.content(value)
+    for module in model.modules():
+        walk.follow(type(module))
+    for code in walk.code:  # more are met meanwhile
+        for owner, label, value in walk.variables_of(code):
+            if (id(owner), label) not in state:
+                state[id(owner), label] = walk.content(value)
+    return state
 
 
-def _state_of_class(cls: type) -> Iterator[tuple[str, Any]]:
-    for key, value in list(vars(cls).items()):
-        if isinstance(value, FunctionType):
-            yield from _variables_of(value, value.__code__)
-        elif not key.startswith("__"):
-            yield f"{key}, an attribute of the class {cls.__name__}", value
+def _attribute(module: str, name: str) -> str:
+    return f"its attribute {module}.{name}" if module else f"its attribute {name}"
 
 
-def _variables_of(function: FunctionType, code: CodeType) -> Iterator[tuple[str, Any]]:
-    for name in code.co_names:
-        value = function.__globals__.get(name)
-        yield f"the global variable {name}", value
-        if isinstance(value, type) and not issubclass(value, nn.Module) and not _is_torchs(value):
-            yield from ((f"{key}, an attribute of the class {name}", part) for key, part in list(vars(value).items()))
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
-        with contextlib.suppress(ValueError):  # which is empty still
-            yield f"the variable {name} of a function around it", cell.cell_contents
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _variables_of(function, constant)
+class _Walk:
+    """Tells what values hold, and collects the functions and classes that it meets in them.
+
+    What the code of libraries names is not followed. What is installed is one, save where the model's classes are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._met: dict[int, tuple[Any, Any]] = {}  # objects and what they hold, by id
+        self._packages = {_package(type(module).__module__) for module in model.modules()} - _LIBRARIES
+        self.code: list[Any] = []
+
+    def follow(self, code: Any) -> None:
+        """Collect a function or a class, once."""
+        if id(code) not in self._met and len(self.code) < _MOST_CODE:
+            self._met[id(code)] = code, None
+            self.code.append(code)
+
+    def content(self, value: Any, depth: int = 0) -> Any:
+        """What a value holds. It equals what the value holds later, as long as that is the same."""
+        kind = type(value)
+        if kind in _ATOMS:
+            return value if value == value else repr(value)  # NaN
+        if issubclass(kind, Tensor):
+            return _content_of_tensor(value)
+        if issubclass(kind, FunctionType) or issubclass(kind, type) and not issubclass(value, nn.Module):
+            self.follow(value)
+        if issubclass(kind, _SAME_BY_ID):
+            return id(value), value  # which is kept, or something new could have its id
+        if id(value) not in self._met:
+            if depth == _DEEPEST or len(self._met) >= _MOST_OBJECTS:
+                return kind
+            self._met[id(value)] = value, kind  # until it is known: an object may hold itself
+            self._met[id(value)] = value, self._content_of_object(value, depth)
+        return self._met[id(value)][1]
+
+    def _content_of_object(self, value: Any, depth: int) -> tuple:
+        kind = type(value)
+        is_of_library = self._is_of_library(kind.__module__)
+        if not is_of_library:
+            self.follow(kind)
+        parts = list(_parts(value, is_of_library))
+        if not parts and not issubclass(kind, _CONTAINERS):
+            return id(value), value
+        if not _ATOMS.issuperset(map(type, parts)):
+            parts = [self.content(part, depth + 1) for part in parts]
+        return kind, *parts
+
+    def variables_of(self, code: Any) -> Iterator[tuple[Any, str, Any]]:
+        """What a class has, and what a function names and keeps: whose it is, what it is called, and its value."""
+        return self._variables_of_class(code) if isinstance(code, type) else self._variables_of_function(code)
+
+    def _variables_of_class(self, cls: type) -> Iterator[tuple[Any, str, Any]]:
+        for base in cls.__mro__:
+            for key, value in () if self._is_of_library(base.__module__) else list(vars(base).items()):
+                if type(value) is FunctionType or not key.startswith("__"):
+                    yield base, f"{key}, an attribute of the class {base.__name__}", value
+
+    def _variables_of_function(self, function: FunctionType) -> Iterator[tuple[Any, str, Any]]:
+        is_of_library = self._is_of_library(function.__globals__.get("__name__"))
+        for key, value in list(vars(function).items()):
+            if key == "__wrapped__" or not is_of_library:  # a library may wrap a user's function
+                yield function, f"{key}, an attribute of the function {function.__name__}", value
+        if is_of_library:
+            return
+        defaults = function.__defaults__, function.__kwdefaults__
+        yield function, f"a default argument of the function {function.__name__}", defaults
+        names, namespaces = list(_names_in(function.__code__)), [function.__globals__, sys.modules]
+        for namespace in namespaces:  # and of modules that are named there
+            for name in names:
+                if name not in namespace:
+                    continue
+                value = namespace[name]
+                yield namespace, f"the global variable {name}", value
+                if issubclass(type(value), ModuleType) and not self._is_of_library(vars(value).get("__name__")):
+                    if all(vars(value) is not other for other in namespaces):
+                        namespaces.append(vars(value))
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+            with contextlib.suppress(ValueError):  # which is empty still
+                yield function, f"the variable {name} of a function around it", cell.cell_contents
+
+    def _is_of_library(self, module: Any) -> bool:
+        package = _package(module)
+        return package not in self._packages and (package in _LIBRARIES or _is_installed(package))
 
 
-def _is_torchs(cls: type) -> bool:
-    return cls is object or cls.__module__.partition(".")[0] in ("torch", "fused_resnet")
+def _package(module: Any) -> str:
+    return str(module).partition(".")[0]
 
 
-def _forget_constants(model: nn.Module, before: dict[str, _Seen]) -> None:
+@functools.lru_cache(maxsize=None)
+def _is_installed(package: str) -> bool:
+    file = str(getattr(sys.modules.get(package), "__file__", ""))
+    return "site-packages" in file or "dist-packages" in file
+
+
+def _content_of_tensor(tensor: Tensor) -> tuple:
+    """The numbers of a small one. Of others and of parameters, which it is and how often it was written to."""
+    if type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta and tensor.numel() < 2**16:
+        with contextlib.suppress(RuntimeError):  # quantized ones
+            numbers = tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy()
+            return tensor.dtype, tuple(tensor.shape), numbers.tobytes()
+    return id(tensor), tensor, count_writes(tensor)
+
+
+def _parts(value: Any, is_of_library: bool) -> Iterator[Any]:
+    """What can be seen of an object without a call of methods that a user wrote."""
+    kind: Any = type(value)
+    with contextlib.suppress(AttributeError):  # it has slots alone
+        own = object.__getattribute__(value, "__dict__")
+        if not is_of_library:
+            yield own
+        elif "__wrapped__" in own:
+            yield own["__wrapped__"]
+    for member in _members(kind):
+        with contextlib.suppress(AttributeError):  # which is not set
+            yield member.__get__(value)
+    for container in _CONTAINERS:
+        if issubclass(kind, container):
+            yield from list(container.__iter__(value))
+            yield from list(dict.values(value)) if container is dict else ()
+            return
+    with contextlib.suppress(TypeError, ValueError, BufferError):  # most have no memory to be read
+        memory = memoryview(value)
+        yield from (memory.format, memory.shape)
+        if memory.nbytes <= _MOST_BYTES:
+            yield zlib.crc32(memory if memory.c_contiguous else memory.tobytes())
+        return
+    if is_of_library:
+        with contextlib.suppress(Exception):  # of a lock all that can be told is which it is
+            yield value.__reduce_ex__(4)
+
+
+@functools.lru_cache(maxsize=None)
+def _members(kind: type) -> list[MemberDescriptorType]:
+    """Its slots, and in C what it holds."""
+    return [member for cls in kind.__mro__ for member in vars(cls).values() if isinstance(member, MemberDescriptorType)]
+
+
+def _forget_constants(model: nn.Module, before: _State) -> None:
     """Take back, where nothing was before, what depends on parameters alone: in a frozen model they are constants."""
     for name, module in model.named_modules():
-        path, own = f"{name}." if name else "", vars(module)
+        own = vars(module)
         for key in own.keys() - _HOLDERS:
-            seen, value = before.get(f"its attribute {path}{key}"), own[key]
+            place, value = (id(module), _attribute(name, key)), own[key]
             if isinstance(value, dict):
                 for part in [part for part in value if _is_constant(value[part])]:
                     del value[part]
-            elif _is_constant(value) and (seen is None or seen.value is None):
+            elif _is_constant(value) and before.get(place) is None:
                 del own[key]
-                if seen is not None:
+                if place in before:
                     own[key] = None
 
 
@@ -521,8 +605,9 @@ def _is_constant(value: Any) -> bool:
     return all(node.op != "placeholder" for node in found)
 
 
-def _changes(before: dict[str, _Seen], now: dict[str, _Seen]) -> list[str]:
-    return [label for label in {**before, **now} if before.get(label) != now.get(label)]
+def _changes(before: _State, now: _State) -> list[str]:
+    """What they are called."""
+    return [place[1] for place in {**before, **now} if before.get(place) != now.get(place)]
 
 
 def _random_state() -> list:
@@ -590,8 +675,8 @@ def _storage_of(tensor: Tensor) -> int:
 def _let_views_copy(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """`view` as `reshape`, because a plan's activations are channels_last, which few views survive.
 
-    Not where the model writes memory on one side of the view and reads it on the other: there a view stays a view,
-    and for the others, of which the layout decides whether they copy, it is a ValueError.
+    Not where the model writes memory on one side of the view and reads it on the other: there a view stays a view.
+    Raises ValueError there for the others, of which the layout decides whether they copy.
     """
     memory, order = memory_of(graph, modules), {node: index for index, node in enumerate(graph.nodes)}
     writes = [node for node in graph.nodes if writes_in_place(node, modules)]
