@@ -161,6 +161,69 @@ __device__ __forceinline__ void multiply_stage(
   }
 }
 
+// The fast end: 16-byte rows, no splits; the activation and whether there is a residual are known at compile time, so
+// that the loop over rows has no branches and all of a thread's residual is on its way at once.
+struct alignas(8) Pair {
+  float first, second;
+};
+struct alignas(16) Quad {
+  float values[4];
+};
+
+template <class Element, int kTileIndex>
+struct RowWriter {
+  using Traits = TileTraits<Element, kTileIndex>;
+  static constexpr int kChunk = Traits::kChunk, kChunks = Traits::kBlockN / kChunk;
+  static constexpr int kStep = Traits::kThreads / kChunks, kRows = Traits::kBlockM / kStep;
+  static constexpr int kAtOnce = kRows < 8 ? kRows : 8;
+
+  template <Activation kActivation, bool kHasResidual>
+  static __device__ __forceinline__ void write(const ConvArguments& args, int64_t offset, int num_rows, int first,
+                                               const ScaleShift* affine, const float* staged, int column) {
+    const Element* residual = static_cast<const Element*>(args.epilogue.residual) + offset;
+    Element* out = static_cast<Element*>(args.out) + offset;
+    const int64_t pitch = static_cast<int64_t>(kStep) * args.shape.K;
+#pragma unroll 1
+    for (int row = first; row < num_rows; row += kAtOnce * kStep) {
+      Packed<Element> skip[kAtOnce];
+      if constexpr (kHasResidual) {
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (row + j * kStep < num_rows) skip[j].chunk = *reinterpret_cast<const Chunk*>(residual + j * pitch);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (row + j * kStep >= num_rows) break;
+        Packed<Element> result;
+#pragma unroll
+        for (int q = 0; q < kChunk; q += 4) {
+          const Quad sums =
+              *reinterpret_cast<const Quad*>(staged + staging_position(row + j * kStep, column + q, Traits::kPitch));
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            float v = fmaf(sums.values[e], affine[q + e].scale, affine[q + e].shift);
+            if constexpr (kHasResidual) v += skip[j].get(q + e);
+            result.put(q + e, activate(v, kActivation));
+          }
+        }
+        *reinterpret_cast<Chunk*>(out + j * pitch) = result.chunk;
+      }
+      residual += kAtOnce * pitch;
+      out += kAtOnce * pitch;
+    }
+  }
+
+  template <Activation kActivation>
+  static __device__ __forceinline__ void write(const ConvArguments& args, int64_t offset, int num_rows, int first,
+                                               const ScaleShift* affine, const float* staged, int column) {
+    if (args.epilogue.residual != nullptr)
+      write<kActivation, true>(args, offset, num_rows, first, affine, staged, column);
+    else
+      write<kActivation, false>(args, offset, num_rows, first, affine, staged, column);
+  }
+};
+
 // Staged fp32 sums to finished output, or to the partial sums of this block's split. A thread keeps to one chunk of
 // columns, so its BN values stay in registers.
 template <class Element, int kTileIndex>
@@ -182,6 +245,21 @@ __device__ __forceinline__ void store_output(const ConvArguments& args, const Bl
     scale_and_shift_chunk<Element>(args.epilogue, first_channel, num_columns, affine);
   } else {
     partials += split * num_rows(shape) * shape.K;
+  }
+  if (partials == nullptr && args.has_vector_rows) {
+    using Writer = RowWriter<Element, kTileIndex>;
+    const int first = thread / kChunks;
+    const int64_t offset = (origin.m + first) * shape.K + first_channel;
+    switch (args.epilogue.activation) {
+      case Activation::kRelu:
+        Writer::template write<Activation::kRelu>(args, offset, num_tile_rows, first, affine, staged, column);
+        return;
+      case Activation::kNone:
+        Writer::template write<Activation::kNone>(args, offset, num_tile_rows, first, affine, staged, column);
+        return;
+      default:
+        break;
+    }
   }
   for (int row = thread / kChunks; row < num_tile_rows; row += Traits::kThreads / kChunks) {
     const int64_t offset = (origin.m + row) * shape.K + first_channel;
@@ -241,10 +319,11 @@ __global__ void __launch_bounds__(TileTraits<Element, kTileIndex>::kThreads,
 #pragma unroll
     for (int j = 0; j < Traits::kMmaN; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
+      for (int e = 0; e < 4; e += 2) {  // two neighbours: one 64-bit store, which meets every bank once a half-warp
         const int row = warp_row + i * 16 + accumulator_row(lane, e);
         const int column = warp_column + j * 8 + accumulator_column(lane, e);
-        staged[staging_position(row, column, Traits::kPitch)] = acc[i][j][e];
+        *reinterpret_cast<Pair*>(staged + staging_position(row, column, Traits::kPitch)) = {acc[i][j][e],
+                                                                                            acc[i][j][e + 1]};
       }
     }
   }

@@ -173,6 +173,20 @@ def test_conv_kernels_use_tensor_cores_and_wide_accesses(compiled, arch):
 
 
 @needs_nvcc
+@pytest.mark.parametrize("arch", ARCHS)
+def test_conv_kernels_have_eight_residual_loads_in_flight(compiled, arch):
+    """Or as many rows as a thread has, before it stores the first one; for ReLU and for no activation."""
+    checks = pytest.importorskip("fused_resnet._host_checks", reason="_host_checks is not built")
+    for name, instructions in sass(compiled("conv_bn_act.cu", arch).cubin).items():
+        if (key := conv_key(name)) is None:
+            continue
+        tile, chunk = checks.tile(key[1]), 4 if key[0] == "float" else 8
+        rows = tile["block_m"] * tile["block_n"] // chunk // (32 * tile["warps_m"] * tile["warps_n"])
+        loads = [len(re.findall(r"LDG\.E\.128", part)) for part in re.split(r"STG\.E\.128", instructions)]
+        assert sum(count >= min(rows, 8) for count in loads) >= 2, (key, rows, loads)
+
+
+@needs_nvcc
 def test_pointwise_kernels_move_16_bytes_at_a_time(compiled):
     for name, instructions in sass(compiled("add_relu.cu", "80").cubin).items():
         assert len(re.findall(r"LDG\.E\.128", instructions)) >= 2, name

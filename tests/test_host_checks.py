@@ -207,7 +207,8 @@ def test_staging_is_a_permutation_without_conflicts_on_writes(tile):
     pitch, columns = t["staging_pitch"], t["block_n"]
     positions = [checks.staging_position(r, c, pitch) for r in range(16) for c in range(columns)]
     assert len(set(positions)) == len(positions)
-    # a half warp writes 8 bytes per lane at once
+    # two neighbours are written at once, 8 bytes per lane of a half warp
+    assert all(first % 2 == 0 and first + 1 == second for first, second in zip(positions[::2], positions[1::2]))
     for first_column, half, high in itertools.product(range(0, columns, 8), (0, 16), (0, 2)):
         banks = []
         for lane in range(half, half + 16):
