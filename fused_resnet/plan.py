@@ -411,7 +411,9 @@ def _move_biases(graph: fx.Graph, modules: dict, backend: str) -> None:
     """
     for node in graph.nodes:
         conv = module_of(node, modules)
-        other = module_of(node.args[1], modules) if isinstance(conv, FrozenConv) and len(node.args) == 2 else None
+        if not isinstance(conv, FrozenConv) or len(node.args) < 2:
+            continue
+        other = module_of(node.args[1], modules)
         if not isinstance(other, FrozenConv) or other.bias is None or other.problem.activation != "none":
             continue
         if len(node.args[1].users) > 1 or any(one.backend.bind is not None for one in (conv, other)):
