@@ -55,7 +55,7 @@ _HOLDERS = {"_parameters", "_buffers", "_modules"}
 _LIBRARIES = {*sys.stdlib_module_names, "fused_resnet", "numpy", "timm", "torch", "torchvision", "transformers"}
 _SAME_BY_ID = (nn.Module, FunctionType, ModuleType, type, fx.Proxy, fx.Graph)
 _ATOMS = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device}
-_CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
+_CONTAINERS = (collections.OrderedDict, dict, list, tuple, set, frozenset, collections.deque)
 # How far is looked for state, from near to far: of an object beyond only the type is told.
 _MOST_CODE, _MOST_OBJECTS, _MOST_BYTES, _DEEPEST = 1000, 2**14, 2**30, 100
 _State = dict[tuple[int, str], Any]
@@ -462,6 +462,8 @@ class _Walk:
         kind = type(value)
         if kind in _ATOMS:
             return value if value == value else repr(value)  # NaN
+        if kind in _CONTAINERS and not value:  # most are, for hooks
+            return kind
         if issubclass(kind, Tensor):
             return _content_of_tensor(value)
         if issubclass(kind, FunctionType) or issubclass(kind, type) and not issubclass(value, nn.Module):
@@ -559,7 +561,7 @@ def _parts(value: Any, is_of_library: bool) -> Iterator[Any]:
     for container in _CONTAINERS:
         if issubclass(kind, container):
             yield from list(container.__iter__(value))
-            yield from list(dict.values(value)) if container is dict else ()
+            yield from list(dict.values(value)) if issubclass(kind, dict) else ()
             return
     with contextlib.suppress(TypeError, ValueError, BufferError):  # most have no memory to be read
         memory = memoryview(value)
