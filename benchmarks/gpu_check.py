@@ -6,7 +6,7 @@ check.json, with what was verified, after each step, beside log.txt, the tuner's
 file per benchmark: eight in all, in benchmarks/results/<device>/.
 
 --budget says how many seconds the call may take. A later call goes on: --only names steps, "rest" those that have not
-passed on these sources; check.json keeps the others with their dates, and the tuner and the benchmarks go on in their
+passed on these sources. check.json keeps the others with their dates. The tuner and the benchmarks go on in their
 files, on another machine too where the results' folder was brought along.
 --device cpu runs what a CPU can of it, to try the whole out.
 """
@@ -40,9 +40,12 @@ _ATTEMPTS, _ATTEMPT_S = 5, 120.0
 
 
 class Step(NamedTuple):
-    """One step. needs_s: it is given at least so many seconds, and not begun with fewer; limit_s: at most so many.
-    share: 0 for what takes as long as it takes; what makes use of any time shares what is left by it with the steps
-    after it. run: does it within the seconds it is given."""
+    """One step.
+
+    needs_s: it is given at least so many seconds, and not begun with fewer. limit_s: at most so many. share: 0 for what
+    takes as long as it takes. Otherwise its weight when what is left is divided among it and the steps after it. run:
+    does it within the seconds it is given.
+    """
 
     name: str
     needs_s: float

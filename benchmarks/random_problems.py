@@ -1,7 +1,7 @@
 """Many random problems on every backend of this machine, in parts: `python -m benchmarks.random_problems`.
 
-Each part is `fused-resnet verify` with a seed of its own in a process of its own, so that a backend that ends the
-process costs that part alone. Finished parts are kept in --parts and not run again; the record holds their sum.
+Each part is `fused-resnet verify` with a seed of its own in a process of its own. So a backend that ends the process
+costs that part alone. Finished parts are kept in --parts and not run again; the record holds their sum.
 """
 
 from __future__ import annotations

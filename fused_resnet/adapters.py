@@ -46,8 +46,8 @@ def register(*classes: str, reads: str, convs: str) -> Callable[[Callable[..., A
     computes by `nn.conv_bn_act`, for counting; modules all of whose convolutions are among them are not fused again.
 
     The function gets the block and its forward's arguments. It reads weights through `nn.conv_bn_act`, which calls the
-    children where they were hooked or replaced, and calls other children; for a call that it does not cover it returns
-    NotImplemented, and the block's own forward runs. The last registration of a class counts.
+    children where they were hooked or replaced. It calls other children itself. For a call that it does not cover it
+    returns NotImplemented, and the block's own forward runs. The last registration of a class counts.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:

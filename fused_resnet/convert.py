@@ -1,8 +1,8 @@
 """fuse and unfuse: change the class of modules in place, and change it back.
 
-A residual block of ours or torchvision's is fused when its forward is known to be the stock one, a block of a class
-with an adapter (`adapters`) likewise, any other module where its forward can be rewritten (`rewriting`). Everything
-else is left alone.
+A residual block of ours or torchvision's is fused when its forward is known to be the stock one. So is a block of a
+class with an adapter (`adapters`). Any other module is fused where its forward can be rewritten (`rewriting`).
+Everything else is left alone.
 """
 
 from __future__ import annotations
@@ -69,18 +69,24 @@ def fuse(
 ) -> nn.Module:
     """Make the modules of `model` compute conv+BN(+add)+activation in one call each. In place; returns the model.
 
-    Parameters, buffers, keys and hooks stay what they are; the model can be trained, saved, loaded and edited as
-    before, and `unfuse` undoes it. Fused are our residual blocks and torchvision's, blocks with an adapter
-    (`adapters.register`; transformers' ResNet and torchvision's DenseNet have one), and inside every other module with
-    convolutions of its own the sequences that torch.fx sees in its forward (`rewriting`): timm's blocks, stems, VGG,
-    Inception, RegNet. `fused_convs` lists the convolutions. Fuse before torch.compile and fully_shard.
+    Parameters, buffers, keys and hooks stay what they are. The model can be trained, saved, loaded and edited as
+    before, and `unfuse` undoes it. `fused_convs` lists the convolutions. Fuse before torch.compile and fully_shard.
+    Fused are:
+
+    - our residual blocks and torchvision's
+    - blocks with an adapter (`adapters.register`); transformers' ResNet and torchvision's DenseNet have one
+    - inside every other module with convolutions of its own, the sequences that torch.fx sees in its forward
+      (`rewriting`): timm's blocks, stems, VGG, Inception, RegNet
 
     backend: asked for by everything fused; "auto" chooses per problem. filter_fn(module, name) -> bool: a module for
-    which it is false is not fused by this call; the modules inside are asked about too, among them a residual block's
-    downsample, which the block then calls. Convolutions, norms and activations belong to the forward that calls them,
-    and what an adapter computes to the block, so those are not kept by themselves. strict: raise ValueError when a
-    module with a convolution and a norm or an activation was left alone, or a convolution without its norm, or when
-    there is nothing to fuse.
+    which it is false is not fused by this call. The modules inside are asked about too, among them a residual block's
+    downsample, which the block then calls. Convolutions, norms and activations are not kept by themselves, since they
+    belong to the forward that calls them. Nor is what an adapter computes, which belongs to the block.
+    strict: raise ValueError where one of these is so:
+
+    - a module with a convolution and a norm or an activation was left alone
+    - a convolution was left without its norm
+    - there is nothing to fuse
 
     Raises BackendError for an unknown backend and for one that cannot run live BN ("onednn", "cudnn"). A call that
     raises leaves the model as it was.
@@ -291,7 +297,7 @@ def _keep_own_backend(module: ConvBNAct) -> None:
 
 
 def _restore(module: nn.Module, own: dict[str, Any]) -> None:
-    """Of what fused modules keep, leave a module what is in `own`."""
+    """Give a module the values of `own` for what fused modules keep, and remove the rest of that."""
     for name in _KEPT:
         module.__dict__.pop(name, None)
     module.__dict__.update({name: own[name] for name in _KEPT if name in own})

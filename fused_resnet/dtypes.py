@@ -337,12 +337,12 @@ def _is_floating(value: Any) -> bool:
 
 
 def _dtypes_in(module: nn.Module) -> set[torch.dtype]:
-    """Of its floating-point parameters and buffers."""
+    """The dtypes of its floating-point parameters and buffers."""
     return {tensor.dtype for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()}
 
 
 def _misfits(norm: nn.Module, dtype: torch.dtype) -> set[torch.dtype]:
-    """Of a norm's vectors, those that torch does not take beside an input of this dtype."""
+    """The dtypes of a norm's vectors that torch does not take beside an input of this dtype."""
     return _dtypes_in(norm) - ({dtype, torch.float32} if dtype.itemsize == 2 else {dtype})
 
 

@@ -1,7 +1,7 @@
 """explain: who runs each convolution of a model, why nobody else, and how far its memory traffic is from the least.
 
-A plain or fused model is run on fake tensors, which have shapes and no values, and the calls that pass by are noted;
-a frozen one shows its plan.
+A plain or fused model is run on fake tensors, which have shapes and no values, and the calls that pass by are noted.
+A frozen one shows its plan.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def write_json(path: Path, record: Any) -> Path:
 def read_json(path: Path, understood: Callable[[Any], Any]) -> Optional[Any]:
     """What `understood` makes of a JSON file; None without a file, and after one warning for a bad one.
 
-    understood: takes the parsed document and returns what is needed of it; any ValueError, TypeError, KeyError,
-    AttributeError or OverflowError it raises says that the document is not one of ours.
+    understood: takes the parsed document and returns what is needed of it. The document is not one of ours where that
+    raises ValueError, TypeError, KeyError, AttributeError or OverflowError.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -69,11 +69,16 @@ def freeze(
     parts: a FrozenParts, in which the largest modules that can be are frozen and the rest runs as it is. What
     torch.compile, DataParallel and DistributedDataParallel wrap is frozen like the plain model.
 
-    Raises RuntimeError when a module to which that makes a difference is in training mode, when the forward keeps state
-    (a counter, the last features; a cache is none) or draws random numbers that depend on no input, and when it sets
-    attributes of what was frozen in it. TypeError when weights are quantized, sparse or otherwise no plain tensors.
-    TypeError and ValueError when the example does not fit the model or no part of it can be traced, BackendError when
-    `backend` cannot run one of its convolutions.
+    Raises RuntimeError where one of these is so:
+
+    - a module to which that makes a difference is in training mode
+    - the forward keeps state: a counter, the last features; a cache is none
+    - it draws random numbers that depend on no input
+    - it sets attributes of what was frozen in it
+
+    TypeError when weights are quantized, sparse or otherwise no plain tensors. TypeError and ValueError when the
+    example does not fit the model or no part of it can be traced. BackendError when `backend` cannot run one of its
+    convolutions.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: expected an nn.Module, got {type(model).__name__}.")
@@ -322,10 +327,10 @@ class FrozenParts(_Frozen):
     Callable like the model, in no_grad mode; autocast around a call changes nothing. parts: {name: FrozenModel}. The
     rest of the copy computes in the model's dtype, and a part returns the dtypes that its module did.
 
-    A part does what its module did when it was frozen, and its attributes and the modules inside it are those of then,
-    to be read. Setting an attribute of a part is an error; what is set on a module inside, or hooked to it, has no
-    effect: change unfreeze(), and freeze again. Modules that the forward writes to are in no part, and go on from where
-    the model was.
+    A part does what its module did when it was frozen. Its attributes and the modules inside it are those of then, to
+    be read. Setting an attribute of a part is an error. What is set on a module inside, or hooked to it, has no effect:
+    change unfreeze(), and freeze again. Modules that the forward writes to are in no part, and go on from where the
+    model was.
     """
 
     def __init__(

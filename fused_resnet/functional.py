@@ -55,8 +55,8 @@ def conv_bn_act(
     Gradients reach x, weight, bn_weight, bn_bias, bias and residual; bn_mean and bn_var are constants. Under the
     transforms of torch.func and forward-mode AD the same is computed by ATen, whatever the backend, in ATen's layout.
 
-    Raises ValueError for shapes and parameters, TypeError for dtypes and devices, BackendError when `backend` is
-    unknown or cannot run this; nothing has been computed by then.
+    Raises ValueError for shapes and parameters, TypeError for dtypes and devices. BackendError when `backend` is
+    unknown or cannot run this. Nothing has been computed by then.
     """
     operands = ConvOperands(x, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, bias, residual)
     window = (pair("stride", stride), pair("padding", padding), pair("dilation", dilation), groups, activation)

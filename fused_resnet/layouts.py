@@ -3,8 +3,8 @@
 A 3x3 convolution that reads row space (`rows_tma`) needs no index arithmetic, but somebody has to write the halo. Where
 a Triton convolution writes a tensor that only Triton convolutions read, it writes the halo along with it; nothing is
 cleared or copied. Elsewhere a rows_tma config would copy its input at every call, and another form takes its place:
-of what was measured, the best without row space (`stranded`), else the likeliest. No measured config makes way for
-row space: a producer that would spill when it writes there keeps its own, and strands its readers.
+of what was measured, the best without row space (`stranded`), else the likeliest. A producer keeps the config that was
+measured for it. Where that would spill when it writes row space, it writes none, and its readers take another form.
 """
 
 from __future__ import annotations

@@ -306,8 +306,10 @@ FAULTS = (
 
 
 def known_faults() -> list[dict[str, Any]]:
-    """Of each of FAULTS its text, whether it applies to this processor, and whether its example shows it here (None:
-    not tried)."""
+    """One row for each of FAULTS.
+
+    Its text, whether it applies to this processor, and whether its example shows it here (None: not tried).
+    """
     found = []
     for fault in FAULTS:
         applies = (

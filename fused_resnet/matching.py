@@ -150,9 +150,12 @@ def _why_not_norm(node: fx.Node, modules: dict[str, nn.Module]) -> Optional[str]
 def _before_writes(
     match: Match, order: dict[fx.Node, int], writes: list[fx.Node], memory: dict, modules: dict[str, nn.Module]
 ) -> Match:
-    """The part of a match that no foreign in-place operation cuts: everything moves to the match's last node, and the
-    reads of the input, of the residual and of a functional BN's vectors must not move past a write to them, nor a BN
-    past another call of the same, which updates its running statistics too."""
+    """The part of a match that no foreign in-place operation cuts.
+
+    Everything moves to the match's last node. The reads of the input, of the residual and of a functional BN's vectors
+    must not move past a write to them. A BN module updates its running statistics, so it must not move past another
+    call of the same module.
+    """
     bn = module_of(match.bn, modules)
 
     def cut(first: fx.Node, read: fx.Node) -> bool:

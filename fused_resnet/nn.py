@@ -47,7 +47,7 @@ class BasicBlock(nn.Module):
     """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), both filters 3x3. He et al. 2015 (arXiv 1512.03385).
 
     x: (N, inplanes, H, W) -> (N, planes, H/stride, W/stride). The widths of the forward pass are those of the
-    convolutions, so a pruned block (another inner width) or one with convolution biases works as it is.
+    convolutions. So a pruned block (another inner width) or one with convolution biases works as it is.
     """
 
     expansion = 1
@@ -87,8 +87,8 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1 reduce, 3x3, 1x1 expand, each with BN, plus the shortcut. x: (N, inplanes, H, W) -> (N, 4*planes, ...).
 
-    The stride sits in the 3x3 (torchvision, "v1.5"); `stride_in_1x1` puts it into the first 1x1, as in the paper and
-    in the weights of Caffe and Keras.
+    The stride sits in the 3x3 (torchvision, "v1.5"). `stride_in_1x1` puts it into the first 1x1, as in the paper and in
+    the weights of Caffe and Keras.
     """
 
     expansion = 4
@@ -444,8 +444,9 @@ def why_not_conv_bn(conv: nn.Module, bn: Union[nn.Module, Norm, None]) -> Option
 def has_stock_code(cls: Any, forward: Optional[Callable], reads: frozenset[str]) -> bool:
     """Whether `forward` is the one that this class was written with, by all that can be seen without its source.
 
-    A patched forward may keep its name and module (functools.wraps), but not the attributes that its code reads and
-    the file that its code comes from, which is the constructor's, or the module's where the class has none.
+    A patched forward may keep its name and module (functools.wraps). It does not keep both the attributes that its code
+    reads and the file that its code comes from. The stock one comes from the constructor's file, or from the module's
+    where the class has no constructor.
     """
     code, constructor = getattr(forward, "__code__", None), getattr(cls.__init__, "__code__", None)
     if forward is None or code is None or constructor is None or cls.__call__ is not nn.Module.__call__:

@@ -80,9 +80,12 @@ def _conv_bn_act_setup(ctx, inputs, output) -> None:
 def _conv_bn_act_backward(ctx, grad: Tensor):
     """Gradients with frozen statistics. With y = scale*(conv(x, w) + bias - mean) + bn_bias (+ residual):
 
-    dL/dx is the transposed convolution of g with w*scale, so one convolution_backward with the scaled weight gives
-    dx and G = dL/d(conv) without the scale; then dw = G*scale and, conv being linear in w, dscale = <G, w> per
-    output channel plus (bias - mean)*sum(g), which needs no second forward convolution.
+    - dL/dx is the transposed convolution of g with w*scale.
+    - One convolution_backward with w*scale gives dx and G, the gradient of w*scale.
+    - dw = G*scale.
+    - dscale = <G, w> per output channel plus (bias - mean)*sum(g), since conv is linear in w.
+
+    So no second forward convolution is needed.
     """
     x, weight, bn_weight, bn_bias, bn_mean, bn_var, bias, residual, out = ctx.saved_tensors
     activation = ctx.window[-1]

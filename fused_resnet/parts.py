@@ -30,9 +30,14 @@ def freeze_parts(
     """({name: frozen part}, the model's output for `example`, whether it writes into its input).
 
     Modules are tried from the model's children downwards: freeze_part(module, the tensor that it was called with) for
-    each that has convolutions, was only ever called with one tensor, and did not return that to be written into. Where
-    it raises ValueError or Unfaithful, its children are tried. A copy of the model runs on the example, once. Raises
-    ValueError when it does not.
+    each that:
+
+    - has convolutions
+    - was only ever called with one tensor
+    - did not return that tensor to be written into
+
+    Where it raises ValueError or Unfaithful, the module's children are tried. A copy of the model runs on the example,
+    once. Raises ValueError when it does not.
     """
     example = copy_tensors(example)  # the caller's is not written
     inputs, output, writes_input = _inputs(copy_with_parameters(model), example)
@@ -56,11 +61,12 @@ def freeze_parts(
 
 
 def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any, bool]:
-    """Of each module that this run calls with one floating-point tensor and nothing else: that tensor. The output, and
-    whether the example was written to.
+    """({module: its input}, the output, whether the example was written to) of a run on the example.
 
-    Not of a module that returned its input or a view of it, into which the model then wrote, nor of one inside which
-    anything was written: an attribute of a module, which the model may read, or a parameter.
+    A module is there if it was only called with one floating-point tensor and nothing else. Two kinds are left out:
+
+    - one that returned its input or a view of it, into which the model then wrote
+    - one inside which anything was written: an attribute of a module, which the model may read, or a parameter
     """
     inputs: dict[str, Tensor] = {}
     others: set[str] = set()

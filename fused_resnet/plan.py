@@ -428,7 +428,7 @@ def _move_biases(graph: fx.Graph, modules: dict, backend: str) -> None:
 def _mark_sums_in_place(graph: fx.Graph, modules: dict) -> None:
     """Let a convolution write its sum over the residual where nothing reads the residual's memory afterwards.
 
-    The residual must be memory of its own (made by a fused convolution or a pooling) and every other reader of it
+    The residual must be memory of its own, made by a fused convolution or a pooling. Every other reader of it must be
     a fused convolution or a pooling that comes earlier: those return no views. A convolution whose input is the
     residual itself never qualifies.
     """

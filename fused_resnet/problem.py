@@ -1,8 +1,8 @@
 """What one fused operator is asked to do, as a value: shapes, dtypes, epilogue. No tensors, no kernels.
 
-A problem is had at every call from the operands (`conv_problem`, `add_relu_problem`), which is also where bad input is
-refused. Backends look at the problem and at nothing else when they say why they cannot run it, and it is the key
-under which measurements are kept.
+Each call makes the problem from its operands (`conv_problem`, `add_relu_problem`), which is also where bad input is
+refused. Backends look at the problem and at nothing else when they say why they cannot run it. Measurements are kept
+under it.
 
 Letters as in cuDNN and CUTLASS: x is (N, C, H, W), the weight (K, C/groups, R, S), the output (N, K, P, Q).
 """

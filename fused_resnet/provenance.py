@@ -59,7 +59,7 @@ _NO_KERNEL = re.compile(
 
 
 def gpu_kernels(root: Path = ROOT, backends: Sequence[str] = tuple(FOLDERS)) -> dict[str, str]:
-    """Of digests(root, backends), the sources that these backends' GPU kernels are made from."""
+    """The part of digests(root, backends) for the sources that these backends' GPU kernels are made from."""
     return {file: digest for file, digest in digests(root, backends).items() if not _NO_KERNEL(file)}
 
 

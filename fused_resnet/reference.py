@@ -74,14 +74,14 @@ def error_bound(
 
     expected: the reference's result, where the caller has it. eps_acc: unit roundoff of the accumulation (2**-24 for
     fp32 sums, 2**-11 for TF32 products, 2**-53 for fp64). stored: the dtype in which a kernel rounds values between
-    convolution, BN, addition and activation, as the unfused composite does; None for a kernel that keeps them in
-    registers. winograd: the sums are those of F(4x4, 3x3) (`winograd_products`). Their constant is no proof: its
+    convolution, BN, addition and activation, as the unfused composite does. None: the kernel keeps them in registers.
+    winograd: the sums are those of F(4x4, 3x3) (`winograd_products`). Their constant is no proof: its
     transforms could amplify by more, but errors of random sign stay below a fifth of this bound.
     """
     o = _fp64(operands)
     expected = conv_bn_act(problem, operands) if expected is None else expected
     scale, _ = scale_and_shift(o, torch.float64)
-    if winograd:  # an output that a tile's NaN did not reach is as good as the others
+    if winograd:  # NaN and infinity count as 0, so that outputs which they do not reach have a bound
         products = winograd_products(problem, o.x.nan_to_num(0.0, 0.0, 0.0), o.weight)
     else:
         products = _conv(problem, o.x.abs(), o.weight.abs())

@@ -1,7 +1,7 @@
 """Which backend computes an operator: the records, the choice among them, one sentence where one cannot.
 
-`why_not(problem)` selects (in `auto`) and explains: it is what BackendError says when the backend was asked for by
-name, and what `fused-resnet bench` and `verify` print beside a backend that did not run, so they cannot disagree.
+`why_not(problem)` selects (in `auto`) and explains, so the two cannot disagree. BackendError says it when the backend
+was asked for by name. `fused-resnet bench` and `verify` print it beside a backend that did not run.
 """
 
 from __future__ import annotations
@@ -28,20 +28,26 @@ class BackendError(RuntimeError):
 class Backend(NamedTuple):
     """One way to compute one operator.
 
-    why_not: None, or why it cannot run a problem of its operator. run: (problem, *operands) -> output; with `configs`
-    also config=, one of them or None. run_nchw: (problem, operands) -> the same in NCHW memory, where that is no detour
-    over channels_last. backward: add_relu only. auto: the devices on which `auto` may choose it
-    unmeasured; a kernel of ours is chosen on a GPU where a measurement says that it is right there (`tuning`).
-    takes_bn: False where no problem with live BN can ever run, on any device. pack: (problem, weight, config) -> the
-    weight in the layout that it reads in plans. bind: (problem, packed weight, bias, into_residual=) -> a function
-    (x, residual=None) -> output, for plans. only_packed: `auto` takes it in plans alone, since packing costs too much.
-    pays: (problem) -> whether `auto` should take it unmeasured. configs: the ways in which it can run a
-    problem beside its default and that are worth measuring, as NamedTuples of plain values; legal: those that a file
-    may name, default the same. default_config: (problem) -> what None runs as outside plans, where a plan would take
-    another config for it; measured by its name, so that a plan runs what was measured. estimated_us: (problem, config)
-    -> a guess from arithmetic, by which the tuner drops what cannot win. launch_us: (config) -> what a launch takes
-    outside plans where that is more than a few microseconds; measured times do not hold it. reads_row_space: (config)
-    -> whether it was measured with x in row space, where only a plan keeps it.
+    why_not: None, or why it cannot run a problem of its operator.
+    run: (problem, *operands) -> output; with `configs` also config=, one of them or None.
+    auto: the devices on which `auto` may choose it unmeasured. A kernel of ours is chosen on a GPU where a measurement
+    says that it is right there (`tuning`).
+    backward: add_relu only.
+    takes_bn: False where no problem with live BN can ever run, on any device.
+    pack: (problem, weight, config) -> the weight in the layout that it reads in plans.
+    bind: (problem, packed weight, bias, into_residual=) -> a function (x, residual=None) -> output, for plans.
+    only_packed: `auto` takes it in plans alone, since packing costs too much.
+    pays: (problem) -> whether `auto` should take it unmeasured.
+    configs: the ways in which it can run a problem beside its default and that are worth measuring. They are
+    NamedTuples of plain values.
+    legal: the configs that a file may name. None: those of `configs`.
+    run_nchw: (problem, operands) -> the same in NCHW memory, where that is no detour over channels_last.
+    default_config: (problem) -> what None runs as outside plans, where a plan would take another config for it. It is
+    measured by its name, so that a plan runs what was measured.
+    estimated_us: (problem, config) -> a guess from arithmetic, by which the tuner drops what cannot win.
+    launch_us: (config) -> what a launch takes outside plans, where that is more than a few microseconds. Measured times
+    do not hold it.
+    reads_row_space: (config) -> whether it was measured with x in row space, where only a plan keeps it.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Benchmark records in, one page out: tables that sort, charts, every loss, and where each number comes from.
 
 The page is HTML with everything inside it, or Markdown with the same tables. A file that is no record of ours, or that
-cannot be read, is named with the reason, and the others are reported all the same.
+cannot be read, is named with the reason. The others are reported all the same.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Report(NamedTuple):
 
     @property
     def losses(self) -> list[Loss]:
-        """Of all files, the worst first."""
+        """The losses in all files, the worst first."""
         return sorted(loss for section in self.sections for loss in section.losses)
 
 

@@ -305,9 +305,9 @@ def _within_bound(case: Case, backend: str, actual: Tensor) -> Outcome:
 def _torch_spreads_nan(case: Case) -> Tensor:
     """Where torch's own convolution is not a number although the formula is.
 
-    oneDNN's bf16 kernels for one channel per group read pairs of neighbours and multiply the second by zero, so that
-    NaN and infinities reach one pixel further (torch 2.13). Where no window reaches x they cannot, and torch's crashes
-    the process (oneDNN issue 5942).
+    oneDNN's bf16 kernels for one channel per group read pairs of neighbours and multiply the second by zero. So NaN and
+    infinities reach one pixel further (torch 2.13). Where no window reaches x they cannot, and torch's crashes the
+    process (oneDNN issue 5942).
     """
     p, o = case.problem, case.operands
     spread = torch.zeros(p.output_shape, dtype=torch.bool)
@@ -325,8 +325,10 @@ def _overflows_before_silu(case: Case, bound: Tensor) -> Tensor:
 
 
 def _winograd_overflows(case: Case) -> Tensor:
-    """Where F(4x4, 3x3) may meet what is not finite: documented, its transforms spread NaN over a tile, and sums that
-    cancel in the end may overflow on the way (|B| and |A| amplify by up to 100 and 361)."""
+    """Where F(4x4, 3x3) may meet what is not finite, as is documented. Its transforms spread NaN over a tile.
+
+    Sums that cancel in the end may overflow on the way: |B| and |A| amplify by up to 100 and 361.
+    """
     products = reference.winograd_products(case.problem, case.operands.x.cpu().double(), case.operands.weight.double())
     return ~(products * 2.0**16 < torch.finfo(torch.float32).max)
 
@@ -388,9 +390,9 @@ def random_case(rng: random.Random, device: str = "cpu", *, kind: str = "any") -
     """A whole problem: shapes, window, epilogue, dtypes, memory layouts and values, awkward ones on purpose.
 
     kind: "any", or one of those that "any" draws too few of.
-    "common": a convolution as plans of ResNets have it, with awkward sizes and values all the same: fp32 (on CUDA
-    fp16) or bf16, no BN, mostly ReLU, channels in sixteens, and a window of 1x1, of 3x3 with stride 1, or of 3x3 with
-    groups as wide as ResNeXt's.
+    "common": a convolution as plans of ResNets have it, with awkward sizes and values all the same. It is in fp32 (on
+    CUDA fp16) or bf16, without BN, mostly with ReLU, and has channels in sixteens. Its window is 1x1, 3x3 with
+    stride 1, or 3x3 with groups as wide as ResNeXt's.
     "strided": a convolution in bf16 with strides to 4 on maps of 1 to 33 rows and columns, where libraries err
     (`library_faults`).
     """

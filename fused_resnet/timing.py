@@ -72,8 +72,9 @@ def interleaved(
 ) -> dict[Name, Stats]:
     """Time callables round-robin, so that a drift of clocks or a busy neighbour meets all of them alike.
 
-    Each is called `warmup` times. Then come rounds, each starting one variant later than the last, until `rounds` are
-    done or, after at least MIN_ROUNDS, `budget_s` seconds have passed; at least one of the two must be given.
+    Each is called `warmup` times. Then come rounds, each starting one variant later than the last. They end when
+    `rounds` are done or, after at least MIN_ROUNDS, `budget_s` seconds have passed. At least one of the two
+    must be given.
     CPU: wall time around each call; cold=True empties the caches before it, as the layers between two calls of one
     do in a network. CUDA: events around each call, after the L2 cache was overwritten; that write also
     gives the launches a head start. graphs=True captures each callable as a CUDA graph and replays it, so that only
@@ -164,8 +165,10 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 class Roofline(NamedTuple):
-    """What this machine reaches: copying a buffer too large for its caches, one large matrix product, and on CUDA
-    reading a buffer that stays in L2 (None elsewhere, and without Triton)."""
+    """What this machine reaches in copying a buffer too large for its caches, and in one large matrix product.
+
+    On CUDA also in reading a buffer that stays in L2 (None elsewhere, and without Triton).
+    """
 
     bytes_per_s: float
     flops_per_s: float
@@ -256,7 +259,10 @@ def gpu_state() -> dict[str, Any]:
 
 
 def _commit() -> dict[str, Any]:
-    """Of the code that is measured: records may have changed, the one being written has."""
+    """The commit of the code that is measured, and whether its tree has other changes.
+
+    Changed records do not count: the one being written is always changed.
+    """
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return {"commit": None, "dirty": None}

@@ -613,7 +613,7 @@ def _changes(before: _State, now: _State) -> list[str]:
 
 
 def _random_state() -> list:
-    """Of the generators that a forward may draw from unseen."""
+    """The state of the generators that a forward may draw from unseen."""
     state = [random.getstate(), torch.get_rng_state().numpy().tobytes()]
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state()
@@ -742,7 +742,7 @@ def copy_tensors(value: Any) -> Any:
 
 
 def memory_of(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, set[fx.Node]]:
-    """Of each node, the nodes whose memory its result may be."""
+    """For each node, the nodes whose memory its result may be."""
     memory: dict[fx.Node, set[fx.Node]] = {}
     attributes: dict[Any, fx.Node] = {}
     for node in graph.nodes:

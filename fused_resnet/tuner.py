@@ -1,12 +1,16 @@
 """The process behind `fused-resnet tune`: for each convolution, every candidate checked, timed, the fastest kept.
 
-A candidate is a backend with one of its configs. What cannot win by arithmetic is dropped, what remains is compiled
-ahead, held against the reference (a wrong one is recorded and never chosen), and timed in turn with the others from
-cold caches, on CUDA by replaying a graph. A time is what a plan pays for the launches, with x where it is read
-(`bench.planned_call`); a plan cannot always keep x in row space, so there is a second winner without it. The backend of
-the fixed order is always among them and keeps its place unless another one beats it by MARGIN. Winners are written
-after each convolution; a journal keeps every check and row, so that a process that was interrupted goes on where it
-stopped.
+A candidate is a backend with one of its configs. For each convolution:
+
+1. What cannot win by arithmetic is dropped.
+2. What remains is compiled ahead, and held against the reference. A wrong one is recorded and never chosen.
+3. The right ones are timed in turn from cold caches, on CUDA by replaying a graph.
+4. The fastest is written to the file.
+
+The time is that of the launches in a plan, with x where the kernel reads it (`bench.planned_call`). Some kernels read x
+from row space, where a plan cannot always keep it. So the fastest of the other kernels is written too. The backend of
+the fixed order is always a candidate, and keeps its place unless another one beats it by MARGIN. A journal keeps every
+check and row, so that a process that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -257,8 +261,10 @@ def _check_device(device: str, problem: ConvProblem, candidate: Candidate) -> No
 
 
 def _fastest(calls: dict, stats: dict[Candidate, timing.Stats], default: Candidate) -> dict:
-    """Of each backend the few that were fastest in the screening, with and without row space; the default in any
-    case."""
+    """What to time for longer: the default, and the fastest few of each backend in the screening.
+
+    Those that read row space are counted apart from those that do not.
+    """
     kept = {default} & calls.keys()
     alike: dict[tuple[str, bool], list[Candidate]] = {}
     for candidate in sorted(calls, key=lambda one: stats[one].min_us):
@@ -400,7 +406,7 @@ def _kept(folder: Path, name: str, problem: ConvProblem, row: Row) -> Optional[P
 
 
 def _seconds(budget_s: Optional[float], elapsed: float, left: int) -> float:
-    """Of timing for the next convolution: half of its share, since compiling and checking take the other half."""
+    """How long to time the next convolution: half of its share, since compiling and checking take the other half."""
     least, most = _SECONDS
     return most if budget_s is None else min(most, max(least, 0.5 * (budget_s - elapsed) / left))
 

@@ -4,9 +4,9 @@
     <cache folder>/tuning/<device>.json        what `fused-resnet tune` measured here; where it has an entry it is used
 
 The cache folder is `files.cache_dir`'s. FUSED_RESNET_TUNED=0 ignores both files. An entry belongs to a problem without
-its batch (`key`) and to the batch it was measured at; the entry nearest in log space answers for the batches between.
-A kernel of ours counts as verified on this device where its entry says that it passed the reference there, and its
-sources are still what they were then.
+its batch (`key`) and to the batch it was measured at. The entry nearest in log space answers for the batches between.
+A kernel of ours counts as verified on this device where its entry says that it passed the reference there. Its sources
+must still be what they were then.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ log = logging.getLogger("fused_resnet")
 
 
 class Choice(NamedTuple):
-    """A backend, its config as a dict (None where it has none), where that comes from: part of a sentence, and the
-    time measured for it."""
+    """A backend, and its config as a dict (None where it has none).
+
+    source: where the choice comes from, as part of a sentence. time_us: what was measured for it.
+    """
 
     backend: str
     config: Optional[dict]

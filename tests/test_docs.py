@@ -1,6 +1,10 @@
-"""docs/: every Python block runs, every command line parses, every link leads somewhere, the tables are complete."""
+"""docs/: every Python block runs, every command line parses, every link leads somewhere, the tables are complete.
+
+And all prose, in docstrings too, is in short sentences.
+"""
 
 import ast
+import functools
 import importlib.util
 import inspect
 import re
@@ -17,7 +21,7 @@ from fused_resnet.triton_kernels import runtime
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-_FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
@@ -160,3 +164,80 @@ def test_every_environment_variable_is_documented():
     documented = set(names_in_first_column("environment.md"))
     assert read - documented == set(), "not in docs/environment.md"
     assert documented - read == set(), "in docs/environment.md, but read nowhere"
+
+
+# ------------------------------------------------------------------------------------------------------------- prose
+
+MOST_WORDS = 25
+_NO_PROSE = re.compile(r"^( {4}|\s*\||#).*", re.MULTILINE)  # code, tables, headings
+_ITEM = re.compile(r"^\s*([-*]|\d+\.) ", re.MULTILINE)
+_SENTENCE_END = re.compile(r"(?<=[.?!:])[)\"']*\s+|\n\s*\n")  # a semicolon is none
+
+
+def long_sentences(text: str) -> list[str]:
+    """The sentences of more than MOST_WORDS words. Code, tables and headings are not read."""
+    running = _ITEM.sub("\n\n", _NO_PROSE.sub("", _FENCE.sub("\n", text)))
+    sentences = [sentence.split() for sentence in _SENTENCE_END.split(running)]
+    return [" ".join(words) for words in sentences if sum(any(map(str.isalnum, word)) for word in words) > MOST_WORDS]
+
+
+def docstrings(source: str) -> list[str]:
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, owners)]
+    return [text for text in found if text]
+
+
+@functools.cache
+def all_docstrings() -> list[tuple[Path, str]]:
+    files = [file for name in ("fused_resnet", "benchmarks", "tests") for file in sorted((ROOT / name).rglob("*.py"))]
+    return [(file, text) for file in files for text in docstrings(file.read_text())]
+
+
+def test_sentences_are_short():
+    pages = [*PAGES, *ROOT.glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+    prose = [*((page, page.read_text()) for page in pages), *all_docstrings()]
+    found = [f"{file.relative_to(ROOT)}: {sentence}" for file, text in prose for sentence in long_sentences(text)]
+    assert not found, f"more than {MOST_WORDS} words a sentence:\n" + "\n".join(found)
+
+
+def test_no_docstring_begins_with_of():
+    assert [(file.name, text) for file, text in all_docstrings() if text.startswith("Of ")] == []
+
+
+_SHORT = "word " * (MOST_WORDS - 1) + "word."
+_LONG = f"word {_SHORT}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [_LONG, f"Short: {_LONG}", f"(Short.) {_LONG}", f"- {_LONG}", f"1. short\n2. {_LONG}", f"| cell |\n{_LONG}",
+     f"# heading\n{_LONG}", f"```\ncode\n```\n{_LONG}", _LONG.replace(" ", "\n"), _LONG.replace(" ", "; ")],
+)  # fmt: skip
+def test_a_long_sentence_is_found(text):
+    assert len(long_sentences(text)) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [_SHORT, _SHORT.replace(" ", " = "), _LONG.replace(" ", ". ", 1), _LONG.replace(" ", "\n\n", 1),
+     _LONG.replace(" ", "\n- ", 1), f"    {_LONG}", f"| {_LONG} |", f"  | {_LONG} |", f"## {_LONG}",
+     f"```\n{_LONG}\n```", f"```python\n{_LONG}\n```"],
+)  # fmt: skip
+def test_short_sentences_tables_and_code_may_stay(text):
+    assert long_sentences(text) == []
+
+
+def test_docstrings_are_found_wherever_they_stand():
+    source = """
+'module'
+class A:
+    'class'
+    def method(self):
+        'method'
+        async def inner():
+            'inner'
+        return 'no docstring'
+def without():
+    pass
+"""
+    assert set(docstrings(source)) == {"module", "class", "method", "inner"}

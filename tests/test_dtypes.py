@@ -373,8 +373,10 @@ def coarsest(model, *more):
 @pytest.mark.filterwarnings("ignore:Casting complex values")
 @pytest.mark.parametrize("seeds", [range(start, start + 100) for start in (0, 100, 200)], ids=str)
 def test_random_modules_are_as_plain(seeds):
-    """The same values and dtypes, or refused where the model refuses, whatever the input's dtype; but where it is the
-    input's alone that the model refuses, that is cast to the model's, and back."""
+    """The same values and dtypes, or refused where the model refuses, whatever the input's dtype.
+
+    Where the model refuses the input's dtype alone, the input is cast to the model's, and the output back.
+    """
     for seed in seeds:
         torch.manual_seed(seed)
         model = Mixed(seed)

@@ -176,8 +176,10 @@ def module_of(case):
 @pytest.mark.parametrize("shape", (*SHAPES, *WEIGHT_GRADIENT_SHAPES))
 @pytest.mark.parametrize("backend", ("auto", "eager"))
 def test_gradients_are_right(shape, backend):
-    """Against those of fp64, in the bounds of sums of bf16 products. oneDNN sums in fp32 and rounds the result once;
-    without it ATen also rounds each tap's share of x's gradient, and each image's of the weight's, and their sums."""
+    """Against those of fp64, in the bounds of sums of bf16 products. oneDNN sums in fp32 and rounds the result once.
+
+    Without it ATen also rounds each tap's share of x's gradient, each image's of the weight's, and their sums.
+    """
     case = case_of(shape)
     p, o = case.problem, case.operands
     grad = torch.randn(p.output_shape).bfloat16()

@@ -174,7 +174,7 @@ def test_an_exception_is_reported_with_the_call_that_shows_it(monkeypatch):
 
 @pytest.mark.parametrize("padding", [0, 1])
 def test_torch_is_asked_about_nan_only_where_it_does_not_crash(padding, monkeypatch):
-    """Of one column, padded and read at every second: no window reaches it (oneDNN issue 5942)."""
+    """x is one column, padded and read at every second: no window reaches it (oneDNN issue 5942)."""
     x, weight = torch.full((1, 16, 3, 1), torch.nan), torch.ones(8, 16, 1, 1)
     operands = ConvOperands(x.bfloat16(), weight.bfloat16())
     problem = conv_problem(operands, (1, 2), (0, padding), (1, 1), 1, "relu")

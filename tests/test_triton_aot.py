@@ -37,7 +37,7 @@ def compiled(environment, *arguments) -> list[dict]:
 
 
 def check(report: dict, dtype: str) -> None:
-    """Of a kernel with pointers that sums the whole reduction, or walks flat memory."""
+    """What holds for a kernel with pointers that sums the whole reduction, or walks flat memory."""
     found, arch, name = report["instructions"], report["arch"], report["problem"]
     label = f"sm_{arch} {name} {report['config']}: {found}"
     # Triton 3.6.0 keeps 8 bytes of one 1x1 kernel on the stack for sm_100; 3.7.1 none of any

@@ -608,8 +608,11 @@ for launch in conv_bn_act.prepare(problem, operands, out, TritonConfig(*{tuple(C
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """All of a GPU that the tuner asks for, but the GPU: Triton's record computes by ATen on the CPU, what would be
-    captured is called, and the clock gives every candidate the same time but one config of Triton's."""
+    """All of a GPU that the tuner asks for, but the GPU.
+
+    Triton's record computes by ATen on the CPU, and what would be captured is called. The clock gives every candidate
+    the same time but one config of Triton's.
+    """
     fastest = []
 
     def run(problem, operands, config=None):

@@ -1,8 +1,8 @@
 """Models that other people wrote: how many convolutions are fused, and that the answers are the same.
 
-The rule for a network: the root mean square of the difference to the model in fp64, relative to that of the exact
-result, is at most four times as large as eager's own. Sums in another order are up to 2.4 times worse or better (seen);
-a mistake is a thousand times worse. Every output is held against it, whatever list or dict it comes in, and
+A network's error is the root mean square of its difference to the model in fp64, relative to that of the exact result.
+It is at most four times as large as eager's own. Sums in another order are up to 2.4 times worse or better (seen); a
+mistake is a thousand times worse. Every output is held against it, whatever list or dict it comes in, and
 containers, names, shapes and dtypes must be those of the model.
 """
 
@@ -42,7 +42,7 @@ def settled(model):
 
 
 def errors(outputs, exact):
-    """Of each tensor in these outputs, how far it is from the exact one. The outputs must be alike in all else."""
+    """How far each tensor in these outputs is from the exact one. The outputs must be alike in all else."""
     assert pytree.tree_structure(outputs) == pytree.tree_structure(exact)
     pairs = list(zip(pytree.tree_leaves(outputs), pytree.tree_leaves(exact)))
     assert all(a.shape == e.shape and a.dtype == torch.float32 for a, e in pairs)

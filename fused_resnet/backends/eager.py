@@ -88,8 +88,8 @@ def all_channels_last(operands: ConvOperands) -> ConvOperands:
 def channels_last(tensor: Tensor) -> Tensor:
     """The tensor in channels_last memory, with the strides of a new one in dimensions of size 1 too.
 
-    torch takes (N, 1, H, W) and (N, C, 1, 1) for channels_last whatever their strides, but Inductor counts on those
-    of the fake tensor, and oneDNN's binding leaves its fused path for others.
+    torch takes (N, 1, H, W) and (N, C, 1, 1) for channels_last whatever their strides. But Inductor counts on those of
+    the fake tensor, and oneDNN's binding leaves its fused path for others.
     """
     _, C, H, W = tensor.shape
     strides = (C * H * W, 1, C * W, C)

@@ -30,12 +30,21 @@ def _grouped_why_not(problem: ConvProblem) -> Optional[str]:
 
 
 def _grouped_pays(problem: ConvProblem) -> bool:
-    """Where groups are of 4 channels; in fp32 also of 8 with stride 1, and of 8 or 16 with stride 2 where pixels are a
-    multiple of 1 KB apart, so that oneDNN's reads share cache sets.
+    """Where groups are of 4 channels, and for some wider ones in fp32.
 
-    EPYC Zen 4, 2026-11, times oneDNN's speed on one thread and on two, batches 1 and 8: fp32, of 4 channels 2.3 to 3.0
-    and 2.2 to 3.0, of 8 with stride 1 0.99 to 1.4 and 1.0 to 1.5, with stride 2 1.6 to 2.55 and 1.6 to 2.5; left out,
-    0.8 to 1.1 and 0.8 to 1.3. bf16, of 4 channels 1.3 to 1.6 and 1.4 to 1.6; left out, 0.4 to 1.1 and 0.5 to 1.35.
+    Those are groups of 8 with stride 1, and of 8 or 16 with stride 2 where pixels are a multiple of 1 KB apart. At such
+    distances oneDNN's reads share cache sets.
+
+    Times oneDNN's speed, EPYC Zen 4, 2026-11, batches 1 and 8:
+
+    | dtype, channels a group | one thread | two threads |
+    | --- | --- | --- |
+    | fp32, 4 | 2.3 to 3.0 | 2.2 to 3.0 |
+    | fp32, 8 with stride 1 | 0.99 to 1.4 | 1.0 to 1.5 |
+    | fp32, with stride 2 as above | 1.6 to 2.55 | 1.6 to 2.5 |
+    | fp32, left out | 0.8 to 1.1 | 0.8 to 1.3 |
+    | bf16, 4 | 1.3 to 1.6 | 1.4 to 1.6 |
+    | bf16, left out | 0.4 to 1.1 | 0.5 to 1.35 |
     """
     p = problem
     width = p.C // p.groups

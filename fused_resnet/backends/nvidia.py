@@ -34,8 +34,10 @@ def _cudnn_why_not(problem: ConvProblem) -> Optional[str]:
 
 
 def _cudnn_pays(problem: ConvProblem) -> bool:
-    """Dense windows over channels in eights. For the others cuDNN may have no fused engine, and raise; and of a stem's
-    three channels it was reported that fused, in channels_last, they took 17 times as long (pytorch issue 68506)."""
+    """Dense windows over channels in eights. For the others cuDNN may have no fused engine, and raise.
+
+    Fused stems, with three channels in channels_last, were reported to take 17 times as long (pytorch issue 68506).
+    """
     return problem.groups == 1 and problem.dilation == (1, 1) and problem.C % 8 == 0 and problem.K % 8 == 0
 
 
@@ -55,8 +57,11 @@ def _nvidia_why_not(problem: Problem) -> Optional[str]:
 
 
 def _cublaslt_why_not(problem: ConvProblem) -> Optional[str]:
-    """torch takes cuBLASLt's bias epilogue for a dense bias vector and more than one channel on either side; otherwise
-    it would run a plain GEMM, and the bias and the ReLU after it."""
+    """None where torch takes cuBLASLt's bias epilogue, else why it does not.
+
+    It takes it for a dense bias vector and more than one channel on either side. Otherwise it would run a plain GEMM,
+    and the bias and the ReLU after it.
+    """
     reason = _nvidia_why_not(problem)
     if reason is not None:
         return reason

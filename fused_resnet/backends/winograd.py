@@ -33,13 +33,21 @@ def _winograd_why_not(problem: ConvProblem) -> Optional[str]:
 
 
 def _winograd_pays(problem: ConvProblem) -> bool:
-    """Unless most of its 4x4 output tiles lie outside the output, or too few share four times the weights. In bf16 with
-    many channels, where its fp32 sums meet bf16 instructions, only if the tiles fit the output. Never in bf16 where
-    oneDNN has AMX: ResNet-50 at batch 8 took 107 ms with it and 91 without (Intel Xeon, one thread, 2026-11, one run).
+    """Unless most of its 4x4 output tiles lie outside the output, or too few share four times the weights.
 
-    EPYC Zen 4, 2026-11, times oneDNN's speed on one thread and on two: fp32, 1.4 to 2.8 and 1.1 to 2.6 by this rule,
-    1.1 and 0.8 at 4 tiles of 512 channels; bf16, 0.95 to 1.6 and 1.2 to 1.6 to 192 channels, and beyond 1.2 to 1.45 and
-    1.2 to 1.5 by this rule, 0.6 to 1.1 and 0.6 to 1.2 on maps of 7, 14 and 17.
+    In bf16 with many channels, where its fp32 sums meet bf16 instructions, only if the tiles fit the output. Never in
+    bf16 where oneDNN has AMX: ResNet-50 at batch 8 took 107 ms with it and 91 without (Intel Xeon, one thread, 2026-11,
+    one run).
+
+    Times oneDNN's speed, EPYC Zen 4, 2026-11:
+
+    | | one thread | two threads |
+    | --- | --- | --- |
+    | fp32, by this rule | 1.4 to 2.8 | 1.1 to 2.6 |
+    | fp32, left out: 4 tiles of 512 channels | 1.1 | 0.8 |
+    | bf16, to 192 channels | 0.95 to 1.6 | 1.2 to 1.6 |
+    | bf16, more channels, by this rule | 1.2 to 1.45 | 1.2 to 1.5 |
+    | bf16, more channels, left out: maps of 7, 14 and 17 | 0.6 to 1.1 | 0.6 to 1.2 |
     """
     p = problem
     channels, tiles = max(p.C, p.K), p.N * -(-p.P // 4) * -(-p.Q // 4)

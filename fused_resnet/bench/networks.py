@@ -17,9 +17,9 @@ from fused_resnet.timing import Progress, Variants, interleaved, silent
 def calibrated(model: nn.Module, image_shape: Sequence[int], *, batch: int = 4, seed: int = 0) -> nn.Module:
     """Give a randomly initialised model the BN statistics of random images, so that its activations are sane.
 
-    The last BN of each residual block scales by a quarter: by 1, the depth of a random ResNet-50 amplifies rounding
-    as no trained network does (bf16 logits off by 13 % instead of 1.5 %, one image batch, on a CPU). Then one forward
-    in training mode; the model is returned in eval mode with its BN momenta as they were.
+    The last BN of each residual block scales by a quarter. By 1, the depth of a random ResNet-50 amplifies rounding as
+    no trained network does: bf16 logits off by 13 % instead of 1.5 % (one image batch, on a CPU). Then one forward in
+    training mode; the model is returned in eval mode with its BN momenta as they were.
     """
     for block in model.modules():
         if isinstance(block, (BasicBlock, Bottleneck)):

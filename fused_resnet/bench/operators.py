@@ -144,8 +144,8 @@ class Prepared(NamedTuple):
 def op_variants(problem: ConvProblem, live: ConvOperands) -> tuple[dict[str, Prepared], dict[str, str]]:
     """Every way to compute a convolution, and why the others cannot.
 
-    UNFUSED is eager conv, BN, add and activation, one after the other; FOLDED the same with BN folded; the others are
-    the backends as a frozen plan runs them, with packed weights and the config that is tuned for this device.
+    UNFUSED is eager conv, BN, add and activation, one after the other. FOLDED is the same with BN folded. The others
+    are the backends as a frozen plan runs them, with packed weights and the config that is tuned for this device.
     """
     eager, folded = backends.known("conv_bn_act")["eager"], folded_operands(live)
     unfolded = problem._replace(has_bn=True, has_bias=False)
@@ -201,8 +201,11 @@ def why_not_timed(problem: Problem) -> dict[str, str]:
 
 
 def _compared_images(batch: int) -> list[int]:
-    """The first two images and the last. The whole batch is computed, since kernel choice and tile borders depend on
-    it; but an image's output depends on no other image, so a few are enough for the fp64 reference."""
+    """The first two images and the last.
+
+    The whole batch is computed, since kernel choice and tile borders depend on it. But an image's output depends on no
+    other image, so a few are enough for the fp64 reference.
+    """
     return sorted({0, min(1, batch - 1), batch - 1})
 
 

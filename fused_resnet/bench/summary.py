@@ -65,9 +65,13 @@ def summarise(rows: Sequence[Row], against: str) -> list[dict[str, Any]]:
 def summarise_ops(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """What an operator benchmark says: each variant beside the plain ones, then our kernels and `auto` where it counts.
 
-    "our kernels", the fastest without eager and the libraries, beside the better of cuDNN fused and unfused; "auto",
-    what the package takes by itself, beside the fastest library kernel: over all rows, over the large batches, and for
-    each batch and dtype. The additions, beside plain ones and beside a copy of as many bytes.
+    | shown as | what it is | beside |
+    | --- | --- | --- |
+    | "our kernels" | the fastest without eager and the libraries | the better of cuDNN fused and unfused |
+    | "auto" | what the package takes by itself | the fastest library kernel |
+
+    Both over all rows, over the large batches, and for each batch and dtype. The additions, beside plain ones and
+    beside a copy of as many bytes.
     """
     convolutions = [row for row in rows if row["op"] == "conv_bn_act"]
     additions = [row for row in rows if row["op"] == "add_relu"]

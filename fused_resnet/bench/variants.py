@@ -41,11 +41,20 @@ def variant_builders(
 ) -> dict[str, Builder]:
     """Ways to run `model` on x (both fp32), by name: calling one makes the callable, which may raise or take a while.
 
-    "eager NCHW fp32" is always there. Per dtype, as asked for: "eager NHWC", "folded" (freeze with backend="eager"),
-    "compile" (torch.compile with freezing, on CUDA as a CUDA graph), "autotune" (the same with max-autotune), "cudnn"
-    (cuDNN's fused convolutions stitched by hand into one CUDA graph), "tensorrt", "onnxruntime", "openvino", "fused"
-    and "frozen", with UNTUNED as if nothing had been measured by `fused-resnet tune`. Frozen variants get x and convert
-    it themselves; the others get it in their own dtype.
+    "eager NCHW fp32" is always there. Per dtype, as asked for:
+
+    | name | what it is |
+    | --- | --- |
+    | eager NHWC | the model as it is, in channels_last memory |
+    | folded | freeze with backend="eager" |
+    | compile | torch.compile with freezing, on CUDA as a CUDA graph |
+    | autotune | the same with max-autotune |
+    | cudnn | cuDNN's fused convolutions stitched by hand into one CUDA graph |
+    | tensorrt, onnxruntime, openvino | the model in these |
+    | fused | `fuse` |
+    | frozen | `freeze`; with UNTUNED as if nothing had been measured by `fused-resnet tune` |
+
+    Frozen variants get x and convert it themselves; the others get it in their own dtype.
     """
     wide = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
     is_on_cuda = x.device.type == "cuda"

@@ -41,8 +41,8 @@ def load_weights(
     resnet18-f37072fd.pth. strict=False loads the keys that match and needs at least one; shapes must agree all the
     same.
 
-    Raises FileNotFoundError, OSError for a failed download, TypeError for another kind of source, ValueError for a
-    wrong digest, an unreadable file, and keys or shapes that do not fit; the model has not been changed by then.
+    Raises FileNotFoundError, OSError for a failed download, and TypeError for another kind of source. ValueError for a
+    wrong digest, an unreadable file, and keys or shapes that do not fit. The model has not been changed by then.
     """
     path, found = _fetch(source, progress, sha256)
     aliases = getattr(model, "key_aliases", {})

@@ -57,7 +57,7 @@ def launch_backward(problem: AddReluProblem, grad: Tensor, out: Tensor, grad_inp
 
 
 def flat_arguments(problem: AddReluProblem, first: Tensor, second: Tensor, result: Tensor) -> tuple[int, tuple, dict]:
-    """Of both kernels: how many programs to start, their arguments, and the options."""
+    """How many programs to start, their arguments, and the options. The same for both kernels."""
     num_programs = -(-problem.numel // BLOCK)
     return num_programs, (first, second, result, problem.numel), dict(BLOCK=BLOCK, num_warps=NUM_WARPS)
 

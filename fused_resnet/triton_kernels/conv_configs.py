@@ -21,8 +21,8 @@ MAX_PITCH = 2**22  # elements between rows: 256 rows of a tile, and their halo, 
 
 FORMS = ("pointer", "gemm_tma", "rows_tma", "lines_tma")
 NUM_SMS = 132  # of an H100 and an H200
-# Sums a thread: twice as many do not fit beside anything else that a thread must hold. sm_90, Triton 3.6.0 and 3.7.1:
-# up to 440 bytes of stack with a residual, in a persistent kernel, or for stride 1 in lines_tma.
+# Sums a thread. MANY_SUMS of them leave no room: with a residual, in a persistent kernel, or for stride 1 in
+# lines_tma they spill up to 440 bytes (sm_90, Triton 3.6.0 and 3.7.1).
 MANY_SUMS, _FEW_SUMS = 128, 64
 # More of them have miscompiled a flattened (r, s, c) loop for filters beyond 1x1 (pytorch issue 173068). A config with
 # more is taken only where it was measured, and so held against the reference on that very GPU.

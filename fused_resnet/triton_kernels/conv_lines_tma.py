@@ -4,9 +4,9 @@ Stride 1: x as a matrix [N * H, W * C], one row a line. The outputs (n, p) of on
 plain 2-D tile of it: r - 1 rows further down, from column (q + s - 1) * C on. TMA reads zero left and right of the
 matrix. Above and below an image lies the next one: what r = 0 brings to p = 0, and r = 2 to p = P - 1, is dropped.
 
-Stride 2, H and W even: x as [N * H/2, 2 * W * C], one row a pair of lines: r = 0 is in the second half of the row
-above, r = 1 in the first half of row n * P + p, r = 2 in its second half. s = 0 is left out for q = 0, since left of
-the second half lies the first; below an image nothing is read.
+Stride 2, H and W even: x as [N * H/2, 2 * W * C], one row a pair of lines. r = 0 is in the second half of the row
+above. r = 1 is in the first half of row n * P + p, and r = 2 in its second half. s = 0 is left out for q = 0, since
+left of the second half lies the first; below an image nothing is read.
 
 Nothing is masked, padded or copied, and no row is wasted.
 """

@@ -1,7 +1,7 @@
 """act(scale * conv(x, w) + shift + residual) for 3x3 filters with stride 1 and padding 1, x with a halo. From sm_90 on.
 
-x lies in rows m = (n * (H + 1) + p) * (W + 1) + q, the last line of every image and the last column of every line
-zero. The right halo of a line is the left halo of the next, the halo below an image is above the next, and TMA reads
+x lies in rows m = (n * (H + 1) + p) * (W + 1) + q. The last line of every image and the last column of every line are
+zero. The right halo of a line is the left halo of the next, and the halo below an image is above the next. TMA reads
 zero before the start and past the end. So tap (r, s) is the same 2-D tile shifted by (r - 1) * (W + 1) + (s - 1) rows:
 no masks and no index arithmetic. The price is (H + 1) * (W + 1) / (H * W) as many rows.
 """

@@ -87,7 +87,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=None)  # the visible GPUs stay what they are
 def least_capability() -> Optional[tuple[int, int]]:
-    """Of all visible GPUs; None where there is none."""
+    """The lowest compute capability of the visible GPUs; None where there is none."""
     return min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())), default=None)
 
 
