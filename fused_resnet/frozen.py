@@ -35,8 +35,6 @@ _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bs
 # In torch.ao.nn.quantized, but of models yet to be quantized, or inside a module that quantizes its own input.
 _SERVES_FLOATS = ("FloatFunctional", "FXFloatFunctional", "LinearPackedParams")
 
-_Kind = tuple[torch.device, torch.dtype]
-
 log = logging.getLogger("fused_resnet")
 
 
@@ -142,10 +140,6 @@ def _is_quantized(cls: type) -> bool:
     return is_known and cls.__name__ not in _SERVES_FLOATS
 
 
-def _kind_of(tensor: Tensor) -> _Kind:
-    return tensor.device, tensor.dtype
-
-
 def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
@@ -167,31 +161,24 @@ class _Frozen(NotScriptable, nn.Module):
             raise RuntimeError("a frozen model cannot be trained: train frozen.unfreeze() and freeze it again.")
         return self
 
-    def _kinds(self) -> set[frozenset[_Kind]]:
-        """What it is in: sets of kinds, within each of which a move changes nothing."""
+    def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
+        """Where what it takes and what it computes with beside its plans lie, and their dtypes."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "_Frozen":
-        """What `to`, `float` and their like do to every module: nothing, where this one is as they ask already.
-
-        A model frozen with dtype= is in two dtypes, that of its inputs and that of its arithmetic; either is as it is.
-        """
-        for kinds in self._kinds():
-            for kind in kinds:
-                device, dtype = kind
-                sample, cause = torch.empty(1, device=device, dtype=dtype), None
-                try:
-                    moved = fn(sample)
-                    is_kept = moved is sample or _kind_of(moved) in kinds - {kind}
-                except Exception as error:
-                    is_kept, cause = False, error
-                if not is_kept:
-                    names = " or ".join(sorted(dtype_name(dtype) for _, dtype in kinds))
-                    raise RuntimeError(
-                        f"a frozen model cannot be moved or converted, and this one is in {names} on {device}: move "
-                        "frozen.unfreeze() and freeze it again (dtype= converts). Where it is inside another model, "
-                        "the modules that come before it there have been moved."
-                    ) from cause
+        """What `to`, `float` and their like do to every module: nothing, where this one is as they ask already."""
+        for device, dtype in self._kinds():
+            sample, cause = torch.empty(1, device=device, dtype=dtype), None
+            try:
+                is_kept = fn(sample) is sample
+            except Exception as error:
+                is_kept, cause = False, error
+            if not is_kept:
+                raise RuntimeError(
+                    f"a frozen model cannot be moved or converted, and this one is in {dtype_name(dtype)} on {device}: "
+                    "move frozen.unfreeze() and freeze it again (dtype= converts). Where it is inside another model, "
+                    "the modules that come before it there have been moved."
+                ) from cause
         return self
 
 
@@ -271,8 +258,8 @@ class FrozenModel(_Frozen):
             self._plans.move_to_end(key)
             return plan
 
-    def _kinds(self) -> set[frozenset[_Kind]]:
-        return {frozenset(((self.device, self.dtype), (self.device, self.input_dtype)))}
+    def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
+        return {(self.device, self.input_dtype)}
 
     def _reset_plans(self) -> None:
         self.__dict__.update(_lock=threading.Lock(), _plans=collections.OrderedDict())
@@ -368,9 +355,9 @@ class FrozenParts(_Frozen):
                 args, kwargs = copy_tensors((args, kwargs))
             return model(*args, **kwargs)
 
-    def _kinds(self) -> set[frozenset[_Kind]]:
+    def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
         model: Any = self._copy
-        rest = {frozenset((_kind_of(tensor),)) for tensor in itertools.chain(model.parameters(), model.buffers())}
+        rest = {(tensor.device, tensor.dtype) for tensor in itertools.chain(model.parameters(), model.buffers())}
         return rest.union(*(part._kinds() for part in self.parts.values()))
 
     def extra_repr(self) -> str:

@@ -27,7 +27,7 @@ from fused_resnet.matching import Match, activation_of, matches, norm_at
 from fused_resnet.nn import Norm, norm_of
 from fused_resnet.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name, pair
 from fused_resnet.spelling import CONVOLUTIONS, add_child, arguments_of
-from fused_resnet.tracing import POOL_FUNCTIONS, POOLS, count_writes, has_stock_call, keeps_state, module_of
+from fused_resnet.tracing import POOL_FUNCTIONS, POOLS, content_of_tensor, has_stock_call, keeps_state, module_of
 
 log = logging.getLogger("fused_resnet")
 _CAPTURING = threading.Lock()
@@ -272,7 +272,7 @@ def make_plan(traced: fx.GraphModule, x: Tensor, conversion: Optional[Conversion
 def _try(plan: Plan, x: Tensor) -> None:
     """Run a new plan once, so that what it cannot do is said where it is made, and what it would keep."""
     held = {**dict(plan.module.named_parameters()), **dict(plan.module.named_buffers())}
-    before = {name: count_writes(tensor) for name, tensor in held.items()}
+    before = {name: content_of_tensor(tensor) for name, tensor in held.items()}
     try:
         plan(x)
     except Exception as error:
@@ -280,7 +280,7 @@ def _try(plan: Plan, x: Tensor) -> None:
         where = f"{f' in {dtype_name(wanted)}' if wanted else ''} on an input of {_shown(x)}"
         raise ValueError(f"freeze: the model does not run{where}: {first_line(error)}") from error
     for name, tensor in held.items():
-        if count_writes(tensor) != before[name]:
+        if content_of_tensor(tensor) != before[name]:
             raise keeps_state(f"its attribute {name.removeprefix('model.')}")
 
 
@@ -416,10 +416,14 @@ def _move_biases(graph: fx.Graph, modules: dict, backend: str) -> None:
         other = module_of(node.args[1], modules)
         if not isinstance(other, FrozenConv) or other.bias is None or other.problem.activation != "none":
             continue
-        if len(node.args[1].users) > 1 or any(one.backend.bind is not None for one in (conv, other)):
+        is_only_added = len(node.args[1].users) == 1 and node.args[0] is not node.args[1]
+        if not is_only_added or any(one.backend.bind is not None for one in (conv, other)):
             continue
         total = other.bias.double() if conv.bias is None else conv.bias.double() + other.bias.double()
-        conv.bias, other.bias = total.to(other.bias.dtype), None
+        total = total.to(other.bias.dtype)
+        if not total.isfinite().all():  # in fp16 a sum may be where its parts are not
+            continue
+        conv.bias, other.bias = total, None
         for one in (conv, other):
             one.problem = one.problem._replace(has_bias=one.bias is not None)
             one.select(backends.select(one.problem, backend, in_plan=True))

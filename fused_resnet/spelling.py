@@ -128,6 +128,8 @@ def _convolution(
         raise ValueError("no convolution that a module computes")
     K, C, *window = weight.shape
     make = _CONVOLUTIONS[weight.dim()]
+    if bias is not None and tuple(bias.shape) != (K,):
+        raise ValueError("no bias that a module has")
     conv = make(C * groups, K, window, stride, padding, dilation, groups, bias is not None, device="meta")
     conv.weight, conv.bias = weight, bias
     return conv
@@ -135,13 +137,15 @@ def _convolution(
 
 def _linear(weight: Tensor, bias: Any = None) -> Any:
     K, C = weight.shape
+    if bias is not None and tuple(bias.shape) != (K,):
+        raise ValueError("no bias that a module has")
     linear = nn.Linear(C, K, bias is not None, device="meta")
     linear.weight, linear.bias = weight, bias
     return linear
 
 
 def _max_pool2d(kernel_size: Any, stride: Any = None, **rest: Any) -> nn.Module:
-    return nn.MaxPool2d(kernel_size, stride or None, **rest)
+    return nn.MaxPool2d(kernel_size, None if stride in ((), []) else stride, **rest)
 
 
 _CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import operator
 import random
 import sys
@@ -56,9 +57,8 @@ _LIBRARIES = {*sys.stdlib_module_names, "fused_resnet", "numpy", "timm", "torch"
 _SAME_BY_ID = (nn.Module, FunctionType, ModuleType, type, fx.Proxy, fx.Graph)
 _ATOMS = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device}
 _CONTAINERS = (collections.OrderedDict, dict, list, tuple, set, frozenset, collections.deque)
-# How far is looked for state, from near to far: of an object beyond only the type is told.
-_MOST_CODE, _MOST_OBJECTS, _MOST_BYTES, _DEEPEST = 1000, 2**14, 2**30, 100
-_State = dict[tuple[int, str], Any]
+# How far is looked for state: objects from one place and in all, bytes in all. Of what is beyond only the type is told.
+_MOST_CODE, _MOST_OF_A_PLACE, _MOST_OBJECTS, _MOST_BYTES, _DEEPEST = 1000, 2**14, 2**18, 2**30, 100
 _AUGMENTED = {f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
 # A view of contiguous memory, a copy of channels_last memory; or the other way round.
 _LAYOUT_DECIDES = {"view", "reshape", "flatten", "ravel", "contiguous", torch.reshape, torch.flatten, torch.ravel}
@@ -416,23 +416,33 @@ def _compute_weights(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------- what a forward keeps
 
 
+class _State(dict[tuple[int, str], Any]):
+    """What values hold, by whose they are and by what they are called in a sentence. walk: keeps what was met, or
+    something new could have its id."""
+
+    def __init__(self, walk: "_Walk") -> None:
+        super().__init__()
+        self.walk = walk
+
+
 def _state_of(model: nn.Module) -> _State:
     """What a forward could write: attributes of modules, and what the functions name that it could call.
 
-    By whose it is, and by what it is called in a sentence. Functions are found through whatever is met on the way.
+    Functions are found through whatever is met on the way.
     """
-    walk, state = _Walk(model), {}
+    walk = _Walk(model)
+    state = _State(walk)
     for name, module in model.named_modules():
         own = {key: value for key, value in vars(module).items() if key not in _HOLDERS}
         own.update({**module._parameters, **module._buffers, **module._modules})
         for key, value in own.items():
-            state[id(module), _attribute(name, key)] = walk.content(value)
+            state[id(module), _attribute(name, key)] = walk.content_at_a_place(value)
     for module in model.modules():
         walk.follow(type(module))
     for code in walk.code:  # more are met meanwhile
         for owner, label, value in walk.variables_of(code):
             if (id(owner), label) not in state:
-                state[id(owner), label] = walk.content(value)
+                state[id(owner), label] = walk.content_at_a_place(value)
     return state
 
 
@@ -448,6 +458,8 @@ class _Walk:
 
     def __init__(self, model: nn.Module) -> None:
         self._met: dict[int, tuple[Any, Any]] = {}  # objects and what they hold, by id
+        self._alive: list[Any] = []  # and what is told by its id
+        self._objects_left, self._bytes_left = 0, _MOST_BYTES
         self._packages = {_package(type(module).__module__) for module in model.modules()} - _LIBRARIES
         self.code: list[Any] = []
 
@@ -457,37 +469,75 @@ class _Walk:
             self._met[id(code)] = code, None
             self.code.append(code)
 
-    def content(self, value: Any, depth: int = 0) -> Any:
-        """What a value holds. It equals what the value holds later, as long as that is the same."""
+    def content_at_a_place(self, value: Any) -> Any:
+        """What a value holds, with as many objects to look at as every place has."""
+        self._objects_left = _MOST_OF_A_PLACE
+        return self.content(value, 0)
+
+    def content(self, value: Any, depth: int) -> Any:
+        """What a value holds. It equals what the value holds later, as long as that is the same.
+
+        Of an object a digest, since objects that share others have as many ways through them as trees have leaves.
+        """
         kind = type(value)
         if kind in _ATOMS:
             return value if value == value else repr(value)  # NaN
         if kind in _CONTAINERS and not value:  # most are, for hooks
-            return kind
-        if issubclass(kind, Tensor):
-            return _content_of_tensor(value)
+            return kind.__name__
         if issubclass(kind, FunctionType) or issubclass(kind, type) and not issubclass(value, nn.Module):
             self.follow(value)
         if issubclass(kind, _SAME_BY_ID):
-            return id(value), value  # which is kept, or something new could have its id
+            self._alive.append(value)
+            return id(value)
         if id(value) not in self._met:
-            if depth == _DEEPEST or len(self._met) >= _MOST_OBJECTS:
-                return kind
-            self._met[id(value)] = value, kind  # until it is known: an object may hold itself
-            self._met[id(value)] = value, self._content_of_object(value, depth)
+            if depth == _DEEPEST or not self._objects_left or len(self._met) >= _MOST_OBJECTS:
+                return id(kind)
+            self._objects_left -= 1
+            self._met[id(value)] = value, id(kind)  # until it is known: an object may hold itself
+            is_tensor = issubclass(kind, Tensor)
+            told = content_of_tensor(value) if is_tensor else self._content_of_object(value, depth)
+            self._met[id(value)] = value, told
         return self._met[id(value)][1]
 
-    def _content_of_object(self, value: Any, depth: int) -> tuple:
+    def _content_of_object(self, value: Any, depth: int) -> bytes:
         kind = type(value)
         is_of_library = self._is_of_library(kind.__module__)
         if not is_of_library:
             self.follow(kind)
-        parts = list(_parts(value, is_of_library))
+        parts = list(self._parts(value, is_of_library))
         if not parts and not issubclass(kind, _CONTAINERS):
-            return id(value), value
-        if not _ATOMS.issuperset(map(type, parts)):
+            parts = [id(value)]
+        elif not _ATOMS.issuperset(map(type, parts)):
             parts = [self.content(part, depth + 1) for part in parts]
-        return kind, *parts
+        return hashlib.blake2b(repr((id(kind), parts)).encode(), digest_size=16).digest()
+
+    def _parts(self, value: Any, is_of_library: bool) -> Iterator[Any]:
+        """What can be seen of an object without a call of methods that a user wrote."""
+        kind: Any = type(value)
+        with contextlib.suppress(AttributeError):  # it has slots alone
+            own = object.__getattribute__(value, "__dict__")
+            if not is_of_library:
+                yield own
+            elif "__wrapped__" in own:
+                yield own["__wrapped__"]
+        for member in _members(kind):
+            with contextlib.suppress(AttributeError):  # which is not set
+                yield member.__get__(value)
+        for container in _CONTAINERS:
+            if issubclass(kind, container):
+                yield from list(container.__iter__(value))
+                yield from list(dict.values(value)) if issubclass(kind, dict) else ()
+                return
+        with contextlib.suppress(TypeError, ValueError, BufferError):  # most have no memory to be read
+            memory = memoryview(value)
+            yield from (memory.format, memory.shape)
+            if memory.nbytes <= self._bytes_left:
+                self._bytes_left -= memory.nbytes
+                yield zlib.crc32(memory if memory.c_contiguous else memory.tobytes())
+            return
+        if is_of_library:
+            with contextlib.suppress(Exception):  # of a lock all that can be told is which it is
+                yield value.__reduce_ex__(4)
 
     def variables_of(self, code: Any) -> Iterator[tuple[Any, str, Any]]:
         """What a class has, and what a function names and keeps: whose it is, what it is called, and its value."""
@@ -537,41 +587,13 @@ def _is_installed(package: str) -> bool:
     return "site-packages" in file or "dist-packages" in file
 
 
-def _content_of_tensor(tensor: Tensor) -> tuple:
+def content_of_tensor(tensor: Tensor) -> tuple:
     """The numbers of a small one. Of others and of parameters, which it is and how often it was written to."""
     if type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta and tensor.numel() < 2**16:
         with contextlib.suppress(RuntimeError):  # quantized ones
             numbers = tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy()
-            return tensor.dtype, tuple(tensor.shape), numbers.tobytes()
-    return id(tensor), tensor, count_writes(tensor)
-
-
-def _parts(value: Any, is_of_library: bool) -> Iterator[Any]:
-    """What can be seen of an object without a call of methods that a user wrote."""
-    kind: Any = type(value)
-    with contextlib.suppress(AttributeError):  # it has slots alone
-        own = object.__getattribute__(value, "__dict__")
-        if not is_of_library:
-            yield own
-        elif "__wrapped__" in own:
-            yield own["__wrapped__"]
-    for member in _members(kind):
-        with contextlib.suppress(AttributeError):  # which is not set
-            yield member.__get__(value)
-    for container in _CONTAINERS:
-        if issubclass(kind, container):
-            yield from list(container.__iter__(value))
-            yield from list(dict.values(value)) if issubclass(kind, dict) else ()
-            return
-    with contextlib.suppress(TypeError, ValueError, BufferError):  # most have no memory to be read
-        memory = memoryview(value)
-        yield from (memory.format, memory.shape)
-        if memory.nbytes <= _MOST_BYTES:
-            yield zlib.crc32(memory if memory.c_contiguous else memory.tobytes())
-        return
-    if is_of_library:
-        with contextlib.suppress(Exception):  # of a lock all that can be told is which it is
-            yield value.__reduce_ex__(4)
+            return str(tensor.dtype), tuple(tensor.shape), hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
+    return id(tensor), count_writes(tensor)
 
 
 @functools.lru_cache(maxsize=None)

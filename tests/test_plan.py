@@ -334,6 +334,8 @@ def test_a_bias_moves_to_the_convolution_that_adds_the_result():
     ("read twice", 0),
     ("an activation", 0),
     ("packed weights", 0),
+    ("its own input", 0),
+    ("too large", 0),
 ))  # fmt: skip
 def test_which_biases_move(change, moved):
     class Sum(nn.Module):
@@ -341,9 +343,12 @@ def test_which_biases_move(change, moved):
             super().__init__()
             self.conv = nn.Conv2d(4, 8, 3, padding=1, bias=change != "no bias of its own")
             self.shortcut = nn.Conv2d(4, 8, 1)
+            if change == "its own input":
+                self.conv = nn.Conv2d(8, 8, 3, padding=1)
 
         def forward(self, x):
             skip = self.shortcut(x)
+            x = skip if change == "its own input" else x
             skip = skip.relu() if change == "an activation" else skip
             out = (self.conv(x) + skip).relu()
             return out + skip if change == "read twice" else out
@@ -351,8 +356,12 @@ def test_which_biases_move(change, moved):
     if change == "packed weights" and (reason := backends.onednn_missing(torch.float32)):
         pytest.skip(reason)
     model, x = Sum().eval(), torch.randn(2, 4, 7, 7)
+    if change == "too large":  # for fp16, together
+        model, x = model.half(), x.half()
+        nn.init.constant_(model.conv.bias, 4e4), nn.init.constant_(model.shortcut.bias, 4e4)
     frozen = fused_resnet.freeze(model, x, backend="onednn" if change == "packed weights" else "eager")
-    assert networks.error(frozen(x), networks.in_fp64(model, x)) < 1e-6
+    if change != "too large":
+        assert networks.error(frozen(x), networks.in_fp64(model, x)) < 1e-6
     assert sum(conv.bias is None for conv in convolutions(frozen, x)) == moved
 
 
@@ -1151,6 +1160,34 @@ def test_large_arrays_are_read_where_they_are():
         fused_resnet.freeze(model, x)
 
 
+def test_a_counter_behind_many_objects_or_beside_shared_ones_is_seen():
+    model, x, shared = Keeps(lambda m, x: None).eval(), torch.randn(2, 4, 5, 5), None
+    for _ in range(60):  # with 2**60 ways through it
+        shared = types.SimpleNamespace(one=shared, other=shared)
+    model.many, model.shared, model.count = [[i] for i in range(2**15)], shared, [[0]]
+    frozen_equals(model, x)
+    model.write = lambda m, x: m.count[0].append(1)
+    with pytest.raises(RuntimeError, match="freeze: the forward writes its attribute count"):
+        fused_resnet.freeze(model, x)
+
+
+def test_running_statistics_that_a_function_updates_are_state():
+    """ATen writes them without counting it."""
+
+    class Updates(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 8, 3)
+            self.register_buffer("mean", torch.zeros(8))
+            self.register_buffer("var", torch.ones(8))
+
+        def forward(self, x):
+            return F.batch_norm(self.conv(x), self.mean, self.var, training=True)
+
+    with pytest.raises(RuntimeError, match="freeze: the forward writes its attribute"):
+        fused_resnet.freeze(Updates().eval(), torch.randn(2, 4, 9, 9))
+
+
 DRAWN = {
     "torch": lambda m, x: torch.randn(4, 1, 1),
     "Python": lambda m, x: random.random(),
@@ -1464,25 +1501,21 @@ def test_what_would_change_a_frozen_model_is_refused(frozen_and_example, call):
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
-def test_to_the_dtype_of_the_arithmetic_or_of_the_inputs_does_nothing(dtype):
-    frozen, x = fused_resnet.freeze(networks.small(), torch.randn(X), dtype=dtype), torch.randn(X)
-    around, expected = nn.Sequential(frozen, nn.Linear(10, 10)).eval(), frozen(x)
-    for call in (*UNMOVED.values(), lambda m: m.to(dtype), lambda m: m.to("cpu", dtype), lambda m: m.type(dtype)):
+@pytest.mark.parametrize("in_parts", (False, True))
+def test_a_model_frozen_in_another_dtype_is_in_that_of_its_inputs(dtype, in_parts):
+    """What it takes and returns decides: in the dtype of its arithmetic, the next call would fail."""
+    model, x = (Each(networks.small()).eval(), [torch.randn(X)]) if in_parts else (networks.small(), torch.randn(X))
+    frozen = fused_resnet.freeze(model, x, dtype=dtype)
+    around, expected = nn.Sequential(frozen, nn.LazyLinear(10)).eval(), frozen(x)
+    around(x)
+    for call in UNMOVED.values():
         assert call(frozen) is frozen and call(around) is around
-    assert around[1].weight.dtype == dtype and torch.equal(frozen(x), expected) and frozen.dtype == dtype
-    for other in {torch.bfloat16, torch.float16, torch.float64} - {dtype}:
-        with pytest.raises(RuntimeError, match=f"cannot be moved or converted.* in .*{str(dtype)[6:]}.* on cpu"):
-            around.to(other)
-    assert around[1].weight.dtype == dtype
-
-
-def test_to_the_dtype_of_the_parts_alone_is_a_conversion_of_the_rest():
-    images = [torch.randn(X)]
-    frozen = fused_resnet.freeze(Each(networks.small()).eval(), images, dtype=torch.bfloat16)
-    assert frozen.float() is frozen and frozen.to(images[0]) is frozen
-    for call in (frozen.bfloat16, frozen.half, frozen.double):
-        with pytest.raises(RuntimeError, match="cannot be moved or converted"):
-            call()
+    for other in (torch.bfloat16, torch.float16, torch.float64):
+        for module in (frozen, around):
+            with pytest.raises(RuntimeError, match="cannot be moved or converted.* is in float32 on cpu"):
+                module.to(other)
+    assert around[1].weight.dtype == torch.float32 and torch.equal(frozen(x), expected)
+    assert in_parts or frozen.dtype == dtype
 
 
 def test_hooks_of_leaves_are_kept_and_those_of_containers_refused():

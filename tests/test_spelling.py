@@ -227,7 +227,7 @@ class OfFunction(nn.Module):
         super().__init__()
         self.function, self.bias = function, nn.Parameter(torch.ones(4))
         self.weight = nn.Parameter(torch.randn(4, 3, 1, 1))
-        self.wide = nn.Parameter(torch.randn(4, 4, 3, 3))
+        self.wide, self.one = nn.Parameter(torch.randn(4, 4, 3, 3)), nn.Parameter(torch.ones(1))
 
     def forward(self, x):
         return self.function(x, lambda x: F.conv2d(x, self.weight, self.bias), self)
@@ -256,7 +256,9 @@ def test_an_exported_model_that_reads_by_strides_is_refused():
     lambda m, x: F.conv2d(x, m.weight, padding="same", stride=2),
     lambda m, x: F.conv1d(x, m.weight),
     lambda m, x: F.linear(x, m.wide),
-), ids=("groups", "stride", "rank", "linear"))  # fmt: skip
+    lambda m, x: F.conv2d(x, m.weight, m.one),
+    lambda m, x: F.max_pool2d(x, 2, 0),
+), ids=("groups", "stride", "rank", "linear", "bias", "pooling"))  # fmt: skip
 def test_what_torch_refuses_is_refused(call):
     with pytest.raises(ValueError, match="freeze: the model cannot take an input of shape"):
         fused_resnet.freeze(OfFunction(lambda x, conv, m: call(m, x)).eval(), torch.randn(X))
