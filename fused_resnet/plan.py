@@ -242,7 +242,6 @@ def make_plan(traced: fx.GraphModule, x: Tensor, conversion: Optional[Conversion
     modules = dict(module.named_modules())
     for match in _matches(module.graph, modules):
         _lower(module, modules, match, backend)
-    _move_biases(module.graph, modules, backend)
     _reselect_stranded(module.graph, modules, backend)
     _mark_sums_in_place(module.graph, modules)
     _place_triton(module.graph, modules, x.device)
@@ -400,33 +399,6 @@ def _spread(value: Any, dims: int) -> tuple:
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     values = tuple(math.inf if isinstance(step, fx.Node) else step for step in values)
     return values if len(values) == dims else values * dims
-
-
-def _move_biases(graph: fx.Graph, modules: dict, backend: str) -> None:
-    """Give the bias of a convolution that only another one adds to that one: relu((conv(x) + b) + (shortcut(x) + c))
-    is relu(conv(x) + (b + c) + shortcut(x)).
-
-    ATen on CUDA adds a bias in a pass of its own, and cuDNN's fused calls take no convolution without ReLU. The kernels
-    that `bind` on a CPU add it for nothing, and their weights are packed already.
-    """
-    for node in graph.nodes:
-        conv = module_of(node, modules)
-        if not isinstance(conv, FrozenConv) or len(node.args) < 2:
-            continue
-        other = module_of(node.args[1], modules)
-        if not isinstance(other, FrozenConv) or other.bias is None or other.problem.activation != "none":
-            continue
-        is_only_added = len(node.args[1].users) == 1 and node.args[0] is not node.args[1]
-        if not is_only_added or any(one.backend.bind is not None for one in (conv, other)):
-            continue
-        total = other.bias.double() if conv.bias is None else conv.bias.double() + other.bias.double()
-        total = total.to(other.bias.dtype)
-        if not total.isfinite().all():  # in fp16 a sum may be where its parts are not
-            continue
-        conv.bias, other.bias = total, None
-        for one in (conv, other):
-            one.problem = one.problem._replace(has_bias=one.bias is not None)
-            one.select(backends.select(one.problem, backend, in_plan=True))
 
 
 def _mark_sums_in_place(graph: fx.Graph, modules: dict) -> None:

@@ -317,54 +317,6 @@ def test_sums_are_written_over_what_nobody_reads_again():
     assert len(sums) == 4 and all(conv.in_place for conv in sums)
 
 
-def test_a_bias_moves_to_the_convolution_that_adds_the_result():
-    """Once in each block with a projection: its shortcut, which comes later, adds what the block computed."""
-    model, x = networks.small(), torch.randn(X)
-    found = convolutions(fused_resnet.freeze(model, x, backend="eager"), x)
-    without = [conv for conv in found if conv.bias is None]
-    projections = sum(block.downsample is not None for block in model.modules() if isinstance(block, BasicBlock))
-    assert len(without) == projections > 0
-    assert all(conv.problem.has_bias is (conv.bias is not None) for conv in found)
-    assert all(conv.problem.activation == "none" and not conv.problem.has_residual for conv in without)
-
-
-@pytest.mark.parametrize("change, moved", (
-    ("nothing", 1),
-    ("no bias of its own", 1),
-    ("read twice", 0),
-    ("an activation", 0),
-    ("packed weights", 0),
-    ("its own input", 0),
-    ("too large", 0),
-))  # fmt: skip
-def test_which_biases_move(change, moved):
-    class Sum(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(4, 8, 3, padding=1, bias=change != "no bias of its own")
-            self.shortcut = nn.Conv2d(4, 8, 1)
-            if change == "its own input":
-                self.conv = nn.Conv2d(8, 8, 3, padding=1)
-
-        def forward(self, x):
-            skip = self.shortcut(x)
-            x = skip if change == "its own input" else x
-            skip = skip.relu() if change == "an activation" else skip
-            out = (self.conv(x) + skip).relu()
-            return out + skip if change == "read twice" else out
-
-    if change == "packed weights" and (reason := backends.onednn_missing(torch.float32)):
-        pytest.skip(reason)
-    model, x = Sum().eval(), torch.randn(2, 4, 7, 7)
-    if change == "too large":  # for fp16, together
-        model, x = model.half(), x.half()
-        nn.init.constant_(model.conv.bias, 4e4), nn.init.constant_(model.shortcut.bias, 4e4)
-    frozen = fused_resnet.freeze(model, x, backend="onednn" if change == "packed weights" else "eager")
-    if change != "too large":
-        assert networks.error(frozen(x), networks.in_fp64(model, x)) < 1e-6
-    assert sum(conv.bias is None for conv in convolutions(frozen, x)) == moved
-
-
 @needs_onednn
 def test_a_block_is_one_pass_a_convolution():
     """No activation, sum or pooling indices beside the convolutions: each would be one more pass over memory."""
