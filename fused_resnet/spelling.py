@@ -128,20 +128,21 @@ def _convolution(
         raise ValueError("no convolution that a module computes")
     K, C, *window = weight.shape
     make = _CONVOLUTIONS[weight.dim()]
-    if bias is not None and tuple(bias.shape) != (K,):
-        raise ValueError("no bias that a module has")
     conv = make(C * groups, K, window, stride, padding, dilation, groups, bias is not None, device="meta")
-    conv.weight, conv.bias = weight, bias
-    return conv
+    return _holding(conv, weight, bias)
 
 
 def _linear(weight: Tensor, bias: Any = None) -> Any:
     K, C = weight.shape
-    if bias is not None and tuple(bias.shape) != (K,):
-        raise ValueError("no bias that a module has")
-    linear = nn.Linear(C, K, bias is not None, device="meta")
-    linear.weight, linear.bias = weight, bias
-    return linear
+    return _holding(nn.Linear(C, K, bias is not None, device="meta"), weight, bias)
+
+
+def _holding(module: Any, weight: Tensor, bias: Any) -> Any:
+    """A module with these very parameters for those that it was made with."""
+    if bias is not None and bias.shape != module.bias.shape:
+        raise ValueError("no bias that such a module has")
+    module.weight, module.bias = weight, bias
+    return module
 
 
 def _max_pool2d(kernel_size: Any, stride: Any = None, **rest: Any) -> nn.Module:
