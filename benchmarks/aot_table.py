@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import shapes  # beside this file
 
-from fused_resnet import bench, files, tuning
+from fused_resnet import bench, tuning
+from fused_resnet.machine import files
 from fused_resnet.problem import ConvProblem
 from fused_resnet.triton_kernels import aot, runtime
 from fused_resnet.triton_kernels.conv_configs import TritonConfig, search_space

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet import bench, timing
-from fused_resnet.files import write_json
 from fused_resnet.frozen import FrozenParts
+from fused_resnet.machine.files import write_json
 from fused_resnet.plan import FrozenConv
 
 EAGER = ("eager NCHW fp32", "eager NHWC fp32")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
-from fused_resnet import files
+from fused_resnet.machine import files
 
 
 class Journal:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fused_resnet import backends, dtypes, extension, layouts, library_faults, reference, workspace
+from fused_resnet import backends, dtypes, extension, layouts, library_faults, reference
 from fused_resnet.dtypes import Conversion, facts_of, first_line
+from fused_resnet.machine import malloc
 from fused_resnet.matching import Match, activation_of, matches, norm_at
 from fused_resnet.nn import Norm, norm_of
 from fused_resnet.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name, pair
@@ -257,7 +258,7 @@ def make_plan(traced: fx.GraphModule, x: Tensor, conversion: Optional[Conversion
     module.recompile()
     plan = Plan(module.eval(), conversion)
     if x.device.type == "cpu":
-        workspace.keep(*_workspace_of(module.graph))
+        malloc.keep(*_workspace_of(module.graph))
     _try(plan, x)
     if x.device.type != "cuda" or torch.version.hip:
         return plan

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, Optional, Sequence
 
 import torch
 
-from fused_resnet import files, tuning
+from fused_resnet import tuning
+from fused_resnet.machine import files
 from fused_resnet.problem import ConvOperands, ConvProblem
 from fused_resnet.triton_kernels import conv_bn_act, runtime
 from fused_resnet.triton_kernels.conv_configs import TritonConfig

@@ -14,8 +14,8 @@ from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, TypeV
 import torch
 
 from fused_resnet import cache_read
-from fused_resnet.devices import cpu_flags, cpu_name, device_name
-from fused_resnet.files import write_json
+from fused_resnet.machine.devices import cpu_flags, cpu_name, device_name
+from fused_resnet.machine.files import write_json
 from fused_resnet.plan import capturing
 from fused_resnet.problem import AddReluProblem, ConvProblem
 from fused_resnet.triton_kernels import runtime

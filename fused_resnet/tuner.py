@@ -26,8 +26,9 @@ from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import torch
 
-from fused_resnet import backends, bench, files, timing, tuning
+from fused_resnet import backends, bench, timing, tuning
 from fused_resnet.journal import Journal
+from fused_resnet.machine import files
 from fused_resnet.precompile import Precompiler
 from fused_resnet.problem import ConvOperands, ConvProblem
 from fused_resnet.timing import Progress, silent

@@ -24,7 +24,8 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from fused_resnet import devices, extension, files, provenance
+from fused_resnet import extension, provenance
+from fused_resnet.machine import devices, files
 from fused_resnet.problem import ACTIVATIONS, FLOAT_DTYPES, ConvProblem
 
 SCHEMA = 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_resnet import files
+from fused_resnet.machine import files
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import fused_resnet
-from fused_resnet import BackendError, backends, extension, files, models, testing
+from fused_resnet import BackendError, backends, extension, models, testing
 from fused_resnet.backends.onednn import onednn_convolution
+from fused_resnet.machine import files
 from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.problem import ConvOperands, conv_problem
 

@@ -28,7 +28,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import fused_resnet
-from fused_resnet import BackendError, backends, extension, models, plan, testing, timing, workspace
+from fused_resnet import BackendError, backends, extension, models, plan, testing, timing
+from fused_resnet.machine import malloc
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct
 from fused_resnet.plan import FrozenConv
 from fused_resnet.triton_kernels import runtime
@@ -1827,7 +1828,7 @@ print(int(statistics.median(faults[1:])))
 """
 
 
-@pytest.mark.skipif(not workspace._is_ours_to_set(), reason="needs glibc with malloc's thresholds not set from outside")
+@pytest.mark.skipif(not malloc._is_ours_to_set(), reason="needs glibc with malloc's thresholds not set from outside")
 def test_the_workspace_stays_with_the_process():
     def page_faults(**environment):
         run = subprocess.run(

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from fused_resnet import backends, extension, files, registry, testing
+from fused_resnet import backends, extension, registry, testing
+from fused_resnet.machine import files
 from fused_resnet.problem import AddReluProblem, ConvOperands, conv_problem
 from fused_resnet.triton_kernels import runtime
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from fused_resnet import files, tuning
+from fused_resnet import tuning
+from fused_resnet.machine import files
 from fused_resnet.problem import ConvProblem
 from fused_resnet.tuning import Entry, Measured
 

@@ -26,7 +26,7 @@ from fused_resnet.commands.console import (
     speedup_cell,
     stdout_console,
 )
-from fused_resnet.files import write_json
+from fused_resnet.machine.files import write_json
 
 continuing_options = options(
     click.option("--resume", is_flag=True,

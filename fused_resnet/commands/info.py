@@ -13,7 +13,7 @@ import click
 import torch
 
 import fused_resnet
-from fused_resnet import backends, bench, extension, files, library_faults, provenance, timing, tuning
+from fused_resnet import backends, bench, extension, library_faults, provenance, timing, tuning
 from fused_resnet.commands.console import (
     as_json_option,
     new_table,
@@ -21,6 +21,7 @@ from fused_resnet.commands.console import (
     stdout_console,
     why_no_cuda,
 )
+from fused_resnet.machine import files
 from fused_resnet.problem import ACTIVATIONS, FLOAT_DTYPES, AddReluProblem, ConvProblem, dtype_name
 
 _OPTIONAL = (

@@ -16,7 +16,7 @@ from typing import Optional, Union, cast
 import torch
 from torch import Tensor, nn
 
-from fused_resnet import files
+from fused_resnet.machine import files
 
 # a path, an http(s) or file URL, or anything with a `url` such as torchvision's ResNet50_Weights.DEFAULT
 Source = Union[str, "os.PathLike[str]", object]
