@@ -58,7 +58,7 @@ $(VENV)/.installed: requirements.txt
 	@touch $@
 
 # One stamp per choice of parts; the other choice's stamp is removed, since both build into fused_resnet/.
-$(BUILT): $(INSTALLED) setup.py pyproject.toml fused_resnet/schemas.py $(wildcard csrc/*)
+$(BUILT): $(INSTALLED) setup.py pyproject.toml fused_resnet/operators/schemas.py $(wildcard csrc/*)
 	$(VENV)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
 	@rm -f $(VENV)/.built*
 	@touch $@

@@ -188,7 +188,7 @@ def flags(part: Part, tools: Toolchain) -> Flags:
     if part.name == "host_checks":
         includes = ["-I" + tools.pybind11.get_include(), "-I" + sysconfig.get_path("include")]
         return Flags([*common, "-O2", *WARNINGS, *includes, "-isystem", tools.torch_include], [], [])
-    schemas = _load_file("schemas", PACKAGE / "schemas.py")
+    schemas = _load_file("schemas", PACKAGE / "operators" / "schemas.py")
     defines = [
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
         "-DTORCH_STABLE_ONLY",
@@ -290,7 +290,7 @@ class BuildParts(build_ext):
     @staticmethod
     def _record(parts: list[Part], tools: Toolchain) -> dict:
         has_cuda = any(part.name == "cuda" and part.is_built for part in parts)
-        provenance = _load_file("provenance", PACKAGE / "provenance.py")
+        sources = _load_file("sources", PACKAGE / "kernels" / "sources.py")
         return {
             "version": VERSION,
             "python": ".".join(map(str, sys.version_info[:3])),
@@ -298,8 +298,8 @@ class BuildParts(build_ext):
             "compiler": tools.cxx and _first_line([tools.cxx, "--version"]),
             "nvcc": tools.nvcc_version if has_cuda else None,
             "cuda_archs": cuda_archs(tools) if has_cuda else [],
-            "cuda_kernels": provenance.kernel_digest("cuda", ROOT),
-            "cpu_kernels": {name: provenance.kernel_digest(name, ROOT) for name in provenance.CPU_SOURCES},
+            "cuda_kernels": sources.kernel_digest("cuda", ROOT),
+            "cpu_kernels": {name: sources.kernel_digest(name, ROOT) for name in sources.CPU_SOURCES},
             "parts": {
                 part.name: {
                     "file": part.filename,

@@ -22,11 +22,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import shapes  # beside this file
 
-from fused_resnet import bench, tuning
+from fused_resnet import measuring
+from fused_resnet.kernels import compiled as libraries
+from fused_resnet.kernels.triton import aot, runtime
+from fused_resnet.kernels.triton.conv.configs import TritonConfig, search_space
 from fused_resnet.machine import files
-from fused_resnet.problem import ConvProblem
-from fused_resnet.triton_kernels import aot, runtime
-from fused_resnet.triton_kernels.conv_configs import TritonConfig, search_space
+from fused_resnet.operators.problem import ConvProblem
 
 RESULTS = Path(__file__).parent / "results" / "aot"
 _SAVE_EVERY = 20  # compilations
@@ -36,7 +37,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--batch", default="1,32,256", help="the search space depends on it")
-    parser.add_argument("--dtype", default="fp16", choices=sorted(bench.SHORT_DTYPES))
+    parser.add_argument("--dtype", default="fp16", choices=sorted(measuring.SHORT_DTYPES))
     parser.add_argument("--arch", type=int, default=90, help="compute capability, times ten")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -48,7 +49,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     table = dict(
         model=arguments.model, arch=arguments.arch, dtype=arguments.dtype, triton=runtime.triton.__version__,
-        kernels=tuning.kernel_digest("triton"),
+        kernels=libraries.kernel_digest("triton"),
     )  # fmt: skip
     known = _known(path, table)
     rows, missing = [], []
@@ -66,7 +67,7 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 def _considered(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], ConvProblem]]:
     """A row for each config of each problem, at the largest batch at which it is worth measuring."""
-    convs = shapes.convs(arguments.model, 1, bench.SHORT_DTYPES[arguments.dtype])
+    convs = shapes.convs(arguments.model, 1, measuring.SHORT_DTYPES[arguments.dtype])
     for problem, _ in convs:
         rows: dict[TritonConfig, tuple[dict[str, Any], ConvProblem]] = {}
         for batch in sorted(map(int, arguments.batch.split(","))):

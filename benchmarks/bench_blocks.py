@@ -4,7 +4,7 @@ import pytest
 import shapes
 import torch
 
-from fused_resnet import bench
+from fused_resnet import measuring
 
 
 def pytest_generate_tests(metafunc):
@@ -18,11 +18,11 @@ def test_block(timed, benchmark, request, block, input_shape, variant):
     benchmark.group = f"{type(block).__name__} {input_shape}"
     dtype = "fp32" if variant == "eager NCHW" else option("dtype")
     x = torch.randn(option("batch"), *input_shape, device=option("device"))
-    builders = bench.variant_builders(
-        block.to(option("device")), x, dtypes=[bench.SHORT_DTYPES[dtype]], with_fused=True
+    builders = measuring.variant_builders(
+        block.to(option("device")), x, dtypes=[measuring.SHORT_DTYPES[dtype]], with_fused=True
     )
     name = f"{variant} {dtype}"
-    variants, skipped = bench.build_variants({name: builders[name]})
+    variants, skipped = measuring.build_variants({name: builders[name]})
     if skipped:
         pytest.skip(skipped[name])
     timed(variants[name])

@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from fused_resnet import bench, models
+from fused_resnet import measuring, models
 
-BASELINES = tuple(name for name in bench.BASELINES if name not in ("eager", "autotune"))
+BASELINES = tuple(name for name in measuring.BASELINES if name not in ("eager", "autotune"))
 
 
 @pytest.fixture(scope="module")
 def network(request):
     option = request.config.getoption
-    return bench.calibrated(models.create(option("model")), models.input_shape(option("model"))).to(option("device"))
+    return measuring.calibrated(models.create(option("model")), models.input_shape(option("model"))).to(
+        option("device")
+    )
 
 
 @pytest.mark.parametrize("variant", ["eager NCHW", "eager NHWC", "fused", *BASELINES, "frozen"])
@@ -20,12 +22,12 @@ def test_model(timed, benchmark, request, network, variant):
     benchmark.group = f"{option('model')}, batch {option('batch')}"
     dtype = "fp32" if variant == "eager NCHW" else option("dtype")
     x = torch.randn(option("batch"), *models.input_shape(option("model")), device=option("device"))
-    builders = bench.variant_builders(
-        network, x, dtypes=[bench.SHORT_DTYPES[dtype]], with_fused=True, baselines=("eager", *BASELINES)
+    builders = measuring.variant_builders(
+        network, x, dtypes=[measuring.SHORT_DTYPES[dtype]], with_fused=True, baselines=("eager", *BASELINES)
     )
     name = f"{variant} {dtype}"
-    variants, skipped = bench.build_variants({name: builders[name]})
+    variants, skipped = measuring.build_variants({name: builders[name]})
     if skipped:
         pytest.skip(skipped[name])
-    benchmark.extra_info["max_rel_error"] = bench.max_error(network, x, variants)[name]
+    benchmark.extra_info["max_rel_error"] = measuring.max_error(network, x, variants)[name]
     timed(variants[name])

@@ -3,13 +3,13 @@
 import pytest
 import shapes
 
-from fused_resnet import backends, bench
-from fused_resnet.bench import FOLDED, UNFUSED
+from fused_resnet import backends, measuring
+from fused_resnet.measuring import FOLDED, UNFUSED
 
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
-    problems = shapes.convs(option("model"), option("batch"), bench.SHORT_DTYPES[option("dtype")], option("device"))
+    problems = shapes.convs(option("model"), option("batch"), measuring.SHORT_DTYPES[option("dtype")], option("device"))
     names = (UNFUSED, FOLDED, *(name for name in backends.known("conv_bn_act") if name != "eager"))
     metafunc.parametrize("problem", [problem for problem, _ in problems], ids=str)
     metafunc.parametrize("variant", names)
@@ -17,8 +17,10 @@ def pytest_generate_tests(metafunc):
 
 def test_conv(timed, benchmark, request, problem, variant):
     benchmark.group = str(problem)
-    found, skipped = bench.op_variants(problem, bench.random_operands(problem, request.config.getoption("device")))
+    found, skipped = measuring.op_variants(
+        problem, measuring.random_operands(problem, request.config.getoption("device"))
+    )
     if variant in skipped:
         pytest.skip(skipped[variant])
-    assert bench.error_ratio(found[variant]) <= 1
+    assert measuring.error_ratio(found[variant]) <= 1
     timed(found[variant].run)

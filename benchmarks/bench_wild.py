@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet import bench, timing
-from fused_resnet.frozen import FrozenParts
+from fused_resnet import measuring
+from fused_resnet.freezing.freeze import FrozenParts
+from fused_resnet.freezing.plan import FrozenConv
 from fused_resnet.machine.files import write_json
-from fused_resnet.plan import FrozenConv
+from fused_resnet.measuring import timing
 
 EAGER = ("eager NCHW fp32", "eager NHWC fp32")
 
@@ -97,10 +98,10 @@ def main() -> None:
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = bench.calibrated(MODELS[name](), (3, options.size, options.size))
+    model = measuring.calibrated(MODELS[name](), (3, options.size, options.size))
     x = torch.randn(options.batch, 3, options.size, options.size)
-    dtypes = [bench.SHORT_DTYPES[dtype] for dtype in options.dtype]
-    run = bench.bench_network(model, x, device="cpu", budget_s=options.budget, dtypes=dtypes, baselines=("eager",))
+    dtypes = [measuring.SHORT_DTYPES[dtype] for dtype in options.dtype]
+    run = measuring.bench_network(model, x, device="cpu", budget_s=options.budget, dtypes=dtypes, baselines=("eager",))
     variants = run["variants"]
     eager_ms = min(variants[eager]["ms"] for eager in EAGER if eager in variants)
     for variant in variants.values():
@@ -140,7 +141,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
     parser.add_argument("--size", type=int, default=224, help="pixels (default: 224)")
     parser.add_argument("--batch", type=int, default=1, help="images (default: 1)")
-    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=list(bench.SHORT_DTYPES))
+    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=list(measuring.SHORT_DTYPES))
     parser.add_argument("--budget", type=float, default=15.0, help="seconds of timing for each model (default: 15)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     return parser.parse_args()

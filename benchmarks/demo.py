@@ -22,7 +22,9 @@ from rich.table import Table
 
 import fused_resnet
 from benchmarks import data
-from fused_resnet import backends, bench, charts, models, timing
+from fused_resnet import backends, measuring, models
+from fused_resnet.measuring import timing
+from fused_resnet.reporting import charts
 
 DTYPES = (torch.float32, torch.bfloat16)
 console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
@@ -121,14 +123,14 @@ def show_accuracy(rows: list[dict[str, Any]]) -> None:
 def measure_speed(device: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     shape = (3, options.image, options.image)
     torch.manual_seed(0)
-    model = bench.calibrated(models.create(options.model), shape).to(device)
+    model = measuring.calibrated(models.create(options.model), shape).to(device)
     baselines = ("eager", "folded") if options.no_compile else ("eager", "folded", "compile")
     runs = []
     for batch in options.batches:
         x = torch.randn(batch, *shape, device=device)
         with console.status("") as status:
             progress = reporter(status, f"batch {batch}")
-            run = bench.bench_network(
+            run = measuring.bench_network(
                 model, x, device=device, budget_s=options.budget, dtypes=DTYPES, baselines=baselines, progress=progress
             )
         runs.append(run)

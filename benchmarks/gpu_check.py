@@ -29,7 +29,11 @@ from typing import Any, Callable, NamedTuple, Optional, Sequence
 import torch
 
 from benchmarks.isolated import CLOSING_CHARACTERS, FAILED, NOT_RUN, PASSED, Result, execute, executed
-from fused_resnet import extension, provenance, timing, tuner, tuning
+from fused_resnet.backends import winners as tuning
+from fused_resnet.kernels import compiled
+from fused_resnet.kernels import sources as provenance
+from fused_resnet.measuring import timing
+from fused_resnet.tuning import tuner
 
 PYTHON = sys.executable
 CLI = (PYTHON, "-m", "fused_resnet")
@@ -283,8 +287,8 @@ def build(setup: Setup, limit_s: float) -> Result:
 def why_not_this_library() -> Optional[str]:
     """Why _C_cuda cannot be what is verified and tuned here, or None. fused_resnet/_build.json, which lies beside it,
     says what it was compiled from."""
-    built, sources = tuning.kernel_digest("cuda"), provenance.kernel_digest("cuda")
-    why = extension.load("cuda")
+    built, sources = compiled.kernel_digest("cuda"), provenance.kernel_digest("cuda")
+    why = compiled.load("cuda")
     if why is None and built != sources:
         why = f"_C_cuda was compiled from kernels {built} by _build.json, these are {sources}"
     return why

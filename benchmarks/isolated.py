@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Sequence
 
-from fused_resnet import provenance
+from fused_resnet.kernels import sources
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 CLOSING_CHARACTERS = 300
@@ -42,7 +42,7 @@ def executed(
     """
     lines: list[str] = []
     process = subprocess.Popen(
-        command, cwd=provenance.ROOT, text=True, errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        command, cwd=sources.ROOT, text=True, errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **variables},
     )  # fmt: skip

@@ -16,8 +16,8 @@ from typing import Any, Optional, Sequence
 
 import torch
 
-from fused_resnet import timing
 from fused_resnet.machine import files
+from fused_resnet.measuring import timing
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "verify"

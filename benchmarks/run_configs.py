@@ -14,8 +14,10 @@ from typing import Any, Iterator, Sequence
 
 import torch
 
-from fused_resnet import backends, bench, plan, tuning
-from fused_resnet.problem import ConvProblem
+from fused_resnet import backends, measuring
+from fused_resnet.backends import winners
+from fused_resnet.freezing import plan
+from fused_resnet.operators.problem import ConvProblem, parsed_problem
 
 IMAGES = 2
 _ON_THREADS = re.compile(r", \d+ threads$")  # which the keys of a CPU's file end with
@@ -28,7 +30,7 @@ def main() -> int:
     parser.add_argument("--backend", type=lambda text: text.split(","), default=["cuda", "triton"],
                         help="whose configs (default: cuda,triton)")  # fmt: skip
     options = parser.parse_args()
-    table = tuning.Table.from_json(json.loads(options.file.read_text()))
+    table = winners.Table.from_json(json.loads(options.file.read_text()))
     counts = {"right": 0, "wrong": 0, "not run": 0}
     for problem, name, config in configs_of(table, options.device, options.backend):
         outcome, why = run(problem, name, config, options.device)
@@ -39,12 +41,12 @@ def main() -> int:
 
 
 def configs_of(
-    table: tuning.Table, device: str, names: Sequence[str]
+    table: winners.Table, device: str, names: Sequence[str]
 ) -> Iterator[tuple[ConvProblem, str, dict[str, Any]]]:
     """Each (problem, backend, config) of the table once, whatever batch it was tuned for."""
     seen = set()
     for key, by_batch in table.entries.items():
-        problem = tuning.parsed_problem(f"{IMAGES}x{_ON_THREADS.sub('', key)}", device)
+        problem = parsed_problem(f"{IMAGES}x{_ON_THREADS.sub('', key)}", device)
         for entry in by_batch.values():
             for name, measured in entry.candidates.items():
                 place = (key, name, json.dumps(measured.config, sort_keys=True))
@@ -62,17 +64,17 @@ def run(problem: ConvProblem, name: str, config: dict[str, Any], device: str) ->
     found = next((one for one in legal if one._asdict() == config), None)
     if found is None:
         return "not run", reason or "there is no such config for two images"
-    operands = bench.folded_operands(bench.random_operands(problem, device))
-    images, case = bench.compared_case(problem, operands)
+    operands = measuring.folded_operands(measuring.random_operands(problem, device))
+    images, case = measuring.compared_case(problem, operands)
     conv = plan.FrozenConv(problem, backends.Selection(backend, found), operands.weight, operands.bias)
 
     def call() -> torch.Tensor:
         return conv(operands.x, operands.residual)
 
     try:
-        ratio = bench.error_ratio(bench.Prepared(call, images, case, name))
+        ratio = measuring.error_ratio(measuring.Prepared(call, images, case, name))
     except Exception as error:  # the next config does not depend on it
-        return "wrong", bench.missing_reason(error)
+        return "wrong", measuring.missing_reason(error)
     return ("right", "") if ratio <= 1 else ("wrong", f"by {ratio:.3g} times the bound")
 
 

@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from fused_resnet import bench, models
+from fused_resnet import measuring, models
 
 STAGED_MODELS = ("resnet18", "resnet50")
 
@@ -21,12 +21,12 @@ def convs(model: str, batch: int = 1, dtype: torch.dtype = torch.float32, device
     The last 1x1 of each stage's first block stands apart from the others of its shape: the projection takes the sum.
     """
     network = models.create(model)
-    return tuple(bench.convs_of(network, models.input_shape(model), batch, dtype, device))
+    return tuple(measuring.convs_of(network, models.input_shape(model), batch, dtype, device))
 
 
 @functools.lru_cache(maxsize=None)
 def blocks(model: str):
     """(name, block in eval mode with calibrated BN, its input's (C, H, W)): the last residual block of each stage."""
     shape = models.input_shape(model)
-    network = bench.calibrated(models.create(model), shape)
-    return tuple(bench.blocks_of(network, shape))
+    network = measuring.calibrated(models.create(model), shape)
+    return tuple(measuring.blocks_of(network, shape))

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-// Read from the file by fused_resnet.extension before the library is loaded.
+// Read from the file by fused_resnet.kernels.compiled before the library is loaded.
 #define FUSED_RESNET_EMBED_DIGEST(library)                                                          \
   extern "C" __attribute__((used, visibility("default"))) const char fused_resnet_schema_digest[] = \
       "fused_resnet schemas of " library ": " FUSED_RESNET_SCHEMA_DIGEST;

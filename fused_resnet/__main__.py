@@ -13,12 +13,12 @@ import click
 
 import fused_resnet
 from fused_resnet import backends
-from fused_resnet.commands.bench import bench_group
-from fused_resnet.commands.explain import explain
-from fused_resnet.commands.info import info
-from fused_resnet.commands.report import report
-from fused_resnet.commands.tune import tune
-from fused_resnet.commands.verify import verify
+from fused_resnet.cli.bench import bench_group
+from fused_resnet.cli.explain import explain
+from fused_resnet.cli.info import info
+from fused_resnet.cli.report import report
+from fused_resnet.cli.tune import tune
+from fused_resnet.cli.verify import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -8,9 +8,10 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from fused_resnet import backends, ops
-from fused_resnet.ops import activate
-from fused_resnet.problem import ConvOperands, add_relu_problem, conv_problem, pair
+from fused_resnet import backends
+from fused_resnet.operators import library
+from fused_resnet.operators.library import activate
+from fused_resnet.operators.problem import ConvOperands, add_relu_problem, conv_problem, pair
 
 __all__ = ["activate", "add_relu", "conv_bn_act"]
 
@@ -66,9 +67,9 @@ def conv_bn_act(
     if not _is_watched() and _are_plain((x, weight), (*vectors, residual)) and type(eps) is float:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
             compute = functools.partial(backends.conv_bn_act_in_a_row, channels_last=channels_last)
-            return ops.ConvBnAct.apply(compute, *operands, *window, backend)
+            return library.ConvBnAct.apply(compute, *operands, *window, backend)
         return backends.conv_bn_act(operands, window, backend, channels_last)
-    if ops.is_transformed():
+    if library.is_transformed():
         return _composite_conv_bn_act(operands, window, backend)
     return torch.ops.fused_resnet.conv_bn_act.default(*operands, *window, backend, channels_last=channels_last)
 
@@ -80,8 +81,8 @@ def why_refused(
     """What conv_bn_act says of operands that it does not take, or None. tensors: from x to bn_var."""
     o = ConvOperands(*tensors, eps, bias, residual)  # type: ignore
     device = o.x.device.type
-    if device in ops.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-        o = ops.cast_operands(o, device)
+    if device in library.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+        o = library.cast_operands(o, device)
     try:
         pairs = (pair("stride", stride), pair("padding", padding), pair("dilation", dilation))
         conv_problem(o, *pairs, *pair("groups", groups)[:1], activation)
@@ -102,9 +103,9 @@ def add_relu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if not _is_watched() and _are_plain((a, b)):
         if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-            return ops.AddRelu.apply(backends.add_relu, a, b, backend)
+            return library.AddRelu.apply(backends.add_relu, a, b, backend)
         return backends.add_relu(a, b, backend)
-    if ops.is_transformed():
+    if library.is_transformed():
         return _composite_add_relu(a, b, backend)
     return torch.ops.fused_resnet.add_relu.default(a, b, backend)
 
@@ -122,7 +123,7 @@ def _is_watched() -> bool:
         or torch._C._is_any_autocast_enabled()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-        or ops.is_transformed()
+        or library.is_transformed()
     )
 
 
@@ -134,15 +135,15 @@ def _are_plain(tensors: tuple, optional: tuple = ()) -> bool:
 def _composite_conv_bn_act(o: ConvOperands, window: tuple, backend: str) -> Tensor:
     """The operator under a transform: the same casts and checks, computed by ATen."""
     device = o.x.device.type
-    if device in ops.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-        o = ops.cast_operands(o, device)
+    if device in library.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+        o = library.cast_operands(o, device)
     backends.select(conv_problem(o, *window), backend)
-    return ops.composite_conv_bn_act(*o, *window, backend)
+    return library.composite_conv_bn_act(*o, *window, backend)
 
 
 def _composite_add_relu(a: Tensor, b: Tensor, backend: str) -> Tensor:
     device = a.device.type
-    if device in ops.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-        a, b = ops.cast(a, device), ops.cast(b, device)
+    if device in library.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+        a, b = library.cast(a, device), library.cast(b, device)
     backends.select(add_relu_problem(a, b), backend)
-    return ops.composite_add_relu(a, b, backend)
+    return library.composite_add_relu(a, b, backend)

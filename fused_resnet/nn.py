@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from fused_resnet import functional
-from fused_resnet.ops import AUTOCAST_DEVICES
-from fused_resnet.problem import ACTIVATIONS
+from fused_resnet.operators.library import AUTOCAST_DEVICES
+from fused_resnet.operators.problem import ACTIVATIONS
 
 # What calling a module runs of it, the second in a convolution; one in its __dict__ replaces its class's.
 _CALLED = ("forward", "_conv_forward")

@@ -15,8 +15,10 @@ from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
 import torch
 from torch import Tensor
 
-from fused_resnet import backends, functional, reference
-from fused_resnet.problem import (
+from fused_resnet import backends, functional
+from fused_resnet.kernels.triton.conv.launch import allows_tf32
+from fused_resnet.operators import reference
+from fused_resnet.operators.problem import (
     ACTIVATIONS,
     FLOAT_DTYPES,
     AddReluProblem,
@@ -26,7 +28,6 @@ from fused_resnet.problem import (
     conv_problem,
     dtype_name,
 )
-from fused_resnet.triton_kernels.conv_bn_act import allows_tf32
 
 Pair = tuple[int, int]
 KINDS = ("any", "common", "strided")

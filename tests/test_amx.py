@@ -6,7 +6,7 @@ import amx
 import pytest
 import torch
 
-from fused_resnet import library_faults
+from fused_resnet.operators import library_faults
 
 REASON = amx.missing()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -180,7 +180,8 @@ def test_our_tests_pass_with_amx(arguments):
 
 
 STRIDED = """
-from fused_resnet import library_faults, testing
+from fused_resnet import testing
+from fused_resnet.operators import library_faults
 assert library_faults.onednn_has_amx()
 report = testing.verify(range({problems}), seed=9, backends=["eager", "onednn"], kind="strided")
 assert report.passed and all(entry.ok > {problems} / 3 for entry in report.backends.values()), report

@@ -14,7 +14,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import gpu_check, isolated, run_configs, shapes  # noqa: E402
-from fused_resnet import backends, bench, extension, provenance, registry, tuner, tuning  # noqa: E402
+from fused_resnet import backends, measuring  # noqa: E402
+from fused_resnet.backends import record as registry  # noqa: E402
+from fused_resnet.backends import winners  # noqa: E402
+from fused_resnet.kernels import compiled, sources  # noqa: E402
+from fused_resnet.tuning import tuner  # noqa: E402
 
 
 def script(*arguments, **environment):
@@ -44,9 +48,9 @@ def test_every_conv_of_the_benchmarks_is_right_on_this_machine(model):
     last = [problem for problem, _ in shapes.convs(model) if problem.H <= 7]
     assert last
     for problem in last:
-        found, _ = bench.op_variants(problem, bench.random_operands(problem, "cpu"))
+        found, _ = measuring.op_variants(problem, measuring.random_operands(problem, "cpu"))
         for name, prepared in found.items():
-            assert bench.error_ratio(prepared) <= 1, f"{name}: {problem}"
+            assert measuring.error_ratio(prepared) <= 1, f"{name}: {problem}"
 
 
 @pytest.mark.full
@@ -195,7 +199,7 @@ def test_only_what_passed_is_called_verified(tmp_path, outcomes, backends):
         assert record["verified"] is None
     else:
         assert record["verified"]["backends"] == backends
-        assert record["verified"]["kernels"] == provenance.gpu_kernels(backends=backends)
+        assert record["verified"]["kernels"] == sources.gpu_kernels(backends=backends)
 
 
 def test_a_later_call_keeps_the_other_steps_but_not_for_other_sources(tmp_path, monkeypatch):
@@ -206,7 +210,7 @@ def test_a_later_call_keeps_the_other_steps_but_not_for_other_sources(tmp_path, 
     all_of_them = steps(tests="passed", verify_cuda="passed", ops="passed")
     assert [step.name for step in gpu_check.chosen(all_of_them, ["rest"], file)] == ["ops"]
     assert [step.name for step in gpu_check.chosen(all_of_them, ["rest", "tests"], file)] == ["tests", "ops"]
-    monkeypatch.setattr(provenance, "source_digest", lambda: "edited since")
+    monkeypatch.setattr(sources, "source_digest", lambda: "edited since")
     assert len(gpu_check.chosen(all_of_them, ["rest"], file)) == 3
     record = gpu_check.run_steps(steps(verify_triton="passed"), file, "NVIDIA Test", 60)
     assert set(record["steps"]) == {"tests", "verify-cuda", "verify-triton"} and record["verified"] is None
@@ -252,7 +256,7 @@ def test_the_time_is_split_by_share_and_what_cannot_be_done_in_it_is_not_begun(t
 
 @pytest.fixture
 def setup(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "device_id", lambda device: "NVIDIA Test")
+    monkeypatch.setattr(winners, "device_id", lambda device: "NVIDIA Test")
     return gpu_check.Setup(tmp_path, "cuda", "resnet50", 10, tmp_path / "configs")
 
 
@@ -348,10 +352,10 @@ def test_what_the_tuner_found_out_goes_along_to_another_machine(setup, monkeypat
 
 
 def test_a_library_of_other_sources_is_not_what_is_verified(monkeypatch):
-    monkeypatch.setattr(extension, "load", lambda library: None)
-    monkeypatch.setattr(tuning, "kernel_digest", lambda backend: provenance.kernel_digest(backend))
+    monkeypatch.setattr(compiled, "load", lambda library: None)
+    monkeypatch.setattr(compiled, "kernel_digest", lambda backend: sources.kernel_digest(backend))
     assert gpu_check.why_not_this_library() is None
-    monkeypatch.setattr(tuning, "kernel_digest", lambda backend: None)  # _build.json was left behind
+    monkeypatch.setattr(compiled, "kernel_digest", lambda backend: None)  # _build.json was left behind
     assert "compiled from kernels None by _build.json" in gpu_check.why_not_this_library()
 
 
@@ -405,9 +409,9 @@ GROUPED = "32x8x8 -> 32, 3x3 p1 g8 float32 bias relu"
 
 
 def tuned_table(config, threads=", 3 threads"):
-    measured = tuning.Measured(config, 5.0, 0.1)
-    entry = tuning.Entry("stub", "eager", "today", {"stub": measured, "eager": tuning.Measured(None, 9.0, 0.1)})
-    return tuning.Table("a device", {GROUPED + threads: {1: entry, 32: entry}}, {"today": {}})
+    measured = winners.Measured(config, 5.0, 0.1)
+    entry = winners.Entry("stub", "eager", "today", {"stub": measured, "eager": winners.Measured(None, 9.0, 0.1)})
+    return winners.Table("a device", {GROUPED + threads: {1: entry, 32: entry}}, {"today": {}})
 
 
 class StubConfig(NamedTuple):

@@ -13,11 +13,15 @@ from click.testing import CliRunner
 
 import fused_resnet
 from fused_resnet import __main__ as command_line
-from fused_resnet import bench, extension, library_faults, models, provenance, testing, timing, tuning
-from fused_resnet.commands import console, info
+from fused_resnet import measuring, models, testing
+from fused_resnet.backends import winners
+from fused_resnet.cli import console, info
+from fused_resnet.kernels import compiled, sources
+from fused_resnet.measuring import timing
+from fused_resnet.operators import library_faults
 
 TINY = ["--rounds", "1", "--device", "cpu"]
-NO_PLACE = (str(provenance.ROOT), os.uname().nodename)
+NO_PLACE = (str(sources.ROOT), os.uname().nodename)
 
 
 @pytest.fixture(autouse=True)
@@ -68,10 +72,10 @@ def test_info_holds_what_a_bug_report_needs(tmp_path, monkeypatch):
     monkeypatch.setenv("FUSED_RESNET_TUNED", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HOME_GROWN", "not of interest")
-    tuning.forget()
-    entry = tuning.Entry("eager", "onednn", "today", {"eager": tuning.Measured(None, 5.0, 0.1)})
-    name = tuning.device_id("cpu")
-    tuning.add(tmp_path / "tuning", name, {"64x56x56 -> 64, 1x1 float32 bias relu": {1: entry, 8: entry}}, "today", {})
+    winners.forget()
+    entry = winners.Entry("eager", "onednn", "today", {"eager": winners.Measured(None, 5.0, 0.1)})
+    name = winners.device_id("cpu")
+    winners.add(tmp_path / "tuning", name, {"64x56x56 -> 64, 1x1 float32 bias relu": {1: entry, 8: entry}}, "today", {})
     record = json_of("info")
     user = record["tuning"]["cpu"]["files"][-1]
     assert record["tuning"]["cpu"]["device"] == name and record["tuning"]["cpu"]["used"] is True
@@ -81,15 +85,15 @@ def test_info_holds_what_a_bug_report_needs(tmp_path, monkeypatch):
     assert record["commit"] == timing.environment()["commit"] and "parts" in record["build"]
     text = run("info").output
     assert "2 in " in text and "(eager 2)" in text and f"FUSED_RESNET_CACHE_DIR={tmp_path}" in text.replace("\n", "")
-    tuning.forget()
+    winners.forget()
 
 
 def test_info_does_not_name_the_user(monkeypatch):
-    monkeypatch.setenv("HOME", str(provenance.ROOT.parent))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(provenance.ROOT / "triton"))
+    monkeypatch.setenv("HOME", str(sources.ROOT.parent))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(sources.ROOT / "triton"))
     record = json_of("info")
-    assert record["folders"]["package"] == f"~/{provenance.ROOT.name}/fused_resnet"
-    assert record["variables"]["TRITON_CACHE_DIR"] == f"~/{provenance.ROOT.name}/triton"
+    assert record["folders"]["package"] == f"~/{sources.ROOT.name}/fused_resnet"
+    assert record["variables"]["TRITON_CACHE_DIR"] == f"~/{sources.ROOT.name}/triton"
 
 
 def test_info_for_people():
@@ -97,7 +101,7 @@ def test_info_for_people():
     assert result.exit_code == 0
     for expected in ("conv_bn_act", "auto: fp32", "_C_cuda", "Provenance: kernels", "oneDNN bf16"):
         assert expected in result.output
-    if kernels := extension.instruction_set():
+    if kernels := compiled.instruction_set():
         assert f"  C++ kernels: {kernels['name']} ({kernels['why']})\n" in result.output
 
 
@@ -252,7 +256,7 @@ def one_more_row(monkeypatch):
         variants = {name: {"median_us": 1.0} for name in ("unfused", "eager folded")}
         return {**row, "variants": variants, "not_timed": {}, "failed": {}, "skipped": {}}
 
-    monkeypatch.setattr(bench.operators, "bench_op", bench_op)
+    monkeypatch.setattr(measuring.operators, "bench_op", bench_op)
     return asked
 
 
@@ -277,7 +281,7 @@ def test_a_problem_that_raises_costs_the_others_nothing(tmp_path, monkeypatch):
                "auto": "eager", "variants": {}, "not_timed": {}, "failed": {}, "skipped": {}}  # fmt: skip
         return {"a": lambda *_: row, "b": broken, "c": lambda *_: row}
 
-    monkeypatch.setattr(bench, "op_subjects", subjects)
+    monkeypatch.setattr(measuring, "op_subjects", subjects)
     command = ["bench", "ops", "--model", "resnet20", "--out", tmp_path / "ops.json", *TINY]
     record = json_of(*command, exit_code=1)
     assert [row["problem"] for row in record["rows"]] == ["a", "c"] and record["left"] == ["b"]
@@ -319,7 +323,7 @@ def test_bench_ops_for_people_lists_losses(monkeypatch):
         "roofline": {"gb_per_s": 1.0, "tflops": 1.0, "l2_gb_per_s": 2.0}, "auto": "onednn", "variants": variants,
         "skipped": {"cudnn": "no GPU"}, "not_timed": {"triton": 7.0}, "failed": {"cuda": "RuntimeError: broken"},
     }  # fmt: skip
-    monkeypatch.setattr(bench, "op_subjects", lambda *_, **__: {"the problem": lambda budget_s, progress: row})
+    monkeypatch.setattr(measuring, "op_subjects", lambda *_, **__: {"the problem": lambda budget_s, progress: row})
     result = run("bench", "ops", "--model", "resnet20", *TINY)
     assert result.exit_code == 1  # triton is wrong
     for expected in ("0.25x LOSS", "LOSS 0.25x the problem", "1 lost", "WRONG", "RuntimeError: broken", "no GPU",
@@ -380,7 +384,7 @@ def test_bench_model_with_torch_compile_for_people():
 def test_models_keep_their_convolution_counts():
     """23 convolution shapes in ResNet-50. In the four first blocks the projection carries sum and ReLU, and the last
     1x1 neither, so four shapes have two epilogues."""
-    problems = bench.convs_of(models.create("resnet50"), (3, 224, 224), 256, torch.float16, "cuda:0")
+    problems = measuring.convs_of(models.create("resnet50"), (3, 224, 224), 256, torch.float16, "cuda:0")
     assert (len(problems), sum(count for _, count in problems)) == (27, 53)
     assert len({problem._replace(has_residual=False, activation="none") for problem, _ in problems}) == 23
     first = problems[0].problem
@@ -474,7 +478,7 @@ def test_exit_codes_of_main(capsys):
 def test_json_is_alone_on_stdout():
     """Progress goes to stderr, also through `python -m`, so that stdout can be piped."""
     command = [sys.executable, "-m", "fused_resnet", "verify", "--problems", "2", "--device", "cpu", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=provenance.ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=sources.ROOT)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["problems"] == 2
@@ -487,8 +491,8 @@ def test_importing_the_package_imports_no_click_and_no_rich():
         "import sys, fused_resnet; "
         "print([n for n in ('click', 'rich', 'matplotlib', 'torchvision') if n in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=provenance.ROOT)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=sources.ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
     script = "import sys, fused_resnet.__main__; print('rich' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=provenance.ROOT)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=sources.ROOT)
     assert done.stdout.strip() == "False", done.stdout + done.stderr

@@ -18,10 +18,11 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_resnet
-from fused_resnet import adapters, convert, models
+from fused_resnet import models
+from fused_resnet.freezing.plan import FrozenConv
+from fused_resnet.fusing import adapters, convert
+from fused_resnet.fusing.rewriting import Rewritten
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBlock, FusedBottleneck, conv_bn_act
-from fused_resnet.plan import FrozenConv
-from fused_resnet.rewriting import Rewritten
 
 
 def fused_blocks(model):

@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 import pytest
 import torch
 
-from fused_resnet import schemas
+from fused_resnet.operators import schemas
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"

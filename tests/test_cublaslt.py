@@ -4,7 +4,7 @@ import pytest
 import torch
 from tuned_files import problem
 
-from fused_resnet import backends, bench, testing
+from fused_resnet import backends, measuring, testing
 
 TAKEN = problem(device="cuda", dtype=torch.float16, R=1, S=1, padding=(0, 0))
 BACKEND = backends.known("conv_bn_act")["cublaslt"]
@@ -43,13 +43,13 @@ def test_torchs_own_switch_is_obeyed(monkeypatch):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_values_and_layout(dtype):
     one = TAKEN._replace(N=3, C=24, K=40, H=5, W=7, dtype=dtype, device="cpu")
-    operands = bench.folded_operands(bench.random_operands(one, "cpu"))
-    images, case = bench.compared_case(one, operands)
+    operands = measuring.folded_operands(measuring.random_operands(one, "cpu"))
+    images, case = measuring.compared_case(one, operands)
     outputs = []
 
     def run():
         outputs.append(BACKEND.run(one, operands))
         return outputs[-1]
 
-    assert 0 < bench.error_ratio(bench.Prepared(run, images, case, "cublaslt")) <= 1
+    assert 0 < measuring.error_ratio(measuring.Prepared(run, images, case, "cublaslt")) <= 1
     assert testing._wrong_metadata(testing.Case(one, operands), outputs[0]) is None

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 import fused_resnet
 from fused_resnet import backends, models
-from fused_resnet.plan import FrozenConv
+from fused_resnet.freezing.plan import FrozenConv
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float64, torch.float32, *HALVES)
@@ -382,7 +382,7 @@ def test_random_modules_are_as_plain(seeds):
         model = Mixed(seed)
         x = torch.randn(2, 3, 6, 6).to(random.Random(seed).choice((model.main,) * 2 + FLOATS))
         expected, actual = outcome(model, x), outcome(as_frozen(model), x)
-        main = fused_resnet.dtypes.main_dtype(model, x.dtype)
+        main = fused_resnet.freezing.dtypes.main_dtype(model, x.dtype)
         if isinstance(expected, Exception) and x.dtype != main:
             expected = outcome(model, x.to(main))
             if isinstance(expected, torch.Tensor) and expected.dtype == main:

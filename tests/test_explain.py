@@ -9,10 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet import backends, convert, explanation, registry, timing
+from fused_resnet import backends
 from fused_resnet.__main__ import main
+from fused_resnet.backends import record as registry
+from fused_resnet.explaining import explain as explanation
+from fused_resnet.fusing import convert
+from fused_resnet.measuring import timing
 from fused_resnet.nn import BasicBlock, Bottleneck
-from fused_resnet.problem import ConvProblem
+from fused_resnet.operators.problem import ConvProblem
 
 ROOF = timing.Roofline(bytes_per_s=1e10, flops_per_s=1e11)
 
@@ -127,7 +131,7 @@ def test_measured_times_are_those_of_the_calls(monkeypatch):
         now[0] += 7.0 if problem.has_residual else 3.0
         return eager.run(problem, operands)
 
-    monkeypatch.setattr("fused_resnet.calls._now_us", lambda device: now[0])
+    monkeypatch.setattr("fused_resnet.explaining.calls._now_us", lambda device: now[0])
     monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "eager", eager._replace(run=run, run_nchw=None))
     found = explain(networks.single(), torch.randn(2, 16, 9, 9), measure=True)
     assert [row.time_us for row in found.rows] == [3.0, 3.0, 7.0] and found.totals["time_us"] == 13.0

@@ -15,10 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_resnet import extension, ops, schemas
+from fused_resnet.kernels import compiled
+from fused_resnet.operators import library as ops
+from fused_resnet.operators import schemas
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = Path(extension.__file__).parent
+PACKAGE = Path(compiled.__file__).parent
 LIBRARIES = tuple(schemas.KERNELS)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -36,7 +38,7 @@ needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="nee
 
 @built("cpu")
 def test_cpu_library_loads_and_registers():
-    assert extension.load("cpu") is None
+    assert compiled.load("cpu") is None
     for name in schemas.KERNELS["cpu"]:
         key = "CompositeExplicitAutograd" if name == "cpu_instruction_set" else "CPU"
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{ops.LIBRARY.ns}::{name}", key)
@@ -45,20 +47,20 @@ def test_cpu_library_loads_and_registers():
 @pytest.mark.parametrize("library", [pytest.param(library, marks=built(library)) for library in LIBRARIES])
 def test_library_carries_the_digest_of_these_schemas(library):
     path = PACKAGE / f"_C_{library}.so"
-    assert extension.embedded_digest(path, library) == schemas.digest(library)
+    assert compiled.embedded_digest(path, library) == schemas.digest(library)
     other = next(name for name in LIBRARIES if name != library)
-    assert extension.embedded_digest(path, other) is None
+    assert compiled.embedded_digest(path, other) is None
 
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """extension with an empty directory instead of the package's, and nothing remembered."""
-    monkeypatch.setattr(extension, "_DIRECTORY", tmp_path)
-    extension.build_record.cache_clear()
-    monkeypatch.setattr(extension, "load", extension.load.__wrapped__)
-    monkeypatch.setattr(extension, "_loaded", set())
+    monkeypatch.setattr(compiled, "_DIRECTORY", tmp_path)
+    compiled.build_record.cache_clear()
+    monkeypatch.setattr(compiled, "load", compiled.load.__wrapped__)
+    monkeypatch.setattr(compiled, "_loaded", set())
     yield tmp_path
-    extension.build_record.cache_clear()
+    compiled.build_record.cache_clear()
 
 
 @built("cpu")
@@ -67,44 +69,44 @@ def test_other_schemas_are_refused_before_loading(fresh):
     stale = content.replace(schemas.digest("cpu").encode(), b"0123456789abcdef")
     assert stale != content
     (fresh / "_C_cpu.so").write_bytes(stale)
-    reason = extension.load("cpu")
+    reason = compiled.load("cpu")
     assert "0123456789abcdef" in reason and schemas.digest("cpu") in reason and "rebuild" in reason
     assert str(fresh) not in "".join(torch.ops.loaded_libraries)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_missing_library_without_a_record(fresh, library):
-    assert extension.load(library).startswith("it is not built: rebuild with")
-    assert ("FUSED_RESNET_CUDA=1" in extension.load(library)) == (library == "cuda")
+    assert compiled.load(library).startswith("it is not built: rebuild with")
+    assert ("FUSED_RESNET_CUDA=1" in compiled.load(library)) == (library == "cuda")
 
 
 def test_missing_library_says_what_the_build_recorded(fresh):
     record = {"parts": {"cuda": {"built": False, "why": "nvcc was not found", "what_to_do": "install it"}}}
     (fresh / "_build.json").write_text(json.dumps(record))
-    assert extension.load("cuda") == "it was not built: nvcc was not found; install it"
+    assert compiled.load("cuda") == "it was not built: nvcc was not found; install it"
 
 
 def test_deleted_library_is_not_called_unbuilt(fresh):
     (fresh / "_build.json").write_text(json.dumps({"parts": {"cpu": {"built": True}}}))
-    assert "its file is gone" in extension.load("cpu")
+    assert "its file is gone" in compiled.load("cpu")
 
 
 def test_file_that_is_no_library(fresh):
     marker = f"fused_resnet schemas of cpu: {schemas.digest('cpu')}\0"
     (fresh / "_C_cpu.so").write_bytes(b"not ELF " + marker.encode())
-    assert "does not load" in extension.load("cpu")
+    assert "does not load" in compiled.load("cpu")
     (fresh / "_C_cpu.so").write_bytes(b"")
-    assert "schema unknown" in extension.load("cpu")
+    assert "schema unknown" in compiled.load("cpu")
 
 
 @built("cuda")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch without CUDA")
 def test_cuda_library_beside_a_cpu_torch_is_declined_politely():
-    assert "needs a CUDA build of torch" in extension.load("cuda")
+    assert "needs a CUDA build of torch" in compiled.load("cuda")
 
 
 def test_status_names_every_part_and_explains_what_is_missing():
-    status = extension.status()
+    status = compiled.status()
     assert set(status) == {"_C_cpu", "_C_cuda", "_host_checks"}
     for part in status.values():
         assert part["present"] or part["why"]
@@ -112,20 +114,20 @@ def test_status_names_every_part_and_explains_what_is_missing():
 
 
 def test_host_checks_of_another_python_are_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(extension, "_DIRECTORY", tmp_path)
+    monkeypatch.setattr(compiled, "_DIRECTORY", tmp_path)
     (tmp_path / "_host_checks.cpython-39-x86_64-linux-gnu.so").touch()
-    part = extension.status()["_host_checks"]
+    part = compiled.status()["_host_checks"]
     assert not part["present"] and "cpython-39-x86_64-linux-gnu.so is for another Python" in part["why"]
     (tmp_path / f"_host_checks{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
-    assert extension.status()["_host_checks"] == {"present": True, "loaded": None, "why": None}
+    assert compiled.status()["_host_checks"] == {"present": True, "loaded": None, "why": None}
 
 
 # ------------------------------------------------------------------------------------------------------ cpu_add_relu
 
 
 def cpu_add_relu(a, b, out=None):
-    if extension.load("cpu") is not None:
-        pytest.skip(extension.load("cpu"))
+    if compiled.load("cpu") is not None:
+        pytest.skip(compiled.load("cpu"))
     out = torch.full_like(a, float("nan")) if out is None else out
     torch.ops.fused_resnet.cpu_add_relu(a, b, out)
     return out
@@ -213,8 +215,8 @@ def test_cpu_add_relu_with_any_number_of_threads(threads):
 
 
 def cpu_max_pool2d(x, kernel_size, stride, padding, like=None):
-    if extension.load("cpu") is not None:
-        pytest.skip(extension.load("cpu"))
+    if compiled.load("cpu") is not None:
+        pytest.skip(compiled.load("cpu"))
     expected = F.max_pool2d(x, kernel_size, stride, padding) if like is None else like
     out = torch.full_like(expected, -123.0, memory_format=torch.channels_last)
     torch.ops.fused_resnet.cpu_max_pool2d(x.contiguous(memory_format=torch.channels_last),
@@ -284,7 +286,7 @@ def test_cpu_add_relu_second_line_of_checks(change, message):
 # tensors by naming the dispatch key: they unpack every argument, then must refuse the device.
 ENTER_CUDA_OPERATORS = """
 import ctypes, sys, torch
-from fused_resnet import ops, schemas
+from fused_resnet.operators import library, schemas
 ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 torch.ops.load_library(sys.argv[2])
 cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -456,7 +458,7 @@ def test_summary_is_honest(setup_py, tools):
 EXCLUDED = shutil.ignore_patterns(
     ".*", "build", "dist", "out", "*.egg-info", "*.so", "_build.json", "__pycache__", "results"
 )
-IN_THE_WHEEL = "import json; from fused_resnet import extension; print(json.dumps(extension.status()))"
+IN_THE_WHEEL = "import json; from fused_resnet.kernels import compiled; print(json.dumps(compiled.status()))"
 
 
 @pytest.fixture

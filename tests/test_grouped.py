@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import fused_resnet
-from fused_resnet import backends, extension, models, provenance, reference, testing, tuning
-from fused_resnet.plan import FrozenConv
-from fused_resnet.problem import ConvOperands, conv_problem
+from fused_resnet import backends, models, testing
+from fused_resnet.backends import winners
+from fused_resnet.freezing.plan import FrozenConv
+from fused_resnet.kernels import compiled, sources
+from fused_resnet.operators import reference
+from fused_resnet.operators.problem import ConvOperands, conv_problem
 
-if extension.load("cpu") is not None:
-    pytest.skip(extension.load("cpu"), allow_module_level=True)
+if compiled.load("cpu") is not None:
+    pytest.skip(compiled.load("cpu"), allow_module_level=True)
 
 RECORD = backends.known("conv_bn_act")["grouped"]
 
@@ -183,33 +186,33 @@ def test_the_operator_refuses_what_would_leave_its_memory():
             run(*(good | change).values())
 
 
-@pytest.mark.parametrize("name", provenance.CPU_SOURCES)
+@pytest.mark.parametrize("name", sources.CPU_SOURCES)
 def test_a_cpu_kernel_s_digest_covers_all_it_includes(name):
     files, found = {f"csrc/cpu_{name}.cpp"}, set()
     while files - found:
         file = (files - found).pop()
         found.add(file)
-        files |= {f"csrc/{header}" for header in re.findall('#include "(.+)"', (provenance.ROOT / file).read_text())}
-    assert found == set(provenance.CPU_SOURCES[name])
+        files |= {f"csrc/{header}" for header in re.findall('#include "(.+)"', (sources.ROOT / file).read_text())}
+    assert found == set(sources.CPU_SOURCES[name])
 
 
 def test_measurements_of_cpu_kernels_go_stale_with_their_sources(monkeypatch, tmp_path):
     (tmp_path / "csrc").mkdir()
-    assert provenance.kernel_digest("grouped", tmp_path) is None
+    assert sources.kernel_digest("grouped", tmp_path) is None
     digests = {}
     for file in ("cpu_vectors.h", "grouped.h", "cpu_grouped.cpp", "conv_bn_act.cu"):
         (tmp_path / "csrc" / file).write_text(file)
-        digests[file] = [provenance.kernel_digest(name, tmp_path) for name in ("winograd", "grouped", "cuda")]
+        digests[file] = [sources.kernel_digest(name, tmp_path) for name in ("winograd", "grouped", "cuda")]
     shared, header, source, cuda = digests.values()
     assert shared[0] == header[0] == source[0] == cuda[0] is not None
     assert len({shared[1], header[1], source[1]}) == 3 and cuda[1] == source[1]
     assert shared[2] is header[2] is source[2] is None and cuda[2] is not None
-    monkeypatch.setattr(tuning.extension, "build_record", lambda: {"cpu_kernels": {"grouped": "0123"}})
-    tuning.kernel_digest.cache_clear()
+    monkeypatch.setattr(winners.extension, "build_record", lambda: {"cpu_kernels": {"grouped": "0123"}})
+    compiled.kernel_digest.cache_clear()
     try:
-        assert tuning.kernel_digests()["grouped"] == "0123"
-        assert tuning._is_unchanged("grouped", {"grouped": "0123"}, "a file")
-        assert not tuning._is_unchanged("grouped", {"grouped": "4567"}, "a file")
-        assert not tuning._is_unchanged("winograd", {"winograd": None}, "a file")
+        assert compiled.kernel_digests()["grouped"] == "0123"
+        assert winners._is_unchanged("grouped", {"grouped": "0123"}, "a file")
+        assert not winners._is_unchanged("grouped", {"grouped": "4567"}, "a file")
+        assert not winners._is_unchanged("winograd", {"winograd": None}, "a file")
     finally:
-        tuning.kernel_digest.cache_clear()
+        compiled.kernel_digest.cache_clear()

@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_resnet import backends, reference
-from fused_resnet.problem import ACTIVATIONS, ConvOperands, ConvProblem, conv_problem
+from fused_resnet import backends
+from fused_resnet.operators import reference
+from fused_resnet.operators.problem import ACTIVATIONS, ConvOperands, ConvProblem, conv_problem
 
 checks = pytest.importorskip(
     "fused_resnet._host_checks", reason="_host_checks is not built (it needs a C++ compiler and pybind11)"

@@ -13,17 +13,18 @@ import pytest
 import torch
 
 import fused_resnet
-from fused_resnet import BackendError, backends, extension, models, testing
+from fused_resnet import BackendError, backends, models, testing
 from fused_resnet.backends.onednn import onednn_convolution
+from fused_resnet.kernels import compiled
 from fused_resnet.machine import files
 from fused_resnet.nn import BasicBlock, Bottleneck
-from fused_resnet.problem import ConvOperands, conv_problem
+from fused_resnet.operators.problem import ConvOperands, conv_problem
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "FUSED_RESNET_CPU_ISA", "ATEN_CPU_CAPABILITY")
 UNLIMITED = {name: value for name, value in os.environ.items() if name not in LIMITS}
-NEEDS_LIBRARY = pytest.mark.skipif(extension.load("cpu") is not None, reason=str(extension.load("cpu")))
+NEEDS_LIBRARY = pytest.mark.skipif(compiled.load("cpu") is not None, reason=str(compiled.load("cpu")))
 
 
 def processor_flags() -> set[str]:
@@ -45,16 +46,16 @@ def widest_kernels() -> str:
 CHOOSE = """
 import json, os, sys, torch
 import fused_resnet
-from fused_resnet import extension
+from fused_resnet.kernels import compiled
 for variables in json.loads(sys.argv[1]):
     if os.fork() == 0:
         os.environ.update(variables)
         print(json.dumps(variables), flush=True, file=sys.stderr)
-        assert extension.load("cpu") is None
+        assert compiled.load("cpu") is None
         nan, out = torch.full((8,), 0x7E55, dtype=torch.int16).view(torch.half), torch.empty(8, dtype=torch.half)
         torch.ops.fused_resnet.cpu_add_relu(nan, nan, out)
         bits = [hex(bits) for bits in set(out.view(torch.int16).tolist())]
-        print(json.dumps([*extension.instruction_set().values(), *bits]), flush=True)
+        print(json.dumps([*compiled.instruction_set().values(), *bits]), flush=True)
         os._exit(0)
     assert os.wait()[1] == 0
 """
@@ -165,7 +166,7 @@ def record_of_this_process():
     names = ["eager", "onednn", "winograd", "grouped", "cpu"]
     reports = [testing.verify(150, 5, backends=names), testing.verify(300, 11, backends=names[:4], kind="common")]
     return {
-        "kernels": extension.instruction_set()["name"],
+        "kernels": compiled.instruction_set()["name"],
         "torch": torch.backends.cpu.get_cpu_capability(),
         "onednn_missing": {short: backends.onednn_missing(dtype) for short, dtype in DTYPES.items()},
         "refused": {short: why_refused(dtype) for short, dtype in DTYPES.items()},

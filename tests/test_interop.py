@@ -22,8 +22,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import fused_resnet
-from fused_resnet import adapters, convert
 from fused_resnet import nn as nn_module
+from fused_resnet.fusing import adapters, convert
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct
 
 ROOT = Path(__file__).parents[1]

@@ -10,11 +10,13 @@ from torch import nn
 from tuned_files import entry
 
 import fused_resnet
-from fused_resnet import backends, layouts, plan, registry
+from fused_resnet import backends
+from fused_resnet.backends import record
+from fused_resnet.freezing import layouts, plan
+from fused_resnet.kernels.triton import runtime
+from fused_resnet.kernels.triton.conv.configs import TritonConfig, configs, why_illegal
 from fused_resnet.nn import BasicBlock, Bottleneck
-from fused_resnet.problem import ConvProblem
-from fused_resnet.triton_kernels import runtime
-from fused_resnet.triton_kernels.conv_configs import TritonConfig, configs, why_illegal
+from fused_resnet.operators.problem import ConvProblem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _MISSING = runtime.why_not(DEVICE, torch.float32)
@@ -222,7 +224,7 @@ def _tune_3x3s(tuned_files, monkeypatch, in_nhwc):
     """A basic block and an input whose 3x3 convolutions were measured fastest in row space, with this second winner."""
     rows = TritonConfig(64, 16, 16, 8, 4, 2, "rows_tma")
     triton = backends.known("conv_bn_act")["triton"]._replace(legal=lambda p: [rows, rows._replace(form="pointer")])
-    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "triton", triton)
+    monkeypatch.setitem(record._REGISTRY["conv_bn_act"], "triton", triton)
     model, x = networks.single(stride=1, channels=16).to(DEVICE), torch.randn(2, 16, 6, 6, device=DEVICE)
     convs = [m for m in fused_resnet.freeze(model, x).plan(x).modules() if isinstance(m, plan.FrozenConv)]
     for conv in convs:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fused_resnet
-from fused_resnet import backends, functional, library_faults, reference, testing
-from fused_resnet.problem import FLOAT_DTYPES, ConvOperands, conv_problem
+from fused_resnet import backends, functional, testing
+from fused_resnet.operators import library_faults, reference
+from fused_resnet.operators.problem import FLOAT_DTYPES, ConvOperands, conv_problem
 
 # (N, C, H, W, K, R, S, stride, padding, dilation, groups) that oneDNN 3.12 computes wrongly in bf16: the first ones on
 # AMX alone, then with AVX-512's bf16 instructions too

@@ -12,7 +12,7 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet import models
-from fused_resnet.convert import fused_convs
+from fused_resnet.fusing.convert import fused_convs
 from fused_resnet.models import cifar
 from fused_resnet.models.resnet import SqueezeExcitation
 from fused_resnet.nn import BasicBlock, Bottleneck, FusedBasicBlock, FusedBlock, FusedBottleneck

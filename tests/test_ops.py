@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_resnet import testing
-from fused_resnet.problem import ACTIVATIONS, ConvOperands
+from fused_resnet.operators.problem import ACTIVATIONS, ConvOperands
 
 conv_bn_act = torch.ops.fused_resnet.conv_bn_act
 add_relu = torch.ops.fused_resnet.add_relu
@@ -154,7 +154,7 @@ def test_add_relu_keeps_the_layout_of_a(backend, layout):
 
 
 def needs_cpu_library():
-    from fused_resnet import extension
+    from fused_resnet.kernels import compiled as extension
 
     reason = extension.load("cpu")
     if reason is not None:

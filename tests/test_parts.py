@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import fused_resnet
-from fused_resnet import parts
-from fused_resnet.frozen import FrozenModel, FrozenParts
+from fused_resnet.freezing import parts
+from fused_resnet.freezing.freeze import FrozenModel, FrozenParts
+from fused_resnet.freezing.plan import FrozenConv
 from fused_resnet.nn import ConvBNAct
-from fused_resnet.plan import FrozenConv
 
 
 class Backbone(nn.Sequential):

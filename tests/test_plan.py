@@ -28,11 +28,14 @@ from torch import nn
 from torch.nn.utils import prune
 
 import fused_resnet
-from fused_resnet import BackendError, backends, extension, models, plan, testing, timing
+from fused_resnet import BackendError, backends, models, testing
+from fused_resnet.freezing import plan
+from fused_resnet.freezing.plan import FrozenConv
+from fused_resnet.kernels import compiled
+from fused_resnet.kernels.triton import runtime
 from fused_resnet.machine import malloc
+from fused_resnet.measuring import timing
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct
-from fused_resnet.plan import FrozenConv
-from fused_resnet.triton_kernels import runtime
 
 X = (2, 3, 16, 16)
 full = pytest.mark.full
@@ -224,7 +227,7 @@ def test_unseen_shapes_get_their_own_plan():
 
 
 def test_the_least_recently_used_plan_goes(monkeypatch):
-    monkeypatch.setattr("fused_resnet.frozen.MAX_PLANS", 3)
+    monkeypatch.setattr("fused_resnet.freezing.freeze.MAX_PLANS", 3)
     frozen = fused_resnet.freeze(networks.small(), torch.randn(1, 3, 8, 8))
     for batch in (2, 3, 1, 4):  # 1 is used again before the fourth comes
         frozen(torch.randn(batch, 3, 8, 8))
@@ -329,7 +332,7 @@ def test_a_block_is_one_pass_a_convolution():
     convolutions = ("mkldnn::_convolution_pointwise", "mkldnn::_convolution_pointwise_", "fused_resnet::cpu_winograd")
     assert sum(calls.get(name, 0) for name in convolutions) == 20
     assert not calls.keys() & {"aten::relu_", "aten::relu", "aten::add_", "aten::add"}
-    if extension.load("cpu") is None:
+    if compiled.load("cpu") is None:
         assert calls["fused_resnet::cpu_max_pool2d"] == 1 and "aten::max_pool2d_with_indices" not in calls
 
 

@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 
-from fused_resnet import backends, extension, registry, testing
+from fused_resnet import backends, testing
+from fused_resnet.backends import record as registry
+from fused_resnet.kernels import compiled
+from fused_resnet.kernels.triton import runtime
 from fused_resnet.machine import files
-from fused_resnet.problem import AddReluProblem, ConvOperands, conv_problem
-from fused_resnet.triton_kernels import runtime
+from fused_resnet.operators.problem import AddReluProblem, ConvOperands, conv_problem
 
 SEED = 0
 FIRST_TIER, FULL, CHUNK = 150, 2000, 100
@@ -226,7 +228,7 @@ def test_a_device_may_have_a_number():
 # ------------------------------------------------------------------------------------------- what plans of ResNets have
 
 
-NEEDS_LIBRARY = pytest.mark.skipif(extension.load("cpu") is not None, reason=str(extension.load("cpu")))
+NEEDS_LIBRARY = pytest.mark.skipif(compiled.load("cpu") is not None, reason=str(compiled.load("cpu")))
 
 
 @NEEDS_LIBRARY

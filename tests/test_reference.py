@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused_resnet import reference
-from fused_resnet.problem import ACTIVATIONS, ConvOperands, conv_problem
+from fused_resnet.operators import reference
+from fused_resnet.operators.problem import ACTIVATIONS, ConvOperands, conv_problem
 
 VECTORS = ("bn_weight", "bn_bias", "bn_mean", "bn_var")
 

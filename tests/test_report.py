@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fused_resnet import bench, charts, report, tuning
+from fused_resnet import measuring
 from fused_resnet.__main__ import cli
+from fused_resnet.backends import winners
+from fused_resnet.reporting import charts, report
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -94,8 +96,8 @@ def test_wins_and_losses_are_counted_against_each_baseline(op_file):
     # our kernels and auto against the best library kernel, three convolutions each; auto on one addition
     assert (section.won, section.level, len(section.losses)) == (3, 2, 2)
     assert {(loss.variant, loss.against, loss.problem, loss.speedup) for loss in section.losses} == {
-        (bench.OURS, "the better of cuDNN fused and unfused", "a loss", 0.5),
-        (bench.AUTO, "the best library kernel", "a loss", 0.5),
+        (measuring.OURS, "the better of cuDNN fused and unfused", "a loss", 0.5),
+        (measuring.AUTO, "the best library kernel", "a loss", 0.5),
     }
 
 
@@ -116,9 +118,9 @@ def test_records_of_earlier_versions_are_read(earlier_file):
 
 
 def test_tuned_configs_are_shown_with_what_they_gain():
-    found = {"stub": tuning.Measured({"tile": 64}, 5.0, 0.1), "eager": tuning.Measured(None, 10.0, 0.1)}
-    entries = {"64x56x56 -> 64, 1x1 float32 bias relu": {8: tuning.Entry("stub", "eager", "2026-11-20", found)}}
-    table = tuning.Table("Test GPU", entries, {"2026-11-20": {**ENVIRONMENT, "kernels": {}}})
+    found = {"stub": winners.Measured({"tile": 64}, 5.0, 0.1), "eager": winners.Measured(None, 10.0, 0.1)}
+    entries = {"64x56x56 -> 64, 1x1 float32 bias relu": {8: winners.Entry("stub", "eager", "2026-11-20", found)}}
+    table = winners.Table("Test GPU", entries, {"2026-11-20": {**ENVIRONMENT, "kernels": {}}})
     section = report.section_of(table.as_json(), "configs.json")
     (shown,) = section.tables
     row = dict(zip(shown.columns, (cell.text for cell in shown.rows[0])))

@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_resnet
-from fused_resnet import adapters
-from fused_resnet.convert import fused_convs
+from fused_resnet.fusing import adapters
+from fused_resnet.fusing.convert import fused_convs
+from fused_resnet.fusing.rewriting import Rewritten
 from fused_resnet.nn import conv_bn_act
-from fused_resnet.rewriting import Rewritten
 
 ALTERNATING = itertools.cycle((True, False))
 FEATURES, NESTED, SEEN, LATEST = [], {"of": [[]]}, set(), collections.deque(maxlen=3)

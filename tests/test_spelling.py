@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_resnet
-from fused_resnet import models, timing
+from fused_resnet import models
+from fused_resnet.freezing.plan import FrozenConv, FrozenLinear, FrozenMaxPool
+from fused_resnet.measuring import timing
 from fused_resnet.nn import BasicBlock, Bottleneck
-from fused_resnet.plan import FrozenConv, FrozenLinear, FrozenMaxPool
 
 X = (2, 3, 16, 16)
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 import fused_resnet
-from fused_resnet import backends, bench, cache_read, models, plan, provenance, timing
-from fused_resnet.problem import AddReluProblem, ConvProblem
-from fused_resnet.triton_kernels import runtime
+from fused_resnet import backends, measuring, models
+from fused_resnet.freezing import plan
+from fused_resnet.kernels import sources
+from fused_resnet.kernels.triton import cache_read, runtime
+from fused_resnet.measuring import timing
+from fused_resnet.operators.problem import AddReluProblem, ConvProblem
 
 SMALL = ConvProblem(4, 8, 6, 5, 16, 3, 3, (1, 1), (1, 1), (1, 1), 1, "relu", False, True, True, torch.float32, "cpu")
 
@@ -120,7 +123,7 @@ def test_environment_names_what_matters_and_no_place():
     import socket
 
     text = json.dumps(record)
-    assert socket.gethostname() not in text and str(provenance.ROOT) not in text
+    assert socket.gethostname() not in text and str(sources.ROOT) not in text
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -167,17 +170,17 @@ def test_write_json_refuses_nan(tmp_path):
 
 
 def test_op_variants_are_right_and_say_why_others_are_missing():
-    found, skipped = bench.op_variants(SMALL, bench.random_operands(SMALL, "cpu"))
-    assert {bench.UNFUSED, bench.FOLDED, "onednn"} <= set(found)
+    found, skipped = measuring.op_variants(SMALL, measuring.random_operands(SMALL, "cpu"))
+    assert {measuring.UNFUSED, measuring.FOLDED, "onednn"} <= set(found)
     assert "NVIDIA" in skipped["cudnn"]
     for name, prepared in found.items():
-        assert 0 < bench.error_ratio(prepared) <= 1, name
+        assert 0 < measuring.error_ratio(prepared) <= 1, name
 
 
 def measured(problem=SMALL):
     """One row of `bench ops`."""
     roof = timing.Roofline(1e10, 1e11)
-    row = bench.bench_op(problem, {"a model": 2}, lambda dtype: roof, "cpu", 1, 0.01, timing.silent)
+    row = measuring.bench_op(problem, {"a model": 2}, lambda dtype: roof, "cpu", 1, 0.01, timing.silent)
     return {"problem": str(problem), **row}
 
 
@@ -201,9 +204,9 @@ def test_a_wrong_kernel_is_found_and_not_timed(monkeypatch):
     with_bound(monkeypatch, wrong_in_the_last_image)
     assert backends.known("conv_bn_act")["onednn"].why_not(SMALL) is None
     row = measured()
-    wrong = {entry["variant"]: entry for entry in bench.mismatches([row])}
+    wrong = {entry["variant"]: entry for entry in measuring.mismatches([row])}
     assert wrong["onednn"]["error_ratio"] > 1 and wrong["onednn"]["raised"] is None
-    assert "onednn" not in row["variants"] and bench.FOLDED in row["variants"]
+    assert "onednn" not in row["variants"] and measuring.FOLDED in row["variants"]
 
 
 def test_a_kernel_that_raises_costs_the_others_nothing(monkeypatch):
@@ -212,28 +215,28 @@ def test_a_kernel_that_raises_costs_the_others_nothing(monkeypatch):
 
     with_bound(monkeypatch, broken)
     row = measured()
-    wrong = {entry["variant"]: entry for entry in bench.mismatches([row])}
+    wrong = {entry["variant"]: entry for entry in measuring.mismatches([row])}
     assert wrong["onednn"] == {
         "problem": str(SMALL), "variant": "onednn", "error_ratio": None, "raised": "RuntimeError: illegal address",
     }  # fmt: skip
-    assert "onednn" not in row["variants"] and bench.FOLDED in row["variants"]
+    assert "onednn" not in row["variants"] and measuring.FOLDED in row["variants"]
 
 
 def test_an_addition_has_one_right_answer(monkeypatch):
     problem = AddReluProblem((3, 5, 7, 2), True, torch.bfloat16, "cpu")
-    found, _ = bench.add_relu_variants(problem, "cpu")
-    assert {bench.UNFUSED, bench.FOLDED, bench.COPY, "cpu"} <= set(found)
-    assert all(bench.error_ratio(one) == 0 for one in found.values())
+    found, _ = measuring.add_relu_variants(problem, "cpu")
+    assert {measuring.UNFUSED, measuring.FOLDED, measuring.COPY, "cpu"} <= set(found)
+    assert all(measuring.error_ratio(one) == 0 for one in found.values())
     right = found["cpu"].run()
     wrong = right.clone()
     wrong[-1, -1, -1, -1] = right.max() * (1 + 2**-7)  # the next number up
-    assert bench.error_ratio(found["cpu"]._replace(run=lambda: wrong)) == math.inf
+    assert measuring.error_ratio(found["cpu"]._replace(run=lambda: wrong)) == math.inf
 
 
 def test_a_kernel_that_writes_nan_counts_as_infinitely_wrong(monkeypatch):
-    found, _ = bench.op_variants(SMALL, bench.random_operands(SMALL, "cpu"))
+    found, _ = measuring.op_variants(SMALL, measuring.random_operands(SMALL, "cpu"))
     broken = found["onednn"]._replace(run=lambda: torch.full(SMALL.output_shape, math.nan))
-    assert bench.error_ratio(broken) == math.inf
+    assert measuring.error_ratio(broken) == math.inf
 
 
 def test_summary_lists_every_loss():
@@ -242,7 +245,7 @@ def test_summary_lists_every_loss():
         return {"problem": problem, "count": count, "variants": variants}
 
     rows = [row("win", 1, 40.0, 10.0), row("loss", 2, 10.0, 40.0), row("even", 1, 10.0, 10.0)]
-    (entry,) = bench.summarise(rows, "base")
+    (entry,) = measuring.summarise(rows, "base")
     assert entry["share_won"] == pytest.approx(1 / 3)  # what is level is neither won nor lost
     assert entry["geomean_speedup"] == pytest.approx(1.0)
     assert (entry["worst_problem"], entry["worst_speedup"]) == ("loss", 0.25)
@@ -251,7 +254,7 @@ def test_summary_lists_every_loss():
 
 
 def op_row(batch=32, device="cuda", auto="cudnn", **times):
-    variants = {{"folded": bench.FOLDED}.get(name, name): {"median_us": us} for name, us in times.items()}
+    variants = {{"folded": measuring.FOLDED}.get(name, name): {"median_us": us} for name, us in times.items()}
     return {"op": "conv_bn_act", "device": device, "batch": batch, "dtype": "fp16", "auto": auto, "count": 1,
             "problem": f"{batch}, {sorted(times.items())}", "variants": variants}  # fmt: skip
 
@@ -264,14 +267,14 @@ def test_our_kernels_are_held_against_the_better_of_cudnn_fused_and_unfused():
         op_row(batch=1, unfused=9.0, folded=3.0, triton=1.0, auto="eager"),  # 3 / 1
         op_row(device="cpu", batch=1, unfused=9.0, folded=4.0, onednn=2.0, winograd=1.0, auto="onednn"),
     ]
-    summary = {(entry["variant"], entry["where"]): entry for entry in bench.summarise_ops(rows)
-               if entry["variant"] in (bench.OURS, bench.AUTO)}  # fmt: skip
-    ours, large = summary[bench.OURS, "all"], summary[bench.OURS, "batch >= 32"]
+    summary = {(entry["variant"], entry["where"]): entry for entry in measuring.summarise_ops(rows)
+               if entry["variant"] in (measuring.OURS, measuring.AUTO)}  # fmt: skip
+    ours, large = summary[measuring.OURS, "all"], summary[measuring.OURS, "batch >= 32"]
     assert ours["problems"] == 3 and ours["geomean_speedup"] == pytest.approx((2 * 0.5 * 3) ** (1 / 3))
     assert large["geomean_speedup"] == pytest.approx(1.0) and large["share_won"] == 0.5
     assert [loss["speedup"] for loss in large["losses"]] == [0.5]
     # against the fastest library kernel: 0.5 / 8 with cuBLASLt, 8 / 16, its own folded eager, its own oneDNN
-    auto = summary[bench.AUTO, "all"]
+    auto = summary[measuring.AUTO, "all"]
     assert auto["geomean_speedup"] == pytest.approx((0.0625 * 0.5 * 1 * 1) ** 0.25) and len(auto["losses"]) == 2
 
 
@@ -279,9 +282,11 @@ def test_a_network_is_held_against_the_fastest_rival_of_its_own_dtype():
     times = {"eager NCHW fp32": 90.0, "compile fp32": 30.0, "cudnn fp32": 20.0, "frozen fp32": 25.0,
              "compile bf16": 8.0, "frozen bf16": 4.0, "fused bf16": 10.0}  # fmt: skip
     variants = {name: {"median_us": us} for name, us in times.items()}
-    assert bench.rival_of("frozen fp32", variants) == ("cudnn fp32", 0.8)
-    assert bench.rival_of("compile fp32", variants) == ("", math.inf)
-    summary = bench.summarise_networks([{"problem": "a net", "variants": variants}], ("compile", "cudnn", "tensorrt"))
+    assert measuring.rival_of("frozen fp32", variants) == ("cudnn fp32", 0.8)
+    assert measuring.rival_of("compile fp32", variants) == ("", math.inf)
+    summary = measuring.summarise_networks(
+        [{"problem": "a net", "variants": variants}], ("compile", "cudnn", "tensorrt")
+    )
     found = {(entry["variant"], entry["against"]): entry["geomean_speedup"] for entry in summary}
     assert found["frozen fp32", "the best of compile, cudnn in fp32"] == pytest.approx(0.8)
     assert found["frozen bf16", "the best of compile in bf16"] == pytest.approx(2.0)
@@ -298,9 +303,9 @@ def test_cudnn_is_stitched_in_where_it_fits(monkeypatch):
 
     fitting = backends.Backend("stitched", lambda p: None if p.activation == "relu" else f"not {p.activation}", run)
     monkeypatch.setitem(backends.known.__globals__["_REGISTRY"]["conv_bn_act"], "stitched", fitting)
-    model, x = bench.calibrated(models.create("resnet20", option="B"), (3, 16, 16)), torch.randn(2, 3, 16, 16)
+    model, x = measuring.calibrated(models.create("resnet20", option="B"), (3, 16, 16)), torch.randn(2, 3, 16, 16)
     folded = fused_resnet.freeze(model, x, backend="eager").plan(x)
-    assert bench.variants.stitch(folded, "stitched") == (19, 2)  # the main path before each projection has no ReLU
+    assert measuring.variants.stitch(folded, "stitched") == (19, 2)  # the main path before each projection has no ReLU
     with torch.no_grad():
         wide = x.to(memory_format=torch.channels_last)
         assert (folded(wide) - model(x)).abs().max() < 1e-4 * model(x).abs().max()
@@ -309,11 +314,11 @@ def test_cudnn_is_stitched_in_where_it_fits(monkeypatch):
 
 def test_tensorrt_says_why_it_cannot(monkeypatch):
     model, x = torch.nn.Conv2d(3, 200, 1).eval(), torch.randn(1, 3, 4, 4)
-    build = bench.variant_builders(model, x, dtypes=[torch.float32], baselines=("tensorrt",))
+    build = measuring.variant_builders(model, x, dtypes=[torch.float32], baselines=("tensorrt",))
     assert set(build) == {"eager NCHW fp32", "tensorrt fp32", "frozen fp32"}
     for module, reason in ((None, "tensorrt is not installed"), (object(), "RuntimeError: it needs an NVIDIA GPU")):
         monkeypatch.setitem(sys.modules, "tensorrt", module)
-        assert bench.build_variants({"tensorrt": build["tensorrt fp32"]}) == ({}, {"tensorrt": reason})
+        assert measuring.build_variants({"tensorrt": build["tensorrt fp32"]}) == ({}, {"tensorrt": reason})
 
 
 def test_a_cache_is_read_as_often_as_is_counted():
@@ -326,7 +331,7 @@ def test_a_cache_is_read_as_often_as_is_counted():
 
 
 def test_calibrated_model_has_sane_activations_and_its_momenta_back():
-    model = bench.calibrated(models.create("resnet20"), (3, 32, 32))
+    model = measuring.calibrated(models.create("resnet20"), (3, 32, 32))
     assert not model.training and model.bn1.momentum == 0.1
     outputs = []
     model.layer3[-1].bn2.register_forward_hook(lambda module, args, out: outputs.append(out))
@@ -336,7 +341,7 @@ def test_calibrated_model_has_sane_activations_and_its_momenta_back():
 
 
 def test_blocks_of_the_stages():
-    found = bench.blocks_of(models.create("resnet18"), (3, 64, 64))
+    found = measuring.blocks_of(models.create("resnet18"), (3, 64, 64))
     assert [(name, shape) for name, _, shape in found] == [
         ("layer1.1", (64, 16, 16)), ("layer2.1", (128, 8, 8)), ("layer3.1", (256, 4, 4)), ("layer4.1", (512, 2, 2)),
     ]  # fmt: skip
@@ -349,7 +354,7 @@ def test_one_variant_that_cannot_be_built_does_not_cost_the_others():
     def missing():
         raise ModuleNotFoundError("No module named 'x'", name="x")
 
-    found, skipped = bench.build_variants({"a": broken, "b": lambda: "built", "c": missing})
+    found, skipped = measuring.build_variants({"a": broken, "b": lambda: "built", "c": missing})
     assert found == {"b": "built"}
     assert skipped == {"a": "RuntimeError: no C++ compiler", "c": "x is not installed"}
 
@@ -359,9 +364,9 @@ def test_a_variant_that_breaks_when_it_runs_does_not_cost_the_others(monkeypatch
         raise RuntimeError("an illegal memory access")
 
     builders = {"eager NCHW fp32": lambda: lambda: x, "frozen fp32": lambda: lambda: x, "compile fp32": lambda: broken}
-    monkeypatch.setattr(bench.networks, "variant_builders", lambda *_, **__: builders)
+    monkeypatch.setattr(measuring.networks, "variant_builders", lambda *_, **__: builders)
     x = torch.randn(2, 3)
-    row = bench.bench_network(torch.nn.Identity(), x, device="cpu", budget_s=1, rounds=1)
+    row = measuring.bench_network(torch.nn.Identity(), x, device="cpu", budget_s=1, rounds=1)
     assert set(row["variants"]) == {"eager NCHW fp32", "frozen fp32"}
     assert row["skipped"] == {"compile fp32": "RuntimeError: an illegal memory access"}
 
@@ -370,7 +375,7 @@ def test_max_error_is_relative_to_the_largest_output():
     model, x = torch.nn.Identity(), torch.tensor([[1.0, -4.0], [9.0, 9.0], [2.0, 0.5]])
     wrong = x.clone()
     wrong[2, 1] += 1.0  # of the last image
-    assert bench.max_error(model, x, {"right": lambda: x, "wrong": lambda: wrong}) == {"right": 0.0, "wrong": 0.25}
+    assert measuring.max_error(model, x, {"right": lambda: x, "wrong": lambda: wrong}) == {"right": 0.0, "wrong": 0.25}
 
 
 # ---------------------------------------------------------------------------------------------------------- provenance
@@ -379,7 +384,7 @@ def test_max_error_is_relative_to_the_largest_output():
 @pytest.fixture
 def tree(tmp_path):
     """A project with one CUDA and one Triton source."""
-    for file in ("csrc/a.cu", "fused_resnet/triton_kernels/b.py"):
+    for file in ("csrc/a.cu", "fused_resnet/kernels/triton/b.py"):
         (tmp_path / file).parent.mkdir(parents=True)
         (tmp_path / file).write_text(file)
     (tmp_path / "csrc" / "notes.txt").write_text("not a source")
@@ -387,31 +392,31 @@ def tree(tmp_path):
 
 
 def record(tree, device="NVIDIA H200", date="2026-11-20T08:00:00+00:00", backends=("cuda", "triton"), name="check"):
-    verified = provenance.verified_record(device, date, backends, tree)
+    verified = sources.verified_record(device, date, backends, tree)
     timing.write_json(tree / "benchmarks" / "results" / "h200" / f"{name}.json", {"verified": verified})
 
 
 def test_never_verified(tree):
-    assert str(provenance.newest(tree)) == "kernels not yet verified on a GPU"
-    assert provenance.newest(tree).never_verified == ("csrc/a.cu", "fused_resnet/triton_kernels/b.py")
+    assert str(sources.newest(tree)) == "kernels not yet verified on a GPU"
+    assert sources.newest(tree).never_verified == ("csrc/a.cu", "fused_resnet/kernels/triton/b.py")
 
 
 def test_verified(tree):
     record(tree)
     timing.write_json(tree / "benchmarks" / "results" / "h200" / "ops.json", {"rows": []})
-    assert str(provenance.newest(tree)) == "kernels verified on NVIDIA H200, 2026-11-20"
+    assert str(sources.newest(tree)) == "kernels verified on NVIDIA H200, 2026-11-20"
 
 
 def test_changed_since(tree):
     record(tree)
     (tree / "csrc" / "a.cu").write_text("edited")
-    assert str(provenance.newest(tree)) == "kernels verified on NVIDIA H200, 2026-11-20; changed since: csrc/a.cu"
+    assert str(sources.newest(tree)) == "kernels verified on NVIDIA H200, 2026-11-20; changed since: csrc/a.cu"
 
 
 def test_a_cpu_kernel_is_not_verified_on_a_gpu(tree):
     file = tree / "csrc" / "grouped.h"
     file.write_text("grouped")
-    assert "csrc/grouped.h" not in provenance.newest(tree).never_verified
+    assert "csrc/grouped.h" not in sources.newest(tree).never_verified
     record(tree)
     path = tree / "benchmarks" / "results" / "h200" / "check.json"
     of_before = json.loads(path.read_text())
@@ -419,34 +424,34 @@ def test_a_cpu_kernel_is_not_verified_on_a_gpu(tree):
     of_before["verified"]["kernels"]["csrc/grouped.h"] = "another digest"
     timing.write_json(path, of_before)
     file.write_text("edited")
-    assert str(provenance.newest(tree)) == "kernels verified on NVIDIA H200, 2026-11-20"
+    assert str(sources.newest(tree)) == "kernels verified on NVIDIA H200, 2026-11-20"
 
 
 def test_added_and_removed_since(tree):
     record(tree)
     (tree / "csrc" / "a.cu").rename(tree / "csrc" / "c.cu")
-    state = provenance.newest(tree)
+    state = sources.newest(tree)
     assert state.changed == ("csrc/a.cu (removed)",) and state.never_verified == ("csrc/c.cu",)
 
 
 def test_a_backend_that_was_not_verified_is_named(tree):
     record(tree, backends=("triton",))
-    assert str(provenance.newest(tree)).endswith("; not yet verified: csrc/a.cu")
+    assert str(sources.newest(tree)).endswith("; not yet verified: csrc/a.cu")
 
 
 def test_the_newest_record_counts(tree):
     record(tree, device="NVIDIA A100", date="2026-11-19T23:00:00+00:00", name="z")
     record(tree, device="NVIDIA H200", date="2026-11-20T01:00:00+00:00", name="a")
-    assert provenance.newest(tree).device == "NVIDIA H200"
+    assert sources.newest(tree).device == "NVIDIA H200"
 
 
 def test_an_unreadable_record_is_not_taken_for_none(tree):
     record(tree)
     (tree / "benchmarks" / "results" / "h200" / "check.json").write_text('{"verified": ')
     with pytest.raises(ValueError, match="results/h200/check.json is not valid JSON"):
-        provenance.newest(tree)
+        sources.newest(tree)
 
 
 def test_digests_of_this_tree_cover_both_backends():
-    files = provenance.digests()
-    assert "csrc/conv_bn_act.cu" in files and "fused_resnet/triton_kernels/conv_bn_act.py" in files
+    files = sources.digests()
+    assert "csrc/conv_bn_act.cu" in files and "fused_resnet/kernels/triton/conv/launch.py" in files

@@ -10,10 +10,18 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from fused_resnet import reference
-from fused_resnet.problem import ACTIVATIONS, AddReluProblem, ConvOperands, ConvProblem, add_relu_problem, conv_problem
-from fused_resnet.triton_kernels import add_relu, conv_bn_act, interpreter, runtime
-from fused_resnet.triton_kernels.conv_bn_act import TritonConfig
+from fused_resnet.kernels.triton import add_relu, interpreter, runtime
+from fused_resnet.kernels.triton.conv import launch as conv_bn_act
+from fused_resnet.kernels.triton.conv.launch import TritonConfig
+from fused_resnet.operators import reference
+from fused_resnet.operators.problem import (
+    ACTIVATIONS,
+    AddReluProblem,
+    ConvOperands,
+    ConvProblem,
+    add_relu_problem,
+    conv_problem,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -426,7 +434,8 @@ def test_an_interpreter_that_this_numpy_breaks_is_not_used():
 
 
 _ON_A_CPU = """
-from fused_resnet.triton_kernels import add_relu, conv_bn_act, runtime
+from fused_resnet.kernels.triton import add_relu, runtime
+from fused_resnet.kernels.triton.conv import launch as conv_bn_act
 import torch
 print(runtime.why_not("cpu", torch.float32))
 """

@@ -33,7 +33,7 @@ def python(environment, *arguments) -> str:
 
 
 def compiled(environment, *arguments) -> list[dict]:
-    return json.loads(python(environment, "-m", "fused_resnet.triton_kernels.aot", "--json", *arguments))
+    return json.loads(python(environment, "-m", "fused_resnet.kernels.triton.aot", "--json", *arguments))
 
 
 def check(report: dict, dtype: str) -> None:
@@ -73,7 +73,7 @@ def test_default_configs(compiler_environment, arch):
 
 _OTHER_DTYPES = """
 import itertools, json, torch
-from fused_resnet.triton_kernels import aot
+from fused_resnet.kernels.triton import aot
 reports = []
 for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")):
     torch.backends.cudnn.conv.fp32_precision = precision
@@ -108,9 +108,9 @@ def test_all_configs(compiler_environment, arch, dtype):
 
 _FORMS = """
 import itertools, json, sys, torch
-from fused_resnet.problem import ConvProblem
-from fused_resnet.triton_kernels import aot
-from fused_resnet.triton_kernels.conv_configs import TritonConfig, configs
+from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.kernels.triton import aot
+from fused_resnet.kernels.triton.conv.configs import TritonConfig, configs
 
 def problem(C, size, K, filter_size=1, stride=1, residual=False, dtype=torch.float16):
     return ConvProblem(
@@ -208,16 +208,16 @@ tt.func @kernel() {
 )
 def test_loop_facts(first, register_dots):
     """What stands before and behind the loop does not count, what stands in a branch within it does."""
-    from fused_resnet.triton_kernels import aot
+    from fused_resnet.kernels.triton import aot
 
     assert aot.loop_facts(_TTGIR.replace("FIRST", first)) == (1, register_dots, 1)
 
 
 _ONES = """
 import json, torch
-from fused_resnet.problem import AddReluProblem, ConvProblem
-from fused_resnet.triton_kernels import aot
-from fused_resnet.triton_kernels.conv_configs import TritonConfig
+from fused_resnet.operators.problem import AddReluProblem, ConvProblem
+from fused_resnet.kernels.triton import aot
+from fused_resnet.kernels.triton.conv.configs import TritonConfig
 
 def problem(N, C, H, W, K, filter_size, groups=1):
     return ConvProblem(
@@ -249,8 +249,10 @@ import itertools, torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-from fused_resnet.problem import ConvOperands
-from fused_resnet.triton_kernels import aot, conv_bn_act, conv_configs
+from fused_resnet.operators.problem import ConvOperands
+from fused_resnet.kernels.triton import aot
+from fused_resnet.kernels.triton.conv import configs as conv_configs
+from fused_resnet.kernels.triton.conv import launch as conv_bn_act
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
 
@@ -282,14 +284,14 @@ def test_specialised_as_the_launcher_would(compiler_environment):
 
 def test_interpreted_kernels_are_refused():
     environment = dict(os.environ, TRITON_INTERPRET="1")
-    command = [sys.executable, "-m", "fused_resnet.triton_kernels.aot", "--arch", "90"]
+    command = [sys.executable, "-m", "fused_resnet.kernels.triton.aot", "--arch", "90"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 1 and "unset it" in result.stderr
 
 
 def test_table(compiler_environment):
     """One line per kernel: where, what, registers, instructions."""
-    command = ["-m", "fused_resnet.triton_kernels.aot", "--arch", "90", "--only", "32x256x56x56 float16"]
+    command = ["-m", "fused_resnet.kernels.triton.aot", "--arch", "90", "--only", "32x256x56x56 float16"]
     forward, backward = python(compiler_environment, *command).splitlines()
     assert forward.startswith("sm_90") and " regs " in forward and "max.NaN" in forward
     assert backward.startswith("sm_90") and "max.NaN" not in backward

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_triton import DEVICE, DTYPES, check, launch, needs_triton, operands_of
 
-from fused_resnet import reference
-from fused_resnet.problem import ACTIVATIONS, ConvProblem, conv_problem
-from fused_resnet.triton_kernels import conv_bn_act, row_space, runtime
-from fused_resnet.triton_kernels.conv_configs import (
+from fused_resnet.kernels.triton import runtime
+from fused_resnet.kernels.triton.conv import launch as conv_bn_act
+from fused_resnet.kernels.triton.conv import row_space
+from fused_resnet.kernels.triton.conv.configs import (
     FORMS,
     TritonConfig,
     configs,
@@ -27,6 +27,8 @@ from fused_resnet.triton_kernels.conv_configs import (
     sums_per_thread,
     why_illegal,
 )
+from fused_resnet.operators import reference
+from fused_resnet.operators.problem import ACTIVATIONS, ConvProblem, conv_problem
 
 needs_tma = pytest.mark.skipif(
     not runtime.INTERPRETED and runtime.arch(torch.device(DEVICE)) < 90, reason="TMA needs a GPU of sm_90 or later"

@@ -13,10 +13,18 @@ from click.testing import CliRunner
 from tuned_files import problem
 
 from fused_resnet import __main__ as command_line
-from fused_resnet import backends, bench, layouts, models, precompile, provenance, registry, timing, tuner, tuning
-from fused_resnet.journal import Journal
-from fused_resnet.triton_kernels import conv_configs, row_space, runtime
-from fused_resnet.triton_kernels.conv_configs import TritonConfig
+from fused_resnet import backends, measuring, models
+from fused_resnet.backends import record as registry
+from fused_resnet.backends import winners
+from fused_resnet.freezing import layouts
+from fused_resnet.kernels import compiled, sources
+from fused_resnet.kernels.triton import precompile, runtime
+from fused_resnet.kernels.triton.conv import configs as conv_configs
+from fused_resnet.kernels.triton.conv import row_space
+from fused_resnet.kernels.triton.conv.configs import TritonConfig
+from fused_resnet.measuring import timing
+from fused_resnet.tuning import tuner
+from fused_resnet.tuning.journal import Journal
 
 EAGER = backends.known("conv_bn_act")["eager"]
 PROBLEMS = [problem(2), problem(1, C=32)]
@@ -55,7 +63,7 @@ def times(monkeypatch):
 
 
 def tune(problems=PROBLEMS, **options):
-    return tuner.tune(problems, device="cpu", folder=tuning.user_folder(), **options)
+    return tuner.tune(problems, device="cpu", folder=winners.user_folder(), **options)
 
 
 def names(rows):
@@ -108,10 +116,10 @@ def test_the_fastest_right_candidate_is_what_auto_takes_from_then_on(tuned_files
         selection = backends.select(one._replace(N=17))
         assert (selection.backend.name, selection.config) == ("quick", backends.EagerConfig("y"))
         assert selection.source == f"tuned here, {result['file']}, batch {one.N}"
-    record = json.loads((tuning.user_folder() / result["file"]).read_text())
+    record = json.loads((winners.user_folder() / result["file"]).read_text())
     (run,) = record["runs"].values()
     assert {"cpu", "threads", "torch", "triton", "commit", "kernels"} <= set(run)
-    assert str(provenance.ROOT) not in json.dumps(record) and os.uname().nodename not in json.dumps(record)
+    assert str(sources.ROOT) not in json.dumps(record) and os.uname().nodename not in json.dumps(record)
     assert result["remaining"] == []
 
 
@@ -148,7 +156,7 @@ def test_an_entry_keeps_the_best_of_each_backend_and_the_winner_itself():
     timed = [dict(backend=b, config=c, median_us=us, error_ratio=0.5) for b, c, us in rows]
     described = {"backend": "a", "config": None}
     entry = tuner.entry_of({"timed": timed, "winner": described, "default": described}, "run")
-    assert entry.candidates == {"a": tuning.Measured(None, 10.0, 0.5), "b": tuning.Measured(None, 11.0, 0.5)}
+    assert entry.candidates == {"a": winners.Measured(None, 10.0, 0.5), "b": winners.Measured(None, 11.0, 0.5)}
     assert (entry.winner, entry.default, entry.run) == ("a", "a", "run")
 
 
@@ -174,7 +182,7 @@ def test_an_entry_keeps_a_second_winner_for_where_x_cannot_lie_in_row_space():
         assert (entry.winner, entry.candidates["ours"].config) == ("ours", {"layout": "rows"})
         assert (entry.in_nhwc.winner, entry.in_nhwc.candidates["ours"].config) == (winner, {"layout": "other"})
         assert entry.in_nhwc.candidates["cudnn"].time_us == 10.0
-        assert tuning.Entry.from_json(json.loads(json.dumps(entry.as_json()))) == entry
+        assert winners.Entry.from_json(json.loads(json.dumps(entry.as_json()))) == entry
 
 
 def test_screening_keeps_the_best_without_row_space():
@@ -242,7 +250,7 @@ def test_a_wrong_candidate_is_recorded_and_never_chosen(tuned_files, times, monk
     assert names(row["wrong"]) == ["wrong"] and "wrong" not in names(row["timed"])
     assert row["wrong"][0]["error_ratio"] is None if ratio is None else row["wrong"][0]["error_ratio"] > ratio
     assert len(wrong.calls) == len(PROBLEMS)  # checked, not timed
-    assert tuning.lookup(PROBLEMS[0]).backend != "wrong" and tuning.lookup(PROBLEMS[0], "wrong") is None
+    assert winners.lookup(PROBLEMS[0]).backend != "wrong" and winners.lookup(PROBLEMS[0], "wrong") is None
 
 
 def test_one_wrong_element_in_the_last_image_is_seen(tuned_files, times, monkeypatch):
@@ -267,17 +275,17 @@ def test_a_candidate_that_raises_costs_itself_alone(tuned_files, times, monkeypa
 def test_where_nothing_runs_there_is_no_winner(tuned_files, times, monkeypatch):
     """The others are tuned all the same."""
 
-    def too_large(problem, device, seed=0, real=bench.random_operands):
+    def too_large(problem, device, seed=0, real=measuring.random_operands):
         if problem == PROBLEMS[0]:
             raise torch.OutOfMemoryError("out of memory")
         return real(problem, device, seed)
 
-    monkeypatch.setattr(bench, "random_operands", too_large)
+    monkeypatch.setattr(measuring, "random_operands", too_large)
     result = run("--conv", PROBLEMS[0], "--conv", PROBLEMS[1], "--threads", torch.get_num_threads(), "--batch", 1)
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())
     assert f"{PROBLEMS[0]} - " in text and f"failed: {PROBLEMS[0]}: eager: OutOfMemoryError: out of memory" in text
-    assert tuning.lookup(PROBLEMS[0]) is None and tuning.lookup(PROBLEMS[1]) is not None
+    assert winners.lookup(PROBLEMS[0]) is None and winners.lookup(PROBLEMS[1]) is not None
 
 
 def test_a_gpu_that_a_candidate_has_ruined_ends_the_process_and_not_the_measurement(tuned_files, monkeypatch):
@@ -308,7 +316,7 @@ def test_interrupted_and_resumed_with_nothing_lost(tuned_files, times, monkeypat
     for _ in range(2):  # which is not taken for a candidate that kills the process
         with pytest.raises(KeyboardInterrupt):
             tune()
-    assert tuning.lookup(PROBLEMS[0]) is not None and tuning.lookup(PROBLEMS[1]) is None
+    assert winners.lookup(PROBLEMS[0]) is not None and winners.lookup(PROBLEMS[1]) is None
     late.answer = None
     early.calls, late.calls = [], []
     result = tune()
@@ -370,8 +378,8 @@ def test_shares_of_the_budget():
 def test_where_nothing_can_be_written_it_is_said_once_and_measured_all_the_same(
     tuned_files, times, caplog, monkeypatch
 ):
-    (tuning.user_folder().parent.parent / "file").write_text("")
-    monkeypatch.setenv("FUSED_RESNET_CACHE_DIR", str(tuning.user_folder().parent.parent / "file"))
+    (winners.user_folder().parent.parent / "file").write_text("")
+    monkeypatch.setenv("FUSED_RESNET_CACHE_DIR", str(winners.user_folder().parent.parent / "file"))
     result = tune()
     assert result["file"] is None and len(result["rows"]) == 2
     assert sum("nothing that is measured is kept" in message for message in caplog.messages) == 1
@@ -440,7 +448,7 @@ def test_tuning_on_a_gpu(tuned_files, live_bn):
     """Every candidate is right, or fails with a reason; a kernel of ours is among those that were timed. With 8 warps
     Triton's may be wrong (pytorch issue 173068): finding that out is what the tuner is for."""
     one = problem(32, torch.float16, "cuda", C=64, K=64, has_bn=live_bn, has_bias=not live_bn)
-    (row,) = tuner.tune([one], device="cuda", folder=tuning.user_folder(), rounds=5)["rows"]
+    (row,) = tuner.tune([one], device="cuda", folder=winners.user_folder(), rounds=5)["rows"]
     wrong = [one for one in row["wrong"] if (one["config"] or {}).get("num_warps") != 8]
     assert not wrong and "triton" in names(row["timed"]) and "eager" in names(row["timed"])
     assert backends.select(one, in_plan=True).backend.name == row["winner"]["backend"]
@@ -463,8 +471,8 @@ def test_configs_are_written_where_they_ship_without_measuring_again(tuned_files
     (written,) = (tmp_path / "configs").glob("*.json")
     assert "later" not in json.loads(written.read_text())["runs"]  # but the one that measured
     monkeypatch.setenv("FUSED_RESNET_CACHE_DIR", str(tmp_path / "empty"))
-    tuning.forget()
-    assert tuning.lookup(PROBLEMS[0]).source.startswith("configs/")
+    winners.forget()
+    assert winners.lookup(PROBLEMS[0]).source.startswith("configs/")
 
 
 def test_the_command_shows_what_was_wrong_and_what_failed(tuned_files, times, monkeypatch):
@@ -546,7 +554,7 @@ def test_carried_kernels_serve_only_what_they_were_compiled_for(tmp_path, monkey
         precompile.write_manifest(tmp_path, arch)
     assert precompile.why_not_carried(tmp_path, 90) is None and precompile.why_not_carried(tmp_path, 100) is None
     assert "sm_90, sm_100, this GPU is sm_80" in precompile.why_not_carried(tmp_path, 80)
-    monkeypatch.setattr(tuning, "kernel_digest", lambda backend: "other")
+    monkeypatch.setattr(compiled, "kernel_digest", lambda backend: "other")
     assert "other kernel sources" in precompile.why_not_carried(tmp_path, 90)
     monkeypatch.setattr(precompile, "triton_version", lambda: "2.0.0")
     assert "this is 2.0.0" in precompile.why_not_carried(tmp_path, 90)
@@ -582,12 +590,14 @@ def test_what_is_compiled_ahead_is_what_a_launch_looks_up(tmp_path):
     script = f"""
 import torch
 from triton.runtime import driver
-from fused_resnet import bench, precompile, tuning
-from fused_resnet.triton_kernels import conv_bn_act
-from fused_resnet.triton_kernels.conv_configs import TritonConfig
+from fused_resnet import measuring
+from fused_resnet.kernels.triton import precompile
+from fused_resnet.kernels.triton.conv import launch as conv_bn_act
+from fused_resnet.kernels.triton.conv.configs import TritonConfig
+from fused_resnet.operators.problem import parsed_problem
 driver.set_active(precompile._Driver(90))
-problem = tuning.parsed_problem({str(one)!r}, "cuda")
-operands = bench.folded_operands(bench.random_operands(problem._replace(device="cpu"), "cpu"))
+problem = parsed_problem({str(one)!r}, "cuda")
+operands = measuring.folded_operands(measuring.random_operands(problem._replace(device="cpu"), "cpu"))
 out = torch.empty(problem.output_shape, dtype=torch.float16)
 for launch in conv_bn_act.prepare(problem, operands, out, TritonConfig(*{tuple(CONFIGS[0])})):
     launch.kernel.warmup(*launch.arguments, grid=(launch.num_programs,), **launch.options)
@@ -597,7 +607,7 @@ for launch in conv_bn_act.prepare(problem, operands, out, TritonConfig(*{tuple(C
     subprocess.run(
         [sys.executable, "-c", script],
         check=True,
-        cwd=provenance.ROOT,
+        cwd=sources.ROOT,
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
     )
     assert sorted(tmp_path.rglob("*")) == before
@@ -640,13 +650,13 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(tuner.runtime, "num_sms", lambda device: 132)
     for name, answer in (("current_device", 0), ("empty_cache", None), ("synchronize", None)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-    monkeypatch.setattr(tuning, "device_id", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(winners, "device_id", lambda device: "NVIDIA H200")
     monkeypatch.setattr(timing, "environment", lambda device: {"date": "2026-11-20", "torch": torch.__version__})
     monkeypatch.setattr(timing, "gpu_state", dict)
     monkeypatch.setattr(timing, "captured", lambda call: call)
     monkeypatch.setattr(timing, "interleaved", interleaved)
-    real = bench.random_operands
-    monkeypatch.setattr(bench, "random_operands", lambda problem, device: real(problem, "cpu"))
+    real = measuring.random_operands
+    monkeypatch.setattr(measuring, "random_operands", lambda problem, device: real(problem, "cpu"))
     return fastest
 
 
@@ -657,14 +667,14 @@ def test_the_path_of_a_gpu_without_one(tuned_files, pretended_gpu, monkeypatch, 
         pytest.skip("Triton is not installed")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     one = problem(32, torch.float16, "cuda", C=64, K=64)
-    (row,) = tuner.tune([one], device="cuda", folder=tuning.user_folder())["rows"]
+    (row,) = tuner.tune([one], device="cuda", folder=winners.user_folder())["rows"]
     (winner,) = pretended_gpu
     assert not row["failed"] and not row["wrong"]
     assert list((tmp_path / "triton").glob("*/*.cubin"))
     selection = backends.select(one._replace(N=48), in_plan=True)
     assert (selection.backend.name, selection.config) == ("triton", winner.config)
     assert selection.source == "tuned here, NVIDIA_H200.json, batch 32"
-    with tuning.ignored():
+    with winners.ignored():
         assert backends.select(one, in_plan=True).backend.name != "triton"
 
 
@@ -672,7 +682,7 @@ def test_what_is_replayed_is_compared_too(tuned_files, pretended_gpu, monkeypatc
     """A kernel that is right when it is called, and not from a graph, is wrong."""
     monkeypatch.setattr(tuner, "_compiling", lambda waiting: contextlib.nullcontext({}))
     monkeypatch.setattr(timing, "captured", lambda call: lambda: call() + 1)
-    (row,) = tuner.tune([problem(1, torch.float16, "cuda")], device="cuda", folder=tuning.user_folder())["rows"]
+    (row,) = tuner.tune([problem(1, torch.float16, "cuda")], device="cuda", folder=winners.user_folder())["rows"]
     assert row["winner"] is None and "triton" in names(row["wrong"]) and not row["timed"]
 
 
@@ -682,12 +692,12 @@ def test_a_tuned_plan_takes_what_was_measured_faster(tuned_files, name):
     """Where a tuned plan leaves the fixed order, the tuner saw that to be faster; elsewhere it is the same plan. How
     fast the two are is a benchmark's business: `bench model --backend auto --backend untuned`."""
     from fused_resnet import freeze
-    from fused_resnet.plan import FrozenConv
+    from fused_resnet.freezing.plan import FrozenConv
 
     torch.manual_seed(0)
-    model = bench.calibrated(models.create(name), (3, 64, 64))
+    model = measuring.calibrated(models.create(name), (3, 64, 64))
     x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
-    with tuning.ignored():
+    with winners.ignored():
         untuned = freeze(model, x)
     problems = tuner.problems_of({name: (model, (3, 64, 64))}, [2], [torch.float32], "cpu")
     result = tune(problems, rounds=8)
@@ -701,8 +711,8 @@ def test_a_tuned_plan_takes_what_was_measured_faster(tuned_files, name):
     assert len(chosen) == len(fixed) == 53
     for ours, default in zip(chosen, fixed):
         assert ours.problem == default.problem and ours.selection.source.startswith("tuned here")
-        winner = tuning.lookup(ours.problem)
+        winner = winners.lookup(ours.problem)
         assert winner.backend == ours.backend.name
         if ours.backend is not default.backend:
-            kept = tuning.lookup(ours.problem, default.backend.name)
+            kept = winners.lookup(ours.problem, default.backend.name)
             assert kept is None or winner.time_us < kept.time_us

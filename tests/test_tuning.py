@@ -12,23 +12,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tuned_files import entry, problem
 
-from fused_resnet import backends, freeze, functional, models, plan, provenance, registry, testing, tuning
-from fused_resnet.problem import AddReluProblem
-from fused_resnet.triton_kernels import runtime
-from fused_resnet.triton_kernels.conv_configs import TritonConfig
+from fused_resnet import backends, freeze, functional, models, testing
+from fused_resnet.backends import record as registry
+from fused_resnet.backends import winners
+from fused_resnet.freezing import plan
+from fused_resnet.kernels import compiled, sources
+from fused_resnet.kernels.triton import runtime
+from fused_resnet.kernels.triton.conv.configs import TritonConfig
+from fused_resnet.operators.problem import AddReluProblem, parsed_problem
 
 NCHW = {"layout": "NCHW"}
 
 
 def choice(N=8, backend=None, **changes):
-    return tuning.lookup(problem(N, **changes), backend)
+    return winners.lookup(problem(N, **changes), backend)
 
 
 # ------------------------------------------------------------------------------------------------------------ lookup
 
 
 def test_nothing_measured(tuned_files):
-    assert choice() is None and tuning.lookup(AddReluProblem((2, 3), True, torch.float32, "cpu")) is None
+    assert choice() is None and winners.lookup(AddReluProblem((2, 3), True, torch.float32, "cpu")) is None
     assert choice(device="meta") is None
 
 
@@ -93,13 +97,13 @@ def test_the_best_config_of_each_backend_is_kept(tuned_files):
 def test_switched_off(tuned_files, monkeypatch):
     tuned_files.add(tuned_files.user, problem(), entry("eager"))
     monkeypatch.setenv("FUSED_RESNET_TUNED", "0")
-    tuning.forget()
+    winners.forget()
     assert choice() is None
 
 
 def test_ignored_for_a_comparison(tuned_files):
     tuned_files.add(tuned_files.user, problem(), entry("eager"))
-    with tuning.ignored():
+    with winners.ignored():
         assert choice() is None and backends.select(problem()).source == registry.FIXED_ORDER
     assert choice().backend == "eager"
 
@@ -107,7 +111,7 @@ def test_ignored_for_a_comparison(tuned_files):
 def test_a_second_lookup_reads_nothing(tuned_files, monkeypatch):
     tuned_files.add(tuned_files.user, problem(), entry("eager"))
     first = choice()
-    monkeypatch.setattr(tuning.files, "read_json", None)
+    monkeypatch.setattr(winners.files, "read_json", None)
     assert choice() is first and choice(9).backend == "eager"
 
 
@@ -118,9 +122,9 @@ def test_runs_that_no_entry_names_are_dropped(tuned_files):
 
 
 def test_what_ships_can_be_read():
-    for path in (tuning.Path(tuning.__file__).parent / "configs").glob("*.json"):
-        table = tuning.Table.from_json(json.loads(path.read_text()))
-        assert path.name == tuning.file_name(table.device) and table.entries
+    for path in (winners.Path(winners.__file__).parent / "configs").glob("*.json"):
+        table = winners.Table.from_json(json.loads(path.read_text()))
+        assert path.name == winners.file_name(table.device) and table.entries
         for by_batch in table.entries.values():
             for one in by_batch.values():
                 assert one.winner in backends.known("conv_bn_act") and table.runs[one.run]["torch"]
@@ -153,7 +157,7 @@ BAD = {
     "cut short": lambda path: path.write_bytes(path.read_bytes()[:-20]),
     "binary": lambda path: path.write_bytes(b"\x00\xff" * 50),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "another schema": damaged(lambda record: record.update(schema=tuning.SCHEMA + 1)),
+    "another schema": damaged(lambda record: record.update(schema=winners.SCHEMA + 1)),
     "another device": damaged(lambda record: record.update(device="NVIDIA H200")),
     "a list": damaged(lambda record: [record]),
     "no entries": damaged(lambda record: record.pop("entries") and None),
@@ -178,7 +182,7 @@ def test_a_bad_file_is_reported_once_and_ignored(tuned_files, caplog, spoil):
     tuned_files.add(tuned_files.user, problem(), entry("onednn"))
     spoil(tuned_files.path(tuned_files.user))
     for _ in range(2):
-        tuning.forget()
+        winners.forget()
         assert choice().backend == "eager"  # the shipped file still counts
     assert sum("ignored" in message for message in caplog.messages) == 1
 
@@ -186,7 +190,7 @@ def test_a_bad_file_is_reported_once_and_ignored(tuned_files, caplog, spoil):
 def test_a_kernels_measurement_without_digests_does_not_raise(tuned_files):
     path = tuned_files.add(tuned_files.user, problem(), entry("triton", triton=(None, 1.0)))
     damaged(lambda record: [run.update(kernels=None) for run in record["runs"].values()] and None)(path)
-    tuning.forget()
+    winners.forget()
     assert choice() is None and isinstance(backends.select(problem(), "auto"), backends.Selection)
 
 
@@ -211,7 +215,7 @@ def test_two_processes_that_tune_at_once_keep_each_others_entries(tuned_files):
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
-    table = tuning.read(tuned_files.path(tuned_files.user), tuned_files.device)
+    table = winners.read(tuned_files.path(tuned_files.user), tuned_files.device)
     (by_batch,) = table.entries.values()
     assert sorted(by_batch) == [*range(1, 30), 1000]
 
@@ -237,9 +241,9 @@ def test_no_change_of_a_file_makes_lookup_raise(tuned_files, data):
             break
         place = place[key]
     path.write_text(json.dumps(record))
-    tuning.forget()
+    winners.forget()
     found = choice()
-    assert found is None or isinstance(found, tuning.Choice)
+    assert found is None or isinstance(found, winners.Choice)
     for name in ("auto", "eager"):
         assert isinstance(backends.select(problem(), name), backends.Selection)
     path.unlink()
@@ -249,7 +253,7 @@ def test_no_change_of_a_file_makes_lookup_raise(tuned_files, data):
 
 
 def test_kernels_that_changed_since_are_not_verified_any_more(tuned_files, caplog):
-    digests = tuning.kernel_digests()
+    digests = compiled.kernel_digests()
     assert digests["triton"] is not None
     measured = entry("triton", triton=(None, 1.0), onednn=(None, 2.0))
     tuned_files.add(tuned_files.user, problem(), measured, kernels=digests)
@@ -261,34 +265,34 @@ def test_kernels_that_changed_since_are_not_verified_any_more(tuned_files, caplo
 
 def test_an_unknown_digest_is_no_agreement(tuned_files, monkeypatch):
     """A library whose build did not say what it was compiled from."""
-    monkeypatch.setattr(tuning, "kernel_digest", lambda backend: None)
+    monkeypatch.setattr(compiled, "kernel_digest", lambda backend: None)
     tuned_files.add(tuned_files.user, problem(), entry("cuda"), kernels={"cuda": None})
     assert choice() is None
 
 
 def test_tools_beside_the_kernels_are_no_kernels(tmp_path):
     for file, is_kernel in (
-        ("fused_resnet/triton_kernels/aot.py", False), ("fused_resnet/triton_kernels/conv_bn_act.py", True),
+        ("fused_resnet/kernels/triton/aot.py", False), ("fused_resnet/kernels/triton/conv/launch.py", True),
         ("csrc/cpu_ops.cpp", False), ("csrc/conv_bn_act.cu", True), ("csrc/emulated_device.h", False),
         ("csrc/problem.h", True), ("csrc/cuda_ops.cpp", True),
     ):  # fmt: skip
-        assert (provenance._NO_KERNEL(file) is None) == is_kernel, file
+        assert (sources._NO_KERNEL(file) is None) == is_kernel, file
     (tmp_path / "csrc").mkdir()
-    assert provenance.kernel_digest("cuda", tmp_path) is None
+    assert sources.kernel_digest("cuda", tmp_path) is None
     digests = []
     for name, text in (("a.cu", "1"), ("cpu_ops.cpp", "1"), ("cpu_ops.cpp", "2"), ("a.cu", "2")):
         (tmp_path / "csrc" / name).write_text(text)
-        digests.append(provenance.kernel_digest("cuda", tmp_path))
+        digests.append(sources.kernel_digest("cuda", tmp_path))
     assert digests[0] == digests[1] == digests[2] != digests[3]
 
 
 def test_the_build_says_what_the_cuda_kernels_were_compiled_from(monkeypatch):
-    monkeypatch.setattr(tuning.extension, "build_record", lambda: {"cuda_kernels": "0123"})
-    tuning.kernel_digest.cache_clear()
+    monkeypatch.setattr(winners.extension, "build_record", lambda: {"cuda_kernels": "0123"})
+    compiled.kernel_digest.cache_clear()
     try:
-        assert tuning.kernel_digest("cuda") == "0123"
+        assert compiled.kernel_digest("cuda") == "0123"
     finally:
-        tuning.kernel_digest.cache_clear()
+        compiled.kernel_digest.cache_clear()
 
 
 # -------------------------------------------------------------------------------------------------------------- auto
@@ -449,7 +453,7 @@ def gpu_backend(monkeypatch):
 def test_a_miss_is_said_once_with_the_command_that_tunes(tuned_files, gpu_backend, caplog):
     from click.testing import CliRunner
 
-    from fused_resnet.commands.tune import tune
+    from fused_resnet.cli.tune import tune
 
     missed = problem(64, torch.float16, "cuda")
     with caplog.at_level(logging.WARNING, "fused_resnet"):
@@ -460,7 +464,7 @@ def test_a_miss_is_said_once_with_the_command_that_tunes(tuned_files, gpu_backen
     program, verb, *arguments = shlex.split(command)
     assert (program, verb) == ("fused-resnet", "tune") and "NVIDIA H200" in message
     options = tune.make_context("tune", ["--device", "cpu", *arguments[2:]]).params
-    assert tuning.parsed_problem(options["convs"][0], "cuda") == missed
+    assert parsed_problem(options["convs"][0], "cuda") == missed
     model_command = message.partition("model's: ")[2].partition(" (said")[0]
     assert shlex.split(model_command)[4:] == ["--model", "resnet50", "--batch", "64", "--dtype", "fp16"]
     assert CliRunner().invoke(tune, ["--help"]).exit_code == 0
@@ -469,7 +473,7 @@ def test_a_miss_is_said_once_with_the_command_that_tunes(tuned_files, gpu_backen
 def test_what_needs_no_tuning_is_no_miss(tuned_files, gpu_backend, caplog, monkeypatch):
     backends.select(problem())  # a CPU
     backends.select(problem(device="cuda", dtype=torch.float64))
-    monkeypatch.setattr(tuning, "warned", set())
+    monkeypatch.setattr(winners, "warned", set())
     monkeypatch.setenv("FUSED_RESNET_TUNED", "0")
     backends.select(problem(device="cuda"))
     assert not caplog.messages
@@ -478,7 +482,7 @@ def test_what_needs_no_tuning_is_no_miss(tuned_files, gpu_backend, caplog, monke
 def test_gpus_of_different_kinds_use_no_measurements(tuned_files, gpu_backend, caplog, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device}")
     backends.select(problem(device="cuda"))
-    assert "GPUs of different kinds" in caplog.text and tuning.device_id("cuda") is None
+    assert "GPUs of different kinds" in caplog.text and winners.device_id("cuda") is None
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -489,7 +493,7 @@ def test_a_problem_is_read_back_from_what_is_printed():
     problems = {case.problem for case in cases if case.problem.op == "conv_bn_act" and case.problem.N}
     assert len(problems) > 80
     for one in problems:
-        assert tuning.parsed_problem(f" {one} ", "cpu") == one
+        assert parsed_problem(f" {one} ", "cpu") == one
 
 
 @pytest.mark.parametrize(
@@ -503,7 +507,7 @@ def test_a_problem_is_read_back_from_what_is_printed():
 )  # fmt: skip
 def test_what_is_no_problem_is_refused(text):
     with pytest.raises(ValueError, match="is no convolution|has no output"):
-        tuning.parsed_problem(text, "cpu")
+        parsed_problem(text, "cpu")
 
 
 def test_functional_errors_are_as_before(tuned_files):

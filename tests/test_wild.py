@@ -21,10 +21,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fused_resnet
-from fused_resnet.adapters import Adapted, FusedForward
-from fused_resnet.convert import fused_convs, left_alone
-from fused_resnet.frozen import FrozenModel, FrozenParts
-from fused_resnet.plan import FrozenConv
+from fused_resnet.freezing.freeze import FrozenModel, FrozenParts
+from fused_resnet.freezing.plan import FrozenConv
+from fused_resnet.fusing.adapters import Adapted, FusedForward
+from fused_resnet.fusing.convert import fused_convs, left_alone
 
 full = pytest.mark.full
 

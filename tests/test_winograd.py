@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_resnet
-from fused_resnet import backends, extension, models
-from fused_resnet.plan import FrozenConv
-from fused_resnet.problem import ConvOperands, conv_problem
+from fused_resnet import backends, models
+from fused_resnet.freezing.plan import FrozenConv
+from fused_resnet.kernels import compiled
+from fused_resnet.operators.problem import ConvOperands, conv_problem
 
-if extension.load("cpu") is not None:
-    pytest.skip(extension.load("cpu"), allow_module_level=True)
+if compiled.load("cpu") is not None:
+    pytest.skip(compiled.load("cpu"), allow_module_level=True)
 
 RECORD = backends.known("conv_bn_act")["winograd"]
 

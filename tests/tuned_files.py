@@ -2,39 +2,40 @@
 
 import torch
 
-from fused_resnet import tuning
+from fused_resnet.backends import winners
+from fused_resnet.backends.winners import Entry, Measured
+from fused_resnet.kernels import compiled
 from fused_resnet.machine import files
-from fused_resnet.problem import ConvProblem
-from fused_resnet.tuning import Entry, Measured
+from fused_resnet.operators.problem import ConvProblem
 
 
 class TunedFiles:
     def __init__(self, folder):
-        self.shipped, self.device = folder / "configs", tuning.device_id("cpu")
+        self.shipped, self.device = folder / "configs", winners.device_id("cpu")
 
     @property
     def user(self):
-        return tuning.user_folder()
+        return winners.user_folder()
 
     def path(self, folder):
-        return folder / tuning.file_name(self.device)
+        return folder / winners.file_name(self.device)
 
     def add(self, folder, problem, entry, *, kernels=None):
         """Write one entry, as measured by kernels of these digests (default: those that are here)."""
-        run = {"date": entry.run, "kernels": tuning.kernel_digests() if kernels is None else kernels}
-        return tuning.add(folder, self.device, {tuning.key(problem): {problem.N: entry}}, entry.run, run)
+        run = {"date": entry.run, "kernels": compiled.kernel_digests() if kernels is None else kernels}
+        return winners.add(folder, self.device, {winners.key(problem): {problem.N: entry}}, entry.run, run)
 
 
 def own_files(tmp_path, monkeypatch):
     """For the fixture `tuned_files`: both folders moved into this test's, nothing read or reported yet."""
     monkeypatch.delenv("FUSED_RESNET_TUNED", raising=False)
     monkeypatch.setenv("FUSED_RESNET_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "configs")
-    monkeypatch.setattr(tuning, "warned", set())
+    monkeypatch.setattr(winners, "SHIPPED", tmp_path / "configs")
+    monkeypatch.setattr(winners, "warned", set())
     files.report_once.cache_clear()
-    tuning.forget()
+    winners.forget()
     yield TunedFiles(tmp_path)
-    tuning.forget()
+    winners.forget()
 
 
 def entry(winner, run="2026-11-20", default="onednn", **candidates):

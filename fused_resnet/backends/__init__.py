@@ -9,15 +9,12 @@ from typing import cast
 
 from torch import Tensor
 
-from fused_resnet import ops
-from fused_resnet.backends.addition import ADD_RELU
+from fused_resnet.backends.add_relu import ADD_RELU
 from fused_resnet.backends.eager import EAGER, EagerConfig, activate_, channels_last, nchw
 from fused_resnet.backends.grouped import GROUPED
 from fused_resnet.backends.nvidia import CUBLASLT, CUDA, CUDNN, TRITON
 from fused_resnet.backends.onednn import ONEDNN, onednn_missing
-from fused_resnet.backends.winograd import WINOGRAD
-from fused_resnet.problem import ConvOperands, add_relu_problem, conv_problem
-from fused_resnet.registry import (
+from fused_resnet.backends.record import (
     Backend,
     BackendError,
     Backward,
@@ -30,6 +27,9 @@ from fused_resnet.registry import (
     select,
     why_never_live,
 )
+from fused_resnet.backends.winograd import WINOGRAD
+from fused_resnet.operators import library
+from fused_resnet.operators.problem import ConvOperands, add_relu_problem, conv_problem
 
 __all__ = [
     "Backend", "BackendError", "EagerConfig", "Problem", "Selection", "activate_", "channels_last", "check_name",
@@ -48,7 +48,7 @@ def conv_bn_act(operands: ConvOperands, window: tuple, backend: str, channels_la
     problem = conv_problem(operands, *window)
     chosen = select(problem, backend)
     if problem.N == 0:
-        return ops.empty_output(problem, operands.x, channels_last)
+        return library.empty_output(problem, operands.x, channels_last)
     if channels_last:
         return chosen.run(problem, operands)
     run_nchw = chosen.backend.run_nchw
@@ -57,7 +57,7 @@ def conv_bn_act(operands: ConvOperands, window: tuple, backend: str, channels_la
 
 def conv_bn_act_in_a_row(*args, channels_last: bool = True) -> Tensor:
     """conv_bn_act as the dispatcher and autograd call it: every argument by itself."""
-    operands, *window = ops.split_arguments(args)
+    operands, *window = library.split_arguments(args)
     return conv_bn_act(operands, tuple(window), args[-1], channels_last)
 
 
@@ -71,6 +71,6 @@ def _add_relu_backward(grad: Tensor, out: Tensor, backend: str) -> Tensor:
     return cast(Backward, select(problem, backend).backend.backward)(grad, out)
 
 
-ops.LIBRARY.impl("conv_bn_act", conv_bn_act_in_a_row, "CompositeExplicitAutograd")
-ops.LIBRARY.impl("add_relu", add_relu, "CompositeExplicitAutograd")
-ops.LIBRARY.impl("add_relu_backward", _add_relu_backward, "CompositeExplicitAutograd")
+library.LIBRARY.impl("conv_bn_act", conv_bn_act_in_a_row, "CompositeExplicitAutograd")
+library.LIBRARY.impl("add_relu", add_relu, "CompositeExplicitAutograd")
+library.LIBRARY.impl("add_relu_backward", _add_relu_backward, "CompositeExplicitAutograd")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends.eager import channels_last
-from fused_resnet.problem import ConvProblem, dtype_name
-from fused_resnet.registry import NEEDS_FOLDED_BN
+from fused_resnet.backends.record import NEEDS_FOLDED_BN
+from fused_resnet.operators.problem import ConvProblem, dtype_name
 
 PANEL = 16  # output channels that lie together in their weights
 _ACTIVATIONS = ("none", "relu", "relu6")

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet import library_faults, reference
-from fused_resnet.problem import ConvOperands, ConvProblem
-from fused_resnet.registry import Backend
+from fused_resnet.backends.record import Backend
+from fused_resnet.operators import library_faults, reference
+from fused_resnet.operators.problem import ConvOperands, ConvProblem
 
 
 class EagerConfig(NamedTuple):

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet import extension
 from fused_resnet.backends.cpu_kernels import PANEL, bind_kernel, why_no_kernel
-from fused_resnet.problem import ConvOperands, ConvProblem
-from fused_resnet.registry import Backend
+from fused_resnet.backends.record import Backend
+from fused_resnet.kernels import compiled
+from fused_resnet.operators.problem import ConvOperands, ConvProblem
 
 
 def _grouped_why_not(problem: ConvProblem) -> Optional[str]:
@@ -26,7 +26,7 @@ def _grouped_why_not(problem: ConvProblem) -> Optional[str]:
             f"it needs groups with as many outputs as inputs, 4, 8 or a multiple of {PANEL}; "
             f"there are {width} inputs and {p.K // p.groups} outputs in {p.groups}"
         )
-    return extension.load("cpu")
+    return compiled.load("cpu")
 
 
 def _grouped_pays(problem: ConvProblem) -> bool:

@@ -9,13 +9,15 @@ from typing import NamedTuple, Optional, Sequence, cast
 import torch
 from torch import Tensor
 
-from fused_resnet import extension, ops
 from fused_resnet.backends.eager import all_channels_last
-from fused_resnet.problem import ConvOperands, ConvProblem, dtype_name
-from fused_resnet.registry import NEEDS_FOLDED_BN, Backend, Problem
-from fused_resnet.triton_kernels import conv_bn_act as triton_conv_bn_act
-from fused_resnet.triton_kernels import conv_configs, runtime
-from fused_resnet.triton_kernels.conv_configs import TritonConfig
+from fused_resnet.backends.record import NEEDS_FOLDED_BN, Backend, Problem
+from fused_resnet.kernels import compiled
+from fused_resnet.kernels.triton import runtime
+from fused_resnet.kernels.triton.conv import configs
+from fused_resnet.kernels.triton.conv import launch as triton_conv_bn_act
+from fused_resnet.kernels.triton.conv.configs import TritonConfig
+from fused_resnet.operators import library
+from fused_resnet.operators.problem import ConvOperands, ConvProblem, dtype_name
 
 
 def _cudnn_why_not(problem: ConvProblem) -> Optional[str]:
@@ -86,24 +88,24 @@ def _cublaslt_conv_bn_act(problem: ConvProblem, operands: ConvOperands) -> Tenso
 
 
 def _triton_conv_bn_act(problem: ConvProblem, operands: ConvOperands, config: Optional[TritonConfig] = None) -> Tensor:
-    out = ops.empty_output(problem, operands.x)
+    out = library.empty_output(problem, operands.x)
     triton_conv_bn_act.launch(problem, all_channels_last(operands), out, config)
     return out
 
 
 def _triton_configs(problem: ConvProblem) -> Sequence[TritonConfig]:
-    return () if runtime.INTERPRETED else conv_configs.configs(problem, *_triton_target())
+    return () if runtime.INTERPRETED else configs.configs(problem, *_triton_target())
 
 
 def _triton_legal(problem: ConvProblem) -> Sequence[TritonConfig]:
     """Also those not worth measuring: what is tuned for one batch is used for others."""
     arch, num_sms = _triton_target()
-    considered = (config for config, _ in conv_configs.search_space(problem, arch, num_sms))
-    return [config for config in considered if conv_configs.why_illegal(problem, config, arch) is None]
+    considered = (config for config, _ in configs.search_space(problem, arch, num_sms))
+    return [config for config in considered if configs.why_illegal(problem, config, arch) is None]
 
 
 def _triton_estimated_us(problem: ConvProblem, config: TritonConfig) -> float:
-    return conv_configs.estimated_us(problem, config, *_triton_target())
+    return configs.estimated_us(problem, config, *_triton_target())
 
 
 def _triton_launch_us(config: Optional[TritonConfig]) -> float:
@@ -165,7 +167,7 @@ def _cuda_limits(problem: ConvProblem) -> Optional[str]:
 
 
 def cuda_why_not(problem: Problem) -> Optional[str]:
-    reason = _nvidia_why_not(problem) or extension.load("cuda")
+    reason = _nvidia_why_not(problem) or compiled.load("cuda")
     if reason is not None:
         return reason
     if problem.dtype == torch.float64:
@@ -187,7 +189,7 @@ class CudaConfig(NamedTuple):
 def _cuda_conv_bn_act(problem: ConvProblem, operands: ConvOperands, config: Optional[CudaConfig] = None) -> Tensor:
     """config: by default the likeliest, which also takes the place of one that needs better aligned operands."""
     p, o = problem, all_channels_last(operands)
-    out = ops.empty_output(p, o.x)
+    out = library.empty_output(p, o.x)
     is_aligned = (o.x.data_ptr() | o.weight.data_ptr()) % _CUDA_CHUNK_BYTES == 0
     tile, splits = _cuda_choice(p, config, is_aligned, out.device.index)
     partials = None if splits == 1 else torch.empty(splits, out.numel(), dtype=torch.float32, device=out.device)
@@ -239,7 +241,7 @@ TRITON = Backend(
     _triton_conv_bn_act,
     configs=_triton_configs,
     legal=_triton_legal,
-    default_config=conv_configs.default_config,
+    default_config=configs.default_config,
     estimated_us=_triton_estimated_us,
     launch_us=_triton_launch_us,
     reads_row_space=lambda config: config is not None and config.form == "rows_tma",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends.eager import activate_, all_channels_last, channels_last
-from fused_resnet.library_faults import forward_detour, onednn_limit
-from fused_resnet.problem import ConvOperands, ConvProblem, dtype_name
-from fused_resnet.registry import NEEDS_FOLDED_BN, Backend
+from fused_resnet.backends.record import NEEDS_FOLDED_BN, Backend
+from fused_resnet.operators.library_faults import forward_detour, onednn_limit
+from fused_resnet.operators.problem import ConvOperands, ConvProblem, dtype_name
 
 _MKLDNN_ACTIVATION = {
     "none": ("none", []),

@@ -8,11 +8,11 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor
 
-from fused_resnet import extension
 from fused_resnet.backends.cpu_kernels import PANEL, bind_kernel, why_no_kernel
-from fused_resnet.library_faults import onednn_has_amx
-from fused_resnet.problem import ConvOperands, ConvProblem
-from fused_resnet.registry import Backend
+from fused_resnet.backends.record import Backend
+from fused_resnet.kernels import compiled
+from fused_resnet.operators.library_faults import onednn_has_amx
+from fused_resnet.operators.problem import ConvOperands, ConvProblem
 
 # csrc/winograd.h: the points, the rows of G they lead to (the last is infinity's).
 _WINOGRAD_POINTS = (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))
@@ -29,7 +29,7 @@ def _winograd_why_not(problem: ConvProblem) -> Optional[str]:
         return "it computes 3x3 convolutions with stride 1, dilation 1 and one group"
     if p.C % PANEL or p.K % PANEL:
         return f"it needs channels in multiples of {PANEL}, there are {p.C} and {p.K}"
-    return extension.load("cpu")
+    return compiled.load("cpu")
 
 
 def _winograd_pays(problem: ConvProblem) -> bool:

@@ -1,0 +1,81 @@
+"""max(a + b, 0) and its gradient: C++ on a CPU, CUDA and Triton on GPUs, ATen anywhere."""
+
+from __future__ import annotations
+
+from typing import Callable, Optional
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends.nvidia import cuda_why_not
+from fused_resnet.backends.record import Backend
+from fused_resnet.kernels import compiled
+from fused_resnet.kernels.triton import add_relu as triton_add_relu
+from fused_resnet.operators.problem import AddReluProblem, add_relu_problem
+
+
+def _eager_add_relu(problem: AddReluProblem, a: Tensor, b: Tensor) -> Tensor:
+    return torch.relu_(torch.add(a, b, out=torch.empty_like(a)))
+
+
+def _eager_add_relu_backward(grad: Tensor, out: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(grad, out, 0)
+
+
+def _flat_kernel(kernel: Callable[[Tensor, Tensor, Tensor], None]) -> Callable[..., Tensor]:
+    """Around a kernel that walks memory, so that all three tensors lie in memory alike: the layout of the output."""
+
+    def run(problem: AddReluProblem, a: Tensor, b: Tensor) -> Tensor:
+        out = torch.empty_like(a)
+        kernel(_laid_out_as(a, out), _laid_out_as(b, out), out)
+        return out
+
+    return run
+
+
+def _laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
+
+
+def _cpu_why_not(problem: AddReluProblem) -> Optional[str]:
+    if problem.device != "cpu":
+        return f"it runs on the CPU, the tensors are on {problem.device}"
+    return compiled.load("cpu")
+
+
+def _triton_backward(grad: Tensor, out: Tensor) -> Tensor:
+    grad_input = torch.empty_like(out)
+    problem = add_relu_problem(out, grad)
+    triton_add_relu.launch_backward(problem, _laid_out_as(grad, out), out, grad_input)
+    return grad_input
+
+
+def _cuda_backward(grad: Tensor, out: Tensor) -> Tensor:
+    grad_input = torch.empty_like(out)
+    torch.ops.fused_resnet.cuda_add_relu_backward(_laid_out_as(grad, out), out, grad_input)
+    return grad_input
+
+
+# In the order in which auto tries them.
+ADD_RELU = (
+    Backend(
+        "cpu",
+        _cpu_why_not,
+        _flat_kernel(lambda a, b, out: torch.ops.fused_resnet.cpu_add_relu.default(a, b, out)),
+        auto=("cpu",),
+        backward=_eager_add_relu_backward,
+    ),
+    Backend(
+        "cuda",
+        cuda_why_not,
+        _flat_kernel(lambda a, b, out: torch.ops.fused_resnet.cuda_add_relu.default(a, b, out)),
+        backward=_cuda_backward,
+    ),
+    Backend(
+        "triton",
+        triton_add_relu.why_not,
+        _flat_kernel(lambda a, b, out: triton_add_relu.launch(add_relu_problem(a, b), a, b, out)),
+        backward=_triton_backward,
+    ),
+    Backend("eager", lambda problem: None, _eager_add_relu, auto=("cpu", "cuda"), backward=_eager_add_relu_backward),
+)

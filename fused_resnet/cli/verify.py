@@ -1,0 +1,75 @@
+"""`fused-resnet verify`: random problems against the fp64 reference."""
+
+from __future__ import annotations
+
+import click
+
+from fused_resnet import backends, testing
+from fused_resnet.cli.console import (
+    Listed,
+    as_json_option,
+    device_option,
+    new_table,
+    print_json,
+    progress_on_stderr,
+    stdout_console,
+)
+
+
+def _backend_names() -> list[str]:
+    return list(dict.fromkeys(name for op in ("conv_bn_act", "add_relu") for name in backends.known(op)))
+
+
+@click.command()
+@click.option("--problems", type=click.IntRange(min=1), default=200, show_default=True, help="How many to draw.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@device_option
+@click.option("--backend", "chosen", multiple=True, type=Listed("backend", _backend_names),
+              help="Repeat for several; default, all.")  # fmt: skip
+@click.option("--common", "kind", flag_value="common",
+              help="Only 1x1 and 3x3 convolutions as plans of ResNets have them.")  # fmt: skip
+@click.option("--strided", "kind", flag_value="strided",
+              help="Only bf16 convolutions with strides to 4 on maps of 1 to 33 columns.")  # fmt: skip
+@as_json_option
+@click.pass_context
+def verify(ctx, problems: int, seed: int, device: str, chosen: tuple[str, ...], kind: str, as_json: bool) -> None:
+    """Random problems on every backend against the fp64 reference. Exit code 1 when one differs.
+
+    A backend asked for by name that could not run a single problem is a failure too.
+    """
+    with progress_on_stderr(f"verify on {device}") as progress:
+        report = testing.verify(
+            problems, seed, device, chosen or None,
+            progress=lambda index: progress((index + 1) / problems, f"{index + 1}/{problems}"), kind=kind or "any",
+        )  # fmt: skip
+    idle = [name for name in chosen if not any(_ran(entry) for key, entry in report.backends.items()
+                                               if key.split("/")[1] == name)]  # fmt: skip
+    if as_json:
+        print_json({**report.as_dict(), "asked_for_but_never_ran": idle})
+    else:
+        _show_report(report)
+        for name in idle:
+            click.echo(f"verify: backend {name!r} could not run any of these problems.", err=True)
+    ctx.exit(0 if report.passed and not idle else 1)
+
+
+def _ran(entry: testing.BackendReport) -> int:
+    return entry.ok + len(entry.mismatches)
+
+
+def _show_report(report: testing.Report) -> None:
+    out = stdout_console()
+    table = new_table("operator/backend", "ok", "mismatches", "not run", "worst error / bound",
+                      title=f"{report.problems} problems, seed {report.seed}, {report.device}")  # fmt: skip
+    for name, entry in sorted(report.backends.items()):
+        wrong = f"[bold red]{len(entry.mismatches)}[/]" if entry.mismatches else "0"
+        worst = f"{entry.worst_error:.3f}" if entry.ok else "-"
+        table.add_row(name, str(entry.ok), wrong, str(sum(entry.cannot_run.values())), worst)
+    out.print(table)
+    for name, entry in sorted(report.backends.items()):
+        for reason, count in sorted(entry.cannot_run.items(), key=lambda item: -item[1]):
+            out.print(f"{name}: {count} not run: {reason}", markup=False)
+        for mismatch in entry.mismatches:
+            lines = (f"MISMATCH {name}: {mismatch['call']}", mismatch["problem"], mismatch["detail"])
+            out.print("\n  ".join(lines), markup=False)
+    out.print("no mismatch" if report.passed else "[bold red]some results differ from the reference[/]")

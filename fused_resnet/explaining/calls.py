@@ -1,0 +1,220 @@
+"""Which convolutions a model calls, in order: recorded on fake tensors or read off a plan. For `explanation`."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from typing import Any, NamedTuple, Optional, Union, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_resnet import backends
+from fused_resnet.freezing.dtypes import first_line, without_torchs_log
+from fused_resnet.freezing.freeze import FrozenModel, FrozenParts
+from fused_resnet.freezing.plan import FrozenConv, WideConv
+from fused_resnet.fusing import convert
+from fused_resnet.graphs.matching import unfolded_norms
+from fused_resnet.graphs.spelling import CONVOLUTIONS, arguments_of
+from fused_resnet.nn import why_not_fused
+from fused_resnet.operators.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name
+
+_RUNS = 5
+_OPERANDS = len(ConvOperands._fields)
+_FUSED_CALL = torch.ops.fused_resnet.conv_bn_act.default
+_PLAIN_CALL = torch.ops.aten.convolution.default
+_CAST = torch.ops.aten._to_copy.default
+
+
+class Call(NamedTuple):
+    """A row before it is judged. backend: what is asked for, or None where torch's own module computes, and why."""
+
+    name: str
+    problem: ConvProblem
+    backend: Optional[str]
+    source: str = ""
+    time_us: Optional[float] = None
+    selection: Optional[backends.Selection] = None
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the two-dimensional convolutions that pass by, and how long each takes."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._device = device
+        # the tensors are kept too, or another could get the same id
+        self._weights = {id(p): (p, name.removesuffix(".weight")) for name, p in model.named_parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        started = _now_us(self._device)
+        out = func(*args, **(kwargs or {}))
+        took_us = _now_us(self._device) - started
+        if func is _CAST and id(args[0]) in self._weights:  # autocast's copy of a weight
+            self._weights[id(out)] = (out, self._weights[id(args[0])][1])
+        elif func is _FUSED_CALL or func is _PLAIN_CALL and _is_2d_convolution(*args):
+            _, name = self._weights.get(id(args[1]), (None, f"convolution {len(self.calls) + 1}"))
+            self.calls.append(Call(name, *_asked(func, args), time_us=took_us))
+        return out
+
+
+def _is_2d_convolution(x, weight, bias, stride, padding, dilation, transposed, *_) -> bool:
+    return not transposed and weight.dim() == 4 and x.dtype in FLOAT_DTYPES
+
+
+def _now_us(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() * 1e6
+
+
+def _asked(func: Any, args: tuple) -> tuple[ConvProblem, Optional[str]]:
+    """The problem of a call, and the backend it asks for."""
+    if func is _FUSED_CALL:
+        stride, padding, dilation, groups, activation, backend = args[_OPERANDS:]
+        operands = ConvOperands(*args[:_OPERANDS])
+    else:
+        x, weight, bias, stride, padding, dilation, _, _, groups = args
+        operands, activation, backend = ConvOperands(x, weight, bias=bias), "none", None
+    window = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    return conv_problem(operands, *window, activation), backend
+
+
+def recorded(
+    model: nn.Module, example: Any, left_alone: list[convert.LeftAlone], device: torch.device, measure: bool
+) -> list[Call]:
+    """The calls of a model, in order: seen on fake tensors, or for real where those cannot follow."""
+    try:
+        fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        fake = pytree.tree_map_only(Tensor, fakes.from_tensor, example)
+        with fakes, without_torchs_log():
+            calls = [call._replace(time_us=None) for call in _record(model, fake, device)]
+    except Exception:  # control flow that reads values, or a mistake, which then shows again
+        calls = [call._replace(time_us=None) for call in _record(model, example, device)]
+    if measure:
+        runs = [_record(model, example, device) for _ in range(1 + _RUNS)][1:]
+        calls = [
+            call._replace(time_us=statistics.median(one.time_us for one in same)) for call, *same in zip(calls, *runs)
+        ]
+    fused = set(convert.fused_convs(model))
+    return [
+        call._replace(source=_why_plain(call.name, model, fused, left_alone)) if call.backend is None else call
+        for call in calls
+    ]
+
+
+def _record(model: nn.Module, example: Any, device: torch.device) -> list[Call]:
+    try:
+        with torch.inference_mode(False), torch.no_grad(), _Recorder(model, device) as recorder:
+            model(example)
+    except backends.BackendError:
+        raise
+    except Exception as error:
+        cause = first_line(error)
+        raise ValueError(f"explain: the model cannot take {shown(example)}: {cause}") from error
+    return recorder.calls
+
+
+def _why_plain(name: str, model: nn.Module, fused: set[str], left_alone: list[convert.LeftAlone]) -> str:
+    """Why torch's own module computes this convolution."""
+    if name in fused:
+        conv = model.get_submodule(name)
+        if conv.training:
+            return "its BN is in training mode, so both run as they are"
+        return why_not_fused(None, [(conv, None)]) or "its module runs its own forward, because a child was changed"
+    around = [entry for entry in left_alone if entry.name == "the model" or f"{name}.".startswith(f"{entry.name}.")]
+    if around:
+        return max(around, key=lambda entry: len(entry.name)).reason
+    return "nothing that could be fused follows it, or fuse was kept from it"
+
+
+def planned(
+    frozen: Union[FrozenModel, FrozenParts], example: Any, measure: bool
+) -> tuple[list[Call], list[convert.LeftAlone]]:
+    """The calls of a frozen model in the order of its plan, and the convolutions that a plan leaves to torch.
+
+    Of a model that was frozen in parts, those of the parts.
+    """
+    if isinstance(frozen, FrozenModel):
+        return _of_plan("", frozen, example, measure)
+    calls, left_alone = [], []
+    for name, x in _inputs_of_parts(frozen, example):
+        found, others = _of_plan(f"{name}.", cast(FrozenModel, frozen.parts[name]), x, measure)
+        calls += found
+        left_alone += others
+    return calls, left_alone
+
+
+def _inputs_of_parts(frozen: FrozenParts, example: Any) -> list[tuple[str, Tensor]]:
+    """Which frozen part the model calls with what, in order. Runs it once."""
+    inputs: list[tuple[str, Tensor]] = []
+    handles = [
+        part.register_forward_pre_hook(lambda _, args, name=name: inputs.append((name, args[0].detach())))
+        for name, part in frozen.parts.items()
+    ]
+    try:
+        frozen(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
+def _of_plan(prefix: str, frozen: FrozenModel, x: Tensor, measure: bool) -> tuple[list[Call], list[convert.LeftAlone]]:
+    plan = frozen.plan(x)
+    runs = [_TimedPlan(plan).times(frozen, x) for _ in range(1 + _RUNS)][1:] if measure else []
+    names = {f"model_{name}".replace(".", "_"): name for name, _ in frozen.unfreeze().named_modules() if name}
+    names["model"] = "model"
+    modules = dict(plan.named_modules())
+    calls, left_alone = [], []
+
+    def name_of(node: fx.Node) -> str:
+        stem = node.name.removeprefix("fused_")
+        first = re.sub(r"_\d+$", "", stem)  # of several calls of a module
+        return prefix + (names.get(stem) or names.get(first) or stem.removeprefix("model_"))
+
+    for node in plan.graph.nodes:
+        module = modules.get(node.target) if node.op == "call_module" else None
+        if isinstance(module, FrozenConv):
+            name, time_us = name_of(node), statistics.median(run[node] for run in runs) if runs else None
+            calls.append(Call(name, module.problem, frozen.backend, time_us=time_us, selection=module.selection))
+        elif isinstance(module, WideConv):
+            reason = "it is computed in float32, because oneDNN is wrong there in 16 bits"
+            left_alone.append(convert.LeftAlone(name_of(node), reason))
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            reason = why_not_fused(None, [(module, None)]) or "a plan has no rule for the way it is called"
+            left_alone.append(convert.LeftAlone(name_of(node), reason))
+        elif node.op == "call_function" and node.target in CONVOLUTIONS:
+            reason = "it is transposed" if arguments_of(node).get("transposed") else "its weight or bias is computed"
+            left_alone.append(convert.LeftAlone(name_of(node), reason))
+    for node, reason in unfolded_norms(plan.graph, modules, FrozenConv):
+        left_alone.append(convert.LeftAlone(name_of(node), f"without its norm: {reason}"))
+    return calls, left_alone
+
+
+class _TimedPlan(fx.Interpreter):
+    """Runs a plan node by node and notes how long each takes."""
+
+    def times(self, frozen: FrozenModel, x: Tensor) -> dict[fx.Node, float]:
+        self.took_us: dict[fx.Node, float] = {}
+        self._device = frozen.device
+        with torch.no_grad():
+            self.run(frozen.taken(x))
+        return self.took_us
+
+    def run_node(self, n: fx.Node) -> Any:
+        started = _now_us(self._device)
+        out = super().run_node(n)
+        self.took_us[n] = _now_us(self._device) - started
+        return out
+
+
+def shown(example: Any) -> str:
+    """The tensors of an example, in words."""
+    tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
+    return ", ".join(f"{'x'.join(map(str, t.shape))} {dtype_name(t.dtype)} on {t.device}" for t in tensors)

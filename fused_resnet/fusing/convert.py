@@ -1,0 +1,335 @@
+"""fuse and unfuse: change the class of modules in place, and change it back.
+
+A residual block of ours or torchvision's is fused when its forward is known to be the stock one. So is a block of a
+class with an adapter (`adapters`). Any other module is fused where its forward can be rewritten (`rewriting`).
+Everything else is left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Callable, NamedTuple, Optional, cast
+
+from torch import fx, nn
+
+from fused_resnet import backends
+from fused_resnet.fusing import adapters, rewriting
+from fused_resnet.fusing.adapters import Adapted, FusedForward
+from fused_resnet.fusing.rewriting import Rewritten
+from fused_resnet.graphs.spelling import has_convolutions
+from fused_resnet.nn import (
+    BasicBlock,
+    Bottleneck,
+    ConvBNAct,
+    FusedBasicBlock,
+    FusedBlock,
+    FusedBottleneck,
+    fused_shortcut,
+    has_stock_code,
+    may_be_norm,
+    set_class,
+    why_not_fused,
+)
+
+log = logging.getLogger("fused_resnet")
+
+# Blocks whose forward is ours to replace, by module and name, so that nothing has to be imported to recognise them.
+_FUSED_CLASS = {
+    (module, plain.__name__): fused
+    for module in (BasicBlock.__module__, "torchvision.models.resnet")
+    for plain, fused in ((BasicBlock, FusedBasicBlock), (Bottleneck, FusedBottleneck))
+}
+# What fused modules keep in their __dict__; the last is the backend that a ConvBNAct had of its own.
+_KEPT = frozenset(("backend", "calls_downsample", "_stock_class", "_programs", "_own_backend"))
+# What says how a module is pickled; a fused one is pickled by its plain class and its state.
+_PICKLED_BY = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
+
+
+class LeftAlone(NamedTuple):
+    """A module that looks as if it could be fused, and was not, or a convolution without the norm that follows it."""
+
+    name: str
+    reason: str
+
+
+class _Change(NamedTuple):
+    """What `fuse` is about to do with a module."""
+
+    apply: Callable[[], None]
+    has_norm: bool
+    claims: list[nn.Module]  # modules that it computes itself, so that they need not be fused
+    left: tuple[tuple[str, str], ...] = ()  # convolutions inside without the norm that follows them, and why
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    strict: bool = False,
+    filter_fn: Optional[Callable[[nn.Module, str], bool]] = None,
+) -> nn.Module:
+    """Make the modules of `model` compute conv+BN(+add)+activation in one call each. In place; returns the model.
+
+    Parameters, buffers, keys and hooks stay what they are. The model can be trained, saved, loaded and edited as
+    before, and `unfuse` undoes it. `fused_convs` lists the convolutions. Fuse before torch.compile and fully_shard.
+    Fused are:
+
+    - our residual blocks and torchvision's
+    - blocks with an adapter (`adapters.register`); transformers' ResNet and torchvision's DenseNet have one
+    - inside every other module with convolutions of its own, the sequences that torch.fx sees in its forward
+      (`rewriting`): timm's blocks, stems, VGG, Inception, RegNet
+
+    backend: asked for by everything fused; "auto" chooses per problem. filter_fn(module, name) -> bool: a module for
+    which it is false is not fused by this call. The modules inside are asked about too, among them a residual block's
+    downsample, which the block then calls. Convolutions, norms and activations are not kept by themselves, since they
+    belong to the forward that calls them. Nor is what an adapter computes, which belongs to the block.
+    strict: raise ValueError where one of these is so:
+
+    - a module with a convolution and a norm or an activation was left alone
+    - a convolution was left without its norm
+    - there is nothing to fuse
+
+    Raises BackendError for an unknown backend and for one that cannot run live BN ("onednn", "cudnn"). A call that
+    raises leaves the model as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: expected an nn.Module, got {type(model).__name__}.")
+    backends.check_name("fuse", backend)
+    changes, skipped = _survey(model, filter_fn)
+    if strict and (skipped or not changes):
+        lines = [f"{name}: {reason}" for name, reason in skipped] or ["no convolution was found that can be fused"]
+        raise ValueError("fuse: strict=True and some blocks cannot be fused:\n  " + "\n  ".join(lines))
+    reason = backends.why_never_live(backend)
+    if reason is not None and any(change.has_norm for _, change in changes):
+        raise backends.BackendError(
+            f"fuse: backend {backend!r} cannot run blocks with live BN: {reason}, or backend='auto'."
+        )
+    before = [(module, type(module), dict(module.__dict__)) for module, _ in changes]
+    try:
+        for module, change in changes:
+            change.apply()
+            module.__dict__["backend"] = backend
+    except BaseException:
+        for module, cls, own in before:
+            set_class(module, cls)
+            _restore(module, own)
+        raise
+    log.info("fused %d modules (%d convolutions), left %d alone", len(changes), len(fused_convs(model)), len(skipped))
+    for name, reason in skipped:
+        log.info("left alone %s: %s", name, reason)
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Give every fused module its plain class back, and every ConvBNAct the backend it had. In place; returns the
+    model."""
+    for module in model.modules():
+        cls: Any = type(module)  # which, unlike isinstance, asks nothing of the module
+        if issubclass(cls, (FusedBlock, FusedForward)):
+            set_class(module, module.__dict__.get("_stock_class", cls.plain_class))
+            _restore(module, {})
+        elif issubclass(cls, ConvBNAct) and "_own_backend" in module.__dict__:
+            module.__dict__.pop("backend", None)
+            module.__dict__.update(module.__dict__.pop("_own_backend"))
+    return model
+
+
+def left_alone(model: nn.Module) -> list[LeftAlone]:
+    """What `fuse` finds in `model` that looks as if it could be fused, and cannot."""
+    return _survey(model, None)[1]
+
+
+def fused_convs(model: nn.Module) -> list[str]:
+    """Names of the convolutions that `model`, fused and in eval mode, computes in one call with what follows them."""
+    names = []
+    for name, module in model.named_modules():
+        own: list[str] = []
+        fused: Any = module
+        if issubclass(type(module), FusedBlock):
+            own = [conv for conv, _ in fused.stage_names]
+            own += ["downsample.0"] if fused.fused_shortcut() else []
+        elif issubclass(type(module), FusedForward):
+            own = fused.fused_convs()
+        elif issubclass(type(module), ConvBNAct):
+            own = ["0"] if len(fused) > 1 else []
+        names += [f"{name}.{conv}" if name else conv for conv in own]
+    return names
+
+
+def _survey(
+    model: nn.Module, filter_fn: Optional[Callable[[nn.Module, str], bool]]
+) -> tuple[list[tuple[Any, _Change]], list[LeftAlone]]:
+    """What `fuse` would change in `model`, and what it would leave alone."""
+    named = list(model.named_modules())
+    kept = {id(module) for name, module in named if filter_fn is not None and not filter_fn(module, name)}
+    changes: list[tuple[Any, _Change]] = []
+    skipped = []
+    claimed: set[int] = set()
+    for name, module in named:
+        if id(module) in kept | claimed:
+            continue
+        try:
+            change, reason = _change_of(module, kept)
+        except Exception as error:  # a module may do anything when it is looked at
+            change, reason = None, f"it cannot be looked at: {_first_line(error)}"
+        if change is not None:
+            changes.append((module, change))
+            claimed.update(map(id, change.claims))
+            skipped += [LeftAlone(f"{name}.{conv}" if name else conv, why) for conv, why in change.left]
+        elif reason is not None:
+            skipped.append(LeftAlone(name or "the model", reason))
+    return changes, skipped
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _change_of(module: nn.Module, kept: set[int]) -> tuple[Optional[_Change], Optional[str]]:
+    """(change, None), or (None, why this module is left alone), or (None, None) where there is nothing to fuse.
+
+    kept: the modules inside that must run their own forward, by id.
+    """
+    if type(module).__module__.startswith("torch.ao."):
+        return None, _why_not_quantizations(module)
+    if isinstance(module, ConvBNAct):
+        return _Change(lambda: _keep_own_backend(module), module.has_norm, []), None
+    block, reason = _residual_block(module, kept)
+    if block is not None or reason is not None:
+        return block, reason
+    if not isinstance(module, FusedForward) or isinstance(module, Adapted):
+        adapted, reason = _adapted(module)
+        if adapted is not None or reason is not None:
+            return adapted, reason
+    return _rewritten(module)
+
+
+def _why_not_quantizations(module: nn.Module) -> Optional[str]:
+    """Why one of torch.ao's modules is left alone, if it could be fused."""
+    if not any(isinstance(child, nn.Conv2d) for child in _own_children(module)):
+        return None
+    return f"quantization knows a {type(module).__qualname__} of torch.ao by its class"
+
+
+def _residual_block(module: Any, kept: set[int]) -> tuple[Optional[_Change], Optional[str]]:
+    """Our blocks and torchvision's."""
+    fused_class, reason = (type(module), None) if isinstance(module, FusedBlock) else _recognise(module)
+    if fused_class is None:
+        return None, reason
+    calls_downsample = id(module.downsample) in kept
+    is_claimed = not calls_downsample and fused_shortcut(module.downsample) is not None
+
+    def apply() -> None:
+        if not isinstance(module, FusedBlock):
+            module.__dict__["_stock_class"] = type(module)
+            set_class(module, fused_class)
+        module.__dict__["calls_downsample"] = calls_downsample
+
+    return _Change(apply, True, [module.downsample] if is_claimed else []), None
+
+
+def _adapted(module: Any) -> tuple[Optional[_Change], Optional[str]]:
+    if isinstance(module, Adapted):
+        adapter, reason = adapters.adapter_of_class(module.plain_class), None
+    else:
+        adapter, reason = adapters.adapter_of(module)
+    if adapter is not None:
+        reason = _why_not_reclassed(module, Adapted)
+    if adapter is None or reason is not None:
+        return None, reason
+    computed = {id(module.get_submodule(name)) for name in adapters.convs_of(module, adapter)}
+    claims = [child for child in module.modules() if child is not module and _convs_in(child) <= computed]
+
+    def apply() -> None:
+        if not isinstance(module, Adapted):
+            set_class(module, adapters.fused_class(Adapted, module.__class__))
+
+    return _Change(apply, True, claims), None
+
+
+def _convs_in(module: nn.Module) -> set[int]:
+    return {id(child) for child in module.modules() if isinstance(child, nn.Conv2d)}
+
+
+def _rewritten(module: nn.Module) -> tuple[Optional[_Change], Optional[str]]:
+    children = _own_children(module)
+    if not any(isinstance(child, nn.Conv2d) for child in children):
+        if isinstance(module, fx.GraphModule) and has_convolutions(module.graph):
+            return None, "its convolutions are functions: fuse what it was exported from, or freeze it"
+        return None, None
+    programs, error = rewriting.programs_of(module)
+    if not programs:
+        others = [child for child in children if may_be_norm(child) or why_not_fused(child, []) is None]
+        return None, str(error) if others or isinstance(error, rewriting.NormUnfolded) else None
+    reason = _why_not_reclassed(module, Rewritten)
+    if reason is not None:
+        return None, reason
+    has_norm, left = programs[False].has_norm, programs[False].left
+    return _Change(lambda: rewriting.rewrite(module, programs), has_norm, [], left), None
+
+
+def _why_not_reclassed(module: Any, kind: Any) -> Optional[str]:
+    """Why a module that is not fused yet cannot be given a class of this kind, or None."""
+    if isinstance(module, FusedForward):
+        return None
+    cls: Any = type(module)
+    if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _PICKLED_BY):
+        return f"{cls.__qualname__} has its own way to be pickled"
+    reason = _why_name_taken(module, adapters.fused_class(kind, nn.Module), nn.Module)
+    if reason is not None:
+        return reason
+    try:  # it may forbid subclasses, or have a layout that no other class has
+        set_class(module, adapters.fused_class(kind, cls))
+    except Exception as error:
+        return f"its class cannot be replaced: {_first_line(error)}"
+    set_class(module, cls)
+    return None
+
+
+def _why_name_taken(module: nn.Module, fused: type, plain: type) -> Optional[str]:
+    """Why a module may not get a fused class that adds names to a plain one's: it has one of them already."""
+    taken = sorted((set(dir(fused)) - set(dir(plain)) | _KEPT) & set(dir(module)))
+    return f"its attribute {taken[0]} has a name that fused modules use for something else" if taken else None
+
+
+def _keep_own_backend(module: ConvBNAct) -> None:
+    own = {name: value for name, value in module.__dict__.items() if name == "backend"}
+    module.__dict__.setdefault("_own_backend", own)
+
+
+def _restore(module: nn.Module, own: dict[str, Any]) -> None:
+    """Give a module the values of `own` for what fused modules keep, and remove the rest of that."""
+    for name in _KEPT:
+        module.__dict__.pop(name, None)
+    module.__dict__.update({name: own[name] for name in _KEPT if name in own})
+
+
+def _own_children(module: nn.Module) -> list[nn.Module]:
+    """Children, and those of lists and dicts of modules, whose parent is this module's forward."""
+    lists = (nn.ModuleList, nn.ModuleDict)
+    if type(module) in lists:
+        return []
+    children = list(module.children())
+    return children + [inner for child in children if type(child) in lists for inner in child.children()]
+
+
+def _recognise(module: nn.Module) -> tuple[Optional[type], Optional[str]]:
+    """(fused class, None), or (None, why this block is left alone), or (None, None) for what is no residual block."""
+    cls = type(module)
+    fused_class = _FUSED_CLASS.get((cls.__module__, cls.__name__))
+    if fused_class is None:
+        return None, None
+    if "forward" in module.__dict__ or not has_stock_code(cls, cls.forward, frozenset(_attributes(fused_class))):
+        return None, f"the forward of {cls.__qualname__} was replaced"
+    missing = [name for name in sorted(_attributes(fused_class)) if not hasattr(module, name)]
+    if missing:
+        return None, f"it has no {missing[0]}"
+    stages = [(getattr(module, conv), getattr(module, bn)) for conv, bn in fused_class.stage_names]
+    reason = why_not_fused(cast(nn.Module, module.relu), stages)
+    reason = reason or _why_name_taken(module, fused_class, fused_class.plain_class)
+    return (None, reason) if reason is not None else (fused_class, None)
+
+
+def _attributes(fused_class: type[FusedBlock]) -> set[str]:
+    """What the stock forward of this kind of block reads of the block."""
+    return {"relu", "downsample"} | {attribute for stage in fused_class.stage_names for attribute in stage}

@@ -1,0 +1,175 @@
+"""What every convolution kernel does with its sums: BN or bias, residual, activation, and where the result lies.
+
+    out = act(scale * sum + shift + residual)
+    scale = bn_weight / sqrt(bn_var + eps),  shift = (bias - bn_mean) * scale + bn_bias
+
+A None vector is a compile-time constant and costs nothing. Rows are numbered in one of three ways:
+
+    "compact"  (n * P + p) * Q + q                    a dense NHWC tensor
+    "halo"     (n * (P + 1) + p) * (Q + 1) + q        a line of zeros below and a column right of each image
+    "lines"    n * P + p, the column q is the program's own
+
+A kernel computes its rows in one space (ROWS) and may write, and read a residual, in another.
+"""
+
+from __future__ import annotations
+
+from fused_resnet.kernels.triton.runtime import jit, tl
+
+
+@jit
+def ordered_tile(tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """(tile of rows, tile of channels): GROUP_M tiles of rows share their weights in L2 before the next ones come."""
+    group_size = GROUP_M * num_n
+    first_m = tile // group_size * GROUP_M
+    height = tl.minimum(num_m - first_m, GROUP_M)
+    return first_m + tile % group_size % height, tile % group_size // height
+
+
+@jit
+def part_and_tile(program, num_m, num_n, GROUP_M: tl.constexpr):
+    """(part of the reduction, tile of rows, tile of channels): all tiles of the first part come first."""
+    part = program // (num_m * num_n)
+    tile_m, tile_n = ordered_tile(program % (num_m * num_n), num_m, num_n, GROUP_M)
+    return part, tile_m, tile_n
+
+
+@jit
+def steps_of_part(part, num_steps, SPLIT_K: tl.constexpr):
+    """[first, last) of the reduction's steps that one of SPLIT_K parts sums. The last parts may be empty."""
+    if SPLIT_K == 1:
+        return 0, num_steps
+    each = tl.cdiv(num_steps, SPLIT_K)
+    return part * each, tl.minimum(part * each + each, num_steps)
+
+
+@jit
+def _row_in(rows, column, P, Q, ROWS: tl.constexpr, SPACE: tl.constexpr):
+    """The rows' numbers in SPACE. Means nothing for halo rows in a compact space: their stores are masked."""
+    if ROWS == SPACE:
+        return rows
+    if ROWS == "halo":
+        line = rows // (Q + 1)
+        return rows - line - line // (P + 1) * Q
+    if ROWS == "compact":
+        line = rows // Q
+        return rows + line + line // P * (Q + 1)
+    if SPACE == "halo":
+        return (rows + rows // P) * (Q + 1) + column
+    return rows * Q + column
+
+
+@jit
+def _write_halo(out, offsets, stored, rows, column, K, P, Q, ROWS: tl.constexpr):
+    """Zeros into the halo that the rows of a compact tile border on: right of a line, below an image, the corner."""
+    line = rows if ROWS == "lines" else rows // Q
+    is_last_column = (column + tl.zeros_like(rows) if ROWS == "lines" else rows - line * Q) == Q - 1
+    is_last_line = line % P == P - 1
+    zero = tl.zeros_like(offsets).to(out.dtype.element_ty)
+    tl.store(out + offsets + K, zero, mask=stored & is_last_column[:, None])
+    tl.store(out + offsets + (Q + 1) * K, zero, mask=stored & is_last_line[:, None])
+    tl.store(out + offsets + (Q + 2) * K, zero, mask=stored & (is_last_column & is_last_line)[:, None])
+
+
+@jit
+def epilogue(
+    acc, first_row, channels, live_channels, column,
+    bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, M, K, P, Q,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Finish a tile of sums and store it. M: how many rows there are in ROWS."""
+    # One vector at a time, and not as acc * scale + shift: where a thread holds whole rows of the tile (sm_100) each
+    # live vector costs it BLOCK_N registers. Subtracting the mean before scaling also loses less to cancellation.
+    y = acc
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
+    if bn_mean_ptr is not None:
+        y -= tl.load(bn_mean_ptr + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
+    if bn_var_ptr is not None:
+        variance = tl.load(bn_var_ptr + channels, mask=live_channels, other=1.0).to(tl.float32)
+        y *= tl.rsqrt(variance + tl.cast(eps, tl.float32))[None, :]
+    if bn_weight_ptr is not None:
+        y *= tl.load(bn_weight_ptr + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
+    if bn_bias_ptr is not None:
+        y += tl.load(bn_bias_ptr + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
+
+    rows = first_row + tl.arange(0, BLOCK_M)
+    live_rows = rows < M
+    if ROWS == "halo":
+        padded = rows // (Q + 1)
+        is_inside = (rows - padded * (Q + 1) < Q) & (padded % (P + 1) < P)
+    # the tile's place is a 64-bit scalar, the places within it are 32-bit: fewer registers
+    if residual_ptr is not None:
+        live_residual = live_rows & is_inside if ROWS == "halo" else live_rows
+        first = _row_in(first_row, column, P, Q, ROWS, RESIDUAL)
+        offsets = (_row_in(rows, column, P, Q, ROWS, RESIDUAL) - first)[:, None] * K + channels[None, :]
+        mask = live_residual[:, None] & live_channels[None, :]
+        y += tl.load(residual_ptr + first.to(tl.int64) * K + offsets, mask=mask, other=0.0).to(tl.float32)
+    if ACTIVATION == "relu":
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "relu6":
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = tl.minimum(y, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "silu":
+        y = y * tl.sigmoid(y)
+
+    if ROWS == "halo" and OUT == "halo":
+        y = tl.where(is_inside[:, None], y, 0.0)
+    elif ROWS == "halo":
+        live_rows &= is_inside
+    first = _row_in(first_row, column, P, Q, ROWS, OUT)
+    out = out_ptr + first.to(tl.int64) * K
+    offsets = (_row_in(rows, column, P, Q, ROWS, OUT) - first)[:, None] * K + channels[None, :]
+    stored = live_rows[:, None] & live_channels[None, :]
+    tl.store(out + offsets, y.to(out_ptr.dtype.element_ty), mask=stored)
+    if ROWS != "halo" and OUT == "halo":
+        _write_halo(out, offsets, stored, rows, column, K, P, Q, ROWS)
+
+
+@jit
+def finish(
+    acc, first_row, channels, live_channels, column, part,
+    bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, partial_ptr, M, K, P, Q,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr, BLOCK_M: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """The end of a kernel that sums the whole reduction, or one part of it into partial[part, row, k]."""
+    if SPLIT_K == 1:
+        epilogue(
+            acc, first_row, channels, live_channels, column,
+            bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, M, K, P, Q,
+            ACTIVATION, ROWS, RESIDUAL, OUT, BLOCK_M,
+        )  # fmt: skip
+    else:
+        rows = first_row + tl.arange(0, BLOCK_M)
+        pitch = K * Q if ROWS == "lines" else K
+        place = part.to(tl.int64) * M * pitch + first_row.to(tl.int64) * pitch
+        if ROWS == "lines":
+            place += column * K
+        offsets = tl.arange(0, BLOCK_M)[:, None] * pitch + channels[None, :]
+        tl.store(partial_ptr + place + offsets, acc, mask=(rows < M)[:, None] & live_channels[None, :])
+
+
+@jit
+def sum_parts_kernel(
+    partial_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, M, K, P, Q,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr,
+    SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # row m in ROWS, which is "compact" or "halo", channel k. The parts are added in order: the same sum every time
+    num_n = tl.cdiv(K, BLOCK_N)
+    tile = tl.program_id(0)
+    first_row = tile // num_n * BLOCK_M
+    channels = tile % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_channels = channels < K
+    live = (first_row + tl.arange(0, BLOCK_M) < M)[:, None] & live_channels[None, :]
+    offsets = tl.arange(0, BLOCK_M)[:, None] * K + channels[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for part in range(SPLIT_K):
+        place = (tl.cast(part, tl.int64) * M + first_row) * K
+        acc += tl.load(partial_ptr + place + offsets, mask=live, other=0.0)
+    epilogue(
+        acc, first_row, channels, live_channels, 0,
+        bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, M, K, P, Q,
+        ACTIVATION, ROWS, RESIDUAL, OUT, BLOCK_M,
+    )  # fmt: skip

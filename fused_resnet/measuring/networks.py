@@ -1,0 +1,114 @@
+"""Blocks and whole models: each variant compared with fp64, then timed in turn with the others."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet.measuring.operators import finite
+from fused_resnet.measuring.timing import Progress, Variants, interleaved, silent
+from fused_resnet.measuring.variants import BASE, SHORT_DTYPES, build_variants, missing_reason, variant_builders
+from fused_resnet.nn import BasicBlock, Bottleneck
+
+
+def calibrated(model: nn.Module, image_shape: Sequence[int], *, batch: int = 4, seed: int = 0) -> nn.Module:
+    """Give a randomly initialised model the BN statistics of random images, so that its activations are sane.
+
+    The last BN of each residual block scales by a quarter. By 1, the depth of a random ResNet-50 amplifies rounding as
+    no trained network does: bf16 logits off by 13 % instead of 1.5 % (one image batch, on a CPU). Then one forward in
+    training mode; the model is returned in eval mode with its BN momenta as they were.
+    """
+    for block in model.modules():
+        if isinstance(block, (BasicBlock, Bottleneck)):
+            last: Any = getattr(block, "bn3", block.bn2)
+            nn.init.constant_(last.weight, 0.25)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    images = torch.randn(batch, *image_shape, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        model.train()(images.to(next(model.parameters()).device))
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+    return model.eval()
+
+
+def blocks_of(model: nn.Module, image_shape: Sequence[int]) -> list[tuple[str, nn.Module, tuple[int, ...]]]:
+    """(name, last residual block, its input's (C, H, W)) of each stage of a model: identity shortcuts."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    skeleton = copy.deepcopy(model).to("meta").eval()
+    stages = {name: stage for name, stage in model.named_children() if isinstance(stage, nn.Sequential) and len(stage)}
+    for name, stage in stages.items():
+        block = skeleton.get_submodule(f"{name}.{len(stage) - 1}")
+        block.register_forward_pre_hook(lambda _, args, name=name: shapes.update({name: tuple(args[0].shape[1:])}))
+    with torch.no_grad():
+        skeleton(torch.empty(1, *image_shape, device="meta"))
+    return [(f"{name}.{len(stage) - 1}", stage[-1], shapes[name]) for name, stage in stages.items()]
+
+
+def max_error(model: nn.Module, x: Tensor, variants: Variants) -> dict[str, Optional[float]]:
+    """Per variant, max|y - y64| / max|y64| over the first and the last image; y64 is the model in fp64 on the CPU.
+
+    None for a variant whose output is not finite, or that raises.
+    """
+    errors, broken = _errors(model, x, variants)
+    return {name: errors.get(name) for name in variants}
+
+
+def _errors(model: nn.Module, x: Tensor, variants: Variants) -> tuple[dict[str, Optional[float]], dict[str, str]]:
+    """(max_error of the variants that run, why the others do not): one that breaks does not cost the others."""
+    ends = [0, -1] if len(x) > 1 else [0]
+    with torch.no_grad():
+        expected = copy.deepcopy(model).cpu().double()(x[ends].cpu().double())
+    scale = expected.abs().max()
+    errors, broken = {}, {}
+    for name, run in variants.items():
+        try:
+            errors[name] = finite(((run()[ends].cpu().double() - expected).abs().max() / scale).item())
+        except Exception as error:
+            if name == BASE:
+                raise  # there is nothing to compare with
+            broken[name] = missing_reason(error)
+    return errors, broken
+
+
+def bench_network(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    device: str,
+    budget_s: float,
+    rounds: Optional[int] = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Every variant of a model or block on x, timed in turn: {"batch", "variants", "skipped"}.
+
+    options: `variant_builders`'. Ratios are speedups: "ratio" to eager NCHW fp32, "ratio_to_compile" to torch.compile
+    in the variant's own dtype, None without it.
+    """
+    builders = variant_builders(model, x, **options)
+    variants, skipped = build_variants(builders, lambda fraction, text: progress(fraction / 2, text))
+    progress(0.5, "comparing with fp64")
+    errors, broken = _errors(model, x, variants)
+    skipped |= broken
+    variants = {name: run for name, run in variants.items() if name in errors}
+    stats = interleaved(
+        variants, device=device, budget_s=budget_s, rounds=rounds, progress=lambda f, text: progress(0.5 + f / 2, text)
+    )
+    rows = {}
+    for name, one in stats.items():
+        own_compile = next((f"compile {word}" for word in name.split() if word in SHORT_DTYPES), "")
+        rows[name] = {
+            **one._asdict(),
+            "ms": one.median_us / 1e3,
+            "images_per_s": len(x) / one.median_us * 1e6,
+            "ratio": stats[BASE].median_us / one.median_us,
+            "ratio_to_compile": stats[own_compile].median_us / one.median_us if own_compile in stats else None,
+            "max_rel_error": errors[name],
+        }
+    return {"batch": len(x), "variants": rows, "skipped": skipped}

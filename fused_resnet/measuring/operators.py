@@ -1,0 +1,330 @@
+"""Operators: every distinct convolution and block-ending addition of a network, on every backend that can run it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, Union
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet import backends, testing
+from fused_resnet.freezing import layouts, plan
+from fused_resnet.freezing.freeze import FrozenModel
+from fused_resnet.kernels.triton import runtime
+from fused_resnet.kernels.triton.conv import row_space
+from fused_resnet.measuring import timing
+from fused_resnet.measuring.summary import COPY, FOLDED, UNFUSED, Row
+from fused_resnet.measuring.timing import Progress, Roofline
+from fused_resnet.measuring.turns import Subject
+from fused_resnet.measuring.variants import missing_reason, short_name
+from fused_resnet.operators import reference
+from fused_resnet.operators.problem import AddReluProblem, ConvOperands, ConvProblem
+
+Problem = Union[ConvProblem, AddReluProblem]
+
+
+class CountedProblem(NamedTuple):
+    """A problem and how often a model has it."""
+
+    problem: ConvProblem
+    repeats: int
+
+
+def convs_of(
+    model: nn.Module, image_shape: Sequence[int], batch: int, dtype: torch.dtype, device: str
+) -> list[CountedProblem]:
+    """The distinct fused convolutions of a model in the order of first use, with BN folded, read off its plan."""
+    example = torch.zeros(1, *image_shape)
+    planned = FrozenModel(model.eval(), example, example.dtype, "eager").plan(example)
+    counts: dict[ConvProblem, int] = {}
+    modules = dict(planned.named_modules())
+    for node in planned.graph.nodes:
+        module = modules.get(node.target) if node.op == "call_module" else None
+        if isinstance(module, plan.FrozenConv):
+            problem = module.problem._replace(N=batch, dtype=dtype, device=torch.device(device).type)
+            counts[problem] = counts.get(problem, 0) + 1
+    return [CountedProblem(problem, count) for problem, count in counts.items()]
+
+
+def op_subjects(
+    networks: Mapping[str, tuple[nn.Module, Sequence[int]]],
+    batches: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    *,
+    device: str,
+    rounds: Optional[int] = None,
+) -> dict[str, Subject]:
+    """The distinct convolutions of these networks and the additions that end their blocks, for each dtype and batch.
+
+    networks: (model, image shape) by name. A problem that several of them have is measured once. Batches and dtypes
+    are taken in the order given, so that what matters most can come first.
+    """
+    counts: dict[Problem, dict[str, int]] = {}
+    for name, (model, shape) in networks.items():
+        for problem, repeats in convs_of(model, shape, 1, torch.float32, device):
+            counts.setdefault(problem, {})[name] = repeats
+            if problem.has_residual:
+                addition = AddReluProblem(problem.output_shape, True, problem.dtype, problem.device)
+                models = counts.setdefault(addition, {})
+                models[name] = models.get(name, 0) + repeats
+    if not counts:
+        raise ValueError(f"bench ops: {', '.join(networks)} have no convolution that can be fused.")
+    roof = functools.lru_cache(functools.partial(timing.roofline, device))
+    subjects: dict[str, Subject] = {}
+    for dtype in dtypes:
+        for batch in batches:
+            for one, models in counts.items():
+                wanted = _of_batch(one, batch)._replace(dtype=dtype)
+                name = f"add_relu {wanted}" if wanted.op == "add_relu" else str(wanted)
+                subjects[name] = functools.partial(bench_op, wanted, models, roof, device, rounds)
+    return subjects
+
+
+def _of_batch(problem: Problem, batch: int) -> Problem:
+    if isinstance(problem, ConvProblem):
+        return problem._replace(N=batch)
+    return problem._replace(shape=(batch, *problem.shape[1:]))
+
+
+def random_operands(problem: ConvProblem, device: str, seed: int = 0) -> ConvOperands:
+    """Operands with live BN for a problem: random-normal activations, He-scaled weights, vectors in fp32."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    p = problem
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        values = torch.randn(shape, generator=generator, device=device) * scale
+        return values.to(p.dtype, memory_format=torch.channels_last)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(p.K, device=device).uniform_(low, high, generator=generator)
+
+    return ConvOperands(
+        normal(p.N, p.C, p.H, p.W),
+        normal(p.K, p.C // p.groups, p.R, p.S, scale=math.sqrt(2 / p.reduction)),
+        uniform(0.5, 1.5), uniform(-0.5, 0.5), uniform(-0.5, 0.5), uniform(0.5, 1.5),
+        residual=normal(*p.output_shape) if p.has_residual else None,
+    )  # fmt: skip
+
+
+def folded_operands(operands: ConvOperands) -> ConvOperands:
+    """The same operation with BN folded into weight and bias, as `freeze` does."""
+    scale, shift = reference.scale_and_shift(operands, torch.float64)
+    weight = operands.weight.double() * scale.view(-1, 1, 1, 1)
+    dtype = operands.x.dtype
+    return ConvOperands(
+        operands.x,
+        weight.to(dtype, memory_format=torch.channels_last),
+        bias=shift.to(dtype),
+        residual=operands.residual,
+    )
+
+
+def planned_call(problem: ConvProblem, selection: backends.Selection, operands: ConvOperands) -> Callable[[], Tensor]:
+    """A convolution with folded BN as a frozen plan calls it: its weight packed, and x where the plan would have it.
+
+    For a rows_tma config that is row space, and its time holds no conversion: a plan takes what was measured best
+    without wherever it cannot keep x there (`layouts`). The residual and the output are NHWC, since where those lie
+    depends on who else reads them. Triton without a config, which is to say unmeasured, runs its default, for which a
+    plan that is replayed takes a likelier one.
+    """
+    conv, x = plan.FrozenConv(problem, selection, operands.weight, operands.bias), operands.x
+    if selection.backend.name == "triton":
+        conv.placed = layouts.Placed(problem, selection.config)
+        x = row_space.pack(x) if conv.placed.wants_row_space else x
+    return functools.partial(conv.bound(), x, operands.residual)
+
+
+class Prepared(NamedTuple):
+    """A variant of an operator: how to run it, and by which backend's rules a few of its images are compared."""
+
+    run: Callable[[], Tensor]
+    images: Sequence[int]
+    case: testing.Case
+    backend: str
+
+
+def op_variants(problem: ConvProblem, live: ConvOperands) -> tuple[dict[str, Prepared], dict[str, str]]:
+    """Every way to compute a convolution, and why the others cannot.
+
+    UNFUSED is eager conv, BN, add and activation, one after the other. FOLDED is the same with BN folded. The others
+    are the backends as a frozen plan runs them, with packed weights and the config that is tuned for this device.
+    """
+    eager, folded = backends.known("conv_bn_act")["eager"], folded_operands(live)
+    unfolded = problem._replace(has_bn=True, has_bias=False)
+    (images, folded_case), (_, live_case) = compared_case(problem, folded), compared_case(unfolded, live)
+    found = {
+        UNFUSED: Prepared(lambda: eager.run(unfolded, live), images, live_case, "eager"),
+        FOLDED: Prepared(lambda: eager.run(problem, folded), images, folded_case, "eager"),
+    }
+
+    skipped = why_not_timed(problem)
+    for name in backends.known("conv_bn_act"):
+        if name != "eager" and name not in skipped:
+            call = planned_call(problem, backends.select(problem, name, in_plan=True), folded)
+            found[name] = Prepared(call, images, folded_case, name)
+    return found, skipped
+
+
+def add_relu_variants(problem: AddReluProblem, device: str) -> tuple[dict[str, Prepared], dict[str, str]]:
+    """Every way to compute max(a + b, 0), and COPY: moving as many bytes from one place to another."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    a, b = (
+        torch.randn(problem.shape, generator=generator, device=device)
+        .to(problem.dtype, memory_format=torch.channels_last)
+        for _ in range(2)
+    )  # fmt: skip
+    source = torch.cat([a.flatten(), b.flatten()])[: problem.numel + problem.numel // 2]
+    target = torch.empty_like(source)
+    images = _compared_images(problem.shape[0])
+    operands = testing.AddReluOperands(a[images], b[images], b[images])
+    case = testing.Case(_of_batch(problem, len(images)), operands)
+    found = {
+        UNFUSED: Prepared(lambda: torch.relu(a + b), images, case, "eager"),
+        COPY: Prepared(lambda: target.copy_(source), [], case, COPY),
+    }
+    skipped = why_not_timed(problem)
+    for name, backend in backends.known("add_relu").items():
+        if name not in skipped:
+            run = functools.partial(backend.run, problem, a, b)
+            found[FOLDED if name == "eager" else name] = Prepared(run, images, case, name)
+    return found, skipped
+
+
+def why_not_timed(problem: Problem) -> dict[str, str]:
+    """The backends that cannot run a problem, or are not worth timing on it, and why."""
+    skipped = {}
+    for name, backend in backends.known(problem.op).items():
+        reason = backend.why_not(problem)
+        if reason is None and name == "triton" and runtime.INTERPRETED:
+            reason = "TRITON_INTERPRET is set, and the interpreter is not worth timing"
+        if reason is not None:
+            skipped[name] = reason
+    return skipped
+
+
+def _compared_images(batch: int) -> list[int]:
+    """The first two images and the last.
+
+    The whole batch is computed, since kernel choice and tile borders depend on it. But an image's output depends on no
+    other image, so a few are enough for the fp64 reference.
+    """
+    return sorted({0, min(1, batch - 1), batch - 1})
+
+
+def compared_case(problem: ConvProblem, operands: ConvOperands) -> tuple[list[int], testing.Case]:
+    """The images of a batch that are held against the reference, and the case that they make."""
+    images = _compared_images(problem.N)
+    return images, testing.Case(problem._replace(N=len(images)), _only(images, operands))
+
+
+def _only(images: Sequence[int], operands: ConvOperands) -> ConvOperands:
+    residual = operands.residual
+    return operands._replace(x=operands.x[images], residual=None if residual is None else residual[images])
+
+
+def error_ratio(prepared: Prepared) -> float:
+    """The worst error as a fraction of what the backend is allowed, over a few images; 0 for a copy.
+
+    Of a convolution, reference.error_bound; an addition rounds once, so any other result counts as infinitely wrong.
+    Anything but a number does too.
+    """
+    if not prepared.images:
+        return 0.0
+    with torch.no_grad():
+        actual = prepared.run()[prepared.images].cpu()
+    case = prepared.case
+    if case.problem.op == "add_relu":
+        return 0.0 if torch.equal(actual, case.expected.to(actual.dtype)) else math.inf
+    error = (actual.double() - case.expected).abs()
+    return (error / testing.bound_of(case, prepared.backend)).nan_to_num(nan=math.inf).max().item()
+
+
+def bench_op(
+    problem: Problem,
+    models: Mapping[str, int],
+    roof_of: Callable[[torch.dtype], Roofline],
+    device: str,
+    rounds: Optional[int],
+    budget_s: float,
+    progress: Progress,
+) -> Row:
+    """Verify, then time, every variant of a problem. models: how often each network has it.
+
+    A kernel that misses reference.error_bound, or raises, is not timed. The baselines (unfused, folded, cuDNN) are
+    timed in any case; their error stands beside the time.
+    """
+    if isinstance(problem, ConvProblem):
+        prepared, skipped = op_variants(problem, random_operands(problem, device))
+    else:
+        prepared, skipped = add_relu_variants(problem, device)
+    progress(0.1, "comparing with fp64")
+    ratios, failed = _ratios(prepared)
+    baselines = (UNFUSED, FOLDED, COPY, "cudnn")
+    not_timed = {name: finite(ratio) for name, ratio in ratios.items() if ratio > 1 and name not in baselines}
+    calls = {name: one.run for name, one in prepared.items() if name in ratios and name not in not_timed}
+    with torch.no_grad():
+        stats = timing.interleaved(calls, device=device, budget_s=budget_s, rounds=rounds, graphs=True)
+    roof, flops = roof_of(problem.dtype), problem.flops if isinstance(problem, ConvProblem) else 0
+    least_us = roof.time_us(problem)
+    chosen = backends.select(problem, in_plan=True)
+    return {
+        "op": problem.op,
+        "device": problem.device,
+        "batch": problem.shape[0] if isinstance(problem, AddReluProblem) else problem.N,
+        "dtype": short_name(problem.dtype),
+        "models": dict(models),
+        "count": sum(models.values()),
+        "gflop": flops / 1e9,
+        "mbytes": problem.bytes_moved / 1e6,
+        "roofline": roof.as_dict(),
+        "least_us": least_us,
+        "auto": chosen.backend.name,
+        "auto_config": None if chosen.config is None else chosen.config._asdict(),
+        "auto_source": chosen.source,
+        "variants": {
+            name: {
+                **one._asdict(),
+                "tflops": flops / one.median_us / 1e6,
+                "gb_per_s": problem.bytes_moved / one.median_us / 1e3,
+                "roofline_percent": 100 * least_us / one.median_us,
+                "error_ratio": finite(ratios[name]),
+                "speedup": stats[UNFUSED].median_us / one.median_us,
+            }
+            for name, one in stats.items()
+        },
+        "not_timed": not_timed,
+        "failed": failed,
+        "skipped": skipped,
+    }
+
+
+def _ratios(prepared: Mapping[str, Prepared]) -> tuple[dict[str, float], dict[str, str]]:
+    """(error ratios, why the others raised): a backend that breaks costs the others nothing."""
+    ratios, failed = {}, {}
+    for name, one in prepared.items():
+        try:
+            ratios[name] = error_ratio(one)
+        except Exception as error:
+            if name == UNFUSED:
+                raise  # there is nothing to compare with
+            failed[name] = missing_reason(error)
+    return ratios, failed
+
+
+def mismatches(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What was wrong, by row: the error ratio of a result (None where it is no number), or what was raised."""
+    return [
+        {"problem": row["problem"], "variant": name, "error_ratio": ratio, "raised": raised}
+        for row in rows
+        for name, (ratio, raised) in {
+            **{name: (ratio, None) for name, ratio in row["not_timed"].items()},
+            **{name: (None, reason) for name, reason in row["failed"].items()},
+        }.items()
+    ]
+
+
+def finite(value: float) -> Optional[float]:
+    """JSON has no infinity: None stands for an error without bound."""
+    return value if math.isfinite(value) else None
