@@ -219,7 +219,7 @@ def test_names_are_checked_in_one_place():
 ))  # fmt: skip
 def test_the_least_capable_gpu_decides(monkeypatch, capabilities, reason):
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(backends.winograd.extension, "load", lambda library: None)
+    monkeypatch.setattr(backends.winograd.compiled, "load", lambda library: None)
     monkeypatch.setattr(runtime, "INTERPRETED", False)
     monkeypatch.setattr(runtime, "_driver_error", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
@@ -286,7 +286,7 @@ BEYOND_CUDA = {
 @pytest.mark.parametrize("beyond, within, reason", BEYOND_CUDA.values(), ids=BEYOND_CUDA)
 def test_what_the_cuda_kernel_cannot_index(monkeypatch, beyond, within, reason):
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(backends.winograd.extension, "load", lambda library: None)
+    monkeypatch.setattr(backends.winograd.compiled, "load", lambda library: None)
     monkeypatch.setattr(runtime, "least_capability", lambda: (9, 0))
     with pytest.raises(backends.BackendError, match=f"backend 'cuda' cannot run this: .*{re.escape(reason)}"):
         backends.select(ONE_BY_ONE._replace(**beyond), "cuda")

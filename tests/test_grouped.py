@@ -207,7 +207,7 @@ def test_measurements_of_cpu_kernels_go_stale_with_their_sources(monkeypatch, tm
     assert shared[0] == header[0] == source[0] == cuda[0] is not None
     assert len({shared[1], header[1], source[1]}) == 3 and cuda[1] == source[1]
     assert shared[2] is header[2] is source[2] is None and cuda[2] is not None
-    monkeypatch.setattr(winners.extension, "build_record", lambda: {"cpu_kernels": {"grouped": "0123"}})
+    monkeypatch.setattr(winners.compiled, "build_record", lambda: {"cpu_kernels": {"grouped": "0123"}})
     compiled.kernel_digest.cache_clear()
     try:
         assert compiled.kernel_digests()["grouped"] == "0123"

@@ -287,7 +287,7 @@ def test_tools_beside_the_kernels_are_no_kernels(tmp_path):
 
 
 def test_the_build_says_what_the_cuda_kernels_were_compiled_from(monkeypatch):
-    monkeypatch.setattr(winners.extension, "build_record", lambda: {"cuda_kernels": "0123"})
+    monkeypatch.setattr(winners.compiled, "build_record", lambda: {"cuda_kernels": "0123"})
     compiled.kernel_digest.cache_clear()
     try:
         assert compiled.kernel_digest("cuda") == "0123"
