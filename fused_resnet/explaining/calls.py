@@ -20,7 +20,7 @@ from fused_resnet.freezing.plan import FrozenConv, WideConv
 from fused_resnet.fusing import convert
 from fused_resnet.graphs.matching import unfolded_norms
 from fused_resnet.graphs.spelling import CONVOLUTIONS, arguments_of
-from fused_resnet.nn import why_not_fused
+from fused_resnet.nn.bypass import why_not_fused
 from fused_resnet.operators.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name
 
 _RUNS = 5

@@ -27,7 +27,7 @@ from fused_resnet.graphs.tracer import (
     trace,
     unwrapped,
 )
-from fused_resnet.nn import NotScriptable
+from fused_resnet.nn.fused import NotScriptable
 from fused_resnet.operators.problem import dtype_name
 
 MAX_PLANS = 8

@@ -29,7 +29,7 @@ from fused_resnet.graphs.spelling import CONVOLUTIONS, add_child, arguments_of
 from fused_resnet.graphs.tracer import POOL_FUNCTIONS, POOLS, content_of_tensor, has_stock_call, keeps_state, module_of
 from fused_resnet.kernels import compiled
 from fused_resnet.machine import malloc
-from fused_resnet.nn import Norm, norm_of
+from fused_resnet.nn.bypass import Norm, norm_of
 from fused_resnet.operators import library_faults, reference
 from fused_resnet.operators.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name, pair
 

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fused_resnet.nn import NotScriptable, conv_bn_act, has_stock_code, why_called
+from fused_resnet.nn import conv_bn_act
+from fused_resnet.nn.bypass import has_stock_code, why_called
+from fused_resnet.nn.fused import NotScriptable
 
 
 class Adapter(NamedTuple):

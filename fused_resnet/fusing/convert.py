@@ -17,19 +17,9 @@ from fused_resnet.fusing import adapters, rewriting
 from fused_resnet.fusing.adapters import Adapted, FusedForward
 from fused_resnet.fusing.rewriting import Rewritten
 from fused_resnet.graphs.spelling import has_convolutions
-from fused_resnet.nn import (
-    BasicBlock,
-    Bottleneck,
-    ConvBNAct,
-    FusedBasicBlock,
-    FusedBlock,
-    FusedBottleneck,
-    fused_shortcut,
-    has_stock_code,
-    may_be_norm,
-    set_class,
-    why_not_fused,
-)
+from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBlock, FusedBottleneck
+from fused_resnet.nn.bypass import has_stock_code, may_be_norm, why_not_fused
+from fused_resnet.nn.fused import fused_shortcut, set_class
 
 log = logging.getLogger("fused_resnet")
 

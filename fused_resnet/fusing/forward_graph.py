@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_resnet.graphs.tracer import TRACING, Proxy, Tracer
-from fused_resnet.nn import set_class
+from fused_resnet.nn.fused import set_class
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PLAIN_VALUES = (bool, int, float, complex, str, bytes, type(None), type, enum.Enum, torch.dtype, torch.device)

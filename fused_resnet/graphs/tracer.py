@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fused_resnet.graphs.spelling import call_functions, call_modules
-from fused_resnet.nn import has_stock_call, is_norm, returns_its_input
+from fused_resnet.nn.bypass import has_stock_call, is_norm, returns_its_input
 
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 POOL_FUNCTIONS = (F.max_pool2d, F.avg_pool2d)

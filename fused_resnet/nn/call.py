@@ -1,0 +1,187 @@
+"""One convolution with what follows it in a forward: one call where that is safe, else child by child."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Callable, Optional, Union
+
+import torch
+from torch import Tensor, fx, nn
+
+from fused_resnet import functional
+from fused_resnet.nn.bypass import ACTIVATION_OF, Norm, norm_of, why_not_fused
+from fused_resnet.operators.library import AUTOCAST_DEVICES
+
+# How a forward adds a residual to out = bn(conv(x)). An augmented sum has the dtype and shape of what it writes to.
+_SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "out + residual": operator.add,
+    "out += residual": operator.iadd,
+    "residual += out": lambda out, residual: operator.iadd(residual, out),
+}
+
+
+def conv_bn_act(
+    x: Tensor,
+    conv: nn.Module,
+    bn: Union[nn.Module, Norm, None] = None,
+    act: Union[nn.Module, str, None] = None,
+    residual: Optional[Tensor] = None,
+    backend: str = "auto",
+    sum: str = "out + residual",
+) -> Tensor:
+    """act(bn(conv(x)) + residual), in one call where these children may be bypassed, else by calling each of them.
+
+    For forwards that are written or generated to replace a model's own: whatever a child has become since (hooked,
+    replaced, parametrized), the result is the stock one. bn: a module, with the activation that it may have of its own,
+    or a Norm. act: a module, the name of an activation, or None. residual: whatever may be added to bn(conv(x)). sum:
+    how the stock forward adds it, which decides the dtype: "out + residual", "out += residual" or "residual += out".
+    """
+    module = act if isinstance(act, nn.Module) else None
+    if not isinstance(x, fx.Proxy) and why_not_fused(module, [(conv, bn)]) is None:
+        return fused_conv_bn_act(x, conv, bn, act, residual, backend, sum)
+    out = conv(x) if bn is None else bn(conv(x))
+    return _activated(out if residual is None else _SUMS[sum](out, residual), act)
+
+
+def fused_conv_bn_act(
+    x: Tensor,
+    conv: Any,
+    bn: Any,
+    act: Union[nn.Module, str, None],
+    residual: Optional[Tensor],
+    backend: str,
+    sum: str = "out + residual",
+) -> Tensor:
+    """conv_bn_act of children that may be bypassed, in the memory layout that they would give.
+
+    They are called where the operator computes something else, and for what it refuses: they take it, or raise torch's
+    own error.
+    """
+    norm, acts = norm_of(bn), act
+    then: tuple[nn.Module, ...] = ()
+    activation = act if isinstance(act, str) else "none" if act is None else ACTIVATION_OF[type(act)]
+    is_training = norm is not None and norm.training
+    # of an empty batch only the strides are left, and ATen's have rules of their own
+    fits = isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] > 0 and not is_training
+    if fits and norm is not None and norm.then:
+        fits = activation == "none" and residual is None  # which come after the norm's own
+        if fits:
+            activation, then = norm.activation
+            acts = norm.then[0] if len(then) < len(norm.then) else None
+    if fits:
+        weight, bias, cast_to = conv.weight, conv.bias, _autocast_dtype(x)
+        operands = (x, weight, *((None,) * 4 if norm is None else norm[:4]))
+        options = dict(
+            eps=1e-5 if norm is None else norm.eps, bias=bias, residual=residual, stride=conv.stride,
+            padding=conv.padding, dilation=conv.dilation, groups=conv.groups, activation=activation,
+        )  # fmt: skip
+        try:
+            shape = _output_shape(x, weight, conv)
+        except (TypeError, ValueError, ZeroDivisionError):
+            fits = False
+        fits = fits and _children_take(x, bias, norm, cast_to) and _fits(residual, x, shape, cast_to, sum)
+        try:
+            if fits:
+                is_last = _gives_channels_last(x, weight, shape, norm, acts, residual, sum)
+                out = functional.conv_bn_act(*operands, **options, backend=backend, channels_last=is_last)
+        except (TypeError, ValueError):
+            if functional.why_refused(*operands, **options) is None:
+                raise  # not over what it was given
+            fits = False
+    if fits:
+        for module in then:
+            out = module(out)
+        return out
+    out = conv(x) if bn is None else bn(conv(x))
+    if is_training and activation == "relu" and _is_alike(residual, out):
+        return functional.add_relu(*((residual, out) if sum == "residual += out" else (out, residual)))
+    return _activated(out if residual is None else _SUMS[sum](out, residual), act)
+
+
+def _activated(out: Tensor, act: Union[nn.Module, str, None]) -> Tensor:
+    return functional.activate(out, act) if isinstance(act, str) else out if act is None else act(out)
+
+
+def _autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
+    """What autocast casts a convolution's operands to, or None where it does not."""
+    device = x.device.type
+    casts = device in AUTOCAST_DEVICES and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else None
+
+
+def _output_shape(x: Tensor, weight: Tensor, conv: Any) -> tuple[int, int, int, int]:
+    """(N, K, P, Q). Raises TypeError or ValueError where a parameter of the convolution is no pair."""
+    (N, _, H, W), (K, _, R, S) = x.shape, weight.shape
+    (u, v), (pad_h, pad_w), (dilation_h, dilation_w) = conv.stride, conv.padding, conv.dilation
+    P, Q = H + 2 * pad_h - dilation_h * (R - 1) - 1, W + 2 * pad_w - dilation_w * (S - 1) - 1
+    return N, K, P // u + 1, Q // v + 1
+
+
+def _children_take(x: Tensor, bias: Optional[Tensor], norm: Optional[Norm], cast_to: Optional[torch.dtype]) -> bool:
+    """Whether torch's convolution and norm take parameters of these dtypes, and give the convolution's. The operator,
+    which computes in fp32 whatever comes, takes more."""
+    dtype = x.dtype
+    if bias is not None and bias.dtype != dtype and (cast_to is None or bias.dtype == torch.float64):
+        return False
+    if cast_to not in (None, dtype) and 0 in x.stride():
+        return False  # autocast's copy of an expanded tensor has a layout of its own
+    if norm is None:
+        return True
+    dtype, (gamma, beta, mean, var) = cast_to or dtype, norm[:4]
+    if (mean.requires_grad or var.requires_grad) and torch.is_grad_enabled():
+        return False  # batch_norm refuses them, FrozenBatchNorm2d gives them a gradient
+    own = mean.dtype
+    # a frozen norm multiplies by its buffers as they are, so wider ones give a wider result
+    is_taken = own == dtype or own == torch.float32 and dtype != torch.float64 and not norm.promotes
+    is_affine_alike = (gamma is None or gamma.dtype == own) and (beta is None or beta.dtype == own)
+    return is_taken and var.dtype == own and is_affine_alike
+
+
+def _fits(residual: Any, x: Tensor, shape: tuple, cast_to: Optional[torch.dtype], sum: str) -> bool:
+    """Whether the residual has the shape of the convolution's output, and the sum its dtype."""
+    if residual is None:
+        return True
+    if not isinstance(residual, Tensor):
+        return False
+    if residual.dtype != (cast_to or x.dtype):
+        # autocast casts the residual, which shows in the dtype of a sum that is a new tensor
+        is_castable = residual.is_floating_point() and residual.dtype != torch.float64
+        if not (cast_to is not None and is_castable and sum == "out += residual"):
+            return False
+    return residual.shape == shape
+
+
+def _is_alike(residual: Any, out: Tensor) -> bool:
+    """Whether an addition to out neither broadcasts nor converts, under autocast either."""
+    if not isinstance(residual, Tensor) or residual.shape != out.shape or residual.device != out.device:
+        return False
+    return residual.dtype == out.dtype == (_autocast_dtype(out) or out.dtype)
+
+
+def _gives_channels_last(
+    x: Tensor, weight: Tensor, shape: tuple, norm: Any, act: Any, residual: Optional[Tensor], sum: str
+) -> bool:
+    """Whether the children's result would lie in channels_last memory, else it would in NCHW: ATen's rules.
+
+    A new sum of two layouts may give a dimension of size 1 yet another stride.
+    """
+    _, K, P, Q = shape
+    is_new = norm is not None or residual is not None and sum == "out + residual"
+    if residual is not None and sum == "residual += out":
+        is_asked, is_new = _has_channels_last_strides(residual), False
+    else:
+        is_asked = _has_channels_last_strides(x) or _has_channels_last_strides(weight)
+        if is_asked and x.dtype == torch.float64 and x.is_cuda:
+            return False  # cuDNN has no such kernel in channels_last
+    if not is_asked or K > 1 and (P > 1 or Q > 1):
+        return is_asked
+    # Both are the same memory: of ATen's functions that make new tensors only hardtanh keeps channels_last's strides.
+    in_place = act in (None, "relu6") or type(act) in (nn.Identity, nn.ReLU6) or getattr(act, "inplace", False)
+    return in_place and not is_new
+
+
+def _has_channels_last_strides(tensor: Tensor) -> bool:
+    """Whether ATen takes a tensor of 4 dimensions for channels_last, by its strides alone
+    (c10::is_channels_last_strides_2d: of what is both, a new tensor is NCHW)."""
+    (_, C, H, W), (n, c, h, w) = tensor.shape, tensor.stride()
+    return 0 < c and c * C <= w and w * W <= h and h * H <= n and h * H != c

@@ -1,0 +1,143 @@
+"""Blocks that compute their plain class's forward in fused calls.
+
+A fused block holds exactly what its plain class holds: the same children, parameters, buffers and hooks. Only
+`forward` differs, so a block becomes fused by changing its class (see `convert`) and plain again by changing it
+back.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Optional, cast
+
+from torch import Tensor, fx, nn
+
+from fused_resnet.nn.blocks import BasicBlock, Bottleneck
+from fused_resnet.nn.bypass import is_norm, why_called, why_not_fused
+from fused_resnet.nn.call import fused_conv_bn_act
+
+
+def set_class(module: nn.Module, cls: type) -> None:
+    """Past the module's own __setattr__, which may do anything."""
+    object.__setattr__(module, "__class__", cls)
+
+
+class NotScriptable:
+    """Modules whose forward is no TorchScript, and which say so."""
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: unfuse or unfreeze the model first, or use "
+            "torch.export or torch.jit.trace on the fused one."
+        )
+
+
+class FusedBlock(NotScriptable):
+    """What the fused blocks share: forward through `functional`, or the plain class's forward where that is unsafe.
+
+    In eval mode each conv+BN(+add)+ReLU is one call that reads the live parameters, so weights never go stale. A BN
+    in training mode runs as it is, and the residual add and ReLU are one call. Whenever a child was replaced, hooked
+    or parametrized since, the block runs as its plain class. A projection shortcut is computed in the same way, or is
+    called where `calls_downsample` says so.
+    """
+
+    backend = "auto"
+    calls_downsample = False
+    plain_class: type[nn.Module]
+    stage_names: tuple[tuple[str, str], ...]
+    relu: nn.ReLU
+    downsample: Optional[nn.Module]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):  # a symbolic trace is the plain block's; reading a parameter here would be in it
+            return self.__dict__.get("_stock_class", self.plain_class).forward(self, x)
+        stages = [(getattr(self, conv), getattr(self, bn)) for conv, bn in self.stage_names]
+        if why_not_fused(self.relu, stages) is not None:
+            return self.plain_class.forward(self, x)
+        out = x
+        for conv, bn in stages[:-1]:
+            out = fused_conv_bn_act(out, conv, bn, self.relu, None, self.backend)
+        # after the main path has read x, as in the plain block: a shortcut of somebody's own may write to it
+        identity = x if self.downsample is None else self._shortcut(self.downsample, x)
+        return fused_conv_bn_act(out, *stages[-1], self.relu, identity, self.backend, "out += residual")
+
+    def fused_shortcut(self) -> Optional[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """conv and bn of the projection, where the block computes it."""
+        return None if self.calls_downsample else fused_shortcut(self.downsample)
+
+    def _shortcut(self, downsample: nn.Module, x: Tensor) -> Tensor:
+        pair = self.fused_shortcut()
+        return downsample(x) if pair is None else fused_conv_bn_act(x, *pair, None, None, self.backend)
+
+
+class FusedBasicBlock(FusedBlock, BasicBlock):
+    __doc__ = BasicBlock.__doc__
+    plain_class = BasicBlock
+    stage_names = (("conv1", "bn1"), ("conv2", "bn2"))
+
+
+class FusedBottleneck(FusedBlock, Bottleneck):
+    __doc__ = Bottleneck.__doc__
+    plain_class = Bottleneck
+    stage_names = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+
+
+class ConvBNAct(NotScriptable, nn.Sequential):
+    """act(BN(conv(x)) + residual): torchvision's Conv2dNormActivation with its constructor and keys, and a residual.
+
+    padding=None means "same" for odd filters and stride 1; bias=None means a bias exactly when there is no norm.
+    activation_layer: nn.ReLU, nn.ReLU6, nn.SiLU or None. x: (N, in_channels, H, W). What torch.nn takes besides (an
+    unbatched x, a residual that broadcasts or has a wider dtype) is computed layer by layer.
+    """
+
+    backend = "auto"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: Optional[int] = None,
+        groups: int = 1,
+        norm_layer: Optional[Callable[..., nn.Module]] = nn.BatchNorm2d,
+        activation_layer: Optional[Callable[..., nn.Module]] = nn.ReLU,
+        dilation: int = 1,
+        inplace: Optional[bool] = True,
+        bias: Optional[bool] = None,
+    ) -> None:
+        if padding is None:
+            padding = (kernel_size - 1) // 2 * dilation
+        if bias is None:
+            bias = norm_layer is None
+        layers: list[nn.Module] = [
+            nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=bias)
+        ]
+        if norm_layer is not None:
+            layers.append(norm_layer(out_channels))
+        if activation_layer is not None:
+            layers.append(activation_layer(**({} if inplace is None else {"inplace": inplace})))
+        super().__init__(*layers)
+        self.has_norm = norm_layer is not None
+
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        conv, *rest = self
+        bn = rest.pop(0) if rest and self.has_norm else None
+        act = rest.pop(0) if rest else None
+        if isinstance(x, fx.Proxy) or rest or why_not_fused(act, [(conv, bn)]) is not None:
+            return self._plain_forward(x, residual, act)
+        return fused_conv_bn_act(x, conv, bn, act, residual, self.backend)
+
+    def _plain_forward(self, x: Tensor, residual: Optional[Tensor], act: Optional[nn.Module]) -> Tensor:
+        for layer in self:
+            if layer is act and residual is not None:
+                x = x + residual
+            x = layer(x)
+        return x + residual if act is None and residual is not None else x
+
+
+def fused_shortcut(downsample: Optional[nn.Module]) -> Optional[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """conv and bn of a projection that is exactly Sequential(conv, bn) and may be bypassed; None of any other."""
+    if type(downsample) is not nn.Sequential or len(downsample) != 2 or why_called(downsample) is not None:
+        return None
+    conv, bn = cast(tuple[nn.Conv2d, nn.BatchNorm2d], tuple(downsample))
+    return (conv, bn) if is_norm(bn) and why_not_fused(None, [(conv, bn)]) is None else None
