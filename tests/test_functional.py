@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_resnet import backends, functional, testing
+from fused_resnet import backends, functional, operators, testing
 from fused_resnet.backends import record
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.operators.problem import (
@@ -162,7 +162,7 @@ def test_vectors_of_one_dtype_beside_any_activations(backend, device, dtype, vec
 def test_auto_on_rocm(monkeypatch):
     """No kernel of ours and none of cuDNN's: ATen."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    sums = testing.add_relu_problem(torch.ones(2), torch.ones(2))._replace(device="cuda")
+    sums = operators.add_relu_problem(torch.ones(2), torch.ones(2))._replace(device="cuda")
     for has_bias in (False, True):
         assert backends.select(ONE_BY_ONE._replace(has_bias=has_bias)).backend.name == "eager"
     assert backends.select(sums).backend.name == "eager"
@@ -643,7 +643,7 @@ def test_empty_batch_with_everything(activation):
 def test_empty_and_scalar_sums(shape):
     for name, backend in (("auto", None), *backends.known("add_relu").items()):
         a = torch.ones(shape, requires_grad=True)
-        if backend is None or backend.why_not(testing.add_relu_problem(a, a)) is None:
+        if backend is None or backend.why_not(operators.add_relu_problem(a, a)) is None:
             out = functional.add_relu(a, a, backend=name)
             out.sum().backward()
             assert torch.equal(out, 2 * torch.ones(shape)) and torch.equal(a.grad, 2 * torch.ones(shape)), name

@@ -11,6 +11,8 @@ from fused_resnet.kernels import compiled
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.machine import files
 from fused_resnet.operators.problem import AddReluProblem, ConvOperands, conv_problem
+from fused_resnet.testing import compare
+from fused_resnet.testing import report as verifying
 
 SEED = 0
 FIRST_TIER, FULL, CHUNK = 150, 2000, 100
@@ -212,8 +214,9 @@ def test_a_kernel_that_breaks_the_gpu_ends_the_report_and_is_in_it(monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     case_at = testing.case_at
-    monkeypatch.setattr(testing, "case_at", lambda seed, index, device, **kind: case_at(seed, index, "cpu", **kind))
-    monkeypatch.setattr(testing, "_synchronize", synchronize)
+    monkeypatch.setattr(verifying, "case_at", lambda seed, index, device, **kind: case_at(seed, index, "cpu", **kind))
+    monkeypatch.setattr(compare, "synchronize", synchronize)
+    monkeypatch.setattr(verifying, "synchronize", synchronize)
     report = testing.verify(5, seed=SEED, device="cuda", backends=["eager"])
     (entry,) = report.backends.values()
     raised, ended = entry.mismatches

@@ -1,0 +1,197 @@
+"""One case on one backend: every element within its bound, strides as promised, no input changed."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+
+from fused_resnet import backends
+from fused_resnet.kernels.triton.conv.launch import allows_tf32
+from fused_resnet.operators import reference
+from fused_resnet.operators.problem import AddReluProblem
+from fused_resnet.testing.case import Case, Outcome
+
+
+def synchronize(device: Union[str, torch.device]) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def check(case: Case, backend: str) -> Outcome:
+    """Run the case on this backend and hold the result against the reference.
+
+    Beside the values: the output's strides are those promised to torch.compile, no input is written, and new memory
+    holds NaN beforehand, so that a place nobody wrote shows. Raises BackendError for an unknown backend only.
+    """
+    known = backends.known(case.problem.op)
+    if backend not in known:
+        raise backends.BackendError(f"unknown backend {backend!r}; known ones are {', '.join(known)}.")
+    reason = known[backend].why_not(case.problem)
+    if reason is not None:
+        return Outcome(backend, "cannot run", reason)
+    before = {name: tensor.clone() for name, tensor in case.tensors.items()}
+    try:
+        with _poisoned_memory(case):
+            actual = case.run(backend)
+            is_addition = isinstance(case.problem, AddReluProblem)
+            grad = (
+                torch.ops.fused_resnet.add_relu_backward(case.operands.grad, actual, backend) if is_addition else None
+            )
+            synchronize(actual.device)  # what a kernel did wrong is raised by whatever waits next
+    except Exception as error:  # the backend said that it can run this
+        return Outcome(backend, "mismatch", f"raised {type(error).__name__}: {error}")
+    for name, tensor in before.items():
+        if not _identical(tensor, case.tensors[name]):
+            return Outcome(backend, "mismatch", f"{name} was written to")
+    detail = wrong_metadata(case, actual)
+    if detail is not None:
+        return Outcome(backend, "mismatch", detail)
+    if is_addition:
+        return _exact(case, backend, actual, grad)
+    return _within_bound(case, backend, actual.cpu().double())
+
+
+def bound_of(case: Case, backend: str) -> Tensor:
+    """The error that this backend may make, per element: reference.error_bound with the roundings it documents."""
+    p, o = case.problem, case.operands
+    eps_acc, stored = 2.0**-53 if p.dtype == torch.float64 else 2.0**-24, _stored_dtype(case, backend)
+    key = (stored, backend == "winograd")
+    if key not in case.bounds:
+        case.bounds[key] = reference.error_bound(
+            p, o, expected=case.expected, eps_acc=eps_acc, stored=stored, winograd=backend == "winograd"
+        )
+    return case.bounds[key]
+
+
+def _stored_dtype(case: Case, backend: str) -> Optional[torch.dtype]:
+    """The dtype to which values between the operands and the final rounding are rounded, if there is one."""
+    p, o = case.problem, case.operands
+    if p.dtype == torch.float32:
+        # products in TF32 have the significand of fp16
+        return torch.float16 if p.device == "cuda" and allows_tf32() else None
+    if backend == "eager":
+        return p.dtype  # convolution, BN, addition and activation each write a tensor
+    if backend in ("onednn", "cudnn", "cublaslt"):
+        rounds_bias = o.bias is not None and o.bias.dtype != p.dtype  # they take it in the dtype of x
+        # in these cases ATen adds or activates what oneDNN has rounded
+        rounds_sum = backend == "onednn" and p.has_residual and (p.groups > 1 or p.activation in ("relu6", "silu"))
+        return p.dtype if rounds_bias or rounds_sum else None
+    return None
+
+
+def _within_bound(case: Case, backend: str, actual: Tensor) -> Outcome:
+    expected, bound = case.expected, bound_of(case, backend)
+    largest = torch.finfo(case.problem.dtype).max
+    error = (actual - expected).abs()
+    # an infinite bound comes from an infinite operand: what is finite there (relu(-inf)) has one right value
+    agrees = (error <= bound) & bound.isfinite() | (actual == expected) | (actual.isnan() & expected.isnan())
+    # what lies within the bound of the largest finite number may round to infinity
+    agrees |= actual.isinf() & (actual.sign() == expected.sign()) & (expected.abs() + bound >= largest)
+    may_be_nan = expected.isnan()
+    if backend in ("eager", "onednn"):
+        may_be_nan |= _torch_spreads_nan(case)
+        agrees |= may_be_nan & actual.isnan()
+    if case.problem.activation == "silu" and _stored_dtype(case, backend) is not None:
+        may_be_nan |= _overflows_before_silu(case, bound)
+        agrees |= may_be_nan & actual.isnan()
+    if backend == "winograd":
+        may_be_nan |= _winograd_overflows(case)
+        agrees |= may_be_nan & (~actual.isfinite() | (actual == 0))
+    if backend in ("onednn", "cudnn") and case.problem.activation != "none":
+        agrees |= may_be_nan & (actual == 0)  # documented: their ReLU is max(x, 0), which drops NaN
+    finite = expected.isfinite() & actual.isfinite() & bound.isfinite() & ~may_be_nan
+    worst = (error / bound)[finite].max().item() if finite.any() else 0.0
+    if agrees.all():
+        return Outcome(backend, "ok", worst_error=worst)
+    place = tuple((~agrees).nonzero()[0].tolist())
+    return Outcome(
+        backend,
+        "mismatch",
+        f"{(~agrees).sum()} of {agrees.numel()} elements differ; at (n, k, p, q) = {place}: got {actual[place]:.9g}, "
+        f"expected {expected[place]:.9g} +- {bound[place]:.3g}",
+        worst,
+    )
+
+
+def _torch_spreads_nan(case: Case) -> Tensor:
+    """Where torch's own convolution is not a number although the formula is.
+
+    oneDNN's bf16 kernels for one channel per group read pairs of neighbours and multiply the second by zero. So NaN and
+    infinities reach one pixel further (torch 2.13). Where no window reaches x they cannot, and torch's crashes the
+    process (oneDNN issue 5942).
+    """
+    p, o = case.problem, case.operands
+    spread = torch.zeros(p.output_shape, dtype=torch.bool)
+    if p.reads_x and not o.x.isfinite().all():
+        for x, weight in ((o.x, o.weight), (backends.channels_last(o.x), backends.channels_last(o.weight))):
+            spread |= torch.conv2d(x, weight, None, p.stride, p.padding, p.dilation, p.groups).cpu().isnan()
+    return spread
+
+
+def _overflows_before_silu(case: Case, bound: Tensor) -> Tensor:
+    """Where a sum that is rounded before SiLU may be -inf. Torch's SiLU of it is NaN, that of the sum itself -0."""
+    p: Any = case.problem
+    before = reference.conv_bn_act(p._replace(activation="none"), case.operands)
+    return before - bound <= -torch.finfo(p.dtype).max
+
+
+def _winograd_overflows(case: Case) -> Tensor:
+    """Where F(4x4, 3x3) may meet what is not finite, as is documented. Its transforms spread NaN over a tile.
+
+    Sums that cancel in the end may overflow on the way: |B| and |A| amplify by up to 100 and 361.
+    """
+    products = reference.winograd_products(case.problem, case.operands.x.cpu().double(), case.operands.weight.double())
+    return ~(products * 2.0**16 < torch.finfo(torch.float32).max)
+
+
+def _exact(case: Case, backend: str, actual: Tensor, grad: Tensor) -> Outcome:
+    """Both kernels round once, so there is one right answer: the sum in fp64 is exact enough to round again."""
+    expected = case.expected.to(case.problem.dtype)
+    expected_grad = case.operands.grad.cpu().masked_fill(expected <= 0, 0)
+    for name, got, wanted in (("output", actual.cpu(), expected), ("gradient", grad.cpu(), expected_grad)):
+        differs = ~((got == wanted) | (got.isnan() & wanted.isnan()))
+        if differs.any():
+            place = tuple(differs.nonzero()[0].tolist())
+            detail = f"{differs.sum()} of {differs.numel()} elements of the {name} differ; at {place}: got {got[place]}"
+            return Outcome(backend, "mismatch", f"{detail}, expected {wanted[place]}")
+    return Outcome(backend, "ok", worst_error=0.0)
+
+
+def wrong_metadata(case: Case, actual: Tensor) -> Optional[str]:
+    if isinstance(case.problem, AddReluProblem):
+        promised = torch.empty_like(case.operands.a)
+    else:
+        promised = torch.empty(case.problem.output_shape, dtype=case.problem.dtype, memory_format=torch.channels_last)
+    for name, got, wanted in (
+        ("shape", tuple(actual.shape), tuple(promised.shape)),
+        ("dtype", actual.dtype, promised.dtype),
+        ("device", actual.device.type, case.problem.device),
+        ("strides", actual.stride(), promised.stride()),
+    ):
+        if got != wanted:
+            return f"the output's {name} is {got}, promised was {wanted}"
+    return None
+
+
+@contextlib.contextmanager
+def _poisoned_memory(case: Case):
+    """New tensors hold NaN inside. On CUDA by the allocator's reuse of a freed block: the switch used on the CPU would
+    also change which of cuDNN's algorithms run."""
+    if case.problem.device != "cpu":
+        poison = torch.full(case.expected.shape, torch.nan, dtype=case.problem.dtype, device=case.problem.device)
+        del poison
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # makes torch.empty fill with NaN
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -1,0 +1,108 @@
+"""Many random cases on every backend, as a report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Callable, Optional, Sequence, Union
+
+from fused_resnet import backends
+from fused_resnet.testing.case import Case, Outcome
+from fused_resnet.testing.compare import check, synchronize
+from fused_resnet.testing.draw import case_at
+
+
+@dataclass
+class BackendReport:
+    """One backend's counts. `cannot_run` counts problems by the reason given."""
+
+    ok: int = 0
+    mismatches: list[dict[str, str]] = field(default_factory=list)
+    cannot_run: dict[str, int] = field(default_factory=dict)
+    worst_error: float = 0.0
+    worst_case: Optional[str] = None
+
+
+@dataclass
+class Report:
+    """What `verify` found. A backend is named "operator/backend"."""
+
+    seed: int
+    device: str
+    problems: int = 0
+    backends: dict[str, BackendReport] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return not any(entry.mismatches for entry in self.backends.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, for json.dumps."""
+        return dict(asdict(self), passed=self.passed)
+
+    def __str__(self) -> str:
+        lines = [f"{self.problems} problems, seed {self.seed}, {self.device}"]
+        for name, entry in sorted(self.backends.items()):
+            lines.append(
+                f"{name}: {entry.ok} ok, {len(entry.mismatches)} mismatches, {sum(entry.cannot_run.values())} not run, "
+                f"worst {entry.worst_error:.3f} of the bound"
+            )
+            lines.extend(f"  {found['call']}\n    {found['detail']}" for found in entry.mismatches)
+        return "\n".join(lines)
+
+
+def verify(
+    problems: Union[int, range],
+    seed: int = 0,
+    device: str = "cpu",
+    backends: Optional[Sequence[str]] = None,
+    progress: Optional[Callable[[int], None]] = None,
+    *,
+    kind: str = "any",
+) -> Report:
+    """Run random problems on every backend of their operator and compare each result with the reference.
+
+    problems: how many, or which indices (so that processes can share the work). backends: names; default, all.
+    progress: called with the index of each finished problem. kind: as `random_case`.
+    """
+    indices = range(problems) if isinstance(problems, int) else problems
+    report = Report(seed, device)
+    for index in indices:
+        case = case_at(seed, index, device, kind=kind)
+        for name in known_backends(case.problem.op):
+            if backends is None or name in backends:
+                drawn = "" if kind == "any" else f", kind={kind!r}"
+                call = f"check(case_at({seed}, {index}, {device!r}{drawn}), {name!r})"
+                _record(report, case, call, check(case, name))
+                if (why := _why_unusable(device)) is not None:
+                    _record(report, case, call, Outcome(name, "mismatch", f"has left the device unusable: {why}"))
+                    return report
+        report.problems += 1
+        if progress is not None:
+            progress(index)
+    return report
+
+
+def _why_unusable(device: str) -> Optional[str]:
+    """What keeps this process from computing there since a kernel has failed, or None."""
+    try:
+        synchronize(device)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def known_backends(op: str) -> tuple[str, ...]:
+    return tuple(backends.known(op))
+
+
+def _record(report: Report, case: Case, call: str, outcome: Outcome) -> None:
+    entry = report.backends.setdefault(f"{case.problem.op}/{outcome.backend}", BackendReport())
+    if outcome.status == "cannot run":
+        entry.cannot_run[outcome.detail] = entry.cannot_run.get(outcome.detail, 0) + 1
+    elif outcome.status == "mismatch":
+        entry.mismatches.append({"call": call, "problem": str(case), "detail": outcome.detail})
+    else:
+        entry.ok += 1
+        worst_error = outcome.worst_error or 0.0
+        if worst_error >= entry.worst_error:
+            entry.worst_error, entry.worst_case = worst_error, f"{call}: {case}"
