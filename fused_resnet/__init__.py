@@ -11,10 +11,10 @@ from fused_resnet.freezing.freeze import freeze
 from fused_resnet.fusing import adapters, convert
 from fused_resnet.fusing.convert import fuse, unfuse
 from fused_resnet.measuring import timing
-from fused_resnet.operators import problem, reference
+from fused_resnet.operators import reference
 
 __version__ = "0.1.0"
 
 __all__ = ["BackendError", "explain", "freeze", "functional", "fuse", "models", "nn", "unfuse", "__version__"]
 
-_FOR_EXTENDING = (adapters, backends, convert, problem, reference, testing, timing)  # docs/api.md
+_FOR_EXTENDING = (adapters, backends, convert, reference, testing, timing)  # docs/api.md

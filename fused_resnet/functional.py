@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fused_resnet import backends
-from fused_resnet.operators import library
-from fused_resnet.operators.library import activate
-from fused_resnet.operators.problem import ConvOperands, add_relu_problem, conv_problem, pair
+from fused_resnet.operators import composites, library
+from fused_resnet.operators.composites import activate
+from fused_resnet.operators.describe import add_relu_problem, conv_problem, pair
+from fused_resnet.operators.operands import ConvOperands
 
 __all__ = ["activate", "add_relu", "conv_bn_act"]
 
@@ -69,7 +70,7 @@ def conv_bn_act(
             compute = functools.partial(backends.conv_bn_act_in_a_row, channels_last=channels_last)
             return library.ConvBnAct.apply(compute, *operands, *window, backend)
         return backends.conv_bn_act(operands, window, backend, channels_last)
-    if library.is_transformed():
+    if composites.is_transformed():
         return _composite_conv_bn_act(operands, window, backend)
     return torch.ops.fused_resnet.conv_bn_act.default(*operands, *window, backend, channels_last=channels_last)
 
@@ -105,7 +106,7 @@ def add_relu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
         if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
             return library.AddRelu.apply(backends.add_relu, a, b, backend)
         return backends.add_relu(a, b, backend)
-    if library.is_transformed():
+    if composites.is_transformed():
         return _composite_add_relu(a, b, backend)
     return torch.ops.fused_resnet.add_relu.default(a, b, backend)
 
@@ -123,7 +124,7 @@ def _is_watched() -> bool:
         or torch._C._is_any_autocast_enabled()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-        or library.is_transformed()
+        or composites.is_transformed()
     )
 
 
@@ -138,7 +139,7 @@ def _composite_conv_bn_act(o: ConvOperands, window: tuple, backend: str) -> Tens
     if device in library.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         o = library.cast_operands(o, device)
     backends.select(conv_problem(o, *window), backend)
-    return library.composite_conv_bn_act(*o, *window, backend)
+    return composites.conv_bn_act(*o, *window, backend)
 
 
 def _composite_add_relu(a: Tensor, b: Tensor, backend: str) -> Tensor:
@@ -146,4 +147,4 @@ def _composite_add_relu(a: Tensor, b: Tensor, backend: str) -> Tensor:
     if device in library.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         a, b = library.cast(a, device), library.cast(b, device)
     backends.select(add_relu_problem(a, b), backend)
-    return library.composite_add_relu(a, b, backend)
+    return composites.add_relu(a, b, backend)

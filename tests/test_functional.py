@@ -17,14 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_resnet import backends, functional, operators, testing
 from fused_resnet.backends import record
 from fused_resnet.kernels.triton import runtime
-from fused_resnet.operators.problem import (
-    ACTIVATIONS,
-    ConvOperands,
-    ConvProblem,
-    _describe_conv,
-    _describe_sum,
-    conv_problem,
-)
+from fused_resnet.operators.describe import _describe_conv, _describe_sum, conv_problem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ACTIVATIONS, ConvProblem
 
 VECTORS = ("bn_weight", "bn_bias", "bn_mean", "bn_var")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -13,7 +13,8 @@ from fused_resnet.backends import winners
 from fused_resnet.freezing.plan import FrozenConv
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.operators import reference
-from fused_resnet.operators.problem import ConvOperands, conv_problem
+from fused_resnet.operators.describe import conv_problem
+from fused_resnet.operators.operands import ConvOperands
 
 if compiled.load("cpu") is not None:
     pytest.skip(compiled.load("cpu"), allow_module_level=True)

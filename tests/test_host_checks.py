@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from fused_resnet import backends
 from fused_resnet.operators import reference
-from fused_resnet.operators.problem import ACTIVATIONS, ConvOperands, ConvProblem, conv_problem
+from fused_resnet.operators.describe import conv_problem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ACTIVATIONS, ConvProblem
 
 checks = pytest.importorskip(
     "fused_resnet._host_checks", reason="_host_checks is not built (it needs a C++ compiler and pybind11)"

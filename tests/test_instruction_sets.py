@@ -18,7 +18,8 @@ from fused_resnet.backends.onednn import onednn_convolution
 from fused_resnet.kernels import compiled
 from fused_resnet.machine import files
 from fused_resnet.nn import BasicBlock, Bottleneck
-from fused_resnet.operators.problem import ConvOperands, conv_problem
+from fused_resnet.operators.describe import conv_problem
+from fused_resnet.operators.operands import ConvOperands
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -13,7 +13,9 @@ from torch import nn
 import fused_resnet
 from fused_resnet import backends, functional, testing
 from fused_resnet.operators import library_faults, reference
-from fused_resnet.operators.problem import FLOAT_DTYPES, ConvOperands, conv_problem
+from fused_resnet.operators.describe import conv_problem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import FLOAT_DTYPES
 
 # (N, C, H, W, K, R, S, stride, padding, dilation, groups) that oneDNN 3.12 computes wrongly in bf16: the first ones on
 # AMX alone, then with AVX-512's bf16 instructions too

@@ -13,7 +13,8 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_resnet import testing
-from fused_resnet.operators.problem import ACTIVATIONS, ConvOperands
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ACTIVATIONS
 
 conv_bn_act = torch.ops.fused_resnet.conv_bn_act
 add_relu = torch.ops.fused_resnet.add_relu

@@ -7,7 +7,9 @@ import torch
 
 import fused_resnet
 from fused_resnet import BackendError, backends, functional
-from fused_resnet.operators.problem import ConvOperands, ConvProblem, add_relu_problem, conv_problem, is_dense
+from fused_resnet.operators.describe import add_relu_problem, conv_problem, is_dense
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ConvProblem
 
 RESNET_STEM = ConvProblem(
     2, 3, 224, 224, 64, 7, 7, (2, 2), (3, 3), (1, 1), 1, "relu", True, False, False, torch.float16, "cuda"

@@ -10,7 +10,9 @@ from fused_resnet.backends import record as registry
 from fused_resnet.kernels import compiled
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.machine import files
-from fused_resnet.operators.problem import AddReluProblem, ConvOperands, conv_problem
+from fused_resnet.operators.describe import conv_problem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import AddReluProblem
 from fused_resnet.testing import compare
 from fused_resnet.testing import report as verifying
 

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fused_resnet.operators import reference
-from fused_resnet.operators.problem import ACTIVATIONS, ConvOperands, conv_problem
+from fused_resnet.operators.describe import conv_problem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ACTIVATIONS
 
 VECTORS = ("bn_weight", "bn_bias", "bn_mean", "bn_var")
 

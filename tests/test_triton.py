@@ -14,14 +14,9 @@ from fused_resnet.kernels.triton import add_relu, interpreter, runtime
 from fused_resnet.kernels.triton.conv import launch as conv_bn_act
 from fused_resnet.kernels.triton.conv.launch import TritonConfig
 from fused_resnet.operators import reference
-from fused_resnet.operators.problem import (
-    ACTIVATIONS,
-    AddReluProblem,
-    ConvOperands,
-    ConvProblem,
-    add_relu_problem,
-    conv_problem,
-)
+from fused_resnet.operators.describe import add_relu_problem, conv_problem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ACTIVATIONS, AddReluProblem, ConvProblem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -249,7 +249,7 @@ import itertools, torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-from fused_resnet.operators.problem import ConvOperands
+from fused_resnet.operators import ConvOperands
 from fused_resnet.kernels.triton import aot
 from fused_resnet.kernels.triton.conv import configs as conv_configs
 from fused_resnet.kernels.triton.conv import launch as conv_bn_act

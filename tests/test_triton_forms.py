@@ -28,7 +28,8 @@ from fused_resnet.kernels.triton.conv.configs import (
     why_illegal,
 )
 from fused_resnet.operators import reference
-from fused_resnet.operators.problem import ACTIVATIONS, ConvProblem, conv_problem
+from fused_resnet.operators.describe import conv_problem
+from fused_resnet.operators.problem import ACTIVATIONS, ConvProblem
 
 needs_tma = pytest.mark.skipif(
     not runtime.INTERPRETED and runtime.arch(torch.device(DEVICE)) < 90, reason="TMA needs a GPU of sm_90 or later"

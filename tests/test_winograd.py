@@ -11,7 +11,8 @@ import fused_resnet
 from fused_resnet import backends, models
 from fused_resnet.freezing.plan import FrozenConv
 from fused_resnet.kernels import compiled
-from fused_resnet.operators.problem import ConvOperands, conv_problem
+from fused_resnet.operators.describe import conv_problem
+from fused_resnet.operators.operands import ConvOperands
 
 if compiled.load("cpu") is not None:
     pytest.skip(compiled.load("cpu"), allow_module_level=True)

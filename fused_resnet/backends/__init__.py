@@ -10,7 +10,7 @@ from typing import cast
 from torch import Tensor
 
 from fused_resnet.backends.add_relu import ADD_RELU
-from fused_resnet.backends.eager import EAGER, EagerConfig, activate_, channels_last, nchw
+from fused_resnet.backends.eager import EAGER, EagerConfig
 from fused_resnet.backends.grouped import GROUPED
 from fused_resnet.backends.nvidia import CUBLASLT, CUDA, CUDNN, TRITON
 from fused_resnet.backends.onednn import ONEDNN, onednn_missing
@@ -28,8 +28,11 @@ from fused_resnet.backends.record import (
     why_never_live,
 )
 from fused_resnet.backends.winograd import WINOGRAD
-from fused_resnet.operators import library
-from fused_resnet.operators.problem import ConvOperands, add_relu_problem, conv_problem
+from fused_resnet.operators import layout, library
+from fused_resnet.operators.composites import activate_
+from fused_resnet.operators.describe import add_relu_problem, conv_problem
+from fused_resnet.operators.layout import channels_last, nchw
+from fused_resnet.operators.operands import ConvOperands, split_arguments
 
 __all__ = [
     "Backend", "BackendError", "EagerConfig", "Problem", "Selection", "activate_", "channels_last", "check_name",
@@ -48,7 +51,7 @@ def conv_bn_act(operands: ConvOperands, window: tuple, backend: str, channels_la
     problem = conv_problem(operands, *window)
     chosen = select(problem, backend)
     if problem.N == 0:
-        return library.empty_output(problem, operands.x, channels_last)
+        return layout.empty_output(problem, operands.x, channels_last)
     if channels_last:
         return chosen.run(problem, operands)
     run_nchw = chosen.backend.run_nchw
@@ -57,7 +60,7 @@ def conv_bn_act(operands: ConvOperands, window: tuple, backend: str, channels_la
 
 def conv_bn_act_in_a_row(*args, channels_last: bool = True) -> Tensor:
     """conv_bn_act as the dispatcher and autograd call it: every argument by itself."""
-    operands, *window = library.split_arguments(args)
+    operands, *window = split_arguments(args)
     return conv_bn_act(operands, tuple(window), args[-1], channels_last)
 
 

@@ -11,7 +11,8 @@ from fused_resnet.backends.nvidia import cuda_why_not
 from fused_resnet.backends.record import Backend
 from fused_resnet.kernels import compiled
 from fused_resnet.kernels.triton import add_relu as triton_add_relu
-from fused_resnet.operators.problem import AddReluProblem, add_relu_problem
+from fused_resnet.operators.describe import add_relu_problem
+from fused_resnet.operators.problem import AddReluProblem
 
 
 def _eager_add_relu(problem: AddReluProblem, a: Tensor, b: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.eager import channels_last
 from fused_resnet.backends.record import NEEDS_FOLDED_BN
+from fused_resnet.operators.layout import channels_last
 from fused_resnet.operators.problem import ConvProblem, dtype_name
 
 PANEL = 16  # output channels that lie together in their weights

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.backends.record import Backend
-from fused_resnet.operators import library_faults, reference
-from fused_resnet.operators.problem import ConvOperands, ConvProblem
+from fused_resnet.operators import affine, library_faults
+from fused_resnet.operators.composites import activate_
+from fused_resnet.operators.layout import channels_last, nchw
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ConvProblem
 
 
 class EagerConfig(NamedTuple):
@@ -39,7 +42,7 @@ def _eager_conv_bn_act(
         y = F.batch_norm(y, o.bn_mean, o.bn_var, o.bn_weight, o.bn_bias, False, 0.0, o.eps)
     elif problem.has_bn or has_late_bias:
         wide = torch.promote_types(torch.float32, o.x.dtype)
-        scale, shift = reference.scale_and_shift(o if has_late_bias else o._replace(bias=None), wide)
+        scale, shift = affine.scale_and_shift(o if has_late_bias else o._replace(bias=None), wide)
         y = (y * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(o.x.dtype)
     if o.residual is not None:
         y = y.add_(o.residual)
@@ -61,15 +64,6 @@ def _weight_is_dearer_to_convert(problem: ConvProblem, operands: ConvOperands) -
     return operands.weight.numel() > operands.x.numel() + problem.N * problem.K * problem.P * problem.Q
 
 
-def activate_(y: Tensor, activation: str) -> Tensor:
-    """One of the epilogue's activations alone, in place, through ATen."""
-    if activation == "relu":
-        return torch.relu_(y)
-    if activation == "relu6":
-        return F.hardtanh_(y, 0.0, 6.0)
-    return F.silu(y, inplace=True) if activation == "silu" else y
-
-
 def _is_stock_batch_norm(operands: ConvOperands) -> bool:
     """Whether ATen's batch_norm does the same: statistics present, all vectors of one dtype that it accepts."""
     x, _, weight, bias, mean, var, *_ = operands
@@ -79,32 +73,6 @@ def _is_stock_batch_norm(operands: ConvOperands) -> bool:
     if var.dtype != dtype or not (weight is None or weight.dtype == dtype) or not (bias is None or bias.dtype == dtype):
         return False
     return dtype == x.dtype or (dtype == torch.float32 and x.dtype != torch.float64)
-
-
-def all_channels_last(operands: ConvOperands) -> ConvOperands:
-    return operands.map(lambda tensor: channels_last(tensor) if tensor.dim() == 4 else tensor.contiguous())
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    """The tensor in channels_last memory, with the strides of a new one in dimensions of size 1 too.
-
-    torch takes (N, 1, H, W) and (N, C, 1, 1) for channels_last whatever their strides. But Inductor counts on those of
-    the fake tensor, and oneDNN's binding leaves its fused path for others.
-    """
-    _, C, H, W = tensor.shape
-    strides = (C * H * W, 1, C * W, C)
-    if tensor.stride() != strides:
-        tensor = tensor.contiguous(memory_format=torch.channels_last)
-    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
-
-
-def nchw(tensor: Tensor) -> Tensor:
-    """The tensor in NCHW memory, as `channels_last`."""
-    _, C, H, W = tensor.shape
-    strides = (C * H * W, H * W, W, 1)
-    if tensor.stride() != strides:
-        tensor = tensor.contiguous()
-    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
 
 
 EAGER = Backend(

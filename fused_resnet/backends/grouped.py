@@ -11,7 +11,8 @@ from torch import Tensor
 from fused_resnet.backends.cpu_kernels import PANEL, bind_kernel, why_no_kernel
 from fused_resnet.backends.record import Backend
 from fused_resnet.kernels import compiled
-from fused_resnet.operators.problem import ConvOperands, ConvProblem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ConvProblem
 
 
 def _grouped_why_not(problem: ConvProblem) -> Optional[str]:

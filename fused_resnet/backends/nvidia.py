@@ -9,15 +9,16 @@ from typing import NamedTuple, Optional, Sequence, cast
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.eager import all_channels_last
 from fused_resnet.backends.record import NEEDS_FOLDED_BN, Backend, Problem
 from fused_resnet.kernels import compiled
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv import configs
 from fused_resnet.kernels.triton.conv import launch as triton_conv_bn_act
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
-from fused_resnet.operators import library
-from fused_resnet.operators.problem import ConvOperands, ConvProblem, dtype_name
+from fused_resnet.operators import layout
+from fused_resnet.operators.layout import all_channels_last
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ConvProblem, dtype_name
 
 
 def _cudnn_why_not(problem: ConvProblem) -> Optional[str]:
@@ -88,7 +89,7 @@ def _cublaslt_conv_bn_act(problem: ConvProblem, operands: ConvOperands) -> Tenso
 
 
 def _triton_conv_bn_act(problem: ConvProblem, operands: ConvOperands, config: Optional[TritonConfig] = None) -> Tensor:
-    out = library.empty_output(problem, operands.x)
+    out = layout.empty_output(problem, operands.x)
     triton_conv_bn_act.launch(problem, all_channels_last(operands), out, config)
     return out
 
@@ -189,7 +190,7 @@ class CudaConfig(NamedTuple):
 def _cuda_conv_bn_act(problem: ConvProblem, operands: ConvOperands, config: Optional[CudaConfig] = None) -> Tensor:
     """config: by default the likeliest, which also takes the place of one that needs better aligned operands."""
     p, o = problem, all_channels_last(operands)
-    out = library.empty_output(p, o.x)
+    out = layout.empty_output(p, o.x)
     is_aligned = (o.x.data_ptr() | o.weight.data_ptr()) % _CUDA_CHUNK_BYTES == 0
     tile, splits = _cuda_choice(p, config, is_aligned, out.device.index)
     partials = None if splits == 1 else torch.empty(splits, out.numel(), dtype=torch.float32, device=out.device)

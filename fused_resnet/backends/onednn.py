@@ -8,10 +8,12 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.eager import activate_, all_channels_last, channels_last
 from fused_resnet.backends.record import NEEDS_FOLDED_BN, Backend
+from fused_resnet.operators.composites import activate_
+from fused_resnet.operators.layout import all_channels_last, channels_last
 from fused_resnet.operators.library_faults import forward_detour, onednn_limit
-from fused_resnet.operators.problem import ConvOperands, ConvProblem, dtype_name
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ConvProblem, dtype_name
 
 _MKLDNN_ACTIVATION = {
     "none": ("none", []),

@@ -12,7 +12,8 @@ from fused_resnet.backends.cpu_kernels import PANEL, bind_kernel, why_no_kernel
 from fused_resnet.backends.record import Backend
 from fused_resnet.kernels import compiled
 from fused_resnet.operators.library_faults import onednn_has_amx
-from fused_resnet.operators.problem import ConvOperands, ConvProblem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ConvProblem
 
 # csrc/winograd.h: the points, the rows of G they lead to (the last is infinity's).
 _WINOGRAD_POINTS = (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))

@@ -21,7 +21,9 @@ from fused_resnet.fusing import convert
 from fused_resnet.graphs.matching import unfolded_norms
 from fused_resnet.graphs.spelling import CONVOLUTIONS, arguments_of
 from fused_resnet.nn.bypass import why_not_fused
-from fused_resnet.operators.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name
+from fused_resnet.operators.describe import conv_problem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import FLOAT_DTYPES, ConvProblem, dtype_name
 
 _RUNS = 5
 _OPERANDS = len(ConvOperands._fields)

@@ -25,7 +25,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils import _pytree as pytree
 
 from fused_resnet.graphs.tracer import has_stock_call, is_made_in_forward, module_of, writes_in_place, written
-from fused_resnet.operators.problem import Facts, dtype_name
+from fused_resnet.operators.describe import Facts
+from fused_resnet.operators.problem import dtype_name
 
 # And those with modules inside: attention, Transformer layers, parametrized modules.
 _PRODUCT_MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase)

@@ -19,7 +19,8 @@ from fused_resnet import backends
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv import configs, launch, row_space
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
-from fused_resnet.operators.problem import ConvOperands, ConvProblem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ConvProblem
 
 
 class Placed(NamedTuple):

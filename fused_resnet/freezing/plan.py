@@ -30,8 +30,10 @@ from fused_resnet.graphs.tracer import POOL_FUNCTIONS, POOLS, content_of_tensor,
 from fused_resnet.kernels import compiled
 from fused_resnet.machine import malloc
 from fused_resnet.nn.bypass import Norm, norm_of
-from fused_resnet.operators import library_faults, reference
-from fused_resnet.operators.problem import FLOAT_DTYPES, ConvOperands, ConvProblem, conv_problem, dtype_name, pair
+from fused_resnet.operators import affine, library_faults
+from fused_resnet.operators.describe import conv_problem, pair
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import FLOAT_DTYPES, ConvProblem, dtype_name
 
 log = logging.getLogger("fused_resnet")
 _CAPTURING = threading.Lock()
@@ -476,8 +478,5 @@ def fold(conv: nn.Conv2d, bn: Union[nn.Module, Norm, None], dtype: torch.dtype) 
     operands, norm = ConvOperands(conv.weight, conv.weight, bias=conv.bias), norm_of(bn)
     if norm is not None:
         operands = ConvOperands(conv.weight, conv.weight, *norm[:5], bias=conv.bias)
-    with torch.no_grad():
-        scale, shift = reference.scale_and_shift(operands, torch.float64)
-        weight = conv.weight.double() * scale.view(-1, 1, 1, 1)
-    has_shift = conv.bias is not None or norm is not None
-    return weight.to(dtype, memory_format=torch.channels_last), shift.to(dtype) if has_shift else None
+    weight, shift = affine.fold(operands, dtype)
+    return weight, None if conv.bias is None and norm is None else shift

@@ -19,8 +19,9 @@ from fused_resnet.measuring.summary import COPY, FOLDED, UNFUSED, Row
 from fused_resnet.measuring.timing import Progress, Roofline
 from fused_resnet.measuring.turns import Subject
 from fused_resnet.measuring.variants import missing_reason, short_name
-from fused_resnet.operators import reference
-from fused_resnet.operators.problem import AddReluProblem, ConvOperands, ConvProblem
+from fused_resnet.operators import affine
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import AddReluProblem, ConvProblem
 
 Problem = Union[ConvProblem, AddReluProblem]
 
@@ -110,15 +111,8 @@ def random_operands(problem: ConvProblem, device: str, seed: int = 0) -> ConvOpe
 
 def folded_operands(operands: ConvOperands) -> ConvOperands:
     """The same operation with BN folded into weight and bias, as `freeze` does."""
-    scale, shift = reference.scale_and_shift(operands, torch.float64)
-    weight = operands.weight.double() * scale.view(-1, 1, 1, 1)
-    dtype = operands.x.dtype
-    return ConvOperands(
-        operands.x,
-        weight.to(dtype, memory_format=torch.channels_last),
-        bias=shift.to(dtype),
-        residual=operands.residual,
-    )
+    weight, shift = affine.fold(operands, operands.x.dtype)
+    return ConvOperands(operands.x, weight, bias=shift, residual=operands.residual)
 
 
 def planned_call(problem: ConvProblem, selection: backends.Selection, operands: ConvOperands) -> Callable[[], Tensor]:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.operators.problem import ConvOperands, ConvProblem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ConvProblem
 
 # |ours - ref| <= eps_out*|ref| + SLACK * K*eps_acc*(|scale|*conv(|x|,|w|) + |shift| + |residual|), per element.
 # K*eps is the worst case of a sum of K terms in any order; 2 covers the epilogue's own few roundings.
@@ -32,33 +33,11 @@ def conv_bn_act(problem: ConvProblem, operands: ConvOperands) -> Tensor:
     no bn_weight is 1, no bn_var divides by nothing, the others are 0.
     """
     o = _fp64(operands)
-    scale, shift = scale_and_shift(o, torch.float64)
+    scale, shift = _scale_and_shift(o)
     y = _conv(problem, o.x, o.weight) * _per_channel(scale) + _per_channel(shift)
     if o.residual is not None:
         y = y + o.residual
     return _ACTIVATE[problem.activation](y)
-
-
-def scale_and_shift(operands: ConvOperands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """BN and bias as one affine map per output channel: two (K,) vectors of `dtype`."""
-    vectors = {
-        name: None if vector is None else vector.to(dtype)
-        for name, vector in (*operands.bn_vectors.items(), ("bias", operands.bias))
-    }
-    scale = torch.ones(operands.weight.shape[0], dtype=dtype, device=operands.weight.device)
-    shift = torch.zeros_like(scale)
-    if vectors["bn_var"] is not None:
-        scale = scale / torch.sqrt(vectors["bn_var"] + operands.eps)
-    if vectors["bn_weight"] is not None:
-        scale = scale * vectors["bn_weight"]
-    if vectors["bias"] is not None:
-        shift = shift + vectors["bias"]
-    if vectors["bn_mean"] is not None:
-        shift = shift - vectors["bn_mean"]
-    shift = shift * scale
-    if vectors["bn_bias"] is not None:
-        shift = shift + vectors["bn_bias"]
-    return scale, shift
 
 
 def error_bound(
@@ -80,7 +59,7 @@ def error_bound(
     """
     o = _fp64(operands)
     expected = conv_bn_act(problem, operands) if expected is None else expected
-    scale, _ = scale_and_shift(o, torch.float64)
+    scale, _ = _scale_and_shift(o)
     if winograd:  # NaN and infinity count as 0, so that outputs which they do not reach have a bound
         products = winograd_products(problem, o.x.nan_to_num(0.0, 0.0, 0.0), o.weight)
     else:
@@ -112,6 +91,15 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 def _underflow(dtype: torch.dtype) -> float:
     """Results below the normal range may be rounded to a multiple of the smallest subnormal, or flushed."""
     return torch.finfo(dtype).tiny
+
+
+def _scale_and_shift(o: ConvOperands) -> tuple[Tensor, Tensor]:
+    """BN and bias of fp64 operands as one affine map per output channel."""
+    absent = torch.zeros(o.weight.shape[0], dtype=torch.float64)
+    weight = absent + 1 if o.bn_weight is None else o.bn_weight
+    bn_bias, mean, bias = (absent if vector is None else vector for vector in (o.bn_bias, o.bn_mean, o.bias))
+    scale = weight if o.bn_var is None else weight / torch.sqrt(o.bn_var + o.eps)
+    return scale, (bias - mean) * scale + bn_bias
 
 
 def _conv(problem: ConvProblem, x: Tensor, weight: Tensor) -> Tensor:

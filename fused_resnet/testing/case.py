@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fused_resnet import functional
 from fused_resnet.operators import reference
-from fused_resnet.operators.problem import AddReluProblem, ConvOperands, ConvProblem, dtype_name
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import AddReluProblem, ConvProblem, dtype_name
 
 
 class AddReluOperands(NamedTuple):

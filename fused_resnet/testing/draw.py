@@ -12,7 +12,9 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from fused_resnet.operators.problem import ACTIVATIONS, FLOAT_DTYPES, ConvOperands, add_relu_problem, conv_problem
+from fused_resnet.operators.describe import add_relu_problem, conv_problem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ACTIVATIONS, FLOAT_DTYPES
 from fused_resnet.testing.case import AddReluOperands, Case
 
 Pair = tuple[int, int]

@@ -35,7 +35,8 @@ from fused_resnet.kernels.triton.precompile import Precompiler
 from fused_resnet.machine import files
 from fused_resnet.measuring import timing
 from fused_resnet.measuring.timing import Progress, silent
-from fused_resnet.operators.problem import ConvOperands, ConvProblem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ConvProblem
 from fused_resnet.tuning.journal import Journal
 
 MARGIN = 0.03  # by which a winner must beat what the fixed order takes, or noise would decide between equals

@@ -24,7 +24,8 @@ from fused_resnet.kernels.triton import add_relu, runtime
 from fused_resnet.kernels.triton.conv import launch, row_space
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.kernels.triton.runtime import triton
-from fused_resnet.operators.problem import AddReluProblem, ConvOperands, ConvProblem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import AddReluProblem, ConvProblem
 
 ARCHITECTURES = (80, 90, 100)
 # What each kind of instruction looks like, and where. tcgen05 is Blackwell's tensor core, HGMMA Hopper's.

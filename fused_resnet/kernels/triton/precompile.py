@@ -28,7 +28,8 @@ from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv import launch as conv_bn_act
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.machine import files
-from fused_resnet.operators.problem import ConvOperands, ConvProblem, parsed_problem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ConvProblem, parsed_problem
 
 _MANIFEST = "fused_resnet.json"
 _STARTUP_S, _CONFIG_S = 120.0, 60.0  # what a worker may take before a config counts as one that never ends

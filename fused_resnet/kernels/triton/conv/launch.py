@@ -27,7 +27,8 @@ from fused_resnet.kernels.triton.conv.configs import (
     why_illegal,
 )
 from fused_resnet.kernels.triton.conv.epilogue import sum_parts_kernel
-from fused_resnet.operators.problem import ConvOperands, ConvProblem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ConvProblem
 
 _SUM_TILE = dict(BLOCK_M=32, BLOCK_N=64, num_warps=4)  # of the kernel that adds up the parts of a reduction
 

@@ -1,0 +1,192 @@
+"""From operands to the problem. Here bad input is refused, with the values, before anything is computed."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_resnet.operators.operands import VECTORS, ConvOperands
+from fused_resnet.operators.problem import ACTIVATIONS, FLOAT_DTYPES, AddReluProblem, ConvProblem, dtype_name, pair_text
+
+
+class Facts(NamedTuple):
+    """All that a problem knows of one operand."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+_facts = attrgetter(*Facts._fields)
+
+
+def conv_problem(
+    operands: ConvOperands,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    activation: str,
+) -> ConvProblem:
+    """Check the operands of conv_bn_act and describe them. What was described once is looked up: a third of the time.
+
+    Raises TypeError for dtypes and devices, ValueError for shapes and parameters; nothing has been computed by then.
+    """
+    x, weight, bn_weight, bn_bias, bn_mean, bn_var, _, bias, residual = operands
+    tensors = (x, weight, bn_weight, bn_bias, bn_mean, bn_var, bias, residual)
+    facts = [tensor if tensor is None else _facts(tensor) for tensor in tensors]
+    try:
+        return _describe_conv(*facts, stride, padding, dilation, groups, activation)
+    except TypeError:  # symbolic sizes and lists cannot be looked up; bad input is refused again below
+        pass
+    return _describe_conv.__wrapped__(*facts, stride, padding, dilation, groups, activation)
+
+
+def add_relu_problem(a: Tensor, b: Tensor) -> AddReluProblem:
+    """Check the operands of add_relu and describe them. TypeError for dtypes and devices, ValueError for shapes."""
+    facts = (_facts(a), a.stride(), _facts(b), b.stride())
+    try:
+        return _describe_sum(*facts)
+    except TypeError:
+        pass
+    return _describe_sum.__wrapped__(*facts)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, each once, in whatever order of dimensions."""
+    return torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
+
+
+@functools.lru_cache(maxsize=4096)
+def _describe_conv(
+    x, weight, bn_weight, bn_bias, bn_mean, bn_var, bias, residual, stride, padding, dilation, groups, activation
+) -> ConvProblem:
+    """conv_problem of operands as plain (shape, dtype, device), None where one is missing."""
+    x, weight = Facts(*x), Facts(*weight)
+    if len(x.shape) != 4 or len(weight.shape) != 4:
+        name, facts = ("x", x) if len(x.shape) != 4 else ("weight", weight)
+        raise ValueError(
+            f"conv_bn_act: {name} must have 4 dimensions, {'(N, C, H, W)' if name == 'x' else '(K, C/groups, R, S)'}, "
+            f"got {len(facts.shape)} with shape {tuple(facts.shape)}."
+        )
+    activations = {"x": x, "weight": weight}
+    if residual is not None:
+        residual = activations["residual"] = Facts(*residual)
+    named = zip(VECTORS, (bn_weight, bn_bias, bn_mean, bn_var, bias))
+    vectors = {name: Facts(*facts) for name, facts in named if facts is not None}
+    _check_dtypes("conv_bn_act", activations)
+    _check_vector_dtypes(vectors, x)
+    _check_window(stride, padding, dilation, groups, activation)
+
+    N, C, H, W = x.shape
+    K, channels_per_group, R, S = weight.shape
+    if C != channels_per_group * groups:
+        raise ValueError(
+            f"conv_bn_act: weight has {channels_per_group} input channels per group but x has {C} (groups={groups}): "
+            f"x needs {channels_per_group * groups} channels."
+        )
+    if K == 0 or C == 0 or R == 0 or S == 0:
+        raise ValueError(f"conv_bn_act: weight of shape {tuple(weight.shape)} has an empty dimension.")
+    if K % groups:
+        raise ValueError(f"conv_bn_act: {K} output channels cannot be split into groups={groups}.")
+    for name, vector in vectors.items():
+        if tuple(vector.shape) != (K,):
+            raise ValueError(
+                f"conv_bn_act: {name} must have shape ({K},), one value per output channel, got {tuple(vector.shape)}."
+            )
+
+    problem = ConvProblem(
+        N, C, H, W, K, R, S, stride, padding, dilation, groups, activation,
+        has_bn=any(name != "bias" for name in vectors),
+        has_bias=bias is not None,
+        has_residual=residual is not None,
+        dtype=x.dtype,
+        device=x.device.type,
+    )  # fmt: skip
+    if problem.P <= 0 or problem.Q <= 0:
+        raise ValueError(
+            f"conv_bn_act: the output would be empty ({problem.P} x {problem.Q}): a {R}x{S} filter with dilation "
+            f"{pair_text(dilation)} does not fit into {H}x{W} with padding {pair_text(padding)}."
+        )
+    if residual is not None and tuple(residual.shape) != problem.output_shape:
+        raise ValueError(
+            f"conv_bn_act: residual must have the output's shape {problem.output_shape}, got {tuple(residual.shape)}."
+        )
+    return problem
+
+
+@functools.lru_cache(maxsize=4096)
+def _describe_sum(a, a_stride, b, b_stride) -> AddReluProblem:
+    """add_relu_problem of operands as plain (shape, dtype, device) and strides."""
+    a, b = Facts(*a), Facts(*b)
+    _check_dtypes("add_relu", {"a": a, "b": b})
+    if a.shape != b.shape:
+        raise ValueError(f"add_relu: a and b must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}.")
+    same = a_stride == b_stride and is_dense(torch.empty_strided(a.shape, a_stride, device="meta"))
+    return AddReluProblem(tuple(a.shape), same, a.dtype, a.device.type)
+
+
+def _check_dtypes(op: str, operands: dict[str, Facts]) -> None:
+    first_name, first = next(iter(operands.items()))
+    if first.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{op}: {first_name} has dtype {dtype_name(first.dtype)}; "
+            f"{', '.join(map(dtype_name, FLOAT_DTYPES))} are supported."
+        )
+    for name, facts in operands.items():
+        if facts.dtype != first.dtype:
+            raise TypeError(
+                f"{op}: {name} has dtype {dtype_name(facts.dtype)} but {first_name} has {dtype_name(first.dtype)}. "
+                f"Convert one of them, or use torch.autocast."
+            )
+        _check_device(op, name, facts, first_name, first)
+
+
+def _check_vector_dtypes(vectors: dict[str, Facts], x: Facts) -> None:
+    allowed = FLOAT_DTYPES if x.dtype == torch.float64 else FLOAT_DTYPES[:3]
+    for name, vector in vectors.items():
+        if vector.dtype not in allowed:
+            raise TypeError(
+                f"conv_bn_act: {name} has dtype {dtype_name(vector.dtype)}; with x in {dtype_name(x.dtype)} it may be "
+                f"{', '.join(map(dtype_name, allowed))}."
+            )
+        _check_device("conv_bn_act", name, vector, "x", x)
+
+
+def _check_device(op: str, name: str, facts: Facts, first_name: str, first: Facts) -> None:
+    if facts.device != first.device:
+        raise TypeError(
+            f"{op}: {name} is on {facts.device} but {first_name} is on {first.device}. Move one with .to()."
+        )
+
+
+def _check_window(stride, padding, dilation, groups, activation) -> None:
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if pair[0] < least or pair[1] < least:
+            raise ValueError(f"conv_bn_act: {name} must be at least {least}, got {pair_text(pair)}.")
+    if groups < 1:
+        raise ValueError(f"conv_bn_act: groups must be at least 1, got {groups}.")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"conv_bn_act: unknown activation {activation!r}; known ones are {', '.join(ACTIVATIONS)}.")
+
+
+def pair(name: str, value: Any) -> tuple[int, int]:
+    """A parameter of a window as torch takes it, one int or one or two of them, as two. Whole floats are refused here:
+    they are equal to ints, also to a lookup, but no kernel takes them."""
+    if type(value) is int:
+        return (value, value)
+    if type(value) is tuple and [*map(type, value)] == [int, int]:  # at once: this runs at every call
+        return value
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if len(values) not in (1, 2):
+        raise ValueError(f"conv_bn_act: {name} must be an int or a pair, got {value!r}.")
+    try:
+        values = tuple(one if isinstance(one, (int, torch.SymInt)) else operator.index(one) for one in values)
+    except TypeError:
+        raise TypeError(f"conv_bn_act: {name} must be an int or a pair of ints, got {value!r}.") from None
+    return values if len(values) == 2 else values * 2

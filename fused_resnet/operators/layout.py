@@ -1,0 +1,39 @@
+"""Memory layouts of 4d tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_resnet.operators.operands import ConvOperands
+
+
+def empty_output(problem, like: Tensor, channels_last: bool = True) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(problem.output_shape, dtype=problem.dtype, device=like.device, memory_format=memory_format)
+
+
+def all_channels_last(operands: ConvOperands) -> ConvOperands:
+    return operands.map(lambda tensor: channels_last(tensor) if tensor.dim() == 4 else tensor.contiguous())
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """The tensor in channels_last memory, with the strides of a new one in dimensions of size 1 too.
+
+    torch takes (N, 1, H, W) and (N, C, 1, 1) for channels_last whatever their strides. But Inductor counts on those of
+    the fake tensor, and oneDNN's binding leaves its fused path for others.
+    """
+    _, C, H, W = tensor.shape
+    strides = (C * H * W, 1, C * W, C)
+    if tensor.stride() != strides:
+        tensor = tensor.contiguous(memory_format=torch.channels_last)
+    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
+
+
+def nchw(tensor: Tensor) -> Tensor:
+    """The tensor in NCHW memory, as `channels_last`."""
+    _, C, H, W = tensor.shape
+    strides = (C * H * W, H * W, W, 1)
+    if tensor.stride() != strides:
+        tensor = tensor.contiguous()
+    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)

@@ -1,0 +1,41 @@
+"""The tensors of one call, in the order of the operator's schema."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+from torch import Tensor
+
+VECTORS = ("bn_weight", "bn_bias", "bn_mean", "bn_var", "bias")
+
+
+class ConvOperands(NamedTuple):
+    """The tensors of one conv_bn_act call. Vectors have length K; a None vector drops out of the formula."""
+
+    x: Tensor
+    weight: Tensor
+    bn_weight: Optional[Tensor] = None
+    bn_bias: Optional[Tensor] = None
+    bn_mean: Optional[Tensor] = None
+    bn_var: Optional[Tensor] = None
+    eps: float = 1e-5
+    bias: Optional[Tensor] = None
+    residual: Optional[Tensor] = None
+
+    @property
+    def bn_vectors(self) -> dict[str, Optional[Tensor]]:
+        return {name: getattr(self, name) for name in VECTORS[:4]}
+
+    def map(self, fn) -> "ConvOperands":
+        """The same operands with `fn` applied to every tensor among them."""
+        return ConvOperands(*(fn(value) if isinstance(value, Tensor) else value for value in self))
+
+
+NUM_OPERANDS = len(ConvOperands._fields)
+
+
+def split_arguments(args) -> tuple:
+    """conv_bn_act's arguments in a row as (ConvOperands, stride, padding, dilation, groups, activation)."""
+    stride, padding, dilation, groups, activation, _ = args[NUM_OPERANDS:]
+    pairs = (tuple(stride), tuple(padding), tuple(dilation))
+    return ConvOperands(*args[:NUM_OPERANDS]), *pairs, groups, activation
