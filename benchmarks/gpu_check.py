@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.isolated import CLOSING_CHARACTERS, FAILED, NOT_RUN, PASSED, Result, execute, executed
 from fused_resnet.backends import winners as tuning
+from fused_resnet.backends import winners_file
 from fused_resnet.kernels import compiled
 from fused_resnet.kernels import sources as provenance
 from fused_resnet.measuring import timing
@@ -122,7 +123,7 @@ class Setup(NamedTuple):
         name = tuning.device_id(self.device)
         ships = provenance.ROOT / "fused_resnet" / "configs"
         folder = self.configs or (ships if self.is_gpu else self.out / "tuned")
-        return None if name is None else folder / tuning.file_name(name)
+        return None if name is None else folder / winners_file.file_name(name)
 
     @property
     def kept(self) -> list[tuple[Path, Path]]:

@@ -15,7 +15,7 @@ from typing import Any, Iterator, Sequence
 import torch
 
 from fused_resnet import backends, measuring
-from fused_resnet.backends import winners
+from fused_resnet.backends import winners_file
 from fused_resnet.freezing import plan
 from fused_resnet.operators.problem import ConvProblem, parsed_problem
 
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--backend", type=lambda text: text.split(","), default=["cuda", "triton"],
                         help="whose configs (default: cuda,triton)")  # fmt: skip
     options = parser.parse_args()
-    table = winners.Table.from_json(json.loads(options.file.read_text()))
+    table = winners_file.Table.from_json(json.loads(options.file.read_text()))
     counts = {"right": 0, "wrong": 0, "not run": 0}
     for problem, name, config in configs_of(table, options.device, options.backend):
         outcome, why = run(problem, name, config, options.device)
@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def configs_of(
-    table: winners.Table, device: str, names: Sequence[str]
+    table: winners_file.Table, device: str, names: Sequence[str]
 ) -> Iterator[tuple[ConvProblem, str, dict[str, Any]]]:
     """Each (problem, backend, config) of the table once, whatever batch it was tuned for."""
     seen = set()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet import backends
+from fused_resnet.backends import dispatch
 from fused_resnet.operators import composites, library
 from fused_resnet.operators.composites import activate
 from fused_resnet.operators.describe import add_relu_problem, conv_problem, pair
@@ -67,9 +68,9 @@ def conv_bn_act(
     vectors = (bn_weight, bn_bias, bn_mean, bn_var, bias)
     if not _is_watched() and _are_plain((x, weight), (*vectors, residual)) and type(eps) is float:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
-            compute = functools.partial(backends.conv_bn_act_in_a_row, channels_last=channels_last)
+            compute = functools.partial(dispatch.conv_bn_act_in_a_row, channels_last=channels_last)
             return library.ConvBnAct.apply(compute, *operands, *window, backend)
-        return backends.conv_bn_act(operands, window, backend, channels_last)
+        return dispatch.conv_bn_act(operands, window, backend, channels_last)
     if composites.is_transformed():
         return _composite_conv_bn_act(operands, window, backend)
     return torch.ops.fused_resnet.conv_bn_act.default(*operands, *window, backend, channels_last=channels_last)
@@ -104,8 +105,8 @@ def add_relu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if not _is_watched() and _are_plain((a, b)):
         if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-            return library.AddRelu.apply(backends.add_relu, a, b, backend)
-        return backends.add_relu(a, b, backend)
+            return library.AddRelu.apply(dispatch.add_relu, a, b, backend)
+        return dispatch.add_relu(a, b, backend)
     if composites.is_transformed():
         return _composite_add_relu(a, b, backend)
     return torch.ops.fused_resnet.add_relu.default(a, b, backend)

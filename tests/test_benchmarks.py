@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import gpu_check, isolated, run_configs, shapes  # noqa: E402
 from fused_resnet import backends, measuring  # noqa: E402
 from fused_resnet.backends import record as registry  # noqa: E402
-from fused_resnet.backends import winners  # noqa: E402
+from fused_resnet.backends import winners, winners_file  # noqa: E402
 from fused_resnet.kernels import compiled, sources  # noqa: E402
 from fused_resnet.tuning import tuner  # noqa: E402
 
@@ -409,9 +409,11 @@ GROUPED = "32x8x8 -> 32, 3x3 p1 g8 float32 bias relu"
 
 
 def tuned_table(config, threads=", 3 threads"):
-    measured = winners.Measured(config, 5.0, 0.1)
-    entry = winners.Entry("stub", "eager", "today", {"stub": measured, "eager": winners.Measured(None, 9.0, 0.1)})
-    return winners.Table("a device", {GROUPED + threads: {1: entry, 32: entry}}, {"today": {}})
+    measured = winners_file.Measured(config, 5.0, 0.1)
+    entry = winners_file.Entry(
+        "stub", "eager", "today", {"stub": measured, "eager": winners_file.Measured(None, 9.0, 0.1)}
+    )
+    return winners_file.Table("a device", {GROUPED + threads: {1: entry, 32: entry}}, {"today": {}})
 
 
 class StubConfig(NamedTuple):
@@ -429,7 +431,7 @@ def stub(monkeypatch):
 
     configs = [StubConfig(1), StubConfig(2), StubConfig(3)]
     backend = backends.Backend("stub", lambda problem: None, run, configs=lambda problem: configs)
-    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "stub", backend)
+    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "stub", backend)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import fused_resnet
 from fused_resnet import __main__ as command_line
 from fused_resnet import measuring, models, testing
-from fused_resnet.backends import winners
+from fused_resnet.backends import winners, winners_file
 from fused_resnet.cli import console, info
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.measuring import timing
@@ -74,7 +74,7 @@ def test_info_holds_what_a_bug_report_needs(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HOME_GROWN", "not of interest")
     winners.forget()
-    entry = winners.Entry("eager", "onednn", "today", {"eager": winners.Measured(None, 5.0, 0.1)})
+    entry = winners_file.Entry("eager", "onednn", "today", {"eager": winners_file.Measured(None, 5.0, 0.1)})
     name = winners.device_id("cpu")
     winners.add(tmp_path / "tuning", name, {"64x56x56 -> 64, 1x1 float32 bias relu": {1: entry, 8: entry}}, "today", {})
     record = json_of("info")

@@ -43,7 +43,7 @@ def python_of(page: Path) -> str:
 @pytest.fixture
 def own_registries(monkeypatch):
     """What a page registers is gone after it."""
-    monkeypatch.setattr(record, "_REGISTRY", {op: dict(known) for op, known in record._REGISTRY.items()})
+    monkeypatch.setattr(record, "REGISTRY", {op: dict(known) for op, known in record.REGISTRY.items()})
     monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))
 
 

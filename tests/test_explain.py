@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fused_resnet
 from fused_resnet import backends
 from fused_resnet.__main__ import main
+from fused_resnet.backends import choice
 from fused_resnet.backends import record as registry
 from fused_resnet.explaining import explain as explanation
 from fused_resnet.fusing import convert
@@ -51,7 +52,7 @@ def test_rows_of_a_block(form):
     assert (found.model, found.form, found.example) == ("BasicBlock", form, "2x16x9x9 float32 on cpu")
     assert [(row.name, row.problem) for row in found.rows] == list(BLOCK)
     assert {row.backend for row in found.rows} == {"eager"} and found.left_alone == ()
-    assert {row.source for row in found.rows} == {registry.FIXED_ORDER}
+    assert {row.source for row in found.rows} == {choice.FIXED_ORDER}
     assert [type(module) for module in block.modules()] == kinds
     assert all(torch.equal(value, block.state_dict()[key]) for key, value in state.items())
 
@@ -63,7 +64,7 @@ def test_rows_are_what_runs(monkeypatch):
     asked, eager = [], backends.known("conv_bn_act")["eager"]
     run = lambda problem, operands: asked.append(problem) or eager.run(problem, operands)  # noqa: E731
     record = eager._replace(run=run, run_nchw=None)
-    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "eager", record)
+    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "eager", record)
     with torch.no_grad():
         model(x)
     assert [row.problem for row in rows] == asked and len(asked) == 16
@@ -132,7 +133,7 @@ def test_measured_times_are_those_of_the_calls(monkeypatch):
         return eager.run(problem, operands)
 
     monkeypatch.setattr("fused_resnet.explaining.calls._now_us", lambda device: now[0])
-    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "eager", eager._replace(run=run, run_nchw=None))
+    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "eager", eager._replace(run=run, run_nchw=None))
     found = explain(networks.single(), torch.randn(2, 16, 9, 9), measure=True)
     assert [row.time_us for row in found.rows] == [3.0, 3.0, 7.0] and found.totals["time_us"] == 13.0
 
@@ -149,7 +150,7 @@ def test_why_not_is_the_backends_own_sentence():
 
 def test_a_backend_asked_for_by_name():
     found = explain(fused_resnet.fuse(networks.single(), backend="eager"), torch.randn(2, 16, 9, 9))
-    assert {row.source for row in found.rows} == {registry.BY_NAME}
+    assert {row.source for row in found.rows} == {choice.BY_NAME}
     found = explain(fused_resnet.fuse(networks.single(), backend="cuda"), torch.randn(2, 16, 9, 9))
     reason = "cuda was asked for by name and cannot run this: it runs on NVIDIA GPUs, the tensors are on cpu"
     assert {(row.backend, row.source) for row in found.rows} == {(None, reason)}
@@ -267,7 +268,7 @@ def test_printed_and_as_json():
     lines = str(found).splitlines()
     assert "plain, shown as fused_resnet.fuse would make it; input 2x16x9x9 float32 on cpu; 3 convolutions" in lines[0]
     assert [line.split()[0] for line in lines[4:8]] == ["conv1", "downsample.0", "conv2", "all"]
-    assert f"eager: 3 of 3: {registry.FIXED_ORDER}" in lines
+    assert f"eager: 3 of 3: {choice.FIXED_ORDER}" in lines
     assert any(line.startswith("not onednn: 3 of 3: it takes only a bias") for line in lines)
 
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet import backends, functional, operators, testing
-from fused_resnet.backends import record
+from fused_resnet.backends import choice, record
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.operators.describe import _describe_conv, _describe_sum, conv_problem
 from fused_resnet.operators.operands import ConvOperands
@@ -126,7 +126,7 @@ def test_auto_takes_the_first_that_can_and_may(monkeypatch):
         backend("not on this device", ("cuda",), None), backend("cannot", ("cpu",), "it is broken"),
         backend("unverified", (), None), backend("first", ("cpu",), None), backend("second", ("cpu",), None),
     )  # fmt: skip
-    monkeypatch.setitem(record._REGISTRY, "conv_bn_act", {b.name: b for b in registered})
+    monkeypatch.setitem(record.REGISTRY, "conv_bn_act", {b.name: b for b in registered})
     functional.conv_bn_act(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
     assert calls == ["first"]
     with pytest.raises(backends.BackendError, match="'cannot' cannot run this: it is broken"):
@@ -184,7 +184,7 @@ def test_unmeasured_cudnn_gets_what_it_surely_can(monkeypatch, changed, expected
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     problem = ONE_BY_ONE._replace(has_bias=True, **changed)
-    assert record.fixed_order(problem, in_plan=True).backend.name == expected
+    assert choice.fixed_order(problem, in_plan=True).backend.name == expected
     assert (nvidia.CUDNN.why_not(problem) is None) == (problem.activation == "relu")  # to be had by name
 
 

@@ -224,7 +224,7 @@ def _tune_3x3s(tuned_files, monkeypatch, in_nhwc):
     """A basic block and an input whose 3x3 convolutions were measured fastest in row space, with this second winner."""
     rows = TritonConfig(64, 16, 16, 8, 4, 2, "rows_tma")
     triton = backends.known("conv_bn_act")["triton"]._replace(legal=lambda p: [rows, rows._replace(form="pointer")])
-    monkeypatch.setitem(record._REGISTRY["conv_bn_act"], "triton", triton)
+    monkeypatch.setitem(record.REGISTRY["conv_bn_act"], "triton", triton)
     model, x = networks.single(stride=1, channels=16).to(DEVICE), torch.randn(2, 16, 6, 6, device=DEVICE)
     convs = [m for m in fused_resnet.freeze(model, x).plan(x).modules() if isinstance(m, plan.FrozenConv)]
     for conv in convs:

@@ -113,7 +113,7 @@ def broken(monkeypatch, op, spoil):
     """`check` of a backend that is eager with its result spoilt."""
     eager = backends.known(op)["eager"]
     monkeypatch.setitem(
-        registry._REGISTRY[op], "broken",
+        registry.REGISTRY[op], "broken",
         eager._replace(name="broken", run=lambda problem, *operands: spoil(eager.run(problem, *operands), *operands)),
     )  # fmt: skip
     indices = range(60)
@@ -162,7 +162,7 @@ def test_a_broken_sum_is_a_mismatch(monkeypatch):
 def test_a_broken_gradient_of_a_sum_is_a_mismatch(monkeypatch):
     eager = backends.known("add_relu")["eager"]
     spoilt = eager._replace(name="broken", backward=lambda grad, out: grad * (out >= 0))
-    monkeypatch.setitem(registry._REGISTRY["add_relu"], "broken", spoilt)
+    monkeypatch.setitem(registry.REGISTRY["add_relu"], "broken", spoilt)
     cases = [case for case in (testing.case_at(7, i) for i in range(60)) if case.problem.op == "add_relu"]
     assert sum("of the gradient differ" in testing.check(case, "broken").detail for case in cases) >= len(cases) // 2
 
@@ -172,7 +172,7 @@ def test_an_exception_is_reported_with_the_call_that_shows_it(monkeypatch):
         raise MemoryError("no")
 
     eager = backends.known("conv_bn_act")["eager"]
-    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "broken", eager._replace(name="broken", run=run))
+    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "broken", eager._replace(name="broken", run=run))
     report = testing.verify(range(4), 3, backends=["broken"])
     assert not report.passed and report.as_dict()["passed"] is False
     convolutions = [i for i in range(4) if not isinstance(testing.case_at(3, i).problem, AddReluProblem)]
@@ -200,7 +200,7 @@ def test_silu_of_a_sum_that_overflows_may_be_nan(x, status, monkeypatch):
     if status == "ok":
         assert case.run("eager").isnan().all()
     record = eager._replace(run=lambda problem, operands: eager.run(problem, operands).fill_(torch.nan))
-    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "eager", record)
+    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "eager", record)
     assert testing.check(case, "eager").status == status
 
 

@@ -15,7 +15,7 @@ from tuned_files import problem
 from fused_resnet import __main__ as command_line
 from fused_resnet import backends, measuring, models
 from fused_resnet.backends import record as registry
-from fused_resnet.backends import winners
+from fused_resnet.backends import winners, winners_file
 from fused_resnet.freezing import layouts
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.kernels.triton import precompile, runtime
@@ -36,7 +36,7 @@ class Fake:
     def __init__(self, monkeypatch, name, answer=None, **fields):
         self.calls, self.answer = [], answer
         backend = registry.Backend(name, lambda problem: None, self.run, **fields)
-        monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], name, backend)
+        monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], name, backend)
 
     def run(self, problem, operands, config=None):
         self.calls.append((problem, config))
@@ -156,7 +156,10 @@ def test_an_entry_keeps_the_best_of_each_backend_and_the_winner_itself():
     timed = [dict(backend=b, config=c, median_us=us, error_ratio=0.5) for b, c, us in rows]
     described = {"backend": "a", "config": None}
     entry = tuner.entry_of({"timed": timed, "winner": described, "default": described}, "run")
-    assert entry.candidates == {"a": winners.Measured(None, 10.0, 0.5), "b": winners.Measured(None, 11.0, 0.5)}
+    assert entry.candidates == {
+        "a": winners_file.Measured(None, 10.0, 0.5),
+        "b": winners_file.Measured(None, 11.0, 0.5),
+    }
     assert (entry.winner, entry.default, entry.run) == ("a", "a", "run")
 
 
@@ -182,7 +185,7 @@ def test_an_entry_keeps_a_second_winner_for_where_x_cannot_lie_in_row_space():
         assert (entry.winner, entry.candidates["ours"].config) == ("ours", {"layout": "rows"})
         assert (entry.in_nhwc.winner, entry.in_nhwc.candidates["ours"].config) == (winner, {"layout": "other"})
         assert entry.in_nhwc.candidates["cudnn"].time_us == 10.0
-        assert winners.Entry.from_json(json.loads(json.dumps(entry.as_json()))) == entry
+        assert winners_file.Entry.from_json(json.loads(json.dumps(entry.as_json()))) == entry
 
 
 def test_screening_keeps_the_best_without_row_space():
@@ -305,7 +308,7 @@ def test_interrupted_and_resumed_with_nothing_lost(tuned_files, times, monkeypat
     """Stopped in the second convolution: its first candidates are not checked again, the first not measured again."""
     late = Fake(monkeypatch, "late")
     early = Fake(monkeypatch, "early")
-    registry._REGISTRY["conv_bn_act"]["late"] = registry._REGISTRY["conv_bn_act"].pop("late")  # after early
+    registry.REGISTRY["conv_bn_act"]["late"] = registry.REGISTRY["conv_bn_act"].pop("late")  # after early
 
     def interrupt(problem, out):
         if problem == PROBLEMS[1]:
@@ -641,10 +644,10 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(layouts.Placed, "run", run_placed)
     triton = backends.known("conv_bn_act")["triton"]
     pretended = triton._replace(why_not=lambda problem: None, run=run)
-    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "triton", pretended)
+    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "triton", pretended)
     for name in ("cuda", "cudnn", "cublaslt"):
         absent = backends.known("conv_bn_act")[name]._replace(why_not=lambda problem: "there is no GPU")
-        monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], name, absent)
+        monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], name, absent)
     monkeypatch.setattr(tuner.runtime, "INTERPRETED", False)
     monkeypatch.setattr(tuner.runtime, "arch", lambda device: 90)
     monkeypatch.setattr(tuner.runtime, "num_sms", lambda device: 132)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tuned_files import entry, problem
 
 from fused_resnet import backends, freeze, functional, models, testing
+from fused_resnet.backends import choice as choice_module
 from fused_resnet.backends import record as registry
-from fused_resnet.backends import winners
+from fused_resnet.backends import winners, winners_file
 from fused_resnet.freezing import plan
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.kernels.triton import runtime
@@ -104,7 +105,7 @@ def test_switched_off(tuned_files, monkeypatch):
 def test_ignored_for_a_comparison(tuned_files):
     tuned_files.add(tuned_files.user, problem(), entry("eager"))
     with winners.ignored():
-        assert choice() is None and backends.select(problem()).source == registry.FIXED_ORDER
+        assert choice() is None and backends.select(problem()).source == choice_module.FIXED_ORDER
     assert choice().backend == "eager"
 
 
@@ -123,8 +124,8 @@ def test_runs_that_no_entry_names_are_dropped(tuned_files):
 
 def test_what_ships_can_be_read():
     for path in (winners.Path(winners.__file__).parent / "configs").glob("*.json"):
-        table = winners.Table.from_json(json.loads(path.read_text()))
-        assert path.name == winners.file_name(table.device) and table.entries
+        table = winners_file.Table.from_json(json.loads(path.read_text()))
+        assert path.name == winners_file.file_name(table.device) and table.entries
         for by_batch in table.entries.values():
             for one in by_batch.values():
                 assert one.winner in backends.known("conv_bn_act") and table.runs[one.run]["torch"]
@@ -157,7 +158,7 @@ BAD = {
     "cut short": lambda path: path.write_bytes(path.read_bytes()[:-20]),
     "binary": lambda path: path.write_bytes(b"\x00\xff" * 50),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "another schema": damaged(lambda record: record.update(schema=winners.SCHEMA + 1)),
+    "another schema": damaged(lambda record: record.update(schema=winners_file.SCHEMA + 1)),
     "another device": damaged(lambda record: record.update(device="NVIDIA H200")),
     "a list": damaged(lambda record: [record]),
     "no entries": damaged(lambda record: record.pop("entries") and None),
@@ -215,7 +216,7 @@ def test_two_processes_that_tune_at_once_keep_each_others_entries(tuned_files):
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
-    table = winners.read(tuned_files.path(tuned_files.user), tuned_files.device)
+    table = winners_file.read(tuned_files.path(tuned_files.user), tuned_files.device)
     (by_batch,) = table.entries.values()
     assert sorted(by_batch) == [*range(1, 30), 1000]
 
@@ -334,7 +335,7 @@ def test_a_winner_that_cannot_be_had_gives_way_to_the_fixed_order(tuned_files, w
 def test_a_measured_kernel_of_ours_counts_as_verified(tuned_files, monkeypatch):
     """Not in the fixed order of any device, it is taken where it was measured, since it was checked there."""
     eager = backends.known("conv_bn_act")["eager"]
-    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "ours", eager._replace(name="ours", auto=(), configs=None))
+    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "ours", eager._replace(name="ours", auto=(), configs=None))
     assert backends.select(problem()).backend.name == "onednn"
     tuned_files.add(tuned_files.user, problem(), entry("ours"))
     assert backends.select(problem()).backend.name == "ours"
@@ -346,7 +347,7 @@ def test_a_config_that_is_slow_to_launch_is_for_plans_and_long_kernels(
 ):
     eager = backends.known("conv_bn_act")["eager"]
     slow = eager._replace(name="slow", launch_us=lambda config: 38.0)
-    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "slow", slow)
+    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "slow", slow)
     tuned_files.add(tuned_files.user, problem(), entry("slow", slow=(NCHW, time_us)))
     selection = backends.select(problem(), in_plan=in_plan)
     assert (selection.backend.name == "slow") == is_taken
@@ -364,7 +365,7 @@ def test_row_space_is_for_plans_however_long_the_kernel(tuned_files, monkeypatch
     triton = backends.known("conv_bn_act")["triton"]
     rows = TritonConfig(64, 16, 16, 8, 4, 3, "rows_tma")
     ours = triton._replace(why_not=lambda problem: None, legal=lambda problem: [rows])
-    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "triton", ours)
+    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "triton", ours)
     tuned_files.add(tuned_files.user, problem(), entry("triton", triton=(rows._asdict(), 1e6)))
     assert backends.select(problem(), in_plan=True).config == rows
     assert backends.select(problem(), in_plan=False).backend.name == "onednn"
@@ -374,7 +375,7 @@ def test_a_default_measured_without_its_name_is_named(tuned_files, monkeypatch):
     """As older versions wrote it: a plan would run another config for None."""
     eager, named = backends.known("conv_bn_act")["eager"], backends.EagerConfig("NCHW")
     ours = eager._replace(name="ours", default_config=lambda problem: named)
-    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "ours", ours)
+    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "ours", ours)
     tuned_files.add(tuned_files.user, problem(), entry("ours"))
     assert backends.select(problem(), in_plan=True).config == backends.select(problem(), "ours").config == named
 
@@ -382,7 +383,7 @@ def test_a_default_measured_without_its_name_is_named(tuned_files, monkeypatch):
 def test_where_x_cannot_lie_in_row_space_the_second_winner_counts(tuned_files, monkeypatch):
     eager = backends.known("conv_bn_act")["eager"]
     ours = eager._replace(name="ours", reads_row_space=lambda config: config is not None)
-    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "ours", ours)
+    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "ours", ours)
     best = entry("ours", ours=(NCHW, 1.0), eager=(NCHW, 3.0))
     second = entry("eager", ours=(None, 9.0), eager=(NCHW, 3.0))
     for in_nhwc in (second, None):
@@ -405,7 +406,7 @@ def test_the_operator_runs_the_winner(tuned_files, monkeypatch):
         configs.append(config)
         return eager.run(problem, operands, config)
 
-    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "eager", eager._replace(run=run))
+    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "eager", eager._replace(run=run))
     assert testing.check(case, "eager").status == "ok"
     case.run("auto")
     assert configs == [backends.EagerConfig("NCHW")] * 2
@@ -444,7 +445,7 @@ def gpu_backend(monkeypatch):
     """A backend with configs that runs on CUDA, and a GPU by name."""
     eager = backends.known("conv_bn_act")["eager"]
     tunable = eager._replace(name="tunable", auto=(), configs=lambda problem: [backends.EagerConfig("NCHW")])
-    monkeypatch.setitem(registry._REGISTRY["conv_bn_act"], "tunable", tunable)
+    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "tunable", tunable)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
     monkeypatch.setattr(runtime, "least_capability", lambda: None)  # nothing is asked of GPUs that are not there
@@ -458,7 +459,7 @@ def test_a_miss_is_said_once_with_the_command_that_tunes(tuned_files, gpu_backen
     missed = problem(64, torch.float16, "cuda")
     with caplog.at_level(logging.WARNING, "fused_resnet"):
         for N in (64, 3):
-            assert backends.select(missed._replace(N=N)).source == registry.FIXED_ORDER
+            assert backends.select(missed._replace(N=N)).source == choice_module.FIXED_ORDER
     (message,) = caplog.messages
     command = message.partition("convolution: ")[2].partition(";")[0]
     program, verb, *arguments = shlex.split(command)

@@ -2,8 +2,8 @@
 
 import torch
 
-from fused_resnet.backends import winners
-from fused_resnet.backends.winners import Entry, Measured
+from fused_resnet.backends import winners, winners_file
+from fused_resnet.backends.winners_file import Entry, Measured
 from fused_resnet.kernels import compiled
 from fused_resnet.machine import files
 from fused_resnet.operators.problem import ConvProblem
@@ -18,7 +18,7 @@ class TunedFiles:
         return winners.user_folder()
 
     def path(self, folder):
-        return folder / winners.file_name(self.device)
+        return folder / winners_file.file_name(self.device)
 
     def add(self, folder, problem, entry, *, kernels=None):
         """Write one entry, as measured by kernels of these digests (default: those that are here)."""

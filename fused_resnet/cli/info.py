@@ -15,6 +15,7 @@ import torch
 import fused_resnet
 from fused_resnet import backends, measuring
 from fused_resnet.backends import winners as tuning
+from fused_resnet.backends import winners_file
 from fused_resnet.cli.console import as_json_option, new_table, print_json, stdout_console, why_no_cuda
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.machine import files
@@ -148,8 +149,8 @@ def _tuning_info(device: str) -> dict[str, Any]:
     name = tuning.device_id(device)
     found: dict[str, Any] = {"device": name, "used": os.environ.get("FUSED_RESNET_TUNED") != "0", "files": []}
     for folder in (tuning.SHIPPED, tuning.user_folder()) if name else ():
-        path = folder / tuning.file_name(str(name))
-        table = tuning.read(path, str(name))
+        path = folder / winners_file.file_name(str(name))
+        table = winners_file.read(path, str(name))
         entries = [entry for by_batch in table.entries.values() for entry in by_batch.values()] if table else []
         winners = [entry.winner for entry in entries]
         found["files"].append(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fused_resnet import backends
-from fused_resnet.backends import record
+from fused_resnet.backends import choice
 from fused_resnet.explaining import calls
 from fused_resnet.freezing.freeze import FrozenModel, FrozenParts
 from fused_resnet.fusing import convert
@@ -190,7 +190,7 @@ def _why_not_chosen(
     if selection is None:
         cause = "the convolution is not fused" if asked is None else f"{asked} was asked for by name"
         return f"it could run this, but {cause}"
-    if asked == "auto" and selection.source.startswith(record.FIXED_ORDER) and problem.device not in other.auto:
+    if asked == "auto" and selection.source.startswith(choice.FIXED_ORDER) and problem.device not in other.auto:
         return f"it could run this, but on {problem.device} auto takes it only where it was measured to be faster"
     return f"it could run this, but {selection.backend.name} was chosen: {selection.source}"
 

@@ -15,10 +15,10 @@ from typing import Mapping, NamedTuple, Optional
 import torch
 from torch import Tensor, fx
 
-from fused_resnet import backends
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv import configs, launch, row_space
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
+from fused_resnet.operators import layout
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 
@@ -42,7 +42,7 @@ class Placed(NamedTuple):
             out = operands.x.new_empty(row_space.num_rows(p.N, p.P, p.Q), p.K)
         else:
             out = operands.x.new_empty(p.N, p.P, p.Q, p.K).permute(0, 3, 1, 2)
-        in_memory = operands.map(lambda tensor: backends.channels_last(tensor) if tensor.dim() == 4 else tensor)
+        in_memory = operands.map(lambda tensor: layout.channels_last(tensor) if tensor.dim() == 4 else tensor)
         launch.launch(p, in_memory, out, self.config)
         return out
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Iterable, NamedTuple, Optional, Sequence
 
 from fused_resnet import measuring
-from fused_resnet.backends import winners
+from fused_resnet.backends import winners_file
 from fused_resnet.reporting import charts
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -196,7 +196,7 @@ def _remarks(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str
 
 def _tuned_section(record: dict[str, Any], file: str) -> Section:
     """A file of tuned configs: who won, and by how much over what `auto` takes without it."""
-    table = winners.Table.from_json(record)
+    table = winners_file.Table.from_json(record)
     rows = [
         (
             Cell(key), _number(batch), Cell(entry.winner), Cell(_config(entry.candidates[entry.winner].config)),
@@ -216,7 +216,7 @@ def _config(config: Optional[dict[str, Any]]) -> str:
     return ", ".join(f"{name} {value}" for name, value in config.items()) if config else "-"
 
 
-def _over_default(entry: winners.Entry) -> Optional[float]:
+def _over_default(entry: winners_file.Entry) -> Optional[float]:
     default = entry.candidates.get(entry.default)
     return default.time_us / entry.candidates[entry.winner].time_us if default else None
 

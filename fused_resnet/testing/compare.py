@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_resnet import backends
 from fused_resnet.kernels.triton.conv.launch import allows_tf32
-from fused_resnet.operators import reference
+from fused_resnet.operators import layout, reference
 from fused_resnet.operators.problem import AddReluProblem
 from fused_resnet.testing.case import Case, Outcome
 
@@ -126,7 +126,7 @@ def _torch_spreads_nan(case: Case) -> Tensor:
     p, o = case.problem, case.operands
     spread = torch.zeros(p.output_shape, dtype=torch.bool)
     if p.reads_x and not o.x.isfinite().all():
-        for x, weight in ((o.x, o.weight), (backends.channels_last(o.x), backends.channels_last(o.weight))):
+        for x, weight in ((o.x, o.weight), (layout.channels_last(o.x), layout.channels_last(o.weight))):
             spread |= torch.conv2d(x, weight, None, p.stride, p.padding, p.dilation, p.groups).cpu().isnan()
     return spread
 

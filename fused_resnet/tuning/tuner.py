@@ -27,7 +27,7 @@ from typing import Any, Callable, NamedTuple, Optional, Sequence
 import torch
 
 from fused_resnet import backends, measuring
-from fused_resnet.backends import winners
+from fused_resnet.backends import winners, winners_file
 from fused_resnet.kernels import compiled as libraries
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv import configs as conv_configs
@@ -149,7 +149,7 @@ def journal_of(device: str) -> Journal:
 
 def journal_path(device: str) -> Path:
     """Its file: there from the first candidate on, and to be carried where tuning goes on on another machine."""
-    name = winners.file_name(str(winners.device_id(device))).removesuffix(".json")
+    name = winners_file.file_name(str(winners.device_id(device))).removesuffix(".json")
     return winners.user_folder() / f"{name}.journal.jsonl"
 
 
@@ -323,7 +323,7 @@ def _winner(default: Candidate, stats: dict[Candidate, timing.Stats]) -> Candida
     return best if is_clear else default
 
 
-def entry_of(row: Row, run: str) -> winners.Entry:
+def entry_of(row: Row, run: str) -> winners_file.Entry:
     """What is kept of a row: the best config of each backend that is right, and where any reads row space, the same
     without those."""
     entry = _entry_among(row["timed"], row["winner"], row["default"]["backend"], run)
@@ -333,15 +333,15 @@ def entry_of(row: Row, run: str) -> winners.Entry:
     return entry._replace(in_nhwc=_entry_among(in_nhwc, row["winner_in_nhwc"], entry.default, run))
 
 
-def _entry_among(timed: Sequence[dict], winner: dict, default: str, run: str) -> winners.Entry:
-    best: dict[str, winners.Measured] = {}
+def _entry_among(timed: Sequence[dict], winner: dict, default: str, run: str) -> winners_file.Entry:
+    best: dict[str, winners_file.Measured] = {}
     for one in timed:
-        measured = winners.Measured(one["config"], one["median_us"], one["error_ratio"])
+        measured = winners_file.Measured(one["config"], one["median_us"], one["error_ratio"])
         if one["backend"] not in best or measured.time_us < best[one["backend"]].time_us:
             best[one["backend"]] = measured
     kept = next(one for one in timed if {key: one[key] for key in ("backend", "config")} == winner)
-    best[winner["backend"]] = winners.Measured(kept["config"], kept["median_us"], kept["error_ratio"])
-    return winners.Entry(winner["backend"], default, run, best)
+    best[winner["backend"]] = winners_file.Measured(kept["config"], kept["median_us"], kept["error_ratio"])
+    return winners_file.Entry(winner["backend"], default, run, best)
 
 
 # -------------------------------------------------------------------------------------------------------------- tune

@@ -1,0 +1,46 @@
+"""The operators' implementation on every device: check, select, run."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor
+
+from fused_resnet.backends.choice import select
+from fused_resnet.backends.record import Backward
+from fused_resnet.operators import layout, library
+from fused_resnet.operators.describe import add_relu_problem, conv_problem
+from fused_resnet.operators.operands import ConvOperands, split_arguments
+
+
+def conv_bn_act(operands: ConvOperands, window: tuple, backend: str, channels_last: bool = True) -> Tensor:
+    """conv_bn_act as a function. window: from stride to activation."""
+    problem = conv_problem(operands, *window)
+    chosen = select(problem, backend)
+    if problem.N == 0:
+        return layout.empty_output(problem, operands.x, channels_last)
+    if channels_last:
+        return chosen.run(problem, operands)
+    run_nchw = chosen.backend.run_nchw
+    return layout.nchw(chosen.run(problem, operands)) if run_nchw is None else run_nchw(problem, operands)
+
+
+def conv_bn_act_in_a_row(*args, channels_last: bool = True) -> Tensor:
+    """conv_bn_act as the dispatcher and autograd call it: every argument by itself."""
+    operands, *window = split_arguments(args)
+    return conv_bn_act(operands, tuple(window), args[-1], channels_last)
+
+
+def add_relu(a: Tensor, b: Tensor, backend: str) -> Tensor:
+    problem = add_relu_problem(a, b)
+    return select(problem, backend).run(problem, a, b)
+
+
+def _add_relu_backward(grad: Tensor, out: Tensor, backend: str) -> Tensor:
+    problem = add_relu_problem(out, grad)
+    return cast(Backward, select(problem, backend).backend.backward)(grad, out)
+
+
+library.LIBRARY.impl("conv_bn_act", conv_bn_act_in_a_row, "CompositeExplicitAutograd")
+library.LIBRARY.impl("add_relu", add_relu, "CompositeExplicitAutograd")
+library.LIBRARY.impl("add_relu_backward", _add_relu_backward, "CompositeExplicitAutograd")

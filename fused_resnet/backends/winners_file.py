@@ -1,0 +1,108 @@
+"""The file of what was measured on one device: entries by problem and batch, and the runs they come from.
+
+An entry belongs to a problem without its batch (`winners.key`) and to the batch it was measured at.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from fused_resnet.machine import files
+
+SCHEMA = 1
+
+
+class Measured(NamedTuple):
+    """One candidate of an entry. error_ratio: its worst error as a fraction of what the reference allows."""
+
+    config: Optional[dict]
+    time_us: float
+    error_ratio: float
+
+
+class Entry(NamedTuple):
+    """The best of each backend for one problem at one batch, the backend that `auto` takes, and who measured it.
+
+    default: the backend `auto` takes without tuning. run: key of the file's "runs", which hold the environments.
+    in_nhwc: the same among the candidates that read x in NHWC, for where it cannot lie in row space. None where no
+    candidate reads row space, and in entries that older versions wrote.
+    """
+
+    winner: str
+    default: str
+    run: str
+    candidates: dict[str, Measured]
+    in_nhwc: Optional["Entry"] = None
+
+    @classmethod
+    def from_json(cls, record: dict) -> "Entry":
+        """What `files.read_json` takes for a bad file is raised for anything that `as_json` would not have written."""
+        candidates = {}
+        for name, one in record["candidates"].items():
+            config, measured = one["config"], Measured(one["config"], float(one["time_us"]), float(one["error_ratio"]))
+            is_plain = config is None or all(isinstance(value, (int, str)) for value in config.values())
+            if not (is_plain and 0 < measured.time_us < math.inf and 0 <= measured.error_ratio <= 1):
+                raise ValueError(f"its candidate {name} is {one}")
+            candidates[name] = measured
+        if record["winner"] not in candidates:
+            raise ValueError(f"the winner {record['winner']!r} was not measured")
+        in_nhwc = record.get("in_nhwc")
+        nested = None if in_nhwc is None else cls.from_json(in_nhwc)
+        return cls(record["winner"], str(record["default"]), str(record["run"]), candidates, nested)
+
+    def as_json(self) -> dict:
+        record = dict(self._asdict(), candidates={name: one._asdict() for name, one in self.candidates.items()})
+        del record["in_nhwc"]
+        return record if self.in_nhwc is None else {**record, "in_nhwc": self.in_nhwc.as_json()}
+
+
+class Table(NamedTuple):
+    """One file: entries by problem key and batch, and by run the environment and the kernels' digests."""
+
+    device: str
+    entries: dict[str, dict[int, Entry]]
+    runs: dict[str, dict]
+
+    @classmethod
+    def from_json(cls, record: dict) -> "Table":
+        if record["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {record['schema']!r}, this version reads {SCHEMA}")
+        entries = {
+            key: {int(batch): Entry.from_json(entry) for batch, entry in by_batch.items()}
+            for key, by_batch in record["entries"].items()
+        }
+        if any(not 1 <= batch < 2**63 for by_batch in entries.values() for batch in by_batch):
+            raise ValueError("a batch below 1 or beyond what a tensor has")
+        runs = {run: dict(found) for run, found in record["runs"].items()}
+        if not all(isinstance(found.get("kernels", {}), dict) for found in runs.values()):
+            raise ValueError("the digests of a run's kernels are no dict")
+        return cls(record["device"], entries, runs)
+
+    def as_json(self) -> dict:
+        """Runs that no entry names any more are left out."""
+        entries = {
+            key: {str(batch): by_batch[batch].as_json() for batch in sorted(by_batch)}
+            for key, by_batch in sorted(self.entries.items())
+        }
+        used = {entry.run for by_batch in self.entries.values() for entry in by_batch.values()}
+        runs = {run: found for run, found in self.runs.items() if run in used}
+        return {"schema": SCHEMA, "device": self.device, "runs": runs, "entries": entries}
+
+
+def file_name(device: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "_", device).strip("_") + ".json"
+
+
+def read(path: Path, device: str) -> Optional[Table]:
+    """The table in a file, None without one. A file that is corrupt or another device's is reported once."""
+
+    def understood(record: dict) -> Table:
+        table = Table.from_json(record)
+        if table.device != device:
+            raise ValueError(f"it is for {table.device}, this is {device}")
+        return table
+
+    return files.read_json(path, understood)
