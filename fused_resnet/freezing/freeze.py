@@ -13,20 +13,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fused_resnet import backends
+from fused_resnet.freezing.copies import copy_of, copy_tensors, copy_with_parameters, unwrapped
 from fused_resnet.freezing.dtypes import conversion, main_dtype
 from fused_resnet.freezing.parts import freeze_parts
 from fused_resnet.freezing.plan import Plan, make_plan, plainly
-from fused_resnet.graphs.tracer import (
-    Untraceable,
-    copy_of,
-    copy_tensors,
-    copy_with_parameters,
-    in_training_mode,
-    reads_mode,
-    refuse_hooks,
-    trace,
-    unwrapped,
-)
+from fused_resnet.freezing.trace import Untraceable, in_training_mode, reads_mode, refuse_hooks, trace
 from fused_resnet.nn.fused import NotScriptable
 from fused_resnet.operators.problem import dtype_name
 

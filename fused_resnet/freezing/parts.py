@@ -14,14 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fused_resnet.graphs.tracer import (
-    TRACING,
-    Unfaithful,
-    computed_weights,
-    copy_tensors,
-    copy_with_parameters,
-    count_writes,
-)
+from fused_resnet.freezing.copies import copy_tensors, copy_with_parameters
+from fused_resnet.freezing.trace import computed_weights
+from fused_resnet.graphs.tracer import TRACING, Unfaithful, count_writes
 
 
 def freeze_parts(

@@ -24,12 +24,15 @@ from torch.utils import _pytree as pytree
 from fused_resnet import backends
 from fused_resnet.freezing import dtypes, layouts
 from fused_resnet.freezing.dtypes import Conversion, facts_of, first_line
+from fused_resnet.freezing.state import content_of_tensor
 from fused_resnet.graphs.matching import Match, activation_of, matches, norm_at
+from fused_resnet.graphs.memory import POOL_FUNCTIONS, POOLS
+from fused_resnet.graphs.nodes import module_of
 from fused_resnet.graphs.spelling import CONVOLUTIONS, add_child, arguments_of
-from fused_resnet.graphs.tracer import POOL_FUNCTIONS, POOLS, content_of_tensor, has_stock_call, keeps_state, module_of
+from fused_resnet.graphs.tracer import keeps_state
 from fused_resnet.kernels import compiled
 from fused_resnet.machine import malloc
-from fused_resnet.nn.bypass import Norm, norm_of
+from fused_resnet.nn.bypass import Norm, has_stock_call, norm_of
 from fused_resnet.operators import affine, library_faults
 from fused_resnet.operators.describe import conv_problem, pair
 from fused_resnet.operators.operands import ConvOperands

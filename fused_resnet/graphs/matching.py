@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fused_resnet.graphs.memory import memory_of, writes_in_place, written
+from fused_resnet.graphs.nodes import module_of, only_user
 from fused_resnet.graphs.spelling import arguments_of
-from fused_resnet.graphs.tracer import memory_of, module_of, only_user, writes_in_place, written
 from fused_resnet.nn.bypass import Norm, is_norm, may_be_norm, norm_of, why_called, why_not_bn, why_not_fused
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}

@@ -1,0 +1,364 @@
+"""A model as a torch.fx graph whose reading and writing of memory is what the model's was.
+
+The graph has one input and leaf modules of its own. A view that becomes a copy is not written through, what the model
+writes into its input the graph writes into a copy, and what it returns is new memory.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+from types import FunctionType
+from typing import Any, Callable, Optional
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fused_resnet.freezing.copies import copy_tensors, copy_with_parameters, unwrapped
+from fused_resnet.freezing.state import changes, forget_constants, names_in, random_state, state_of
+from fused_resnet.graphs.memory import memory_of, writes_in_place, written
+from fused_resnet.graphs.nodes import is_made_in_forward, module_of, skip_identities
+from fused_resnet.graphs.spelling import call_functions, call_modules
+from fused_resnet.graphs.tracer import TRACING, Tracer, Unfaithful, count_writes, keeps_state
+from fused_resnet.nn.bypass import has_stock_call
+
+_WEIGHT_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
+
+# A view of contiguous memory, a copy of channels_last memory; or the other way round.
+_LAYOUT_DECIDES = {"view", "reshape", "flatten", "ravel", "contiguous", torch.reshape, torch.flatten, torch.ravel}
+
+
+class _Call(nn.Module):
+    """model(x): traced in the model's place, so that its other arguments keep their defaults."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+class _OwnTensors(TorchFunctionMode):
+    """Notes which tensors a trace computes from the model's own buffers alone, before the graph sees them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._tensors
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(id(leaf) in self._tensors for leaf in pytree.tree_leaves((args, kwargs))):
+            self._tensors.update((id(leaf), leaf) for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor))
+        return out
+
+
+class Untraceable(ValueError):
+    """torch.fx cannot trace a model."""
+
+
+def _draws() -> Unfaithful:
+    return Unfaithful(
+        "freeze: the forward draws random numbers that depend on no input, which a plan would repeat in each call. "
+        "Draw them like a tensor (torch.rand_like), or use fused_resnet.fuse."
+    )
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """The model as a graph of one input over copies of its leaf modules. meta["writes_input"]: whether the model does,
+    which the graph does to a copy.
+
+    Raises Untraceable when torch.fx cannot have it, ValueError when the graph would not be the model. Unfaithful when
+    it would be in the first call alone, or in eval mode alone where the model is not all in eval mode.
+    """
+    tracer = Tracer()
+    try:
+        # a copy, because the forward runs: what it counts and keeps is not for the model
+        copied = copy_with_parameters(model)
+    except Exception as error:
+        raise _untraceable(model, error) from error
+    in_training = [module for module in copied.modules() if module.training]
+    _set_training(in_training, False)
+    _drop_checks(copied)
+    _compute_weights(copied)
+    for name, module in copied.named_modules():
+        if not tracer.is_leaf_module(module, name):
+            refuse_hooks(name, module)
+    root = _Call(copied)
+    _set_training([root], False)
+    before, numbers = state_of(copied), random_state()
+    try:
+        graph = _graph_of(root)
+    except Unfaithful:
+        raise
+    except Exception as error:
+        raise _untraceable(model, error) from error
+    forget_constants(copied, before)
+    if changed := changes(before, state_of(copied)):
+        graph = _settled(root, graph, keeps_state(changed[0]))
+    elif random_state() != numbers:  # another thread may have drawn them: then a second graph is the same
+        graph = _settled(root, graph, _draws())
+    if in_training:
+        _compare_modes(root, graph, in_training)
+    modules = dict(root.named_modules())
+    for node in graph.nodes:
+        node.type = None  # annotations are of no use here, and as strings they cannot be pickled
+        if node.target is getattr and node.args[1] == "data":  # the same tensor, whose writes are not counted
+            node.op, node.target, node.args = "call_method", "detach", node.args[:1]
+    skip_identities(graph, modules)
+    call_functions(graph)
+    _renew_made_tensors(root, graph, modules)
+    call_modules(root, graph, modules)
+    _let_views_copy(graph, modules)
+    writes_input = _leave_input_alone(graph, modules)
+    _return_new_memory(graph, modules)
+    for node in graph.nodes:
+        if node.meta.pop("is_of_buffers", False):
+            setattr(root, f"_of_buffers{node.target}", getattr(root, node.target))
+            node.target = f"_of_buffers{node.target}"
+    traced = copy.deepcopy(fx.GraphModule(root, graph)).eval()
+    traced.meta["writes_input"] = writes_input
+    return traced
+
+
+def refuse_hooks(name: str, module: nn.Module) -> None:
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ValueError(
+            f"freeze: {name or 'the model'} has forward hooks, which a plan would drop. Remove them first."
+        )
+
+
+def _graph_of(root: nn.Module) -> fx.Graph:
+    tracer = Tracer()
+    with TRACING, _OwnTensors(root) as own:
+        graph = tracer.trace(root)
+    for node in graph.nodes:
+        node.meta["is_of_buffers"] = is_made_in_forward(node) and getattr(root, node.target) in own
+    if any(count_writes(tensor) != writes for tensor, writes in tracer.used.values()):
+        raise ValueError("it writes into a tensor that it has computed with, which a graph would not see")
+    return graph
+
+
+def _set_training(modules: list[nn.Module], mode: bool) -> None:
+    for module in modules:
+        module.training = mode
+
+
+def _settled(root: Any, graph: fx.Graph, refusal: Unfaithful) -> fx.Graph:
+    """The graph of a second call, where the first one changed something. It must be the same, and change nothing: then
+    what changed was a cache. Raises the refusal where it is not."""
+    before = state_of(root.model)
+    try:
+        again = _graph_of(root)
+    except Exception as error:
+        raise refusal from error
+    if changes(before, state_of(root.model)) or not _are_alike(root, graph, again):
+        raise refusal
+    return again
+
+
+def _compare_modes(root: Any, graph: fx.Graph, in_training: list[nn.Module]) -> None:
+    """Raises Unfaithful where these modules do something else in training mode."""
+    before = state_of(root.model)
+    try:
+        _set_training(in_training, True)
+        other = _graph_of(root)
+    except Exception:
+        other = None
+    finally:
+        _set_training(in_training, False)
+    if other is None or changes(before, state_of(root.model)) or not _are_alike(root, graph, other):
+        name = next(name for name, module in root.named_modules() if module is in_training[0])
+        raise in_training_mode(name.removeprefix("model").removeprefix("."), in_training[0])
+
+
+def reads_mode(module: nn.Module) -> bool:
+    """Whether training mode means anything to a module, by its code, and to what a trace does not go into by its hooks.
+
+    The modules inside are asked by themselves. What is traced is traced in both modes where one of them is in training.
+    """
+    if unwrapped(module) is not module:
+        return False
+    is_opaque = Tracer().is_leaf_module(module, "") and not has_stock_call(module)
+    return is_opaque or any(map(_class_reads_mode, type(module).__mro__))
+
+
+@functools.lru_cache(maxsize=None)
+def _class_reads_mode(cls: type) -> bool:
+    if cls is nn.Module or cls.__module__.startswith("torch.fx."):
+        return False
+    members = (getattr(value, "fget", None) or getattr(value, "__func__", value) for value in vars(cls).values())
+    return any(isinstance(member, FunctionType) and "training" in names_in(member.__code__) for member in members)
+
+
+def in_training_mode(name: str, module: nn.Module) -> Unfaithful:
+    return Unfaithful(
+        f"freeze: {name or 'the model'} is in training mode; call model.eval() first. {type(module).__name__} does "
+        "something else then. To train, use fused_resnet.fuse."
+    )
+
+
+def _are_alike(root: nn.Module, graph: fx.Graph, other: fx.Graph) -> bool:
+    """Whether two graphs over the same modules do the same."""
+    (steps, tensors), (other_steps, other_tensors) = _steps(root, graph), _steps(root, other)
+    return steps == other_steps and all(map(_is_equal, tensors, other_tensors))
+
+
+def _steps(root: nn.Module, graph: fx.Graph) -> tuple[list, list]:
+    """What the nodes do, and the attributes that they get."""
+    names = {node: f"%{index}" for index, node in enumerate(graph.nodes)}
+    got = [functools.reduce(getattr, node.target.split("."), root) for node in graph.nodes if node.op == "get_attr"]
+    return [
+        (node.op, node.op == "get_attr" or node.target, fx.map_arg((node.args, node.kwargs), names.get))
+        for node in graph.nodes
+    ], got
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return one is other
+    return one is other or one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _untraceable(model: nn.Module, error: Exception) -> Untraceable:
+    return Untraceable(
+        f"freeze: torch.fx cannot trace {type(model).__name__}: {error}. Freeze the part that is a plain network, "
+        "or use fused_resnet.fuse."
+    )
+
+
+def _drop_checks(model: nn.Module) -> None:
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if _is_check(hook)]:
+                del hooks[key]
+
+
+def _is_check(hook: Callable) -> bool:
+    """Whether it checks the input of a torch.export'ed module, which its graph does besides."""
+    return getattr(hook, "__module__", "") == "torch.export._unlift"
+
+
+def computed_weights(module: nn.Module) -> dict[str, Callable]:
+    """The weights that torch's own hooks compute before each call, in eval mode from parameters and buffers alone."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _WEIGHT_HOOKS)]
+    return {hook._tensor_name if isinstance(hook, prune.BasePruningMethod) else hook.name: hook for hook in hooks}
+
+
+def _compute_weights(model: nn.Module) -> None:
+    """Make parameters of them, save where other hooks run too, which may want their turn kept."""
+    for module in model.modules():
+        computed = computed_weights(module)
+        if len(computed) != len(module._forward_pre_hooks):
+            continue
+        for name, hook in computed.items():
+            with torch.no_grad():
+                hook(module, ())
+            module.register_parameter(name, nn.Parameter(module.__dict__.pop(name).detach(), requires_grad=False))
+        module._forward_pre_hooks.clear()
+
+
+def _renew_made_tensors(root: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Give each call tensors of its own where the forward makes some and may write to them: a graph has them once.
+
+    Raises Unfaithful where such a tensor is a view of another one.
+    """
+    memory = memory_of(graph, modules)
+    writes = [node for node in graph.nodes if writes_in_place(node, modules)]
+    touched = {owner for write in writes for node in written(write) for owner in memory[node]}
+    got = {str(node.target) for node in touched if node.op == "get_attr"}
+    made = {name for name in got if name.startswith("_tensor_constant")}
+    if not made:
+        return
+    held = {id(t): t for module in root.modules() for t in pytree.tree_leaves(vars(module)) if isinstance(t, Tensor)}
+    places = collections.Counter(_storage_of(tensor) for tensor in held.values())
+    renewed: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or node.target not in made:
+            continue
+        if places[_storage_of(getattr(root, str(node.target)))] > 1:
+            raise Unfaithful(
+                "freeze: the forward writes into a view of a tensor that is not computed from its input, which a plan "
+                "would not see. Write into the tensor itself (t[i] = value), or use fused_resnet.fuse."
+            )
+        if node.target not in renewed:
+            with graph.inserting_after(node):
+                renewed[node.target] = graph.call_function(copy_tensors, (node,))
+        own = renewed[node.target]
+        node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
+
+
+def _storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+def _let_views_copy(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """`view` as `reshape`, because a plan's activations are channels_last, which few views survive.
+
+    Not where the model writes memory on one side of the view and reads it on the other: there a view stays a view.
+    Raises ValueError there for the others, of which the layout decides whether they copy.
+    """
+    memory, order = memory_of(graph, modules), {node: index for index, node in enumerate(graph.nodes)}
+    writes = [node for node in graph.nodes if writes_in_place(node, modules)]
+    for view in graph.nodes:
+        if view.op == "call_function" and view.target is torch.as_strided or view.target == "as_strided":
+            raise ValueError(f"freeze: {view} reads memory by strides, and a plan has other strides than the model.")
+        is_module = isinstance(module_of(view, modules), nn.Flatten)
+        if not (is_module or view.op in ("call_function", "call_method") and view.target in _LAYOUT_DECIDES):
+            continue
+        if view.target == "view" and isinstance(view.args[-1], torch.dtype):
+            continue
+        lost = _lost_write(view, writes, list(graph.nodes), memory, order)
+        if lost is not None and view.target != "view":
+            raise ValueError(
+                f"freeze: {lost[0]} writes memory that {lost[1]} reads through {view}: whether it sees the write "
+                f"depends on the memory layout, which a plan changes. Copy first (clone())."
+            )
+        if lost is None and view.target == "view":
+            view.target = "reshape"
+
+
+def _lost_write(
+    view: fx.Node, writes: list[fx.Node], nodes: list[fx.Node], memory: dict[fx.Node, set[fx.Node]], order: dict
+) -> Optional[tuple[fx.Node, fx.Node]]:
+    """A write on one side of the view and a later reader on the other, if there are any."""
+    base = memory[view] - {view}
+    for write in writes:
+        touched = set().union(*(memory[node] for node in written(write)))
+        if order[write] < order[view] or not touched & memory[view]:
+            continue
+        through_view = view in touched
+        for reader in nodes[order[write] + 1 :]:
+            if any((view in memory[n]) != through_view and memory[n] & base for n in reader.all_input_nodes):
+                return write, reader
+    return None
+
+
+def _leave_input_alone(graph: fx.Graph, modules: dict[str, nn.Module]) -> bool:
+    """Work on a copy of the input where the model writes it. Whether it does."""
+    memory, placeholder = memory_of(graph, modules), next(iter(graph.nodes))
+    writes = [node for node in graph.nodes if writes_in_place(node, modules)]
+    if any(placeholder in memory[node] for write in writes for node in written(write)):
+        with graph.inserting_after(placeholder):
+            own = graph.call_function(copy_tensors, (placeholder,))
+        placeholder.replace_all_uses_with(own, delete_user_cb=lambda user: user is not own)
+        return True
+    return False
+
+
+def _return_new_memory(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Copy outputs that may be the input or a buffer: what a plan returns belongs to the caller."""
+    memory, (output,) = memory_of(graph, modules), [node for node in graph.nodes if node.op == "output"]
+    for node in output.all_input_nodes:
+        if any(owner.op in ("placeholder", "get_attr") for owner in memory[node]):
+            with graph.inserting_before(output):
+                output.replace_input_with(node, graph.call_function(copy_tensors, (node,)))
