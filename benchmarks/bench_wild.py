@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet import measuring
-from fused_resnet.freezing.freeze import FrozenParts
-from fused_resnet.freezing.plan import FrozenConv
+from fused_resnet.freezing.frozen import FrozenParts
+from fused_resnet.freezing.modules import FrozenConv
+from fused_resnet.machine import devices
 from fused_resnet.machine.files import write_json
-from fused_resnet.measuring import timing
+from fused_resnet.measuring import environment
 
 EAGER = ("eager NCHW fp32", "eager NHWC fp32")
 
@@ -77,9 +78,9 @@ def main() -> None:
     import_torchvision()
     record: dict[str, Any] = {
         "kind": "bench model",
-        "device": timing.device_name("cpu"),
+        "device": devices.device_name("cpu"),
         "settings": {"device": "cpu", "size": options.size, "batch": options.batch, "budget_s": options.budget},
-        "environment": timing.environment("cpu"),
+        "environment": environment.environment("cpu"),
         "runs": [],
     }
     print(

@@ -23,7 +23,8 @@ from rich.table import Table
 import fused_resnet
 from benchmarks import data
 from fused_resnet import backends, measuring, models
-from fused_resnet.measuring import timing
+from fused_resnet.machine import devices, files
+from fused_resnet.measuring.environment import environment as environment_of
 from fused_resnet.reporting import charts
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -39,7 +40,7 @@ def main() -> int:
         torch.backends.cudnn.benchmark = True
     started = time.monotonic()
     console.print(
-        f"fused_resnet {fused_resnet.__version__} on {timing.device_name(device)}, torch {torch.__version__}, "
+        f"fused_resnet {fused_resnet.__version__} on {devices.device_name(device)}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} CPU threads\n"
     )
     console.print("[bold]1. Same answers?[/] ResNet-20 with trained weights, real CIFAR-10 test images")
@@ -54,14 +55,14 @@ def main() -> int:
 
     record = {
         "kind": "demo",
-        "device": timing.device_name(device),
+        "device": devices.device_name(device),
         "settings": {"model": options.model, "image": options.image, "batches": options.batches},
-        "environment": timing.environment(device),
+        "environment": environment_of(device),
         "accuracy": accuracy,
         "runs": runs,
     }
     written = [
-        timing.write_json(options.out / "demo.json", record),
+        files.write_json(options.out / "demo.json", record),
         write_markdown(options.out / "demo.md", record, device),
         charts.save_png(record, options.out / "demo.png"),
     ]

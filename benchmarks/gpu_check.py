@@ -33,7 +33,8 @@ from fused_resnet.backends import winners as tuning
 from fused_resnet.backends import winners_file
 from fused_resnet.kernels import compiled
 from fused_resnet.kernels import sources as provenance
-from fused_resnet.measuring import timing
+from fused_resnet.machine import devices, files
+from fused_resnet.measuring.environment import environment as environment_of
 from fused_resnet.tuning import tuner
 
 PYTHON = sys.executable
@@ -64,7 +65,7 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu-check: needs a CUDA GPU and a CUDA build of torch; this torch sees none.", file=sys.stderr)
         return 2
-    device = timing.device_name(options.device)
+    device = devices.device_name(options.device)
     out = options.out or provenance.ROOT / "benchmarks" / "results" / device.lower().replace(" ", "-")
     out.mkdir(parents=True, exist_ok=True)
     file = out / "check.json"
@@ -222,9 +223,9 @@ def run_steps(steps: Sequence[Step], file: Path, device: str, budget_s: float) -
             "sources": provenance.source_digest(),
         }
         record["device"] = device
-        record["environment"] = timing.environment("cuda" if torch.cuda.is_available() else "cpu")
+        record["environment"] = environment_of("cuda" if torch.cuda.is_available() else "cpu")
         record["verified"] = verified(record["steps"], device)
-        timing.write_json(file, record)
+        files.write_json(file, record)
     return record
 
 

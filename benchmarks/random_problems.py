@@ -16,8 +16,8 @@ from typing import Any, Optional, Sequence
 
 import torch
 
-from fused_resnet.machine import files
-from fused_resnet.measuring import timing
+from fused_resnet.machine import devices, files
+from fused_resnet.measuring import environment
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "verify"
@@ -89,8 +89,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print(f"{start + problems} of {options.problems}, {len(ended)} parts without a report", file=sys.stderr)
     record = {
         "kind": "verify",
-        "device": timing.device_name(options.device),
-        "environment": timing.environment(options.device),
+        "device": devices.device_name(options.device),
+        "environment": environment.environment(options.device),
         "per_part": options.per_part,
         **merged(reports),
         "ended_without_report": ended,

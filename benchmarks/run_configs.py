@@ -16,7 +16,7 @@ import torch
 
 from fused_resnet import backends, measuring
 from fused_resnet.backends import winners_file
-from fused_resnet.freezing import plan
+from fused_resnet.freezing import modules
 from fused_resnet.operators.problem import ConvProblem, parsed_problem
 
 IMAGES = 2
@@ -66,7 +66,7 @@ def run(problem: ConvProblem, name: str, config: dict[str, Any], device: str) ->
         return "not run", reason or "there is no such config for two images"
     operands = measuring.folded_operands(measuring.random_operands(problem, device))
     images, case = measuring.compared_case(problem, operands)
-    conv = plan.FrozenConv(problem, backends.Selection(backend, found), operands.weight, operands.bias)
+    conv = modules.FrozenConv(problem, backends.Selection(backend, found), operands.weight, operands.bias)
 
     def call() -> torch.Tensor:
         return conv(operands.x, operands.residual)

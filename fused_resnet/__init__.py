@@ -5,12 +5,12 @@ explain(model, example_input) says who computes what, and why.
 """
 
 from fused_resnet import backends, functional, models, nn, testing
+from fused_resnet import measuring as timing
 from fused_resnet.backends import BackendError
 from fused_resnet.explaining.explain import explain
 from fused_resnet.freezing.freeze import freeze
 from fused_resnet.fusing import adapters, convert
 from fused_resnet.fusing.convert import fuse, unfuse
-from fused_resnet.measuring import timing
 from fused_resnet.operators import reference
 
 __version__ = "0.1.0"

@@ -17,7 +17,7 @@ from fused_resnet import measuring, models, testing
 from fused_resnet.backends import winners, winners_file
 from fused_resnet.cli import console, info
 from fused_resnet.kernels import compiled, sources
-from fused_resnet.measuring import timing
+from fused_resnet.measuring import environment, rooflines, timing
 from fused_resnet.operators import library_faults
 from fused_resnet.testing import report as verifying
 
@@ -34,7 +34,7 @@ def few_threads():
 
 @pytest.fixture(autouse=True)
 def quick_roofline(monkeypatch):
-    monkeypatch.setattr(timing, "roofline", lambda device, dtype: timing.Roofline(1e10, 1e11))
+    monkeypatch.setattr(rooflines, "roofline", lambda device, dtype: rooflines.Roofline(1e10, 1e11))
 
 
 def run(*arguments):
@@ -83,7 +83,7 @@ def test_info_holds_what_a_bug_report_needs(tmp_path, monkeypatch):
     assert (user["exists"], user["entries"], user["winners"]) == (True, 2, {"eager": 2})
     assert record["folders"]["cache"] == str(tmp_path) and record["packages"]["matplotlib"]
     assert record["variables"]["OMP_NUM_THREADS"] == "1" and "HOME_GROWN" not in record["variables"]
-    assert record["commit"] == timing.environment()["commit"] and "parts" in record["build"]
+    assert record["commit"] == environment.environment()["commit"] and "parts" in record["build"]
     text = run("info").output
     assert "2 in " in text and "(eager 2)" in text and f"FUSED_RESNET_CACHE_DIR={tmp_path}" in text.replace("\n", "")
     winners.forget()

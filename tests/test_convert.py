@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_resnet
 from fused_resnet import models
-from fused_resnet.freezing.plan import FrozenConv
+from fused_resnet.freezing.modules import FrozenConv
 from fused_resnet.fusing import adapters, convert
 from fused_resnet.fusing.rewriting import Rewritten
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBlock, FusedBottleneck, conv_bn_act

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 import fused_resnet
 from fused_resnet import backends, models
-from fused_resnet.freezing.plan import FrozenConv
+from fused_resnet.freezing.modules import FrozenConv
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float64, torch.float32, *HALVES)

@@ -14,12 +14,13 @@ from fused_resnet.__main__ import main
 from fused_resnet.backends import choice
 from fused_resnet.backends import record as registry
 from fused_resnet.explaining import explain as explanation
+from fused_resnet.explaining import table
 from fused_resnet.fusing import convert
-from fused_resnet.measuring import timing
+from fused_resnet.measuring import rooflines
 from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.operators.problem import ConvProblem
 
-ROOF = timing.Roofline(bytes_per_s=1e10, flops_per_s=1e11)
+ROOF = rooflines.Roofline(bytes_per_s=1e10, flops_per_s=1e11)
 
 
 def explain(model, x, **options):
@@ -99,11 +100,7 @@ def test_bytes_flops_and_roofline_by_hand():
     weight = 8 * 8 * 9
     assert row.problem.bytes_moved == 4 * (x + weight + residual + out)
     # conv: x, w, out; BN: out twice; add: out, residual, out; ReLU: out twice
-    assert (
-        row.bytes_moved
-        == explanation.bytes_unfused(row.problem)
-        == 4 * (x + weight + out + 2 * out + 3 * out + 2 * out)
-    )
+    assert row.bytes_moved == table.bytes_unfused(row.problem) == 4 * (x + weight + out + 2 * out + 3 * out + 2 * out)
     assert row.problem.flops == 2 * out * 72
     assert row.least_us == pytest.approx(max(1e6 * row.problem.bytes_moved / 1e10, 1e6 * row.problem.flops / 1e11))
 
@@ -300,7 +297,7 @@ def test_bad_input(model, example, error, message):
 
 def test_roofline_is_measured_once(monkeypatch):
     measured = []
-    monkeypatch.setattr(timing, "roofline", lambda *args: measured.append(args) or ROOF)
+    monkeypatch.setattr(rooflines, "roofline", lambda *args: measured.append(args) or ROOF)
     explanation._roofline.cache_clear()
     for _ in range(2):
         fused_resnet.explain(networks.single(), torch.randn(2, 16, 9, 9))

@@ -10,7 +10,7 @@ import torch
 import fused_resnet
 from fused_resnet import backends, models, testing
 from fused_resnet.backends import winners
-from fused_resnet.freezing.plan import FrozenConv
+from fused_resnet.freezing.modules import FrozenConv
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.operators import reference
 from fused_resnet.operators.describe import conv_problem

@@ -12,7 +12,8 @@ from tuned_files import entry
 import fused_resnet
 from fused_resnet import backends
 from fused_resnet.backends import record
-from fused_resnet.freezing import layouts, plan
+from fused_resnet.freezing import layouts
+from fused_resnet.freezing.modules import FrozenConv
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv.configs import TritonConfig, configs, why_illegal
 from fused_resnet.nn import BasicBlock, Bottleneck
@@ -32,14 +33,14 @@ def tma(problem: ConvProblem):
 @pytest.fixture
 def freeze(monkeypatch):
     """fused_resnet.freeze on Triton with a config of the test's choice for every convolution."""
-    select = plan.backends.select
+    select = backends.select
 
     def frozen(model, x, config=tma):
         def forced(problem, backend, **options):
             chosen = select(problem, backend, **options)
             return chosen if options.get("in_nhwc") else chosen._replace(config=config(problem))
 
-        monkeypatch.setattr(plan.backends, "select", forced)
+        monkeypatch.setattr(backends, "select", forced)
         return fused_resnet.freeze(model.to(DEVICE), x.to(DEVICE), backend="triton")
 
     return frozen
@@ -48,7 +49,7 @@ def freeze(monkeypatch):
 def placed(frozen, x) -> dict[str, tuple[str, bool]]:
     """(form, whether the output lies in row space) of each convolution by name, in order."""
     modules = dict(frozen.plan(x.to(DEVICE)).named_children())
-    convs = {name: conv.placed for name, conv in modules.items() if isinstance(conv, plan.FrozenConv)}
+    convs = {name: conv.placed for name, conv in modules.items() if isinstance(conv, FrozenConv)}
     return {
         name.removeprefix("fused_").removeprefix("model_"): (conv.config.form if conv.config else "default", is_written)
         for name, conv in convs.items()
@@ -168,7 +169,7 @@ def _graph_of(model, example):
     return {
         node: layouts.Placed(modules[node.target].problem._replace(device="cuda", dtype=torch.float16, N=64), None)
         for node in module.graph.nodes
-        if isinstance(modules.get(node.target) if node.op == "call_module" else None, plan.FrozenConv)
+        if isinstance(modules.get(node.target) if node.op == "call_module" else None, FrozenConv)
     }
 
 
@@ -226,7 +227,7 @@ def _tune_3x3s(tuned_files, monkeypatch, in_nhwc):
     triton = backends.known("conv_bn_act")["triton"]._replace(legal=lambda p: [rows, rows._replace(form="pointer")])
     monkeypatch.setitem(record.REGISTRY["conv_bn_act"], "triton", triton)
     model, x = networks.single(stride=1, channels=16).to(DEVICE), torch.randn(2, 16, 6, 6, device=DEVICE)
-    convs = [m for m in fused_resnet.freeze(model, x).plan(x).modules() if isinstance(m, plan.FrozenConv)]
+    convs = [m for m in fused_resnet.freeze(model, x).plan(x).modules() if isinstance(m, FrozenConv)]
     for conv in convs:
         best = entry("triton", triton=(rows._asdict(), 1.0), onednn=(None, 3.0))
         tuned_files.add(tuned_files.user, conv.problem, best._replace(in_nhwc=in_nhwc))
@@ -253,7 +254,7 @@ def test_what_was_measured_without_row_space_takes_over_where_x_cannot_lie_there
     """The first convolution reads the caller's x. Nothing that nobody measured takes its place."""
     model, x = _tune_3x3s(tuned_files, monkeypatch, in_nhwc)
     frozen = fused_resnet.freeze(model, x)
-    convs = [m for m in frozen.plan(x).modules() if isinstance(m, plan.FrozenConv)]
+    convs = [m for m in frozen.plan(x).modules() if isinstance(m, FrozenConv)]
     expected = expected or [(backends.fixed_order(c.problem, in_plan=True).backend.name, None) for c in convs]
     assert [(c.backend.name, c.selection.config and c.selection.config.form) for c in convs] == expected
     check(frozen, model, x)

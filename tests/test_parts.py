@@ -12,8 +12,8 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet.freezing import parts
-from fused_resnet.freezing.freeze import FrozenModel, FrozenParts
-from fused_resnet.freezing.plan import FrozenConv
+from fused_resnet.freezing.frozen import FrozenModel, FrozenParts
+from fused_resnet.freezing.modules import FrozenConv
 from fused_resnet.nn import ConvBNAct
 
 

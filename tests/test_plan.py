@@ -29,12 +29,11 @@ from torch.nn.utils import prune
 
 import fused_resnet
 from fused_resnet import BackendError, backends, models, testing
-from fused_resnet.freezing import plan
-from fused_resnet.freezing.plan import FrozenConv
+from fused_resnet.freezing import lowering
+from fused_resnet.freezing.modules import FrozenConv, FrozenLinear
 from fused_resnet.kernels import compiled
 from fused_resnet.kernels.triton import runtime
-from fused_resnet.machine import malloc
-from fused_resnet.measuring import timing
+from fused_resnet.machine import cuda_graphs, malloc
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct
 
 X = (2, 3, 16, 16)
@@ -137,10 +136,10 @@ def test_folding_by_hand():
             (bn.running_var, (3, 8)),
         ):  # fmt: skip
             tensor.copy_(torch.tensor(value))
-    weight, bias = plan.fold(conv, bn, torch.float32)
+    weight, bias = lowering.fold(conv, bn, torch.float32)
     assert torch.equal(weight.flatten(), torch.tensor([2 * 4 / 2.0, 3 * -2 / 3.0]))
     torch.testing.assert_close(bias, torch.tensor([(1 - 2) * 2 + 0.5, (-1 - 1) * -2 / 3]))
-    assert plan.fold(nn.Conv2d(1, 1, 1, bias=False), None, torch.float32)[1] is None
+    assert lowering.fold(nn.Conv2d(1, 1, 1, bias=False), None, torch.float32)[1] is None
 
 
 def test_fused_models_freeze_like_plain_ones():
@@ -227,7 +226,7 @@ def test_unseen_shapes_get_their_own_plan():
 
 
 def test_the_least_recently_used_plan_goes(monkeypatch):
-    monkeypatch.setattr("fused_resnet.freezing.freeze.MAX_PLANS", 3)
+    monkeypatch.setattr("fused_resnet.freezing.frozen.MAX_PLANS", 3)
     frozen = fused_resnet.freeze(networks.small(), torch.randn(1, 3, 8, 8))
     for batch in (2, 3, 1, 4):  # 1 is used again before the fourth comes
         frozen(torch.randn(batch, 3, 8, 8))
@@ -1849,7 +1848,7 @@ def test_nothing_is_collected_while_a_graph_is_captured(monkeypatch):
     seen = []
 
     def call():
-        seen.append((gc.isenabled(), plan._CAPTURING.locked()))
+        seen.append((gc.isenabled(), cuda_graphs._CAPTURING.locked()))
         if len(seen) == 8:
             raise RuntimeError("it cannot be captured")
 
@@ -1857,11 +1856,11 @@ def test_nothing_is_collected_while_a_graph_is_captured(monkeypatch):
         fake = mock.MagicMock()
         fake.return_value.__exit__.return_value = False
         monkeypatch.setattr(torch.cuda, name, fake)
-    timing.captured(call)
+    cuda_graphs.captured(call)
     with pytest.raises(RuntimeError, match="cannot be captured"):
-        timing.captured(call)
+        cuda_graphs.captured(call)
     assert seen == [*[(True, False)] * 3, (False, True)] * 2  # three calls to warm up
-    assert gc.isenabled() and not plan._CAPTURING.locked()
+    assert gc.isenabled() and not cuda_graphs._CAPTURING.locked()
 
 
 @needs_onednn
@@ -1886,7 +1885,7 @@ def test_a_sum_of_one_channel_takes_a_residual_as_it_lies(N, dtype):
 def test_a_classifier_is_packed_and_right():
     model, x = networks.small(), torch.randn(X)
     frozen = fused_resnet.freeze(model, x)
-    packed = [m for m in frozen.plan(x).modules() if isinstance(m, plan.FrozenLinear)]
+    packed = [m for m in frozen.plan(x).modules() if isinstance(m, FrozenLinear)]
     assert len(packed) == 1 and not any(type(m) is nn.Linear for m in frozen.plan(x).modules())
     as_good_as_plain(frozen, model, x)
     with torch.no_grad():

@@ -12,8 +12,8 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet import models
-from fused_resnet.freezing.plan import FrozenConv, FrozenLinear, FrozenMaxPool
-from fused_resnet.measuring import timing
+from fused_resnet.freezing.modules import FrozenConv, FrozenLinear, FrozenMaxPool
+from fused_resnet.measuring import rooflines
 from fused_resnet.nn import BasicBlock, Bottleneck
 
 X = (2, 3, 16, 16)
@@ -117,7 +117,7 @@ def test_frozen_functions_are_pickled():
 
 
 def test_explain_names_the_modules_that_an_exported_model_had():
-    model, x, roofline = networks.small(), torch.randn(X), timing.Roofline(bytes_per_s=1e10, flops_per_s=1e11)
+    model, x, roofline = networks.small(), torch.randn(X), rooflines.Roofline(bytes_per_s=1e10, flops_per_s=1e11)
     names = [
         [row.name for row in fused_resnet.explain(fused_resnet.freeze(form, x), x, roofline=roofline).rows]
         for form in (model, exported(model))

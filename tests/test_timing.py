@@ -11,10 +11,11 @@ import torch
 
 import fused_resnet
 from fused_resnet import backends, measuring, models
-from fused_resnet.freezing import plan
+from fused_resnet.freezing import modules
 from fused_resnet.kernels import sources
 from fused_resnet.kernels.triton import cache_read, runtime
-from fused_resnet.measuring import timing
+from fused_resnet.machine import files
+from fused_resnet.measuring import environment, rooflines, timing
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem
 
 SMALL = ConvProblem(4, 8, 6, 5, 16, 3, 3, (1, 1), (1, 1), (1, 1), 1, "relu", False, True, True, torch.float32, "cpu")
@@ -104,12 +105,12 @@ def test_interleaved_on_cuda_sees_the_longer_kernel(graphs):
 
 
 def test_roofline_is_the_larger_of_memory_and_arithmetic():
-    memory_bound = timing.Roofline(bytes_per_s=SMALL.bytes_moved * 10.0, flops_per_s=1e30)
+    memory_bound = rooflines.Roofline(bytes_per_s=SMALL.bytes_moved * 10.0, flops_per_s=1e30)
     assert memory_bound.time_us(SMALL) == pytest.approx(1e5)
     assert memory_bound.time_us(AddReluProblem((4, 4), True, torch.float32, "cpu")) == pytest.approx(
         1e5 * 3 * 16 * 4 / SMALL.bytes_moved
     )
-    compute_bound = timing.Roofline(bytes_per_s=1e30, flops_per_s=SMALL.flops * 100.0)
+    compute_bound = rooflines.Roofline(bytes_per_s=1e30, flops_per_s=SMALL.flops * 100.0)
     assert compute_bound.time_us(SMALL) == pytest.approx(1e4)
 
 
@@ -117,7 +118,7 @@ def test_roofline_is_the_larger_of_memory_and_arithmetic():
 
 
 def test_environment_names_what_matters_and_no_place():
-    record = timing.environment()
+    record = environment.environment()
     assert record["torch"] == torch.__version__ and record["threads"] == torch.get_num_threads()
     assert {"date", "cpu", "cpu_flags", "cores", "python", "triton", "gpu", "commit", "dirty"} <= set(record)
     import socket
@@ -133,36 +134,36 @@ def test_a_record_being_written_is_no_change_of_the_code(tmp_path, monkeypatch):
 
     git("init")
     git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "first")
-    monkeypatch.setattr(timing, "__file__", str(tmp_path / "fused_resnet" / "timing.py"))
-    assert timing.environment()["dirty"] is False
-    timing.write_json(tmp_path / "benchmarks" / "results" / "cpu" / "model.json", {})
-    assert timing.environment()["dirty"] is False
-    timing.write_json(tmp_path / "benchmarks" / "new.json", {})
-    assert timing.environment()["dirty"] is True
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "fused_resnet" / "measuring" / "environment.py"))
+    assert environment.environment()["dirty"] is False
+    files.write_json(tmp_path / "benchmarks" / "results" / "cpu" / "model.json", {})
+    assert environment.environment()["dirty"] is False
+    files.write_json(tmp_path / "benchmarks" / "new.json", {})
+    assert environment.environment()["dirty"] is True
 
 
 def test_write_json_replaces_whole_files(tmp_path):
-    file = timing.write_json(tmp_path / "deep" / "a.json", {"x": 1})
-    timing.write_json(file, {"x": 2})
+    file = files.write_json(tmp_path / "deep" / "a.json", {"x": 1})
+    files.write_json(file, {"x": 2})
     assert json.loads(file.read_text()) == {"x": 2} and [f.name for f in file.parent.iterdir()] == ["a.json"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, error):
-    file = timing.write_json(tmp_path / "a.json", {"x": 1})
+    file = files.write_json(tmp_path / "a.json", {"x": 1})
 
     def interrupted(*_):
         raise error
 
-    monkeypatch.setattr(timing.os, "replace", interrupted)
+    monkeypatch.setattr(files.os, "replace", interrupted)
     with pytest.raises(error):
-        timing.write_json(file, {"x": 2})
+        files.write_json(file, {"x": 2})
     assert json.loads(file.read_text()) == {"x": 1} and [f.name for f in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_write_json_refuses_nan(tmp_path):
     with pytest.raises(ValueError):
-        timing.write_json(tmp_path / "a.json", {"x": math.nan})
+        files.write_json(tmp_path / "a.json", {"x": math.nan})
     assert not list(tmp_path.iterdir())
 
 
@@ -179,20 +180,20 @@ def test_op_variants_are_right_and_say_why_others_are_missing():
 
 def measured(problem=SMALL):
     """One row of `bench ops`."""
-    roof = timing.Roofline(1e10, 1e11)
+    roof = rooflines.Roofline(1e10, 1e11)
     row = measuring.bench_op(problem, {"a model": 2}, lambda dtype: roof, "cpu", 1, 0.01, timing.silent)
     return {"problem": str(problem), **row}
 
 
 def with_bound(monkeypatch, change):
     """FrozenConv's calls, changed by change(output); eager is not a FrozenConv."""
-    bound = plan.FrozenConv.bound
+    bound = modules.FrozenConv.bound
 
     def changed(self):
         call = bound(self)
         return lambda x, residual=None: change(call(x, residual))
 
-    monkeypatch.setattr(plan.FrozenConv, "bound", changed)
+    monkeypatch.setattr(modules.FrozenConv, "bound", changed)
 
 
 def test_a_wrong_kernel_is_found_and_not_timed(monkeypatch):
@@ -302,10 +303,10 @@ def test_cudnn_is_stitched_in_where_it_fits(monkeypatch):
         return backends.known("conv_bn_act")["eager"].run(problem, operands)
 
     fitting = backends.Backend("stitched", lambda p: None if p.activation == "relu" else f"not {p.activation}", run)
-    monkeypatch.setitem(backends.known.__globals__["_REGISTRY"]["conv_bn_act"], "stitched", fitting)
+    monkeypatch.setitem(backends.known.__globals__["REGISTRY"]["conv_bn_act"], "stitched", fitting)
     model, x = measuring.calibrated(models.create("resnet20", option="B"), (3, 16, 16)), torch.randn(2, 3, 16, 16)
     folded = fused_resnet.freeze(model, x, backend="eager").plan(x)
-    assert measuring.variants.stitch(folded, "stitched") == (19, 2)  # the main path before each projection has no ReLU
+    assert measuring.rivals.stitch(folded, "stitched") == (19, 2)  # the main path before each projection has no ReLU
     with torch.no_grad():
         wide = x.to(memory_format=torch.channels_last)
         assert (folded(wide) - model(x)).abs().max() < 1e-4 * model(x).abs().max()
@@ -393,7 +394,7 @@ def tree(tmp_path):
 
 def record(tree, device="NVIDIA H200", date="2026-11-20T08:00:00+00:00", backends=("cuda", "triton"), name="check"):
     verified = sources.verified_record(device, date, backends, tree)
-    timing.write_json(tree / "benchmarks" / "results" / "h200" / f"{name}.json", {"verified": verified})
+    files.write_json(tree / "benchmarks" / "results" / "h200" / f"{name}.json", {"verified": verified})
 
 
 def test_never_verified(tree):
@@ -403,7 +404,7 @@ def test_never_verified(tree):
 
 def test_verified(tree):
     record(tree)
-    timing.write_json(tree / "benchmarks" / "results" / "h200" / "ops.json", {"rows": []})
+    files.write_json(tree / "benchmarks" / "results" / "h200" / "ops.json", {"rows": []})
     assert str(sources.newest(tree)) == "kernels verified on NVIDIA H200, 2026-11-20"
 
 
@@ -422,7 +423,7 @@ def test_a_cpu_kernel_is_not_verified_on_a_gpu(tree):
     of_before = json.loads(path.read_text())
     assert "csrc/grouped.h" not in of_before["verified"]["kernels"]
     of_before["verified"]["kernels"]["csrc/grouped.h"] = "another digest"
-    timing.write_json(path, of_before)
+    files.write_json(path, of_before)
     file.write_text("edited")
     assert str(sources.newest(tree)) == "kernels verified on NVIDIA H200, 2026-11-20"
 

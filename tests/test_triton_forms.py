@@ -19,14 +19,13 @@ from fused_resnet.kernels.triton.conv.configs import (
     TritonConfig,
     configs,
     default_config,
-    estimated_us,
-    likely_config,
     num_tiles,
     search_space,
     shared_bytes,
     sums_per_thread,
     why_illegal,
 )
+from fused_resnet.kernels.triton.conv.cost import estimated_us, likely_config
 from fused_resnet.operators import reference
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.problem import ACTIVATIONS, ConvProblem

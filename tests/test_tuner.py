@@ -22,8 +22,9 @@ from fused_resnet.kernels.triton import precompile, runtime
 from fused_resnet.kernels.triton.conv import configs as conv_configs
 from fused_resnet.kernels.triton.conv import row_space
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
-from fused_resnet.measuring import timing
-from fused_resnet.tuning import tuner
+from fused_resnet.machine import cuda_graphs
+from fused_resnet.measuring import environment, timing
+from fused_resnet.tuning import candidates, convolution, tuner
 from fused_resnet.tuning.journal import Journal
 
 EAGER = backends.known("conv_bn_act")["eager"]
@@ -58,7 +59,7 @@ def times(monkeypatch):
             stats[candidate] = timing.Stats(time_us, time_us, time_us, time_us, 1)
         return stats
 
-    monkeypatch.setattr(tuner.timing, "interleaved", interleaved)
+    monkeypatch.setattr(timing, "interleaved", interleaved)
     return given
 
 
@@ -74,23 +75,23 @@ def names(rows):
 
 
 def test_candidates_start_with_the_fixed_order_and_say_why_others_are_none(tuned_files):
-    found, skipped = tuner.candidates(problem())
+    found, skipped = candidates.candidates(problem())
     assert found[0] == (backends.fixed_order(problem(), in_plan=True).backend, None)
     assert (EAGER, None) in found and (EAGER, backends.EagerConfig("NCHW")) in found
     assert "NVIDIA" in skipped["cudnn"] and "NVIDIA" in skipped["cublaslt"] and "interpreter" in skipped["triton"]
     assert len(set(map(str, found))) == len(found)
     live = problem(has_bn=True, has_bias=False)
-    found, skipped = tuner.candidates(live)
+    found, skipped = candidates.candidates(live)
     assert found[0].backend is EAGER and "folded BN" in skipped["onednn"]
 
 
 def test_configs_that_cannot_win_by_arithmetic_are_dropped(monkeypatch):
     layouts = [backends.EagerConfig(str(time_us)) for time_us in (50, 10, 29, 31, 30)]
     fake = EAGER._replace(configs=lambda p: layouts, estimated_us=lambda p, config: float(config.layout))
-    assert [config.layout for config in tuner.promising(problem(), fake)] == ["10", "29", "30"]
+    assert [config.layout for config in candidates.promising(problem(), fake)] == ["10", "29", "30"]
     many = EAGER._replace(configs=lambda p: list(map(TritonConfig, *[range(40)] * 6)), estimated_us=lambda p, c: 1.0)
-    assert len(tuner.promising(problem(), many)) == tuner._MOST_CONFIGS
-    assert tuner.promising(problem(), EAGER._replace(configs=None)) == []
+    assert len(candidates.promising(problem(), many)) == candidates._MOST_CONFIGS
+    assert candidates.promising(problem(), EAGER._replace(configs=None)) == []
 
 
 def test_the_convolutions_of_models_by_their_share_of_the_work():
@@ -125,29 +126,32 @@ def test_the_fastest_right_candidate_is_what_auto_takes_from_then_on(tuned_files
 
 @pytest.mark.parametrize("median, least, wins", ((96.0, 96.0, True), (98.0, 98.0, False), (90.0, 98.0, False)))
 def test_the_fixed_order_keeps_its_place_unless_it_is_clearly_beaten(median, least, wins):
-    own, other = (tuner.Candidate(EAGER._replace(name=name), None) for name in ("own", "other"))
+    own, other = (candidates.Candidate(EAGER._replace(name=name), None) for name in ("own", "other"))
     stats = {own: timing.Stats(100.0, 100.0, 0, 0, 9), other: timing.Stats(median, least, 0, 0, 9)}
-    assert tuner._winner(own, stats) is (other if wins else own)
+    assert convolution._winner(own, stats) is (other if wins else own)
 
 
 def test_without_the_fixed_order_the_fastest_wins():
-    other = tuner.Candidate(EAGER, None)
+    other = candidates.Candidate(EAGER, None)
     assert (
-        tuner._winner(tuner.Candidate(EAGER._replace(name="own"), None), {other: timing.Stats(1, 1, 1, 1, 1)}) is other
+        convolution._winner(
+            candidates.Candidate(EAGER._replace(name="own"), None), {other: timing.Stats(1, 1, 1, 1, 1)}
+        )
+        is other
     )
 
 
 def test_screening_keeps_the_default_and_the_best_of_each_backend():
     fake = EAGER._replace(name="fake")
-    some = [tuner.Candidate(fake, backends.EagerConfig(str(n))) for n in range(9)]
+    some = [candidates.Candidate(fake, backends.EagerConfig(str(n))) for n in range(9)]
     default, rest = (
-        tuner.Candidate(EAGER, None),
-        [tuner.Candidate(EAGER, backends.EagerConfig(str(n))) for n in range(6)],
+        candidates.Candidate(EAGER, None),
+        [candidates.Candidate(EAGER, backends.EagerConfig(str(n))) for n in range(6)],
     )
     calls = dict.fromkeys([*some, default, *rest])
     stats = {one: timing.Stats(0, float(n), 0, 0, 0) for n, one in enumerate([*some, *rest, default])}
-    kept = tuner._fastest(calls, stats, default)
-    assert list(kept) == [*some[: tuner._FINALISTS], default, *rest[: tuner._FINALISTS]]
+    kept = convolution._fastest(calls, stats, default)
+    assert list(kept) == [*some[: convolution._FINALISTS], default, *rest[: convolution._FINALISTS]]
 
 
 def test_an_entry_keeps_the_best_of_each_backend_and_the_winner_itself():
@@ -155,7 +159,7 @@ def test_an_entry_keeps_the_best_of_each_backend_and_the_winner_itself():
     rows = [("a", None, 10.0), ("a", {"layout": "x"}, 9.9), ("b", {"layout": "x"}, 12.0), ("b", None, 11.0)]
     timed = [dict(backend=b, config=c, median_us=us, error_ratio=0.5) for b, c, us in rows]
     described = {"backend": "a", "config": None}
-    entry = tuner.entry_of({"timed": timed, "winner": described, "default": described}, "run")
+    entry = convolution.entry_of({"timed": timed, "winner": described, "default": described}, "run")
     assert entry.candidates == {
         "a": winners_file.Measured(None, 10.0, 0.5),
         "b": winners_file.Measured(None, 11.0, 0.5),
@@ -167,21 +171,21 @@ def test_a_default_that_a_plan_would_replace_is_measured_by_its_name(monkeypatch
     """A plan takes another config for None, which then is not what was timed."""
     one, config = problem(), backends.EagerConfig("x")
     Fake(monkeypatch, "named", configs=lambda p: [config], default_config=lambda p: config)
-    found, _ = tuner.candidates(one)
+    found, _ = candidates.candidates(one)
     assert [found_one.config for found_one in found if found_one.backend.name == "named"] == [config]
     triton = backends.known("conv_bn_act")["triton"]
-    assert tuner._default(one, triton) == conv_configs.default_config(one)
+    assert candidates._default(one, triton) == conv_configs.default_config(one)
 
 
 def test_an_entry_keeps_a_second_winner_for_where_x_cannot_lie_in_row_space():
     reads = dict(reads_row_space=lambda config: config == backends.EagerConfig("rows"))
-    ours, default = EAGER._replace(name="ours", **reads), tuner.Candidate(EAGER._replace(name="cudnn"), None)
-    rows, other = (tuner.Candidate(ours, backends.EagerConfig(layout)) for layout in ("rows", "other"))
+    ours, default = EAGER._replace(name="ours", **reads), candidates.Candidate(EAGER._replace(name="cudnn"), None)
+    rows, other = (candidates.Candidate(ours, backends.EagerConfig(layout)) for layout in ("rows", "other"))
     for other_us, winner in ((8.0, "ours"), (9.9, "cudnn")):
         times = {default: 10.0, rows: 5.0, other: other_us}
         stats = {one: timing.Stats(us, us, us, us, 9) for one, us in times.items()}
-        row = tuner._row(problem(), "cpu", default, dict.fromkeys(stats, {"error_ratio": 0.5}), stats, {})
-        entry = tuner.entry_of(json.loads(json.dumps(row)), "run")
+        row = convolution._row(problem(), "cpu", default, dict.fromkeys(stats, {"error_ratio": 0.5}), stats, {})
+        entry = convolution.entry_of(json.loads(json.dumps(row)), "run")
         assert (entry.winner, entry.candidates["ours"].config) == ("ours", {"layout": "rows"})
         assert (entry.in_nhwc.winner, entry.in_nhwc.candidates["ours"].config) == (winner, {"layout": "other"})
         assert entry.in_nhwc.candidates["cudnn"].time_us == 10.0
@@ -190,10 +194,10 @@ def test_an_entry_keeps_a_second_winner_for_where_x_cannot_lie_in_row_space():
 
 def test_screening_keeps_the_best_without_row_space():
     ours = EAGER._replace(name="ours", reads_row_space=lambda config: config.layout != "other")
-    some = [tuner.Candidate(ours, backends.EagerConfig(layout)) for layout in (*"abcdef", "other")]
+    some = [candidates.Candidate(ours, backends.EagerConfig(layout)) for layout in (*"abcdef", "other")]
     stats = {one: timing.Stats(0, float(n), 0, 0, 0) for n, one in enumerate(some)}
-    kept = tuner._fastest(dict.fromkeys(some), stats, tuner.Candidate(EAGER, None))
-    assert list(kept) == [*some[: tuner._FINALISTS], some[-1]]
+    kept = convolution._fastest(dict.fromkeys(some), stats, candidates.Candidate(EAGER, None))
+    assert list(kept) == [*some[: convolution._FINALISTS], some[-1]]
 
 
 @pytest.fixture
@@ -212,8 +216,8 @@ needs_interpreter = pytest.mark.skipif(not runtime.INTERPRETED, reason="needs Tr
 @pytest.mark.parametrize("has_residual", (False, True))
 def test_a_time_in_row_space_holds_no_conversion(packed, has_residual):
     """x lies there before the call, as a plan has it. The output is NHWC, and checked as any other."""
-    subject = tuner._Subject(problem(2, has_residual=has_residual), "cpu")
-    candidate = tuner.Candidate(backends.known("conv_bn_act")["triton"], ROWS)
+    subject = convolution._Subject(problem(2, has_residual=has_residual), "cpu")
+    candidate = candidates.Candidate(backends.known("conv_bn_act")["triton"], ROWS)
     call = subject.call(candidate)
     assert packed == [subject.operands.x.shape]
     assert 0 < subject.error_ratio(candidate, call) <= 1 and call().shape == subject.problem.output_shape
@@ -223,8 +227,8 @@ def test_a_time_in_row_space_holds_no_conversion(packed, has_residual):
 @needs_interpreter
 @pytest.mark.parametrize("form", (None, "pointer", "lines_tma"))
 def test_other_forms_are_timed_on_what_everybody_reads(packed, form):
-    subject = tuner._Subject(problem(2), "cpu")
-    candidate = tuner.Candidate(backends.known("conv_bn_act")["triton"], form and ROWS._replace(form=form))
+    subject = convolution._Subject(problem(2), "cpu")
+    candidate = candidates.Candidate(backends.known("conv_bn_act")["triton"], form and ROWS._replace(form=form))
     assert subject.error_ratio(candidate, subject.call(candidate)) <= 1 and not packed
 
 
@@ -232,7 +236,7 @@ def test_row_space_is_no_candidate_with_live_bn():
     """Which runs outside plans: nobody keeps x there."""
     folded = problem(32, torch.float16, "cuda", C=64, K=64, H=28, W=28)
     forms = [
-        {config.form for config in tuner.promising_on(one, 90)}
+        {config.form for config in candidates.promising_on(one, 90)}
         for one in (folded, folded._replace(has_bn=True, has_bias=False))
     ]
     assert "rows_tma" in forms[0] and "rows_tma" not in forms[1]
@@ -296,9 +300,9 @@ def test_a_gpu_that_a_candidate_has_ruined_ends_the_process_and_not_the_measurem
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    with pytest.raises(tuner.DeviceFailed, match="eager on 2x16x8x8 .* give the same command once more to go on"):
-        tuner._check_device("cuda", PROBLEMS[0], tuner.Candidate(EAGER, None))
-    tuner._check_device("cpu", PROBLEMS[0], tuner.Candidate(EAGER, None))
+    with pytest.raises(convolution.DeviceFailed, match="eager on 2x16x8x8 .* give the same command once more to go on"):
+        convolution._check_device("cuda", PROBLEMS[0], candidates.Candidate(EAGER, None))
+    convolution._check_device("cpu", PROBLEMS[0], candidates.Candidate(EAGER, None))
 
 
 # ------------------------------------------------------------------------------------------------------- interruption
@@ -468,7 +472,7 @@ def test_configs_are_written_where_they_ship_without_measuring_again(tuned_files
     times["quick"] = 1
     tune(PROBLEMS[:1])
     calls = len(fake.calls)
-    monkeypatch.setattr(timing, "environment", lambda device: {"date": "later"})
+    monkeypatch.setattr(tuner, "environment_of", lambda device: {"date": "later"})
     result = run("--conv", PROBLEMS[0], "--configs", tmp_path / "configs")
     assert result.exit_code == 0 and len(fake.calls) == calls
     (written,) = (tmp_path / "configs").glob("*.json")
@@ -654,9 +658,9 @@ def pretended_gpu(monkeypatch):
     for name, answer in (("current_device", 0), ("empty_cache", None), ("synchronize", None)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(winners, "device_id", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(timing, "environment", lambda device: {"date": "2026-11-20", "torch": torch.__version__})
-    monkeypatch.setattr(timing, "gpu_state", dict)
-    monkeypatch.setattr(timing, "captured", lambda call: call)
+    monkeypatch.setattr(tuner, "environment_of", lambda device: {"date": "2026-11-20", "torch": torch.__version__})
+    monkeypatch.setattr(environment, "gpu_state", dict)
+    monkeypatch.setattr(cuda_graphs, "captured", lambda call: call)
     monkeypatch.setattr(timing, "interleaved", interleaved)
     real = measuring.random_operands
     monkeypatch.setattr(measuring, "random_operands", lambda problem, device: real(problem, "cpu"))
@@ -684,7 +688,7 @@ def test_the_path_of_a_gpu_without_one(tuned_files, pretended_gpu, monkeypatch, 
 def test_what_is_replayed_is_compared_too(tuned_files, pretended_gpu, monkeypatch):
     """A kernel that is right when it is called, and not from a graph, is wrong."""
     monkeypatch.setattr(tuner, "_compiling", lambda waiting: contextlib.nullcontext({}))
-    monkeypatch.setattr(timing, "captured", lambda call: lambda: call() + 1)
+    monkeypatch.setattr(cuda_graphs, "captured", lambda call: lambda: call() + 1)
     (row,) = tuner.tune([problem(1, torch.float16, "cuda")], device="cuda", folder=winners.user_folder())["rows"]
     assert row["winner"] is None and "triton" in names(row["wrong"]) and not row["timed"]
 
@@ -695,7 +699,7 @@ def test_a_tuned_plan_takes_what_was_measured_faster(tuned_files, name):
     """Where a tuned plan leaves the fixed order, the tuner saw that to be faster; elsewhere it is the same plan. How
     fast the two are is a benchmark's business: `bench model --backend auto --backend untuned`."""
     from fused_resnet import freeze
-    from fused_resnet.freezing.plan import FrozenConv
+    from fused_resnet.freezing.modules import FrozenConv
 
     torch.manual_seed(0)
     model = measuring.calibrated(models.create(name), (3, 64, 64))

@@ -16,7 +16,7 @@ from fused_resnet import backends, freeze, functional, models, testing
 from fused_resnet.backends import choice as choice_module
 from fused_resnet.backends import record as registry
 from fused_resnet.backends import winners, winners_file
-from fused_resnet.freezing import plan
+from fused_resnet.freezing import modules
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
@@ -418,13 +418,13 @@ def test_a_frozen_plan_honours_the_choice(tuned_files):
     model, x = models.create("resnet20").eval(), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         expected = model(x)
-    convs = [m for m in freeze(model, x).plan(x).modules() if isinstance(m, plan.FrozenConv)]
+    convs = [m for m in freeze(model, x).plan(x).modules() if isinstance(m, modules.FrozenConv)]
     assert "eager" not in {conv.backend.name for conv in convs}
     chosen = [conv.problem for conv in convs if conv.problem.has_residual]
     for one in set(chosen):
         tuned_files.add(tuned_files.user, one, entry("eager", eager=(NCHW, 1.0)))
     frozen = freeze(model, x)
-    convs = [m for m in frozen.plan(x).modules() if isinstance(m, plan.FrozenConv)]
+    convs = [m for m in frozen.plan(x).modules() if isinstance(m, modules.FrozenConv)]
     eager = [conv for conv in convs if conv.backend.name == "eager"]
     assert [conv.problem for conv in eager] == chosen and len(convs) > len(eager) > 0
     assert all(conv.weight.is_contiguous() and not conv.in_place for conv in eager)

@@ -21,10 +21,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fused_resnet
-from fused_resnet.freezing.freeze import FrozenModel, FrozenParts
-from fused_resnet.freezing.plan import FrozenConv
-from fused_resnet.fusing.adapters import Adapted, FusedForward
+from fused_resnet.freezing.frozen import FrozenModel, FrozenParts
+from fused_resnet.freezing.modules import FrozenConv
+from fused_resnet.fusing.adapters import Adapted
 from fused_resnet.fusing.convert import fused_convs, left_alone
+from fused_resnet.fusing.fused_forward import FusedForward
 
 full = pytest.mark.full
 

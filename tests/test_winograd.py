@@ -9,7 +9,7 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet import backends, models
-from fused_resnet.freezing.plan import FrozenConv
+from fused_resnet.freezing.modules import FrozenConv
 from fused_resnet.kernels import compiled
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands

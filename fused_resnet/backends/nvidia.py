@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_resnet.backends.record import NEEDS_FOLDED_BN, Backend, Problem
 from fused_resnet.kernels import compiled
 from fused_resnet.kernels.triton import runtime
-from fused_resnet.kernels.triton.conv import configs
+from fused_resnet.kernels.triton.conv import configs, cost
 from fused_resnet.kernels.triton.conv import launch as triton_conv_bn_act
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.operators import layout
@@ -106,7 +106,7 @@ def _triton_legal(problem: ConvProblem) -> Sequence[TritonConfig]:
 
 
 def _triton_estimated_us(problem: ConvProblem, config: TritonConfig) -> float:
-    return configs.estimated_us(problem, config, *_triton_target())
+    return cost.estimated_us(problem, config, *_triton_target())
 
 
 def _triton_launch_us(config: Optional[TritonConfig]) -> float:

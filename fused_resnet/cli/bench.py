@@ -27,8 +27,9 @@ from fused_resnet.cli.console import (
     stdout_console,
 )
 from fused_resnet.kernels import sources
+from fused_resnet.machine import devices
 from fused_resnet.machine.files import write_json
-from fused_resnet.measuring import timing
+from fused_resnet.measuring import environment, timing
 from fused_resnet.reporting import charts
 
 continuing_options = options(
@@ -198,9 +199,9 @@ def _measure(
     device = settings["device"]
     start = {
         "kind": kind,
-        "device": timing.device_name(device),
+        "device": devices.device_name(device),
         "settings": settings,
-        "environment": timing.environment(device),
+        "environment": environment.environment(device),
         "kernels": sources.source_digest(),
     }
     known = _rows_to_keep(out, start) if resume else {}

@@ -19,7 +19,7 @@ from fused_resnet.backends import winners_file
 from fused_resnet.cli.console import as_json_option, new_table, print_json, stdout_console, why_no_cuda
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.machine import files
-from fused_resnet.measuring import timing
+from fused_resnet.measuring import environment
 from fused_resnet.operators import library_faults
 from fused_resnet.operators.problem import ACTIVATIONS, FLOAT_DTYPES, AddReluProblem, ConvProblem, dtype_name
 
@@ -84,7 +84,7 @@ def collect_info() -> dict[str, Any]:
     """Everything `fused-resnet info` shows, as plain values."""
     from fused_resnet.kernels.triton import runtime
 
-    record = timing.environment()
+    record = environment.environment()
     state = sources.newest()
     has_cuda = torch.cuda.is_available()
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if has_cuda else []
@@ -97,7 +97,7 @@ def collect_info() -> dict[str, Any]:
         },
         "packages": {name: _version(name) for name in _OPTIONAL},
         "system": {"platform": _at_home(platform.platform()), "libc": " ".join(platform.libc_ver())},
-        "gpu": timing.environment("cuda")["gpu"] if has_cuda else None,
+        "gpu": environment.environment("cuda")["gpu"] if has_cuda else None,
         "commit": record["commit"],
         "dirty": record["dirty"],
         "devices": {

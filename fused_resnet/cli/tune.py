@@ -26,9 +26,10 @@ from fused_resnet.cli.console import (
     stdout_console,
 )
 from fused_resnet.kernels.triton import precompile, runtime
-from fused_resnet.measuring import timing
+from fused_resnet.machine import devices
+from fused_resnet.measuring import environment
 from fused_resnet.operators.problem import ConvProblem, parsed_problem
-from fused_resnet.tuning import tuner
+from fused_resnet.tuning import candidates, convolution, tuner
 
 _what_options = options(
     click.option("--model", "names", type=Listed("model", models.names, many=True), default=None,
@@ -96,15 +97,15 @@ def tune(
         with progress_on_stderr("tune") as progress:
             found = tuner.tune(problems, device=device, folder=folder or winners.user_folder(), rounds=rounds,
                                again=again, progress=progress, budget_s=budget_s)  # fmt: skip
-    except tuner.DeviceFailed as error:
+    except convolution.DeviceFailed as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         click.echo("What was measured is kept: give the same command again to go on.", err=True)
         raise
     settings = {"models": list(networks), "convs": convs, "batches": batches, "dtypes": dtypes, "device": device,
                 "live_bn": live_bn, "budget_minutes": budget_minutes, "rounds": rounds}  # fmt: skip
-    record = {"kind": "tune", "device": timing.device_name(device), "settings": settings,
-              "environment": timing.environment(device), "summary": summarise(found["rows"]), **found}  # fmt: skip
+    record = {"kind": "tune", "device": devices.device_name(device), "settings": settings,
+              "environment": environment.environment(device), "summary": summarise(found["rows"]), **found}  # fmt: skip
     if as_json:
         return print_json(record)
     _show(record)
@@ -147,7 +148,7 @@ def _show(record: dict[str, Any]) -> None:
     summary = record["summary"]
     if summary["geomean_speedup"] is not None:
         out.print(f"{summary['changed']} of {summary['convolutions']} are faster than the fixed order by more than "
-                  f"{100 * tuner.MARGIN:.0f} %; geometric mean over all {summary['geomean_speedup']:.3f}x, best "
+                  f"{100 * convolution.MARGIN:.0f} %; geometric mean over all {summary['geomean_speedup']:.3f}x, best "
                   f"{summary['best_speedup']:.2f}x")  # fmt: skip
     for row in record["rows"]:
         for one in row["wrong"]:
@@ -178,7 +179,7 @@ def _compile(problems: list[ConvProblem], arch: int, out: Path, triton_version: 
     precompile.write_manifest(out, arch)
     results: list[dict[str, Any]] = []
     with progress_on_stderr("compile") as progress, precompile.Precompiler(arch, out) as compiler:
-        jobs = {p: compiler.submit(p, tuner.promising_on(p, arch)) for p in problems}
+        jobs = {p: compiler.submit(p, candidates.promising_on(p, arch)) for p in problems}
         for index, (problem, job) in enumerate(jobs.items()):
             progress(index / len(jobs), f"{problem}, {len(jobs) - index} to go")
             results += [{"problem": str(problem), "config": c._asdict(), "why": why} for c, why in job.result().items()]

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet import backends
 from fused_resnet.freezing.dtypes import first_line, without_torchs_log
-from fused_resnet.freezing.freeze import FrozenModel, FrozenParts
-from fused_resnet.freezing.plan import FrozenConv, WideConv
+from fused_resnet.freezing.frozen import FrozenModel, FrozenParts
+from fused_resnet.freezing.modules import FrozenConv, WideConv
 from fused_resnet.fusing import convert
 from fused_resnet.graphs.matching import unfolded_norms
 from fused_resnet.graphs.spelling import CONVOLUTIONS, arguments_of

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 import logging
-import threading
-from typing import Any, Callable, Optional, Union, cast
+from typing import Any, Optional, Union
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fused_resnet import backends
-from fused_resnet.freezing.copies import copy_of, copy_tensors, copy_with_parameters, unwrapped
-from fused_resnet.freezing.dtypes import conversion, main_dtype
-from fused_resnet.freezing.parts import freeze_parts
-from fused_resnet.freezing.plan import Plan, make_plan, plainly
-from fused_resnet.freezing.trace import Untraceable, in_training_mode, reads_mode, refuse_hooks, trace
-from fused_resnet.nn.fused import NotScriptable
+from fused_resnet.freezing.copies import unwrapped
+from fused_resnet.freezing.frozen import Frozen, FrozenModel, FrozenParts, NothingToFreeze, is_floating
+from fused_resnet.freezing.trace import Untraceable, in_training_mode, reads_mode, refuse_hooks
 from fused_resnet.operators.problem import dtype_name
 
-MAX_PLANS = 8
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 # In torch.ao.nn.quantized, but of models yet to be quantized, or inside a module that quantizes its own input.
 _SERVES_FLOATS = ("FloatFunctional", "FXFloatFunctional", "LinearPackedParams")
@@ -71,7 +65,7 @@ def freeze(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: expected an nn.Module, got {type(model).__name__}.")
-    example = next((leaf for leaf in pytree.tree_leaves(example_input) if _is_floating(leaf)), None)
+    example = next((leaf for leaf in pytree.tree_leaves(example_input) if is_floating(leaf)), None)
     if example is None:
         is_tensor = isinstance(example_input, Tensor)
         got = f"a {dtype_name(example_input.dtype)} tensor" if is_tensor else type(example_input)
@@ -88,7 +82,7 @@ def freeze(
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"freeze: dtype must be float32, bfloat16, float16 or float64, got {dtype}.")
     backends.check_name("freeze", backend)
-    frozen = [name for name, module in model.named_modules() if isinstance(module, _Frozen)]
+    frozen = [name for name, module in model.named_modules() if isinstance(module, Frozen)]
     if frozen:
         raise ValueError(f"freeze: {frozen[0] or 'the model'} is frozen already. Freeze what it was made from.")
     with torch.inference_mode(False), torch.no_grad():  # copies made in inference mode could not be written to outside
@@ -129,227 +123,3 @@ def _is_quantized(cls: type) -> bool:
     package, _, rest = cls.__module__.partition("quantized.")
     is_known = package.startswith(("torch.nn.", "torch.ao.nn.")) and rest.startswith("modules")
     return is_known and cls.__name__ not in _SERVES_FLOATS
-
-
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-class _Frozen(NotScriptable, nn.Module):
-    """What frozen modules share: they serve, and the way to anything else leads back to the model."""
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        super().train(False)
-        self.__dict__["_original"] = original  # not a submodule: its parameters are not this model's
-
-    def unfreeze(self) -> nn.Module:
-        """The model this was frozen from, as it is now."""
-        return self._original
-
-    def train(self, mode: bool = True) -> "_Frozen":
-        if mode:
-            raise RuntimeError("a frozen model cannot be trained: train frozen.unfreeze() and freeze it again.")
-        return self
-
-    def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
-        """Where what it takes and what it computes with beside its plans lie, and their dtypes."""
-        raise NotImplementedError
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "_Frozen":
-        """What `to`, `float` and their like do to every module: nothing, where this one is as they ask already."""
-        for device, dtype in self._kinds():
-            sample, cause = torch.empty(1, device=device, dtype=dtype), None
-            try:
-                is_kept = fn(sample) is sample
-            except Exception as error:
-                is_kept, cause = False, error
-            if not is_kept:
-                raise RuntimeError(
-                    f"a frozen model cannot be moved or converted, and this one is in {dtype_name(dtype)} on {device}: "
-                    "move frozen.unfreeze() and freeze it again (dtype= converts). Where it is inside another model, "
-                    "the modules that come before it there have been moved."
-                ) from cause
-        return self
-
-
-class FrozenModel(_Frozen):
-    """What `freeze` returns. Callable like the model; `unfreeze()` gives the model back."""
-
-    _lock: threading.Lock
-    _plans: collections.OrderedDict[tuple, Plan]
-
-    def __init__(
-        self,
-        model: nn.Module,
-        example_input: Tensor,
-        dtype: Optional[torch.dtype],
-        backend: str,
-        main: Optional[torch.dtype] = None,  # of the whole, where the model is a part
-    ) -> None:
-        super().__init__(model)
-        own = main_dtype(model, example_input.dtype)
-        self.dtype, self.backend = dtype or own, backend
-        self.device, self.input_dtype = example_input.device, example_input.dtype
-        with plainly(self.device):
-            self.__dict__["_traced"] = trace(model)
-            self._conversion = conversion(self._traced, example_input.detach(), main or own, dtype)
-        self._reset_plans()
-        self._plan_for(example_input)
-
-    def forward(self, x: Tensor) -> Any:
-        if torch.compiler.is_dynamo_compiling():  # asked first: torch 2.11's says that it is exporting too
-            return torch.compiler.disable(self._run, reason="compiled already; export frozen.unfreeze()")(x)
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            raise RuntimeError("a frozen model cannot be exported: its weights are packed. Export frozen.unfreeze().")
-        return self._run(x)
-
-    def _run(self, x: Tensor) -> Any:
-        self._check_input(x)
-        plan = self._plan_for(x)
-        with plainly(self.device):
-            return plan(x)
-
-    def plan(self, x: Tensor) -> fx.GraphModule:
-        """The plan for inputs like x, made now if there is none: `print(frozen.plan(x).code)`."""
-        self._check_input(x)
-        return self._plan_for(x).module
-
-    def taken(self, x: Tensor) -> Tensor:
-        """x as the plan for it takes it."""
-        self._check_input(x)
-        return self._plan_for(x).taken(x)
-
-    def is_graphed(self, x: Tensor) -> bool:
-        """Whether inputs like x are served by replaying a CUDA graph. Without one, a warning has said why."""
-        self._check_input(x)
-        return self._plan_for(x).is_graphed
-
-    def plans(self) -> list[fx.GraphModule]:
-        """The plans that there are, the one used last at the end."""
-        with self._lock:
-            return [plan.module for plan in self._plans.values()]
-
-    def _check_input(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor) or x.dtype != self.input_dtype or x.device != self.device:
-            got = f"{dtype_name(x.dtype)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"frozen for {dtype_name(self.input_dtype)} inputs on {self.device}, got {got}.")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("a frozen model has no gradients: use fused_resnet.fuse, or call it under no_grad.")
-
-    def _plan_for(self, x: Tensor) -> "Plan":
-        key = tuple(x.shape)
-        with self._lock:
-            plan = self._plans.get(key)
-            if plan is None:
-                with plainly(self.device):
-                    plan = self._plans[key] = make_plan(self._traced, x.detach(), self._conversion, self.backend)
-                if len(self._plans) > MAX_PLANS:
-                    self._plans.popitem(last=False)
-            self._plans.move_to_end(key)
-            return plan
-
-    def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
-        return {(self.device, self.input_dtype)}
-
-    def _reset_plans(self) -> None:
-        self.__dict__.update(_lock=threading.Lock(), _plans=collections.OrderedDict())
-
-    def __getstate__(self) -> dict:
-        rebuilt = ("_lock", "_plans")  # packed weights and graphs are made again where they are needed
-        return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._reset_plans()
-
-
-class _FrozenPart(FrozenModel):
-    """A FrozenModel inside a model, which may ask it for its attributes, as they were, but not set them."""
-
-    def __init__(
-        self, part: nn.Module, x: Tensor, dtype: Optional[torch.dtype], backend: str, main: torch.dtype
-    ) -> None:
-        # what the model computes in another dtype than its main one stays in it
-        super().__init__(part, x, dtype if x.dtype == main else None, backend, main)
-        if self._traced.meta["writes_input"]:
-            raise ValueError("freeze: it writes into its input, which a frozen part does not.")
-        try:
-            self.__dict__["_asked"] = copy_of(part)
-        except Exception as error:
-            raise ValueError(f"freeze: {type(part).__name__} cannot be copied: {error}") from error
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__.get("_asked"), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if "_asked" in self.__dict__:
-            raise RuntimeError(
-                f"freeze: the model sets {name!r} of {type(self._original).__name__}, a frozen part, whose plan would "
-                "not see it. Set it before freezing, freeze the modules inside it by themselves, or use "
-                "fused_resnet.fuse."
-            )
-        super().__setattr__(name, value)
-
-
-class NothingToFreeze(ValueError):
-    """No part of a model can be frozen."""
-
-
-class FrozenParts(_Frozen):
-    """What `freeze` returns for a model that cannot be frozen as a whole: a copy with frozen parts.
-
-    Callable like the model, in no_grad mode; autocast around a call changes nothing. parts: {name: FrozenModel}. The
-    rest of the copy computes in the model's dtype, and a part returns the dtypes that its module did.
-
-    A part does what its module did when it was frozen. Its attributes and the modules inside it are those of then, to
-    be read. Setting an attribute of a part is an error. What is set on a module inside, or hooked to it, has no effect:
-    change unfreeze(), and freeze again. Modules that the forward writes to are in no part, and go on from where the
-    model was.
-    """
-
-    def __init__(
-        self, model: nn.Module, example_input: Any, dtype: Optional[torch.dtype], backend: str, reason: str
-    ) -> None:
-        super().__init__(model)
-        tensors = (value for value in pytree.tree_leaves(example_input) if isinstance(value, Tensor))
-        weights = itertools.chain(model.parameters(), model.buffers(), tensors)
-        self._device = next((tensor.device for tensor in weights), torch.device("cpu"))
-        example = next(filter(_is_floating, pytree.tree_leaves(example_input)))
-        main = main_dtype(model, example.dtype)
-        with plainly(self._device):
-            try:
-                plain = copy_with_parameters(model)
-            except Exception as error:
-                raise NothingToFreeze(f"freeze: {type(model).__name__} cannot be copied: {error}") from error
-            parts, expected, self._writes_input = freeze_parts(
-                plain, example_input, lambda part, x: _FrozenPart(part, x, dtype, backend, main)
-            )
-        if not parts:
-            raise NothingToFreeze(f"freeze: no part of {type(model).__name__} can be frozen, and {reason}")
-        self.parts = cast("dict[str, FrozenModel]", parts)
-        replaced = {id(plain.get_submodule(name)): part for name, part in parts.items()}
-        self.__dict__["_copy"] = copy_of(plain, replaced)
-        got, wanted = pytree.tree_structure(self(example_input)), pytree.tree_structure(expected)
-        if got != wanted:
-            raise ValueError(f"freeze: frozen in parts, {type(model).__name__} returns {got} instead of {wanted}.")
-        self.__dict__["_copy"] = copy_of(plain, replaced)  # which has not been called yet: the rest may keep state
-        log.info("frozen in %d parts (%s): %s", len(parts), ", ".join(parts), reason)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self._copy
-        with plainly(self._device):
-            if self._writes_input:
-                args, kwargs = copy_tensors((args, kwargs))
-            return model(*args, **kwargs)
-
-    def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
-        model: Any = self._copy
-        rest = {(tensor.device, tensor.dtype) for tensor in itertools.chain(model.parameters(), model.buffers())}
-        return rest.union(*(part._kinds() for part in self.parts.values()))
-
-    def extra_repr(self) -> str:
-        return ", ".join(self.parts)

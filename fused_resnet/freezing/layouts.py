@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fused_resnet.kernels.triton import runtime
-from fused_resnet.kernels.triton.conv import configs, launch, row_space
+from fused_resnet.kernels.triton.conv import configs, cost, launch, row_space
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.operators import layout
 from fused_resnet.operators.operands import ConvOperands
@@ -58,14 +58,14 @@ def assign(convs: Mapping[fx.Node, Placed], device: torch.device, *, is_replayed
     chosen = dict(convs)
     if is_replayed:
         for node, conv in convs.items():
-            chosen[node] = conv._replace(config=conv.config or configs.likely_config(conv.problem, *target))
+            chosen[node] = conv._replace(config=conv.config or cost.likely_config(conv.problem, *target))
     in_row_space = _in_row_space(chosen, measured=convs)
     for node, conv in chosen.items():
         config, writes_row_space = conv.config, node in in_row_space
         reads_row_space = node.args[0] in in_row_space
         if config is not None and not _suits(config, reads_row_space, writes_row_space):
             suits = functools.partial(_suits, reads_row_space=reads_row_space, writes_row_space=writes_row_space)
-            config = configs.likely_config(conv.problem, *target, suits) if is_replayed else None
+            config = cost.likely_config(conv.problem, *target, suits) if is_replayed else None
         chosen[node] = conv._replace(config=config, writes_row_space=writes_row_space)
     return chosen
 

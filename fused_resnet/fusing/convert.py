@@ -12,9 +12,11 @@ from typing import Any, Callable, NamedTuple, Optional, cast
 
 from torch import fx, nn
 
+import fused_resnet.fusing.known_blocks  # noqa: F401  registers its adapters
 from fused_resnet import backends
-from fused_resnet.fusing import adapters, rewriting
-from fused_resnet.fusing.adapters import Adapted, FusedForward
+from fused_resnet.fusing import adapters, fused_forward, rewriting
+from fused_resnet.fusing.adapters import Adapted
+from fused_resnet.fusing.fused_forward import FusedForward
 from fused_resnet.fusing.rewriting import Rewritten
 from fused_resnet.graphs.spelling import has_convolutions
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBlock, FusedBottleneck
@@ -232,7 +234,7 @@ def _adapted(module: Any) -> tuple[Optional[_Change], Optional[str]]:
 
     def apply() -> None:
         if not isinstance(module, Adapted):
-            set_class(module, adapters.fused_class(Adapted, module.__class__))
+            set_class(module, fused_forward.fused_class(Adapted, module.__class__))
 
     return _Change(apply, True, claims), None
 
@@ -265,11 +267,11 @@ def _why_not_reclassed(module: Any, kind: Any) -> Optional[str]:
     cls: Any = type(module)
     if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _PICKLED_BY):
         return f"{cls.__qualname__} has its own way to be pickled"
-    reason = _why_name_taken(module, adapters.fused_class(kind, nn.Module), nn.Module)
+    reason = _why_name_taken(module, fused_forward.fused_class(kind, nn.Module), nn.Module)
     if reason is not None:
         return reason
     try:  # it may forbid subclasses, or have a layout that no other class has
-        set_class(module, adapters.fused_class(kind, cls))
+        set_class(module, fused_forward.fused_class(kind, cls))
     except Exception as error:
         return f"its class cannot be replaced: {_first_line(error)}"
     set_class(module, cls)

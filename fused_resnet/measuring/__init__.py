@@ -3,23 +3,27 @@
 Every variant is checked against fp64 first; then all of them are timed in turn in one process (`timing`).
 """
 
+from fused_resnet.measuring.cases import (
+    Prepared,
+    compared_case,
+    error_ratio,
+    folded_operands,
+    planned_call,
+    random_operands,
+)
 from fused_resnet.measuring.networks import bench_network, blocks_of, calibrated, max_error
 from fused_resnet.measuring.operators import (
     CountedProblem,
-    Prepared,
     add_relu_variants,
     bench_op,
-    compared_case,
     convs_of,
-    error_ratio,
-    folded_operands,
     mismatches,
     op_subjects,
     op_variants,
-    planned_call,
-    random_operands,
     why_not_timed,
 )
+from fused_resnet.measuring.rivals import compiled
+from fused_resnet.measuring.rooflines import Roofline, roofline
 from fused_resnet.measuring.summary import (
     AUTO,
     COPY,
@@ -38,6 +42,7 @@ from fused_resnet.measuring.summary import (
     summarise_ops,
     with_auto,
 )
+from fused_resnet.measuring.timing import Stats, interleaved
 from fused_resnet.measuring.turns import Measured, Subject, in_turn, part_of
 from fused_resnet.measuring.variants import (
     BASELINES,
@@ -45,7 +50,6 @@ from fused_resnet.measuring.variants import (
     SHORT_DTYPES,
     UNTUNED,
     build_variants,
-    compiled,
     missing_reason,
     short_name,
     variant_builders,
@@ -53,9 +57,10 @@ from fused_resnet.measuring.variants import (
 
 __all__ = [
     "AUTO", "BASELINES", "COMPETITORS", "COPY", "FOLDED", "LOSS_BELOW", "OURS", "SHORT_DTYPES", "THEIRS", "UNFUSED",
-    "UNTUNED", "CountedProblem", "Measured", "Prepared", "Row", "Subject", "add_relu_variants", "bench_network",
-    "bench_op", "blocks_of", "build_variants", "calibrated", "chosen_by_auto", "compared", "compared_case",
-    "compiled", "convs_of", "error_ratio", "folded_operands", "in_turn", "is_ours", "max_error", "mismatches",
-    "missing_reason", "op_subjects", "op_variants", "part_of", "planned_call", "random_operands", "rival_of",
-    "short_name", "summarise", "summarise_networks", "summarise_ops", "variant_builders", "why_not_timed", "with_auto",
+    "UNTUNED", "CountedProblem", "Measured", "Prepared", "Roofline", "Row", "Stats", "Subject", "add_relu_variants",
+    "bench_network", "bench_op", "blocks_of", "build_variants", "calibrated", "chosen_by_auto", "compared",
+    "compared_case", "compiled", "convs_of", "error_ratio", "folded_operands", "in_turn", "interleaved", "is_ours",
+    "max_error", "mismatches", "missing_reason", "op_subjects", "op_variants", "part_of", "planned_call",
+    "random_operands", "rival_of", "roofline", "short_name", "summarise", "summarise_networks", "summarise_ops",
+    "variant_builders", "why_not_timed", "with_auto",
 ]  # fmt: skip

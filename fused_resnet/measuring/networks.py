@@ -8,7 +8,7 @@ from typing import Any, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.measuring.operators import finite
+from fused_resnet.measuring.cases import finite
 from fused_resnet.measuring.timing import Progress, Variants, interleaved, silent
 from fused_resnet.measuring.variants import BASE, SHORT_DTYPES, build_variants, missing_reason, variant_builders
 from fused_resnet.nn import BasicBlock, Bottleneck

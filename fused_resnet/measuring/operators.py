@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import functools
-import math
-from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fused_resnet import backends, testing
-from fused_resnet.freezing import layouts, plan
-from fused_resnet.freezing.freeze import FrozenModel
+from fused_resnet.freezing.frozen import FrozenModel
+from fused_resnet.freezing.modules import FrozenConv
 from fused_resnet.kernels.triton import runtime
-from fused_resnet.kernels.triton.conv import row_space
-from fused_resnet.measuring import timing
+from fused_resnet.measuring import rooflines, timing
+from fused_resnet.measuring.cases import (
+    Prepared,
+    Problem,
+    compared_case,
+    compared_images,
+    error_ratio,
+    finite,
+    folded_operands,
+    planned_call,
+    random_operands,
+)
+from fused_resnet.measuring.rooflines import Roofline
 from fused_resnet.measuring.summary import COPY, FOLDED, UNFUSED, Row
-from fused_resnet.measuring.timing import Progress, Roofline
+from fused_resnet.measuring.timing import Progress
 from fused_resnet.measuring.turns import Subject
 from fused_resnet.measuring.variants import missing_reason, short_name
-from fused_resnet.operators import affine
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem
-
-Problem = Union[ConvProblem, AddReluProblem]
 
 
 class CountedProblem(NamedTuple):
@@ -43,7 +50,7 @@ def convs_of(
     modules = dict(planned.named_modules())
     for node in planned.graph.nodes:
         module = modules.get(node.target) if node.op == "call_module" else None
-        if isinstance(module, plan.FrozenConv):
+        if isinstance(module, FrozenConv):
             problem = module.problem._replace(N=batch, dtype=dtype, device=torch.device(device).type)
             counts[problem] = counts.get(problem, 0) + 1
     return [CountedProblem(problem, count) for problem, count in counts.items()]
@@ -72,7 +79,7 @@ def op_subjects(
                 models[name] = models.get(name, 0) + repeats
     if not counts:
         raise ValueError(f"bench ops: {', '.join(networks)} have no convolution that can be fused.")
-    roof = functools.lru_cache(functools.partial(timing.roofline, device))
+    roof = functools.lru_cache(functools.partial(rooflines.roofline, device))
     subjects: dict[str, Subject] = {}
     for dtype in dtypes:
         for batch in batches:
@@ -87,56 +94,6 @@ def _of_batch(problem: Problem, batch: int) -> Problem:
     if isinstance(problem, ConvProblem):
         return problem._replace(N=batch)
     return problem._replace(shape=(batch, *problem.shape[1:]))
-
-
-def random_operands(problem: ConvProblem, device: str, seed: int = 0) -> ConvOperands:
-    """Operands with live BN for a problem: random-normal activations, He-scaled weights, vectors in fp32."""
-    generator = torch.Generator(device=device).manual_seed(seed)
-    p = problem
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        values = torch.randn(shape, generator=generator, device=device) * scale
-        return values.to(p.dtype, memory_format=torch.channels_last)
-
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(p.K, device=device).uniform_(low, high, generator=generator)
-
-    return ConvOperands(
-        normal(p.N, p.C, p.H, p.W),
-        normal(p.K, p.C // p.groups, p.R, p.S, scale=math.sqrt(2 / p.reduction)),
-        uniform(0.5, 1.5), uniform(-0.5, 0.5), uniform(-0.5, 0.5), uniform(0.5, 1.5),
-        residual=normal(*p.output_shape) if p.has_residual else None,
-    )  # fmt: skip
-
-
-def folded_operands(operands: ConvOperands) -> ConvOperands:
-    """The same operation with BN folded into weight and bias, as `freeze` does."""
-    weight, shift = affine.fold(operands, operands.x.dtype)
-    return ConvOperands(operands.x, weight, bias=shift, residual=operands.residual)
-
-
-def planned_call(problem: ConvProblem, selection: backends.Selection, operands: ConvOperands) -> Callable[[], Tensor]:
-    """A convolution with folded BN as a frozen plan calls it: its weight packed, and x where the plan would have it.
-
-    For a rows_tma config that is row space, and its time holds no conversion: a plan takes what was measured best
-    without wherever it cannot keep x there (`layouts`). The residual and the output are NHWC, since where those lie
-    depends on who else reads them. Triton without a config, which is to say unmeasured, runs its default, for which a
-    plan that is replayed takes a likelier one.
-    """
-    conv, x = plan.FrozenConv(problem, selection, operands.weight, operands.bias), operands.x
-    if selection.backend.name == "triton":
-        conv.placed = layouts.Placed(problem, selection.config)
-        x = row_space.pack(x) if conv.placed.wants_row_space else x
-    return functools.partial(conv.bound(), x, operands.residual)
-
-
-class Prepared(NamedTuple):
-    """A variant of an operator: how to run it, and by which backend's rules a few of its images are compared."""
-
-    run: Callable[[], Tensor]
-    images: Sequence[int]
-    case: testing.Case
-    backend: str
 
 
 def op_variants(problem: ConvProblem, live: ConvOperands) -> tuple[dict[str, Prepared], dict[str, str]]:
@@ -171,7 +128,7 @@ def add_relu_variants(problem: AddReluProblem, device: str) -> tuple[dict[str, P
     )  # fmt: skip
     source = torch.cat([a.flatten(), b.flatten()])[: problem.numel + problem.numel // 2]
     target = torch.empty_like(source)
-    images = _compared_images(problem.shape[0])
+    images = compared_images(problem.shape[0])
     operands = testing.AddReluOperands(a[images], b[images], b[images])
     case = testing.Case(_of_batch(problem, len(images)), operands)
     found = {
@@ -196,43 +153,6 @@ def why_not_timed(problem: Problem) -> dict[str, str]:
         if reason is not None:
             skipped[name] = reason
     return skipped
-
-
-def _compared_images(batch: int) -> list[int]:
-    """The first two images and the last.
-
-    The whole batch is computed, since kernel choice and tile borders depend on it. But an image's output depends on no
-    other image, so a few are enough for the fp64 reference.
-    """
-    return sorted({0, min(1, batch - 1), batch - 1})
-
-
-def compared_case(problem: ConvProblem, operands: ConvOperands) -> tuple[list[int], testing.Case]:
-    """The images of a batch that are held against the reference, and the case that they make."""
-    images = _compared_images(problem.N)
-    return images, testing.Case(problem._replace(N=len(images)), _only(images, operands))
-
-
-def _only(images: Sequence[int], operands: ConvOperands) -> ConvOperands:
-    residual = operands.residual
-    return operands._replace(x=operands.x[images], residual=None if residual is None else residual[images])
-
-
-def error_ratio(prepared: Prepared) -> float:
-    """The worst error as a fraction of what the backend is allowed, over a few images; 0 for a copy.
-
-    Of a convolution, reference.error_bound; an addition rounds once, so any other result counts as infinitely wrong.
-    Anything but a number does too.
-    """
-    if not prepared.images:
-        return 0.0
-    with torch.no_grad():
-        actual = prepared.run()[prepared.images].cpu()
-    case = prepared.case
-    if case.problem.op == "add_relu":
-        return 0.0 if torch.equal(actual, case.expected.to(actual.dtype)) else math.inf
-    error = (actual.double() - case.expected).abs()
-    return (error / testing.bound_of(case, prepared.backend)).nan_to_num(nan=math.inf).max().item()
 
 
 def bench_op(
@@ -317,8 +237,3 @@ def mismatches(rows: Sequence[Row]) -> list[dict[str, Any]]:
             **{name: (None, reason) for name, reason in row["failed"].items()},
         }.items()
     ]
-
-
-def finite(value: float) -> Optional[float]:
-    """JSON has no infinity: None stands for an error without bound."""
-    return value if math.isfinite(value) else None

@@ -1,29 +1,14 @@
-"""Measuring: interleaved timings, this machine's roofline, a record of the environment. Microseconds per call."""
+"""Interleaved timings. Microseconds per call."""
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
 import statistics
-import subprocess
 import time
-from pathlib import Path
-from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, TypeVar, Union
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, TypeVar
 
 import torch
 
-from fused_resnet.freezing.plan import capturing
-from fused_resnet.kernels.triton import cache_read, runtime
-from fused_resnet.kernels.triton.conv.launch import allows_tf32
-from fused_resnet.machine.devices import cpu_flags, cpu_name, device_name
-from fused_resnet.machine.files import write_json
-from fused_resnet.operators.problem import AddReluProblem, ConvProblem
-
-__all__ = [
-    "MIN_ROUNDS", "Progress", "Roofline", "Stats", "Variants", "captured", "device_name", "environment", "gpu_state",
-    "interleaved", "roofline", "silent", "triton_version", "write_json",
-]  # fmt: skip
+from fused_resnet.machine.cuda_graphs import captured
 
 MIN_ROUNDS = 3
 
@@ -35,9 +20,6 @@ Progress = Callable[[float, str], None]
 
 def silent(fraction: float, text: str) -> None:
     pass
-
-
-# ------------------------------------------------------------------------------------------------------------ timing
 
 
 class Stats(NamedTuple):
@@ -142,137 +124,3 @@ def _cuda_clock(device: str) -> Callable[[Callable[[], Any]], float]:
         return start.elapsed_time(end) * 1e3
 
     return measure
-
-
-def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The callable as one CUDA graph: a replay costs a single launch. It returns what the capture returned."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # tuning and lazy initialisation must not happen during capture
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with capturing(), torch.cuda.graph(graph):
-        out = call()
-
-    def replay(kept: Any = call) -> Any:  # the graph works in memory that `call` owns
-        graph.replay()
-        return out
-
-    return replay
-
-
-class Roofline(NamedTuple):
-    """What this machine reaches in copying a buffer too large for its caches, and in one large matrix product.
-
-    On CUDA also in reading a buffer that stays in L2 (None elsewhere, and without Triton).
-    """
-
-    bytes_per_s: float
-    flops_per_s: float
-    l2_bytes_per_s: Optional[float] = None
-
-    def time_us(self, problem: Union[ConvProblem, AddReluProblem]) -> float:
-        """The least time for a problem whose data starts and ends in main memory."""
-        flops = problem.flops if isinstance(problem, ConvProblem) else 0
-        return 1e6 * max(problem.bytes_moved / self.bytes_per_s, flops / self.flops_per_s)
-
-    def as_dict(self) -> dict[str, Optional[float]]:
-        """GB/s and TFLOP/s, for a record."""
-        l2 = self.l2_bytes_per_s
-        return {
-            "gb_per_s": self.bytes_per_s / 1e9,
-            "tflops": self.flops_per_s / 1e12,
-            "l2_gb_per_s": None if l2 is None else l2 / 1e9,
-        }
-
-
-def roofline(device: str, dtype: torch.dtype) -> Roofline:
-    """Measured now, best of several; about two seconds. Caches can beat it: small problems may exceed 100 %."""
-    on_cuda = torch.device(device).type == "cuda"
-    source = torch.randn(2**28 if on_cuda else 2**25, device=device)
-    n = 8192 if on_cuda else 1536
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    target, product = torch.empty_like(source), torch.empty_like(a)
-    calls: Variants = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b, out=product)}
-    l2_bytes = 0
-    if on_cuda and runtime.why_not("cuda", torch.float32) is None and not runtime.INTERPRETED:
-        cached = source[: 2**22]  # 16 MiB
-        sums = torch.empty(8 * torch.cuda.get_device_properties(device).multi_processor_count, device=device)
-        l2_bytes = cache_read.bytes_read(cached, sums)
-        calls["l2 read"] = lambda: cache_read.launch(cached, sums)
-    best = interleaved(calls, device=device, rounds=20, budget_s=2)
-    copied = 2 * source.numel() * source.element_size()
-    return Roofline(
-        copied / best["copy"].min_us * 1e6,
-        2 * n**3 / best["matmul"].min_us * 1e6,
-        l2_bytes / best["l2 read"].min_us * 1e6 if l2_bytes else None,
-    )
-
-
-# ------------------------------------------------------------------------------------------------------- environment
-
-
-def environment(device: str = "cpu") -> dict[str, Any]:
-    """What a number depends on: processor, GPU and clocks, versions, threads, date, commit. No host name, no path."""
-    record: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": cpu_name(),
-        "cpu_flags": cpu_flags(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton_version(),
-        "gpu": None,
-        **_commit(),
-    }
-    if torch.device(device).type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        record["gpu"] = {
-            "name": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "multiprocessors": properties.multi_processor_count,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "cudnn_benchmark": torch.backends.cudnn.benchmark,
-            "allow_tf32": allows_tf32(),
-            **gpu_state(),
-        }
-    return record
-
-
-def triton_version() -> Optional[str]:
-    return runtime.triton.__version__ if runtime.IMPORT_ERROR is None else None
-
-
-def gpu_state() -> dict[str, Any]:
-    """Driver, clocks in MHz and power in W as nvidia-smi reports them; empty where it cannot be asked."""
-    fields = {"driver": "driver_version", "sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "power_w": "power.draw"}
-    query = f"--query-gpu={','.join(fields.values())}"
-    out = _output("nvidia-smi", f"--id={torch.cuda.current_device()}", query, "--format=csv,noheader,nounits")
-    values = [value.strip() for value in out.splitlines()[0].split(",")] if out else []
-    return dict(zip(fields, values))
-
-
-def _commit() -> dict[str, Any]:
-    """The commit of the code that is measured, and whether its tree has other changes.
-
-    Changed records do not count: the one being written is always changed.
-    """
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return {"commit": None, "dirty": None}
-    commit = _output("git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD")
-    changes = _output("git", "-C", str(root), "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
-    return {"commit": commit or None, "dirty": bool(changes)}
-
-
-def _output(*command: str) -> str:
-    """What a program prints, or nothing when it is absent or fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

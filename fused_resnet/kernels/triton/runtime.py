@@ -140,3 +140,8 @@ def start(kernel, num_programs: int, arguments: tuple, options: dict, *, like: T
 
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+def triton_version() -> Optional[str]:
+    """None where Triton is not installed."""
+    return triton.__version__ if IMPORT_ERROR is None else None

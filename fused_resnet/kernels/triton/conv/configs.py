@@ -7,7 +7,7 @@ Forms: "pointer" runs every problem; "gemm_tma" 1x1 filters, "rows_tma" 3x3 filt
 from __future__ import annotations
 
 import functools
-from typing import Callable, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 
@@ -26,10 +26,9 @@ NUM_SMS = 132  # of an H100 and an H200
 MANY_SUMS, _FEW_SUMS = 128, 64
 # More of them have miscompiled a flattened (r, s, c) loop for filters beyond 1x1 (pytorch issue 173068). A config with
 # more is taken only where it was measured, and so held against the reference on that very GPU.
-_SAFE_WARPS = 4
+SAFE_WARPS = 4
 _MAX_HALO = 1.2  # rows computed per row wanted, above which other forms win on paper: 1.31 at 7x7
 _SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # a block's, CUDA C guide
-
 
 _LARGE_TILES = ((128, 256, 8, 3), (256, 128, 8, 3), (128, 128, 8, 4))  # rows, channels, warps, stages
 _TMA_TILES = {
@@ -87,28 +86,9 @@ def default_config(problem: ConvProblem) -> TritonConfig:
     return max(candidates, key=lambda config: num_tiles(problem, config))
 
 
-def likely_config(
-    problem: ConvProblem,
-    arch: int,
-    num_sms: int = NUM_SMS,
-    suits: Callable[[TritonConfig], bool] = lambda config: True,
-) -> TritonConfig:
-    """The config that `estimated_us` likes best of those that suit, for plans whose launches a CUDA graph replays.
-
-    A prediction, of a config that nobody has verified here: for filters beyond 1x1 one of 4 warps (_SAFE_WARPS). The
-    pointer forms that `default_config` chooses from always suit.
-    """
-    most_warps = 8 if problem.R * problem.S == 1 else _SAFE_WARPS
-    candidates = [c for c in configs(problem, arch, num_sms) if c.num_warps <= most_warps and suits(c)]
-    return min(candidates, key=lambda config: estimated_us(problem, config, arch, num_sms))
-
-
-# ------------------------------------------------------------------------------------------------------ candidates
-
-
 def _pointer_tiles(problem: ConvProblem) -> list[TritonConfig]:
     """All fit into 99 KiB of shared memory, so that they run on every GPU from sm_80 on. Eight warps are for pointwise
-    convolutions only (_SAFE_WARPS), since `default_config` takes these unmeasured."""
+    convolutions only (SAFE_WARPS), since `default_config` takes these unmeasured."""
     if problem.C // problem.groups % _step(problem):  # masks and divisions for each element take registers
         tiles = [(64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 3)]
     elif problem.dtype == torch.float32:
@@ -155,9 +135,6 @@ def _step(problem: ConvProblem) -> int:
 
 def _widest(problem: ConvProblem) -> int:
     return max(16, 1 << (problem.K // problem.groups - 1).bit_length())
-
-
-# ------------------------------------------------------------------------------------------------------- legality
 
 
 def is_gemm(problem: ConvProblem) -> bool:
@@ -278,36 +255,3 @@ def _why_hopeless(problem: ConvProblem, config: TritonConfig, num_sms: int) -> O
     if c.persistent and tiles <= num_sms:
         return f"{tiles} tiles are at most one for each of {num_sms} SMs"
     return None
-
-
-# ----------------------------------------------------------------------------------------------------------- cost
-
-# Of an H200: 4.3 TB/s and 790 TFLOP/s (fp16) have been measured on such a card; of its L2, 5.5 to 7 TB/s are said.
-_HBM, _L2, _TENSOR = 4.3e6, 5.5e6, {2: 790e6, 4: 395e6}  # bytes, bytes and flops a microsecond
-# Guesses until a GPU has been asked: the share of the peaks that a K loop reaches, a step's latency when nothing hides
-# it, and what a kernel and a tile cost besides their work.
-_EFFICIENCY = {"pointer": 0.6, "tma": 0.8}
-_LATENCY_US, _LAUNCH_US, _TILE_US = 0.8, 2.0, 1.0
-
-
-def estimated_us(problem: ConvProblem, config: TritonConfig, arch: int = 90, num_sms: int = NUM_SMS) -> float:
-    """What a launch should take by arithmetic, for ranking configs and dropping the hopeless. Not a measurement.
-
-    The longest of: the least bytes from memory; per SM, its tiles' bytes from L2, products, or latencies. A second
-    kernel and the partial sums' way through memory where the reduction is split.
-    """
-    p, c, element = problem, config, problem.dtype.itemsize
-    tiles = num_tiles(p, c)
-    per_sm = -(-tiles // num_sms)
-    depth = -(-p.reduction // (c.BLOCK_K * c.split_k)) * c.BLOCK_K
-    steps = depth // c.BLOCK_K
-    outputs = c.BLOCK_M * c.BLOCK_N * (4 if c.split_k > 1 else element * (2 if p.has_residual else 1))
-    efficiency = _EFFICIENCY["pointer" if c.form == "pointer" else "tma"]
-    from_l2 = ((c.BLOCK_M + c.BLOCK_N) * depth * element / efficiency + outputs) * num_sms / _L2
-    products = 2 * c.BLOCK_M * c.BLOCK_N * depth * num_sms / (_TENSOR.get(element, 395e6) * efficiency)
-    # several programs share an SM where their tiles are small, and hide each other's latency
-    resident = max(1, min(227 * 1024 // shared_bytes(p, c), 2048 // (32 * c.num_warps), per_sm))
-    latency = (steps * _LATENCY_US / max(1, c.num_stages - 1) + _TILE_US) / resident
-    bytes_moved = p.bytes_moved * (num_rows(p, rows_of(p, c.form)) / (p.N * p.P * p.Q) if c.form == "rows_tma" else 1)
-    partial = 2 * 4 * c.split_k * p.N * p.P * p.Q * p.K / _L2 + _LAUNCH_US if c.split_k > 1 else 0.0
-    return max(bytes_moved / _HBM, per_sm * max(from_l2, products, latency)) + partial + _LAUNCH_US

@@ -1,0 +1,158 @@
+"""An explanation as values, as plain dictionaries, and as the text that `print` shows."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any, NamedTuple, Optional
+
+import torch
+
+from fused_resnet.fusing import convert
+from fused_resnet.measuring import rooflines
+from fused_resnet.operators.problem import ConvProblem, dtype_name
+
+_COLUMNS = (
+    "convolution", "problem", "backend", "MB unfused", "MB moved", "MB least", "GFLOP", "least us", "share", "time us"
+)  # fmt: skip
+
+
+class Row(NamedTuple):
+    """One convolution, as often as the model calls it.
+
+    name: the module whose weight it reads. problem: what is asked for; of a plain convolution the convolution alone.
+    backend: who computes it, None where torch's own module does. source: why that one; without a backend, why none.
+    config: the kernel's tile, where the backend has several. why_not: a sentence for each other backend.
+    bytes_moved: what this way of computing moves when no cache helps. Eager makes one pass over memory for each of
+    convolution, BN, addition and activation, a kernel one for all; problem.bytes_moved is the least.
+    least_us: the roofline's time for that least. time_us: measured, median of a few runs of the model, if asked for.
+    """
+
+    name: str
+    problem: ConvProblem
+    backend: Optional[str]
+    source: str
+    config: Optional[dict[str, Any]]
+    why_not: dict[str, str]
+    least_us: float
+    time_us: Optional[float]
+
+    @property
+    def bytes_moved(self) -> int:
+        one_pass = self.backend not in (None, "eager")
+        return self.problem.bytes_moved if one_pass else bytes_unfused(self.problem)
+
+
+class Explanation(NamedTuple):
+    """What `explain` returns: print it, or `as_dict()` for JSON.
+
+    form: "plain", "fused" or "frozen". rows: in the order of the calls. left_alone: modules that look like residual
+    blocks, or parts of a plain model, and why they are not fused. rooflines: measured here, by dtype.
+    """
+
+    model: str
+    form: str
+    example: str
+    rows: tuple[Row, ...]
+    left_alone: tuple[convert.LeftAlone, ...]
+    rooflines: dict[torch.dtype, rooflines.Roofline]
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Sums over the rows. bytes_unfused: with a pass over memory for each step of each row."""
+        times = [row.time_us for row in self.rows]
+        return {
+            "flops": sum(row.problem.flops for row in self.rows),
+            "bytes_unfused": sum(bytes_unfused(row.problem) for row in self.rows),
+            "bytes_moved": sum(row.bytes_moved for row in self.rows),
+            "bytes_least": sum(row.problem.bytes_moved for row in self.rows),
+            "least_us": sum(row.least_us for row in self.rows),
+            "time_us": None if None in times else sum(time for time in times if time is not None),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, for json.dumps. share: of the roofline's time for all rows."""
+        totals = self.totals
+        return {
+            "model": self.model,
+            "form": self.form,
+            "example": self.example,
+            "rooflines": {
+                dtype_name(dtype): {"gb_per_s": roof.bytes_per_s / 1e9, "tflops": roof.flops_per_s / 1e12}
+                for dtype, roof in self.rooflines.items()
+            },
+            "rows": [_row_as_dict(row, totals["least_us"]) for row in self.rows],
+            "totals": totals,
+            "left_alone": [entry._asdict() for entry in self.left_alone],
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def bytes_unfused(problem: ConvProblem) -> int:
+    """The bytes of conv, BN, addition and activation as a pass over memory each, which reads and writes its tensors."""
+    extra_passes = problem.has_bn + problem.has_residual + (problem.activation != "none")
+    return problem.bytes_moved + 2 * extra_passes * math.prod(problem.output_shape) * problem.dtype.itemsize
+
+
+def _row_as_dict(row: Row, total_us: float) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "problem": str(row.problem),
+        "backend": row.backend,
+        "source": row.source,
+        "config": row.config,
+        "why_not": row.why_not,
+        "flops": row.problem.flops,
+        "bytes_unfused": bytes_unfused(row.problem),
+        "bytes_moved": row.bytes_moved,
+        "bytes_least": row.problem.bytes_moved,
+        "least_us": row.least_us,
+        "share": row.least_us / total_us,
+        "time_us": row.time_us,
+    }
+
+
+def _lines(explanation: Explanation) -> list[str]:
+    e, totals = explanation, explanation.totals
+    form = "plain, shown as fused_resnet.fuse would make it" if e.form == "plain" else e.form
+    lines = [f"{e.model}, {form}; input {e.example}; {len(e.rows)} convolutions"]
+    for dtype, roof in e.rooflines.items():
+        ceiling = f"{roof.bytes_per_s / 1e9:.3g} GB/s copy, {roof.flops_per_s / 1e12:.3g} TFLOP/s matmul"
+        lines.append(f"roofline of this device in {dtype_name(dtype)}: {ceiling}")
+    cells: list[tuple[str, ...]] = [_COLUMNS]
+    cells += [_cells(row, totals["least_us"]) for row in e.rows]
+    mb = (f"{totals[name] / 1e6:.1f}" for name in ("bytes_unfused", "bytes_moved", "bytes_least"))
+    time_us = "-" if totals["time_us"] is None else f"{totals['time_us']:.0f}"
+    cells.append(("all", "", "", *mb, f"{totals['flops'] / 1e9:.2f}", f"{totals['least_us']:.0f}", "100 %", time_us))
+    lines += ["", *_aligned(cells, left=3), ""]
+    lines += [f"{backend or 'none'}: {n} of {len(e.rows)}: {source}"
+              for (backend, source), n in Counter((row.backend, row.source) for row in e.rows).items()]  # fmt: skip
+    reasons = Counter(reason for row in e.rows for reason in row.why_not.items())
+    lines += [f"not {backend}: {n} of {len(e.rows)}: {why}" for (backend, why), n in reasons.items()]
+    left_alone: dict[str, list[str]] = {}
+    for name, reason in e.left_alone:
+        left_alone.setdefault(reason, []).append(name)
+    return lines + [f"left alone: {_few(names)}: {reason}" for reason, names in left_alone.items()]
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _cells(row: Row, total_us: float) -> tuple[str, ...]:
+    mb = (f"{n / 1e6:.2f}" for n in (bytes_unfused(row.problem), row.bytes_moved, row.problem.bytes_moved))
+    gflop, share = f"{row.problem.flops / 1e9:.3f}", f"{100 * row.least_us / total_us:.1f} %"
+    time_us = "-" if row.time_us is None else f"{row.time_us:.0f}"
+    return (row.name, str(row.problem), row.backend or "none", *mb, gflop, f"{row.least_us:.0f}", share, time_us)
+
+
+def _aligned(rows: list[tuple[str, ...]], left: int) -> list[str]:
+    """Columns of text; the first `left` of them aligned on the left, the others on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,117 @@
+"""The modules of a plan: convolutions, linear layers and poolings, with all settled but the input."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Callable, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fused_resnet import backends
+from fused_resnet.freezing import layouts
+from fused_resnet.operators.describe import pair
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ConvProblem
+
+
+class FrozenConv(nn.Module):
+    """One fused convolution of a plan: the problem, the backend and config chosen for it, and its packed weight."""
+
+    def __init__(
+        self, problem: ConvProblem, selection: backends.Selection, weight: Tensor, bias: Optional[Tensor]
+    ) -> None:
+        super().__init__()
+        self.problem, self.in_place = problem, False
+        self.placed: Optional[layouts.Placed] = None  # of Triton convolutions: how `layouts` settled them
+        self.weight, self.bias = weight, bias
+        self.select(selection)
+
+    def select(self, selection: backends.Selection) -> None:
+        """Have this selection run it. The weight must not be packed yet, which Triton's never is."""
+        self.selection = selection
+        self.weight = selection.backend.pack(self.problem, self.weight, selection.config)
+
+    @property
+    def backend(self) -> backends.Backend:
+        return self.selection.backend
+
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        return self.bound()(x, residual)
+
+    def bound(self) -> Callable[..., Tensor]:
+        """(x, residual=None) -> output, with all else settled: what a plan calls."""
+        if self.backend.bind is not None:
+            return self.backend.bind(self.problem, self.weight, self.bias, into_residual=self.in_place)
+        if self.placed is not None:
+            run_placed, weight, bias = self.placed.run, self.weight, self.bias
+            return lambda x, residual=None: run_placed(ConvOperands(x, weight, bias=bias, residual=residual))
+        run, problem, weight, bias = self.selection.run, self.problem, self.weight, self.bias
+        return lambda x, residual=None: run(problem, ConvOperands(x, weight, bias=bias, residual=residual))
+
+    def extra_repr(self) -> str:
+        layout = ", in place" if self.in_place else ", into row space" if self.writes_row_space else ""
+        return f"{self.problem}, {self.backend.name}{layout}"
+
+    @property
+    def writes_row_space(self) -> bool:
+        return self.placed is not None and self.placed.writes_row_space
+
+
+class FrozenLinear(nn.Module):
+    """A classifier on a CPU, its weight packed for oneDNN and the batch size."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, batch: int) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.to(dtype), batch)
+            self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bound()(x)
+
+    def bound(self) -> Callable[[Tensor], Tensor]:
+        linear, weight, bias = torch.ops.mkldnn._linear_pointwise.default, self.weight, self.bias
+        return lambda x: linear(x, weight, bias, "none", [], "")
+
+
+class FrozenMaxPool(nn.Module):
+    """A max-pooling on a CPU that writes no indices. x: (N, C, H, W), channels_last or copied into it."""
+
+    def __init__(self, pool: nn.MaxPool2d, output_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.window = tuple(pair("pooling", value) for value in (pool.kernel_size, pool.stride, pool.padding))
+        self.output_shape = output_shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bound()(x)
+
+    def bound(self) -> Callable[[Tensor], Tensor]:
+        max_pool, window, shape = torch.ops.fused_resnet.cpu_max_pool2d.default, self.window, self.output_shape
+
+        def run(x: Tensor) -> Tensor:
+            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+            max_pool(x.contiguous(memory_format=torch.channels_last), *window, out)
+            return out
+
+        return run
+
+
+class WideConv(nn.Module):
+    """A convolution that is no FrozenConv and that torch would compute wrongly in a 16-bit dtype: in fp32.
+
+    run: a module or a function of torch.nn.functional.
+    """
+
+    def __init__(self, run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.run = copy.deepcopy(run).float() if isinstance(run, nn.Module) else run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        (dtype,) = {value.dtype for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        return self.run(*args, **kwargs).to(dtype)
+
+
+LOWERED = (FrozenConv, FrozenLinear, FrozenMaxPool)

@@ -1,0 +1,135 @@
+"""Networks as others run them: torch.compile, cuDNN stitched in, TensorRT, ONNX Runtime, OpenVINO."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet import backends
+from fused_resnet.freezing import modules
+from fused_resnet.freezing.frozen import FrozenModel
+from fused_resnet.machine.cuda_graphs import captured
+from fused_resnet.operators.problem import dtype_name
+
+
+def plain(model: Callable[..., Any], x: Tensor) -> Callable[[], Any]:
+    def run() -> Any:
+        with torch.no_grad():
+            return model(x)
+
+    return run
+
+
+def nhwc(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return copy.deepcopy(model).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def compiled_nhwc(model: nn.Module, x: Tensor, options: dict[str, Any], dtype: torch.dtype) -> Callable[[], Any]:
+    return compiled(nhwc(model, dtype), x.to(dtype), **options)
+
+
+def compiled(model: nn.Module, x: Tensor, **options: Any) -> Callable[[], Any]:
+    """torch.compile with Inductor's freezing, already compiled for x."""
+    import torch._inductor.config as inductor
+
+    with inductor.patch(freezing=True), torch.no_grad():
+        fast = torch.compile(model, **options)
+        fast(x)
+    return plain(fast, x)
+
+
+def stitched_cudnn(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
+    if x.device.type != "cuda":
+        raise RuntimeError("it needs an NVIDIA GPU")
+    folded = FrozenModel(model, x, dtype, "eager").plan(x)
+    stitch(folded, "cudnn")
+    return captured(plain(folded, x.to(dtype)))
+
+
+def stitch(folded: torch.fx.GraphModule, backend: str) -> tuple[int, int]:
+    """Give a plan made with backend="eager" this backend wherever it fits: (convolutions that changed, that did not).
+
+    `freeze` refuses a backend that cannot run every convolution, and cuDNN's fused ones always end in a ReLU.
+    """
+    why_not = backends.known("conv_bn_act")[backend].why_not
+    convs = {name: module for name, module in folded.named_modules() if isinstance(module, modules.FrozenConv)}
+    fitting = {name: conv for name, conv in convs.items() if why_not(conv.problem) is None}
+    for name, conv in fitting.items():
+        chosen = backends.select(conv.problem, backend, in_plan=True)
+        folded.set_submodule(name, modules.FrozenConv(conv.problem, chosen, conv.weight, conv.bias))
+    return len(fitting), len(convs) - len(fitting)
+
+
+def in_tensorrt(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
+    """The network built by TensorRT in this dtype from ONNX, replayed as a CUDA graph."""
+    import tensorrt
+
+    if x.device.type != "cuda":
+        raise RuntimeError("it needs an NVIDIA GPU")
+    x = x.to(dtype).contiguous()
+    logger = tensorrt.Logger(tensorrt.Logger.WARNING)
+    builder = tensorrt.Builder(logger)
+    # strongly typed: the layers run in the dtype that the ONNX file gives them
+    network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = tensorrt.OnnxParser(network, logger)
+    if not parser.parse(_onnx_of(copy.deepcopy(model).to(dtype), x)):
+        raise RuntimeError(f"its ONNX parser says: {parser.get_error(0)}")
+    engine_bytes = builder.build_serialized_network(network, builder.create_builder_config())
+    if engine_bytes is None:
+        raise RuntimeError("it could not build an engine")
+    engine = tensorrt.Runtime(logger).deserialize_cuda_engine(engine_bytes)
+    context = engine.create_execution_context()
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    if len(names) != 2:
+        raise RuntimeError(f"compared on networks with one input and one output only, this one has {len(names)} in all")
+    out = torch.empty(tuple(context.get_tensor_shape(names[1])), dtype=dtype, device=x.device)
+    for name, tensor in zip(names, (x, out)):
+        context.set_tensor_address(name, tensor.data_ptr())
+
+    def run() -> Tensor:
+        context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
+        return out
+
+    run.engine = engine  # type: ignore[attr-defined]  # a context does not keep its engine alive
+    return captured(run)
+
+
+def _onnx_of(model: nn.Module, x: Tensor) -> bytes:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(model, (x,), str(path), dynamo=False)
+        return path.read_bytes()
+
+
+def in_onnxruntime(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
+    import onnxruntime
+
+    _only_on_cpu("onnxruntime", x, dtype, torch.float32)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(_onnx_of(model, x), options, providers=["CPUExecutionProvider"])
+    inputs = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: torch.from_numpy(session.run(None, inputs)[0])
+
+
+def in_openvino(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
+    import openvino
+
+    _only_on_cpu("openvino", x, dtype, torch.float32, torch.bfloat16)
+    hint = "f32" if dtype == torch.float32 else "bf16"
+    settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    converted = openvino.convert_model(model, example_input=x, input=[tuple(x.shape)])
+    network, array = openvino.Core().compile_model(converted, "CPU", settings), x.numpy()
+    return lambda: torch.from_numpy(network(array)[0])
+
+
+def _only_on_cpu(name: str, x: Tensor, dtype: torch.dtype, *dtypes: torch.dtype) -> None:
+    if x.device.type != "cpu" or dtype not in dtypes:
+        raise RuntimeError(f"{name} is compared on the CPU in {' and '.join(map(dtype_name, dtypes))} only")

@@ -1,0 +1,59 @@
+"""What this machine reaches in copying and in multiplying."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional, Union
+
+import torch
+
+from fused_resnet.kernels.triton import cache_read, runtime
+from fused_resnet.measuring.timing import Variants, interleaved
+from fused_resnet.operators.problem import AddReluProblem, ConvProblem
+
+
+class Roofline(NamedTuple):
+    """What this machine reaches in copying a buffer too large for its caches, and in one large matrix product.
+
+    On CUDA also in reading a buffer that stays in L2 (None elsewhere, and without Triton).
+    """
+
+    bytes_per_s: float
+    flops_per_s: float
+    l2_bytes_per_s: Optional[float] = None
+
+    def time_us(self, problem: Union[ConvProblem, AddReluProblem]) -> float:
+        """The least time for a problem whose data starts and ends in main memory."""
+        flops = problem.flops if isinstance(problem, ConvProblem) else 0
+        return 1e6 * max(problem.bytes_moved / self.bytes_per_s, flops / self.flops_per_s)
+
+    def as_dict(self) -> dict[str, Optional[float]]:
+        """GB/s and TFLOP/s, for a record."""
+        l2 = self.l2_bytes_per_s
+        return {
+            "gb_per_s": self.bytes_per_s / 1e9,
+            "tflops": self.flops_per_s / 1e12,
+            "l2_gb_per_s": None if l2 is None else l2 / 1e9,
+        }
+
+
+def roofline(device: str, dtype: torch.dtype) -> Roofline:
+    """Measured now, best of several; about two seconds. Caches can beat it: small problems may exceed 100 %."""
+    on_cuda = torch.device(device).type == "cuda"
+    source = torch.randn(2**28 if on_cuda else 2**25, device=device)
+    n = 8192 if on_cuda else 1536
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    target, product = torch.empty_like(source), torch.empty_like(a)
+    calls: Variants = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b, out=product)}
+    l2_bytes = 0
+    if on_cuda and runtime.why_not("cuda", torch.float32) is None and not runtime.INTERPRETED:
+        cached = source[: 2**22]  # 16 MiB
+        sums = torch.empty(8 * torch.cuda.get_device_properties(device).multi_processor_count, device=device)
+        l2_bytes = cache_read.bytes_read(cached, sums)
+        calls["l2 read"] = lambda: cache_read.launch(cached, sums)
+    best = interleaved(calls, device=device, rounds=20, budget_s=2)
+    copied = 2 * source.numel() * source.element_size()
+    return Roofline(
+        copied / best["copy"].min_us * 1e6,
+        2 * n**3 / best["matmul"].min_us * 1e6,
+        l2_bytes / best["l2 read"].min_us * 1e6 if l2_bytes else None,
+    )
