@@ -264,7 +264,7 @@ def test_gpu_check_writes_at_most_eight_files_and_every_command_parses(setup, mo
     """Each command of ours is handed to the command line with --help, so that a renamed option shows here."""
     from click.testing import CliRunner
 
-    from fused_resnet.__main__ import cli
+    from fused_resnet.cli.main import cli
 
     commands = []
 

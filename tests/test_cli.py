@@ -12,10 +12,9 @@ import torch
 from click.testing import CliRunner
 
 import fused_resnet
-from fused_resnet import __main__ as command_line
 from fused_resnet import measuring, models, testing
 from fused_resnet.backends import winners, winners_file
-from fused_resnet.cli import console, info
+from fused_resnet.cli import console, info, main
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.measuring import environment, rooflines, timing
 from fused_resnet.operators import library_faults
@@ -38,7 +37,7 @@ def quick_roofline(monkeypatch):
 
 
 def run(*arguments):
-    return CliRunner().invoke(command_line.cli, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main.cli, [str(argument) for argument in arguments])
 
 
 def json_of(*arguments, exit_code=0):
@@ -458,22 +457,22 @@ def test_interrupted_is_130_and_leaves_no_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing, "interleaved", interrupted)
     out = tmp_path / "ops.json"
     arguments = ["bench", "ops", "--model", "resnet20", "--out", str(out), *TINY]
-    assert command_line.main(arguments) == 130
+    assert main.main(arguments) == 130
     assert "interrupted" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "ops.json"
-    assert command_line.main(["bench", "ops", "--model", "resnet20", "--out", str(out), *TINY]) == 1
+    assert main.main(["bench", "ops", "--model", "resnet20", "--out", str(out), *TINY]) == 1
     assert "fused-resnet: " in capsys.readouterr().err
 
 
 def test_exit_codes_of_main(capsys):
-    assert command_line.main(["--version"]) == 0
+    assert main.main(["--version"]) == 0
     assert fused_resnet.__version__ in capsys.readouterr().out
-    assert command_line.main(["bench", "ops", "--model", "nope"]) == 2
-    assert command_line.main(["verify", "--problems", "3", "--device", "cpu", "--backend", "cudnn"]) == 1
+    assert main.main(["bench", "ops", "--model", "nope"]) == 2
+    assert main.main(["verify", "--problems", "3", "--device", "cpu", "--backend", "cudnn"]) == 1
 
 
 def test_json_is_alone_on_stdout():

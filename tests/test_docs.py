@@ -16,8 +16,8 @@ import pytest
 
 import fused_resnet
 from fused_resnet import functional
-from fused_resnet.__main__ import cli
 from fused_resnet.backends import record
+from fused_resnet.cli.main import cli
 from fused_resnet.fusing import adapters
 from fused_resnet.kernels.triton import runtime
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet import backends
-from fused_resnet.__main__ import main
 from fused_resnet.backends import choice
 from fused_resnet.backends import record as registry
+from fused_resnet.cli.main import main
 from fused_resnet.explaining import explain as explanation
 from fused_resnet.explaining import table
 from fused_resnet.fusing import convert

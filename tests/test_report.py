@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from fused_resnet import measuring
-from fused_resnet.__main__ import cli
 from fused_resnet.backends import winners_file
+from fused_resnet.cli.main import cli
 from fused_resnet.reporting import charts, report
 
 ROOT = Path(__file__).parents[1]

@@ -12,10 +12,10 @@ import torch
 from click.testing import CliRunner
 from tuned_files import problem
 
-from fused_resnet import __main__ as command_line
 from fused_resnet import backends, measuring, models
 from fused_resnet.backends import record as registry
 from fused_resnet.backends import winners, winners_file
+from fused_resnet.cli import main
 from fused_resnet.freezing import layouts
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.kernels.triton import precompile, runtime
@@ -431,7 +431,7 @@ def test_an_interrupted_candidate_is_none_that_killed(tmp_path):
 
 
 def run(*arguments):
-    return CliRunner().invoke(command_line.cli, ["tune", "--device", "cpu", *map(str, arguments)])
+    return CliRunner().invoke(main.cli, ["tune", "--device", "cpu", *map(str, arguments)])
 
 
 def test_the_command_tunes_one_convolution_for_real(tuned_files):
@@ -498,7 +498,7 @@ def test_ctrl_c_says_how_to_go_on(tuned_files, times, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     Fake(monkeypatch, "interrupting", answer)
-    assert command_line.main(["tune", "--device", "cpu", "--conv", str(PROBLEMS[0])]) == 130
+    assert main.main(["tune", "--device", "cpu", "--conv", str(PROBLEMS[0])]) == 130
     assert "give the same command again to go on" in capsys.readouterr().err
 
 
@@ -515,7 +515,7 @@ def test_ctrl_c_says_how_to_go_on(tuned_files, times, monkeypatch, capsys):
     ),
 )
 def test_wrong_arguments(tuned_files, arguments, message, capsys):
-    assert command_line.main(["tune", "--device", "cpu", *arguments]) in (1, 2)
+    assert main.main(["tune", "--device", "cpu", *arguments]) in (1, 2)
     assert message in " ".join(capsys.readouterr().err.split())
 
 
