@@ -1,6 +1,6 @@
 """Registers, shared memory and spills of every config worth measuring for a model's convolutions, without a GPU.
 
-    python benchmarks/aot_table.py [--model resnet50] [--batch 1,32,256] [--dtype fp16] [--arch 90] [--jobs 2]
+    python -m benchmarks.aot_table [--model resnet50] [--batch 1,32,256] [--dtype fp16] [--arch 90] [--jobs 2]
 
 Writes benchmarks/results/aot/sm_ARCH_MODEL.json, and a Markdown summary beside it. What the JSON already holds for
 these kernels and this Triton is not compiled again, so an interrupted run goes on where it stopped. TRITON_INTERPRET
@@ -18,10 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import shapes  # beside this file
-
+from benchmarks import shapes
 from fused_resnet import measuring
 from fused_resnet.kernels import compiled as libraries
 from fused_resnet.kernels.triton import aot, runtime

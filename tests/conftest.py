@@ -40,7 +40,7 @@ def seeds(request):
 @pytest.fixture
 def tuned_files(tmp_path, monkeypatch):
     """Measurements count, and lie in this test's own folders."""
-    import tuned_files  # which imports Triton
+    from tests.support import tuned_files  # which imports Triton
 
     yield from tuned_files.own_files(tmp_path, monkeypatch)
 

@@ -14,6 +14,21 @@ _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 
 
+def let_torchvision_import() -> None:
+    """Declare the operators that a CUDA build of torchvision wants, where a CPU-only torch cannot load its library.
+
+    Its networks need none of them.
+    """
+    if torch.version.cuda is None and not _STAND_INS:
+        _STAND_INS.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for name in ("nms", "qnms"):
+            if not hasattr(torch.ops.torchvision, name):
+                _STAND_INS[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+_STAND_INS: list[torch.library.Library] = []  # a library that is dropped takes its operators along
+
+
 def load_cifar10_sample() -> tuple[Tensor, Tensor]:
     """500 CIFAR-10 test images, 50 of each class: uint8 RGB (500, 3, 32, 32) and int64 labels (500,)."""
     import numpy as np

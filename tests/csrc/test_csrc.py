@@ -1,0 +1,215 @@
+"""csrc/ through nvcc: every kernel compiles for every architecture without spills, into the instructions meant.
+
+No GPU is needed. ptxas reports registers and spills; cuobjdump, from the triton wheel, shows the instructions.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import pytest
+import torch
+
+from fused_resnet.operators import schemas
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+pytestmark = pytest.mark.skipif(not CSRC.exists(), reason="needs the source tree, not only the wheel")
+
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+FIRST_TIER = ("80", "90", "100")
+SECOND_TIER = ("86", "89", "120")
+ARCHS = [*FIRST_TIER, *(pytest.param(arch, marks=pytest.mark.full) for arch in SECOND_TIER)]
+INCLUDES = ["-I", str(Path(torch.__file__).parent / "include")]
+ELEMENTS = {"f": "float", "N3c104HalfE": "Half", "N3c108BFloat16E": "BFloat16"}
+
+
+class Kernel(NamedTuple):
+    """What ptxas -v says about one kernel."""
+
+    name: str
+    registers: int
+    stack_bytes: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+
+
+class Compiled(NamedTuple):
+    """One .cu file compiled for one architecture."""
+
+    cubin: Path
+    log: str
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        pattern = re.compile(
+            r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+            r"(\d+) bytes spill loads.*?Used (\d+) registers",
+            re.DOTALL,
+        )
+        return [Kernel(name, int(used), *map(int, memory)) for name, *memory, used in pattern.findall(self.log)]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """(source, arch) -> Compiled, each compiled once."""
+    done, folder = {}, tmp_path_factory.mktemp("cubins")
+
+    def compile_once(source: str, arch: str) -> Compiled:
+        if (source, arch) not in done:
+            known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+            if f"compute_{arch}" not in known.split():
+                pytest.skip(f"this nvcc does not know sm_{arch}")
+            cubin = folder / f"{source}.{arch}.cubin"
+            command = [NVCC, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v", *INCLUDES]
+            result = subprocess.run([*command, CSRC / source, "-o", cubin], capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            assert "warning" not in result.stderr, result.stderr
+            done[source, arch] = Compiled(cubin, result.stderr)
+        return done[source, arch]
+
+    return compile_once
+
+
+def conv_kernels(compiled: Compiled) -> dict[tuple[str, int, bool], Kernel]:
+    """(element, tile, is_aligned) -> kernel, from the mangled template arguments."""
+    return {key: kernel for kernel in compiled.kernels if (key := conv_key(kernel.name)) is not None}
+
+
+def conv_key(name: str) -> Optional[tuple[str, int, bool]]:
+    """(element, tile, is_aligned) of a convolution kernel's mangled name; None for others."""
+    found = re.search(r"conv_bn_act_kernelI(\w+?)Li(\d+)ELb(\d)E", name)
+    return found and (ELEMENTS[found[1]], int(found[2]), found[3] == "1")
+
+
+def sum_kernels(compiled: Compiled) -> dict[str, Kernel]:
+    """element -> the kernel that adds up split sums."""
+    found = {re.search(r"sum_splits_kernelI(\w+?)EE?v", kernel.name): kernel for kernel in compiled.kernels}
+    return {ELEMENTS[match[1]]: kernel for match, kernel in found.items() if match}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHS)
+def test_conv_kernels_compile_without_spills(compiled, arch):
+    kernels = conv_kernels(compiled("conv_bn_act.cu", arch))
+    tiles = {tile for _, tile, _ in kernels}
+    assert set(ELEMENTS.values()) == {element for element, _, _ in kernels}
+    for element in ELEMENTS.values():
+        assert {tile for e, tile, is_aligned in kernels if e == element and is_aligned} == tiles
+        assert any(e == element and not is_aligned for e, _, is_aligned in kernels), "a path for any channel count"
+    for key, kernel in kernels.items():
+        assert (kernel.stack_bytes, kernel.spill_store_bytes, kernel.spill_load_bytes) == (0, 0, 0), (key, kernel)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHS)
+def test_conv_kernels_keep_to_the_registers_the_heuristics_count_on(compiled, arch):
+    checks = pytest.importorskip("fused_resnet._host_checks", reason="_host_checks is not built")
+    kernels = conv_kernels(compiled("conv_bn_act.cu", arch))
+    assert {tile for _, tile, _ in kernels} == set(range(checks.NUM_TILES))
+    for (element, tile, is_aligned), kernel in kernels.items():
+        if is_aligned:
+            assert kernel.registers <= checks.tile(tile)["registers"], (element, tile, kernel)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHS)
+def test_split_sums_compile_without_spills_and_overlap_their_loads(compiled, arch):
+    kernels = sum_kernels(compiled("conv_bn_act.cu", arch))
+    assert set(kernels) == set(ELEMENTS.values())
+    code = sass(compiled("conv_bn_act.cu", arch).cubin)
+    for element, kernel in kernels.items():
+        assert (kernel.stack_bytes, kernel.spill_store_bytes, kernel.spill_load_bytes) == (0, 0, 0), kernel
+        # the first sums wait for loads of four splits, 16 bytes each: two per split in half precision
+        before_sums = code[kernel.name].split("FADD")[0]
+        assert len(re.findall(r"LDG\.E\.128", before_sums)) == (4 if element == "float" else 8), element
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHS)
+def test_pointwise_kernels_compile_without_spills(compiled, arch):
+    kernels = compiled("add_relu.cu", arch).kernels
+    assert len(kernels) == 2 * len(ELEMENTS)
+    for kernel in kernels:
+        assert kernel[2:] == (0, 0, 0), kernel
+        # 1280 threads with two 16-byte loads each: 40 KB on their way, where 4.8 TB/s * 0.7 us over 132
+        # multiprocessors needs 25 KB
+        assert kernel.registers * 1280 <= 65536, kernel
+
+
+def sass(cubin: Path) -> dict[str, str]:
+    """Kernel name -> instructions."""
+    triton = pytest.importorskip("triton", reason="needs cuobjdump, which the triton wheel brings")
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not cuobjdump.exists():
+        pytest.skip("this triton has no cuobjdump")
+    text = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    functions = re.split(r"\n\s*Function : ", text)[1:]
+    return dict(function.split("\n", 1) for function in functions)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHS)
+def test_conv_kernels_use_tensor_cores_and_wide_accesses(compiled, arch):
+    cubin = compiled("conv_bn_act.cu", arch).cubin
+    code = {key: None for key in conv_kernels(compiled("conv_bn_act.cu", arch))}
+    for name, instructions in sass(cubin).items():
+        if (key := conv_key(name)) is not None:
+            code[key] = instructions
+    mma = {
+        "Half": r"HMMA\.16816\.F32\b(?!\.BF16)",
+        "BFloat16": r"HMMA\.16816\.F32\.BF16",
+        "float": r"HMMA\.1688\.F32\.TF32",
+    }
+    for (element, _, is_aligned), instructions in code.items():
+        assert re.search(mma[element], instructions)
+        assert re.search(r"LDSM\.16\.M88\.4", instructions), "ldmatrix.x4"
+        assert re.search(r"STG\.E\.128", instructions), "16-byte stores"
+        assert bool(re.search(r"LDGSTS\.E\.BYPASS\.LTC128B\.128|LDGSTS\.E\.BYPASS\.128", instructions)) == is_aligned
+        assert not re.search(r"\b(LDL|STL)\b", instructions), "no local memory"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHS)
+def test_conv_kernels_have_eight_residual_loads_in_flight(compiled, arch):
+    """Or as many rows as a thread has, before it stores the first one; for ReLU and for no activation."""
+    checks = pytest.importorskip("fused_resnet._host_checks", reason="_host_checks is not built")
+    for name, instructions in sass(compiled("conv_bn_act.cu", arch).cubin).items():
+        if (key := conv_key(name)) is None:
+            continue
+        tile, chunk = checks.tile(key[1]), 4 if key[0] == "float" else 8
+        rows = tile["block_m"] * tile["block_n"] // chunk // (32 * tile["warps_m"] * tile["warps_n"])
+        loads = [len(re.findall(r"LDG\.E\.128", part)) for part in re.split(r"STG\.E\.128", instructions)]
+        assert sum(count >= min(rows, 8) for count in loads) >= 2, (key, rows, loads)
+
+
+@needs_nvcc
+def test_pointwise_kernels_move_16_bytes_at_a_time(compiled):
+    for name, instructions in sass(compiled("add_relu.cu", "80").cubin).items():
+        assert len(re.findall(r"LDG\.E\.128", instructions)) >= 2, name
+        assert re.search(r"STG\.E\.128", instructions), name
+
+
+@pytest.mark.parametrize("header", [
+    "problem.h", "heuristics.h", "tile_layout.h", "conv_arguments.h", "kernels.h", "cpu_vectors.h", "winograd.h",
+    "grouped.h",
+])  # fmt: skip
+def test_headers_stand_alone_without_cuda_or_torch(header, tmp_path):
+    """In C++17, with no include path but the standard one."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    source = tmp_path / "alone.cpp"
+    source.write_text(f'#include "{CSRC / header}"\nint main() {{ return 0; }}\n')
+    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", source]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("library", schemas.KERNELS)
+def test_every_kernel_of_the_schemas_is_registered(library):
+    sources = "".join(path.read_text() for path in CSRC.glob(f"{library}_*.cpp"))
+    assert sorted(re.findall(r'm\.impl\("(\w+)"', sources)) == sorted(schemas.KERNELS[library])

@@ -1,0 +1,725 @@
+"""The tuner: what is a candidate, who wins, wrong and crashing candidates, interruption, budget, journal, command."""
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from fused_resnet import backends, measuring, models
+from fused_resnet.backends import record as registry
+from fused_resnet.backends import winners, winners_file
+from fused_resnet.cli import main
+from fused_resnet.freezing import layouts
+from fused_resnet.kernels import compiled, sources
+from fused_resnet.kernels.triton import precompile, runtime
+from fused_resnet.kernels.triton.conv import configs as conv_configs
+from fused_resnet.kernels.triton.conv import row_space
+from fused_resnet.kernels.triton.conv.configs import TritonConfig
+from fused_resnet.machine import cuda_graphs
+from fused_resnet.measuring import environment, timing
+from fused_resnet.tuning import candidates, convolution, tuner
+from fused_resnet.tuning.journal import Journal
+from tests.support.tuned_files import problem
+
+EAGER = backends.known("conv_bn_act")["eager"]
+PROBLEMS = [problem(2), problem(1, C=32)]
+
+
+class Fake:
+    """A backend that answers as `answer` says, and counts its calls. config: of the one config it has beside None."""
+
+    def __init__(self, monkeypatch, name, answer=None, **fields):
+        self.calls, self.answer = [], answer
+        backend = registry.Backend(name, lambda problem: None, self.run, **fields)
+        monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], name, backend)
+
+    def run(self, problem, operands, config=None):
+        self.calls.append((problem, config))
+        out = EAGER.run(problem, operands)
+        return out if self.answer is None else self.answer(problem, out)
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """Microseconds by backend name instead of a clock (1 for those not named); the calls are made, once each."""
+    given = {}
+
+    def interleaved(calls, **options):
+        assert options["device"] == "cpu" and options["cold"]
+        stats = {}
+        for candidate, call in calls.items():
+            call()
+            time_us = float(given.get(str(candidate), given.get(candidate.backend.name, 100.0)))
+            stats[candidate] = timing.Stats(time_us, time_us, time_us, time_us, 1)
+        return stats
+
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+    return given
+
+
+def tune(problems=PROBLEMS, **options):
+    return tuner.tune(problems, device="cpu", folder=winners.user_folder(), **options)
+
+
+def names(rows):
+    return [one["backend"] for one in rows]
+
+
+# -------------------------------------------------------------------------------------------------------- candidates
+
+
+def test_candidates_start_with_the_fixed_order_and_say_why_others_are_none(tuned_files):
+    found, skipped = candidates.candidates(problem())
+    assert found[0] == (backends.fixed_order(problem(), in_plan=True).backend, None)
+    assert (EAGER, None) in found and (EAGER, backends.EagerConfig("NCHW")) in found
+    assert "NVIDIA" in skipped["cudnn"] and "NVIDIA" in skipped["cublaslt"] and "interpreter" in skipped["triton"]
+    assert len(set(map(str, found))) == len(found)
+    live = problem(has_bn=True, has_bias=False)
+    found, skipped = candidates.candidates(live)
+    assert found[0].backend is EAGER and "folded BN" in skipped["onednn"]
+
+
+def test_configs_that_cannot_win_by_arithmetic_are_dropped(monkeypatch):
+    layouts = [backends.EagerConfig(str(time_us)) for time_us in (50, 10, 29, 31, 30)]
+    fake = EAGER._replace(configs=lambda p: layouts, estimated_us=lambda p, config: float(config.layout))
+    assert [config.layout for config in candidates.promising(problem(), fake)] == ["10", "29", "30"]
+    many = EAGER._replace(configs=lambda p: list(map(TritonConfig, *[range(40)] * 6)), estimated_us=lambda p, c: 1.0)
+    assert len(candidates.promising(problem(), many)) == candidates._MOST_CONFIGS
+    assert candidates.promising(problem(), EAGER._replace(configs=None)) == []
+
+
+def test_the_convolutions_of_models_by_their_share_of_the_work():
+    networks = {"resnet20": (models.create("resnet20"), (3, 32, 32))}
+    dtypes = (torch.float32, torch.bfloat16)
+    found = tuner.problems_of(networks, [1, 4], dtypes, "cpu")
+    assert len(found) == len(set(found)) == 9 * 2 * 2
+    assert {(p.N, p.dtype) for p in found} == {(N, dtype) for N in (1, 4) for dtype in dtypes}
+    assert found[-1].C == 3 and not any(p.has_bn for p in found)
+    live = tuner.problems_of(networks, [1], dtypes[:1], "cpu", live_bn=True)
+    assert all(p.has_bn and not p.has_bias for p in live) and len(live) == 9
+
+
+# ------------------------------------------------------------------------------------------------------------ winners
+
+
+def test_the_fastest_right_candidate_is_what_auto_takes_from_then_on(tuned_files, times, monkeypatch):
+    Fake(monkeypatch, "quick", configs=lambda p: [backends.EagerConfig("x"), backends.EagerConfig("y")])
+    times.update({"onednn": 10, "quick": 9, "quick layout=y": 5})
+    result = tune()
+    for one, row in zip(PROBLEMS, result["rows"]):
+        assert row["problem"] == str(one) and row["winner"] == {"backend": "quick", "config": {"layout": "y"}}
+        selection = backends.select(one._replace(N=17))
+        assert (selection.backend.name, selection.config) == ("quick", backends.EagerConfig("y"))
+        assert selection.source == f"tuned here, {result['file']}, batch {one.N}"
+    record = json.loads((winners.user_folder() / result["file"]).read_text())
+    (run,) = record["runs"].values()
+    assert {"cpu", "threads", "torch", "triton", "commit", "kernels"} <= set(run)
+    assert str(sources.ROOT) not in json.dumps(record) and os.uname().nodename not in json.dumps(record)
+    assert result["remaining"] == []
+
+
+@pytest.mark.parametrize("median, least, wins", ((96.0, 96.0, True), (98.0, 98.0, False), (90.0, 98.0, False)))
+def test_the_fixed_order_keeps_its_place_unless_it_is_clearly_beaten(median, least, wins):
+    own, other = (candidates.Candidate(EAGER._replace(name=name), None) for name in ("own", "other"))
+    stats = {own: timing.Stats(100.0, 100.0, 0, 0, 9), other: timing.Stats(median, least, 0, 0, 9)}
+    assert convolution._winner(own, stats) is (other if wins else own)
+
+
+def test_without_the_fixed_order_the_fastest_wins():
+    other = candidates.Candidate(EAGER, None)
+    assert (
+        convolution._winner(
+            candidates.Candidate(EAGER._replace(name="own"), None), {other: timing.Stats(1, 1, 1, 1, 1)}
+        )
+        is other
+    )
+
+
+def test_screening_keeps_the_default_and_the_best_of_each_backend():
+    fake = EAGER._replace(name="fake")
+    some = [candidates.Candidate(fake, backends.EagerConfig(str(n))) for n in range(9)]
+    default, rest = (
+        candidates.Candidate(EAGER, None),
+        [candidates.Candidate(EAGER, backends.EagerConfig(str(n))) for n in range(6)],
+    )
+    calls = dict.fromkeys([*some, default, *rest])
+    stats = {one: timing.Stats(0, float(n), 0, 0, 0) for n, one in enumerate([*some, *rest, default])}
+    kept = convolution._fastest(calls, stats, default)
+    assert list(kept) == [*some[: convolution._FINALISTS], default, *rest[: convolution._FINALISTS]]
+
+
+def test_an_entry_keeps_the_best_of_each_backend_and_the_winner_itself():
+    """The winner may be a default within the margin of a faster config of its own backend."""
+    rows = [("a", None, 10.0), ("a", {"layout": "x"}, 9.9), ("b", {"layout": "x"}, 12.0), ("b", None, 11.0)]
+    timed = [dict(backend=b, config=c, median_us=us, error_ratio=0.5) for b, c, us in rows]
+    described = {"backend": "a", "config": None}
+    entry = convolution.entry_of({"timed": timed, "winner": described, "default": described}, "run")
+    assert entry.candidates == {
+        "a": winners_file.Measured(None, 10.0, 0.5),
+        "b": winners_file.Measured(None, 11.0, 0.5),
+    }
+    assert (entry.winner, entry.default, entry.run) == ("a", "a", "run")
+
+
+def test_a_default_that_a_plan_would_replace_is_measured_by_its_name(monkeypatch):
+    """A plan takes another config for None, which then is not what was timed."""
+    one, config = problem(), backends.EagerConfig("x")
+    Fake(monkeypatch, "named", configs=lambda p: [config], default_config=lambda p: config)
+    found, _ = candidates.candidates(one)
+    assert [found_one.config for found_one in found if found_one.backend.name == "named"] == [config]
+    triton = backends.known("conv_bn_act")["triton"]
+    assert candidates._default(one, triton) == conv_configs.default_config(one)
+
+
+def test_an_entry_keeps_a_second_winner_for_where_x_cannot_lie_in_row_space():
+    reads = dict(reads_row_space=lambda config: config == backends.EagerConfig("rows"))
+    ours, default = EAGER._replace(name="ours", **reads), candidates.Candidate(EAGER._replace(name="cudnn"), None)
+    rows, other = (candidates.Candidate(ours, backends.EagerConfig(layout)) for layout in ("rows", "other"))
+    for other_us, winner in ((8.0, "ours"), (9.9, "cudnn")):
+        times = {default: 10.0, rows: 5.0, other: other_us}
+        stats = {one: timing.Stats(us, us, us, us, 9) for one, us in times.items()}
+        row = convolution._row(problem(), "cpu", default, dict.fromkeys(stats, {"error_ratio": 0.5}), stats, {})
+        entry = convolution.entry_of(json.loads(json.dumps(row)), "run")
+        assert (entry.winner, entry.candidates["ours"].config) == ("ours", {"layout": "rows"})
+        assert (entry.in_nhwc.winner, entry.in_nhwc.candidates["ours"].config) == (winner, {"layout": "other"})
+        assert entry.in_nhwc.candidates["cudnn"].time_us == 10.0
+        assert winners_file.Entry.from_json(json.loads(json.dumps(entry.as_json()))) == entry
+
+
+def test_screening_keeps_the_best_without_row_space():
+    ours = EAGER._replace(name="ours", reads_row_space=lambda config: config.layout != "other")
+    some = [candidates.Candidate(ours, backends.EagerConfig(layout)) for layout in (*"abcdef", "other")]
+    stats = {one: timing.Stats(0, float(n), 0, 0, 0) for n, one in enumerate(some)}
+    kept = convolution._fastest(dict.fromkeys(some), stats, candidates.Candidate(EAGER, None))
+    assert list(kept) == [*some[: convolution._FINALISTS], some[-1]]
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """The shapes that were converted into row space, in order."""
+    shapes, pack = [], row_space.pack
+    monkeypatch.setattr(row_space, "pack", lambda x: shapes.append(x.shape) or pack(x))
+    return shapes
+
+
+ROWS = TritonConfig(64, 16, 16, 8, 4, 2, "rows_tma")
+needs_interpreter = pytest.mark.skipif(not runtime.INTERPRETED, reason="needs Triton's interpreter")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("has_residual", (False, True))
+def test_a_time_in_row_space_holds_no_conversion(packed, has_residual):
+    """x lies there before the call, as a plan has it. The output is NHWC, and checked as any other."""
+    subject = convolution._Subject(problem(2, has_residual=has_residual), "cpu")
+    candidate = candidates.Candidate(backends.known("conv_bn_act")["triton"], ROWS)
+    call = subject.call(candidate)
+    assert packed == [subject.operands.x.shape]
+    assert 0 < subject.error_ratio(candidate, call) <= 1 and call().shape == subject.problem.output_shape
+    assert len(packed) == 1
+
+
+@needs_interpreter
+@pytest.mark.parametrize("form", (None, "pointer", "lines_tma"))
+def test_other_forms_are_timed_on_what_everybody_reads(packed, form):
+    subject = convolution._Subject(problem(2), "cpu")
+    candidate = candidates.Candidate(backends.known("conv_bn_act")["triton"], form and ROWS._replace(form=form))
+    assert subject.error_ratio(candidate, subject.call(candidate)) <= 1 and not packed
+
+
+def test_row_space_is_no_candidate_with_live_bn():
+    """Which runs outside plans: nobody keeps x there."""
+    folded = problem(32, torch.float16, "cuda", C=64, K=64, H=28, W=28)
+    forms = [
+        {config.form for config in candidates.promising_on(one, 90)}
+        for one in (folded, folded._replace(has_bn=True, has_bias=False))
+    ]
+    assert "rows_tma" in forms[0] and "rows_tma" not in forms[1]
+
+
+# ------------------------------------------------------------------------------------------------- wrong, failing, slow
+
+
+@pytest.mark.parametrize(
+    "answer, ratio",
+    ((lambda p, out: torch.zeros_like(out), 1.0), (lambda p, out: torch.full_like(out, math.nan), None)),
+    ids=("zeros", "not a number"),
+)
+def test_a_wrong_candidate_is_recorded_and_never_chosen(tuned_files, times, monkeypatch, answer, ratio):
+    wrong = Fake(monkeypatch, "wrong", answer)
+    times["wrong"] = 1
+    (row, _) = tune()["rows"]
+    assert names(row["wrong"]) == ["wrong"] and "wrong" not in names(row["timed"])
+    assert row["wrong"][0]["error_ratio"] is None if ratio is None else row["wrong"][0]["error_ratio"] > ratio
+    assert len(wrong.calls) == len(PROBLEMS)  # checked, not timed
+    assert winners.lookup(PROBLEMS[0]).backend != "wrong" and winners.lookup(PROBLEMS[0], "wrong") is None
+
+
+def test_one_wrong_element_in_the_last_image_is_seen(tuned_files, times, monkeypatch):
+    def answer(problem, out):
+        out[-1, -1, -1, -1] += 0.01
+        return out
+
+    Fake(monkeypatch, "wrong", answer)
+    assert names(tune([problem(4)])["rows"][0]["wrong"]) == ["wrong"]
+
+
+def test_a_candidate_that_raises_costs_itself_alone(tuned_files, times, monkeypatch):
+    def answer(problem, out):
+        raise RuntimeError("out of resources\nand more")
+
+    Fake(monkeypatch, "broken", answer)
+    (row, _) = tune()["rows"]
+    assert row["failed"] == [{"backend": "broken", "config": None, "why": "RuntimeError: out of resources"}]
+    assert "onednn" in names(row["timed"])
+
+
+def test_where_nothing_runs_there_is_no_winner(tuned_files, times, monkeypatch):
+    """The others are tuned all the same."""
+
+    def too_large(problem, device, seed=0, real=measuring.random_operands):
+        if problem == PROBLEMS[0]:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(problem, device, seed)
+
+    monkeypatch.setattr(measuring, "random_operands", too_large)
+    result = run("--conv", PROBLEMS[0], "--conv", PROBLEMS[1], "--threads", torch.get_num_threads(), "--batch", 1)
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    assert f"{PROBLEMS[0]} - " in text and f"failed: {PROBLEMS[0]}: eager: OutOfMemoryError: out of memory" in text
+    assert winners.lookup(PROBLEMS[0]) is None and winners.lookup(PROBLEMS[1]) is not None
+
+
+def test_a_gpu_that_a_candidate_has_ruined_ends_the_process_and_not_the_measurement(tuned_files, monkeypatch):
+    def synchronize(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(convolution.DeviceFailed, match="eager on 2x16x8x8 .* give the same command once more to go on"):
+        convolution._check_device("cuda", PROBLEMS[0], candidates.Candidate(EAGER, None))
+    convolution._check_device("cpu", PROBLEMS[0], candidates.Candidate(EAGER, None))
+
+
+# ------------------------------------------------------------------------------------------------------- interruption
+
+
+def test_interrupted_and_resumed_with_nothing_lost(tuned_files, times, monkeypatch):
+    """Stopped in the second convolution: its first candidates are not checked again, the first not measured again."""
+    late = Fake(monkeypatch, "late")
+    early = Fake(monkeypatch, "early")
+    registry.REGISTRY["conv_bn_act"]["late"] = registry.REGISTRY["conv_bn_act"].pop("late")  # after early
+
+    def interrupt(problem, out):
+        if problem == PROBLEMS[1]:
+            raise KeyboardInterrupt
+        return out
+
+    late.answer = interrupt
+    for _ in range(2):  # which is not taken for a candidate that kills the process
+        with pytest.raises(KeyboardInterrupt):
+            tune()
+    assert winners.lookup(PROBLEMS[0]) is not None and winners.lookup(PROBLEMS[1]) is None
+    late.answer = None
+    early.calls, late.calls = [], []
+    result = tune()
+    assert [row["problem"] for row in result["rows"]] == list(map(str, PROBLEMS))
+    assert not any(row["failed"] for row in result["rows"])
+    assert {one for one, _ in early.calls + late.calls} == {PROBLEMS[1]}
+    assert len(late.calls) == 1 + len(early.calls)  # both are timed, and one is checked
+    calls = len(late.calls)
+    assert tune()["rows"] == result["rows"] and len(late.calls) == calls  # nothing is left to measure
+
+
+def test_again_measures_again(tuned_files, times, monkeypatch):
+    fake = Fake(monkeypatch, "fake")
+    tune()
+    calls = len(fake.calls)
+    tune(again=True)
+    assert len(fake.calls) == 2 * calls
+    tune()
+    assert len(fake.calls) == 2 * calls
+
+
+def test_a_candidate_that_killed_the_process_twice_is_left_out(tuned_files, times, monkeypatch):
+    fake, candidate = Fake(monkeypatch, "deadly"), "deadly"
+    for times_begun in (1, 2):
+        tuner.journal_of("cpu").begin(str(PROBLEMS[0]), candidate)
+        why = tuner.journal_of("cpu").outcome(str(PROBLEMS[0]), candidate)
+        assert (why is None) == (times_begun == 1)
+    (row,) = tune(PROBLEMS[:1])["rows"]
+    assert row["failed"] == [{"backend": "deadly", "config": None, "why": "the process ended twice while it ran"}]
+    assert fake.calls == []
+
+
+def test_the_budget_ends_it_and_the_next_call_goes_on(tuned_files, times, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(tuner.time, "monotonic", lambda: now[0])
+    Fake(monkeypatch, "slow", lambda p, out: now.__setitem__(0, now[0] + 30.0) or out)
+    problems = [problem(N) for N in (1, 2, 3)]
+    first = tune(problems, budget_s=61.0)
+    assert [row["problem"] for row in first["rows"]] == [str(one) for one in problems[:2]]
+    assert first["remaining"] == [str(problems[2])]
+    assert tune(problems, budget_s=61.0)["remaining"] == []
+
+
+def test_progress_and_the_time_that_is_left(tuned_files, times):
+    seen = []
+    tune([problem(N) for N in (1, 2, 3)], progress=lambda fraction, text: seen.append((round(fraction, 2), text)))
+    assert [fraction for fraction, _ in seen] == [0, 0.33, 0.67, 1]
+    assert "min left" not in seen[0][1] and ", 2 to go, about 1 min left" in seen[1][1] and seen[-1][1] == "done"
+    assert tuner._time_left(60, 1, 10, None) == ", 10 to go, about 10 min left"
+    assert tuner._time_left(60, 1, 10, 180) == ", 10 to go, about 2 min left"
+
+
+def test_shares_of_the_budget():
+    assert tuner._seconds(None, 5, 1) == tuner._SECONDS[1]
+    assert tuner._seconds(100, 80, 10) == 1.0
+    assert (tuner._seconds(100, 99, 10), tuner._seconds(1e6, 0, 1)) == tuner._SECONDS
+
+
+def test_where_nothing_can_be_written_it_is_said_once_and_measured_all_the_same(
+    tuned_files, times, caplog, monkeypatch
+):
+    (winners.user_folder().parent.parent / "file").write_text("")
+    monkeypatch.setenv("FUSED_RESNET_CACHE_DIR", str(winners.user_folder().parent.parent / "file"))
+    result = tune()
+    assert result["file"] is None and len(result["rows"]) == 2
+    assert sum("nothing that is measured is kept" in message for message in caplog.messages) == 1
+    assert sum("an interruption loses it" in message for message in caplog.messages) == 1
+
+
+def test_nothing_to_tune():
+    with pytest.raises(ValueError, match="there is no convolution"):
+        tune([])
+
+
+# ------------------------------------------------------------------------------------------------------------ journal
+
+
+def test_a_journal_counts_only_for_its_identity_and_survives_a_torn_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    journal = Journal(path, {"torch": "1"})
+    journal.finish("p", {"x": 1})
+    with open(path, "a") as file:
+        file.write('\n{"id": "cut sho')
+    journal.end("q", "c", {"error_ratio": 0.5})
+    for line in ("[]", "null", '{"id": 1}', "\x00"):
+        with open(path, "a") as file:
+            file.write("\n" + line)
+    again = Journal(path, {"torch": "1"})
+    assert again.row("p") == {"x": 1} and again.outcome("q", "c") == {"error_ratio": 0.5} and again.row("q") is None
+    other = Journal(path, {"torch": "2"})
+    assert other.row("p") is None
+    journal.start_anew()
+    assert journal.row("p") is None and Journal(path, {"torch": "1"}).outcome("q", "c") is None
+
+
+def test_an_interrupted_candidate_is_none_that_killed(tmp_path):
+    journal = Journal(tmp_path / "a.jsonl", {})
+    for _ in range(3):
+        journal.begin("p", "c")
+        journal.interrupt("p", "c")
+    assert Journal(tmp_path / "a.jsonl", {}).outcome("p", "c") is None
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+
+def run(*arguments):
+    return CliRunner().invoke(main.cli, ["tune", "--device", "cpu", *map(str, arguments)])
+
+
+def test_the_command_tunes_one_convolution_for_real(tuned_files):
+    """No clock is replaced; whoever wins, it is right and `auto` takes it."""
+    one = problem(2)
+    result = run("--conv", one, "--rounds", 2, "--threads", torch.get_num_threads(), "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    (row,) = record["rows"]
+    assert record["kind"] == "tune" and record["environment"]["torch"] == torch.__version__
+    assert {"onednn", "eager"} <= set(names(row["timed"])) and record["summary"]["wrong"] == 0
+    assert all(0 < measured["error_ratio"] <= 1 and measured["median_us"] > 0 for measured in row["timed"])
+    assert backends.select(one, in_plan=True).backend.name == row["winner"]["backend"]
+    shown = run("--conv", one)
+    assert "Tuned on" in shown.output and f"kept in {record['file']}" in " ".join(shown.output.split())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and a CUDA build of torch")
+@pytest.mark.parametrize("live_bn", (False, True))
+def test_tuning_on_a_gpu(tuned_files, live_bn):
+    """Every candidate is right, or fails with a reason; a kernel of ours is among those that were timed. With 8 warps
+    Triton's may be wrong (pytorch issue 173068): finding that out is what the tuner is for."""
+    one = problem(32, torch.float16, "cuda", C=64, K=64, has_bn=live_bn, has_bias=not live_bn)
+    (row,) = tuner.tune([one], device="cuda", folder=winners.user_folder(), rounds=5)["rows"]
+    wrong = [one for one in row["wrong"] if (one["config"] or {}).get("num_warps") != 8]
+    assert not wrong and "triton" in names(row["timed"]) and "eager" in names(row["timed"])
+    assert backends.select(one, in_plan=True).backend.name == row["winner"]["backend"]
+
+
+def test_live_bn_is_tuned_as_the_operator_runs_it(tuned_files, times):
+    (row,) = tune([problem(has_bn=True, has_bias=False)])["rows"]
+    assert row["default"] == {"backend": "eager", "config": None} and not row["wrong"] and not row["failed"]
+    assert {one["backend"] for one in row["timed"]} == {"eager"} and len(row["timed"]) == 2
+
+
+def test_configs_are_written_where_they_ship_without_measuring_again(tuned_files, times, monkeypatch, tmp_path):
+    fake = Fake(monkeypatch, "quick")
+    times["quick"] = 1
+    tune(PROBLEMS[:1])
+    calls = len(fake.calls)
+    monkeypatch.setattr(tuner, "environment_of", lambda device: {"date": "later"})
+    result = run("--conv", PROBLEMS[0], "--configs", tmp_path / "configs")
+    assert result.exit_code == 0 and len(fake.calls) == calls
+    (written,) = (tmp_path / "configs").glob("*.json")
+    assert "later" not in json.loads(written.read_text())["runs"]  # but the one that measured
+    monkeypatch.setenv("FUSED_RESNET_CACHE_DIR", str(tmp_path / "empty"))
+    winners.forget()
+    assert winners.lookup(PROBLEMS[0]).source.startswith("configs/")
+
+
+def test_the_command_shows_what_was_wrong_and_what_failed(tuned_files, times, monkeypatch):
+    def answer(problem, out):
+        raise RuntimeError("no luck")
+
+    Fake(monkeypatch, "broken", answer)
+    Fake(monkeypatch, "wrong", lambda p, out: out + 1)
+    text = " ".join(run("--conv", PROBLEMS[0]).output.split())
+    assert f"failed: {PROBLEMS[0]}: broken: RuntimeError: no luck" in text
+    assert f"WRONG {PROBLEMS[0]}: wrong: " in text and "of the bound" in text
+
+
+def test_ctrl_c_says_how_to_go_on(tuned_files, times, monkeypatch, capsys):
+    def answer(problem, out):
+        raise KeyboardInterrupt
+
+    Fake(monkeypatch, "interrupting", answer)
+    assert main.main(["tune", "--device", "cpu", "--conv", str(PROBLEMS[0])]) == 130
+    assert "give the same command again to go on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    (
+        (["--conv", "nonsense"], "is no convolution such as"),
+        (["--dtype", "fp8"], "unknown dtype 'fp8'; known ones are fp32, fp16, bf16."),
+        (["--model", "resnet51"], "unknown model 'resnet51'"),
+        (["--compile-only"], "--compile-only and --out DIR go together"),
+        (["--out", "somewhere"], "--compile-only and --out DIR go together"),
+        (["--compile-only", "--out", "x", "--triton", "2.0.0"], "this is Triton"),
+        (["--conv", "1x4x4x4 -> 4, 1x1 float32 plain relu", "--compiled", "."], "--compiled is for a GPU"),
+    ),
+)
+def test_wrong_arguments(tuned_files, arguments, message, capsys):
+    assert main.main(["tune", "--device", "cpu", *arguments]) in (1, 2)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+# -------------------------------------------------------------------------------------------------- compiling ahead
+
+
+CONFIGS = [TritonConfig(32, 32, 32, 8, 4, stages) for stages in (2, 3, 4)]
+
+
+def test_a_config_that_ends_the_compiler_costs_itself_alone(monkeypatch):
+    started = []
+
+    def work(self, problem, configs):
+        started.append(len(configs))
+        return ([None], "the compiler ended: Segmentation fault") if len(configs) == 3 else (["bad"], "")
+
+    monkeypatch.setattr(precompile.Precompiler, "_work", work)
+    with precompile.Precompiler(90, workers=1) as compiler:
+        results = compiler.submit(problem(device="cuda"), CONFIGS).result()
+    assert list(results.items()) == list(zip(CONFIGS, (None, "the compiler ended: Segmentation fault", "bad")))
+    assert started == [3, 1]
+
+
+def test_what_still_compiles_is_ended(monkeypatch):
+    """While the threads that wait for the processes take them off the list."""
+
+    class Process:
+        def kill(self):
+            compiler._running.discard(self)
+            killed.append(self)
+
+    killed = []
+    with precompile.Precompiler(90, workers=1) as compiler:
+        compiler._running.update(running := [Process(), Process(), Process()])
+    assert set(killed) == set(running)
+
+
+def test_carried_kernels_serve_only_what_they_were_compiled_for(tmp_path, monkeypatch):
+    if precompile.triton_version() is None:
+        pytest.skip("Triton is not installed")
+    assert "holds no fused_resnet.json" in precompile.why_not_carried(tmp_path, 90)
+    for arch in (100, 90):
+        precompile.write_manifest(tmp_path, arch)
+    assert precompile.why_not_carried(tmp_path, 90) is None and precompile.why_not_carried(tmp_path, 100) is None
+    assert "sm_90, sm_100, this GPU is sm_80" in precompile.why_not_carried(tmp_path, 80)
+    monkeypatch.setattr(compiled, "kernel_digest", lambda backend: "other")
+    assert "other kernel sources" in precompile.why_not_carried(tmp_path, 90)
+    monkeypatch.setattr(precompile, "triton_version", lambda: "2.0.0")
+    assert "this is 2.0.0" in precompile.why_not_carried(tmp_path, 90)
+    with pytest.raises(ValueError, match="use another folder"):
+        precompile.write_manifest(tmp_path, 90)
+
+
+@pytest.mark.full
+def test_kernels_are_compiled_without_a_gpu_and_found_again(tmp_path):
+    """Compiled twice, the second time from the cache: nothing is added. A tile that Triton refuses is reported."""
+    if precompile.triton_version() is None:
+        pytest.skip("Triton is not installed")
+    one = problem(device="cuda", dtype=torch.float16)
+    bad = CONFIGS[0]._replace(BLOCK_M=33)
+    with precompile.Precompiler(90, tmp_path, workers=1) as compiler:
+        first = compiler.submit(one, [*CONFIGS[:2], bad]).result()
+        folders = sorted(path.name for path in tmp_path.iterdir())
+        again = compiler.submit(one, CONFIGS[:2]).result()
+    assert first[CONFIGS[0]] is None and first[CONFIGS[1]] is None and "does not compile" in first[bad]
+    assert again == dict.fromkeys(CONFIGS[:2]) and sorted(path.name for path in tmp_path.iterdir()) == folders
+    assert len(list(tmp_path.glob("*/*.cubin"))) == 2
+
+
+@pytest.mark.full
+def test_what_is_compiled_ahead_is_what_a_launch_looks_up(tmp_path):
+    """Real tensors, aligned as torch aligns them, through the launcher: no new kernel. In a process of its own, since
+    Triton must not be interpreted; the driver is replaced there too, and nothing is started."""
+    if precompile.triton_version() is None:
+        pytest.skip("Triton is not installed")
+    one = problem(device="cuda", dtype=torch.float16, has_residual=True)
+    with precompile.Precompiler(90, tmp_path, workers=1) as compiler:
+        assert set(compiler.submit(one, CONFIGS[:1]).result().values()) == {None}
+    script = f"""
+import torch
+from triton.runtime import driver
+from fused_resnet import measuring
+from fused_resnet.kernels.triton import precompile
+from fused_resnet.kernels.triton.conv import launch as conv_bn_act
+from fused_resnet.kernels.triton.conv.configs import TritonConfig
+from fused_resnet.operators.problem import parsed_problem
+driver.set_active(precompile._Driver(90))
+problem = parsed_problem({str(one)!r}, "cuda")
+operands = measuring.folded_operands(measuring.random_operands(problem._replace(device="cpu"), "cpu"))
+out = torch.empty(problem.output_shape, dtype=torch.float16)
+for launch in conv_bn_act.prepare(problem, operands, out, TritonConfig(*{tuple(CONFIGS[0])})):
+    launch.kernel.warmup(*launch.arguments, grid=(launch.num_programs,), **launch.options)
+"""
+    before = sorted(tmp_path.rglob("*"))
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        cwd=sources.ROOT,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# ----------------------------------------------------------------------------------------------------- the whole path
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """All of a GPU that the tuner asks for, but the GPU.
+
+    Triton's record computes by ATen on the CPU, and what would be captured is called. The clock gives every candidate
+    the same time but one config of Triton's.
+    """
+    fastest = []
+
+    def run(problem, operands, config=None):
+        return EAGER.run(problem, operands)
+
+    def interleaved(calls, **options):
+        configs = [one for one in calls if one.backend.name == "triton" and one.config is not None]
+        fastest[:] = fastest or configs[1:2]
+        us = {one: 10.0 if [one] == fastest else 20.0 for one in calls}
+        return {one: timing.Stats(us[one], us[one], 0, 0, call() is None) for one, call in calls.items()}
+
+    def run_placed(placed, operands):
+        p, x = placed.problem, operands.x
+        return run(p, operands if x.dim() == 4 else operands._replace(x=row_space.unpack(x, p.N, p.H, p.W)))
+
+    monkeypatch.setattr(layouts.Placed, "run", run_placed)
+    triton = backends.known("conv_bn_act")["triton"]
+    pretended = triton._replace(why_not=lambda problem: None, run=run)
+    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "triton", pretended)
+    for name in ("cuda", "cudnn", "cublaslt"):
+        absent = backends.known("conv_bn_act")[name]._replace(why_not=lambda problem: "there is no GPU")
+        monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], name, absent)
+    monkeypatch.setattr(tuner.runtime, "INTERPRETED", False)
+    monkeypatch.setattr(tuner.runtime, "arch", lambda device: 90)
+    monkeypatch.setattr(tuner.runtime, "num_sms", lambda device: 132)
+    for name, answer in (("current_device", 0), ("empty_cache", None), ("synchronize", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(winners, "device_id", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(tuner, "environment_of", lambda device: {"date": "2026-11-20", "torch": torch.__version__})
+    monkeypatch.setattr(environment, "gpu_state", dict)
+    monkeypatch.setattr(cuda_graphs, "captured", lambda call: call)
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+    real = measuring.random_operands
+    monkeypatch.setattr(measuring, "random_operands", lambda problem, device: real(problem, "cpu"))
+    return fastest
+
+
+@pytest.mark.full
+def test_the_path_of_a_gpu_without_one(tuned_files, pretended_gpu, monkeypatch, tmp_path):
+    """Triton's candidates are really compiled for sm_90, in processes; the winner is found again with its config."""
+    if precompile.triton_version() is None:
+        pytest.skip("Triton is not installed")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    one = problem(32, torch.float16, "cuda", C=64, K=64)
+    (row,) = tuner.tune([one], device="cuda", folder=winners.user_folder())["rows"]
+    (winner,) = pretended_gpu
+    assert not row["failed"] and not row["wrong"]
+    assert list((tmp_path / "triton").glob("*/*.cubin"))
+    selection = backends.select(one._replace(N=48), in_plan=True)
+    assert (selection.backend.name, selection.config) == ("triton", winner.config)
+    assert selection.source == "tuned here, NVIDIA_H200.json, batch 32"
+    with winners.ignored():
+        assert backends.select(one, in_plan=True).backend.name != "triton"
+
+
+def test_what_is_replayed_is_compared_too(tuned_files, pretended_gpu, monkeypatch):
+    """A kernel that is right when it is called, and not from a graph, is wrong."""
+    monkeypatch.setattr(tuner, "_compiling", lambda waiting: contextlib.nullcontext({}))
+    monkeypatch.setattr(cuda_graphs, "captured", lambda call: lambda: call() + 1)
+    (row,) = tuner.tune([problem(1, torch.float16, "cuda")], device="cuda", folder=winners.user_folder())["rows"]
+    assert row["winner"] is None and "triton" in names(row["wrong"]) and not row["timed"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ("resnet50", "resnext50_32x4d"))
+def test_a_tuned_plan_takes_what_was_measured_faster(tuned_files, name):
+    """Where a tuned plan leaves the fixed order, the tuner saw that to be faster; elsewhere it is the same plan. How
+    fast the two are is a benchmark's business: `bench model --backend auto --backend untuned`."""
+    from fused_resnet import freeze
+    from fused_resnet.freezing.modules import FrozenConv
+
+    torch.manual_seed(0)
+    model = measuring.calibrated(models.create(name), (3, 64, 64))
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    with winners.ignored():
+        untuned = freeze(model, x)
+    problems = tuner.problems_of({name: (model, (3, 64, 64))}, [2], [torch.float32], "cpu")
+    result = tune(problems, rounds=8)
+    tuned = freeze(model, x)
+    assert not any(row["wrong"] or row["failed"] for row in result["rows"])
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(x), untuned(x), rtol=1e-3, atol=1e-3)
+    chosen, fixed = (
+        [m for m in plan.plan(x).modules() if isinstance(m, FrozenConv)] for plan in (tuned, untuned)
+    )  # fmt: skip
+    assert len(chosen) == len(fixed) == 53
+    for ours, default in zip(chosen, fixed):
+        assert ours.problem == default.problem and ours.selection.source.startswith("tuned here")
+        winner = winners.lookup(ours.problem)
+        assert winner.backend == ours.backend.name
+        if ours.backend is not default.backend:
+            kept = winners.lookup(ours.problem, default.backend.name)
+            assert kept is None or winner.time_us < kept.time_us
