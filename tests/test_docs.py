@@ -157,7 +157,7 @@ def test_every_environment_variable_is_documented():
     files = [*(ROOT / "fused_resnet").rglob("*.py"), ROOT / "setup.py", *(ROOT / "benchmarks").glob("*.py"),
              ROOT / "tests" / "conftest.py", ROOT / "tests" / "real_data.py"]  # fmt: skip
     read = set().union(*(variables_of(file.read_text()) for file in files))
-    cpp = "".join(file.read_text() for file in (ROOT / "csrc").iterdir())
+    cpp = "".join(file.read_text() for file in (ROOT / "csrc").rglob("*.*"))
     in_cpp = re.findall(r'getenv\("(\w+)"\)', cpp)
     assert len(in_cpp) == cpp.count("getenv(")
     read |= set(in_cpp)

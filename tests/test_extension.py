@@ -4,10 +4,12 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import types
 import zipfile
 from pathlib import Path
 
@@ -531,7 +533,86 @@ def test_rebuilding_compiles_only_what_changed(sources):
     assert "] compile" in build()
     again = build()
     assert "no work to do" in again and "] compile" not in again
-    header = sources / "csrc" / "operators.h"
+    header = sources / "csrc" / "common" / "checks.h"
     header.write_text(header.read_text() + "\n")
     touched = build()
-    assert "cpu_ops.cpp" in touched and "host_checks.cpp" not in touched
+    assert "cpu/add_relu.cpp" in touched and "host_checks.cpp" not in touched
+
+
+# Instead of a compiler: writes which files are included, as -MD does, and an empty output.
+ONLY_DEPENDENCIES = """#!{python}
+import re, sys
+from pathlib import Path
+options = dict(zip(sys.argv, sys.argv[1:]))
+folders = [Path(option[2:]) for option in sys.argv if option.startswith("-I")]
+found, left = set(), [Path(options["-c"])] if "-c" in options else []
+while left:
+    file = left.pop()
+    found.add(file)
+    named = re.findall('^#include "(.+)"', file.read_text(), re.MULTILINE)
+    candidates = (folder / name for name in named for folder in (file.parent, *folders))
+    left += [header for header in candidates if header.exists() and header not in found]
+if found:
+    Path(options["-MF"]).write_text(options["-o"] + ": " + " ".join(map(str, found)))
+Path(options["-o"]).touch()
+"""
+
+
+@pytest.fixture
+def ninja(setup_py, sources, tools, tmp_path, monkeypatch):
+    """All parts as if they had just been built. Called, it says which commands ninja would run now."""
+    command = shutil.which("ninja") or pytest.importorskip("ninja").BIN_DIR + "/ninja"
+    compiler = tmp_path / "compiler"
+    compiler.write_text(ONLY_DEPENDENCIES.replace("{python}", sys.executable))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.setattr(setup_py, "CSRC", sources / "csrc")
+    tools.cxx = tools.nvcc = str(compiler)
+    tools.pybind11 = types.SimpleNamespace(get_include=lambda: "pybind11")
+    targets = setup_py.write_ninja(setup_py.plan(tools), tools, tmp_path)
+    subprocess.run([command, "-C", tmp_path, *targets], check=True, capture_output=True)
+
+    def would_run() -> list[str]:
+        dry = subprocess.run([command, "-n", "-C", tmp_path, *targets], check=True, capture_output=True, text=True)
+        return re.findall(r"^\[\d+/\d+\] (.+)", dry.stdout, re.MULTILINE)
+
+    return would_run
+
+
+@pytest.fixture
+def make(sources):
+    """The package as if make had just built it. Called, it says which commands make would run now."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "FUSED_RESNET_CUDA")}
+    env = {name: value for name, value in env.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    (sources / ".venv").mkdir()
+    for stamp in (".installed", ".built"):
+        (sources / ".venv" / stamp).touch()
+
+    def would_run() -> list[str]:
+        command = ["make", "-n", ".venv/.built"]
+        dry = subprocess.run(command, check=True, capture_output=True, text=True, cwd=sources, env=env)
+        return [line for line in dry.stdout.splitlines() if not line.startswith("make:")]
+
+    return would_run
+
+
+@needs_sources
+def test_an_edit_anywhere_in_csrc_builds_again(sources, ninja, make):
+    """Every file, one after the other: make calls the build, and ninja makes what that file is part of."""
+    assert make() == [] and ninja() == []
+    files = [file for file in sorted((sources / "csrc").rglob("*")) if file.is_file()]
+    assert {file.parent.relative_to(sources / "csrc").as_posix() for file in files} >= {"common", "cpu", "cuda/sm80"}
+    libraries = {"cpu": {"_C_cpu.so"}, "cuda": {"_C_cuda.so"}, "host_checks": set(), "common": set()}
+    for file in files:
+        before = file.stat()
+        os.utime(file, (before.st_atime, before.st_mtime + 1e6))
+        assert any("pip install" in line for line in make()), file
+        commands = ninja()
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        linked = {command.split()[1] for command in commands if command.startswith("link")}
+        assert linked >= libraries[file.relative_to(sources / "csrc").parts[0]] and linked, file
+        if file.suffix in (".cpp", ".cu"):
+            assert len(commands) == 2 and commands[0].endswith(str(file)), commands
+    assert make() == [] and ninja() == []

@@ -127,7 +127,7 @@ def _cuda_conv_why_not(problem: ConvProblem) -> Optional[str]:
     return _cuda_limits(problem)
 
 
-# As in csrc/problem.h, where it says why.
+# As in csrc/cuda/conv_shape.h, where it says why.
 _CUDA_EXTENT = 2**28
 _CUDA_DIVIDEND = 2**31 - 1025
 _CUDA_TILE_ROWS = 256
@@ -176,7 +176,7 @@ def cuda_why_not(problem: Problem) -> Optional[str]:
 class CudaConfig(NamedTuple):
     """How csrc's kernel computes a convolution.
 
-    tile: one of csrc/heuristics.h's, by index. splits: in how many parts the reduction is summed, before a second
+    tile: one of csrc/cuda/sm80/tiles.h's, by index. splits: in how many parts the reduction is summed, before a second
     kernel adds them up.
     """
 

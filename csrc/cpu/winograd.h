@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu_vectors.h"
+#include "cpu/vectors.h"
 
 namespace fused_resnet {
 namespace winograd {

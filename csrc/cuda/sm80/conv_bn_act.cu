@@ -3,8 +3,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "conv_bn_act.cuh"
-#include "kernels.h"
+#include "cuda/launchers.h"
+#include "cuda/sm80/conv_bn_act.cuh"
 
 namespace fused_resnet {
 namespace {

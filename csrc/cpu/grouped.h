@@ -13,7 +13,7 @@
 #include <cstring>
 #include <utility>
 
-#include "cpu_vectors.h"
+#include "cpu/vectors.h"
 
 namespace fused_resnet {
 namespace grouped {

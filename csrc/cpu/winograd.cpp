@@ -1,12 +1,13 @@
 // cpu_winograd: a 3x3 stride-1 convolution with bias, residual and activation in one pass, by Winograd's F(4x4, 3x3).
+#include "cpu/winograd.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "cpu_conv.h"
-#include "winograd.h"
+#include "cpu/operator.h"
 
 namespace fused_resnet {
 namespace {

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "conv_arguments.h"
-#include "heuristics.h"
+#include "cuda/conv_arguments.h"
+#include "cuda/sm80/tiles.h"
 
 namespace fused_resnet {
 

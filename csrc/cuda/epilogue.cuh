@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-#include "conv_arguments.h"
+#include "cuda/conv_arguments.h"
 
 namespace fused_resnet {
 

@@ -13,8 +13,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu_vectors.h"
-#include "operators.h"
+#include "common/checks.h"
+#include "cpu/vectors.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu_vectors.h"
-#include "operators.h"
+#include "common/checks.h"
+#include "cpu/vectors.h"
 
 namespace fused_resnet {
 

@@ -1,12 +1,13 @@
 // cpu_grouped_conv: a grouped 3x3 convolution with bias, residual and activation in one pass.
+#include "cpu/grouped.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "cpu_conv.h"
-#include "grouped.h"
+#include "cpu/operator.h"
 
 namespace fused_resnet {
 namespace {

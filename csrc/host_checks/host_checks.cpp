@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "add_relu.cuh"
-#include "conv_bn_act.cuh"
+#include "cuda/add_relu.cuh"
+#include "cuda/sm80/conv_bn_act.cuh"
 
 namespace py = pybind11;
 using namespace fused_resnet;

@@ -3,13 +3,13 @@
 // row m = (n, p, q), column k; reduction (r, s, c), c fastest.
 #pragma once
 
-#include "heuristics.h"
-#include "tile_layout.h"
+#include "cuda/sm80/tile_layout.h"
+#include "cuda/sm80/tiles.h"
 
 #if defined(__CUDACC__)
-#include "device.cuh"
+#include "cuda/sm80/instructions.cuh"
 #else
-#include "emulated_device.h"
+#include "host_checks/emulated_device.h"
 #endif
 
 namespace fused_resnet {

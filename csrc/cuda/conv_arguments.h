@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "problem.h"
+#include "cuda/conv_shape.h"
 
 namespace fused_resnet {
 

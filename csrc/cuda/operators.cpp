@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "conv_arguments.h"
-#include "kernels.h"
-#include "operators.h"
+#include "common/checks.h"
+#include "cuda/conv_arguments.h"
+#include "cuda/launchers.h"
 
 FUSED_RESNET_EMBED_DIGEST("cuda")
 
