@@ -297,7 +297,7 @@ class BuildParts(build_ext):
             "nvcc": tools.nvcc_version if has_cuda else None,
             "cuda_archs": cuda_archs(tools) if has_cuda else [],
             "cuda_kernels": provenance.kernel_digest("cuda", ROOT),
-            "cpu_kernels": {name: provenance.kernel_digest(name, ROOT) for name in provenance.CPU_SOURCES},
+            "cpu_kernels": {name: provenance.kernel_digest(name, ROOT) for name in provenance.CPU_BACKENDS},
             "parts": {
                 part.name: {
                     "file": part.filename,

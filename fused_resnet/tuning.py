@@ -296,20 +296,20 @@ warned: set[str] = set()
 
 def kernel_digests() -> dict[str, Optional[str]]:
     """By backend of ours, a digest of all it is compiled from: in C++ as its library was built. None if unknown."""
-    return {name: kernel_digest(name) for name in (*provenance.FOLDERS, *provenance.CPU_SOURCES)}
+    return {name: kernel_digest(name) for name in provenance.SOURCES}
 
 
 @functools.lru_cache(maxsize=None)
 def kernel_digest(backend: str) -> Optional[str]:
     if backend == "cuda":
         return extension.build_record().get("cuda_kernels")
-    if backend in provenance.CPU_SOURCES:
+    if backend in provenance.CPU_BACKENDS:
         return extension.build_record().get("cpu_kernels", {}).get(backend)
     return provenance.kernel_digest(backend)
 
 
 def _is_unchanged(backend: str, measured: dict, place: str) -> bool:
-    if backend not in provenance.FOLDERS and backend not in provenance.CPU_SOURCES:
+    if backend not in provenance.SOURCES:
         return True
     current = kernel_digest(backend)
     if current is not None and measured.get(backend) == current:
