@@ -24,7 +24,7 @@ FIRST_TIER = ("80", "90", "100")
 SECOND_TIER = ("86", "89", "120")
 ARCHS = [*FIRST_TIER, *(pytest.param(arch, marks=pytest.mark.full) for arch in SECOND_TIER)]
 INCLUDES = ["-I", CSRC, "-isystem", Path(torch.__file__).parent / "include"]
-ELEMENTS = {"f": "float", "N3c104HalfE": "Half", "N3c108BFloat16E": "BFloat16"}
+ELEMENTS = {"f": "float", "N3c104HalfE": "Half", "NS_8BFloat16E": "BFloat16"}
 
 
 class Kernel(NamedTuple):
@@ -194,6 +194,7 @@ def test_pointwise_kernels_move_16_bytes_at_a_time(compiled):
 
 
 @pytest.mark.parametrize("header", [
+    "common/activation.h", "common/divisor.h", "common/dtype.h", "common/inline.h", "cpu/dispatch.h",
     "cuda/conv_shape.h", "cuda/conv_arguments.h", "cuda/launchers.h", "cuda/sm80/tiles.h", "cuda/sm80/tile_layout.h",
     "cpu/vectors.h", "cpu/winograd.h", "cpu/grouped.h",
 ])  # fmt: skip

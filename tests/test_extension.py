@@ -251,10 +251,11 @@ def test_cpu_max_pool2d_in_parallel_and_empty():
     (dict(padding=(2**63 - 1, 1)), "padding at most half"),
     (dict(stride=(0, 2)), "must be positive"),
     (dict(kernel_size=(0, 0), padding=(0, 0), like=torch.empty(1, 8, 6, 6)), "window and stride must be positive"),
-    (dict(kernel_size=(3,)), "must have 2 values"),
-    (dict(like=torch.empty(1, 8, 3, 4)), "wrong height or width"),
-    (dict(like=torch.empty(2, 8, 3, 3)), "wrong batch or channels"),
-    (dict(like=torch.empty(1, 8, 3, 3, dtype=torch.float64)), "one dtype"),
+    (dict(kernel_size=(3,)), "kernel_size must have 2 values, not 1"),
+    (dict(like=torch.empty(1, 8, 3, 4)), r"out must have the shape \(1, 8, 3, 3\), not \(1, 8, 3, 4\)"),
+    (dict(like=torch.empty(2, 8, 3, 3)), r"out must have the shape \(1, 8, 3, 3\), not \(2, 8, 3, 3\)"),
+    (dict(kernel_size=(9, 3)), r"a window of \(9, 3\) does not fit x of \(1, 8, 5, 5\) with padding \(1, 1\)"),
+    (dict(like=torch.empty(1, 8, 3, 3, dtype=torch.float64)), "one dtype, not Float and Double"),
 ])  # fmt: skip
 def test_cpu_max_pool2d_refuses_what_would_leave_its_memory(change, message):
     call = dict(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), like=torch.empty(1, 8, 3, 3)) | change
@@ -265,13 +266,16 @@ def test_cpu_max_pool2d_refuses_what_would_leave_its_memory(change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(b=torch.zeros(4, 6, dtype=torch.float64)), "one dtype"),
-        (dict(b=torch.zeros(6, 4)), "one shape and one layout"),
-        (dict(b=torch.zeros(6, 4).t()), "one shape and one layout"),
+        (dict(b=torch.zeros(4, 6, dtype=torch.float64)), "one dtype, not Float, Double and Float"),
+        (dict(b=torch.zeros(6, 4)), r"one shape and one layout, not \(4, 6\) .*, \(6, 4\) with .* and \(4, 6\)"),
+        (dict(b=torch.zeros(6, 4).t()), r"one layout, not .* \(6, 1\), \(4, 6\) with strides \(1, 4\) and"),
         (dict(out=torch.zeros(24)), "one shape and one layout"),
-        (dict(a=torch.zeros(4, 12)[:, ::2], b=torch.zeros(4, 12)[:, ::2], out=torch.zeros(4, 12)[:, ::2]), "dense"),
+        (
+            dict(a=torch.zeros(4, 12)[:, ::2], b=torch.zeros(4, 12)[:, ::2], out=torch.zeros(4, 12)[:, ::2]),
+            r"dense, not \(4, 6\) with strides \(12, 2\)",
+        ),
         (dict(a=torch.zeros(6).expand(4, 6), b=torch.zeros(6).expand(4, 6), out=torch.zeros(6).expand(4, 6)), "dense"),
-        (dict.fromkeys(("a", "b", "out"), torch.zeros(4, 6, dtype=torch.int32)), "float32"),
+        (dict.fromkeys(("a", "b", "out"), torch.zeros(4, 6, dtype=torch.int32)), "float64, not Int"),
     ],
 )
 def test_cpu_add_relu_second_line_of_checks(change, message):
@@ -331,9 +335,10 @@ def test_cuda_operators_unpack_their_arguments_and_check_them(tmp_path):
     assert result.returncode == 0, result.stderr
     expected = [
         "b is on another device", "out is on another device", "one shape", "x is on another device",
-        "x is on another device", "do not fit these groups", "must have 2 values", "padding is 1099511627776",
-        "out has the wrong shape", "residual must have the shape", "must be positive", "out has the wrong shape",
-        "there is no tile -1", "there is no tile 4", "do not fit these groups", "elements have 2 or 4 bytes",
+        "x is on another device", "do not fit 3 groups", "stride must have 2 values, not 1", "padding is 1099511627776",
+        "out must have the shape (2, 16, 5, 5), not (2, 8, 5, 5)", "residual must have the shape (2, 16, 5, 5)",
+        "must be positive, not (0, 1)", "out must have the shape (2, 16, 3, 3)",
+        "there is no tile -1", "there is no tile 4", "do not fit 3 groups", "elements have 2 or 4 bytes, not 8",
         "the output would be empty", "the output would be empty",
     ]  # fmt: skip
     messages = result.stdout.splitlines()

@@ -354,7 +354,7 @@ def emulate(window: Window, operands: ConvOperands, activation="relu", *, tile=1
     y = checks.emulate_conv_bn_act(
         channels_last(o.x), channels_last(o.weight), **vectors, eps=o.eps, stride=window.stride,
         padding=window.padding, dilation=window.dilation, groups=window.groups,
-        activation=ACTIVATIONS.index(activation), dtype=str(o.x.dtype)[6:], tile=tile, **how,
+        activation=activation, dtype=str(o.x.dtype)[6:], tile=tile, **how,
     )  # fmt: skip
     problem = conv_problem(o, window.stride, window.padding, window.dilation, window.groups, activation)
     return Emulation(problem, o, torch.from_numpy(y).permute(0, 3, 1, 2).double())

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <utility>
 
+#include "cpu/dispatch.h"
 #include "cpu/vectors.h"
 
 namespace fused_resnet {
@@ -221,7 +222,6 @@ FUSED_RESNET_INLINE void run_rows(const Shape& s, const T* x, const float* weigh
   run_rows<kLanes, kMaxColumns, 2>(s, x, weight, epilogue, begin, end, ring, out);
 }
 
-#if defined(__x86_64__)
 template <class T>
 FUSED_RESNET_AVX512 void run_rows_avx512(const Shape& s, const T* x, const float* weight, const Epilogue<T>& epilogue,
                                          int64_t begin, int64_t end, float* ring, T* out) {
@@ -233,7 +233,6 @@ FUSED_RESNET_AVX2 void run_rows_avx2(const Shape& s, const T* x, const float* we
                                      int64_t begin, int64_t end, float* ring, T* out) {
   run_rows<8, 6>(s, x, weight, epilogue, begin, end, ring, out);
 }
-#endif
 
 template <class T>
 void run_rows_anywhere(const Shape& s, const T* x, const float* weight, const Epilogue<T>& epilogue, int64_t begin,

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/dispatch.h"
 #include "cpu/vectors.h"
 
 namespace fused_resnet {
@@ -236,7 +237,6 @@ FUSED_RESNET_INLINE void run_block(const Shape& s, const T* x, const float* u, c
   transform_output<kLanes>(s, m, block, epilogue, out);
 }
 
-#if defined(__x86_64__)
 template <class T>
 FUSED_RESNET_AVX512 void run_block_avx512(const Shape& s, const T* x, const float* u, const Epilogue<T>& epilogue,
                                           const Block& block, float* scratch, T* out) {
@@ -248,7 +248,6 @@ FUSED_RESNET_AVX2 void run_block_avx2(const Shape& s, const T* x, const float* u
                                       const Block& block, float* scratch, T* out) {
   run_block<8, 1, 6>(s, x, u, epilogue, block, scratch, out);
 }
-#endif
 
 template <class T>
 void run_block_anywhere(const Shape& s, const T* x, const float* u, const Epilogue<T>& epilogue, const Block& block,

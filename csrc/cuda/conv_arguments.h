@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
+#include "common/dtype.h"
 #include "cuda/conv_shape.h"
 
 namespace fused_resnet {

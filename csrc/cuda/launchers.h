@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/dtype.h"
 #include "cuda/conv_arguments.h"
 #include "cuda/sm80/tiles.h"
 

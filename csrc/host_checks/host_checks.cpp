@@ -63,7 +63,7 @@ Dtype parse_dtype(const std::string& name) {
   if (name == "float32") return Dtype::kFloat32;
   if (name == "float16") return Dtype::kFloat16;
   if (name == "bfloat16") return Dtype::kBFloat16;
-  throw py::value_error("unknown dtype " + name);
+  throw py::value_error("unknown dtype " + name + "; known ones are float32, float16, bfloat16");
 }
 
 // Calls f with a value of the element type.
@@ -102,7 +102,8 @@ int64_t input_offset(const ConvShape& s, int64_t origin, int row, int k, int gro
 }
 
 const Tile& tile_at(int index) {
-  if (index < 0 || index >= kNumTiles) throw py::index_error("no such tile");
+  if (index < 0 || index >= kNumTiles)
+    throw py::index_error("there is no tile " + std::to_string(index) + " among " + std::to_string(kNumTiles));
   return kTiles[index];
 }
 
@@ -132,8 +133,9 @@ FloatArray emulate_conv_bn_act(const FloatArray& x, const FloatArray& weight, co
                                const OptionalArray& bn_bias, const OptionalArray& bn_mean, const OptionalArray& bn_var,
                                double eps, const OptionalArray& bias, const OptionalArray& residual,
                                std::pair<int, int> stride, std::pair<int, int> padding, std::pair<int, int> dilation,
-                               int groups, int activation, const std::string& dtype, const std::string& vector_dtype,
-                               int tile, int splits, int misalignment, bool copies_land_early, bool last_warp_first) {
+                               int groups, const std::string& activation, const std::string& dtype,
+                               const std::string& vector_dtype, int tile, int splits, int misalignment,
+                               bool copies_land_early, bool last_warp_first) {
   const ConvShape shape = make_shape(sizes(x), sizes(weight), stride, padding, dilation, groups);
   const Tile& t = tile_at(tile);
   FloatArray result(std::vector<int64_t>{shape.N, shape.P, shape.Q, shape.K});
@@ -169,7 +171,7 @@ FloatArray emulate_conv_bn_act(const FloatArray& x, const FloatArray& weight, co
                      channel_vector(bn_var),
                      channel_vector(bias),
                      static_cast<float>(eps),
-                     static_cast<Activation>(activation),
+                     parse_activation("emulate_conv_bn_act", activation, Activation::kSilu),
                      residual ? residual_buffer.data() : nullptr};
     args.x = x_buffer.data();
     args.weight = weight_buffer.data();
@@ -285,7 +287,7 @@ PYBIND11_MODULE(_host_checks, m) {
         py::arg("bn_var") = py::none(), py::arg("eps") = 1e-5, py::arg("bias") = py::none(),
         py::arg("residual") = py::none(), py::arg("stride") = std::make_pair(1, 1),
         py::arg("padding") = std::make_pair(0, 0), py::arg("dilation") = std::make_pair(1, 1), py::arg("groups") = 1,
-        py::arg("activation") = 0, py::arg("dtype") = "float16", py::arg("vector_dtype") = "float32",
+        py::arg("activation") = "none", py::arg("dtype") = "float16", py::arg("vector_dtype") = "float32",
         py::arg("tile") = 1, py::arg("splits") = 1, py::arg("misalignment") = 0, py::arg("copies_land_early") = false,
         py::arg("last_warp_first") = false);
   m.def("emulate_add_relu", &emulate_add_relu, py::arg("a"), py::arg("b"), py::arg("dtype"), py::arg("backward"),
