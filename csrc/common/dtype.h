@@ -21,7 +21,8 @@ FUSED_RESNET_INLINE void round_to_bfloat16(const Float& value, const Bits& bits,
   *rounded = value != value ? quiet : nearest;
 }
 
-// bfloat16 as its bits, so that compilers vectorise the conversions.
+// bfloat16 as its bits, so that compilers vectorise the conversions. On GPUs with the instructions that CUDA's own type
+// has, whose header is not for the host.
 struct BFloat16 {
   uint16_t bits;
 
@@ -40,7 +41,9 @@ struct BFloat16 {
 
   FUSED_RESNET_HD explicit operator float() const {
     float value;
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm("cvt.f32.bf16 %0, %1;" : "=f"(value) : "h"(bits));
+#elif defined(__CUDA_ARCH__)
     asm("mov.b32 %0, {0, %1};" : "=f"(value) : "h"(bits));
 #else
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
