@@ -4,14 +4,17 @@
 //   row m = (n, p, q), column k; reduction (r, s, c), c fastest.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdio>
+#include <string>
 
 #include "common/divisor.h"
 #include "common/inline.h"
 
 namespace fused_resnet {
 
-// Everything a kernel needs to know about the shapes. The second part is filled by derive().
+// Everything a kernel needs to know about the shapes, as derive() fills it.
 struct ConvShape {
   int64_t N;
   int32_t C, H, W, K, R, S;
@@ -31,42 +34,91 @@ constexpr int32_t kOutside = 1 << 29;
 constexpr int64_t kLargestDividend = INT32_MAX - 1024;
 constexpr int kMostTileRows = 256;
 
-// Fills the derived members; the others are the caller's. Null if the kernels can index this problem, else why not.
-inline const char* derive(ConvShape& s) {
-  const int64_t window_h = static_cast<int64_t>(s.dilation_h) * (s.R - 1);
-  const int64_t window_w = static_cast<int64_t>(s.dilation_w) * (s.S - 1);
-  if (s.H >= kLargestExtent || s.W >= kLargestExtent) return "height and width must be below 2^28";
-  if (s.pad_h >= kLargestExtent || s.pad_w >= kLargestExtent) return "padding must be below 2^28";
-  if (window_h >= kLargestExtent || window_w >= kLargestExtent) {
-    return "dilation * (filter size - 1) must be below 2^28";
+// A convolution's sizes as they are asked for: positive, paddings at least 0, and no more than that.
+struct ConvSizes {
+  int64_t N, C, H, W, K, R, S;
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+};
+
+// Why the kernels cannot index a convolution of these sizes; empty if they can, and then the shape is filled.
+inline std::string derive(const ConvSizes& sizes, ConvShape* shape) {
+  const auto text = [](int64_t value) { return std::to_string(value); };
+  const auto product = [&](int64_t a, int64_t b) { return text(a) + "x" + text(b); };
+  const auto& z = sizes;
+  const int64_t largest = std::max({z.C, z.K, z.R, z.S, z.groups, z.stride_h, z.stride_w, z.dilation_h, z.dilation_w});
+  if (largest > INT32_MAX) {
+    return text(largest) + " is too large (channels, filter sizes, groups, strides and dilations must be below 2^31)";
   }
-  const int64_t room_h = s.H + 2LL * s.pad_h - window_h - 1;
-  const int64_t room_w = s.W + 2LL * s.pad_w - window_w - 1;
-  if (room_h < 0 || room_w < 0) return "the output would be empty";
-  s.P = static_cast<int32_t>(room_h / s.stride_h + 1);
-  s.Q = static_cast<int32_t>(room_w / s.stride_w + 1);
-  s.group_channels = s.C / s.groups;
-  s.group_filters = s.K / s.groups;
-  const int64_t pixels = static_cast<int64_t>(s.P) * s.Q;
-  if (pixels >= kLargestDividend) return "an output map must have fewer than 2^31 - 1025 pixels";
-  const int64_t taps = static_cast<int64_t>(s.R) * s.S;
-  if (taps >= kLargestDividend || taps * s.group_channels >= kLargestDividend) {
-    return "R * S * C / groups must be below 2^31 - 1025";
+  if (std::max(z.H, z.W) >= kLargestExtent) {
+    return "an input of " + product(z.H, z.W) + " is too large (height and width must be below 2^28)";
   }
-  s.reduction = static_cast<int32_t>(taps * s.group_channels);
-  s.by_pixels = FastDivisor(static_cast<uint32_t>(pixels));
-  s.by_columns = FastDivisor(static_cast<uint32_t>(s.Q));
+  if (std::max(z.pad_h, z.pad_w) >= kLargestExtent) {
+    return "padding " + text(std::max(z.pad_h, z.pad_w)) + " is too large (it must be below 2^28)";
+  }
+  const int64_t window_h = z.dilation_h * (z.R - 1), window_w = z.dilation_w * (z.S - 1);
+  if (std::max(window_h, window_w) >= kLargestExtent) {
+    return "a window of " + text(std::max(window_h, window_w) + 1) +
+           " pixels is too large (dilation * (filter size - 1) must be below 2^28)";
+  }
+  const int64_t room_h = z.H + 2 * z.pad_h - window_h - 1, room_w = z.W + 2 * z.pad_w - window_w - 1;
+  if (room_h < 0 || room_w < 0) {
+    return "the output would be empty: a window of " + product(window_h + 1, window_w + 1) + " over " +
+           product(z.H + 2 * z.pad_h, z.W + 2 * z.pad_w) + " pixels";
+  }
+  const int64_t P = room_h / z.stride_h + 1, Q = room_w / z.stride_w + 1;
+  if (P * Q >= kLargestDividend) {
+    return "an output of " + product(P, Q) + " is too large (P * Q must be below 2^31 - 1025)";
+  }
+  const int64_t taps = z.R * z.S, group_channels = z.C / z.groups;
+  if (taps >= kLargestDividend || taps * group_channels >= kLargestDividend) {
+    return "a sum of " + product(z.R, z.S) + "x" + text(group_channels) +
+           " products is too long (R * S * C/groups must be below 2^31 - 1025)";
+  }
+  const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
+  ConvShape& s = *shape;
+  s.N = z.N;
+  s.C = narrow(z.C), s.H = narrow(z.H), s.W = narrow(z.W);
+  s.K = narrow(z.K), s.R = narrow(z.R), s.S = narrow(z.S);
+  s.stride_h = narrow(z.stride_h), s.stride_w = narrow(z.stride_w);
+  s.pad_h = narrow(z.pad_h), s.pad_w = narrow(z.pad_w);
+  s.dilation_h = narrow(z.dilation_h), s.dilation_w = narrow(z.dilation_w);
+  s.groups = narrow(z.groups);
+  s.P = narrow(P), s.Q = narrow(Q);
+  s.group_channels = narrow(group_channels);
+  s.group_filters = narrow(z.K / z.groups);
+  s.reduction = narrow(taps * group_channels);
+  s.by_pixels = FastDivisor(static_cast<uint32_t>(P * Q));
+  s.by_columns = FastDivisor(static_cast<uint32_t>(Q));
   s.by_taps = FastDivisor(static_cast<uint32_t>(s.S));
   s.by_channels = FastDivisor(static_cast<uint32_t>(s.group_channels));
-  return nullptr;
+  return "";
 }
 
-// Within a tile the rows' windows are kept as 32-bit multiples of `unit` elements from the first one's. False if
-// images are so large that they may lie further apart.
-inline bool spans_fit(const ConvShape& s, int unit) {
+// Within a tile the rows' windows are kept as 32-bit multiples of `unit` elements from the first one's. Not empty if
+// images are so large that they may lie further apart. A double is exact wherever that is in doubt.
+inline std::string why_span_too_long(const ConvShape& s, int unit) {
   const double images = static_cast<double>(kMostTileRows / (static_cast<int64_t>(s.P) * s.Q) + 2);
   const double rows_of_x = images * s.H + 2.0 * s.pad_h + 2.0;
-  return (rows_of_x * s.W + 2.0 * s.pad_w) * s.C < 2147483648.0 * unit;
+  const double span = (rows_of_x * s.W + 2.0 * s.pad_w) * s.C, reach = 2147483648.0 * unit;
+  if (span < reach) return "";
+  char text[160];
+  std::snprintf(text, sizeof(text),
+                "one tile may span %.0f elements of x, too many for its 32-bit offsets (they reach %.0f)", span, reach);
+  return text;
+}
+
+// Elements of x whose offsets the kernel keeps as one: a chunk of 16 bytes where a group's channels are whole chunks.
+inline int offset_unit(int64_t group_channels, int element_bytes) {
+  const int chunk = 16 / element_bytes;
+  return group_channels % chunk == 0 ? chunk : 1;
+}
+
+// All of the above, where x and the weight start at multiples of 16 bytes; tensors do that are not views into the
+// middle of others.
+inline std::string conv_why_not(const ConvSizes& sizes, int element_bytes) {
+  ConvShape shape{};
+  const std::string reason = derive(sizes, &shape);
+  return reason.empty() ? why_span_too_long(shape, offset_unit(shape.group_channels, element_bytes)) : reason;
 }
 
 FUSED_RESNET_HD int64_t num_rows(const ConvShape& s) {

@@ -76,8 +76,8 @@ Sizes sizes_of(const Tensor& t) {
   return {t.sizes().begin(), t.sizes().end()};
 }
 
-ConvShape shape_of(const Sizes& x, const Sizes& weight, const Sizes& stride, const Sizes& padding,
-                   const Sizes& dilation, int64_t groups) {
+ConvSizes conv_sizes(const Sizes& x, const Sizes& weight, const Sizes& stride, const Sizes& padding,
+                     const Sizes& dilation, int64_t groups) {
   STD_TORCH_CHECK(x.size() == 4 && weight.size() == 4, kConv, ": x and weight must have 4 dimensions, not ",
                   in_parentheses(x), " and ", in_parentheses(weight));
   check_pair(kConv, "stride", stride);
@@ -90,24 +90,17 @@ ConvShape shape_of(const Sizes& x, const Sizes& weight, const Sizes& stride, con
       *std::min_element(weight.begin(), weight.end()) > 0 && x[1] == weight[1] * groups && weight[0] % groups == 0,
       kConv, ": the channels of x ", in_parentheses(x), " and weight ", in_parentheses(weight), " do not fit ", groups,
       " groups");
-  ConvShape s{};
-  s.N = x[0];
-  s.C = as_int32("C", x[1]);
-  s.H = as_int32("H", x[2]);
-  s.W = as_int32("W", x[3]);
-  s.K = as_int32("K", weight[0]);
-  s.R = as_int32("R", weight[2]);
-  s.S = as_int32("S", weight[3]);
-  s.stride_h = as_int32("stride", stride[0]);
-  s.stride_w = as_int32("stride", stride[1]);
-  s.pad_h = as_int32("padding", padding[0]);
-  s.pad_w = as_int32("padding", padding[1]);
-  s.dilation_h = as_int32("dilation", dilation[0]);
-  s.dilation_w = as_int32("dilation", dilation[1]);
-  s.groups = as_int32("groups", groups);
-  const char* reason = derive(s);
-  STD_TORCH_CHECK(reason == nullptr, kConv, ": ", reason != nullptr ? reason : "");
-  return s;
+  STD_TORCH_CHECK(padding[0] >= 0 && padding[1] >= 0, kConv, ": padding must be at least 0, not ",
+                  in_parentheses(padding));
+  return {x[0],      x[1],      x[2],       x[3],       weight[0],   weight[2],   weight[3],
+          stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], groups};
+}
+
+ConvShape shape_of(const ConvSizes& sizes) {
+  ConvShape shape{};
+  const std::string reason = derive(sizes, &shape);
+  STD_TORCH_CHECK(reason.empty(), kConv, ": ", reason);
+  return shape;
 }
 
 ChannelVector channel_vector(const char* name, const std::optional<Tensor>& v, const Tensor& x, int64_t K) {
@@ -125,7 +118,7 @@ void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::
                  std::string activation, bool allow_tf32, int64_t tile, std::optional<Tensor> partials, Tensor out) {
   STD_TORCH_CHECK(tile >= 0 && tile < kNumTiles, kConv, ": there is no tile ", tile, " among ", kNumTiles);
   ConvArguments args{};
-  args.shape = shape_of(sizes_of(x), sizes_of(weight), stride, padding, dilation, groups);
+  args.shape = shape_of(conv_sizes(sizes_of(x), sizes_of(weight), stride, padding, dilation, groups));
   const ConvShape& s = args.shape;
   check_shape(kConv, "out", out, {s.N, s.K, s.P, s.Q});
   if (residual.has_value()) check_shape(kConv, "residual", *residual, {s.N, s.K, s.P, s.Q});
@@ -166,11 +159,22 @@ void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::
   launch_conv_bn_act(args, static_cast<int>(tile), dtype, x.get_device_index(), current_stream(x));
 }
 
+void check_element_bytes(int64_t element_bytes) {
+  STD_TORCH_CHECK(element_bytes == 2 || element_bytes == 4, kConv, ": elements have 2 or 4 bytes, not ", element_bytes);
+}
+
+// Empty where the kernel can index the problem.
+std::string why_not(Sizes x, Sizes weight, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
+                    int64_t element_bytes) {
+  check_element_bytes(element_bytes);
+  return conv_why_not(conv_sizes(x, weight, stride, padding, dilation, groups), static_cast<int>(element_bytes));
+}
+
 // tile, splits, tile, splits, ...
 std::vector<int64_t> conv_configs(Sizes x, Sizes weight, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
                                   int64_t element_bytes, bool is_aligned, int64_t device) {
-  const ConvShape shape = shape_of(x, weight, stride, padding, dilation, groups);
-  STD_TORCH_CHECK(element_bytes == 2 || element_bytes == 4, kConv, ": elements have 2 or 4 bytes, not ", element_bytes);
+  const ConvShape shape = shape_of(conv_sizes(x, weight, stride, padding, dilation, groups));
+  check_element_bytes(element_bytes);
   std::vector<int64_t> flat;
   for (const ConvConfig& config :
        conv_bn_act_configs(shape, static_cast<int>(element_bytes), is_aligned, as_int32("device", device))) {
@@ -184,6 +188,7 @@ std::vector<int64_t> conv_configs(Sizes x, Sizes weight, Sizes stride, Sizes pad
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CompositeExplicitAutograd, m) {
   m.impl("cuda_conv_configs", TORCH_BOX(&fused_resnet::conv_configs));
+  m.impl("cuda_conv_why_not", TORCH_BOX(&fused_resnet::why_not));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CUDA, m) {

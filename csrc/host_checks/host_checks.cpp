@@ -79,19 +79,25 @@ auto with_element(Dtype dtype, const F& f) {
   }
 }
 
+// x (N, H, W, C) and weight (K, R, S, C/groups), as they lie in memory.
 ConvShape make_shape(std::vector<int64_t> x, std::vector<int64_t> weight, std::pair<int, int> stride,
                      std::pair<int, int> padding, std::pair<int, int> dilation, int groups) {
   ConvShape s{};
-  s.N = x.at(0), s.H = static_cast<int32_t>(x.at(1)), s.W = static_cast<int32_t>(x.at(2));
-  s.C = static_cast<int32_t>(x.at(3));
-  s.K = static_cast<int32_t>(weight.at(0)), s.R = static_cast<int32_t>(weight.at(1));
-  s.S = static_cast<int32_t>(weight.at(2));
-  s.stride_h = stride.first, s.stride_w = stride.second;
-  s.pad_h = padding.first, s.pad_w = padding.second;
-  s.dilation_h = dilation.first, s.dilation_w = dilation.second;
-  s.groups = groups;
-  if (const char* reason = derive(s)) throw py::value_error(reason);
+  const std::string reason =
+      derive({x.at(0), x.at(3), x.at(1), x.at(2), weight.at(0), weight.at(1), weight.at(2), stride.first, stride.second,
+              padding.first, padding.second, dilation.first, dilation.second, groups},
+             &s);
+  if (!reason.empty()) throw py::value_error(reason);
   return s;
+}
+
+// The operator cuda_conv_why_not, for sizes that fit each other: x (N, C, H, W), weight (K, C/groups, R, S).
+std::string cuda_conv_why_not(std::vector<int64_t> x, std::vector<int64_t> weight, std::vector<int64_t> stride,
+                              std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                              int element_bytes) {
+  return conv_why_not({x.at(0), x.at(1), x.at(2), x.at(3), weight.at(0), weight.at(2), weight.at(3), stride.at(0),
+                       stride.at(1), padding.at(0), padding.at(1), dilation.at(0), dilation.at(1), groups},
+                      element_bytes);
 }
 
 // The element of x that row m of a tile starting at `origin` meets at reduction index k, or -1 for a padding zero.
@@ -224,8 +230,11 @@ PYBIND11_MODULE(_host_checks, m) {
       .def_readonly("Q", &ConvShape::Q)
       .def_readonly("reduction", &ConvShape::reduction)
       .def_property_readonly("num_rows", &num_rows)
-      .def("spans_fit", &spans_fit, py::arg("unit"))
+      .def(
+          "spans_fit", [](const ConvShape& s, int unit) { return why_span_too_long(s, unit).empty(); }, py::arg("unit"))
       .def("input_offset", &input_offset, py::arg("origin"), py::arg("row"), py::arg("k"), py::arg("group"));
+
+  m.def("cuda_conv_why_not", &cuda_conv_why_not);
 
   m.attr("NUM_TILES") = kNumTiles;
   m.attr("STAGE_ROW_BYTES") = kStageRowBytes;
