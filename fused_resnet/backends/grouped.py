@@ -1,4 +1,4 @@
-"""Grouped 3x3 convolutions, as in ResNeXt, in C++ (csrc/grouped.h): sums stay in registers. CPU only."""
+"""Grouped 3x3 convolutions, as in ResNeXt, in C++ (csrc/cpu/grouped.h): sums stay in registers. CPU only."""
 
 from __future__ import annotations
 

@@ -130,41 +130,21 @@ def _cuda_conv_why_not(problem: ConvProblem) -> Optional[str]:
     return _cuda_limits(problem)
 
 
-# As in csrc/problem.h, where it says why.
-_CUDA_EXTENT = 2**28
-_CUDA_DIVIDEND = 2**31 - 1025
-_CUDA_TILE_ROWS = 256
-_CUDA_CHUNK_BYTES = 16
-
-
 @functools.lru_cache(maxsize=1024)  # it is asked at every call
 def _cuda_limits(problem: ConvProblem) -> Optional[str]:
-    """Why csrc's kernel cannot index this problem, or None.
+    """Why csrc's kernel cannot index this problem, or None. Asked of the library itself, which must be loaded.
 
-    Of x and the weight it assumes 16-byte alignment, as tensors have it that are not views into the middle of others.
+    It assumes that x and the weight are 16-byte aligned, as tensors are that are not views into the middle of others.
     """
-    p = problem
-    if max(p.C, p.K, p.R, p.S, p.groups, *p.stride, *p.dilation) >= 2**31:
-        return "channels, filter sizes, groups, strides and dilations must be below 2^31"
-    if max(p.H, p.W) >= _CUDA_EXTENT:
-        return f"an input of {p.H}x{p.W} is too large (height and width must be below 2^28)"
-    if max(p.padding) >= _CUDA_EXTENT:
-        return f"padding {max(p.padding)} is too large (it must be below 2^28)"
-    window = max(p.dilation[0] * (p.R - 1), p.dilation[1] * (p.S - 1))
-    if window >= _CUDA_EXTENT:
-        return f"a window of {window + 1} pixels is too large (dilation * (filter size - 1) must be below 2^28)"
-    pixels = p.P * p.Q
-    if pixels >= _CUDA_DIVIDEND:
-        return f"an output of {p.P}x{p.Q} is too large (P * Q must be below 2^31 - 1025)"
-    if p.reduction >= _CUDA_DIVIDEND:
-        return f"a sum of {p.reduction} products is too long (R * S * C/groups must be below 2^31 - 1025)"
-    images = _CUDA_TILE_ROWS // pixels + 2
-    span = ((images * p.H + 2 * p.padding[0] + 2) * p.W + 2 * p.padding[1]) * p.C
-    chunk = _CUDA_CHUNK_BYTES // p.dtype.itemsize
-    reach = 2**31 * (chunk if p.C // p.groups % chunk == 0 else 1)
-    if span >= reach:
-        return f"one tile may span {span} elements of x, too many for its 32-bit offsets (they reach {reach})"
-    return None
+    question = torch.ops.fused_resnet.cuda_conv_why_not.default
+    # past tracers, transforms and modes: they would record the question, or refuse its answer
+    past_them = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return question.redispatch(past_them, *_cuda_sizes(problem), problem.dtype.itemsize) or None
+
+
+def _cuda_sizes(p: ConvProblem) -> tuple:
+    """The first arguments of csrc's questions about a convolution: x, weight, stride, padding, dilation, groups."""
+    return (p.N, p.C, p.H, p.W), (p.K, p.C // p.groups, p.R, p.S), p.stride, p.padding, p.dilation, p.groups
 
 
 def cuda_why_not(problem: Problem) -> Optional[str]:
@@ -179,7 +159,7 @@ def cuda_why_not(problem: Problem) -> Optional[str]:
 class CudaConfig(NamedTuple):
     """How csrc's kernel computes a convolution.
 
-    tile: one of csrc/heuristics.h's, by index. splits: in how many parts the reduction is summed, before a second
+    tile: one of csrc/cuda/sm80/tiles.h's, by index. splits: in how many parts the reduction is summed, before a second
     kernel adds them up.
     """
 
@@ -191,7 +171,7 @@ def _cuda_conv_bn_act(problem: ConvProblem, operands: ConvOperands, config: Opti
     """config: by default the likeliest, which also takes the place of one that needs better aligned operands."""
     p, o = problem, all_channels_last(operands)
     out = layout.empty_output(p, o.x)
-    is_aligned = (o.x.data_ptr() | o.weight.data_ptr()) % _CUDA_CHUNK_BYTES == 0
+    is_aligned = (o.x.data_ptr() | o.weight.data_ptr()) % 16 == 0
     tile, splits = _cuda_choice(p, config, is_aligned, out.device.index)
     partials = None if splits == 1 else torch.empty(splits, out.numel(), dtype=torch.float32, device=out.device)
     torch.ops.fused_resnet.cuda_conv_bn_act.default(
@@ -210,10 +190,8 @@ def _cuda_choice(problem: ConvProblem, config: Optional[CudaConfig], is_aligned:
 @functools.lru_cache(maxsize=4096)
 def _cuda_legal_on(problem: ConvProblem, is_aligned: bool, device: int) -> tuple[CudaConfig, ...]:
     """What this GPU can run, the likeliest first: more splits where a small batch would not fill it."""
-    p = problem
-    x, weight = (p.N, p.C, p.H, p.W), (p.K, p.C // p.groups, p.R, p.S)
     flat = torch.ops.fused_resnet.cuda_conv_configs.default(
-        x, weight, p.stride, p.padding, p.dilation, p.groups, p.dtype.itemsize, is_aligned, device
+        *_cuda_sizes(problem), problem.dtype.itemsize, is_aligned, device
     )
     return tuple(map(CudaConfig, flat[::2], flat[1::2]))
 

@@ -168,7 +168,7 @@ warned: set[str] = set()
 
 
 def _is_unchanged(backend: str, measured: dict, place: str) -> bool:
-    if backend not in sources.FOLDERS and backend not in sources.CPU_SOURCES:
+    if backend not in sources.SOURCES:
         return True
     current = compiled.kernel_digest(backend)
     if current is not None and measured.get(backend) == current:

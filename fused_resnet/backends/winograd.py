@@ -1,4 +1,4 @@
-"""Winograd's F(4x4, 3x3) in C++ (csrc/winograd.h): 36 products instead of 144 for 16 outputs. CPU only."""
+"""Winograd's F(4x4, 3x3) in C++ (csrc/cpu/winograd.h): 36 products instead of 144 for 16 outputs. CPU only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fused_resnet.operators.library_faults import onednn_has_amx
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 
-# csrc/winograd.h: the points, the rows of G they lead to (the last is infinity's).
+# csrc/cpu/winograd.h: the points, the rows of G they lead to (the last is infinity's).
 _WINOGRAD_POINTS = (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))
 _WINOGRAD_G = [
     [p**power / math.prod(p - q for q in _WINOGRAD_POINTS if q != p) for power in range(3)] for p in _WINOGRAD_POINTS

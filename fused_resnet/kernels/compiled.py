@@ -94,14 +94,14 @@ def build_record() -> dict:
 
 def kernel_digests() -> dict[str, Optional[str]]:
     """By backend of ours, a digest of all it is compiled from: in C++ as its library was built. None if unknown."""
-    return {name: kernel_digest(name) for name in (*sources.FOLDERS, *sources.CPU_SOURCES)}
+    return {name: kernel_digest(name) for name in sources.SOURCES}
 
 
 @functools.lru_cache(maxsize=None)
 def kernel_digest(backend: str) -> Optional[str]:
     if backend == "cuda":
         return build_record().get("cuda_kernels")
-    if backend in sources.CPU_SOURCES:
+    if backend in sources.CPU_BACKENDS:
         return build_record().get("cpu_kernels", {}).get(backend)
     return sources.kernel_digest(backend)
 

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Sequence
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = {"cuda": "csrc", "triton": "fused_resnet/kernels/triton"}
-# by backend, what each of our CPU kernels is made from
-CPU_SOURCES = {
-    name: ("csrc/cpu_conv.h", f"csrc/cpu_{name}.cpp", "csrc/cpu_vectors.h", f"csrc/{name}.h", "csrc/operators.h")
-    for name in ("winograd", "grouped")
-}
+_FOLDERS = ("csrc", "fused_resnet/kernels/triton")
 _SUFFIXES = {".cu", ".cuh", ".h", ".cpp", ".py"}
+_CPU = ("csrc/common/*", "csrc/cpu/operator.h", "csrc/cpu/vectors.h", "csrc/cpu/dispatch.h")
+_TRITON = "fused_resnet/kernels/triton"
+# By backend, the files its kernels are made from; a star also stands for folders.
+SOURCES = {
+    "cuda": ("csrc/common/*", "csrc/cuda/*"),
+    "triton": (f"{_TRITON}/conv/*", f"{_TRITON}/add_relu.py", f"{_TRITON}/runtime.py"),
+    "winograd": (*_CPU, "csrc/cpu/winograd.*"),
+    "grouped": (*_CPU, "csrc/cpu/grouped.*"),
+}
+GPU_BACKENDS = ("cuda", "triton")
+CPU_BACKENDS = ("winograd", "grouped")
 
 
 class Provenance(NamedTuple):
@@ -42,9 +48,14 @@ class Provenance(NamedTuple):
         return sentence
 
 
-def digests(root: Path = ROOT, backends: Sequence[str] = tuple(FOLDERS)) -> dict[str, str]:
-    """{path below root: SHA-256, shortened} of the kernel sources of these backends that are there."""
-    files = (file for backend in backends for file in sorted((root / FOLDERS[backend]).glob("*")))
+def is_source(file: str, backends: Sequence[str]) -> bool:
+    """Whether one of these backends has kernels made from this file, a path below the root."""
+    return any(fnmatchcase(file, pattern) for backend in backends for pattern in SOURCES[backend])
+
+
+def digests(root: Path = ROOT) -> dict[str, str]:
+    """{path below root: SHA-256, shortened} of all C++, CUDA and Triton sources, also of what only tests kernels."""
+    files = (file for folder in _FOLDERS for file in sorted((root / folder).rglob("*")))
     return {
         file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         for file in files
@@ -52,29 +63,24 @@ def digests(root: Path = ROOT, backends: Sequence[str] = tuple(FOLDERS)) -> dict
     }
 
 
-# beside the kernels: tools that compile or emulate them, and code for CPUs
-_NO_KERNEL = re.compile(
-    r"/(aot|interpreter)\.py$|/(cpu_\w+|host_checks)\.cpp$|/(cpu_\w+|winograd|grouped|emulated_device)\.h$"
-).search
-
-
-def gpu_kernels(root: Path = ROOT, backends: Sequence[str] = tuple(FOLDERS)) -> dict[str, str]:
-    """The part of digests(root, backends) for the sources that these backends' GPU kernels are made from."""
-    return {file: digest for file, digest in digests(root, backends).items() if not _NO_KERNEL(file)}
+def gpu_kernels(root: Path = ROOT, backends: Sequence[str] = GPU_BACKENDS) -> dict[str, str]:
+    """The part of digests(root) that these backends' kernels are made from."""
+    return {file: digest for file, digest in digests(root).items() if is_source(file, backends)}
 
 
 def kernel_digest(backend: str, root: Path = ROOT) -> Optional[str]:
     """One digest of all that this backend's kernels are made from, None where the sources are not there."""
-    if backend in CPU_SOURCES:
-        sources = {file: digest for file, digest in digests(root, ["cuda"]).items() if file in CPU_SOURCES[backend]}
-    else:
-        sources = gpu_kernels(root, [backend])
-    return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:16] if sources else None
+    sources = {file: digest for file, digest in digests(root).items() if is_source(file, [backend])}
+    return _digest_of(sources) if sources else None
 
 
 def source_digest(root: Path = ROOT) -> str:
-    """One digest of all kernel sources, by which a record says what it measured."""
-    return hashlib.sha256(json.dumps(digests(root), sort_keys=True).encode()).hexdigest()[:16]
+    """One digest of all sources, by which a record says what it measured."""
+    return _digest_of(digests(root))
+
+
+def _digest_of(sources: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def verified_record(device: str, date: str, backends: Sequence[str], root: Path = ROOT) -> dict[str, Any]:
@@ -100,7 +106,7 @@ def newest(root: Path = ROOT) -> Provenance:
     if not found:
         return Provenance(None, None, (), (), tuple(current))
     latest = max(found, key=lambda verified: verified["date"])
-    kernels = {file: digest for file, digest in latest["kernels"].items() if not _NO_KERNEL(file)}
+    kernels = {file: digest for file, digest in latest["kernels"].items() if is_source(file, GPU_BACKENDS)}
     return Provenance(
         latest["device"],
         latest["date"][:10],

@@ -274,14 +274,18 @@ def test_an_unknown_digest_is_no_agreement(tuned_files, monkeypatch):
 def test_tools_beside_the_kernels_are_no_kernels(tmp_path):
     for file, is_kernel in (
         ("fused_resnet/kernels/triton/aot.py", False), ("fused_resnet/kernels/triton/conv/launch.py", True),
-        ("csrc/cpu_ops.cpp", False), ("csrc/conv_bn_act.cu", True), ("csrc/emulated_device.h", False),
-        ("csrc/problem.h", True), ("csrc/cuda_ops.cpp", True),
+        ("fused_resnet/kernels/triton/interpreter.py", False), ("fused_resnet/kernels/triton/runtime.py", True),
+        ("csrc/cpu/add_relu.cpp", False), ("csrc/cpu/vectors.h", False), ("csrc/host_checks/host_checks.cpp", False),
+        ("csrc/host_checks/emulated_device.h", False), ("csrc/common/checks.h", True),
+        ("csrc/cuda/conv_shape.h", True), ("csrc/cuda/operators.cpp", True), ("csrc/cuda/sm80/conv_bn_act.cu", True),
     ):  # fmt: skip
-        assert (sources._NO_KERNEL(file) is None) == is_kernel, file
-    (tmp_path / "csrc").mkdir()
+        assert sources.is_source(file, sources.GPU_BACKENDS) == is_kernel, file
+        assert (file in sources.gpu_kernels()) == is_kernel, file
+    for folder in ("cpu", "cuda"):
+        (tmp_path / "csrc" / folder).mkdir(parents=True)
     assert sources.kernel_digest("cuda", tmp_path) is None
     digests = []
-    for name, text in (("a.cu", "1"), ("cpu_ops.cpp", "1"), ("cpu_ops.cpp", "2"), ("a.cu", "2")):
+    for name, text in (("cuda/a.cu", "1"), ("cpu/a.cpp", "1"), ("cpu/a.cpp", "2"), ("cuda/a.cu", "2")):
         (tmp_path / "csrc" / name).write_text(text)
         digests.append(sources.kernel_digest("cuda", tmp_path))
     assert digests[0] == digests[1] == digests[2] != digests[3]

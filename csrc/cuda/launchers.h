@@ -5,8 +5,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "conv_arguments.h"
-#include "heuristics.h"
+#include "common/dtype.h"
+#include "cuda/conv_arguments.h"
+#include "cuda/sm80/tiles.h"
 
 namespace fused_resnet {
 

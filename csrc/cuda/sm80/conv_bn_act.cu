@@ -3,8 +3,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "conv_bn_act.cuh"
-#include "kernels.h"
+#include "cuda/launchers.h"
+#include "cuda/sm80/conv_bn_act.cuh"
 
 namespace fused_resnet {
 namespace {
@@ -70,9 +70,8 @@ void launch_element(ConvArguments args, int tile, int device, cudaStream_t strea
   args.has_vector_rows = s.group_filters % kChunk == 0 && is_aligned_to_chunk(args.out) &&
                          is_aligned_to_chunk(args.epilogue.residual) && is_aligned_to_chunk(args.partials);
 
-  if (!spans_fit(s, is_aligned ? kChunk : 1)) {
-    throw std::runtime_error("cuda_conv_bn_act: one image of x has too many elements for 32-bit offsets.");
-  }
+  const std::string reason = why_span_too_long(s, is_aligned ? kChunk : 1);
+  if (!reason.empty()) throw std::runtime_error("cuda_conv_bn_act: " + reason + ".");
   const GemmSize size = gemm_size(s, sizeof(Element));
   if (const char* reason = why_illegal(kTiles[tile], device_limits(device), is_aligned)) {
     throw std::runtime_error("cuda_conv_bn_act: tile " + std::to_string(tile) + " cannot run this: " + reason + ".");

@@ -1,12 +1,14 @@
 // cpu_grouped_conv: a grouped 3x3 convolution with bias, residual and activation in one pass.
+#include "cpu/grouped.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "cpu_conv.h"
-#include "grouped.h"
+#include "cpu/dispatch.h"
+#include "cpu/operator.h"
 
 namespace fused_resnet {
 namespace {
@@ -18,36 +20,27 @@ template <class T>
 using RunRows = void (*)(const grouped::Shape&, const T*, const float*, const Epilogue<T>&, int64_t, int64_t, float*,
                          T*);
 
-template <class T>
-RunRows<T> best_for_this_cpu() {
-#if defined(__x86_64__)
-  if (best_instruction_set() == InstructionSet::kAvx512) return grouped::run_rows_avx512<T>;
-  if (best_instruction_set() == InstructionSet::kAvx2) return grouped::run_rows_avx2<T>;
-#endif
-  return grouped::run_rows_anywhere<T>;
-}
-
 grouped::Shape shape_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const Tensor& out) {
   check_input(kOp, x, padding, out);
-  STD_TORCH_CHECK(stride.size() == 2, kOp, ": stride must have 2 values");
-  for (const int64_t step : stride) STD_TORCH_CHECK(step == 1 || step == 2, kOp, ": stride must be 1 or 2");
+  check_pair(kOp, "stride", stride);
+  for (const int64_t step : stride) STD_TORCH_CHECK(step == 1 || step == 2, kOp, ": stride must be 1 or 2, not ", step);
   const int64_t C = x.size(1), width = weight.dim() == 5 ? weight.size(2) : 0;
   STD_TORCH_CHECK(
       width > 0 && weight.is_contiguous() && weight.size(0) == (C + grouped::kPanel - 1) / grouped::kPanel &&
           weight.size(1) == grouped::kTaps && weight.size(3) == grouped::kTaps && weight.size(4) == grouped::kPanel,
-      kOp, ": weight must be packed as (C/16, 3, C/groups, 3, 16)");
+      kOp, ": weight must be packed as (C/16, 3, C/groups, 3, 16) for C = ", C, ", not ", layout_text(weight));
   STD_TORCH_CHECK(width == 4 || width == 8 || width % grouped::kPanel == 0, kOp,
-                  ": a group must have 4 or 8 channels, or a multiple of 16");
-  STD_TORCH_CHECK(C % width == 0, kOp, ": x's channels must be whole groups");
+                  ": a group must have 4 or 8 channels, or a multiple of 16, not ", width);
+  STD_TORCH_CHECK(C % width == 0, kOp, ": x's ", C, " channels must be whole groups of ", width);
   const int64_t room_h = x.size(2) + 2 * padding[0] - grouped::kTaps;
   const int64_t room_w = x.size(3) + 2 * padding[1] - grouped::kTaps;
-  STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, kOp, ": the output would be empty");
+  STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, kOp, ": the output would be empty: x is ", shape_text(x),
+                  ", the padding ", in_parentheses(padding));
   const grouped::Shape s{
       x.size(0), x.size(2), x.size(3),  C,         width, room_h / stride[0] + 1, room_w / stride[1] + 1,
       stride[0], stride[1], padding[0], padding[1]};
-  STD_TORCH_CHECK(out.size(0) == s.N && out.size(1) == s.C && out.size(2) == s.P && out.size(3) == s.Q, kOp,
-                  ": out has the wrong shape");
+  check_shape(kOp, "out", out, {s.N, s.C, s.P, s.Q});
   return s;
 }
 
@@ -57,7 +50,8 @@ void run(const grouped::Shape& s, const Tensor& x, const Tensor& weight, const E
   const T* from = static_cast<const T*>(x.const_data_ptr());
   const float* panels = static_cast<const float*>(weight.const_data_ptr());
   T* to = static_cast<T*>(out.mutable_data_ptr());
-  static const RunRows<T> run_rows = best_for_this_cpu<T>();
+  static const auto run_rows =
+      best_of<RunRows<T>>(grouped::run_rows_anywhere<T>, grouped::run_rows_avx2<T>, grouped::run_rows_avx512<T>);
   const int64_t grain = std::max<int64_t>(1, kGrainProducts / s.row_products());
   torch::stable::parallel_for(0, s.rows(), grain, [&](int64_t begin, int64_t end) {
     run_rows(s, from, panels, epilogue, begin, end, scratch(kOp, grouped::scratch_floats(s)), to);

@@ -2,7 +2,7 @@
 // Plain functions of small integers, used by the kernel and by the host checks alike.
 #pragma once
 
-#include "problem.h"
+#include "cuda/conv_shape.h"
 
 namespace fused_resnet {
 

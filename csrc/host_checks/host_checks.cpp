@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "add_relu.cuh"
-#include "conv_bn_act.cuh"
+#include "cuda/add_relu.cuh"
+#include "cuda/sm80/conv_bn_act.cuh"
 
 namespace py = pybind11;
 using namespace fused_resnet;
@@ -63,7 +63,7 @@ Dtype parse_dtype(const std::string& name) {
   if (name == "float32") return Dtype::kFloat32;
   if (name == "float16") return Dtype::kFloat16;
   if (name == "bfloat16") return Dtype::kBFloat16;
-  throw py::value_error("unknown dtype " + name);
+  throw py::value_error("unknown dtype " + name + "; known ones are float32, float16, bfloat16");
 }
 
 // Calls f with a value of the element type.
@@ -79,19 +79,25 @@ auto with_element(Dtype dtype, const F& f) {
   }
 }
 
+// x (N, H, W, C) and weight (K, R, S, C/groups), as they lie in memory.
 ConvShape make_shape(std::vector<int64_t> x, std::vector<int64_t> weight, std::pair<int, int> stride,
                      std::pair<int, int> padding, std::pair<int, int> dilation, int groups) {
   ConvShape s{};
-  s.N = x.at(0), s.H = static_cast<int32_t>(x.at(1)), s.W = static_cast<int32_t>(x.at(2));
-  s.C = static_cast<int32_t>(x.at(3));
-  s.K = static_cast<int32_t>(weight.at(0)), s.R = static_cast<int32_t>(weight.at(1));
-  s.S = static_cast<int32_t>(weight.at(2));
-  s.stride_h = stride.first, s.stride_w = stride.second;
-  s.pad_h = padding.first, s.pad_w = padding.second;
-  s.dilation_h = dilation.first, s.dilation_w = dilation.second;
-  s.groups = groups;
-  if (const char* reason = derive(s)) throw py::value_error(reason);
+  const std::string reason =
+      derive({x.at(0), x.at(3), x.at(1), x.at(2), weight.at(0), weight.at(1), weight.at(2), stride.first, stride.second,
+              padding.first, padding.second, dilation.first, dilation.second, groups},
+             &s);
+  if (!reason.empty()) throw py::value_error(reason);
   return s;
+}
+
+// The operator cuda_conv_why_not, for sizes that fit each other: x (N, C, H, W), weight (K, C/groups, R, S).
+std::string cuda_conv_why_not(std::vector<int64_t> x, std::vector<int64_t> weight, std::vector<int64_t> stride,
+                              std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                              int element_bytes) {
+  return conv_why_not({x.at(0), x.at(1), x.at(2), x.at(3), weight.at(0), weight.at(2), weight.at(3), stride.at(0),
+                       stride.at(1), padding.at(0), padding.at(1), dilation.at(0), dilation.at(1), groups},
+                      element_bytes);
 }
 
 // The element of x that row m of a tile starting at `origin` meets at reduction index k, or -1 for a padding zero.
@@ -102,7 +108,8 @@ int64_t input_offset(const ConvShape& s, int64_t origin, int row, int k, int gro
 }
 
 const Tile& tile_at(int index) {
-  if (index < 0 || index >= kNumTiles) throw py::index_error("no such tile");
+  if (index < 0 || index >= kNumTiles)
+    throw py::index_error("there is no tile " + std::to_string(index) + " among " + std::to_string(kNumTiles));
   return kTiles[index];
 }
 
@@ -132,8 +139,9 @@ FloatArray emulate_conv_bn_act(const FloatArray& x, const FloatArray& weight, co
                                const OptionalArray& bn_bias, const OptionalArray& bn_mean, const OptionalArray& bn_var,
                                double eps, const OptionalArray& bias, const OptionalArray& residual,
                                std::pair<int, int> stride, std::pair<int, int> padding, std::pair<int, int> dilation,
-                               int groups, int activation, const std::string& dtype, const std::string& vector_dtype,
-                               int tile, int splits, int misalignment, bool copies_land_early, bool last_warp_first) {
+                               int groups, const std::string& activation, const std::string& dtype,
+                               const std::string& vector_dtype, int tile, int splits, int misalignment,
+                               bool copies_land_early, bool last_warp_first) {
   const ConvShape shape = make_shape(sizes(x), sizes(weight), stride, padding, dilation, groups);
   const Tile& t = tile_at(tile);
   FloatArray result(std::vector<int64_t>{shape.N, shape.P, shape.Q, shape.K});
@@ -169,7 +177,7 @@ FloatArray emulate_conv_bn_act(const FloatArray& x, const FloatArray& weight, co
                      channel_vector(bn_var),
                      channel_vector(bias),
                      static_cast<float>(eps),
-                     static_cast<Activation>(activation),
+                     parse_activation("emulate_conv_bn_act", activation, Activation::kSilu),
                      residual ? residual_buffer.data() : nullptr};
     args.x = x_buffer.data();
     args.weight = weight_buffer.data();
@@ -222,8 +230,11 @@ PYBIND11_MODULE(_host_checks, m) {
       .def_readonly("Q", &ConvShape::Q)
       .def_readonly("reduction", &ConvShape::reduction)
       .def_property_readonly("num_rows", &num_rows)
-      .def("spans_fit", &spans_fit, py::arg("unit"))
+      .def(
+          "spans_fit", [](const ConvShape& s, int unit) { return why_span_too_long(s, unit).empty(); }, py::arg("unit"))
       .def("input_offset", &input_offset, py::arg("origin"), py::arg("row"), py::arg("k"), py::arg("group"));
+
+  m.def("cuda_conv_why_not", &cuda_conv_why_not);
 
   m.attr("NUM_TILES") = kNumTiles;
   m.attr("STAGE_ROW_BYTES") = kStageRowBytes;
@@ -285,7 +296,7 @@ PYBIND11_MODULE(_host_checks, m) {
         py::arg("bn_var") = py::none(), py::arg("eps") = 1e-5, py::arg("bias") = py::none(),
         py::arg("residual") = py::none(), py::arg("stride") = std::make_pair(1, 1),
         py::arg("padding") = std::make_pair(0, 0), py::arg("dilation") = std::make_pair(1, 1), py::arg("groups") = 1,
-        py::arg("activation") = 0, py::arg("dtype") = "float16", py::arg("vector_dtype") = "float32",
+        py::arg("activation") = "none", py::arg("dtype") = "float16", py::arg("vector_dtype") = "float32",
         py::arg("tile") = 1, py::arg("splits") = 1, py::arg("misalignment") = 0, py::arg("copies_land_early") = false,
         py::arg("last_warp_first") = false);
   m.def("emulate_add_relu", &emulate_add_relu, py::arg("a"), py::arg("b"), py::arg("dtype"), py::arg("backward"),

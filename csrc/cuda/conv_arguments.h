@@ -3,7 +3,9 @@
 
 #include <cstdint>
 
-#include "problem.h"
+#include "common/activation.h"
+#include "common/dtype.h"
+#include "cuda/conv_shape.h"
 
 namespace fused_resnet {
 

@@ -2,17 +2,15 @@
 //   scale = bn_weight / sqrt(bn_var + eps), shift = (bias - bn_mean) * scale + bn_bias; a null vector drops out.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cmath>
 
-#include "conv_arguments.h"
+#include "cuda/conv_arguments.h"
 
 namespace fused_resnet {
 
 using Half = c10::Half;
-using BFloat16 = c10::BFloat16;
 
 // Sixteen bytes as they travel, and as the elements they hold.
 struct alignas(16) Chunk {
@@ -57,7 +55,7 @@ FUSED_RESNET_HD ScaleShift scale_and_shift(const EpilogueArguments& e, int k) {
   return {scale, fmaf(centre, scale, load_channel(e.bn_bias, k, 0.0f))};
 }
 
-// Of the next Packed<Element>::kCount channels from k on, of which num_columns exist.
+// The scales and shifts of Packed<Element>::kCount channels from k on, of which num_columns exist.
 template <class Element>
 FUSED_RESNET_HD void scale_and_shift_chunk(const EpilogueArguments& e, int k, int num_columns, ScaleShift* affine) {
 #pragma unroll

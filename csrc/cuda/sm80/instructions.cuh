@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "epilogue.cuh"
+#include "cuda/epilogue.cuh"
 
 namespace fused_resnet {
 

@@ -3,13 +3,13 @@
 // row m = (n, p, q), column k; reduction (r, s, c), c fastest.
 #pragma once
 
-#include "heuristics.h"
-#include "tile_layout.h"
+#include "cuda/sm80/tile_layout.h"
+#include "cuda/sm80/tiles.h"
 
 #if defined(__CUDACC__)
-#include "device.cuh"
+#include "cuda/sm80/instructions.cuh"
 #else
-#include "emulated_device.h"
+#include "host_checks/emulated_device.h"
 #endif
 
 namespace fused_resnet {
@@ -279,6 +279,7 @@ template <class Element, int kTileIndex, bool kIsAligned>
 __global__ void __launch_bounds__(TileTraits<Element, kTileIndex>::kThreads,
                                   kIsAligned ? kTiles[kTileIndex].resident_blocks : 1)
     conv_bn_act_kernel(const __grid_constant__ ConvArguments args) {
+  // Prologue: where this thread works, and the first stages on their way.
   using Traits = TileTraits<Element, kTileIndex>;
   constexpr int kStages = Traits::kStages, kStageBytes = Traits::kStageBytes;
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32;
@@ -298,6 +299,7 @@ __global__ void __launch_bounds__(TileTraits<Element, kTileIndex>::kThreads,
     commit_copies();
   }
 
+  // Main loop: one stage is multiplied while later ones arrive.
   float acc[Traits::kMmaM][Traits::kMmaN][4] = {};
   int read = 0;
   for (int step = steps.first; step < steps.last; ++step) {
@@ -313,6 +315,7 @@ __global__ void __launch_bounds__(TileTraits<Element, kTileIndex>::kThreads,
   wait_copies<0>();
   sync_block();
 
+  // Epilogue: the sums through shared memory, which is free again, so that rows are written as they lie.
   float* staged = reinterpret_cast<float*>(smem);
 #pragma unroll
   for (int i = 0; i < Traits::kMmaM; ++i) {
@@ -353,6 +356,7 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocksPerSm)
   const int num_columns = args.shape.K - channel;
   const int64_t offset = int64_t{row} * args.shape.K + channel;
 
+  // Sum, then the same epilogue as without splits.
   float sums[kChunk];
   add_sums<kChunk>(args.partials + offset, args.splits, rows * args.shape.K, num_columns, args.has_vector_rows, sums);
   ScaleShift affine[kChunk];

@@ -3,8 +3,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "add_relu.cuh"
-#include "kernels.h"
+#include "cuda/add_relu.cuh"
+#include "cuda/launchers.h"
 
 namespace fused_resnet {
 namespace {

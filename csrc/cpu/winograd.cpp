@@ -1,12 +1,14 @@
 // cpu_winograd: a 3x3 stride-1 convolution with bias, residual and activation in one pass, by Winograd's F(4x4, 3x3).
+#include "cpu/winograd.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "cpu_conv.h"
-#include "winograd.h"
+#include "cpu/dispatch.h"
+#include "cpu/operator.h"
 
 namespace fused_resnet {
 namespace {
@@ -17,21 +19,13 @@ template <class T>
 using RunBlock = void (*)(const winograd::Shape&, const T*, const float*, const Epilogue<T>&, const winograd::Block&,
                           float*, T*);
 
-template <class T>
-RunBlock<T> best_for_this_cpu() {
-#if defined(__x86_64__)
-  if (best_instruction_set() == InstructionSet::kAvx512) return winograd::run_block_avx512<T>;
-  if (best_instruction_set() == InstructionSet::kAvx2) return winograd::run_block_avx2<T>;
-#endif
-  return winograd::run_block_anywhere<T>;
-}
-
 winograd::Shape shape_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& padding,
                          const Tensor& out) {
   check_input(kOp, x, padding, out);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.size(0) == winograd::kPoints &&
                       weight.size(2) == x.size(1) && weight.size(3) == winograd::kPanel,
-                  kOp, ": weight must be packed as (36, K/16, C, 16)");
+                  kOp, ": weight must be packed as (36, K/16, C, 16) for C = ", x.size(1), ", not ",
+                  layout_text(weight));
   const winograd::Shape s{x.size(0),
                           x.size(2),
                           x.size(3),
@@ -41,10 +35,10 @@ winograd::Shape shape_of(const Tensor& x, const Tensor& weight, const std::vecto
                           x.size(3) + 2 * padding[1] - 2,
                           padding[0],
                           padding[1]};
-  STD_TORCH_CHECK(s.C % winograd::kPanel == 0 && s.C > 0 && s.K > 0, kOp, ": channels must be multiples of 16");
-  STD_TORCH_CHECK(s.P > 0 && s.Q > 0, kOp, ": the output would be empty");
-  STD_TORCH_CHECK(out.size(0) == s.N && out.size(1) == s.K && out.size(2) == s.P && out.size(3) == s.Q, kOp,
-                  ": out has the wrong shape");
+  STD_TORCH_CHECK(s.C % winograd::kPanel == 0 && s.C > 0 && s.K > 0, kOp, ": channels must be multiples of 16, not ",
+                  s.C, " and ", s.K);
+  STD_TORCH_CHECK(s.P > 0 && s.Q > 0, kOp, ": the output would be empty: ", s.P, "x", s.Q);
+  check_shape(kOp, "out", out, {s.N, s.K, s.P, s.Q});
   return s;
 }
 
@@ -54,7 +48,8 @@ void run(const winograd::Shape& s, const Tensor& x, const Tensor& weight, const 
   const T* from = static_cast<const T*>(x.const_data_ptr());
   const float* points = static_cast<const float*>(weight.const_data_ptr());
   T* to = static_cast<T*>(out.mutable_data_ptr());
-  static const RunBlock<T> run_block = best_for_this_cpu<T>();
+  static const auto run_block =
+      best_of<RunBlock<T>>(winograd::run_block_anywhere<T>, winograd::run_block_avx2<T>, winograd::run_block_avx512<T>);
   const winograd::Blocks blocks(s, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {

@@ -10,7 +10,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu_vectors.h"
+#include "cpu/dispatch.h"
+#include "cpu/vectors.h"
 
 namespace fused_resnet {
 namespace winograd {
@@ -236,23 +237,25 @@ FUSED_RESNET_INLINE void run_block(const Shape& s, const T* x, const float* u, c
   transform_output<kLanes>(s, m, block, epilogue, out);
 }
 
-#if defined(__x86_64__)
 template <class T>
 FUSED_RESNET_AVX512 void run_block_avx512(const Shape& s, const T* x, const float* u, const Epilogue<T>& epilogue,
                                           const Block& block, float* scratch, T* out) {
+  // 14 rows x 2 panels: 28 of 32 zmm hold sums, 2 the panels of U, 1 the value of V that meets them
   run_block<16, 2, 14>(s, x, u, epilogue, block, scratch, out);
 }
 
 template <class T>
 FUSED_RESNET_AVX2 void run_block_avx2(const Shape& s, const T* x, const float* u, const Epilogue<T>& epilogue,
                                       const Block& block, float* scratch, T* out) {
+  // 6 rows x 2 halves of a panel: 12 of 16 ymm hold sums, 2 the halves of U, 1 the value of V
   run_block<8, 1, 6>(s, x, u, epilogue, block, scratch, out);
 }
-#endif
 
 template <class T>
 void run_block_anywhere(const Shape& s, const T* x, const float* u, const Epilogue<T>& epilogue, const Block& block,
                         float* scratch, T* out) {
+  // 4 rows x 4 quarters of a panel: 16 sums, 4 quarters of U and 1 value of V fit the 32 registers of 64-bit Arm;
+  // x86-64 has 16 without AVX-512, and keeps a few of these in memory
   run_block<4, 1, 4>(s, x, u, epilogue, block, scratch, out);
 }
 

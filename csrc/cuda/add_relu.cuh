@@ -2,9 +2,9 @@
 #pragma once
 
 #if defined(__CUDACC__)
-#include "device.cuh"
+#include "cuda/sm80/instructions.cuh"
 #else
-#include "emulated_device.h"
+#include "host_checks/emulated_device.h"
 #endif
 
 namespace fused_resnet {

@@ -1,5 +1,5 @@
 // What both libraries need around their kernels: the digest of the schemas they implement, and second-line checks.
-// The first line is in Python; here a wrong call must not become a wrong memory access.
+// The first line is in Python; here a wrong call must not become a wrong memory access. Every text has the values.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -18,6 +19,26 @@
 namespace fused_resnet {
 
 using torch::stable::Tensor;
+
+// (2, 3) for people.
+template <class Numbers>
+std::string in_parentheses(const Numbers& numbers) {
+  std::string text;
+  for (const int64_t number : numbers) text += (text.empty() ? "" : ", ") + std::to_string(number);
+  return "(" + text + ")";
+}
+
+inline std::string shape_text(const Tensor& t) {
+  return in_parentheses(t.sizes());
+}
+
+inline std::string layout_text(const Tensor& t) {
+  return shape_text(t) + " with strides " + in_parentheses(t.strides());
+}
+
+inline std::string dtype_text(const Tensor& t) {
+  return torch::headeronly::toString(t.scalar_type());
+}
 
 inline bool same_sizes(const Tensor& a, const Tensor& b) {
   const auto x = a.sizes(), y = b.sizes();
@@ -63,10 +84,26 @@ inline bool is_channels_last(const Tensor& t) {
 // Three tensors that can be walked together in memory order.
 inline void check_pointwise(const char* op, const Tensor& a, const Tensor& b, const Tensor& out) {
   STD_TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.scalar_type() == out.scalar_type(), op,
-                  ": the tensors must have one dtype");
+                  ": the tensors must have one dtype, not ", dtype_text(a), ", ", dtype_text(b), " and ",
+                  dtype_text(out));
   STD_TORCH_CHECK(a.numel() == 0 || (same_layout(a, b) && same_layout(a, out)), op,
-                  ": the tensors must have one shape and one layout");
-  STD_TORCH_CHECK(a.numel() == 0 || is_dense(a), op, ": the tensors must be dense");
+                  ": the tensors must have one shape and one layout, not ", layout_text(a), ", ", layout_text(b),
+                  " and ", layout_text(out));
+  STD_TORCH_CHECK(a.numel() == 0 || is_dense(a), op, ": the tensors must be dense, not ", layout_text(a));
+}
+
+inline void check_channels_last(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(is_channels_last(t), op, ": ", name, " must be channels_last in memory, not ", layout_text(t));
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& expected) {
+  const auto sizes = t.sizes();
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), op, ": ", name,
+                  " must have the shape ", in_parentheses(expected), ", not ", shape_text(t));
+}
+
+inline void check_pair(const char* op, const char* name, const std::vector<int64_t>& values) {
+  STD_TORCH_CHECK(values.size() == 2, op, ": ", name, " must have 2 values, not ", values.size());
 }
 
 }  // namespace fused_resnet

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "problem.h"
+#include "cuda/conv_shape.h"
 
 namespace fused_resnet {
 
