@@ -296,8 +296,7 @@ class BuildParts(build_ext):
             "compiler": tools.cxx and _first_line([tools.cxx, "--version"]),
             "nvcc": tools.nvcc_version if has_cuda else None,
             "cuda_archs": cuda_archs(tools) if has_cuda else [],
-            "cuda_kernels": sources.kernel_digest("cuda", ROOT),
-            "cpu_kernels": {name: sources.kernel_digest(name, ROOT) for name in sources.CPU_BACKENDS},
+            "sources": sources.compiled_digests(ROOT),
             "parts": {
                 part.name: {
                     "file": part.filename,

@@ -253,7 +253,7 @@ def verified(steps: dict[str, dict], device: str) -> Optional[dict[str, Any]]:
     if not backends:
         return None
     date = max(steps[f"verify-{name}"]["date"] for name in backends)
-    return provenance.verified_record(device, date, backends)
+    return verified.verified_record(device, date, backends)
 
 
 # ------------------------------------------------------------------------------------------------- what the steps do
@@ -289,7 +289,7 @@ def build(setup: Setup, limit_s: float) -> Result:
 def why_not_this_library() -> Optional[str]:
     """Why _C_cuda cannot be what is verified and tuned here, or None. fused_resnet/_build.json, which lies beside it,
     says what it was compiled from."""
-    built, sources = compiled.kernel_digest("cuda"), provenance.kernel_digest("cuda")
+    built, sources = compiled.kernel_digest(provenance.CUDA), provenance.kernel_digest(provenance.CUDA)
     why = compiled.load("cuda")
     if why is None and built != sources:
         why = f"_C_cuda was compiled from kernels {built} by _build.json, these are {sources}"

@@ -23,8 +23,9 @@ from typing import NamedTuple, Optional
 
 import torch
 
+from fused_resnet.backends import record
 from fused_resnet.backends.winners_file import Entry, Table, file_name, read
-from fused_resnet.kernels import compiled, sources
+from fused_resnet.kernels import compiled
 from fused_resnet.machine import devices, files
 
 SHIPPED = Path(__file__).parents[1] / "configs"
@@ -167,10 +168,17 @@ def warn_untuned(problem) -> None:
 warned: set[str] = set()
 
 
+def kernel_digests() -> dict[str, Optional[str]]:
+    """By backend of ours, a digest of all it is compiled from: in C++ as its library was built. None if unknown."""
+    made = {**record.known("add_relu"), **record.known("conv_bn_act")}
+    return {name: compiled.kernel_digest(backend.sources) for name, backend in made.items() if backend.sources}
+
+
 def _is_unchanged(backend: str, measured: dict, place: str) -> bool:
-    if backend not in sources.SOURCES:
+    made = record.known("conv_bn_act").get(backend)
+    if made is None or not made.sources:
         return True
-    current = compiled.kernel_digest(backend)
+    current = compiled.kernel_digest(made.sources)
     if current is not None and measured.get(backend) == current:
         return True
     files.report_once(

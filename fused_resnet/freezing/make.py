@@ -14,6 +14,7 @@ from typing import Optional
 import torch
 from torch import Tensor, fx
 
+from fused_resnet import backends
 from fused_resnet.freezing import dtypes
 from fused_resnet.freezing.dtypes import Conversion, facts_of, first_line
 from fused_resnet.freezing.lowering import (
@@ -44,7 +45,7 @@ def make_plan(traced: fx.GraphModule, x: Tensor, conversion: Optional[Conversion
     reselect_stranded(module.graph, modules, backend)
     mark_sums_in_place(module.graph, modules)
     place_triton(module.graph, modules, x.device)
-    if x.device.type == "cpu" and backend in ("auto", "onednn"):
+    if x.device.type == "cpu" and (backend == "auto" or backends.known("conv_bn_act")[backend].plan.linears):
         pack_linears(module, modules)
     if x.device.type == "cpu" and compiled.load("cpu") is None:
         replace_max_pools(module, modules)

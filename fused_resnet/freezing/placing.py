@@ -23,7 +23,7 @@ def mark_sums_in_place(graph: fx.Graph, modules: dict) -> None:
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         conv = module_of(node, modules)
-        if not isinstance(conv, FrozenConv) or len(node.args) < 2 or conv.backend.bind is None:
+        if not isinstance(conv, FrozenConv) or len(node.args) < 2 or conv.backend.plan.bind is None:
             continue
         source, residual = node.args
         readers = [user for user in residual.users if user is not node]
@@ -46,7 +46,7 @@ def _triton_as_selected(graph: fx.Graph, modules: dict) -> dict[fx.Node, layouts
     return {
         node: layouts.Placed(conv.problem, conv.selection.config)
         for node in graph.nodes
-        if isinstance(conv := module_of(node, modules), FrozenConv) and conv.backend.name == "triton"
+        if isinstance(conv := module_of(node, modules), FrozenConv) and conv.backend.plan.placed
     }
 
 

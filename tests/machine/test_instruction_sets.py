@@ -13,7 +13,7 @@ import torch
 
 import fused_resnet
 from fused_resnet import BackendError, backends, models, testing
-from fused_resnet.backends.onednn import onednn_convolution
+from fused_resnet.backends import onednn
 from fused_resnet.kernels import compiled
 from fused_resnet.machine import files
 from fused_resnet.nn import BasicBlock, Bottleneck
@@ -222,7 +222,7 @@ def show_onednn_s_instructions():
     operands = ConvOperands(torch.randn(1, 16, 8, 8), torch.randn(16, 16, 3, 3))
     problem = conv_problem(operands, (1, 1), (1, 1), (1, 1), 1, "relu")
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
-        onednn_convolution(problem, operands.weight, None)(operands.x)
+        onednn.bind(problem, operands.weight, None)(operands.x)
 
 
 # ---------------------------------------------------------------------------------------------- tests within each limit

@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet import backends, functional, operators, testing
-from fused_resnet.backends import choice, record
+from fused_resnet.backends import choice, cuda, record
+from fused_resnet.kernels import compiled
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.operators.describe import _describe_conv, _describe_sum, conv_problem
 from fused_resnet.operators.operands import ConvOperands
@@ -180,13 +181,13 @@ def test_auto_on_rocm(monkeypatch):
 )
 def test_unmeasured_cudnn_gets_what_it_surely_can(monkeypatch, changed, expected):
     """Anything else might raise in `auto`, which promises to run."""
-    from fused_resnet.backends import nvidia
+    from fused_resnet.backends.cudnn import CUDNN
 
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     problem = ONE_BY_ONE._replace(has_bias=True, **changed)
     assert choice.fixed_order(problem, in_plan=True).backend.name == expected
-    assert (nvidia.CUDNN.why_not(problem) is None) == (problem.activation == "relu")  # to be had by name
+    assert (CUDNN.why_not(problem) is None) == (problem.activation == "relu")  # to be had by name
 
 
 @pytest.mark.parametrize("backend", backends.known("conv_bn_act"))
@@ -213,11 +214,11 @@ def test_names_are_checked_in_one_place():
 def limits_of_csrc():
     """The question after the CUDA kernel's limits, answered by the same function in _host_checks."""
     checks = pytest.importorskip("fused_resnet._host_checks", reason="_host_checks is not built")
-    backends.nvidia._cuda_limits.cache_clear()
+    cuda._limits.cache_clear()
     with torch.library._scoped_library("fused_resnet", "IMPL") as library:
         library.impl("cuda_conv_why_not", checks.cuda_conv_why_not, "CompositeExplicitAutograd")
         yield
-    backends.nvidia._cuda_limits.cache_clear()
+    cuda._limits.cache_clear()
 
 
 @pytest.mark.parametrize("capabilities, reason", (
@@ -226,7 +227,7 @@ def limits_of_csrc():
 ))  # fmt: skip
 def test_the_least_capable_gpu_decides(limits_of_csrc, monkeypatch, capabilities, reason):
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(backends.winograd.compiled, "load", lambda library: None)
+    monkeypatch.setattr(compiled, "load", lambda library: None)
     monkeypatch.setattr(runtime, "INTERPRETED", False)
     monkeypatch.setattr(runtime, "_driver_error", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
@@ -293,7 +294,7 @@ BEYOND_CUDA = {
 @pytest.mark.parametrize("beyond, within, reason", BEYOND_CUDA.values(), ids=BEYOND_CUDA)
 def test_what_the_cuda_kernel_cannot_index(limits_of_csrc, monkeypatch, beyond, within, reason):
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(backends.winograd.compiled, "load", lambda library: None)
+    monkeypatch.setattr(compiled, "load", lambda library: None)
     monkeypatch.setattr(runtime, "least_capability", lambda: (9, 0))
     with pytest.raises(backends.BackendError, match=f"backend 'cuda' cannot run this: .*{re.escape(reason)}"):
         backends.select(ONE_BY_ONE._replace(**beyond), "cuda")
@@ -302,7 +303,7 @@ def test_what_the_cuda_kernel_cannot_index(limits_of_csrc, monkeypatch, beyond, 
 
 def test_the_cuda_kernel_s_limits_are_asked_past_tracers(limits_of_csrc):
     """A tracer would record the question, or stop at an answer that is text."""
-    ask = backends.nvidia._cuda_limits
+    ask = cuda._limits
     too_large = ONE_BY_ONE._replace(H=2**28)
 
     def doubled(x):
@@ -340,7 +341,7 @@ def test_the_limits_of_csrc_are_exact(data):
     chunk = 16 // dtype.itemsize
     span = (((256 // (p.P * p.Q) + 2) * H + 2 * padding[0] + 2) * W + 2 * padding[1]) * p.C
     fits = fits and span < 2**31 * (1 if channels % chunk else chunk)
-    reason = checks.cuda_conv_why_not(*backends.nvidia._cuda_sizes(p), dtype.itemsize)
+    reason = checks.cuda_conv_why_not(*cuda._sizes(p), dtype.itemsize)
     assert (reason == "") == fits, reason
 
 
