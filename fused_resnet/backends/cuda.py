@@ -109,4 +109,4 @@ def worth(problem: ConvProblem) -> Sequence[CudaConfig]:
     return found
 
 
-CUDA = Backend("cuda", why_not, run, sources=sources.CUDA, configs=Configs(worth, legal))
+BACKEND = Backend("cuda", why_not, run, sources=sources.CUDA, configs=Configs(worth, legal))

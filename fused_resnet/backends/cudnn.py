@@ -45,7 +45,7 @@ def run(problem: ConvProblem, operands: ConvOperands) -> Tensor:
     return torch.cudnn_convolution_add_relu(o.x, o.weight, o.residual, 1.0, bias, *window)
 
 
-CUDNN = Backend(
+BACKEND = Backend(
     "cudnn",
     why_not,
     run,

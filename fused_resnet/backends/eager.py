@@ -75,7 +75,7 @@ def _is_stock_batch_norm(operands: ConvOperands) -> bool:
     return dtype == x.dtype or (dtype == torch.float32 and x.dtype != torch.float64)
 
 
-EAGER = Backend(
+BACKEND = Backend(
     "eager",
     lambda problem: None,
     run,

@@ -72,7 +72,7 @@ def run(problem: ConvProblem, operands: ConvOperands) -> Tensor:
     return bind(problem, pack(problem, o.weight), o.bias)(o.x, o.residual)
 
 
-GROUPED = Backend(
+BACKEND = Backend(
     "grouped",
     why_not,
     run,

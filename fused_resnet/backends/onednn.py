@@ -122,7 +122,7 @@ def _rounds_between(problem: ConvProblem, operands: ConvOperands) -> bool:
     return rounds_sum or rounds_bias(problem, operands)
 
 
-ONEDNN = Backend(
+BACKEND = Backend(
     "onednn",
     why_not,
     run,

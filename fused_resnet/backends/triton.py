@@ -51,7 +51,7 @@ def _target() -> tuple[int, int]:
     return runtime.arch(device), runtime.num_sms(device)
 
 
-TRITON = Backend(
+BACKEND = Backend(
     "triton",
     launch.why_not,
     run,

@@ -78,7 +78,7 @@ def run(problem: ConvProblem, operands: ConvOperands) -> Tensor:
     return bind(problem, pack(problem, o.weight), o.bias)(o.x, o.residual)
 
 
-WINOGRAD = Backend(
+BACKEND = Backend(
     "winograd",
     why_not,
     run,

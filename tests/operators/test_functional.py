@@ -181,13 +181,13 @@ def test_auto_on_rocm(monkeypatch):
 )
 def test_unmeasured_cudnn_gets_what_it_surely_can(monkeypatch, changed, expected):
     """Anything else might raise in `auto`, which promises to run."""
-    from fused_resnet.backends.cudnn import CUDNN
+    from fused_resnet.backends import cudnn
 
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     problem = ONE_BY_ONE._replace(has_bias=True, **changed)
     assert choice.fixed_order(problem, in_plan=True).backend.name == expected
-    assert (CUDNN.why_not(problem) is None) == (problem.activation == "relu")  # to be had by name
+    assert (cudnn.why_not(problem) is None) == (problem.activation == "relu")  # to be had by name
 
 
 @pytest.mark.parametrize("backend", backends.known("conv_bn_act"))
