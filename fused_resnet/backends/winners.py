@@ -27,9 +27,9 @@ from fused_resnet.backends import record
 from fused_resnet.backends.winners_file import Entry, Table, file_name, read
 from fused_resnet.kernels import compiled
 from fused_resnet.machine import devices, files
+from fused_resnet.operators.problem import SHORT_DTYPES
 
 SHIPPED = Path(__file__).parents[1] / "configs"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 log = logging.getLogger("fused_resnet")
 
@@ -150,7 +150,7 @@ def forget() -> None:
 def warn_untuned(problem) -> None:
     """Say once per process and kind of device that `auto` has no measurement to go by, and how to make one."""
     warned.add(problem.device)
-    short = {dtype: short for short, dtype in DTYPES.items()}.get(problem.dtype)
+    short = {dtype: short for short, dtype in SHORT_DTYPES.items()}.get(problem.dtype)
     name = device_id(problem.device)
     if os.environ.get("FUSED_RESNET_TUNED") == "0" or _is_ignored.get() or short is None:
         return

@@ -47,13 +47,13 @@ from fused_resnet.measuring.turns import Measured, Subject, in_turn, part_of
 from fused_resnet.measuring.variants import (
     BASELINES,
     COMPETITORS,
-    SHORT_DTYPES,
     UNTUNED,
     build_variants,
     missing_reason,
     short_name,
     variant_builders,
 )
+from fused_resnet.operators.problem import SHORT_DTYPES
 
 __all__ = [
     "AUTO", "BASELINES", "COMPETITORS", "COPY", "FOLDED", "LOSS_BELOW", "OURS", "SHORT_DTYPES", "THEIRS", "UNFUSED",

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fused_resnet.measuring.cases import finite
 from fused_resnet.measuring.timing import Progress, Variants, interleaved, silent
-from fused_resnet.measuring.variants import BASE, SHORT_DTYPES, build_variants, missing_reason, variant_builders
+from fused_resnet.measuring.variants import BASE, build_variants, missing_reason, variant_builders
 from fused_resnet.nn import BasicBlock, Bottleneck
+from fused_resnet.operators.problem import SHORT_DTYPES
 
 
 def calibrated(model: nn.Module, image_shape: Sequence[int], *, batch: int = 4, seed: int = 0) -> nn.Module:
