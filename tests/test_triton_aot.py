@@ -245,38 +245,42 @@ def test_sizes_that_change_the_types_of_arguments_compile(compiler_environment):
 
 
 _SPECIALISATION = """
-import itertools, torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
+import torch
+from triton.runtime import driver
+from fused_resnet import precompile
 from fused_resnet.problem import ConvOperands
 from fused_resnet.triton_kernels import aot, conv_bn_act, conv_configs
 
-backend = make_backend(GPUTarget("cuda", 90, 32))
+driver.set_active(precompile._Driver(90))
 
 def check(each):
-    signature, constants, attributes, _ = aot.specialise(each.kernel, each.arguments, each.options)
-    bind = create_function_from_signature(each.kernel.signature, each.kernel.params, backend)
-    _, launched, _ = bind(*each.arguments, **each.options)
-    assert len(launched) == len(signature)
-    for position, (name, (kind, hint)) in enumerate(zip(signature, launched)):
-        assert signature[name] == kind, (name, signature[name], kind)
-        divisible = isinstance(hint, str) and "D" in hint
-        assert ((position,) in attributes) == divisible, (name, hint, attributes)
+    # what Triton's launcher hands to its compiler, and looks up in its caches
+    _, _, _, backend, bind = each.kernel.create_binder()
+    bound, specialization, _ = bind(*each.arguments, **each.options)
+    _, signature, constants, attributes = each.kernel._pack_args(backend, each.options, bound, specialization, None)
+    attributes = {path: hints for path, hints in attributes.items() if hints}
+    assert (signature, constants, attributes) == aot.specialise(each.kernel, each.arguments, each.options)[:3], each
 
+kernels = set()
 for problem in aot.problems(torch.float16):
     problem = problem._replace(N=1)
     tensor = torch.zeros(1, 64, 1, 1, dtype=torch.float16)  # 64-byte aligned, as PyTorch's allocators give them
     vector = torch.zeros(64)
-    operands = ConvOperands(tensor, tensor, vector, bias=vector)
-    for config in (conv_bn_act.default_config(problem), *conv_configs.configs(problem, 90)[-4:]):
-        for each in conv_bn_act.prepare(problem, operands, tensor, config):
-            check(each)
+    some = ConvOperands(tensor, tensor, vector, bias=vector)
+    every = ConvOperands(tensor, tensor, vector, vector, vector, vector, bias=vector, residual=tensor)
+    legal = [one for one, _ in conv_configs.search_space(problem, 90) if not conv_configs.why_illegal(problem, one, 90)]
+    one_of_each = {(config.form, config.split_k > 1): config for config in legal}
+    for config in (conv_bn_act.default_config(problem), *one_of_each.values()):
+        for operands in (some, every):
+            for each in conv_bn_act.prepare(problem, operands, tensor, config):
+                check(each)
+                kernels.add(each.kernel.__name__)
+assert len(kernels) == 6, kernels
 """
 
 
 def test_specialised_as_the_launcher_would(compiler_environment):
-    """Types, constants and alignment hints against Triton's own argument binder."""
+    """Types, constants and alignment hints, against Triton's own launcher."""
     python(compiler_environment, "-c", _SPECIALISATION)
 
 
