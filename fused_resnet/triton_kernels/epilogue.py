@@ -3,7 +3,7 @@
     out = act(scale * sum + shift + residual)
     scale = bn_weight / sqrt(bn_var + eps),  shift = (bias - bn_mean) * scale + bn_bias
 
-A None vector is a compile-time constant and costs nothing. Rows are numbered in one of three ways:
+What is None in `Epilogue` is a compile-time constant and costs nothing. Rows are numbered in one of three ways:
 
     "compact"  (n * P + p) * Q + q                    a dense NHWC tensor
     "halo"     (n * (P + 1) + p) * (Q + 1) + q        a line of zeros below and a column right of each image
@@ -22,9 +22,10 @@ from fused_resnet.triton_kernels.runtime import jit, tl
 
 
 class Epilogue(NamedTuple):
-    """One argument of a kernel: what its sums meet, and where they go. A field that is None is no parameter of it.
+    """What a kernel's sums meet and where they go, as one argument: tensors in a launch, pointers in the kernel.
 
-    partial: [parts of the reduction, rows, channels] in fp32, where a kernel leaves the sums of its part.
+    A field that is None is no parameter of the compiled kernel. partial: [part, row, channel] in fp32, where each part
+    of a split reduction leaves its sums.
     """
 
     bn_weight: Optional[Tensor]
