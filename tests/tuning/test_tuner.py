@@ -598,8 +598,9 @@ def test_what_is_compiled_ahead_is_what_a_launch_looks_up(tmp_path):
     if precompile.triton_version() is None:
         pytest.skip("Triton is not installed")
     one = problem(device="cuda", dtype=torch.float16, has_residual=True)
+    configs = [CONFIGS[0], CONFIGS[0]._replace(split_k=2)]
     with precompile.Precompiler(90, tmp_path, workers=1) as compiler:
-        assert set(compiler.submit(one, CONFIGS[:1]).result().values()) == {None}
+        assert set(compiler.submit(one, configs).result().values()) == {None}
     script = f"""
 import torch
 from triton.runtime import driver
@@ -612,10 +613,12 @@ driver.set_active(precompile._Driver(90))
 problem = parsed_problem({str(one)!r}, "cuda")
 operands = measuring.folded_operands(measuring.random_operands(problem._replace(device="cpu"), "cpu"))
 out = torch.empty(problem.output_shape, dtype=torch.float16)
-for launch in conv_bn_act.prepare(problem, operands, out, TritonConfig(*{tuple(CONFIGS[0])})):
-    launch.kernel.warmup(*launch.arguments, grid=(launch.num_programs,), **launch.options)
+for config in {list(map(tuple, configs))}:
+    for launch in conv_bn_act.prepare(problem, operands, out, TritonConfig(*config)):
+        launch.kernel.warmup(*launch.arguments, grid=(launch.num_programs,), **launch.options)
 """
     before = sorted(tmp_path.rglob("*"))
+    assert len(list(tmp_path.glob("*/*.cubin"))) == 3  # whole, in parts, and their sum
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     subprocess.run(
         [sys.executable, "-c", script],
