@@ -94,6 +94,30 @@ def test_bfloat16_tf32_and_full_fp32(compiler_environment):
             check(report, dtype)
 
 
+_SPLIT = """
+import json, sys, torch
+from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.kernels.triton import aot
+from fused_resnet.kernels.triton.conv.configs import TritonConfig
+
+p = ConvProblem(1, 256, 14, 14, 256, 3, 3, (1, 1), (1, 1), (1, 1), 1, "relu", False, True, False, torch.float16, "cuda")
+found = {}
+for split_k in (1, 4):
+    config = TritonConfig(64, 32, 32, 8, 4, 3, split_k=split_k)
+    found[split_k] = aot.compile_launches(p, int(sys.argv[1]), config)[0]._asdict()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_split_reduction_is_loaded_as_wide_as_a_whole_one(compiler_environment, arch):
+    """Its first step is where its part begins, and still a multiple of the step."""
+    whole, split = json.loads(python(compiler_environment, "-c", _SPLIT, str(arch))).values()
+    assert split["instructions"]["LDGSTS"] >= whole["instructions"]["LDGSTS"] > 0, (whole, split)
+    assert "LDG.U16" not in split["instructions"], split
+    assert split["stack_bytes"] == 0 and split["registers"] <= whole["registers"] + 16, (whole, split)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("arch", [80, 90, 100])

@@ -80,7 +80,8 @@ def _conv_bn_act_kernel(
     first, last = steps_of_part(part, tl.cdiv(reduction, BLOCK_K), SPLIT_K)
     r, s, c = 0, 0, 0
     if SPLIT_K > 1:
-        c = first * BLOCK_K % group_C
+        # in whole steps of BLOCK_K, so that the compiler knows it for a multiple and keeps the loads wide
+        c = first % (group_C // BLOCK_K) * BLOCK_K if WHOLE_STEPS else 0
         s = first * BLOCK_K // group_C % S
         r = first * BLOCK_K // group_C // S
     for k in range(first * BLOCK_K, last * BLOCK_K, BLOCK_K):
