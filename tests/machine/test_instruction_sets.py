@@ -231,15 +231,16 @@ def show_onednn_s_instructions():
 @pytest.mark.full
 @pytest.mark.parametrize("limit", ["oneDNN SSE4.1", "oneDNN AVX2", "oneDNN AVX-512", "AVX2 everywhere"])
 @pytest.mark.parametrize("where, which", (
-    ("freezing/test_plan.py", "values or fp16 or models or sums or pass or pooling or norms or windows"),
-    ("operators/test_library_faults.py", "gradients_are_right or composite or lower"),
+    ("tests/freezing/test_values.py tests/freezing/test_memory.py tests/freezing/test_forwards.py",
+     "values or fp16 or models or sums or pass or pooling or norms or windows"),
+    ("tests/operators/test_library_faults.py", "gradients_are_right or composite or lower"),
 ))  # fmt: skip
 def test_tests_within(limit, where, which):
     variables, flag, *_ = WITHIN[limit]
     if flag not in processor_flags():
         pytest.skip(f"this processor has no {flag}")
     options = ["-q", "-p", "no:cacheprovider", "-m", "not full", "-k", which]
-    output = in_a_process_within(variables, ["-m", "pytest", *options, f"tests/{where}"])
+    output = in_a_process_within(variables, ["-m", "pytest", *options, *where.split()])
     assert int(re.search(r"(\d+) passed", output)[1]) > 20, output
 
 
