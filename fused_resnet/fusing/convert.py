@@ -21,7 +21,7 @@ from fused_resnet.fusing.rewriting import Rewritten
 from fused_resnet.graphs.spelling import has_convolutions
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBlock, FusedBottleneck
 from fused_resnet.nn.bypass import has_stock_code, may_be_norm, why_not_fused
-from fused_resnet.nn.fused import fused_shortcut, set_class
+from fused_resnet.nn.fused import Fused, fused_shortcut, plain_class_of, set_class
 
 log = logging.getLogger("fused_resnet")
 
@@ -117,8 +117,8 @@ def unfuse(model: nn.Module) -> nn.Module:
     model."""
     for module in model.modules():
         cls: Any = type(module)  # which, unlike isinstance, asks nothing of the module
-        if issubclass(cls, (FusedBlock, FusedForward)):
-            set_class(module, module.__dict__.get("_stock_class", cls.plain_class))
+        if issubclass(cls, Fused):
+            set_class(module, plain_class_of(module))
             _restore(module, {})
         elif issubclass(cls, ConvBNAct) and "_own_backend" in module.__dict__:
             module.__dict__.pop("backend", None)
@@ -135,16 +135,9 @@ def fused_convs(model: nn.Module) -> list[str]:
     """Names of the convolutions that `model`, fused and in eval mode, computes in one call with what follows them."""
     names = []
     for name, module in model.named_modules():
-        own: list[str] = []
         fused: Any = module
-        if issubclass(type(module), FusedBlock):
-            own = [conv for conv, _ in fused.stage_names]
-            own += ["downsample.0"] if fused.fused_shortcut() else []
-        elif issubclass(type(module), FusedForward):
-            own = fused.fused_convs()
-        elif issubclass(type(module), ConvBNAct):
-            own = ["0"] if len(fused) > 1 else []
-        names += [f"{name}.{conv}" if name else conv for conv in own]
+        if issubclass(type(module), (Fused, ConvBNAct)):
+            names += [f"{name}.{conv}" if name else conv for conv in fused.fused_convs()]
     return names
 
 

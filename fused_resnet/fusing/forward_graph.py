@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_resnet.graphs.tracer import TRACING, Proxy, Tracer
-from fused_resnet.nn.fused import set_class
+from fused_resnet.nn.fused import plain_class_of, set_class
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PLAIN_VALUES = (bool, int, float, complex, str, bytes, type(None), type, enum.Enum, torch.dtype, torch.device)
@@ -87,12 +87,6 @@ def graph_of(module: nn.Module, training: bool) -> tuple[fx.Graph, Reads]:
     if (str(graph), reads) != (str(again), reads_again):
         raise CannotRewrite("its forward does not do the same each time")
     return graph, reads
-
-
-def plain_class_of(module: Any) -> type[nn.Module]:
-    """The class that a module has when it is not fused."""
-    cls = type(module)
-    return module.__dict__.get("_stock_class") or getattr(cls, "plain_class", cls)
 
 
 # --------------------------------------------------------------------------------------------------------- tracing

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from fused_resnet.nn.fused import NotScriptable
+from fused_resnet.nn.fused import Fused
 
 
-class FusedForward(NotScriptable):
+class FusedForward(Fused):
     """A module whose class was replaced by one that computes the same another way, and is a subclass of its own class.
 
     Children, parameters, keys and hooks are the module's. `plain_class.forward` runs wherever `fused_forward` returns
@@ -18,14 +18,8 @@ class FusedForward(NotScriptable):
     """
 
     kind: type["FusedForward"]
-    plain_class: type[nn.Module]
-    backend = "auto"
 
     def fused_forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-    def fused_convs(self) -> list[str]:
-        """Names, within this module, of the convolutions that it computes together with what follows them."""
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from fused_resnet import functional
 from fused_resnet.nn.bypass import ACTIVATION_OF, Norm, norm_of, why_not_fused
 from fused_resnet.operators.library import AUTOCAST_DEVICES
+from fused_resnet.operators.problem import output_size
 
 # How a forward adds a residual to out = bn(conv(x)). An augmented sum has the dtype and shape of what it writes to.
 _SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -113,8 +114,7 @@ def _output_shape(x: Tensor, weight: Tensor, conv: Any) -> tuple[int, int, int, 
     """(N, K, P, Q). Raises TypeError or ValueError where a parameter of the convolution is no pair."""
     (N, _, H, W), (K, _, R, S) = x.shape, weight.shape
     (u, v), (pad_h, pad_w), (dilation_h, dilation_w) = conv.stride, conv.padding, conv.dilation
-    P, Q = H + 2 * pad_h - dilation_h * (R - 1) - 1, W + 2 * pad_w - dilation_w * (S - 1) - 1
-    return N, K, P // u + 1, Q // v + 1
+    return N, K, output_size(H, R, u, pad_h, dilation_h), output_size(W, S, v, pad_w, dilation_w)
 
 
 def _children_take(x: Tensor, bias: Optional[Tensor], norm: Optional[Norm], cast_to: Optional[torch.dtype]) -> bool:

@@ -7,7 +7,7 @@ back.
 
 from __future__ import annotations
 
-from typing import Callable, Optional, cast
+from typing import Any, Callable, Optional, cast
 
 from torch import Tensor, fx, nn
 
@@ -31,7 +31,27 @@ class NotScriptable:
         )
 
 
-class FusedBlock(NotScriptable):
+class Fused(NotScriptable):
+    """A module that computes its plain class's forward another way, and holds exactly what a plain one holds.
+
+    backend: asked for by every convolution that it computes.
+    """
+
+    plain_class: type[nn.Module]
+    backend = "auto"
+
+    def fused_convs(self) -> list[str]:
+        """Names, within this module, of the convolutions that it computes together with what follows them."""
+        raise NotImplementedError
+
+
+def plain_class_of(module: Any) -> type[nn.Module]:
+    """The class that a module has when it is not fused."""
+    cls = type(module)
+    return module.__dict__.get("_stock_class") or getattr(cls, "plain_class", cls)
+
+
+class FusedBlock(Fused):
     """What the fused blocks share: forward through `functional`, or the plain class's forward where that is unsafe.
 
     In eval mode each conv+BN(+add)+ReLU is one call that reads the live parameters, so weights never go stale. A BN
@@ -40,9 +60,7 @@ class FusedBlock(NotScriptable):
     called where `calls_downsample` says so.
     """
 
-    backend = "auto"
     calls_downsample = False
-    plain_class: type[nn.Module]
     stage_names: tuple[tuple[str, str], ...]
     relu: nn.ReLU
     downsample: Optional[nn.Module]
@@ -59,6 +77,9 @@ class FusedBlock(NotScriptable):
         # after the main path has read x, as in the plain block: a shortcut of somebody's own may write to it
         identity = x if self.downsample is None else self._shortcut(self.downsample, x)
         return fused_conv_bn_act(out, *stages[-1], self.relu, identity, self.backend, "out += residual")
+
+    def fused_convs(self) -> list[str]:
+        return [conv for conv, _ in self.stage_names] + (["downsample.0"] if self.fused_shortcut() else [])
 
     def fused_shortcut(self) -> Optional[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         """conv and bn of the projection, where the block computes it."""
@@ -126,6 +147,10 @@ class ConvBNAct(NotScriptable, nn.Sequential):
         if isinstance(x, fx.Proxy) or rest or why_not_fused(act, [(conv, bn)]) is not None:
             return self._plain_forward(x, residual, act)
         return fused_conv_bn_act(x, conv, bn, act, residual, self.backend)
+
+    def fused_convs(self) -> list[str]:
+        """As `Fused.fused_convs`; a convolution alone is not fused."""
+        return ["0"] if len(self) > 1 else []
 
     def _plain_forward(self, x: Tensor, residual: Optional[Tensor], act: Optional[nn.Module]) -> Tensor:
         for layer in self:

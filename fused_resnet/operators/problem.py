@@ -19,6 +19,11 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SHORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def output_size(extent: int, taps: int, stride: int, padding: int, dilation: int) -> int:
+    """How many windows of a filter fit into an extent of x, along one axis: the size of the output."""
+    return (extent + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+
+
 class ConvProblem(NamedTuple):
     """act(BN_eval(conv(x, w) + bias) + residual) as a value.
 
@@ -50,11 +55,11 @@ class ConvProblem(NamedTuple):
 
     @property
     def P(self) -> int:
-        return (self.H + 2 * self.padding[0] - self.dilation[0] * (self.R - 1) - 1) // self.stride[0] + 1
+        return output_size(self.H, self.R, self.stride[0], self.padding[0], self.dilation[0])
 
     @property
     def Q(self) -> int:
-        return (self.W + 2 * self.padding[1] - self.dilation[1] * (self.S - 1) - 1) // self.stride[1] + 1
+        return output_size(self.W, self.S, self.stride[1], self.padding[1], self.dilation[1])
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_resnet.operators.describe import add_relu_problem, conv_problem
 from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import ACTIVATIONS, FLOAT_DTYPES
+from fused_resnet.operators.problem import ACTIVATIONS, FLOAT_DTYPES, output_size
 from fused_resnet.testing.case import AddReluOperands, Case
 
 Pair = tuple[int, int]
@@ -95,7 +95,7 @@ def _random_conv(draw: _Draw, kind: str) -> Case:
     window, (N, C, H, W, K, R, S) = _common_window(rng) if is_common else _random_window(rng, kind == "strided")
     stride, padding, dilation, groups = window
     P, Q = (
-        (size + 2 * pad - d * (taps - 1) - 1) // step + 1
+        output_size(size, taps, step, pad, d)
         for size, pad, d, taps, step in zip((H, W), padding, dilation, (R, S), stride)
     )
     reduction = R * S * C // groups
@@ -152,8 +152,8 @@ def _random_window(
         dilation = _pair(rng, (1, 1, 1, 2, 3))
         N = rng.choice((0, 1, 1, 1, 1, 2, 2, 2, 3, 4))
         H, W = (rng.randint(1, rng.choice((4, 33)) if is_strided else 19) for _ in range(2))
-        P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
-        Q = (W + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
+        P = output_size(H, R, stride[0], padding[0], dilation[0])
+        Q = output_size(W, S, stride[1], padding[1], dilation[1])
         tiles = -(-N * P * Q // 64) * groups * -(-K // groups // 32)
         if P > 0 and Q > 0 and tiles * -(-R * S * C // groups // 32) <= _MAX_TILE_STEPS:
             return (stride, padding, dilation, groups), (N, C, H, W, K, R, S)
