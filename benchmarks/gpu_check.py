@@ -33,7 +33,8 @@ from fused_resnet.backends import winners as tuning
 from fused_resnet.backends import winners_file
 from fused_resnet.kernels import compiled
 from fused_resnet.kernels import sources as provenance
-from fused_resnet.machine import devices, files
+from fused_resnet.machine import devices
+from fused_resnet.measuring import Record
 from fused_resnet.measuring.environment import environment as environment_of
 from fused_resnet.tuning import tuner
 
@@ -77,11 +78,11 @@ def main() -> int:
         known = ", ".join(step.name for step in steps)
         print(f"gpu-check: unknown step {', '.join(sorted(unknown))}; known ones are rest, {known}.", file=sys.stderr)
         return 2
-    record = run_steps(chosen(steps, options.only, file), file, device, options.budget)
+    done = run_steps(chosen(steps, options.only, file), file, device, options.budget)
     print(f"\nrecords in {out}: {', '.join(sorted(file.name for file in out.iterdir() if file.is_file()))}")
-    for name, step in record["steps"].items():
+    for name, step in done.items():
         print(f"  {name:18} {step['outcome']:8} {step['seconds']:6.0f} s  {step['detail'][:100]}")
-    return 1 if any(step["outcome"] == FAILED for step in record["steps"].values()) else 0
+    return 1 if any(step["outcome"] == FAILED for step in done.values()) else 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -184,30 +185,29 @@ def chosen(steps: Sequence[Step], only: Optional[Sequence[str]], file: Path) -> 
     """The steps asked for: all, those named, or with "rest" also those that check.json does not call passed."""
     if only is None:
         return list(steps)
-    done = read_record(file)["steps"] if "rest" in only else {}
+    done = read_steps(file) if "rest" in only else {}
     rest = [step.name for step in steps if not has_passed(done.get(step.name, {}))] if "rest" in only else []
     return [step for step in steps if step.name in only or step.name in rest]
 
 
-def read_record(file: Path) -> dict[str, Any]:
-    """check.json as an earlier call left it; an empty one where there is none, or where it cannot be read."""
+def read_steps(file: Path) -> dict[str, dict[str, Any]]:
+    """The steps that an earlier call left in check.json; none where it is missing or unreadable."""
     try:
-        record = json.loads(file.read_text())
-        return record if isinstance(record["steps"], dict) else {"kind": "gpu-check", "steps": {}}
+        return dict(Record.from_json(json.loads(file.read_text())).more["steps"])
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"gpu-check: {file.name} cannot be read and is begun anew ({error})", file=sys.stderr)
-    return {"kind": "gpu-check", "steps": {}}
+    return {}
 
 
 def has_passed(step: dict[str, Any]) -> bool:
     return step.get("outcome") == PASSED and step.get("sources") == provenance.source_digest()
 
 
-def run_steps(steps: Sequence[Step], file: Path, device: str, budget_s: float) -> dict[str, Any]:
-    """Run the steps one after the other, and keep check.json up to date after each."""
-    record = read_record(file)
+def run_steps(steps: Sequence[Step], file: Path, device: str, budget_s: float) -> dict[str, dict[str, Any]]:
+    """Run the steps one after the other, and keep check.json up to date after each. Returns its steps."""
+    done = read_steps(file)
     deadline = time.monotonic() + budget_s
     for index, step in enumerate(steps):
         left_s = deadline - time.monotonic()
@@ -216,17 +216,16 @@ def run_steps(steps: Sequence[Step], file: Path, device: str, budget_s: float) -
         started = time.monotonic()
         result = run_step(step, given_s)
         print(f"=== {step.name}: {result.outcome} ({result.detail})", flush=True)
-        record["steps"][step.name] = {
+        done[step.name] = {
             **result._asdict(),
             "seconds": round(time.monotonic() - started, 1),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "sources": provenance.source_digest(),
         }
-        record["device"] = device
-        record["environment"] = environment_of("cuda" if torch.cuda.is_available() else "cpu")
-        record["verified"] = verified(record["steps"], device)
-        files.write_json(file, record)
-    return record
+        environment = environment_of("cuda" if torch.cuda.is_available() else "cpu")
+        more = {"steps": done, "verified": verified(done, device)}
+        Record("gpu-check", device, None, environment, more=more).write(file)
+    return done
 
 
 def given(step: Step, later: Sequence[Step], left_s: float) -> float:

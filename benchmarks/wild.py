@@ -19,9 +19,7 @@ from benchmarks import data
 from fused_resnet import measuring
 from fused_resnet.freezing.frozen import FrozenParts
 from fused_resnet.freezing.modules import FrozenConv
-from fused_resnet.machine import devices
-from fused_resnet.machine.files import write_json
-from fused_resnet.measuring import environment
+from fused_resnet.measuring import Record
 
 EAGER = ("eager NCHW fp32", "eager NHWC fp32")
 
@@ -76,13 +74,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     data.let_torchvision_import()
-    record: dict[str, Any] = {
-        "kind": "bench model",
-        "device": devices.device_name("cpu"),
-        "settings": {"device": "cpu", "size": options.size, "batch": options.batch, "budget_s": options.budget},
-        "environment": environment.environment("cpu"),
-        "runs": [],
-    }
+    settings = {"device": "cpu", "size": options.size, "batch": options.batch, "budget_s": options.budget}
+    record = Record.here("bench model", "cpu", settings)
     print(
         "| model | convolutions, frozen | eager, ms | "
         + " | ".join(f"frozen {dtype}" for dtype in options.dtype)
@@ -91,9 +84,9 @@ def main() -> None:
     print("| --- | --- | --- |" + " --- |" * len(options.dtype))
     for name in options.model:
         run = measure(name, options)
-        record["runs"].append(run)
+        record = record._replace(rows=[*record.rows, run])
         if options.out:
-            write_json(options.out, record)
+            record.write(options.out)
         print(row_of(run, options.dtype), flush=True)
 
 

@@ -22,6 +22,7 @@ from fused_resnet.measuring.operators import (
     op_variants,
     why_not_timed,
 )
+from fused_resnet.measuring.record import CannotGoOn, Record, measure, summarised
 from fused_resnet.measuring.rivals import compiled
 from fused_resnet.measuring.rooflines import Roofline, roofline
 from fused_resnet.measuring.summary import (
@@ -57,10 +58,10 @@ from fused_resnet.measuring.variants import (
 
 __all__ = [
     "AUTO", "BASELINES", "COMPETITORS", "COPY", "FOLDED", "LOSS_BELOW", "OURS", "SHORT_DTYPES", "THEIRS", "UNFUSED",
-    "UNTUNED", "CountedProblem", "Measured", "Prepared", "Roofline", "Row", "Stats", "Subject", "add_relu_variants",
-    "bench_network", "bench_op", "blocks_of", "build_variants", "calibrated", "chosen_by_auto", "compared",
-    "compared_case", "compiled", "convs_of", "error_ratio", "folded_operands", "in_turn", "interleaved", "is_ours",
-    "max_error", "mismatches", "missing_reason", "op_subjects", "op_variants", "part_of", "planned_call",
-    "random_operands", "rival_of", "roofline", "short_name", "summarise", "summarise_networks", "summarise_ops",
-    "variant_builders", "why_not_timed", "with_auto",
+    "UNTUNED", "CannotGoOn", "CountedProblem", "Measured", "Prepared", "Record", "Roofline", "Row", "Stats",
+    "Subject", "add_relu_variants", "bench_network", "bench_op", "blocks_of", "build_variants", "calibrated",
+    "chosen_by_auto", "compared", "compared_case", "compiled", "convs_of", "error_ratio", "folded_operands",
+    "in_turn", "interleaved", "is_ours", "max_error", "measure", "mismatches", "missing_reason", "op_subjects",
+    "op_variants", "part_of", "planned_call", "random_operands", "rival_of", "roofline", "short_name", "summarise",
+    "summarise_networks", "summarise_ops", "summarised", "variant_builders", "why_not_timed", "with_auto",
 ]  # fmt: skip

@@ -192,8 +192,9 @@ def steps(needs_s=0, **outcomes):
     ],
 )
 def test_only_what_passed_is_called_verified(tmp_path, outcomes, backends):
-    record = gpu_check.run_steps(steps(**outcomes), tmp_path / "check.json", "NVIDIA Test", 60)
-    assert json.loads((tmp_path / "check.json").read_text()) == record
+    done = gpu_check.run_steps(steps(**outcomes), tmp_path / "check.json", "NVIDIA Test", 60)
+    record = json.loads((tmp_path / "check.json").read_text())
+    assert (record["kind"], record["device"], record["steps"]) == ("gpu-check", "NVIDIA Test", done)
     if backends is None:
         assert record["verified"] is None
     else:
@@ -204,14 +205,15 @@ def test_only_what_passed_is_called_verified(tmp_path, outcomes, backends):
 def test_a_later_call_keeps_the_other_steps_but_not_for_other_sources(tmp_path, monkeypatch):
     file = tmp_path / "check.json"
     gpu_check.run_steps(steps(tests="passed"), file, "NVIDIA Test", 60)
-    record = gpu_check.run_steps(steps(verify_cuda="passed"), file, "NVIDIA Test", 60)
-    assert record["verified"]["backends"] == ["cuda"]
+    gpu_check.run_steps(steps(verify_cuda="passed"), file, "NVIDIA Test", 60)
+    assert json.loads(file.read_text())["verified"]["backends"] == ["cuda"]
     all_of_them = steps(tests="passed", verify_cuda="passed", ops="passed")
     assert [step.name for step in gpu_check.chosen(all_of_them, ["rest"], file)] == ["ops"]
     assert [step.name for step in gpu_check.chosen(all_of_them, ["rest", "tests"], file)] == ["tests", "ops"]
     monkeypatch.setattr(sources, "source_digest", lambda: "edited since")
     assert len(gpu_check.chosen(all_of_them, ["rest"], file)) == 3
-    record = gpu_check.run_steps(steps(verify_triton="passed"), file, "NVIDIA Test", 60)
+    gpu_check.run_steps(steps(verify_triton="passed"), file, "NVIDIA Test", 60)
+    record = json.loads(file.read_text())
     assert set(record["steps"]) == {"tests", "verify-cuda", "verify-triton"} and record["verified"] is None
 
 
@@ -220,16 +222,16 @@ def test_a_step_that_raises_costs_only_itself(tmp_path):
         raise FileNotFoundError("no such tool")
 
     all_of_them = [gpu_check.Step("first", 0, 60, 1, broken), *steps(tests="passed")]
-    record = gpu_check.run_steps(all_of_them, tmp_path / "check.json", "NVIDIA Test", 60)
-    assert record["steps"]["first"]["outcome"] == "failed" and "no such tool" in record["steps"]["first"]["detail"]
-    assert record["steps"]["tests"]["outcome"] == "passed"
+    done = gpu_check.run_steps(all_of_them, tmp_path / "check.json", "NVIDIA Test", 60)
+    assert done["first"]["outcome"] == "failed" and "no such tool" in done["first"]["detail"]
+    assert done["tests"]["outcome"] == "passed"
 
 
 @pytest.mark.parametrize("content", [b"", b'{"steps": 5}', b"[]", b"\xff"])
 def test_an_unreadable_check_is_begun_anew(tmp_path, content):
     (tmp_path / "check.json").write_bytes(content)
-    record = gpu_check.run_steps(steps(tests="passed"), tmp_path / "check.json", "NVIDIA Test", 60)
-    assert set(record["steps"]) == {"tests"} == set(json.loads((tmp_path / "check.json").read_text())["steps"])
+    done = gpu_check.run_steps(steps(tests="passed"), tmp_path / "check.json", "NVIDIA Test", 60)
+    assert set(done) == {"tests"} == set(json.loads((tmp_path / "check.json").read_text())["steps"])
 
 
 def test_the_time_is_split_by_share_and_what_cannot_be_done_in_it_is_not_begun(tmp_path):
@@ -245,12 +247,12 @@ def test_the_time_is_split_by_share_and_what_cannot_be_done_in_it_is_not_begun(t
         gpu_check.Step("needy", 80, 1000, 1, noted("needy")),
         gpu_check.Step("dear", 500, 1000, 0, noted("dear")),
     ]
-    record = gpu_check.run_steps(all_of_them[:-1], tmp_path / "check.json", "NVIDIA Test", 100)
+    gpu_check.run_steps(all_of_them[:-1], tmp_path / "check.json", "NVIDIA Test", 100)
     assert given["rigid"] == 5 and given["elastic"] == pytest.approx(60, abs=1)
     assert given["rigid too"] == pytest.approx(100, abs=2) and given["needy"] == pytest.approx(100, abs=3)
-    record = gpu_check.run_steps(all_of_them[-1:], tmp_path / "check.json", "NVIDIA Test", 100)
-    assert "dear" not in given and record["steps"]["dear"]["outcome"] == "not run"
-    assert record["steps"]["dear"]["detail"] == "it needs 500 s, and 100 s were left"
+    done = gpu_check.run_steps(all_of_them[-1:], tmp_path / "check.json", "NVIDIA Test", 100)
+    assert "dear" not in given and done["dear"]["outcome"] == "not run"
+    assert done["dear"]["detail"] == "it needs 500 s, and 100 s were left"
 
 
 @pytest.fixture
