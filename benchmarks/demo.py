@@ -24,7 +24,7 @@ import fused_resnet
 from benchmarks import data
 from fused_resnet import backends, measuring, models
 from fused_resnet.machine import devices
-from fused_resnet.measuring import Record
+from fused_resnet.measuring import NetworkSubject, Record
 from fused_resnet.reporting import charts
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -122,13 +122,9 @@ def measure_speed(device: str, options: argparse.Namespace) -> list[dict[str, An
     baselines = ("eager", "folded") if options.no_compile else ("eager", "folded", "compile")
     runs = []
     for batch in options.batches:
-        x = torch.randn(batch, *shape, device=device)
+        subject = NetworkSubject(f"batch {batch}", model, (batch, *shape), device, DTYPES, baselines)
         with console.status("") as status:
-            progress = reporter(status, f"batch {batch}")
-            run = measuring.bench_network(
-                model, x, device=device, budget_s=options.budget, dtypes=DTYPES, baselines=baselines, progress=progress
-            )
-        runs.append(run)
+            runs.append(subject.measured(options.budget, progress=reporter(status, subject.name)))
     return runs
 
 

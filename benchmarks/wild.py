@@ -19,7 +19,7 @@ from benchmarks import data
 from fused_resnet import measuring
 from fused_resnet.freezing.frozen import FrozenParts
 from fused_resnet.freezing.modules import FrozenConv
-from fused_resnet.measuring import Record
+from fused_resnet.measuring import NetworkSubject, Record
 
 EAGER = ("eager NCHW fp32", "eager NHWC fp32")
 
@@ -93,14 +93,14 @@ def main() -> None:
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model = measuring.calibrated(MODELS[name](), (3, options.size, options.size))
-    x = torch.randn(options.batch, 3, options.size, options.size)
+    shape = (options.batch, 3, options.size, options.size)
     dtypes = [measuring.SHORT_DTYPES[dtype] for dtype in options.dtype]
-    run = measuring.bench_network(model, x, device="cpu", budget_s=options.budget, dtypes=dtypes, baselines=("eager",))
+    run = NetworkSubject(name, model, shape, "cpu", dtypes, baselines=("eager",)).measured(options.budget)
     variants = run["variants"]
     eager_ms = min(variants[eager]["ms"] for eager in EAGER if eager in variants)
     for variant in variants.values():
         variant["ratio_to_faster_eager"] = eager_ms / variant["ms"]
-    return {"model": name, "size": options.size, **convolutions(model, x), "eager_ms": eager_ms, **run}
+    return {"model": name, "size": options.size, **convolutions(model, torch.randn(shape)), "eager_ms": eager_ms, **run}
 
 
 def convolutions(model: nn.Module, x: Tensor) -> dict[str, int]:

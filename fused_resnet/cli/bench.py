@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import click
 import torch
@@ -25,7 +25,7 @@ from fused_resnet.cli.console import (
     stdout_console,
 )
 from fused_resnet.kernels import sources
-from fused_resnet.measuring import Record, timing
+from fused_resnet.measuring import NetworkSubject, Record, Run
 from fused_resnet.reporting import charts
 
 continuing_options = options(
@@ -52,7 +52,6 @@ backends_option = click.option(
     type=Listed("backend", lambda: ("auto", *backends.known("conv_bn_act"), measuring.UNTUNED)),
     help=f"Backends to freeze with; {measuring.UNTUNED}: auto without what `fused-resnet tune` has measured.",
 )
-DEFAULT_BASELINES = ("eager", "folded", "compile")
 op_dtypes_option = click.option(
     "--dtype", "dtypes", type=Listed("dtype", lambda: tuple(measuring.SHORT_DTYPES), many=True),
     default="fp32", show_default=True,
@@ -76,7 +75,9 @@ def bench_group() -> None:
 
 @bench_group.command("ops")
 @_measuring(batch="1", dtypes=op_dtypes_option)
-def bench_ops(ctx, names, batches, dtypes, device, image, threads, budget_s, rounds, as_json, **where) -> None:
+def bench_ops(
+    ctx, names, batches, dtypes, device, image, threads, budget_s, rounds, out, as_json, resume, stop_after_s, chart
+) -> None:
     """Every distinct convolution and addition of these models on every backend that can run it, beside eager unfused.
 
     Exit code 1 when a kernel of ours misses the reference, or anything raises.
@@ -84,57 +85,54 @@ def bench_ops(ctx, names, batches, dtypes, device, image, threads, budget_s, rou
     prepare(device, threads)
     settings = {"models": names, "batches": batches, "dtypes": dtypes, "device": device, "image": image,
                 "rounds": rounds}  # fmt: skip
-    networks = networks_of(names, image)
-    subjects = measuring.op_subjects(networks, batches, _torch_dtypes(dtypes), device=device, rounds=rounds)
-    record = _measure("bench ops", settings, subjects, budget_s=budget_s, **where)
-    print_json(record.as_json()) if as_json else _show_ops(record)
-    ctx.exit(1 if record.mismatches or record.broken else 0)
+    subjects = measuring.op_subjects(networks_of(names, image), batches, _torch_dtypes(dtypes), device=device)
+    run = Run(budget_s, rounds, stop_after_s, out, resume, chart)
+    _measure_and_show(ctx, "bench ops", settings, subjects, run, as_json)
 
 
 @bench_group.command("blocks")
 @_measuring(baselines_option, batch="1", dtypes=dtypes_option)
 def bench_blocks(
-    ctx, names, batches, dtypes, baselines, device, image, threads, budget_s, rounds, as_json, **where
-) -> None:
+    ctx, names, batches, dtypes, baselines, device, image, threads, budget_s, rounds, out, as_json, resume,
+    stop_after_s, chart,
+) -> None:  # fmt: skip
     """The last residual block of each stage: plain, fused, frozen, torch.compile."""
     prepare(device, threads)
-    baselines = baselines or DEFAULT_BASELINES
+    baselines = baselines or measuring.DEFAULT_BASELINES
     settings = {"models": names, "batches": batches, "dtypes": dtypes, "baselines": baselines, "device": device,
                 "image": image, "rounds": rounds}  # fmt: skip
-    subjects: dict[str, measuring.Subject] = {}
+    subjects = []
     for name, (model, shape) in networks_of(names, image).items():
         network = measuring.calibrated(model, shape).to(device)
         for path, block, input_shape in measuring.blocks_of(network, shape):
             for batch in batches:
                 title = f"{name} {path}, {type(block).__name__} {'x'.join(map(str, (batch, *input_shape)))}"
-                subjects[title] = _network_subject(
-                    block, (batch, *input_shape), device, rounds=rounds, with_fused=True,
-                    dtypes=_torch_dtypes(dtypes), baselines=baselines,
-                )  # fmt: skip
-
-    _measure_networks(ctx, "bench blocks", settings, subjects, as_json, budget_s=budget_s, **where)
+                subjects.append(NetworkSubject(title, block, (batch, *input_shape), device, _torch_dtypes(dtypes),
+                                               baselines, with_fused=True))  # fmt: skip
+    run = Run(budget_s, rounds, stop_after_s, out, resume, chart)
+    _measure_and_show(ctx, "bench blocks", settings, subjects, run, as_json)
 
 
 @bench_group.command("model")
 @_measuring(baselines_option, backends_option, batch="1,8", dtypes=dtypes_option)
 def bench_model(
-    ctx, names, batches, dtypes, baselines, frozen_backends, device, image, threads, budget_s, rounds, as_json, **where
-) -> None:
+    ctx, names, batches, dtypes, baselines, frozen_backends, device, image, threads, budget_s, rounds, out, as_json,
+    resume, stop_after_s, chart,
+) -> None:  # fmt: skip
     """A whole model: eager, folded, torch.compile, frozen, and other runtimes where installed."""
     prepare(device, threads)
-    baselines = baselines or DEFAULT_BASELINES
+    baselines = baselines or measuring.DEFAULT_BASELINES
     settings = {"models": names, "batches": batches, "dtypes": dtypes, "baselines": baselines, "device": device,
                 "backends": frozen_backends, "image": image, "rounds": rounds}  # fmt: skip
-    subjects: dict[str, measuring.Subject] = {}
+    subjects = []
     for name, (model, shape) in networks_of(names, image).items():
         network = measuring.calibrated(model, shape).to(device)
         for batch in batches:
-            subjects[f"{name}, batch {batch}, {shape[1]} px"] = _network_subject(
-                network, (batch, *shape), device, rounds=rounds, dtypes=_torch_dtypes(dtypes), baselines=baselines,
-                frozen_backends=frozen_backends,
-            )  # fmt: skip
-
-    _measure_networks(ctx, "bench model", settings, subjects, as_json, budget_s=budget_s, **where)
+            title = f"{name}, batch {batch}, {shape[1]} px"
+            subjects.append(NetworkSubject(title, network, (batch, *shape), device, _torch_dtypes(dtypes), baselines,
+                                           frozen_backends))  # fmt: skip
+    run = Run(budget_s, rounds, stop_after_s, out, resume, chart)
+    _measure_and_show(ctx, "bench model", settings, subjects, run, as_json)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -144,52 +142,32 @@ def _torch_dtypes(names: Sequence[str]) -> list[torch.dtype]:
     return [measuring.SHORT_DTYPES[name] for name in names]
 
 
-def _network_subject(network: torch.nn.Module, shape: Sequence[int], device: str, **options: Any) -> measuring.Subject:
-    def subject(budget_s: float, progress: timing.Progress) -> measuring.Row:
-        x = torch.randn(*shape, device=device)
-        return measuring.bench_network(network, x, device=device, budget_s=budget_s, progress=progress, **options)
-
-    return subject
-
-
-def _measure_networks(
+def _measure_and_show(
     ctx: click.Context,
     kind: str,
     settings: dict[str, Any],
-    subjects: Mapping[str, measuring.Subject],
+    subjects: Sequence[measuring.Subject],
+    run: Run,
     as_json: bool,
-    **how: Any,
 ) -> None:
-    """Measure, show, and end with exit code 1 where something broke."""
-    record = _measure(kind, settings, subjects, **how)
-    print_json(record.as_json()) if as_json else _show_networks(record)
-    ctx.exit(1 if record.broken else 0)
-
-
-def _measure(
-    kind: str,
-    settings: dict[str, Any],
-    subjects: Mapping[str, measuring.Subject],
-    *,
-    budget_s: float,
-    out: Optional[Path],
-    resume: bool,
-    stop_after_s: Optional[float],
-    chart: Optional[Path],
-) -> Record:
-    if resume and out is None:
+    """Ends with exit code 1 where a result was wrong or something broke."""
+    if run.resume and run.out is None:
         raise click.UsageError("--resume needs --out, the file to go on with.")
     start = Record.here(kind, settings["device"], settings)._replace(kernels=sources.source_digest())
     try:
         with progress_on_stderr(kind) as progress:
-            record = measuring.measure(
-                start, subjects, budget_s=budget_s, out=out, resume=resume, stop_after_s=stop_after_s, progress=progress
-            )
+            record = measuring.measure(start, subjects, run, progress)
     except measuring.CannotGoOn as error:
-        raise click.UsageError(f"--resume: {out} {error}") from error
-    if chart is not None:
-        charts.save_png(record, chart)
-    return record
+        raise click.UsageError(f"--resume: {run.out} {error}") from error
+    if run.chart is not None:
+        charts.save_png(record, run.chart)
+    if as_json:
+        print_json(record.as_json())
+    elif kind == "bench ops":
+        _show_ops(record)
+    else:
+        _show_networks(record)
+    ctx.exit(1 if record.mismatches or record.broken else 0)
 
 
 # ----------------------------------------------------------------------------------------------------------- showing

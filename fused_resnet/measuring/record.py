@@ -6,16 +6,15 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Iterable, Mapping, NamedTuple, Optional, Sequence
 
 from fused_resnet.machine import devices, files
 from fused_resnet.measuring.environment import environment as environment_of
 from fused_resnet.measuring.operators import mismatches
 from fused_resnet.measuring.summary import Row, summarise_networks, summarise_ops
 from fused_resnet.measuring.timing import Progress, silent
-from fused_resnet.measuring.turns import Measured, Subject, in_turn
+from fused_resnet.measuring.turns import Measured, Run, Subject, in_turn
 from fused_resnet.measuring.variants import COMPETITORS
 
 # the kinds that have rows, and what their files call them
@@ -131,27 +130,15 @@ def kept_rows(file: Path, start: Record) -> dict[str, Row]:
     return rows
 
 
-def measure(
-    start: Record,
-    subjects: Mapping[str, Subject],
-    *,
-    budget_s: float,
-    out: Optional[Path] = None,
-    resume: bool = False,
-    stop_after_s: Optional[float] = None,
-    progress: Progress = silent,
-) -> Record:
-    """`start` with the rows of the subjects, written to `out` after each. resume: with the rows that `out` has.
+def measure(start: Record, subjects: Iterable[Subject], run: Run, progress: Progress = silent) -> Record:
+    """`start` with a row for each subject, written to `run.out` after each.
 
-    Raises CannotGoOn where `out` holds another measurement, and what `turns.in_turn` raises.
+    Raises CannotGoOn where that is to be resumed and holds another measurement, and what `turns.in_turn` raises.
     """
-    known = kept_rows(out, start) if resume and out is not None else {}
+    known = kept_rows(run.out, start) if run.resume and run.out is not None else {}
 
     def save(measured: Measured) -> None:
-        if out is not None:
-            start.with_rows_of(measured, budget_s).write(out)
+        if run.out is not None:
+            start.with_rows_of(measured, run.budget_s).write(run.out)
 
-    measured = in_turn(
-        subjects, budget_s=budget_s, known=known, stop_after_s=stop_after_s or math.inf, save=save, progress=progress
-    )
-    return start.with_rows_of(measured, budget_s)
+    return start.with_rows_of(in_turn(subjects, run, known=known, save=save, progress=progress), run.budget_s)

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from fused_resnet import measuring
 from fused_resnet.kernels import sources
-from fused_resnet.measuring import Record, record
+from fused_resnet.measuring import Record, Run, record
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 FILES = [file for file in sorted(RESULTS.rglob("*.json")) if file.relative_to(RESULTS).parts[0] != "aot"]
@@ -18,8 +19,15 @@ def started(kind="bench blocks"):
     return Record.here(kind, "cpu", {"models": ("resnet20",), "image": None})._replace(kernels=sources.source_digest())
 
 
+class StubSubject(NamedTuple):
+    name: str
+
+    def measured(self, budget_s, rounds, progress):
+        return {"variants": VARIANTS, "skipped": {}, "given": [budget_s, rounds]}
+
+
 def subjects(*names):
-    return {name: lambda budget_s, progress: {"variants": VARIANTS, "skipped": {}} for name in names}
+    return map(StubSubject, names)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(RESULTS).as_posix())
@@ -77,20 +85,30 @@ def test_the_record_is_written_after_each_subject_and_progress_is_told(tmp_path)
         told.append(fraction)
         seen.append(len(json.loads(out.read_text())["rows"]) if out.exists() else 0)
 
-    found = record.measure(started(), subjects("a", "b"), budget_s=1.0, out=out, progress=progress)
+    found = record.measure(started(), subjects("a", "b"), Run(1.0, out=out), progress)
     assert told == [0.0, 0.5, 1.0] and seen == [0, 1, 2]
     assert json.loads(out.read_text()) == json.loads(json.dumps(found.as_json()))
     assert (found.left, found.broken, found.budget_s, found.mismatches) == ([], {}, 1.0, None)
     assert [(entry["variant"], entry["geomean_speedup"]) for entry in found.summary] == [("frozen fp32", 2.0)]
 
 
+def test_subjects_share_the_budget_and_those_of_one_name_are_one():
+    found = record.measure(started(), subjects("a", "b", "a"), Run(3.0, rounds=7))
+    assert [(row["problem"], row["given"]) for row in found.rows] == [("a", [1.5, 7]), ("b", [1.5, 7])]
+
+
+def test_the_first_subject_is_measured_however_little_time_there_is():
+    found = record.measure(started(), subjects("a", "b", "c"), Run(1.0, stop_after_s=1e-9))
+    assert [row["problem"] for row in found.rows] == ["a"] and found.left == ["b", "c"]
+
+
 def test_a_measurement_goes_on_with_its_own_file_alone(tmp_path):
     out = tmp_path / "blocks.json"
-    first = record.measure(started(), subjects("a"), budget_s=1.0, out=out)
-    whole = record.measure(started(), subjects("a", "b"), budget_s=2.0, out=out, resume=True)
+    first = record.measure(started(), subjects("a"), Run(1.0, out=out))
+    whole = record.measure(started(), subjects("a", "b"), Run(2.0, out=out, resume=True))
     assert [row["problem"] for row in whole.rows] == ["a", "b"] and whole.rows[0] == first.rows[0]
     with pytest.raises(record.CannotGoOn, match="^holds another measurement \\(another kind\\)"):
-        record.measure(started("bench model"), subjects("a"), budget_s=1.0, out=out, resume=True)
+        record.measure(started("bench model"), subjects("a"), Run(1.0, out=out, resume=True))
     later = started()._replace(environment={**started().environment, "date": "later", "commit": "other"})
     assert set(record.kept_rows(out, later)) == {"a", "b"}  # neither decides what was measured
     assert record.kept_rows(tmp_path / "none.json", later) == {}
@@ -99,7 +117,7 @@ def test_a_measurement_goes_on_with_its_own_file_alone(tmp_path):
 @pytest.mark.parametrize("name", ["torch", "triton", "threads"])
 def test_another_environment_is_another_measurement(tmp_path, name):
     start = started()
-    out = record.measure(start, subjects("a"), budget_s=1.0).write(tmp_path / "blocks.json")
+    out = record.measure(start, subjects("a"), Run(1.0)).write(tmp_path / "blocks.json")
     other = start._replace(environment={**start.environment, name: "another"})
     with pytest.raises(record.CannotGoOn, match=f"another {name}"):
         record.kept_rows(out, other)
