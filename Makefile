@@ -12,6 +12,7 @@ VENV := .venv
 BOOTSTRAP ?= python3
 FUSED_RESNET_CUDA ?=
 export FUSED_RESNET_CUDA
+CSRC := $(shell find csrc -type f)
 WORKERS ?= 2
 OUT ?=
 STEPS ?=
@@ -44,7 +45,7 @@ lint: $(BUILT)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy fused_resnet
 	$(PYTHON) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
-	$(PYTHON) -c 'from clang_format import clang_format; clang_format()' --dry-run --Werror csrc/*
+	$(PYTHON) -c 'from clang_format import clang_format; clang_format()' --dry-run --Werror $(CSRC)
 
 gpu-check: $(BUILT)
 	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(if $(STEPS),--only $(STEPS)) \
@@ -58,7 +59,7 @@ $(VENV)/.installed: requirements.txt
 	@touch $@
 
 # One stamp per choice of parts; the other choice's stamp is removed, since both build into fused_resnet/.
-$(BUILT): $(INSTALLED) setup.py pyproject.toml fused_resnet/operators/schemas.py $(wildcard csrc/*)
+$(BUILT): $(INSTALLED) setup.py pyproject.toml fused_resnet/operators/schemas.py $(CSRC)
 	$(VENV)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
 	@rm -f $(VENV)/.built*
 	@touch $@

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -93,20 +94,10 @@ def plan(tools: Toolchain) -> list[Part]:
     if wish not in ("", "0", "1"):
         raise SetupError(f"FUSED_RESNET_CUDA must be 0, 1 or unset, got {wish!r}.")
     parts = [
-        _part(tools, "cpu", "_C_cpu.so", ("cpu_ops.cpp", "cpu_winograd.cpp", "cpu_grouped.cpp")),
+        _part(tools, "cpu", "_C_cpu.so"),
+        _part(tools, "cuda", "_C_cuda.so", _why_no_cuda(tools, wish)),
         _part(
-            tools,
-            "cuda",
-            "_C_cuda.so",
-            ("cuda_ops.cpp", "conv_bn_act.cu", "add_relu.cu"),
-            _why_no_cuda(tools, wish),
-        ),
-        _part(
-            tools,
-            "host_checks",
-            "_host_checks" + sysconfig.get_config_var("EXT_SUFFIX"),
-            ("host_checks.cpp",),
-            _why_no_host_checks(tools),
+            tools, "host_checks", "_host_checks" + sysconfig.get_config_var("EXT_SUFFIX"), _why_no_host_checks(tools)
         ),
     ]
     cuda = parts[1]
@@ -115,9 +106,15 @@ def plan(tools: Toolchain) -> list[Part]:
     return parts
 
 
-def _part(tools, name, filename, sources, skip: Optional[tuple[str, str]] = None) -> Part:
+def _part(tools, name, filename, skip: Optional[tuple[str, str]] = None) -> Part:
     skip = tools.missing() or skip
-    return Part(name, filename, (), *skip) if skip else Part(name, filename, sources)
+    return Part(name, filename, (), *skip) if skip else Part(name, filename, _sources(name))
+
+
+def _sources(name: str) -> tuple[str, ...]:
+    """What a part is compiled from, as paths below csrc/: everything in the folder of its name."""
+    files = (file for pattern in ("*.cpp", "*.cu") for file in (CSRC / name).rglob(pattern))
+    return tuple(sorted(file.relative_to(CSRC).as_posix() for file in files))
 
 
 def _why_no_cuda(tools: Toolchain, wish: str) -> Optional[tuple[str, str]]:
@@ -184,7 +181,8 @@ class Flags(NamedTuple):
 
 
 def flags(part: Part, tools: Toolchain) -> Flags:
-    common = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
+    ours = "-I" + shlex.quote(str(CSRC)).replace("$", "$$")  # for the shell, then for ninja
+    common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", ours]
     if part.name == "host_checks":
         includes = ["-I" + tools.pybind11.get_include(), "-I" + sysconfig.get_path("include")]
         return Flags([*common, "-O2", *WARNINGS, *includes, "-isystem", tools.torch_include], [], [])
@@ -200,7 +198,7 @@ def flags(part: Part, tools: Toolchain) -> Flags:
     if part.name == "cpu":
         return Flags(cxx, [], link)
     nvcc = [
-        "-std=c++17", "-O3", "-DUSE_CUDA", *defines, "-isystem", tools.torch_include, f"-ccbin={tools.cxx}",
+        "-std=c++17", "-O3", "-DUSE_CUDA", *defines, ours, "-isystem", tools.torch_include, f"-ccbin={tools.cxx}",
         "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=2", *_gencode(cuda_archs(tools)),
     ]  # fmt: skip
     # nvcc links, since it knows where its runtime is; that runtime stays private, torch has brought its own
@@ -232,7 +230,7 @@ def write_ninja(parts: list[Part], tools: Toolchain, build_dir: Path) -> list[st
         part_flags, objects = flags(part, tools), []
         for source in part.sources:
             rule, compile_flags = ("nvcc", part_flags.nvcc) if source.endswith(".cu") else ("cxx", part_flags.cxx)
-            objects.append(f"{part.name}/{source}.o")
+            objects.append(f"{source}.o")
             lines += [f"build {objects[-1]}: {rule} {_escaped(CSRC / source)}", f"  flags = {' '.join(compile_flags)}"]
         linker = tools.nvcc if part.name == "cuda" else tools.cxx
         lines += [
@@ -298,8 +296,7 @@ class BuildParts(build_ext):
             "compiler": tools.cxx and _first_line([tools.cxx, "--version"]),
             "nvcc": tools.nvcc_version if has_cuda else None,
             "cuda_archs": cuda_archs(tools) if has_cuda else [],
-            "cuda_kernels": sources.kernel_digest("cuda", ROOT),
-            "cpu_kernels": {name: sources.kernel_digest(name, ROOT) for name in sources.CPU_SOURCES},
+            "sources": sources.compiled_digests(ROOT),
             "parts": {
                 part.name: {
                     "file": part.filename,
@@ -387,6 +384,6 @@ if __name__ == "__main__":
         version=VERSION,
         packages=find_packages(include=["fused_resnet", "fused_resnet.*"]),
         package_data={"fused_resnet": ["py.typed", "**/*.json", "*.jinja"]},
-        ext_modules=[Extension("fused_resnet._host_checks", sources=["csrc/host_checks.cpp"])],
+        ext_modules=[Extension("fused_resnet._host_checks", sources=["csrc/host_checks/host_checks.cpp"])],
         cmdclass={"build_ext": BuildParts},
     )

@@ -20,7 +20,7 @@ from typing import Any, Iterator, Optional
 
 from benchmarks import shapes
 from fused_resnet import measuring
-from fused_resnet.kernels import compiled as libraries
+from fused_resnet.kernels import sources
 from fused_resnet.kernels.triton import aot, runtime
 from fused_resnet.kernels.triton.conv.configs import TritonConfig, search_space
 from fused_resnet.machine import files
@@ -46,7 +46,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     table = dict(
         model=arguments.model, arch=arguments.arch, dtype=arguments.dtype, triton=runtime.triton.__version__,
-        kernels=libraries.kernel_digest("triton"),
+        kernels=sources.kernel_digest(sources.TRITON),
     )  # fmt: skip
     known = _known(path, table)
     rows, missing = [], []

@@ -15,6 +15,7 @@ from benchmarks.gpu_check.isolated import CLOSING_CHARACTERS, FAILED, NOT_RUN, P
 from fused_resnet.kernels import sources
 from fused_resnet.measuring import Record
 from fused_resnet.measuring.environment import environment as environment_of
+from fused_resnet.measuring.verified import verified_record
 
 OURS = ("cuda", "triton")  # the backends whose kernels this check can call verified
 
@@ -105,4 +106,4 @@ def verified(steps: dict[str, dict], device: str) -> Optional[dict[str, Any]]:
     if not backends:
         return None
     date = max(steps[f"verify-{name}"]["date"] for name in backends)
-    return sources.verified_record(device, date, backends)
+    return verified_record(device, date, backends)

@@ -7,9 +7,9 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.nvidia import cuda_why_not
+from fused_resnet.backends import cuda
 from fused_resnet.backends.record import Backend
-from fused_resnet.kernels import compiled
+from fused_resnet.kernels import compiled, sources
 from fused_resnet.kernels.triton import add_relu as triton_add_relu
 from fused_resnet.operators.describe import add_relu_problem
 from fused_resnet.operators.problem import AddReluProblem
@@ -68,15 +68,24 @@ ADD_RELU = (
     ),
     Backend(
         "cuda",
-        cuda_why_not,
+        cuda.why_not_here,
         _flat_kernel(lambda a, b, out: torch.ops.fused_resnet.cuda_add_relu.default(a, b, out)),
         backward=_cuda_backward,
+        sources=sources.CUDA,
     ),
     Backend(
         "triton",
         triton_add_relu.why_not,
         _flat_kernel(lambda a, b, out: triton_add_relu.launch(add_relu_problem(a, b), a, b, out)),
         backward=_triton_backward,
+        sources=sources.TRITON,
     ),
-    Backend("eager", lambda problem: None, _eager_add_relu, auto=("cpu", "cuda"), backward=_eager_add_relu_backward),
+    Backend(
+        "eager",
+        lambda problem: None,
+        _eager_add_relu,
+        auto=("cpu", "cuda"),
+        backward=_eager_add_relu_backward,
+        origin="torch",
+    ),
 )

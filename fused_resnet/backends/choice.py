@@ -58,7 +58,7 @@ def fixed_order(problem: Problem, in_plan: bool = False) -> Selection:
     """The first backend that may run unmeasured on this device and can."""
     candidates = record.REGISTRY[problem.op]
     for candidate in candidates.values():
-        if problem.device not in candidate.auto or candidate.only_packed > in_plan:
+        if problem.device not in candidate.auto or candidate.plan.only > in_plan:
             continue
         if candidate.why_not(problem) is None and candidate.pays(problem):
             return Selection(candidate)
@@ -74,7 +74,7 @@ def _measured_winner(problem: Problem, in_plan: bool, in_nhwc: bool) -> Optional
         return None
     backend = record.REGISTRY[problem.op].get(choice.backend)
     reason = "there is no such backend" if backend is None else backend.why_not(problem)
-    if reason is None and backend is not None and backend.only_packed > in_plan:
+    if reason is None and backend is not None and backend.plan.only > in_plan:
         reason = "only a plan packs its weight once"
     config = None if backend is None or reason is not None else _config(backend, problem, choice)
     if reason is None and config is None and choice.config is not None:
@@ -91,7 +91,7 @@ def _why_not_here(backend: Backend, config: Any, choice: winners.Choice, in_plan
     """Why what was measured would not be as fast at this place, or None."""
     if in_nhwc and backend.reads_row_space(config):
         return "its time is for x in row space, where it does not lie here"
-    if not in_plan and choice.time_us < backend.launch_us(config):
+    if not in_plan and backend.configs is not None and choice.time_us < backend.configs.launch_us(config):
         return "outside a frozen plan its launch takes longer than the kernel"
     return None
 
@@ -103,12 +103,14 @@ def _has_configs(problem: Problem) -> bool:
 
 def _config(backend: Backend, problem: Problem, choice: winners.Choice) -> Optional[Any]:
     if choice.config is None:
-        return backend.default_config and backend.default_config(problem)
+        return backend.configs and backend.configs.default and backend.configs.default(problem)
     return _config_of(backend, problem, tuple(sorted(choice.config.items())))
 
 
 @functools.lru_cache(maxsize=8192)
 def _config_of(backend: Backend, problem: Problem, fields: tuple) -> Optional[Any]:
     """The config with these fields, if the backend still has it: what comes from a file runs only if it is legal."""
-    configs = backend.legal or backend.configs
-    return next((found for found in (configs(problem) if configs else ()) if found._asdict() == dict(fields)), None)
+    if backend.configs is None:
+        return None
+    legal = backend.configs.legal or backend.configs.worth
+    return next((found for found in legal(problem) if found._asdict() == dict(fields)), None)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.backends.record import Backend
+from fused_resnet.backends.record import Backend, Configs, InPlan, Rounding
 from fused_resnet.operators import affine, library_faults
 from fused_resnet.operators.composites import activate_
 from fused_resnet.operators.layout import channels_last, nchw
@@ -23,11 +23,11 @@ class EagerConfig(NamedTuple):
     layout: str
 
 
-def _eager_configs(problem: ConvProblem) -> list[EagerConfig]:
+def worth(problem: ConvProblem) -> list[EagerConfig]:
     return [EagerConfig("NCHW")] if problem.device == "cpu" else []
 
 
-def _eager_conv_bn_act(
+def run(
     problem: ConvProblem, operands: ConvOperands, config: Optional[EagerConfig] = None, in_nchw: bool = False
 ) -> Tensor:
     """The operator as ATen calls, one per step: the specification at speed, and the fallback."""
@@ -49,7 +49,7 @@ def _eager_conv_bn_act(
     return placed(activate_(y, problem.activation))
 
 
-def _eager_weight(problem: ConvProblem, weight: Tensor, config: Optional[EagerConfig]) -> Tensor:
+def pack(problem: ConvProblem, weight: Tensor, config: Optional[EagerConfig]) -> Tensor:
     return weight if config is None else weight.contiguous()
 
 
@@ -75,12 +75,14 @@ def _is_stock_batch_norm(operands: ConvOperands) -> bool:
     return dtype == x.dtype or (dtype == torch.float32 and x.dtype != torch.float64)
 
 
-EAGER = Backend(
+BACKEND = Backend(
     "eager",
     lambda problem: None,
-    _eager_conv_bn_act,
+    run,
     auto=("cpu", "cuda"),
-    pack=_eager_weight,
-    configs=_eager_configs,
-    run_nchw=functools.partial(_eager_conv_bn_act, in_nchw=True),
+    run_nchw=functools.partial(run, in_nchw=True),
+    rounding=Rounding(lambda problem, operands: True, spreads_nan=True),  # each step writes a tensor
+    origin="torch",
+    plan=InPlan(pack),
+    configs=Configs(worth),
 )

@@ -1,4 +1,4 @@
-"""Grouped 3x3 convolutions, as in ResNeXt, in C++ (csrc/grouped.h): sums stay in registers. CPU only."""
+"""Grouped 3x3 convolutions, as in ResNeXt, in C++ (csrc/cpu/grouped.h): sums stay in registers. CPU only."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.backends.cpu_kernels import PANEL, bind_kernel, why_no_kernel
-from fused_resnet.backends.record import Backend
-from fused_resnet.kernels import compiled
+from fused_resnet.backends.record import Backend, InPlan
+from fused_resnet.kernels import compiled, sources
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 
 
-def _grouped_why_not(problem: ConvProblem) -> Optional[str]:
+def why_not(problem: ConvProblem) -> Optional[str]:
     p, reason = problem, why_no_kernel(problem)
     if reason is not None:
         return reason
@@ -30,7 +30,7 @@ def _grouped_why_not(problem: ConvProblem) -> Optional[str]:
     return compiled.load("cpu")
 
 
-def _grouped_pays(problem: ConvProblem) -> bool:
+def pays(problem: ConvProblem) -> bool:
     """Where groups are of 4 channels, and for some wider ones in fp32.
 
     Those are groups of 8 with stride 1, and of 8 or 16 with stride 2 where pixels are a multiple of 1 KB apart. At such
@@ -54,32 +54,31 @@ def _grouped_pays(problem: ConvProblem) -> bool:
     return (width == 8 and p.stride == (1, 1)) or (width <= 16 and p.stride == (2, 2) and p.C % 256 == 0)
 
 
-def _grouped_weight(problem: ConvProblem, weight: Tensor, config: None = None) -> Tensor:
+def pack(problem: ConvProblem, weight: Tensor, config: None = None) -> Tensor:
     """(C/16, 3, C/groups, 3, 16) in fp32: panel of output channels, r, c of the group, s, output channel."""
     padded = F.pad(weight.detach().float(), (0, 0, 0, 0, 0, 0, 0, -problem.K % PANEL))
     return padded.unflatten(0, (-1, PANEL)).permute(0, 3, 2, 4, 1).contiguous()
 
 
-def grouped_convolution(
+def bind(
     problem: ConvProblem, weight: Tensor, bias: Optional[Tensor], *, into_residual: bool = False
 ) -> Callable[..., Tensor]:
     kernel = torch.ops.fused_resnet.cpu_grouped_conv.default
     return bind_kernel(kernel, (problem.stride, problem.padding), problem, weight, bias, into_residual)
 
 
-def _grouped_conv_bn_act(problem: ConvProblem, operands: ConvOperands) -> Tensor:
+def run(problem: ConvProblem, operands: ConvOperands) -> Tensor:
     o = operands
-    return grouped_convolution(problem, _grouped_weight(problem, o.weight), o.bias)(o.x, o.residual)
+    return bind(problem, pack(problem, o.weight), o.bias)(o.x, o.residual)
 
 
-GROUPED = Backend(
+BACKEND = Backend(
     "grouped",
-    _grouped_why_not,
-    _grouped_conv_bn_act,
+    why_not,
+    run,
     auto=("cpu",),
+    pays=pays,
     takes_bn=False,
-    pack=_grouped_weight,
-    bind=grouped_convolution,
-    only_packed=True,
-    pays=_grouped_pays,
+    sources=sources.GROUPED,
+    plan=InPlan(pack, bind, only=True),
 )

@@ -8,7 +8,7 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.record import NEEDS_FOLDED_BN, Backend
+from fused_resnet.backends.record import NEEDS_FOLDED_BN, Backend, InPlan, Rounding, rounds_bias
 from fused_resnet.operators.composites import activate_
 from fused_resnet.operators.layout import all_channels_last, channels_last
 from fused_resnet.operators.library_faults import forward_detour, onednn_limit
@@ -23,7 +23,7 @@ _MKLDNN_ACTIVATION = {
 }
 
 
-def _onednn_why_not(problem: ConvProblem) -> Optional[str]:
+def why_not(problem: ConvProblem) -> Optional[str]:
     if problem.device != "cpu":
         return f"it runs on the CPU, the tensors are on {problem.device}"
     reason = onednn_missing(problem.dtype)
@@ -51,14 +51,14 @@ def onednn_missing(dtype: torch.dtype) -> Optional[str]:
     return None
 
 
-def _onednn_conv_bn_act(problem: ConvProblem, operands: ConvOperands) -> Tensor:
+def run(problem: ConvProblem, operands: ConvOperands) -> Tensor:
     o, detour = all_channels_last(operands), forward_detour(problem)
     weight = o.weight if detour is None else detour.filter(o.weight)
     bias = None if o.bias is None else o.bias.to(o.x.dtype)
-    return channels_last(onednn_convolution(problem, weight, bias)(o.x, o.residual))
+    return channels_last(bind(problem, weight, bias)(o.x, o.residual))
 
 
-def _onednn_weight(problem: ConvProblem, weight: Tensor, config: None = None) -> Tensor:
+def pack(problem: ConvProblem, weight: Tensor, config: None = None) -> Tensor:
     # Packed without the input's real size, some shapes fall to a reference loop: bf16 1x1 256->1024 at 14x14 took
     # 11 ms instead of 0.22 (torch 2.13, one core, AVX-512 bf16).
     detour, p = forward_detour(problem), problem
@@ -69,19 +69,19 @@ def _onednn_weight(problem: ConvProblem, weight: Tensor, config: None = None) ->
     )
 
 
-def onednn_convolution(
+def bind(
     problem: ConvProblem, weight: Tensor, bias: Optional[Tensor], *, into_residual: bool = False
 ) -> Callable[..., Tensor]:
     """(x, residual=None) -> oneDNN's convolution with bias, add and activation as post-ops.
 
     Everything that does not change from call to call is bound here, because a plan calls it dozens of times with cold
-    caches. weight: as `_onednn_weight` packs it for this input size, or the filter that it packs. into_residual: the
+    caches. weight: as `pack` packs it for this input size, or the filter that it packs. into_residual: the
     sum replaces the residual's memory, and the residual is returned.
     """
     detour = forward_detour(problem)
     if detour is not None:
-        run = onednn_convolution(detour.problem, weight, bias, into_residual=into_residual)
-        return lambda x, residual=None: run(detour.input(x), residual)
+        inner = bind(detour.problem, weight, bias, into_residual=into_residual)
+        return lambda x, residual=None: inner(detour.input(x), residual)
     constants = (weight, bias, problem.padding, problem.stride, problem.dilation, problem.groups)
     act, scalars = _MKLDNN_ACTIVATION[problem.activation]
     convolution = torch.ops.mkldnn._convolution_pointwise.default
@@ -115,12 +115,20 @@ def onednn_convolution(
     return then_sum if problem.groups > 1 or problem.C * problem.H * problem.W == 1 else with_sum
 
 
-ONEDNN = Backend(
+def _rounds_between(problem: ConvProblem, operands: ConvOperands) -> bool:
+    """With these sums ATen adds or activates what oneDNN has rounded."""
+    p = problem
+    rounds_sum = p.has_residual and (p.groups > 1 or p.activation in ("relu6", "silu"))
+    return rounds_sum or rounds_bias(problem, operands)
+
+
+BACKEND = Backend(
     "onednn",
-    _onednn_why_not,
-    _onednn_conv_bn_act,
+    why_not,
+    run,
     auto=("cpu",),
     takes_bn=False,
-    pack=_onednn_weight,
-    bind=onednn_convolution,
+    rounding=Rounding(_rounds_between, spreads_nan=True, drops_nan=True),
+    origin="library",
+    plan=InPlan(pack, bind, linears=True),
 )

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
 
+import torch
 from torch import Tensor
 
+from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem
 
 Problem = Union[ConvProblem, AddReluProblem]
@@ -20,48 +22,93 @@ class BackendError(RuntimeError):
     """A backend that is unknown, or that was asked for by name and cannot run this problem."""
 
 
-class Backend(NamedTuple):
-    """One way to compute one operator.
+class Rounding(NamedTuple):
+    """Where a backend's arithmetic differs from sums in fp32 that are rounded once. `testing` allows for it.
 
-    why_not: None, or why it cannot run a problem of its operator.
-    run: (problem, *operands) -> output; with `configs` also config=, one of them or None.
-    auto: the devices on which `auto` may choose it unmeasured. A kernel of ours is chosen on a GPU where a measurement
-    says that it is right there (`tuning`).
-    backward: add_relu only.
-    takes_bn: False where no problem with live BN can ever run, on any device.
+    rounds_between: (problem, operands) -> whether values are rounded to the dtype of x before the last rounding.
+    spreads_nan: where ATen's convolution is NaN although the formula is not, so is this one. drops_nan: its activation
+    is max(x, 0), which drops NaN. winograd: its sums are those of F(4x4, 3x3).
+    """
+
+    rounds_between: Callable[[Any, Any], bool] = lambda problem, operands: False
+    spreads_nan: bool = False
+    drops_nan: bool = False
+    winograd: bool = False
+
+
+def rounds_bias(problem: ConvProblem, operands: ConvOperands) -> bool:
+    """Whether a library that takes the bias in the dtype of x rounds it."""
+    return operands.bias is not None and operands.bias.dtype != problem.dtype
+
+
+class InPlan(NamedTuple):
+    """How a frozen plan calls a backend.
+
     pack: (problem, weight, config) -> the weight in the layout that it reads in plans.
-    bind: (problem, packed weight, bias, into_residual=) -> a function (x, residual=None) -> output, for plans.
-    only_packed: `auto` takes it in plans alone, since packing costs too much.
-    pays: (problem) -> whether `auto` should take it unmeasured.
-    configs: the ways in which it can run a problem beside its default and that are worth measuring. They are
-    NamedTuples of plain values.
-    legal: the configs that a file may name. None: those of `configs`.
-    run_nchw: (problem, operands) -> the same in NCHW memory, where that is no detour over channels_last.
-    default_config: (problem) -> what None runs as outside plans, where a plan would take another config for it. It is
-    measured by its name, so that a plan runs what was measured.
+    bind: (problem, packed weight, bias, into_residual=) -> a function (x, residual=None) -> output.
+    only: `auto` takes it in plans alone, since packing costs too much.
+    linears: the plan's linear layers are computed by it, too. placed: the plan settles where its tensors lie
+    (`freezing.layouts`).
+    """
+
+    pack: Callable[[Any, Tensor, Optional[Any]], Tensor] = lambda problem, weight, config: weight
+    bind: Optional[Callable[..., Callable[..., Tensor]]] = None
+    only: bool = False
+    linears: bool = False
+    placed: bool = False
+
+
+class Configs(NamedTuple):
+    """The ways in which a backend can run a problem beside its default: NamedTuples of plain values.
+
+    worth: (problem) -> those that are worth measuring. legal: (problem) -> those that a file may name; None, the same.
+    default: (problem) -> what None runs as outside plans, where a plan would take another config for it. It is measured
+    by its name, so that a plan runs what was measured.
     estimated_us: (problem, config) -> a guess from arithmetic, by which the tuner drops what cannot win.
     launch_us: (config) -> what a launch takes outside plans, where that is more than a few microseconds. Measured times
     do not hold it.
     reads_row_space: (config) -> whether it was measured with x in row space, where only a plan keeps it.
     """
 
+    worth: Callable[[Any], Sequence[Any]]
+    legal: Optional[Callable[[Any], Sequence[Any]]] = None
+    default: Optional[Callable[[Any], Any]] = None
+    estimated_us: Optional[Callable[[Any, Any], float]] = None
+    launch_us: Callable[[Any], float] = lambda config: 0.0
+    reads_row_space: Callable[[Any], bool] = lambda config: False
+
+
+class Backend(NamedTuple):
+    """One way to compute one operator.
+
+    why_not: None, or why it cannot run a problem of its operator.
+    run: (problem, *operands) -> output; with `configs` also config=, one of them or None.
+    auto: the devices on which `auto` may choose it unmeasured, where it pays. A kernel of ours is chosen on a GPU where
+    a measurement says that it is right there (`winners`).
+    pays: (problem) -> whether `auto` should take it unmeasured.
+    takes_bn: False where no problem with live BN can ever run, on any device.
+    run_nchw: (problem, operands) -> the same in NCHW memory, where that is no detour over channels_last.
+    backward: add_relu only.
+    origin: whose kernels these are: "ours", a "library"'s, or "torch"'s own, a pass over memory for each step.
+    sources: patterns of the files that kernels of ours are made from (`kernels.sources`).
+    """
+
     name: str
     why_not: Callable[[Any], Optional[str]]
     run: Callable[..., Tensor]
     auto: tuple[str, ...] = ()
-    backward: Optional[Backward] = None
-    takes_bn: bool = True
-    pack: Callable[[Any, Tensor, Optional[Any]], Tensor] = lambda problem, weight, config: weight
-    bind: Optional[Callable[..., Callable[..., Tensor]]] = None
-    only_packed: bool = False
     pays: Callable[[Any], bool] = lambda problem: True
-    configs: Optional[Callable[[Any], Sequence[Any]]] = None
-    legal: Optional[Callable[[Any], Sequence[Any]]] = None
+    takes_bn: bool = True
     run_nchw: Optional[Callable[..., Tensor]] = None
-    default_config: Optional[Callable[[Any], Any]] = None
-    estimated_us: Optional[Callable[[Any, Any], float]] = None
-    launch_us: Callable[[Any], float] = lambda config: 0.0
-    reads_row_space: Callable[[Any], bool] = lambda config: False
+    backward: Optional[Backward] = None
+    rounding: Rounding = Rounding()
+    origin: str = "ours"
+    sources: tuple[str, ...] = ()
+    plan: InPlan = InPlan()
+    configs: Optional[Configs] = None
+
+    def reads_row_space(self, config: Any) -> bool:
+        return self.configs is not None and self.configs.reads_row_space(config)
 
 
 REGISTRY: dict[str, dict[str, Backend]] = {"conv_bn_act": {}, "add_relu": {}}
@@ -88,3 +135,10 @@ def check_name(caller: str, backend: str) -> None:
 def why_never_live(backend: str) -> Optional[str]:
     """Why this backend of conv_bn_act can run no problem with live BN, whatever the device, or None."""
     return None if backend == "auto" or REGISTRY["conv_bn_act"][backend].takes_bn else NEEDS_FOLDED_BN
+
+
+def why_not_nvidia(problem: Problem) -> Optional[str]:
+    """Why a backend for NVIDIA GPUs has nothing to run this on, or None."""
+    if problem.device != "cuda":
+        return f"it runs on NVIDIA GPUs, the tensors are on {problem.device}"
+    return "it does not run on ROCm" if torch.version.hip else None

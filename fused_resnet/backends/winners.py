@@ -23,12 +23,13 @@ from typing import NamedTuple, Optional
 
 import torch
 
+from fused_resnet.backends import record
 from fused_resnet.backends.winners_file import Entry, Table, file_name, read
-from fused_resnet.kernels import compiled, sources
+from fused_resnet.kernels import compiled
 from fused_resnet.machine import devices, files
+from fused_resnet.operators.problem import SHORT_DTYPES
 
 SHIPPED = Path(__file__).parents[1] / "configs"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 log = logging.getLogger("fused_resnet")
 
@@ -149,7 +150,7 @@ def forget() -> None:
 def warn_untuned(problem) -> None:
     """Say once per process and kind of device that `auto` has no measurement to go by, and how to make one."""
     warned.add(problem.device)
-    short = {dtype: short for short, dtype in DTYPES.items()}.get(problem.dtype)
+    short = {dtype: short for short, dtype in SHORT_DTYPES.items()}.get(problem.dtype)
     name = device_id(problem.device)
     if os.environ.get("FUSED_RESNET_TUNED") == "0" or _is_ignored.get() or short is None:
         return
@@ -167,10 +168,17 @@ def warn_untuned(problem) -> None:
 warned: set[str] = set()
 
 
+def kernel_digests() -> dict[str, Optional[str]]:
+    """By backend of ours, a digest of all it is compiled from: in C++ as its library was built. None if unknown."""
+    made = {**record.known("add_relu"), **record.known("conv_bn_act")}
+    return {name: compiled.kernel_digest(backend.sources) for name, backend in made.items() if backend.sources}
+
+
 def _is_unchanged(backend: str, measured: dict, place: str) -> bool:
-    if backend not in sources.FOLDERS and backend not in sources.CPU_SOURCES:
+    made = record.known("conv_bn_act").get(backend)
+    if made is None or not made.sources:
         return True
-    current = compiled.kernel_digest(backend)
+    current = compiled.kernel_digest(made.sources)
     if current is not None and measured.get(backend) == current:
         return True
     files.report_once(

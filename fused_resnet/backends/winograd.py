@@ -1,4 +1,4 @@
-"""Winograd's F(4x4, 3x3) in C++ (csrc/winograd.h): 36 products instead of 144 for 16 outputs. CPU only."""
+"""Winograd's F(4x4, 3x3) in C++ (csrc/cpu/winograd.h): 36 products instead of 144 for 16 outputs. CPU only."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends.cpu_kernels import PANEL, bind_kernel, why_no_kernel
-from fused_resnet.backends.record import Backend
-from fused_resnet.kernels import compiled
+from fused_resnet.backends.record import Backend, InPlan, Rounding
+from fused_resnet.kernels import compiled, sources
 from fused_resnet.operators.library_faults import onednn_has_amx
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 
-# csrc/winograd.h: the points, the rows of G they lead to (the last is infinity's).
-_WINOGRAD_POINTS = (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))
-_WINOGRAD_G = [
-    [p**power / math.prod(p - q for q in _WINOGRAD_POINTS if q != p) for power in range(3)] for p in _WINOGRAD_POINTS
-] + [[0.0, 0.0, 1.0]]
+# csrc/cpu/winograd.h: the points, the rows of G they lead to (the last is infinity's).
+_POINTS = (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))
+_G = [[p**power / math.prod(p - q for q in _POINTS if q != p) for power in range(3)] for p in _POINTS] + [
+    [0.0, 0.0, 1.0]
+]
 
 
-def _winograd_why_not(problem: ConvProblem) -> Optional[str]:
+def why_not(problem: ConvProblem) -> Optional[str]:
     p, reason = problem, why_no_kernel(problem)
     if reason is not None:
         return reason
@@ -33,7 +33,7 @@ def _winograd_why_not(problem: ConvProblem) -> Optional[str]:
     return compiled.load("cpu")
 
 
-def _winograd_pays(problem: ConvProblem) -> bool:
+def pays(problem: ConvProblem) -> bool:
     """Unless most of its 4x4 output tiles lie outside the output, or too few share four times the weights.
 
     In bf16 with many channels, where its fp32 sums meet bf16 instructions, only if the tiles fit the output. Never in
@@ -58,34 +58,34 @@ def _winograd_pays(problem: ConvProblem) -> bool:
     return p.dtype == torch.float32 or channels <= 192 or inside > 0.9
 
 
-def _winograd_weight(problem: ConvProblem, weight: Tensor, config: None = None) -> Tensor:
+def pack(problem: ConvProblem, weight: Tensor, config: None = None) -> Tensor:
     """G w G^T in fp64 as (36, K/16, C, 16): point (i, j), panel of output channels, input channel."""
-    G = torch.tensor(_WINOGRAD_G, dtype=torch.float64, device=weight.device)
+    G = torch.tensor(_G, dtype=torch.float64, device=weight.device)
     points = torch.einsum("ir,kcrs,js->ijck", G, weight.detach().double(), G)
     panels = points.reshape(36, problem.C, problem.K // PANEL, PANEL).transpose(1, 2)
     return panels.to(torch.float32).contiguous()
 
 
-def winograd_convolution(
+def bind(
     problem: ConvProblem, weight: Tensor, bias: Optional[Tensor], *, into_residual: bool = False
 ) -> Callable[..., Tensor]:
     kernel = torch.ops.fused_resnet.cpu_winograd.default
     return bind_kernel(kernel, (problem.padding,), problem, weight, bias, into_residual)
 
 
-def _winograd_conv_bn_act(problem: ConvProblem, operands: ConvOperands) -> Tensor:
+def run(problem: ConvProblem, operands: ConvOperands) -> Tensor:
     o = operands
-    return winograd_convolution(problem, _winograd_weight(problem, o.weight), o.bias)(o.x, o.residual)
+    return bind(problem, pack(problem, o.weight), o.bias)(o.x, o.residual)
 
 
-WINOGRAD = Backend(
+BACKEND = Backend(
     "winograd",
-    _winograd_why_not,
-    _winograd_conv_bn_act,
+    why_not,
+    run,
     auto=("cpu",),
+    pays=pays,
     takes_bn=False,
-    pack=_winograd_weight,
-    bind=winograd_convolution,
-    only_packed=True,
-    pays=_winograd_pays,
+    rounding=Rounding(winograd=True),
+    sources=sources.WINOGRAD,
+    plan=InPlan(pack, bind, only=True),
 )

@@ -182,7 +182,7 @@ def _show_ops(record: Record) -> None:
     for row in record.rows:
         for index, (name, one) in enumerate(row["variants"].items()):
             head = (row["problem"], str(row["count"])) if index == 0 else ("", "")
-            chosen = " (auto)" if name in (row["auto"], measuring.FOLDED if row["auto"] == "eager" else "") else ""
+            chosen = " (auto)" if name in (row["auto"], measuring.chosen_by_auto(row)) else ""
             table.add_row(
                 *head, name + chosen, f"{one['median_us']:.1f}", f"{one['tflops']:.3g}", f"{one['gb_per_s']:.3g}",
                 f"{one['roofline_percent']:.0f}", speedup_cell(one["speedup"]), _error_ratio(one["error_ratio"]),

@@ -17,9 +17,9 @@ from fused_resnet import backends, measuring
 from fused_resnet.backends import winners as tuning
 from fused_resnet.backends import winners_file
 from fused_resnet.cli.console import as_json_option, new_table, print_json, stdout_console, why_no_cuda
-from fused_resnet.kernels import compiled, sources
+from fused_resnet.kernels import compiled
 from fused_resnet.machine import files
-from fused_resnet.measuring import environment
+from fused_resnet.measuring import environment, verified
 from fused_resnet.operators import library_faults
 from fused_resnet.operators.problem import ACTIVATIONS, FLOAT_DTYPES, AddReluProblem, ConvProblem, dtype_name
 
@@ -85,7 +85,7 @@ def collect_info() -> dict[str, Any]:
     from fused_resnet.kernels.triton import runtime
 
     record = environment.environment()
-    state = sources.newest()
+    state = verified.newest()
     has_cuda = torch.cuda.is_available()
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if has_cuda else []
     return {

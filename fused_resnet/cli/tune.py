@@ -27,7 +27,7 @@ from fused_resnet.cli.console import (
 )
 from fused_resnet.kernels.triton import precompile, runtime
 from fused_resnet.measuring import Record
-from fused_resnet.operators.problem import ConvProblem, parsed_problem
+from fused_resnet.operators.problem import SHORT_DTYPES, ConvProblem, parsed_problem
 from fused_resnet.tuning import candidates, convolution, tuner
 
 _what_options = options(
@@ -35,7 +35,7 @@ _what_options = options(
                  help="One, or several separated by commas; default, resnet50 where there is no --conv."),
     click.option("--conv", "convs", multiple=True, help="A convolution as `bench ops` prints it; repeat for several."),
     click.option("--batch", "batches", type=Batches(), default="1,8,32,128,256", show_default=True),
-    click.option("--dtype", "dtypes", type=Listed("dtype", lambda: tuple(winners.DTYPES), many=True), default=None,
+    click.option("--dtype", "dtypes", type=Listed("dtype", lambda: tuple(SHORT_DTYPES), many=True), default=None,
                  help="Default: fp16,bf16 on a GPU, fp32,bf16 on a CPU."),
     click.option("--image", type=click.IntRange(min=1), default=None, help="Image size; default, the model's own."),
     click.option("--live-bn", is_flag=True, help="As `fuse` runs them, instead of folded as in a frozen plan."),
@@ -84,7 +84,7 @@ def tune(
         prepare(device, threads)
     names = names or (() if convs else ("resnet50",))
     networks = networks_of(names, image)
-    wanted = [winners.DTYPES[dtype] for dtype in dtypes]
+    wanted = [SHORT_DTYPES[dtype] for dtype in dtypes]
     problems = [parsed_problem(conv, kind) for conv in convs]
     problems += tuner.problems_of(networks, batches, wanted, kind, live_bn=live_bn)
     if compile_only:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
+from fused_resnet import backends
 from fused_resnet.fusing import convert
 from fused_resnet.measuring import rooflines
 from fused_resnet.operators.problem import ConvProblem, dtype_name
@@ -23,7 +24,7 @@ class Row(NamedTuple):
     name: the module whose weight it reads. problem: what is asked for; of a plain convolution the convolution alone.
     backend: who computes it, None where torch's own module does. source: why that one; without a backend, why none.
     config: the kernel's tile, where the backend has several. why_not: a sentence for each other backend.
-    bytes_moved: what this way of computing moves when no cache helps. Eager makes one pass over memory for each of
+    bytes_moved: what this way of computing moves when no cache helps. Torch's own is a pass over memory for each of
     convolution, BN, addition and activation, a kernel one for all; problem.bytes_moved is the least.
     least_us: the roofline's time for that least. time_us: measured, median of a few runs of the model, if asked for.
     """
@@ -39,8 +40,8 @@ class Row(NamedTuple):
 
     @property
     def bytes_moved(self) -> int:
-        one_pass = self.backend not in (None, "eager")
-        return self.problem.bytes_moved if one_pass else bytes_unfused(self.problem)
+        is_one_pass = self.backend is not None and backends.known("conv_bn_act")[self.backend].origin != "torch"
+        return self.problem.bytes_moved if is_one_pass else bytes_unfused(self.problem)
 
 
 class Explanation(NamedTuple):

@@ -9,49 +9,49 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 from torch import Tensor, fx
 
 from fused_resnet.freezing import dtypes
+from fused_resnet.freezing.draft import Draft
 from fused_resnet.freezing.dtypes import Conversion, facts_of, first_line
 from fused_resnet.freezing.lowering import (
     convert_the_rest,
-    lower_convolution,
-    matched,
+    lower_convolutions,
     pack_linears,
     replace_max_pools,
     widen_what_is_wrong,
 )
-from fused_resnet.freezing.placing import mark_sums_in_place, place_triton, reselect_stranded
+from fused_resnet.freezing.placing import mark_sums_in_place, place_in_row_space, reselect_stranded
 from fused_resnet.freezing.plan import GraphedPlan, Plan
 from fused_resnet.freezing.state import content_of_tensor
 from fused_resnet.graphs.tracer import keeps_state
-from fused_resnet.kernels import compiled
 from fused_resnet.machine import malloc
 from fused_resnet.operators.problem import dtype_name
 
 log = logging.getLogger("fused_resnet")
 
 
+PASSES: tuple[Callable[[Draft], None], ...] = (
+    lower_convolutions,
+    reselect_stranded,
+    mark_sums_in_place,
+    place_in_row_space,
+    pack_linears,
+    replace_max_pools,
+    convert_the_rest,
+    widen_what_is_wrong,
+)
+
+
 def make_plan(traced: fx.GraphModule, x: Tensor, conversion: Optional[Conversion], backend: str) -> Plan:
     """The plan for inputs like x: as the model computes, or with its dtypes converted."""
     module = dtypes.propagated(traced, x, conversion)
-    modules = dict(module.named_modules())
-    for match in matched(module.graph, modules):
-        lower_convolution(module, modules, match, backend)
-    reselect_stranded(module.graph, modules, backend)
-    mark_sums_in_place(module.graph, modules)
-    place_triton(module.graph, modules, x.device)
-    if x.device.type == "cpu" and backend in ("auto", "onednn"):
-        pack_linears(module, modules)
-    if x.device.type == "cpu" and compiled.load("cpu") is None:
-        replace_max_pools(module, modules)
-    if conversion is not None and conversion.wanted is not None:
-        convert_the_rest(module, modules, conversion)
-    if x.device.type == "cpu":
-        widen_what_is_wrong(module, modules)
+    draft = Draft(module, dict(module.named_modules()), backend, x.device, conversion)
+    for lower in PASSES:
+        lower(draft)
     module.delete_all_unused_submodules()
     module.recompile()
     plan = Plan(module.eval(), conversion)

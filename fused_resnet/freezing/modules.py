@@ -31,7 +31,7 @@ class FrozenConv(nn.Module):
     def select(self, selection: backends.Selection) -> None:
         """Have this selection run it. The weight must not be packed yet, which Triton's never is."""
         self.selection = selection
-        self.weight = selection.backend.pack(self.problem, self.weight, selection.config)
+        self.weight = selection.backend.plan.pack(self.problem, self.weight, selection.config)
 
     @property
     def backend(self) -> backends.Backend:
@@ -42,8 +42,8 @@ class FrozenConv(nn.Module):
 
     def bound(self) -> Callable[..., Tensor]:
         """(x, residual=None) -> output, with all else settled: what a plan calls."""
-        if self.backend.bind is not None:
-            return self.backend.bind(self.problem, self.weight, self.bias, into_residual=self.in_place)
+        if self.backend.plan.bind is not None:
+            return self.backend.plan.bind(self.problem, self.weight, self.bias, into_residual=self.in_place)
         if self.placed is not None:
             run_placed, weight, bias = self.placed.run, self.weight, self.bias
             return lambda x, residual=None: run_placed(ConvOperands(x, weight, bias=bias, residual=residual))

@@ -1,7 +1,7 @@
 """A model as a torch.fx graph whose reading and writing of memory is what the model's was.
 
-The graph has one input and leaf modules of its own. A view that becomes a copy is not written through, what the model
-writes into its input the graph writes into a copy, and what it returns is new memory.
+The graph has one input, and leaf modules of its own. A view that becomes a copy is not written through. What the model
+writes into its input, the graph writes into a copy. What it returns is new memory.
 """
 
 from __future__ import annotations

@@ -1,26 +1,26 @@
-"""One module's forward as a torch.fx graph, refused where the graph would not be all that the forward does. For
-`rewriting`.
+"""One module's forward as a torch.fx graph, refused where the graph would not be all that the forward does.
 
-The children are calls. What torch.fx cannot see is refused or told. The trace is taken twice, with gradients on and
-off, and both must agree. What the forward read of the module and of those inside comes with the graph, to be compared
-before each call. Refused, also where it swallows the error, is code that:
+The children are calls. The trace is taken twice, with gradients on and off, and both must agree. What the forward read
+of the module and of those inside comes with the graph, to be compared before each call.
 
-- asks for the class of a value or a module
-- asks for another of torch's modes, or changes one
-- draws random numbers
-- writes attributes of any module or class, or into the containers there
-- writes a variable outside, or into a container or object that its code names
-- recomputes activations
-- takes anything but one tensor
-
-Not seen:
-
-- a path that depends on a global variable that changes later
-- a path that depends on what is read of a class by the class's name, and that changes later
-- what is printed
-- what is written into tensors outside, slots, Python's modules, and objects inside other objects
-- what is written by a function of another file that is given neither a module nor a value
-- an error that Python raises where it needs an integer, as in range(x.shape[0]), and the forward swallows
+| what a forward does | what happens |
+| --- | --- |
+| calls its children, computes with tensors | it is in the graph |
+| reads attributes of the module or of those inside | noted; another value later, and the plain forward runs |
+| asks for the class of a value or a module | refused |
+| asks for another of torch's modes, or changes one | refused |
+| draws random numbers | refused |
+| writes attributes of any module or class, or into the containers there | refused |
+| writes a variable outside, or into a container or object that its code names | refused |
+| recomputes activations | refused |
+| takes anything but one tensor | refused |
+| swallows the error of a refusal | refused all the same |
+| depends on a global variable that changes later | not seen |
+| depends on what is read of a class by the class's name, and that changes later | not seen |
+| prints | not seen |
+| writes into tensors outside, slots, Python's modules, and objects inside other objects | not seen |
+| has it written by a function of another file that is given neither a module nor a value | not seen |
+| swallows an error that Python raises where it needs an integer, as in range(x.shape[0]) | not seen |
 """
 
 from __future__ import annotations

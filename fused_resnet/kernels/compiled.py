@@ -92,18 +92,12 @@ def build_record() -> dict:
         return {}
 
 
-def kernel_digests() -> dict[str, Optional[str]]:
-    """By backend of ours, a digest of all it is compiled from: in C++ as its library was built. None if unknown."""
-    return {name: kernel_digest(name) for name in (*sources.FOLDERS, *sources.CPU_SOURCES)}
-
-
 @functools.lru_cache(maxsize=None)
-def kernel_digest(backend: str) -> Optional[str]:
-    if backend == "cuda":
-        return build_record().get("cuda_kernels")
-    if backend in sources.CPU_SOURCES:
-        return build_record().get("cpu_kernels", {}).get(backend)
-    return sources.kernel_digest(backend)
+def kernel_digest(patterns: tuple[str, ...]) -> Optional[str]:
+    """One digest of the sources that match: those in C++ as the libraries were built. None if unknown."""
+    if any(sources.is_compiled(pattern) for pattern in patterns):
+        return sources.digest_of(build_record().get("sources", {}), patterns)
+    return sources.kernel_digest(patterns)
 
 
 def embedded_digest(path: Path, library: str) -> Optional[str]:

@@ -1,50 +1,37 @@
-"""Which kernels were verified on which GPU: a digest of every kernel source, kept in benchmarks/results/<device>/.
+"""What kernels are made from: patterns of files, and digests of what they match.
 
-`make gpu-check` writes a record {"verified": {"device", "date", "kernels": {file: digest}}} once the kernels in it
-agreed with the reference on that device. A kernel edited since no longer has the digest that was verified.
+A digest says whether a kernel is still what was measured, verified or compiled. setup.py loads this file by its path.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import Optional
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = {"cuda": "csrc", "triton": "fused_resnet/kernels/triton"}
-# by backend, what each of our CPU kernels is made from
-CPU_SOURCES = {
-    name: ("csrc/cpu_conv.h", f"csrc/cpu_{name}.cpp", "csrc/cpu_vectors.h", f"csrc/{name}.h", "csrc/operators.h")
-    for name in ("winograd", "grouped")
-}
+_FOLDERS = ("csrc", "fused_resnet/kernels/triton")
 _SUFFIXES = {".cu", ".cuh", ".h", ".cpp", ".py"}
+# A star also stands for folders.
+_TRITON = "fused_resnet/kernels/triton"
+_CPU = ("csrc/common/*", "csrc/cpu/operator.h", "csrc/cpu/vectors.h", "csrc/cpu/dispatch.*")
+CUDA = ("csrc/common/*", "csrc/cuda/*")
+TRITON = (f"{_TRITON}/conv/*", f"{_TRITON}/add_relu.py", f"{_TRITON}/runtime.py")
+WINOGRAD = (*_CPU, "csrc/cpu/winograd.*")
+GROUPED = (*_CPU, "csrc/cpu/grouped.*")
 
 
-class Provenance(NamedTuple):
-    """device and date of the newest verification, None without one; files by what has become of them since."""
-
-    device: Optional[str]
-    date: Optional[str]
-    unchanged: tuple[str, ...]
-    changed: tuple[str, ...]
-    never_verified: tuple[str, ...]
-
-    def __str__(self) -> str:
-        if self.device is None:
-            return "kernels not yet verified on a GPU"
-        sentence = f"kernels verified on {self.device}, {self.date}"
-        if self.changed:
-            sentence += f"; changed since: {', '.join(self.changed)}"
-        if self.never_verified:
-            sentence += f"; not yet verified: {', '.join(self.never_verified)}"
-        return sentence
+def is_source(file: str, patterns: Sequence[str]) -> bool:
+    """Whether a path below the root matches one of the patterns."""
+    return any(fnmatchcase(file, pattern) for pattern in patterns)
 
 
-def digests(root: Path = ROOT, backends: Sequence[str] = tuple(FOLDERS)) -> dict[str, str]:
-    """{path below root: SHA-256, shortened} of the kernel sources of these backends that are there."""
-    files = (file for backend in backends for file in sorted((root / FOLDERS[backend]).glob("*")))
+def digests(root: Path = ROOT) -> dict[str, str]:
+    """{path below root: SHA-256, shortened} of all C++, CUDA and Triton sources, also of what only tests kernels."""
+    files = (file for folder in _FOLDERS for file in sorted((root / folder).rglob("*")))
     return {
         file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         for file in files
@@ -52,60 +39,27 @@ def digests(root: Path = ROOT, backends: Sequence[str] = tuple(FOLDERS)) -> dict
     }
 
 
-# beside the kernels: tools that compile or emulate them, and code for CPUs
-_NO_KERNEL = re.compile(
-    r"/(aot|interpreter)\.py$|/(cpu_\w+|host_checks)\.cpp$|/(cpu_\w+|winograd|grouped|emulated_device)\.h$"
-).search
+def compiled_digests(root: Path = ROOT) -> dict[str, str]:
+    """The part of digests(root) that libraries are compiled from."""
+    return {file: digest for file, digest in digests(root).items() if is_compiled(file)}
 
 
-def gpu_kernels(root: Path = ROOT, backends: Sequence[str] = tuple(FOLDERS)) -> dict[str, str]:
-    """The part of digests(root, backends) for the sources that these backends' GPU kernels are made from."""
-    return {file: digest for file, digest in digests(root, backends).items() if not _NO_KERNEL(file)}
+def is_compiled(pattern: str) -> bool:
+    """Whether what matches is compiled into a library, and not when it is launched."""
+    return pattern.startswith("csrc/")
 
 
-def kernel_digest(backend: str, root: Path = ROOT) -> Optional[str]:
-    """One digest of all that this backend's kernels are made from, None where the sources are not there."""
-    if backend in CPU_SOURCES:
-        sources = {file: digest for file, digest in digests(root, ["cuda"]).items() if file in CPU_SOURCES[backend]}
-    else:
-        sources = gpu_kernels(root, [backend])
-    return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:16] if sources else None
+def digest_of(files: Mapping[str, str], patterns: Sequence[str] = ("*",)) -> Optional[str]:
+    """One digest of those files that match, by their own digests; None where none does."""
+    matching = {file: digest for file, digest in files.items() if is_source(file, patterns)}
+    return hashlib.sha256(json.dumps(matching, sort_keys=True).encode()).hexdigest()[:16] if matching else None
 
 
-def source_digest(root: Path = ROOT) -> str:
-    """One digest of all kernel sources, by which a record says what it measured."""
-    return hashlib.sha256(json.dumps(digests(root), sort_keys=True).encode()).hexdigest()[:16]
+def kernel_digest(patterns: Sequence[str], root: Path = ROOT) -> Optional[str]:
+    """One digest of the sources below root that match, None where they are not there."""
+    return digest_of(digests(root), patterns)
 
 
-def verified_record(device: str, date: str, backends: Sequence[str], root: Path = ROOT) -> dict[str, Any]:
-    """What to store under "verified" once these backends agreed with the reference on `device`. date: ISO 8601."""
-    return {"device": device, "date": date, "backends": list(backends), "kernels": gpu_kernels(root, backends)}
-
-
-def newest(root: Path = ROOT) -> Provenance:
-    """The state of the kernels below root against the newest record in benchmarks/results/<device>/*.json.
-
-    Raises ValueError for a results file that is not JSON: a record that cannot be read must not look like none.
-    """
-    found = []
-    for file in sorted((root / "benchmarks" / "results").glob("*/*.json")):
-        try:
-            record = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file.relative_to(root).as_posix()} is not valid JSON: {error}") from error
-        verified = record.get("verified") if isinstance(record, dict) else None
-        if verified:
-            found.append(verified)
-    current = gpu_kernels(root)
-    if not found:
-        return Provenance(None, None, (), (), tuple(current))
-    latest = max(found, key=lambda verified: verified["date"])
-    kernels = {file: digest for file, digest in latest["kernels"].items() if not _NO_KERNEL(file)}
-    return Provenance(
-        latest["device"],
-        latest["date"][:10],
-        unchanged=tuple(file for file in current if kernels.get(file) == current[file]),
-        changed=tuple(file for file in current if file in kernels and kernels[file] != current[file])
-        + tuple(f"{file} (removed)" for file in kernels if file not in current),
-        never_verified=tuple(file for file in current if file not in kernels),
-    )
+def source_digest(root: Path = ROOT) -> Optional[str]:
+    """One digest of all sources, by which a record says what it measured."""
+    return digest_of(digests(root))

@@ -49,13 +49,13 @@ from fused_resnet.measuring.variants import (
     BASELINES,
     COMPETITORS,
     DEFAULT_BASELINES,
-    SHORT_DTYPES,
     UNTUNED,
     build_variants,
     missing_reason,
     short_name,
     variant_builders,
 )
+from fused_resnet.operators.problem import SHORT_DTYPES
 
 __all__ = [
     "AUTO", "BASELINES", "COMPETITORS", "COPY", "DEFAULT_BASELINES", "FOLDED", "LOSS_BELOW", "OURS", "SHORT_DTYPES",

@@ -54,7 +54,7 @@ def planned_call(problem: ConvProblem, selection: backends.Selection, operands: 
     plan that is replayed takes a likelier one.
     """
     conv, x = modules.FrozenConv(problem, selection, operands.weight, operands.bias), operands.x
-    if selection.backend.name == "triton":
+    if selection.backend.plan.placed:
         conv.placed = layouts.Placed(problem, selection.config)
         x = row_space.pack(x) if conv.placed.wants_row_space else x
     return functools.partial(conv.bound(), x, operands.residual)

@@ -14,12 +14,12 @@ from fused_resnet.measuring.timing import Progress, Variants, interleaved, silen
 from fused_resnet.measuring.variants import (
     BASE,
     DEFAULT_BASELINES,
-    SHORT_DTYPES,
     build_variants,
     missing_reason,
     variant_builders,
 )
 from fused_resnet.nn import BasicBlock, Bottleneck
+from fused_resnet.operators.problem import SHORT_DTYPES
 
 
 def calibrated(model: nn.Module, image_shape: Sequence[int], *, batch: int = 4, seed: int = 0) -> nn.Module:

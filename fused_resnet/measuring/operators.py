@@ -11,6 +11,7 @@ from torch import nn
 from fused_resnet import backends, testing
 from fused_resnet.freezing.frozen import FrozenModel
 from fused_resnet.freezing.modules import FrozenConv
+from fused_resnet.kernels import sources
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.measuring import rooflines, timing
 from fused_resnet.measuring.cases import (
@@ -105,8 +106,8 @@ def op_variants(problem: ConvProblem, live: ConvOperands) -> tuple[dict[str, Pre
     }
 
     skipped = why_not_timed(problem)
-    for name in backends.known("conv_bn_act"):
-        if name != "eager" and name not in skipped:
+    for name, backend in backends.known("conv_bn_act").items():
+        if backend.origin != "torch" and name not in skipped:
             call = planned_call(problem, backends.select(problem, name, in_plan=True), folded)
             found[name] = Prepared(call, images, folded_case, name)
     return found, skipped
@@ -133,7 +134,7 @@ def add_relu_variants(problem: AddReluProblem, device: str) -> tuple[dict[str, P
     for name, backend in backends.known("add_relu").items():
         if name not in skipped:
             run = functools.partial(backend.run, problem, a, b)
-            found[FOLDED if name == "eager" else name] = Prepared(run, images, case, name)
+            found[FOLDED if backend.origin == "torch" else name] = Prepared(run, images, case, name)
     return found, skipped
 
 
@@ -142,7 +143,7 @@ def why_not_timed(problem: Problem) -> dict[str, str]:
     skipped = {}
     for name, backend in backends.known(problem.op).items():
         reason = backend.why_not(problem)
-        if reason is None and name == "triton" and runtime.INTERPRETED:
+        if reason is None and runtime.INTERPRETED and backend.sources == sources.TRITON:
             reason = "TRITON_INTERPRET is set, and the interpreter is not worth timing"
         if reason is not None:
             skipped[name] = reason

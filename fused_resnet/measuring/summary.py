@@ -9,11 +9,16 @@ import math
 import statistics
 from typing import Any, Iterator, Optional, Sequence
 
+from fused_resnet import backends
+
 LOSS_BELOW = 0.995  # a speedup that is shown as 0.99x or less
 UNFUSED, FOLDED, COPY = "unfused", "eager folded", "copy"  # variants of an operator that are no backend
-LIBRARIES = ("cudnn", "cublaslt", "onednn")  # backends whose kernels are other people's
 OURS, AUTO = "our kernels", "auto"
 CUDNN, LIBRARY = "the better of cuDNN fused and unfused", "the best library kernel"
+_BY_ORIGIN = {
+    name: backend.origin for op in ("add_relu", "conv_bn_act") for name, backend in backends.known(op).items()
+}
+LIBRARIES = tuple(name for name, origin in _BY_ORIGIN.items() if origin == "library")  # whose kernels are not ours
 THEIRS = (UNFUSED, FOLDED, COPY, *LIBRARIES)
 LARGE_BATCH = 32
 
@@ -101,7 +106,7 @@ def with_auto(rows: Sequence[Row]) -> list[Row]:
 
 def chosen_by_auto(row: Row) -> str:
     """The variant that `auto` chooses, which was not timed if it was wrong."""
-    return FOLDED if row["auto"] == "eager" else row["auto"]
+    return FOLDED if _BY_ORIGIN.get(row["auto"]) == "torch" else row["auto"]
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:

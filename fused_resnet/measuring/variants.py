@@ -13,6 +13,7 @@ from fused_resnet.backends import winners
 from fused_resnet.freezing.freeze import freeze
 from fused_resnet.freezing.frozen import FrozenModel
 from fused_resnet.fusing import convert
+from fused_resnet.machine.files import one_line
 from fused_resnet.measuring.rivals import (
     compiled_nhwc,
     in_onnxruntime,
@@ -23,8 +24,8 @@ from fused_resnet.measuring.rivals import (
     stitched_cudnn,
 )
 from fused_resnet.measuring.timing import Progress, Variants, silent
+from fused_resnet.operators.problem import SHORT_DTYPES
 
-SHORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BASELINES = ("eager", "folded", "compile", "autotune", "cudnn", "tensorrt", "onnxruntime", "openvino")
 DEFAULT_BASELINES = BASELINES[:3]
 
@@ -109,8 +110,7 @@ def short_name(dtype: torch.dtype) -> str:
 def missing_reason(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed"
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    return one_line(error)
 
 
 def _eager_nhwc(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Any]:

@@ -16,6 +16,7 @@ import torch
 ACTIVATIONS = ("none", "relu", "relu6", "silu")
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SHORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class ConvProblem(NamedTuple):

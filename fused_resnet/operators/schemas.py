@@ -38,6 +38,9 @@ KERNELS = {
         # partials: (splits, values of out) in fp32, for a config with more than one
         "cuda_conv_bn_act": f"({_CONV_OPERANDS}, bool allow_tf32, int tile, Tensor(a!)? partials, Tensor(b!) out) "
         "-> ()".replace("SymInt", "int"),
+        # why the kernel cannot index this problem, empty where it can
+        "cuda_conv_why_not": "(int[4] x, int[4] weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+        "int element_bytes) -> str",
         # tile, splits, tile, splits, ...: all that the device can run, the likeliest first
         "cuda_conv_configs": "(int[4] x, int[4] weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
         "int element_bytes, bool is_aligned, int device) -> int[]",

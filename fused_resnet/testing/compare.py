@@ -58,10 +58,11 @@ def bound_of(case: Case, backend: str) -> Tensor:
     """The error that this backend may make, per element: reference.error_bound with the roundings it documents."""
     p, o = case.problem, case.operands
     eps_acc, stored = 2.0**-53 if p.dtype == torch.float64 else 2.0**-24, _stored_dtype(case, backend)
-    key = (stored, backend == "winograd")
+    winograd = _rounding(backend).winograd
+    key = (stored, winograd)
     if key not in case.bounds:
         case.bounds[key] = reference.error_bound(
-            p, o, expected=case.expected, eps_acc=eps_acc, stored=stored, winograd=backend == "winograd"
+            p, o, expected=case.expected, eps_acc=eps_acc, stored=stored, winograd=winograd
         )
     return case.bounds[key]
 
@@ -72,18 +73,15 @@ def _stored_dtype(case: Case, backend: str) -> Optional[torch.dtype]:
     if p.dtype == torch.float32:
         # products in TF32 have the significand of fp16
         return torch.float16 if p.device == "cuda" and allows_tf32() else None
-    if backend == "eager":
-        return p.dtype  # convolution, BN, addition and activation each write a tensor
-    if backend in ("onednn", "cudnn", "cublaslt"):
-        rounds_bias = o.bias is not None and o.bias.dtype != p.dtype  # they take it in the dtype of x
-        # in these cases ATen adds or activates what oneDNN has rounded
-        rounds_sum = backend == "onednn" and p.has_residual and (p.groups > 1 or p.activation in ("relu6", "silu"))
-        return p.dtype if rounds_bias or rounds_sum else None
-    return None
+    return p.dtype if _rounding(backend).rounds_between(p, o) else None
+
+
+def _rounding(backend: str) -> backends.Rounding:
+    return backends.known("conv_bn_act")[backend].rounding
 
 
 def _within_bound(case: Case, backend: str, actual: Tensor) -> Outcome:
-    expected, bound = case.expected, bound_of(case, backend)
+    expected, bound, rounding = case.expected, bound_of(case, backend), _rounding(backend)
     largest = torch.finfo(case.problem.dtype).max
     error = (actual - expected).abs()
     # an infinite bound comes from an infinite operand: what is finite there (relu(-inf)) has one right value
@@ -91,17 +89,17 @@ def _within_bound(case: Case, backend: str, actual: Tensor) -> Outcome:
     # what lies within the bound of the largest finite number may round to infinity
     agrees |= actual.isinf() & (actual.sign() == expected.sign()) & (expected.abs() + bound >= largest)
     may_be_nan = expected.isnan()
-    if backend in ("eager", "onednn"):
+    if rounding.spreads_nan:
         may_be_nan |= _torch_spreads_nan(case)
         agrees |= may_be_nan & actual.isnan()
     if case.problem.activation == "silu" and _stored_dtype(case, backend) is not None:
         may_be_nan |= _overflows_before_silu(case, bound)
         agrees |= may_be_nan & actual.isnan()
-    if backend == "winograd":
+    if rounding.winograd:
         may_be_nan |= _winograd_overflows(case)
         agrees |= may_be_nan & (~actual.isfinite() | (actual == 0))
-    if backend in ("onednn", "cudnn") and case.problem.activation != "none":
-        agrees |= may_be_nan & (actual == 0)  # documented: their ReLU is max(x, 0), which drops NaN
+    if rounding.drops_nan and case.problem.activation != "none":
+        agrees |= may_be_nan & (actual == 0)  # documented, as `Rounding` says
     finite = expected.isfinite() & actual.isfinite() & bound.isfinite() & ~may_be_nan
     worst = (error / bound)[finite].max().item() if finite.any() else 0.0
     if agrees.all():

@@ -42,15 +42,16 @@ def candidates(problem: ConvProblem) -> tuple[list[Candidate], dict[str, str]]:
 
 
 def _default(problem: ConvProblem, backend: backends.Backend) -> Optional[Any]:
-    return None if backend.default_config is None else backend.default_config(problem)
+    configs = backend.configs
+    return None if configs is None or configs.default is None else configs.default(problem)
 
 
 def promising(problem: ConvProblem, backend: backends.Backend) -> list[Any]:
     """The configs of a backend that may win, the likeliest first where it estimates them."""
-    configs = list(backend.configs(problem)) if backend.configs else []
-    if backend.estimated_us is None:
+    configs = list(backend.configs.worth(problem)) if backend.configs else []
+    if backend.configs is None or backend.configs.estimated_us is None:
         return configs
-    return _likeliest({config: backend.estimated_us(problem, config) for config in configs})
+    return _likeliest({config: backend.configs.estimated_us(problem, config) for config in configs})
 
 
 def promising_on(problem: ConvProblem, arch: int) -> list[Any]:

@@ -26,7 +26,6 @@ import torch
 
 from fused_resnet import backends, measuring
 from fused_resnet.backends import winners, winners_file
-from fused_resnet.kernels import compiled as libraries
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.precompile import Precompiler
 from fused_resnet.kernels.triton.runtime import triton_version
@@ -74,7 +73,7 @@ def journal_of(device: str) -> Journal:
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "torch": torch.__version__,
         "triton": triton_version(),
-        "kernels": libraries.kernel_digests(),
+        "kernels": winners.kernel_digests(),
     }
     return Journal(journal_path(device), identity)
 
@@ -107,7 +106,7 @@ def tune(
     journal = journal_of(torch.device(device).type)
     if again:
         journal.start_anew()
-    environment = {**environment_of(device), "kernels": libraries.kernel_digests()}
+    environment = {**environment_of(device), "kernels": winners.kernel_digests()}
     rows: list[Row] = []
     path: Optional[Path] = None
     started, fresh = time.monotonic(), 0

@@ -42,8 +42,8 @@ def case_of(x, weight, bias, residual=None, stride=(1, 1), padding=(1, 1), activ
 
 def call(case, into_residual=False):
     o = case.operands
-    packed = RECORD.pack(case.problem, o.weight, None)
-    return RECORD.bind(case.problem, packed, o.bias, into_residual=into_residual)(o.x, o.residual)
+    packed = RECORD.plan.pack(case.problem, o.weight, None)
+    return RECORD.plan.bind(case.problem, packed, o.bias, into_residual=into_residual)(o.x, o.residual)
 
 
 SHAPES = [
@@ -154,7 +154,7 @@ def test_a_frozen_resnext_takes_it():
 
 def test_the_operator_refuses_what_would_leave_its_memory():
     x, weight, bias = draw(1, 32, 8, 8, 4)
-    packed = RECORD.pack(problem_of(), weight, None)
+    packed = RECORD.plan.pack(problem_of(), weight, None)
     out = torch.empty(1, 32, 4, 4).contiguous(memory_format=torch.channels_last)
     good = dict(
         x=x, weight=packed, bias=bias, residual=None, stride=(2, 2), padding=(1, 1), activation="relu", out=out
@@ -165,19 +165,19 @@ def test_the_operator_refuses_what_would_leave_its_memory():
         (dict(weight=packed[:1]), "packed as"),
         (dict(weight=packed[:, :, :3].contiguous()), "4 or 8 channels"),
         (dict(weight=packed.double()), "must be float32"),
-        (dict(x=draw(1, 28, 8, 8, 4)[0]), "wrong shape"),
+        (dict(x=draw(1, 28, 8, 8, 4)[0]), r"out must have the shape \(1, 28, 4, 4\), not \(1, 32, 4, 4\)"),
         (dict(x=draw(1, 30, 8, 8, 2)[0]), "whole groups"),
         (dict(x=x.contiguous()), "channels_last"),
         (dict(stride=(1, 1), out=x), "must not be x"),
-        (dict(stride=(2,)), "stride must have 2 values"),
-        (dict(stride=(1, 2)), "wrong shape"),
+        (dict(stride=(2,)), "stride must have 2 values, not 1"),
+        (dict(stride=(1, 2)), r"the shape \(1, 32, 8, 4\), not"),
         (dict(stride=(3, 2)), "1 or 2"),
-        (dict(padding=(0, 1)), "wrong shape"),
+        (dict(padding=(0, 1)), r"the shape \(1, 32, 3, 4\), not"),
         (dict(padding=(-1, 1)), "at least 0"),
         (dict(padding=(2**63 - 1, 1)), "below 2\\^31"),
         (dict(padding=(1,)), "padding must have 2 values"),
         (dict(x=x[:, :, :, :1].contiguous(memory_format=torch.channels_last), padding=(1, 0)), "would be empty"),
-        (dict(bias=bias[:31]), "one value per output channel"),
+        (dict(bias=bias[:31]), "one value for each of 32 output channels"),
         (dict(residual=x), "residual must have"),
         (dict(out=out.bfloat16()), "one dtype"),
         (dict(x=x.half(), out=out.half()), "float32 or bfloat16"),
@@ -187,33 +187,35 @@ def test_the_operator_refuses_what_would_leave_its_memory():
             run(*(good | change).values())
 
 
-@pytest.mark.parametrize("name", sources.CPU_SOURCES)
+@pytest.mark.parametrize("name", ("winograd", "grouped"))
 def test_a_cpu_kernel_s_digest_covers_all_it_includes(name):
-    files, found = {f"csrc/cpu_{name}.cpp"}, set()
+    """And nothing beside that, but for all of csrc/common."""
+    files, found = {f"csrc/cpu/{name}.cpp"}, set()
     while files - found:
         file = (files - found).pop()
         found.add(file)
         files |= {f"csrc/{header}" for header in re.findall('#include "(.+)"', (sources.ROOT / file).read_text())}
-    assert found == set(sources.CPU_SOURCES[name])
+    patterns = backends.known("conv_bn_act")[name].sources
+    covered = {file for file in sources.digests() if sources.is_source(file, patterns)}
+    assert found <= covered
+    assert {file for file in covered - found if not file.startswith("csrc/common/")} == set()
 
 
 def test_measurements_of_cpu_kernels_go_stale_with_their_sources(monkeypatch, tmp_path):
-    (tmp_path / "csrc").mkdir()
-    assert sources.kernel_digest("grouped", tmp_path) is None
+    for folder in ("cpu", "cuda"):
+        (tmp_path / "csrc" / folder).mkdir(parents=True)
+    patterns = (sources.WINOGRAD, sources.GROUPED, sources.CUDA)
+    assert sources.kernel_digest(sources.GROUPED, tmp_path) is None
     digests = {}
-    for file in ("cpu_vectors.h", "grouped.h", "cpu_grouped.cpp", "conv_bn_act.cu"):
+    for file in ("cpu/vectors.h", "cpu/grouped.h", "cpu/grouped.cpp", "cuda/conv_bn_act.cu"):
         (tmp_path / "csrc" / file).write_text(file)
-        digests[file] = [sources.kernel_digest(name, tmp_path) for name in ("winograd", "grouped", "cuda")]
+        digests[file] = [sources.kernel_digest(each, tmp_path) for each in patterns]
     shared, header, source, cuda = digests.values()
     assert shared[0] == header[0] == source[0] == cuda[0] is not None
     assert len({shared[1], header[1], source[1]}) == 3 and cuda[1] == source[1]
     assert shared[2] is header[2] is source[2] is None and cuda[2] is not None
-    monkeypatch.setattr(winners.compiled, "build_record", lambda: {"cpu_kernels": {"grouped": "0123"}})
-    compiled.kernel_digest.cache_clear()
-    try:
-        assert compiled.kernel_digests()["grouped"] == "0123"
-        assert winners._is_unchanged("grouped", {"grouped": "0123"}, "a file")
-        assert not winners._is_unchanged("grouped", {"grouped": "4567"}, "a file")
-        assert not winners._is_unchanged("winograd", {"winograd": None}, "a file")
-    finally:
-        compiled.kernel_digest.cache_clear()
+    monkeypatch.setattr(compiled, "kernel_digest", {sources.GROUPED: "0123"}.get)
+    assert winners.kernel_digests()["grouped"] == "0123"
+    assert winners._is_unchanged("grouped", {"grouped": "0123"}, "a file")
+    assert not winners._is_unchanged("grouped", {"grouped": "4567"}, "a file")
+    assert not winners._is_unchanged("winograd", {"winograd": None}, "a file")

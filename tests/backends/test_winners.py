@@ -19,6 +19,7 @@ from fused_resnet.freezing import modules
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
+from fused_resnet.measuring import verified
 from fused_resnet.operators.problem import AddReluProblem, parsed_problem
 from tests.support.tuned_files import entry, problem
 
@@ -254,7 +255,7 @@ def test_no_change_of_a_file_makes_lookup_raise(tuned_files, data):
 
 
 def test_kernels_that_changed_since_are_not_verified_any_more(tuned_files, caplog):
-    digests = compiled.kernel_digests()
+    digests = winners.kernel_digests()
     assert digests["triton"] is not None
     measured = entry("triton", triton=(None, 1.0), onednn=(None, 2.0))
     tuned_files.add(tuned_files.user, problem(), measured, kernels=digests)
@@ -266,7 +267,7 @@ def test_kernels_that_changed_since_are_not_verified_any_more(tuned_files, caplo
 
 def test_an_unknown_digest_is_no_agreement(tuned_files, monkeypatch):
     """A library whose build did not say what it was compiled from."""
-    monkeypatch.setattr(compiled, "kernel_digest", lambda backend: None)
+    monkeypatch.setattr(compiled, "kernel_digest", lambda patterns: None)
     tuned_files.add(tuned_files.user, problem(), entry("cuda"), kernels={"cuda": None})
     assert choice() is None
 
@@ -274,26 +275,32 @@ def test_an_unknown_digest_is_no_agreement(tuned_files, monkeypatch):
 def test_tools_beside_the_kernels_are_no_kernels(tmp_path):
     for file, is_kernel in (
         ("fused_resnet/kernels/triton/aot.py", False), ("fused_resnet/kernels/triton/conv/launch.py", True),
-        ("csrc/cpu_ops.cpp", False), ("csrc/conv_bn_act.cu", True), ("csrc/emulated_device.h", False),
-        ("csrc/problem.h", True), ("csrc/cuda_ops.cpp", True),
+        ("fused_resnet/kernels/triton/interpreter.py", False), ("fused_resnet/kernels/triton/runtime.py", True),
+        ("csrc/cpu/add_relu.cpp", False), ("csrc/cpu/vectors.h", False), ("csrc/host_checks/host_checks.cpp", False),
+        ("csrc/host_checks/emulated_device.h", False), ("csrc/common/checks.h", True),
+        ("csrc/cuda/conv_shape.h", True), ("csrc/cuda/operators.cpp", True), ("csrc/cuda/sm80/conv_bn_act.cu", True),
     ):  # fmt: skip
-        assert (sources._NO_KERNEL(file) is None) == is_kernel, file
-    (tmp_path / "csrc").mkdir()
-    assert sources.kernel_digest("cuda", tmp_path) is None
+        assert (file in verified.gpu_kernels()) == is_kernel, file
+    for folder in ("cpu", "cuda"):
+        (tmp_path / "csrc" / folder).mkdir(parents=True)
+    assert sources.kernel_digest(sources.CUDA, tmp_path) is None
     digests = []
-    for name, text in (("a.cu", "1"), ("cpu_ops.cpp", "1"), ("cpu_ops.cpp", "2"), ("a.cu", "2")):
+    for name, text in (("cuda/a.cu", "1"), ("cpu/a.cpp", "1"), ("cpu/a.cpp", "2"), ("cuda/a.cu", "2")):
         (tmp_path / "csrc" / name).write_text(text)
-        digests.append(sources.kernel_digest("cuda", tmp_path))
+        digests.append(sources.kernel_digest(sources.CUDA, tmp_path))
     assert digests[0] == digests[1] == digests[2] != digests[3]
 
 
 def test_the_build_says_what_the_cuda_kernels_were_compiled_from(monkeypatch):
-    monkeypatch.setattr(winners.compiled, "build_record", lambda: {"cuda_kernels": "0123"})
-    compiled.kernel_digest.cache_clear()
-    try:
-        assert compiled.kernel_digest("cuda") == "0123"
-    finally:
-        compiled.kernel_digest.cache_clear()
+    """And not the sources beside it, which may have been edited since."""
+    built = {"csrc/cuda/a.cu": "0123", "csrc/common/b.h": "4567", "csrc/cpu/c.cpp": "89ab"}
+    digests = []
+    for changed in ({}, {"csrc/cpu/c.cpp": "other"}, {"csrc/common/b.h": "other"}, {"csrc/cuda/a.cu": "other"}):
+        monkeypatch.setattr(compiled, "build_record", lambda changed=changed: {"sources": built | changed})
+        digests.append(compiled.kernel_digest.__wrapped__(sources.CUDA))
+    assert digests[0] == digests[1] and len(set(digests[1:])) == 3 and None not in digests
+    monkeypatch.setattr(compiled, "build_record", dict)
+    assert compiled.kernel_digest.__wrapped__(sources.CUDA) is None
 
 
 # -------------------------------------------------------------------------------------------------------------- auto
@@ -346,7 +353,7 @@ def test_a_config_that_is_slow_to_launch_is_for_plans_and_long_kernels(
     tuned_files, monkeypatch, time_us, in_plan, is_taken
 ):
     eager = backends.known("conv_bn_act")["eager"]
-    slow = eager._replace(name="slow", launch_us=lambda config: 38.0)
+    slow = eager._replace(name="slow", configs=eager.configs._replace(launch_us=lambda config: 38.0))
     monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "slow", slow)
     tuned_files.add(tuned_files.user, problem(), entry("slow", slow=(NCHW, time_us)))
     selection = backends.select(problem(), in_plan=in_plan)
@@ -356,7 +363,7 @@ def test_a_config_that_is_slow_to_launch_is_for_plans_and_long_kernels(
 
 
 def test_only_tensor_descriptors_are_slow_to_launch():
-    launch_us, tile = backends.known("conv_bn_act")["triton"].launch_us, TritonConfig(64, 64, 64, 8, 4, 4)
+    launch_us, tile = backends.known("conv_bn_act")["triton"].configs.launch_us, TritonConfig(64, 64, 64, 8, 4, 4)
     assert launch_us(None) == launch_us(tile) == 0 < launch_us(tile._replace(form="gemm_tma")) < math.inf
 
 
@@ -364,7 +371,7 @@ def test_row_space_is_for_plans_however_long_the_kernel(tuned_files, monkeypatch
     """Its time holds no conversion of x, which every call outside a plan would pay."""
     triton = backends.known("conv_bn_act")["triton"]
     rows = TritonConfig(64, 16, 16, 8, 4, 3, "rows_tma")
-    ours = triton._replace(why_not=lambda problem: None, legal=lambda problem: [rows])
+    ours = triton._replace(why_not=lambda problem: None, configs=triton.configs._replace(legal=lambda problem: [rows]))
     monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "triton", ours)
     tuned_files.add(tuned_files.user, problem(), entry("triton", triton=(rows._asdict(), 1e6)))
     assert backends.select(problem(), in_plan=True).config == rows
@@ -374,7 +381,7 @@ def test_row_space_is_for_plans_however_long_the_kernel(tuned_files, monkeypatch
 def test_a_default_measured_without_its_name_is_named(tuned_files, monkeypatch):
     """As older versions wrote it: a plan would run another config for None."""
     eager, named = backends.known("conv_bn_act")["eager"], backends.EagerConfig("NCHW")
-    ours = eager._replace(name="ours", default_config=lambda problem: named)
+    ours = eager._replace(name="ours", configs=eager.configs._replace(default=lambda problem: named))
     monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "ours", ours)
     tuned_files.add(tuned_files.user, problem(), entry("ours"))
     assert backends.select(problem(), in_plan=True).config == backends.select(problem(), "ours").config == named
@@ -382,7 +389,8 @@ def test_a_default_measured_without_its_name_is_named(tuned_files, monkeypatch):
 
 def test_where_x_cannot_lie_in_row_space_the_second_winner_counts(tuned_files, monkeypatch):
     eager = backends.known("conv_bn_act")["eager"]
-    ours = eager._replace(name="ours", reads_row_space=lambda config: config is not None)
+    reads = eager.configs._replace(reads_row_space=lambda config: config is not None)
+    ours = eager._replace(name="ours", configs=reads)
     monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "ours", ours)
     best = entry("ours", ours=(NCHW, 1.0), eager=(NCHW, 3.0))
     second = entry("eager", ours=(None, 9.0), eager=(NCHW, 3.0))
@@ -444,7 +452,9 @@ def test_selections_are_made_again_after_tuning(tuned_files):
 def gpu_backend(monkeypatch):
     """A backend with configs that runs on CUDA, and a GPU by name."""
     eager = backends.known("conv_bn_act")["eager"]
-    tunable = eager._replace(name="tunable", auto=(), configs=lambda problem: [backends.EagerConfig("NCHW")])
+    tunable = eager._replace(
+        name="tunable", auto=(), configs=backends.Configs(lambda problem: [backends.EagerConfig("NCHW")])
+    )
     monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "tunable", tunable)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")

@@ -36,8 +36,8 @@ def draw(N, C, H, W, K):
 def call(x, weight, bias, residual=None, padding=1, activation="relu", into_residual=False):
     p = (padding, padding)
     problem = conv_problem(ConvOperands(x, weight, bias=bias, residual=residual), (1, 1), p, (1, 1), 1, activation)
-    packed = RECORD.pack(problem, weight, None)
-    return RECORD.bind(problem, packed, bias, into_residual=into_residual)(x, residual)
+    packed = RECORD.plan.pack(problem, weight, None)
+    return RECORD.plan.bind(problem, packed, bias, into_residual=into_residual)(x, residual)
 
 
 def error(actual, x, weight, bias, residual=None, padding=1):
@@ -140,7 +140,7 @@ def test_plans_use_it_and_sum_in_place():
 
 def test_the_operator_refuses_what_would_leave_its_memory():
     x, weight, bias = draw(1, 16, 8, 8, 32)
-    packed = RECORD.pack(problem_of(K=32), weight, None)
+    packed = RECORD.plan.pack(problem_of(K=32), weight, None)
     out = torch.empty(1, 32, 8, 8).contiguous(memory_format=torch.channels_last)
     good = dict(x=x, weight=packed, bias=bias, residual=None, padding=(1, 1), activation="relu", out=out)
     run = torch.ops.fused_resnet.cpu_winograd
@@ -150,12 +150,12 @@ def test_the_operator_refuses_what_would_leave_its_memory():
         (dict(weight=packed.double()), "must be float32"),
         (dict(x=draw(1, 32, 8, 8, 1)[0]), "packed as"),
         (dict(x=x.contiguous()), "channels_last"),
-        (dict(padding=(0, 1)), "wrong shape"),
+        (dict(padding=(0, 1)), r"out must have the shape \(1, 32, 6, 8\), not \(1, 32, 8, 8\)"),
         (dict(padding=(-1, 1)), "at least 0"),
         (dict(padding=(2**63 - 1, 1)), "below 2\\^31"),
         (dict(padding=(1,)), "padding must have 2 values"),
-        (dict(x=out, weight=RECORD.pack(problem_of(C=32, K=32), draw(1, 32, 8, 8, 32)[1], None)), "must not be x"),
-        (dict(bias=bias[:31]), "one value per output channel"),
+        (dict(x=out, weight=RECORD.plan.pack(problem_of(C=32, K=32), draw(1, 32, 8, 8, 32)[1], None)), "must not be x"),
+        (dict(bias=bias[:31]), "one value for each of 32 output channels"),
         (dict(residual=x), "residual must have"),
         (dict(out=out.bfloat16()), "one dtype"),
         (dict(x=x.half(), out=out.half()), "float32 or bfloat16"),

@@ -23,8 +23,8 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 FIRST_TIER = ("80", "90", "100")
 SECOND_TIER = ("86", "89", "120")
 ARCHS = [*FIRST_TIER, *(pytest.param(arch, marks=pytest.mark.full) for arch in SECOND_TIER)]
-INCLUDES = ["-I", str(Path(torch.__file__).parent / "include")]
-ELEMENTS = {"f": "float", "N3c104HalfE": "Half", "N3c108BFloat16E": "BFloat16"}
+INCLUDES = ["-I", CSRC, "-isystem", Path(torch.__file__).parent / "include"]
+ELEMENTS = {"f": "float", "N3c104HalfE": "Half", "NS_8BFloat16E": "BFloat16"}
 
 
 class Kernel(NamedTuple):
@@ -63,7 +63,7 @@ def compiled(tmp_path_factory):
             known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
             if f"compute_{arch}" not in known.split():
                 pytest.skip(f"this nvcc does not know sm_{arch}")
-            cubin = folder / f"{source}.{arch}.cubin"
+            cubin = folder / f"{Path(source).name}.{arch}.cubin"
             command = [NVCC, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v", *INCLUDES]
             result = subprocess.run([*command, CSRC / source, "-o", cubin], capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
@@ -94,7 +94,7 @@ def sum_kernels(compiled: Compiled) -> dict[str, Kernel]:
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHS)
 def test_conv_kernels_compile_without_spills(compiled, arch):
-    kernels = conv_kernels(compiled("conv_bn_act.cu", arch))
+    kernels = conv_kernels(compiled("cuda/sm80/conv_bn_act.cu", arch))
     tiles = {tile for _, tile, _ in kernels}
     assert set(ELEMENTS.values()) == {element for element, _, _ in kernels}
     for element in ELEMENTS.values():
@@ -108,7 +108,7 @@ def test_conv_kernels_compile_without_spills(compiled, arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_conv_kernels_keep_to_the_registers_the_heuristics_count_on(compiled, arch):
     checks = pytest.importorskip("fused_resnet._host_checks", reason="_host_checks is not built")
-    kernels = conv_kernels(compiled("conv_bn_act.cu", arch))
+    kernels = conv_kernels(compiled("cuda/sm80/conv_bn_act.cu", arch))
     assert {tile for _, tile, _ in kernels} == set(range(checks.NUM_TILES))
     for (element, tile, is_aligned), kernel in kernels.items():
         if is_aligned:
@@ -118,9 +118,9 @@ def test_conv_kernels_keep_to_the_registers_the_heuristics_count_on(compiled, ar
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHS)
 def test_split_sums_compile_without_spills_and_overlap_their_loads(compiled, arch):
-    kernels = sum_kernels(compiled("conv_bn_act.cu", arch))
+    kernels = sum_kernels(compiled("cuda/sm80/conv_bn_act.cu", arch))
     assert set(kernels) == set(ELEMENTS.values())
-    code = sass(compiled("conv_bn_act.cu", arch).cubin)
+    code = sass(compiled("cuda/sm80/conv_bn_act.cu", arch).cubin)
     for element, kernel in kernels.items():
         assert (kernel.stack_bytes, kernel.spill_store_bytes, kernel.spill_load_bytes) == (0, 0, 0), kernel
         # the first sums wait for loads of four splits, 16 bytes each: two per split in half precision
@@ -131,7 +131,7 @@ def test_split_sums_compile_without_spills_and_overlap_their_loads(compiled, arc
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHS)
 def test_pointwise_kernels_compile_without_spills(compiled, arch):
-    kernels = compiled("add_relu.cu", arch).kernels
+    kernels = compiled("cuda/add_relu.cu", arch).kernels
     assert len(kernels) == 2 * len(ELEMENTS)
     for kernel in kernels:
         assert kernel[2:] == (0, 0, 0), kernel
@@ -154,8 +154,8 @@ def sass(cubin: Path) -> dict[str, str]:
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHS)
 def test_conv_kernels_use_tensor_cores_and_wide_accesses(compiled, arch):
-    cubin = compiled("conv_bn_act.cu", arch).cubin
-    code = {key: None for key in conv_kernels(compiled("conv_bn_act.cu", arch))}
+    cubin = compiled("cuda/sm80/conv_bn_act.cu", arch).cubin
+    code = {key: None for key in conv_kernels(compiled("cuda/sm80/conv_bn_act.cu", arch))}
     for name, instructions in sass(cubin).items():
         if (key := conv_key(name)) is not None:
             code[key] = instructions
@@ -177,7 +177,7 @@ def test_conv_kernels_use_tensor_cores_and_wide_accesses(compiled, arch):
 def test_conv_kernels_have_eight_residual_loads_in_flight(compiled, arch):
     """Or as many rows as a thread has, before it stores the first one; for ReLU and for no activation."""
     checks = pytest.importorskip("fused_resnet._host_checks", reason="_host_checks is not built")
-    for name, instructions in sass(compiled("conv_bn_act.cu", arch).cubin).items():
+    for name, instructions in sass(compiled("cuda/sm80/conv_bn_act.cu", arch).cubin).items():
         if (key := conv_key(name)) is None:
             continue
         tile, chunk = checks.tile(key[1]), 4 if key[0] == "float" else 8
@@ -188,28 +188,29 @@ def test_conv_kernels_have_eight_residual_loads_in_flight(compiled, arch):
 
 @needs_nvcc
 def test_pointwise_kernels_move_16_bytes_at_a_time(compiled):
-    for name, instructions in sass(compiled("add_relu.cu", "80").cubin).items():
+    for name, instructions in sass(compiled("cuda/add_relu.cu", "80").cubin).items():
         assert len(re.findall(r"LDG\.E\.128", instructions)) >= 2, name
         assert re.search(r"STG\.E\.128", instructions), name
 
 
 @pytest.mark.parametrize("header", [
-    "problem.h", "heuristics.h", "tile_layout.h", "conv_arguments.h", "kernels.h", "cpu_vectors.h", "winograd.h",
-    "grouped.h",
+    "common/activation.h", "common/divisor.h", "common/dtype.h", "common/inline.h", "cpu/dispatch.h",
+    "cuda/conv_shape.h", "cuda/conv_arguments.h", "cuda/launchers.h", "cuda/sm80/tiles.h", "cuda/sm80/tile_layout.h",
+    "cpu/vectors.h", "cpu/winograd.h", "cpu/grouped.h",
 ])  # fmt: skip
 def test_headers_stand_alone_without_cuda_or_torch(header, tmp_path):
-    """In C++17, with no include path but the standard one."""
+    """In C++17, with no include path but csrc's and the standard one."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     source = tmp_path / "alone.cpp"
-    source.write_text(f'#include "{CSRC / header}"\nint main() {{ return 0; }}\n')
-    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", source]
+    source.write_text(f'#include "{header}"\nint main() {{ return 0; }}\n')
+    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-I", CSRC, source]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("library", schemas.KERNELS)
 def test_every_kernel_of_the_schemas_is_registered(library):
-    sources = "".join(path.read_text() for path in CSRC.glob(f"{library}_*.cpp"))
+    sources = "".join(path.read_text() for path in (CSRC / library).rglob("*.cpp"))
     assert sorted(re.findall(r'm\.impl\("(\w+)"', sources)) == sorted(schemas.KERNELS[library])

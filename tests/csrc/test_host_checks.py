@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_resnet import backends
+from fused_resnet.backends import cuda
 from fused_resnet.operators import reference
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
@@ -135,11 +136,11 @@ def test_input_offset_is_the_definition(window, data):
         (dict(H=2**28), "height"),
         (dict(padding=(2**28, 0)), "padding"),
         (dict(R=2**27 + 1, dilation=(2, 1), padding=(2**27, 0)), "dilation"),
-        (dict(H=2**16, W=2**16), "fewer than 2\\^31 - 1025 pixels"),
+        (dict(H=2**16, W=2**16), "an output of 65536x65536 is too large"),
         (dict(R=2), "the output would be empty"),
         (dict(S=2, stride=(1, 2)), "the output would be empty"),
-        (dict(S=3, stride=(1, 2)), "the output would be empty"),
-        (dict(C=2**30, R=2, H=2), "R \\* S \\* C / groups must be below 2\\^31 - 1025"),
+        (dict(S=3, stride=(1, 2)), "would be empty: a window of 1x3 over 1x1 pixels"),
+        (dict(C=2**30, R=2, H=2), "a sum of 2x1x1073741824 products is too long"),
     ],
 )
 def test_what_cannot_be_indexed_is_refused(change, reason):
@@ -357,7 +358,7 @@ def emulate(window: Window, operands: ConvOperands, activation="relu", *, tile=1
     y = checks.emulate_conv_bn_act(
         channels_last(o.x), channels_last(o.weight), **vectors, eps=o.eps, stride=window.stride,
         padding=window.padding, dilation=window.dilation, groups=window.groups,
-        activation=ACTIVATIONS.index(activation), dtype=str(o.x.dtype)[6:], tile=tile, **how,
+        activation=activation, dtype=str(o.x.dtype)[6:], tile=tile, **how,
     )  # fmt: skip
     problem = conv_problem(o, window.stride, window.padding, window.dilation, window.groups, activation)
     return Emulation(problem, o, torch.from_numpy(y).permute(0, 3, 1, 2).double())
@@ -481,17 +482,17 @@ def emulated_library(monkeypatch):
         pairs = checks.legal_configs(*size, device("9.0", 132), is_aligned)
         return list(itertools.chain(*pairs))
 
-    legal_on = backends.nvidia._cuda_legal_on  # a tensor on the CPU has no index for it
+    legal_on = cuda.legal_on  # a tensor on the CPU has no index for it
     on_cpu = functools.lru_cache(lambda problem, is_aligned, index: legal_on.__wrapped__(problem, is_aligned, 0))
-    monkeypatch.setattr(backends.nvidia, "_cuda_legal_on", on_cpu)
-    monkeypatch.setattr(backends.nvidia.triton_conv_bn_act, "allows_tf32", lambda: True)
+    monkeypatch.setattr(cuda, "legal_on", on_cpu)
+    monkeypatch.setattr(cuda.launch, "allows_tf32", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    backends.nvidia._cuda_choice.cache_clear()
+    cuda._choice.cache_clear()
     with torch.library._scoped_library("fused_resnet", "IMPL") as library:
         library.impl("cuda_conv_bn_act", kernel, "CPU")
         library.impl("cuda_conv_configs", configs, "CompositeExplicitAutograd")
         yield ran
-    backends.nvidia._cuda_choice.cache_clear()
+    cuda._choice.cache_clear()
 
 
 SMALL_BATCH = Window(1, 256, 6, 7, 40, 3, 3, padding=(1, 1), stride=(2, 1))
@@ -502,7 +503,7 @@ def test_every_config_of_the_backend_is_right(emulated_library, dtype):
     """The default and what the tuner measures beside it, from operands in any layout to the operator's arguments."""
     operands = random_operands(SMALL_BATCH, dtype)
     problem = conv_problem(operands, SMALL_BATCH.stride, SMALL_BATCH.padding, SMALL_BATCH.dilation, 1, "relu")
-    configs, legal = CUDA.configs(problem), CUDA.legal(problem)
+    configs, legal = CUDA.configs.worth(problem), CUDA.configs.legal(problem)
     default = legal[0]
     assert default.splits > 1 and default not in configs
     assert set(configs) <= set(legal) and len(set(configs)) == len(configs)
@@ -520,8 +521,8 @@ def test_every_config_on_every_kind_of_window(emulated_library, name, dtype):
     window = WINDOWS[name]
     operands = random_operands(window, dtype)
     problem = conv_problem(operands, window.stride, window.padding, window.dilation, window.groups, "relu")
-    configs = CUDA.configs(problem)
-    assert CUDA.legal(problem)[0] not in configs
+    configs = CUDA.configs.worth(problem)
+    assert CUDA.configs.legal(problem)[0] not in configs
     for config in (None, *configs):
         Emulation(problem, operands, CUDA.run(problem, operands, config).double()).assert_close()
 
@@ -533,7 +534,7 @@ def test_where_operands_are_not_aligned_a_config_that_needs_it_gives_way(emulate
     problem = conv_problem(operands, window.stride, window.padding, window.dilation, 1, "relu")
     rows = operands.x.permute(0, 2, 3, 1).flatten()
     shifted = torch.cat([rows.new_zeros(1), rows])[1:].view(window.N, window.H, window.W, window.C).permute(0, 3, 1, 2)
-    for config in CUDA.legal(problem):
+    for config in CUDA.configs.legal(problem):
         actual = CUDA.run(problem, operands._replace(x=shifted), config).double()
         Emulation(problem, operands, actual).assert_close()
         tile, _ = emulated_library[-1]
@@ -545,7 +546,13 @@ def test_what_is_tuned_for_one_batch_is_legal_for_its_neighbours(emulated_librar
     operands = random_operands(SMALL_BATCH, "float16")
     problem = conv_problem(operands, SMALL_BATCH.stride, SMALL_BATCH.padding, SMALL_BATCH.dilation, 1, "relu")
     for batch in (2, 4, 64):
-        assert set(CUDA.configs(problem)) <= set(CUDA.legal(problem._replace(N=batch)))
+        assert set(CUDA.configs.worth(problem)) <= set(CUDA.configs.legal(problem._replace(N=batch)))
+
+
+def test_activations_have_the_names_of_python():
+    one = np.ones((1, 1, 1, 1), dtype=np.float32)
+    with pytest.raises(RuntimeError, match=f"unknown activation gelu; known ones are {', '.join(ACTIVATIONS)}$"):
+        checks.emulate_conv_bn_act(one, one, activation="gelu")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

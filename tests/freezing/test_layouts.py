@@ -224,7 +224,9 @@ def test_a_measured_config_that_would_spill_in_row_space_keeps_its_tensors_out(m
 def _tune_3x3s(tuned_files, monkeypatch, in_nhwc):
     """A basic block and an input whose 3x3 convolutions were measured fastest in row space, with this second winner."""
     rows = TritonConfig(64, 16, 16, 8, 4, 2, "rows_tma")
-    triton = backends.known("conv_bn_act")["triton"]._replace(legal=lambda p: [rows, rows._replace(form="pointer")])
+    triton = backends.known("conv_bn_act")["triton"]
+    legal = triton.configs._replace(legal=lambda p: [rows, rows._replace(form="pointer")])
+    triton = triton._replace(configs=legal)
     monkeypatch.setitem(record.REGISTRY["conv_bn_act"], "triton", triton)
     model, x = networks.single(stride=1, channels=16).to(DEVICE), torch.randn(2, 16, 6, 6, device=DEVICE)
     convs = [m for m in fused_resnet.freeze(model, x).plan(x).modules() if isinstance(m, FrozenConv)]

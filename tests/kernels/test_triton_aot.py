@@ -94,6 +94,30 @@ def test_bfloat16_tf32_and_full_fp32(compiler_environment):
             check(report, dtype)
 
 
+_SPLIT = """
+import json, sys, torch
+from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.kernels.triton import aot
+from fused_resnet.kernels.triton.conv.configs import TritonConfig
+
+p = ConvProblem(1, 256, 14, 14, 256, 3, 3, (1, 1), (1, 1), (1, 1), 1, "relu", False, True, False, torch.float16, "cuda")
+found = {}
+for split_k in (1, 4):
+    config = TritonConfig(64, 32, 32, 8, 4, 3, split_k=split_k)
+    found[split_k] = aot.compile_launches(p, int(sys.argv[1]), config)[0]._asdict()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_split_reduction_is_loaded_as_wide_as_a_whole_one(compiler_environment, arch):
+    """Its first step is where its part begins, and still a multiple of the step."""
+    whole, split = json.loads(python(compiler_environment, "-c", _SPLIT, str(arch))).values()
+    assert split["instructions"]["LDGSTS"] >= whole["instructions"]["LDGSTS"] > 0, (whole, split)
+    assert "LDG.U16" not in split["instructions"], split
+    assert split["stack_bytes"] == 0 and split["registers"] <= whole["registers"] + 16, (whole, split)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -245,41 +269,181 @@ def test_sizes_that_change_the_types_of_arguments_compile(compiler_environment):
 
 
 _SPECIALISATION = """
-import itertools, torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
+import torch
+from triton.runtime import driver
 from fused_resnet.operators import ConvOperands
-from fused_resnet.kernels.triton import aot
+from fused_resnet.kernels.triton import aot, precompile
 from fused_resnet.kernels.triton.conv import configs as conv_configs
 from fused_resnet.kernels.triton.conv import launch as conv_bn_act
 
-backend = make_backend(GPUTarget("cuda", 90, 32))
+driver.set_active(precompile._Driver(90))
 
 def check(each):
-    signature, constants, attributes, _ = aot.specialise(each.kernel, each.arguments, each.options)
-    bind = create_function_from_signature(each.kernel.signature, each.kernel.params, backend)
-    _, launched, _ = bind(*each.arguments, **each.options)
-    assert len(launched) == len(signature)
-    for position, (name, (kind, hint)) in enumerate(zip(signature, launched)):
-        assert signature[name] == kind, (name, signature[name], kind)
-        divisible = isinstance(hint, str) and "D" in hint
-        assert ((position,) in attributes) == divisible, (name, hint, attributes)
+    # what Triton's launcher hands to its compiler, and looks up in its caches
+    _, _, _, backend, bind = each.kernel.create_binder()
+    bound, specialization, _ = bind(*each.arguments, **each.options)
+    _, signature, constants, attributes = each.kernel._pack_args(backend, each.options, bound, specialization, None)
+    attributes = {path: hints for path, hints in attributes.items() if hints}
+    assert (signature, constants, attributes) == aot.specialise(each.kernel, each.arguments, each.options)[:3], each
 
+kernels = set()
 for problem in aot.problems(torch.float16):
     problem = problem._replace(N=1)
     tensor = torch.zeros(1, 64, 1, 1, dtype=torch.float16)  # 64-byte aligned, as PyTorch's allocators give them
     vector = torch.zeros(64)
-    operands = ConvOperands(tensor, tensor, vector, bias=vector)
-    for config in (conv_bn_act.default_config(problem), *conv_configs.configs(problem, 90)[-4:]):
-        for each in conv_bn_act.prepare(problem, operands, tensor, config):
-            check(each)
+    some = ConvOperands(tensor, tensor, vector, bias=vector)
+    every = ConvOperands(tensor, tensor, vector, vector, vector, vector, bias=vector, residual=tensor)
+    legal = [one for one, _ in conv_configs.search_space(problem, 90) if not conv_configs.why_illegal(problem, one, 90)]
+    one_of_each = {(config.form, config.split_k > 1): config for config in legal}
+    for config in (conv_bn_act.default_config(problem), *one_of_each.values()):
+        for operands in (some, every):
+            for each in conv_bn_act.prepare(problem, operands, tensor, config):
+                check(each)
+                kernels.add(each.kernel.__name__)
+assert len(kernels) == 6, kernels
 """
 
 
 def test_specialised_as_the_launcher_would(compiler_environment):
-    """Types, constants and alignment hints against Triton's own argument binder."""
+    """Types, constants and alignment hints, also of the fields of the epilogue, against Triton's own launcher."""
     python(compiler_environment, "-c", _SPECIALISATION)
+
+
+_LAUNCHED = """
+import json, re, sys, torch
+from triton.runtime import driver
+from fused_resnet.kernels.triton import precompile
+from fused_resnet.operators import ConvOperands, ConvProblem
+from fused_resnet.kernels.triton.conv import launch as conv_bn_act
+from fused_resnet.kernels.triton.conv.configs import TritonConfig
+
+driver.set_active(precompile._Driver(90))
+problem = ConvProblem(
+    1, 64, 8, 8, 64, 1, 1, (1, 1), (0, 0), (1, 1), 1, "relu", True, True, True, torch.float16, "cuda"
+)
+memory, vector = torch.zeros(4096 + 8, dtype=torch.float16), torch.zeros(64)
+x, weight, one_off = memory[:4096].view(1, 64, 8, 8), memory[:4096].view(64, 64, 1, 1), memory[1:4097].view(1, 64, 8, 8)
+full = ConvOperands(x, weight, vector, vector, vector, vector, bias=vector, residual=x)
+calls = {
+    "all": (full, x),
+    "none": (ConvOperands(x, weight), x),
+    "residual one element off": (full._replace(residual=one_off), x),
+    "output one element off": (full, one_off),
+}
+reports = {}
+for split in (1, 2):
+    for name, (operands, out) in calls.items():
+        for launch in conv_bn_act.prepare(problem, operands, out, TritonConfig(64, 64, 32, 8, 4, 2, split_k=split)):
+            kernel = launch.kernel.warmup(*launch.arguments, grid=(launch.num_programs,), **launch.options)
+            entry = re.search(r"tt[.]func public .*", kernel.asm["ttir"])[0]
+            pointers = re.findall(r"!tt[.]ptr<\\w+>( [{]tt[.]divisibility = 16 : i32[}])?", entry)
+            wide = len(re.findall(r"ld[.]global[.]v4|st[.]global[.]v4", kernel.asm["ptx"]))
+            reports[f"{launch.kernel.__name__}, {split}, {name}"] = [len(pointers), pointers.count(""), wide]
+print(json.dumps(reports))
+"""
+
+
+def test_pointers_within_the_epilogue_keep_their_alignment(compiler_environment):
+    """In a launch of real tensors: [pointers, those not known to be aligned, 16-byte accesses] of each kernel."""
+    reports = json.loads(python(compiler_environment, "-c", _LAUNCHED))
+    assert len(reports) == 12
+    for name, (pointers, unaligned, _) in reports.items():
+        # x and weight, of which the second kernel has neither; out; four vectors of BN, bias and residual
+        expected = (1 if "sum" in name else 3) + (0 if "none" in name else 6) + (", 2, " in name)
+        assert (pointers, unaligned) == (expected, "off" in name), f"{name}: {pointers} pointers, {unaligned} unaligned"
+    whole, residual_off, output_off = (
+        reports[f"_pointwise_bn_act_kernel, 1, {name}"][2]
+        for name in ("all", "residual one element off", "output one element off")
+    )
+    assert whole > residual_off > 0 and whole > output_off > 0, reports
+
+
+_IN_A_ROW = """
+import json, re, torch, triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fused_resnet.operators import ConvOperands, ConvProblem
+from fused_resnet.kernels.triton import aot
+from fused_resnet.kernels.triton.conv import launch as conv_bn_act
+from fused_resnet.kernels.triton.conv.configs import TritonConfig
+from fused_resnet.kernels.triton.conv.gemm_tma import _gemm_tma_kernel
+from fused_resnet.kernels.triton.conv.pointer import _pointwise_bn_act_kernel
+from fused_resnet.kernels.triton.conv.epilogue import Epilogue, sum_parts_kernel
+
+
+@triton.jit
+def pointwise(
+    x, w, bn_weight, bn_bias, bn_mean, bn_var, eps, bias, residual, out, partial, M, K, P, Q, C,
+    ACTIVATION: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr,
+    OUT: tl.constexpr, WHOLE_STEPS: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):
+    epilogue = Epilogue(bn_weight, bn_bias, bn_mean, bn_var, eps, bias, residual, out, partial)
+    _pointwise_bn_act_kernel(
+        x, w, epilogue, M, K, P, Q, C, ACTIVATION, INPUT_PRECISION, ROWS, RESIDUAL, OUT, WHOLE_STEPS, SPLIT_K,
+        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+    )
+
+
+@triton.jit
+def gemm(
+    x, w, bn_weight, bn_bias, bn_mean, bn_var, eps, bias, residual, out, partial, M, K, P, Q, C, num_tiles,
+    ACTIVATION: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr,
+    OUT: tl.constexpr, SPLIT_K: tl.constexpr, PERSISTENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):
+    epilogue = Epilogue(bn_weight, bn_bias, bn_mean, bn_var, eps, bias, residual, out, partial)
+    _gemm_tma_kernel(
+        x, w, epilogue, M, K, P, Q, C, num_tiles, ACTIVATION, INPUT_PRECISION, ROWS, RESIDUAL, OUT, SPLIT_K,
+        PERSISTENT, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+    )
+
+
+@triton.jit
+def sum_parts(
+    bn_weight, bn_bias, bn_mean, bn_var, eps, bias, residual, out, partial, M, K, P, Q,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr,
+    SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    epilogue = Epilogue(bn_weight, bn_bias, bn_mean, bn_var, eps, bias, residual, out, partial)
+    sum_parts_kernel(epilogue, M, K, P, Q, ACTIVATION, ROWS, RESIDUAL, OUT, SPLIT_K, BLOCK_M, BLOCK_N)
+
+
+FLAT = {_pointwise_bn_act_kernel: pointwise, _gemm_tma_kernel: gemm, sum_parts_kernel: sum_parts}
+
+
+def code(kernel, arguments, options):
+    signature, constants, attributes, compiler_options = aot.specialise(kernel, arguments, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=compiler_options)
+    sass = re.findall(r"/[*][0-9a-f]{4,}[*]/ +(.*?);", aot._dump(compiled.asm["cubin"], "-sass"))
+    assert len(sass) > 100
+    return sass, compiled.metadata.shared
+
+
+x, vector = torch.empty(1, 128, 14, 14, dtype=torch.float16, device="meta"), torch.empty(128, device="meta")
+weight = torch.empty(128, 128, 1, 1, dtype=torch.float16, device="meta")
+full = ConvOperands(x, weight, vector, vector, vector, vector, bias=vector, residual=x)
+same = []
+for config in (TritonConfig(64, 64, 32, 8, 4, 3, split_k=2), TritonConfig(64, 64, 64, 8, 4, 3, "gemm_tma")):
+    for o in (full, ConvOperands(x, weight, bias=vector)):
+        has_bn, has_residual = o.bn_mean is not None, o.residual is not None
+        problem = ConvProblem(
+            1, 128, 14, 14, 128, 1, 1, (1, 1), (0, 0), (1, 1), 1, "relu", has_bn, True, has_residual, x.dtype, "cuda"
+        )
+        for kernel, _, arguments, options in conv_bn_act.prepare(problem, o, x, config):
+            row = [part for one in arguments for part in (one if isinstance(one, Epilogue) else [one])]
+            same.append(code(kernel, arguments, options) == code(FLAT[kernel], row, options))
+print(json.dumps(same))
+"""
+
+
+def test_an_epilogue_costs_what_its_fields_in_a_row_would(compiler_environment, tmp_path):
+    """The same machine code, to the letter, from kernels that take the fields one by one."""
+    (tmp_path / "in_a_row.py").write_text(_IN_A_ROW)  # a file, since Triton reads the source of what it compiles
+    environment = dict(compiler_environment, PYTHONPATH=os.pathsep.join(sys.path))
+    assert json.loads(python(environment, str(tmp_path / "in_a_row.py"))) == [True] * 6
 
 
 def test_interpreted_kernels_are_refused():

@@ -157,11 +157,11 @@ sys.exit(pytest.main(["-q", "-p", "no:faulthandler", "-p", "no:cacheprovider", *
 """
 
 
-_ROOMS = (
-    *(f"tests/{room}" for room in ("freezing", "fusing", "nn", "explaining")),
-    *(f"tests/backends/test_{name}.py" for name in ("winograd", "grouped")),
-    "tests/operators/test_functional.py",
-)
+_ROOMS = [
+    *(f"tests/freezing/test_{name}.py" for name in "values plan memory refusals state forwards parts".split()),
+    *("tests/fusing/test_convert.py", "tests/fusing/test_rewriting.py", "tests/nn", "tests/explaining"),
+    *("tests/backends/test_winograd.py", "tests/backends/test_grouped.py", "tests/operators/test_functional.py"),
+]
 # AVX-512's instructions for fp16 are not emulated
 _NO_FP16 = "not fp16 and not float16 and not half and not mixed_dtypes"
 

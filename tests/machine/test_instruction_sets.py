@@ -13,7 +13,7 @@ import torch
 
 import fused_resnet
 from fused_resnet import BackendError, backends, models, testing
-from fused_resnet.backends.onednn import onednn_convolution
+from fused_resnet.backends import onednn
 from fused_resnet.kernels import compiled
 from fused_resnet.machine import files
 from fused_resnet.nn import BasicBlock, Bottleneck
@@ -222,7 +222,7 @@ def show_onednn_s_instructions():
     operands = ConvOperands(torch.randn(1, 16, 8, 8), torch.randn(16, 16, 3, 3))
     problem = conv_problem(operands, (1, 1), (1, 1), (1, 1), 1, "relu")
     with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
-        onednn_convolution(problem, operands.weight, None)(operands.x)
+        onednn.bind(problem, operands.weight, None)(operands.x)
 
 
 # ---------------------------------------------------------------------------------------------- tests within each limit
@@ -231,15 +231,16 @@ def show_onednn_s_instructions():
 @pytest.mark.full
 @pytest.mark.parametrize("limit", ["oneDNN SSE4.1", "oneDNN AVX2", "oneDNN AVX-512", "AVX2 everywhere"])
 @pytest.mark.parametrize("where, which", (
-    ("freezing/test_plan.py", "values or fp16 or models or sums or pass or pooling or norms or windows"),
-    ("operators/test_library_faults.py", "gradients_are_right or composite or lower"),
+    ("tests/freezing/test_values.py tests/freezing/test_memory.py tests/freezing/test_forwards.py",
+     "values or fp16 or models or sums or pass or pooling or norms or windows"),
+    ("tests/operators/test_library_faults.py", "gradients_are_right or composite or lower"),
 ))  # fmt: skip
 def test_tests_within(limit, where, which):
     variables, flag, *_ = WITHIN[limit]
     if flag not in processor_flags():
         pytest.skip(f"this processor has no {flag}")
     options = ["-q", "-p", "no:cacheprovider", "-m", "not full", "-k", which]
-    output = in_a_process_within(variables, ["-m", "pytest", *options, f"tests/{where}"])
+    output = in_a_process_within(variables, ["-m", "pytest", *options, *where.split()])
     assert int(re.search(r"(\d+) passed", output)[1]) > 20, output
 
 

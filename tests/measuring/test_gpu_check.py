@@ -15,6 +15,7 @@ from fused_resnet import backends
 from fused_resnet.backends import record as registry
 from fused_resnet.backends import winners, winners_file
 from fused_resnet.kernels import compiled, sources
+from fused_resnet.measuring import verified
 from fused_resnet.tuning import tuner
 from tests.support.scripts import script
 
@@ -108,7 +109,7 @@ def test_only_what_passed_is_called_verified(tmp_path, outcomes, backends):
         assert record["verified"] is None
     else:
         assert record["verified"]["backends"] == backends
-        assert record["verified"]["kernels"] == sources.gpu_kernels(backends=backends)
+        assert record["verified"]["kernels"] == verified.gpu_kernels(backends=backends)
 
 
 def test_a_later_call_keeps_the_other_steps_but_not_for_other_sources(tmp_path, monkeypatch):
@@ -283,9 +284,9 @@ def test_what_the_tuner_found_out_goes_along_to_another_machine(setup, monkeypat
 
 def test_a_library_of_other_sources_is_not_what_is_verified(monkeypatch):
     monkeypatch.setattr(compiled, "load", lambda library: None)
-    monkeypatch.setattr(compiled, "kernel_digest", lambda backend: sources.kernel_digest(backend))
+    monkeypatch.setattr(compiled, "kernel_digest", lambda patterns: sources.kernel_digest(patterns))
     assert steps.why_not_this_library() is None
-    monkeypatch.setattr(compiled, "kernel_digest", lambda backend: None)  # _build.json was left behind
+    monkeypatch.setattr(compiled, "kernel_digest", lambda patterns: None)  # _build.json was left behind
     assert "compiled from kernels None by _build.json" in steps.why_not_this_library()
 
 
@@ -360,7 +361,7 @@ def stub(monkeypatch):
         return backends.known("conv_bn_act")["eager"].run(problem, operands) * config.scale
 
     configs = [StubConfig(1), StubConfig(2), StubConfig(3)]
-    backend = backends.Backend("stub", lambda problem: None, run, configs=lambda problem: configs)
+    backend = backends.Backend("stub", lambda problem: None, run, configs=backends.Configs(lambda problem: configs))
     monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "stub", backend)
 
 

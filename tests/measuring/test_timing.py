@@ -15,7 +15,7 @@ from fused_resnet.freezing import modules
 from fused_resnet.kernels import sources
 from fused_resnet.kernels.triton import cache_read, runtime
 from fused_resnet.machine import files
-from fused_resnet.measuring import environment, rooflines, timing
+from fused_resnet.measuring import environment, rooflines, timing, verified
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem
 
 SMALL = ConvProblem(4, 8, 6, 5, 16, 3, 3, (1, 1), (1, 1), (1, 1), 1, "relu", False, True, True, torch.float32, "cpu")
@@ -397,74 +397,75 @@ def test_max_error_is_relative_to_the_largest_output():
 @pytest.fixture
 def tree(tmp_path):
     """A project with one CUDA and one Triton source."""
-    for file in ("csrc/a.cu", "fused_resnet/kernels/triton/b.py"):
+    for file in ("csrc/cuda/a.cu", "fused_resnet/kernels/triton/conv/b.py"):
         (tmp_path / file).parent.mkdir(parents=True)
         (tmp_path / file).write_text(file)
-    (tmp_path / "csrc" / "notes.txt").write_text("not a source")
+    (tmp_path / "csrc" / "cuda" / "notes.txt").write_text("not a source")
     return tmp_path
 
 
 def record(tree, device="NVIDIA H200", date="2026-11-20T08:00:00+00:00", backends=("cuda", "triton"), name="check"):
-    verified = sources.verified_record(device, date, backends, tree)
-    files.write_json(tree / "benchmarks" / "results" / "h200" / f"{name}.json", {"verified": verified})
+    made = verified.verified_record(device, date, backends, tree)
+    files.write_json(tree / "benchmarks" / "results" / "h200" / f"{name}.json", {"verified": made})
 
 
 def test_never_verified(tree):
-    assert str(sources.newest(tree)) == "kernels not yet verified on a GPU"
-    assert sources.newest(tree).never_verified == ("csrc/a.cu", "fused_resnet/kernels/triton/b.py")
+    assert str(verified.newest(tree)) == "kernels not yet verified on a GPU"
+    assert verified.newest(tree).never_verified == ("csrc/cuda/a.cu", "fused_resnet/kernels/triton/conv/b.py")
 
 
 def test_verified(tree):
     record(tree)
     files.write_json(tree / "benchmarks" / "results" / "h200" / "ops.json", {"rows": []})
-    assert str(sources.newest(tree)) == "kernels verified on NVIDIA H200, 2026-11-20"
+    assert str(verified.newest(tree)) == "kernels verified on NVIDIA H200, 2026-11-20"
 
 
 def test_changed_since(tree):
     record(tree)
-    (tree / "csrc" / "a.cu").write_text("edited")
-    assert str(sources.newest(tree)) == "kernels verified on NVIDIA H200, 2026-11-20; changed since: csrc/a.cu"
+    (tree / "csrc" / "cuda" / "a.cu").write_text("edited")
+    assert str(verified.newest(tree)) == "kernels verified on NVIDIA H200, 2026-11-20; changed since: csrc/cuda/a.cu"
 
 
 def test_a_cpu_kernel_is_not_verified_on_a_gpu(tree):
-    file = tree / "csrc" / "grouped.h"
+    file = tree / "csrc" / "cpu" / "grouped.h"
+    file.parent.mkdir()
     file.write_text("grouped")
-    assert "csrc/grouped.h" not in sources.newest(tree).never_verified
+    assert "csrc/cpu/grouped.h" not in verified.newest(tree).never_verified
     record(tree)
     path = tree / "benchmarks" / "results" / "h200" / "check.json"
     of_before = json.loads(path.read_text())
-    assert "csrc/grouped.h" not in of_before["verified"]["kernels"]
-    of_before["verified"]["kernels"]["csrc/grouped.h"] = "another digest"
+    assert "csrc/cpu/grouped.h" not in of_before["verified"]["kernels"]
+    of_before["verified"]["kernels"]["csrc/cpu/grouped.h"] = "another digest"
     files.write_json(path, of_before)
     file.write_text("edited")
-    assert str(sources.newest(tree)) == "kernels verified on NVIDIA H200, 2026-11-20"
+    assert str(verified.newest(tree)) == "kernels verified on NVIDIA H200, 2026-11-20"
 
 
 def test_added_and_removed_since(tree):
     record(tree)
-    (tree / "csrc" / "a.cu").rename(tree / "csrc" / "c.cu")
-    state = sources.newest(tree)
-    assert state.changed == ("csrc/a.cu (removed)",) and state.never_verified == ("csrc/c.cu",)
+    (tree / "csrc" / "cuda" / "a.cu").rename(tree / "csrc" / "cuda" / "c.cu")
+    state = verified.newest(tree)
+    assert state.changed == ("csrc/cuda/a.cu (removed)",) and state.never_verified == ("csrc/cuda/c.cu",)
 
 
 def test_a_backend_that_was_not_verified_is_named(tree):
     record(tree, backends=("triton",))
-    assert str(sources.newest(tree)).endswith("; not yet verified: csrc/a.cu")
+    assert str(verified.newest(tree)).endswith("; not yet verified: csrc/cuda/a.cu")
 
 
 def test_the_newest_record_counts(tree):
     record(tree, device="NVIDIA A100", date="2026-11-19T23:00:00+00:00", name="z")
     record(tree, device="NVIDIA H200", date="2026-11-20T01:00:00+00:00", name="a")
-    assert sources.newest(tree).device == "NVIDIA H200"
+    assert verified.newest(tree).device == "NVIDIA H200"
 
 
 def test_an_unreadable_record_is_not_taken_for_none(tree):
     record(tree)
     (tree / "benchmarks" / "results" / "h200" / "check.json").write_text('{"verified": ')
     with pytest.raises(ValueError, match="results/h200/check.json is not valid JSON"):
-        sources.newest(tree)
+        verified.newest(tree)
 
 
 def test_digests_of_this_tree_cover_both_backends():
     files = sources.digests()
-    assert "csrc/conv_bn_act.cu" in files and "fused_resnet/kernels/triton/conv/launch.py" in files
+    assert "csrc/cuda/sm80/conv_bn_act.cu" in files and "fused_resnet/kernels/triton/conv/launch.py" in files

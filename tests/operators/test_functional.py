@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet import backends, functional, operators, testing
-from fused_resnet.backends import choice, record
+from fused_resnet.backends import choice, cuda, record
+from fused_resnet.kernels import compiled
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.operators.describe import _describe_conv, _describe_sum, conv_problem
 from fused_resnet.operators.operands import ConvOperands
@@ -179,13 +181,13 @@ def test_auto_on_rocm(monkeypatch):
 )
 def test_unmeasured_cudnn_gets_what_it_surely_can(monkeypatch, changed, expected):
     """Anything else might raise in `auto`, which promises to run."""
-    from fused_resnet.backends import nvidia
+    from fused_resnet.backends import cudnn
 
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     problem = ONE_BY_ONE._replace(has_bias=True, **changed)
     assert choice.fixed_order(problem, in_plan=True).backend.name == expected
-    assert (nvidia.CUDNN.why_not(problem) is None) == (problem.activation == "relu")  # to be had by name
+    assert (cudnn.why_not(problem) is None) == (problem.activation == "relu")  # to be had by name
 
 
 @pytest.mark.parametrize("backend", backends.known("conv_bn_act"))
@@ -208,13 +210,24 @@ def test_names_are_checked_in_one_place():
         backends.check_name("freeze", "cpu")
 
 
+@pytest.fixture
+def limits_of_csrc():
+    """The question after the CUDA kernel's limits, answered by the same function in _host_checks."""
+    checks = pytest.importorskip("fused_resnet._host_checks", reason="_host_checks is not built")
+    cuda._limits.cache_clear()
+    with torch.library._scoped_library("fused_resnet", "IMPL") as library:
+        library.impl("cuda_conv_why_not", checks.cuda_conv_why_not, "CompositeExplicitAutograd")
+        yield
+    cuda._limits.cache_clear()
+
+
 @pytest.mark.parametrize("capabilities, reason", (
     ([(9, 0), (8, 0)], None), ([(9, 0), (7, 5)], "capability 8.0 or later on every visible GPU, one has 7.5"),
     ([], "no GPU is visible"),
 ))  # fmt: skip
-def test_the_least_capable_gpu_decides(monkeypatch, capabilities, reason):
+def test_the_least_capable_gpu_decides(limits_of_csrc, monkeypatch, capabilities, reason):
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(backends.winograd.compiled, "load", lambda library: None)
+    monkeypatch.setattr(compiled, "load", lambda library: None)
     monkeypatch.setattr(runtime, "INTERPRETED", False)
     monkeypatch.setattr(runtime, "_driver_error", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
@@ -264,7 +277,7 @@ BEYOND_CUDA = {
     ),
     "reduction": (  # 1023 * 1429 * 1469 = 2^31 - 1025
         dict(C=1023, R=1429, S=1469, padding=(714, 734)), dict(C=1023, R=1429, S=1468, padding=(714, 734)),
-        "a sum of 2147482623 products is too long",
+        "a sum of 1429x1469x1023 products is too long",
     ),
     "span": (
         dict(C=64, K=64, H=4096, W=4096, groups=64), dict(C=64, K=64, H=4096, W=4096),
@@ -279,13 +292,30 @@ BEYOND_CUDA = {
 
 
 @pytest.mark.parametrize("beyond, within, reason", BEYOND_CUDA.values(), ids=BEYOND_CUDA)
-def test_what_the_cuda_kernel_cannot_index(monkeypatch, beyond, within, reason):
+def test_what_the_cuda_kernel_cannot_index(limits_of_csrc, monkeypatch, beyond, within, reason):
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(backends.winograd.compiled, "load", lambda library: None)
+    monkeypatch.setattr(compiled, "load", lambda library: None)
     monkeypatch.setattr(runtime, "least_capability", lambda: (9, 0))
     with pytest.raises(backends.BackendError, match=f"backend 'cuda' cannot run this: .*{re.escape(reason)}"):
         backends.select(ONE_BY_ONE._replace(**beyond), "cuda")
     assert backends.select(ONE_BY_ONE._replace(**within), "cuda").backend.name == "cuda"
+
+
+def test_the_cuda_kernel_s_limits_are_asked_past_tracers(limits_of_csrc):
+    """A tracer would record the question, or stop at an answer that is text."""
+    ask = cuda._limits
+    too_large = ONE_BY_ONE._replace(H=2**28)
+
+    def doubled(x):
+        ask.cache_clear()
+        assert ask(ONE_BY_ONE) is None and "too large" in ask(too_large)
+        return x * 2
+
+    x = torch.ones(2)
+    graph = make_fx(doubled)(x).graph
+    assert [node.target for node in graph.nodes if node.op == "call_function"] == [torch.ops.aten.mul.Tensor]
+    for transformed in (torch.jit.trace(doubled, x), torch.vmap(doubled)):
+        assert transformed(x).tolist() == [2.0, 2.0]
 
 
 def near_powers(most):
@@ -294,7 +324,8 @@ def near_powers(most):
 
 @settings(deadline=None)
 @given(st.data())
-def test_the_cuda_limits_are_those_of_csrc(data):
+def test_the_limits_of_csrc_are_exact(data):
+    """Against whole numbers of any size, where the kernel's source has 64 bits and doubles."""
     checks = pytest.importorskip("fused_resnet._host_checks", reason="_host_checks is not built")
     draw = data.draw
     H, W, R, S, channels, *dilation = (draw(near_powers(most)) for most in (28, 28, 12, 12, 16, 17, 17))
@@ -305,13 +336,13 @@ def test_the_cuda_limits_are_those_of_csrc(data):
         C=channels * groups, H=H, W=W, R=R, S=S, padding=padding, dilation=tuple(dilation), groups=groups, dtype=dtype
     )
     assume(p.P > 0 and p.Q > 0)
-    try:
-        shape = checks.ConvShape((1, H, W, p.C), (p.K, R, S, channels), p.stride, padding, p.dilation, groups)
-    except ValueError:
-        assert backends.nvidia._cuda_limits(p) is not None
-    else:
-        chunk = 16 // dtype.itemsize
-        assert (backends.nvidia._cuda_limits(p) is None) == shape.spans_fit(1 if channels % chunk else chunk)
+    windows = [d * (taps - 1) for d, taps in zip(dilation, (R, S))]
+    fits = max(H, W, *padding, *windows) < 2**28 and max(p.P * p.Q, R * S * channels) < 2**31 - 1025
+    chunk = 16 // dtype.itemsize
+    span = (((256 // (p.P * p.Q) + 2) * H + 2 * padding[0] + 2) * W + 2 * padding[1]) * p.C
+    fits = fits and span < 2**31 * (1 if channels % chunk else chunk)
+    reason = checks.cuda_conv_why_not(*cuda._sizes(p), dtype.itemsize)
+    assert (reason == "") == fits, reason
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients

@@ -9,10 +9,12 @@ import importlib.util
 import inspect
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fused_resnet
 from fused_resnet import functional
@@ -40,6 +42,24 @@ def python_of(page: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def load_cpp_of(page: Path, folder: Path) -> None:
+    """Compile the C++ blocks of a page as a kernel for CPUs is compiled, and load them."""
+    spec = importlib.util.spec_from_file_location("fused_resnet_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    tools = setup.Toolchain()
+    if (missing := tools.missing()) is not None:
+        pytest.skip(missing[0])
+    flags = setup.flags(setup.Part("cpu", ""), tools)
+    for number, text in blocks(page, "cpp"):
+        source, library = folder / f"{page.stem}_{number}.cpp", folder / f"{page.stem}_{number}.so"
+        source.write_text(text)
+        command = [tools.cxx, *flags.cxx, "-shared", str(source), "-o", str(library), *flags.link]
+        done = subprocess.run(shlex.split(" ".join(command)), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        torch.ops.load_library(str(library))
+
+
 @pytest.fixture
 def own_registries(monkeypatch):
     """What a page registers is gone after it."""
@@ -55,6 +75,7 @@ def test_there_are_pages():
 def test_python_blocks_run(page, own_registries, tmp_path, monkeypatch):
     if page.stem == "add-a-kernel" and not runtime.INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1, set before the first import")
+    load_cpp_of(page, tmp_path)
     file = tmp_path / f"{page.stem.replace('-', '_')}.py"
     file.write_text(python_of(page))  # a file, because Triton reads a kernel's source
     spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -92,11 +113,16 @@ def test_links_lead_somewhere(page):
         assert {target for target in targets} >= {other.name for other in PAGES if other != page}
 
 
+# What add-a-kernel.md has its reader write.
+OF_THE_READER = {"csrc/cpu/pointwise.cpp", "fused_resnet/backends/cpu_pointwise.py"}
+
+
 def test_files_named_in_the_pages_exist():
     folders = [ROOT / name for name in ("", "fused_resnet", "csrc")]
     for page in PAGES:
         for name in re.findall(r"`([\w/.-]+\.(?:py|cu|cuh|h|cpp|md))`", page.read_text()):
-            assert any((folder / name).exists() for folder in folders), f"{page.name}: {name}"
+            is_there = name in OF_THE_READER or any((folder / name).exists() for folder in folders)
+            assert is_there, f"{page.name}: {name}"
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

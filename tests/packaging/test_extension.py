@@ -4,10 +4,12 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import types
 import zipfile
 from pathlib import Path
 
@@ -251,10 +253,11 @@ def test_cpu_max_pool2d_in_parallel_and_empty():
     (dict(padding=(2**63 - 1, 1)), "padding at most half"),
     (dict(stride=(0, 2)), "must be positive"),
     (dict(kernel_size=(0, 0), padding=(0, 0), like=torch.empty(1, 8, 6, 6)), "window and stride must be positive"),
-    (dict(kernel_size=(3,)), "must have 2 values"),
-    (dict(like=torch.empty(1, 8, 3, 4)), "wrong height or width"),
-    (dict(like=torch.empty(2, 8, 3, 3)), "wrong batch or channels"),
-    (dict(like=torch.empty(1, 8, 3, 3, dtype=torch.float64)), "one dtype"),
+    (dict(kernel_size=(3,)), "kernel_size must have 2 values, not 1"),
+    (dict(like=torch.empty(1, 8, 3, 4)), r"out must have the shape \(1, 8, 3, 3\), not \(1, 8, 3, 4\)"),
+    (dict(like=torch.empty(2, 8, 3, 3)), r"out must have the shape \(1, 8, 3, 3\), not \(2, 8, 3, 3\)"),
+    (dict(kernel_size=(9, 3)), r"a window of \(9, 3\) does not fit x of \(1, 8, 5, 5\) with padding \(1, 1\)"),
+    (dict(like=torch.empty(1, 8, 3, 3, dtype=torch.float64)), "one dtype, not Float and Double"),
 ])  # fmt: skip
 def test_cpu_max_pool2d_refuses_what_would_leave_its_memory(change, message):
     call = dict(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), like=torch.empty(1, 8, 3, 3)) | change
@@ -265,13 +268,16 @@ def test_cpu_max_pool2d_refuses_what_would_leave_its_memory(change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(b=torch.zeros(4, 6, dtype=torch.float64)), "one dtype"),
-        (dict(b=torch.zeros(6, 4)), "one shape and one layout"),
-        (dict(b=torch.zeros(6, 4).t()), "one shape and one layout"),
+        (dict(b=torch.zeros(4, 6, dtype=torch.float64)), "one dtype, not Float, Double and Float"),
+        (dict(b=torch.zeros(6, 4)), r"one shape and one layout, not \(4, 6\) .*, \(6, 4\) with .* and \(4, 6\)"),
+        (dict(b=torch.zeros(6, 4).t()), r"one layout, not .* \(6, 1\), \(4, 6\) with strides \(1, 4\) and"),
         (dict(out=torch.zeros(24)), "one shape and one layout"),
-        (dict(a=torch.zeros(4, 12)[:, ::2], b=torch.zeros(4, 12)[:, ::2], out=torch.zeros(4, 12)[:, ::2]), "dense"),
+        (
+            dict(a=torch.zeros(4, 12)[:, ::2], b=torch.zeros(4, 12)[:, ::2], out=torch.zeros(4, 12)[:, ::2]),
+            r"dense, not \(4, 6\) with strides \(12, 2\)",
+        ),
         (dict(a=torch.zeros(6).expand(4, 6), b=torch.zeros(6).expand(4, 6), out=torch.zeros(6).expand(4, 6)), "dense"),
-        (dict.fromkeys(("a", "b", "out"), torch.zeros(4, 6, dtype=torch.int32)), "float32"),
+        (dict.fromkeys(("a", "b", "out"), torch.zeros(4, 6, dtype=torch.int32)), "float64, not Int"),
     ],
 )
 def test_cpu_add_relu_second_line_of_checks(change, message):
@@ -299,20 +305,23 @@ def conv(**change):
     return "cuda_conv_bn_act", [change.get(name, value) for name, value in zip(names, good)]
 def configs(groups, element_bytes, stride=[1, 1], dilation=[1, 1]):
     return "cuda_conv_configs", [[2, 8, 5, 5], [16, 8, 3, 3], stride, [1, 1], dilation, groups, element_bytes, True, 0]
+def why_not(groups=1, H=5, padding=[1, 1]):
+    return "cuda_conv_why_not", [[2, 8, H, 5], [16, 8, 3, 3], [1, 1], padding, [1, 1], groups, 2]
 calls = [
     ("cuda_add_relu", [x, x, x]), ("cuda_add_relu_backward", [x, x, x]), ("cuda_add_relu", [x, w, x]),
     conv(), conv(bw=None, bb=None, bm=None, bv=None, bias=None, residual=None), conv(groups=3), conv(stride=[1]),
     conv(padding=[2**40, 0]), conv(out=x), conv(residual=x), conv(stride=[0, 1]), conv(padding=[0, 0]),
     conv(tile=-1), conv(tile=4), configs(3, 2), configs(1, 8),
     conv(stride=[2, 1], dilation=[4, 1]), configs(1, 2, stride=[2, 1], dilation=[4, 1]),
+    why_not(groups=3), why_not(padding=[-1, 0]), why_not(H=2**28), why_not(),
 ]
 assert {name for name, _ in calls} == set(schemas.KERNELS["cuda"])
 for name, args in calls:
-    key = "CompositeExplicitAutograd" if name == "cuda_conv_configs" else "CUDA"
+    key = "CompositeExplicitAutograd" if name in ("cuda_conv_configs", "cuda_conv_why_not") else "CUDA"
     assert torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet::" + name, key)
     try:
-        getattr(torch.ops.fused_resnet, name).default.redispatch(cuda, *args)
-        print("no error")
+        result = getattr(torch.ops.fused_resnet, name).default.redispatch(cuda, *args)
+        print("no error", result)
     except RuntimeError as error:
         print(str(error).splitlines()[0])
 """
@@ -331,10 +340,13 @@ def test_cuda_operators_unpack_their_arguments_and_check_them(tmp_path):
     assert result.returncode == 0, result.stderr
     expected = [
         "b is on another device", "out is on another device", "one shape", "x is on another device",
-        "x is on another device", "do not fit these groups", "must have 2 values", "padding is 1099511627776",
-        "out has the wrong shape", "residual must have the shape", "must be positive", "out has the wrong shape",
-        "there is no tile -1", "there is no tile 4", "do not fit these groups", "elements have 2 or 4 bytes",
-        "the output would be empty", "the output would be empty",
+        "x is on another device", "do not fit 3 groups", "stride must have 2 values, not 1", "padding 1099511627776 is",
+        "out must have the shape (2, 16, 5, 5), not (2, 8, 5, 5)", "residual must have the shape (2, 16, 5, 5)",
+        "must be positive, not (0, 1)", "out must have the shape (2, 16, 3, 3)",
+        "there is no tile -1", "there is no tile 4", "do not fit 3 groups", "elements have 2 or 4 bytes, not 8",
+        "the output would be empty: a window of 9x3 over 7x7 pixels", "the output would be empty",
+        "do not fit 3 groups", "padding must be at least 0, not (-1, 0)",
+        "no error an input of 268435456x5 is too large", "no error ",
     ]  # fmt: skip
     messages = result.stdout.splitlines()
     assert len(messages) == len(expected)
@@ -533,7 +545,86 @@ def test_rebuilding_compiles_only_what_changed(sources):
     assert "] compile" in build()
     again = build()
     assert "no work to do" in again and "] compile" not in again
-    header = sources / "csrc" / "operators.h"
+    header = sources / "csrc" / "common" / "checks.h"
     header.write_text(header.read_text() + "\n")
     touched = build()
-    assert "cpu_ops.cpp" in touched and "host_checks.cpp" not in touched
+    assert "cpu/add_relu.cpp" in touched and "host_checks.cpp" not in touched
+
+
+# Instead of a compiler: writes which files are included, as -MD does, and an empty output.
+ONLY_DEPENDENCIES = """#!{python}
+import re, sys
+from pathlib import Path
+options = dict(zip(sys.argv, sys.argv[1:]))
+folders = [Path(option[2:]) for option in sys.argv if option.startswith("-I")]
+found, left = set(), [Path(options["-c"])] if "-c" in options else []
+while left:
+    file = left.pop()
+    found.add(file)
+    named = re.findall('^#include "(.+)"', file.read_text(), re.MULTILINE)
+    candidates = (folder / name for name in named for folder in (file.parent, *folders))
+    left += [header for header in candidates if header.exists() and header not in found]
+if found:
+    Path(options["-MF"]).write_text(options["-o"] + ": " + " ".join(map(str, found)))
+Path(options["-o"]).touch()
+"""
+
+
+@pytest.fixture
+def ninja(setup_py, sources, tools, tmp_path, monkeypatch):
+    """All parts as if they had just been built. Called, it says which commands ninja would run now."""
+    command = shutil.which("ninja") or pytest.importorskip("ninja").BIN_DIR + "/ninja"
+    compiler = tmp_path / "compiler"
+    compiler.write_text(ONLY_DEPENDENCIES.replace("{python}", sys.executable))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.setattr(setup_py, "CSRC", sources / "csrc")
+    tools.cxx = tools.nvcc = str(compiler)
+    tools.pybind11 = types.SimpleNamespace(get_include=lambda: "pybind11")
+    targets = setup_py.write_ninja(setup_py.plan(tools), tools, tmp_path)
+    subprocess.run([command, "-C", tmp_path, *targets], check=True, capture_output=True)
+
+    def would_run() -> list[str]:
+        dry = subprocess.run([command, "-n", "-C", tmp_path, *targets], check=True, capture_output=True, text=True)
+        return re.findall(r"^\[\d+/\d+\] (.+)", dry.stdout, re.MULTILINE)
+
+    return would_run
+
+
+@pytest.fixture
+def make(sources):
+    """The package as if make had just built it. Called, it says which commands make would run now."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "FUSED_RESNET_CUDA")}
+    env = {name: value for name, value in env.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    (sources / ".venv").mkdir()
+    for stamp in (".installed", ".built"):
+        (sources / ".venv" / stamp).touch()
+
+    def would_run() -> list[str]:
+        command = ["make", "-n", ".venv/.built"]
+        dry = subprocess.run(command, check=True, capture_output=True, text=True, cwd=sources, env=env)
+        return [line for line in dry.stdout.splitlines() if not line.startswith("make:")]
+
+    return would_run
+
+
+@needs_sources
+def test_an_edit_anywhere_in_csrc_builds_again(sources, ninja, make):
+    """Every file, one after the other: make calls the build, and ninja makes what that file is part of."""
+    assert make() == [] and ninja() == []
+    files = [file for file in sorted((sources / "csrc").rglob("*")) if file.is_file()]
+    assert {file.parent.relative_to(sources / "csrc").as_posix() for file in files} >= {"common", "cpu", "cuda/sm80"}
+    libraries = {"cpu": {"_C_cpu.so"}, "cuda": {"_C_cuda.so"}, "host_checks": set(), "common": set()}
+    for file in files:
+        before = file.stat()
+        os.utime(file, (before.st_atime, before.st_mtime + 1e6))
+        assert any("pip install" in line for line in make()), file
+        commands = ninja()
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        linked = {command.split()[1] for command in commands if command.startswith("link")}
+        assert linked >= libraries[file.relative_to(sources / "csrc").parts[0]] and linked, file
+        if file.suffix in (".cpp", ".cu"):
+            assert len(commands) == 2 and commands[0].endswith(str(file)), commands
+    assert make() == [] and ninja() == []

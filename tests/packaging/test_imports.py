@@ -1,5 +1,6 @@
-"""What importing the package costs and which way imports go."""
+"""What importing the package costs, which way imports go, and that backends are told apart by their records alone."""
 
+import ast
 import json
 import shutil
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from fused_resnet import backends
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torchvision", "timm", "rich", "matplotlib", "click", "pytest", "hypothesis")
@@ -33,3 +36,81 @@ def test_import_linter():
     done = subprocess.run([linter, "--no-cache"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "KEPT" in done.stdout
+
+
+# --------------------------------------------------------------------------------------------------- backends by name
+
+# How networks are run as others run them: their names are those of what is compared with us.
+RIVALS = {"measuring/rivals.py", "measuring/variants.py", "measuring/summary.py"}
+WORDS = {"cuda", "triton", "eager", "cpu"}  # also a kind of device, a language, and what torch does
+# What is compared in these words is a kind of device or of window, a part of csrc, or a module that was not found.
+NO_BACKENDS = ("device", "kind", "library", "part ==", "value not in ('cpu'", "IMPORT_ERROR.name")
+
+
+def names_of_backends() -> set[str]:
+    return {name for op in ("conv_bn_act", "add_relu") for name in backends.known(op)}
+
+
+def constants(node: ast.AST) -> set[str]:
+    """The strings that stand in an expression: themselves, or in a tuple, list or set."""
+    parts = node.elts if isinstance(node, (ast.Tuple, ast.List, ast.Set)) else [node]
+    return {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+
+
+def decisions(source: str, names: set[str]) -> list[str]:
+    """What in a module decides by the name of a backend: comparisons, and what is looked up by it."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            named = set().union(*map(constants, sides)) & names
+            text = ast.unparse(node)
+            if named and not any(word in text for word in NO_BACKENDS):
+                found.append(text)
+        elif isinstance(node, ast.Subscript) and constants(node.slice) & (names - WORDS):
+            if "known" in ast.unparse(node.value):
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Call) and set().union(*map(constants, node.args)) & (names - WORDS):
+            if any(word in ast.unparse(node.func) for word in ("known", "select", "freeze", "Frozen", "fuse")):
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.MatchValue) and constants(node.value) & names:
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize(
+    "source, is_one",
+    (
+        ("if backend.name == 'triton': pass", True),
+        ("if name in ('onednn', 'auto'): pass", True),
+        ("if 'eager' != name: pass", True),
+        ("known()['winograd'].pack(weight)", True),
+        ("known().get('cudnn')", True),
+        ("if x.device.type == 'cuda': pass", False),
+        ("if backend == 'auto': pass", False),
+        ("if name == 'cuda': pass", True),
+        ("record = {'cudnn': version()}", False),
+        ("FrozenModel(model, x, dtype, 'eager')", False),
+    ),
+)
+def test_decisions_by_name_are_found(source, is_one):
+    assert bool(decisions(source, names_of_backends())) == is_one
+
+
+def test_no_file_outside_backends_decides_by_a_backends_name():
+    """What is to be known about a backend stands in its record."""
+    package = ROOT / "fused_resnet"
+    files = [file for file in sorted(package.rglob("*.py")) if file.relative_to(package).parts[0] != "backends"]
+    found = {
+        file.relative_to(package).as_posix(): lines
+        for file in files
+        if file.relative_to(package).as_posix() not in RIVALS
+        if (lines := decisions(file.read_text(), names_of_backends()))
+    }
+    assert found == {}
+
+
+def test_the_package_is_folders():
+    package = ROOT / "fused_resnet"
+    modules = sorted(file.name for file in package.glob("*.py"))
+    assert modules == ["__init__.py", "__main__.py", "functional.py"]

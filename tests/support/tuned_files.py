@@ -4,7 +4,6 @@ import torch
 
 from fused_resnet.backends import winners, winners_file
 from fused_resnet.backends.winners_file import Entry, Measured
-from fused_resnet.kernels import compiled
 from fused_resnet.machine import files
 from fused_resnet.operators.problem import ConvProblem
 
@@ -22,7 +21,7 @@ class TunedFiles:
 
     def add(self, folder, problem, entry, *, kernels=None):
         """Write one entry, as measured by kernels of these digests (default: those that are here)."""
-        run = {"date": entry.run, "kernels": compiled.kernel_digests() if kernels is None else kernels}
+        run = {"date": entry.run, "kernels": winners.kernel_digests() if kernels is None else kernels}
         return winners.add(folder, self.device, {winners.key(problem): {problem.N: entry}}, entry.run, run)
 
 

@@ -87,9 +87,12 @@ def test_candidates_start_with_the_fixed_order_and_say_why_others_are_none(tuned
 
 def test_configs_that_cannot_win_by_arithmetic_are_dropped(monkeypatch):
     layouts = [backends.EagerConfig(str(time_us)) for time_us in (50, 10, 29, 31, 30)]
-    fake = EAGER._replace(configs=lambda p: layouts, estimated_us=lambda p, config: float(config.layout))
+    fake = EAGER._replace(
+        configs=backends.Configs(lambda p: layouts, estimated_us=lambda p, config: float(config.layout))
+    )
     assert [config.layout for config in candidates.promising(problem(), fake)] == ["10", "29", "30"]
-    many = EAGER._replace(configs=lambda p: list(map(TritonConfig, *[range(40)] * 6)), estimated_us=lambda p, c: 1.0)
+    alike = backends.Configs(lambda p: list(map(TritonConfig, *[range(40)] * 6)), estimated_us=lambda p, config: 1.0)
+    many = EAGER._replace(configs=alike)
     assert len(candidates.promising(problem(), many)) == candidates._MOST_CONFIGS
     assert candidates.promising(problem(), EAGER._replace(configs=None)) == []
 
@@ -109,7 +112,9 @@ def test_the_convolutions_of_models_by_their_share_of_the_work():
 
 
 def test_the_fastest_right_candidate_is_what_auto_takes_from_then_on(tuned_files, times, monkeypatch):
-    Fake(monkeypatch, "quick", configs=lambda p: [backends.EagerConfig("x"), backends.EagerConfig("y")])
+    Fake(
+        monkeypatch, "quick", configs=backends.Configs(lambda p: [backends.EagerConfig("x"), backends.EagerConfig("y")])
+    )
     times.update({"onednn": 10, "quick": 9, "quick layout=y": 5})
     result = tune()
     for one, row in zip(PROBLEMS, result["rows"]):
@@ -170,7 +175,7 @@ def test_an_entry_keeps_the_best_of_each_backend_and_the_winner_itself():
 def test_a_default_that_a_plan_would_replace_is_measured_by_its_name(monkeypatch):
     """A plan takes another config for None, which then is not what was timed."""
     one, config = problem(), backends.EagerConfig("x")
-    Fake(monkeypatch, "named", configs=lambda p: [config], default_config=lambda p: config)
+    Fake(monkeypatch, "named", configs=backends.Configs(lambda p: [config], default=lambda p: config))
     found, _ = candidates.candidates(one)
     assert [found_one.config for found_one in found if found_one.backend.name == "named"] == [config]
     triton = backends.known("conv_bn_act")["triton"]
@@ -178,8 +183,8 @@ def test_a_default_that_a_plan_would_replace_is_measured_by_its_name(monkeypatch
 
 
 def test_an_entry_keeps_a_second_winner_for_where_x_cannot_lie_in_row_space():
-    reads = dict(reads_row_space=lambda config: config == backends.EagerConfig("rows"))
-    ours, default = EAGER._replace(name="ours", **reads), candidates.Candidate(EAGER._replace(name="cudnn"), None)
+    reads = EAGER.configs._replace(reads_row_space=lambda config: config == backends.EagerConfig("rows"))
+    ours, default = EAGER._replace(name="ours", configs=reads), candidates.Candidate(EAGER._replace(name="cudnn"), None)
     rows, other = (candidates.Candidate(ours, backends.EagerConfig(layout)) for layout in ("rows", "other"))
     for other_us, winner in ((8.0, "ours"), (9.9, "cudnn")):
         times = {default: 10.0, rows: 5.0, other: other_us}
@@ -193,7 +198,8 @@ def test_an_entry_keeps_a_second_winner_for_where_x_cannot_lie_in_row_space():
 
 
 def test_screening_keeps_the_best_without_row_space():
-    ours = EAGER._replace(name="ours", reads_row_space=lambda config: config.layout != "other")
+    reads = EAGER.configs._replace(reads_row_space=lambda config: config.layout != "other")
+    ours = EAGER._replace(name="ours", configs=reads)
     some = [candidates.Candidate(ours, backends.EagerConfig(layout)) for layout in (*"abcdef", "other")]
     stats = {one: timing.Stats(0, float(n), 0, 0, 0) for n, one in enumerate(some)}
     kept = convolution._fastest(dict.fromkeys(some), stats, candidates.Candidate(EAGER, None))
@@ -561,7 +567,7 @@ def test_carried_kernels_serve_only_what_they_were_compiled_for(tmp_path, monkey
         precompile.write_manifest(tmp_path, arch)
     assert precompile.why_not_carried(tmp_path, 90) is None and precompile.why_not_carried(tmp_path, 100) is None
     assert "sm_90, sm_100, this GPU is sm_80" in precompile.why_not_carried(tmp_path, 80)
-    monkeypatch.setattr(compiled, "kernel_digest", lambda backend: "other")
+    monkeypatch.setattr(compiled, "kernel_digest", lambda patterns: "other")
     assert "other kernel sources" in precompile.why_not_carried(tmp_path, 90)
     monkeypatch.setattr(precompile, "triton_version", lambda: "2.0.0")
     assert "this is 2.0.0" in precompile.why_not_carried(tmp_path, 90)
@@ -592,8 +598,9 @@ def test_what_is_compiled_ahead_is_what_a_launch_looks_up(tmp_path):
     if precompile.triton_version() is None:
         pytest.skip("Triton is not installed")
     one = problem(device="cuda", dtype=torch.float16, has_residual=True)
+    configs = [CONFIGS[0], CONFIGS[0]._replace(split_k=2)]
     with precompile.Precompiler(90, tmp_path, workers=1) as compiler:
-        assert set(compiler.submit(one, CONFIGS[:1]).result().values()) == {None}
+        assert set(compiler.submit(one, configs).result().values()) == {None}
     script = f"""
 import torch
 from triton.runtime import driver
@@ -606,10 +613,12 @@ driver.set_active(precompile._Driver(90))
 problem = parsed_problem({str(one)!r}, "cuda")
 operands = measuring.folded_operands(measuring.random_operands(problem._replace(device="cpu"), "cpu"))
 out = torch.empty(problem.output_shape, dtype=torch.float16)
-for launch in conv_bn_act.prepare(problem, operands, out, TritonConfig(*{tuple(CONFIGS[0])})):
-    launch.kernel.warmup(*launch.arguments, grid=(launch.num_programs,), **launch.options)
+for config in {list(map(tuple, configs))}:
+    for launch in conv_bn_act.prepare(problem, operands, out, TritonConfig(*config)):
+        launch.kernel.warmup(*launch.arguments, grid=(launch.num_programs,), **launch.options)
 """
     before = sorted(tmp_path.rglob("*"))
+    assert len(list(tmp_path.glob("*/*.cubin"))) == 3  # whole, in parts, and their sum
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     subprocess.run(
         [sys.executable, "-c", script],

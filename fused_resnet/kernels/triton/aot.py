@@ -116,25 +116,37 @@ def compile_add_relu(problem: AddReluProblem, arch: int, *, backward: bool = Fal
 
 def specialise(kernel, arguments: tuple, options: dict) -> tuple[dict, dict, dict, dict]:
     """(signature, constants, attributes, compiler options), as Triton's launcher derives them from a call's values."""
-    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
-    compiler_options = {name: value for name, value in options.items() if name not in constants}
-    values = {**dict(zip(kernel.arg_names, arguments)), **constants}
-    signature, attributes = {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        value = values[name]
-        if name in constants or value is None or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, runtime.TensorDescriptor):
-            signature[name] = f"tensordesc<{_DTYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
-        elif isinstance(value, torch.Tensor):
-            signature[name], attributes[(position,)] = f"*{_DTYPE_NAMES[value.dtype]}", _divisible()
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(position,)] = _divisible()
+    constants = {(kernel.arg_names.index(name),): value for name, value in options.items() if name in kernel.arg_names}
+    compiler_options = {name: value for name, value in options.items() if name not in kernel.arg_names}
+    values = {**dict(zip(kernel.arg_names, arguments)), **options}
+    attributes: dict[tuple[int, ...], list] = {}
+    signature = {
+        name: "constexpr" if (position,) in constants else _type_of(values[name], (position,), constants, attributes)
+        for position, name in enumerate(kernel.arg_names)
+    }
     return signature, constants, attributes, compiler_options
+
+
+def _type_of(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
+    """Triton's name for the type of an argument. What is constant or a multiple of 16 is noted under the path.
+
+    A NamedTuple's type is the same NamedTuple, of its fields' types. The path of a field is (argument, field).
+    """
+    if isinstance(value, tuple):
+        types = [_type_of(field, (*path, place), constants, attributes) for place, field in enumerate(value)]
+        return type(value)(*types)
+    if value is None or (type(value) is int and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, runtime.TensorDescriptor):
+        return f"tensordesc<{_DTYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, torch.Tensor) or value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, torch.Tensor):
+        return f"*{_DTYPE_NAMES[value.dtype]}"
+    return "i32" if value < 2**31 else "i64"
 
 
 def problems(dtype: torch.dtype) -> Iterator[ConvProblem]:
@@ -252,10 +264,6 @@ def _dump(cubin: bytes, option: str) -> str:
         file.write(cubin)
         file.flush()
         return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
-
-
-def _divisible() -> list:
-    return [["tt.divisibility", 16]]
 
 
 def _row(report: Compiled) -> str:

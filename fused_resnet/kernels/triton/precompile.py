@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Optional, Sequence
 
 import torch
 
-from fused_resnet.kernels import compiled
+from fused_resnet.kernels import compiled, sources
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv import launch as conv_bn_act
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
@@ -56,7 +56,7 @@ def write_manifest(folder: Path, arch: int) -> Path:
     if manifest is not None and manifest.triton != version:
         raise ValueError(f"{folder} holds kernels of Triton {manifest.triton}, this is {version}: use another folder.")
     archs = sorted({arch, *(manifest.archs if manifest else ())})
-    record = Manifest(str(version), archs, compiled.kernel_digest("triton"))
+    record = Manifest(str(version), archs, compiled.kernel_digest(sources.TRITON))
     return files.write_json(Path(folder) / _MANIFEST, record._asdict())
 
 
@@ -73,7 +73,7 @@ def why_not_carried(folder: Path, arch: int) -> Optional[str]:
         return f"{folder} was compiled by Triton {manifest.triton}, this is {version}: compile it with that version"
     if arch not in manifest.archs:
         return f"{folder} was compiled for sm_{', sm_'.join(map(str, manifest.archs))}, this GPU is sm_{arch}"
-    if manifest.kernels != compiled.kernel_digest("triton"):
+    if manifest.kernels != compiled.kernel_digest(sources.TRITON):
         return f"{folder} was compiled from other kernel sources than these: compile it again"
     return None
 

@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from fused_resnet.machine.files import one_line
 from fused_resnet.operators.problem import dtype_name
 
 try:
@@ -47,7 +48,7 @@ def why_not(device: str, dtype: torch.dtype) -> Optional[str]:
     if isinstance(IMPORT_ERROR, ModuleNotFoundError) and IMPORT_ERROR.name == "triton":
         return "Triton is not installed"
     if IMPORT_ERROR is not None:
-        return f"Triton cannot be imported ({_one_line(IMPORT_ERROR)})"
+        return f"Triton cannot be imported ({one_line(IMPORT_ERROR)})"
     if dtype not in _DTYPES:
         return f"{dtype_name(dtype)} is not supported ({', '.join(map(dtype_name, _DTYPES))} are)"
     if INTERPRETED and device in ("cpu", "cuda"):
@@ -97,7 +98,7 @@ def _driver_error() -> Optional[str]:
     try:
         triton.runtime.driver.active.get_current_target()
     except Exception as error:
-        return f"Triton does not work on this machine ({_one_line(error)})"
+        return f"Triton does not work on this machine ({one_line(error)})"
     return None
 
 
@@ -136,10 +137,6 @@ def start(kernel, num_programs: int, arguments: tuple, options: dict, *, like: T
     else:
         with torch.cuda.device(like.device):
             kernel[grid](*arguments, **options)
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
 def triton_version() -> Optional[str]:

@@ -3,7 +3,7 @@
     out = act(scale * sum + shift + residual)
     scale = bn_weight / sqrt(bn_var + eps),  shift = (bias - bn_mean) * scale + bn_bias
 
-A None vector is a compile-time constant and costs nothing. Rows are numbered in one of three ways:
+What is None in `Epilogue` is a compile-time constant and costs nothing. Rows are numbered in one of three ways:
 
     "compact"  (n * P + p) * Q + q                    a dense NHWC tensor
     "halo"     (n * (P + 1) + p) * (Q + 1) + q        a line of zeros below and a column right of each image
@@ -14,7 +14,29 @@ A kernel computes its rows in one space (ROWS) and may write, and read a residua
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple, Optional
+
+from torch import Tensor
+
 from fused_resnet.kernels.triton.runtime import jit, tl
+
+
+class Epilogue(NamedTuple):
+    """What a kernel's sums meet and where they go, as one argument: tensors in a launch, pointers in the kernel.
+
+    A field that is None is no parameter of the compiled kernel. partial: [part, row, channel] in fp32, where each part
+    of a split reduction leaves its sums.
+    """
+
+    bn_weight: Optional[Tensor]
+    bn_bias: Optional[Tensor]
+    bn_mean: Optional[Tensor]
+    bn_var: Optional[Tensor]
+    eps: float
+    bias: Optional[Tensor]
+    residual: Optional[Tensor]
+    out: Any
+    partial: Optional[Tensor]
 
 
 @jit
@@ -72,26 +94,25 @@ def _write_halo(out, offsets, stored, rows, column, K, P, Q, ROWS: tl.constexpr)
 
 
 @jit
-def epilogue(
-    acc, first_row, channels, live_channels, column,
-    bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, M, K, P, Q,
+def apply_epilogue(
+    acc, first_row, channels, live_channels, column, epilogue, M, K, P, Q,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Finish a tile of sums and store it. M: how many rows there are in ROWS."""
     # One vector at a time, and not as acc * scale + shift: where a thread holds whole rows of the tile (sm_100) each
     # live vector costs it BLOCK_N registers. Subtracting the mean before scaling also loses less to cancellation.
     y = acc
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
-    if bn_mean_ptr is not None:
-        y -= tl.load(bn_mean_ptr + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
-    if bn_var_ptr is not None:
-        variance = tl.load(bn_var_ptr + channels, mask=live_channels, other=1.0).to(tl.float32)
-        y *= tl.rsqrt(variance + tl.cast(eps, tl.float32))[None, :]
-    if bn_weight_ptr is not None:
-        y *= tl.load(bn_weight_ptr + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
-    if bn_bias_ptr is not None:
-        y += tl.load(bn_bias_ptr + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
+    if epilogue.bias is not None:
+        y += tl.load(epilogue.bias + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
+    if epilogue.bn_mean is not None:
+        y -= tl.load(epilogue.bn_mean + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
+    if epilogue.bn_var is not None:
+        variance = tl.load(epilogue.bn_var + channels, mask=live_channels, other=1.0).to(tl.float32)
+        y *= tl.rsqrt(variance + tl.cast(epilogue.eps, tl.float32))[None, :]
+    if epilogue.bn_weight is not None:
+        y *= tl.load(epilogue.bn_weight + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
+    if epilogue.bn_bias is not None:
+        y += tl.load(epilogue.bn_bias + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
 
     rows = first_row + tl.arange(0, BLOCK_M)
     live_rows = rows < M
@@ -99,12 +120,12 @@ def epilogue(
         padded = rows // (Q + 1)
         is_inside = (rows - padded * (Q + 1) < Q) & (padded % (P + 1) < P)
     # the tile's place is a 64-bit scalar, the places within it are 32-bit: fewer registers
-    if residual_ptr is not None:
+    if epilogue.residual is not None:
         live_residual = live_rows & is_inside if ROWS == "halo" else live_rows
         first = _row_in(first_row, column, P, Q, ROWS, RESIDUAL)
         offsets = (_row_in(rows, column, P, Q, ROWS, RESIDUAL) - first)[:, None] * K + channels[None, :]
         mask = live_residual[:, None] & live_channels[None, :]
-        y += tl.load(residual_ptr + first.to(tl.int64) * K + offsets, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(epilogue.residual + first.to(tl.int64) * K + offsets, mask=mask, other=0.0).to(tl.float32)
     if ACTIVATION == "relu":
         y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "relu6":
@@ -118,26 +139,24 @@ def epilogue(
     elif ROWS == "halo":
         live_rows &= is_inside
     first = _row_in(first_row, column, P, Q, ROWS, OUT)
-    out = out_ptr + first.to(tl.int64) * K
+    out = epilogue.out + first.to(tl.int64) * K
     offsets = (_row_in(rows, column, P, Q, ROWS, OUT) - first)[:, None] * K + channels[None, :]
     stored = live_rows[:, None] & live_channels[None, :]
-    tl.store(out + offsets, y.to(out_ptr.dtype.element_ty), mask=stored)
+    tl.store(out + offsets, y.to(epilogue.out.dtype.element_ty), mask=stored)
     if ROWS != "halo" and OUT == "halo":
         _write_halo(out, offsets, stored, rows, column, K, P, Q, ROWS)
 
 
 @jit
 def finish(
-    acc, first_row, channels, live_channels, column, part,
-    bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, partial_ptr, M, K, P, Q,
+    acc, first_row, channels, live_channels, column, part, epilogue, M, K, P, Q,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr, BLOCK_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """The end of a kernel that sums the whole reduction, or one part of it into partial[part, row, k]."""
     if SPLIT_K == 1:
-        epilogue(
-            acc, first_row, channels, live_channels, column,
-            bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, M, K, P, Q,
+        apply_epilogue(
+            acc, first_row, channels, live_channels, column, epilogue, M, K, P, Q,
             ACTIVATION, ROWS, RESIDUAL, OUT, BLOCK_M,
         )  # fmt: skip
     else:
@@ -147,12 +166,12 @@ def finish(
         if ROWS == "lines":
             place += column * K
         offsets = tl.arange(0, BLOCK_M)[:, None] * pitch + channels[None, :]
-        tl.store(partial_ptr + place + offsets, acc, mask=(rows < M)[:, None] & live_channels[None, :])
+        tl.store(epilogue.partial + place + offsets, acc, mask=(rows < M)[:, None] & live_channels[None, :])
 
 
 @jit
 def sum_parts_kernel(
-    partial_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, M, K, P, Q,
+    epilogue, M, K, P, Q,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr,
     SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -167,9 +186,8 @@ def sum_parts_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for part in range(SPLIT_K):
         place = (tl.cast(part, tl.int64) * M + first_row) * K
-        acc += tl.load(partial_ptr + place + offsets, mask=live, other=0.0)
-    epilogue(
-        acc, first_row, channels, live_channels, 0,
-        bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, M, K, P, Q,
+        acc += tl.load(epilogue.partial + place + offsets, mask=live, other=0.0)
+    apply_epilogue(
+        acc, first_row, channels, live_channels, 0, epilogue, M, K, P, Q,
         ACTIVATION, ROWS, RESIDUAL, OUT, BLOCK_M,
     )  # fmt: skip

@@ -13,9 +13,7 @@ from fused_resnet.kernels.triton.runtime import jit, tl
 
 @jit
 def _gemm_tma_kernel(
-    x_desc, weight_desc,
-    bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, partial_ptr,
-    M, K, P, Q, C, num_tiles,
+    x_desc, weight_desc, epilogue, M, K, P, Q, C, num_tiles,
     ACTIVATION: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr,
     OUT: tl.constexpr, SPLIT_K: tl.constexpr, PERSISTENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -41,7 +39,6 @@ def _gemm_tma_kernel(
 
         channels = first_channel + tl.arange(0, BLOCK_N)
         finish(
-            acc, first_row, channels, channels < K, column, part,
-            bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, partial_ptr,
-            M, K, P, Q, ACTIVATION, ROWS, RESIDUAL, OUT, BLOCK_M, SPLIT_K,
+            acc, first_row, channels, channels < K, column, part, epilogue, M, K, P, Q,
+            ACTIVATION, ROWS, RESIDUAL, OUT, BLOCK_M, SPLIT_K,
         )  # fmt: skip

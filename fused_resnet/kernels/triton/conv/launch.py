@@ -26,7 +26,7 @@ from fused_resnet.kernels.triton.conv.configs import (
     rows_of,
     why_illegal,
 )
-from fused_resnet.kernels.triton.conv.epilogue import sum_parts_kernel
+from fused_resnet.kernels.triton.conv.epilogue import Epilogue, sum_parts_kernel
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 
@@ -93,7 +93,7 @@ def prepare(problem: ConvProblem, operands: ConvOperands, out: Any, config: Trit
     if config.split_k > 1:
         columns = p.Q if rows == "lines" else 1
         partial = torch.empty(config.split_k, M * columns, p.K, dtype=torch.float32, device=o.x.device)
-    vectors = (o.bn_weight, o.bn_bias, o.bn_mean, o.bn_var, float(o.eps), o.bias, o.residual, out)
+    epilogue = Epilogue(o.bn_weight, o.bn_bias, o.bn_mean, o.bn_var, float(o.eps), o.bias, o.residual, out, partial)
     spaces = dict(
         ACTIVATION=p.activation,
         RESIDUAL="halo" if o.residual is not None and o.residual.dim() == 2 else "compact",
@@ -105,29 +105,32 @@ def prepare(problem: ConvProblem, operands: ConvOperands, out: Any, config: Trit
         INPUT_PRECISION="tf32" if p.dtype == torch.float32 and allows_tf32() else "ieee",
         **{name: getattr(config, name) for name in TritonConfig._fields[:6]},
     )
-    sizes = (M, p.K, p.P, p.Q)
-    first = (_pointer if config.form == "pointer" else _tma)(p, o, config, (*vectors, partial, *sizes), options)
-    return [first] if partial is None else [first, _sum(partial, vectors, p, rows, spaces)]
+    first = (_pointer if config.form == "pointer" else _tma)(p, o, config, epilogue, M, options)
+    return [first] if partial is None else [first, _sum(p, tuple(partial.shape), epilogue, rows, spaces)]
 
 
-def _pointer(p: ConvProblem, o: ConvOperands, config: TritonConfig, epilogue: tuple, options: dict) -> Launch:
+def _pointer(
+    p: ConvProblem, o: ConvOperands, config: TritonConfig, epilogue: Epilogue, M: int, options: dict[str, Any]
+) -> Launch:
     options.update(SPLIT_K=config.split_k, WHOLE_STEPS=p.C // p.groups % config.BLOCK_K == 0)
     num_programs = num_tiles(p, config, options["ROWS"])
-    arguments = (o.x, o.weight, *epilogue, p.C)
+    arguments = (o.x, o.weight, epilogue, M, p.K, p.P, p.Q, p.C)
     if is_gemm(p):
         return Launch(pointer._pointwise_bn_act_kernel, num_programs, arguments, options)
     window = (p.H, p.W, p.S, p.K // p.groups, p.C // p.groups, p.reduction, *p.stride, *p.padding, *p.dilation)
     return Launch(pointer._conv_bn_act_kernel, num_programs, (*arguments, *window), options)
 
 
-def _tma(p: ConvProblem, o: ConvOperands, config: TritonConfig, epilogue: tuple, options: dict) -> Launch:
+def _tma(
+    p: ConvProblem, o: ConvOperands, config: TritonConfig, epilogue: Epilogue, M: int, options: dict[str, Any]
+) -> Launch:
     c = config
     width = p.C if options["ROWS"] != "lines" else p.stride[0] * p.W * p.C
-    height = epilogue[-4]  # M: in every form a row of x for a row of the output
-    x = runtime.descriptor(o.x, (height, width), (c.BLOCK_M, c.BLOCK_K))
+    # M: in every form a row of x for a row of the output
+    x = runtime.descriptor(o.x, (M, width), (c.BLOCK_M, c.BLOCK_K))
     weight = runtime.descriptor(o.weight, (p.K, p.reduction), (c.BLOCK_N, c.BLOCK_K))
     tiles = num_tiles(p, c, options["ROWS"])
-    arguments = (x, weight, *epilogue)
+    arguments = (x, weight, epilogue, M, p.K, p.P, p.Q)
     if c.form == "lines_tma":
         options.update(STRIDE=p.stride[0], STEPS_PER_TAP=p.C // c.BLOCK_K)
         return Launch(lines_tma._lines_tma_kernel, tiles, (*arguments, p.C), options)
@@ -139,11 +142,12 @@ def _tma(p: ConvProblem, o: ConvOperands, config: TritonConfig, epilogue: tuple,
     return Launch(gemm_tma._gemm_tma_kernel, num_programs, (*arguments, p.C, tiles), options)
 
 
-def _sum(partial: Tensor, vectors: tuple, p: ConvProblem, rows: str, spaces: dict) -> Launch:
-    split_k, M, K = partial.shape
+def _sum(p: ConvProblem, shape: tuple[int, ...], epilogue: Epilogue, rows: str, spaces: dict) -> Launch:
+    """shape: of epilogue.partial."""
+    split_k, M, K = shape
     options = dict(spaces, ROWS="halo" if rows == "halo" else "compact", SPLIT_K=split_k, **_SUM_TILE)
     num_programs = -(-M // _SUM_TILE["BLOCK_M"]) * -(-K // _SUM_TILE["BLOCK_N"])
-    return Launch(sum_parts_kernel, num_programs, (partial, *vectors, M, K, p.P, p.Q), options)
+    return Launch(sum_parts_kernel, num_programs, (epilogue, M, K, p.P, p.Q), options)
 
 
 def allows_tf32() -> bool:

@@ -32,9 +32,7 @@ def _add_taps(
 
 @jit
 def _lines_tma_kernel(
-    x_desc, weight_desc,
-    bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, partial_ptr,
-    M, K, P, Q, C,
+    x_desc, weight_desc, epilogue, M, K, P, Q, C,
     ACTIVATION: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr,
     OUT: tl.constexpr, STRIDE: tl.constexpr, STEPS_PER_TAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -77,7 +75,6 @@ def _lines_tma_kernel(
 
     channels = first_channel + tl.arange(0, BLOCK_N)
     finish(
-        acc, first_row, channels, channels < K, q, 0,
-        bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, partial_ptr,
-        M, K, P, Q, ACTIVATION, ROWS, RESIDUAL, OUT, BLOCK_M, 1,
+        acc, first_row, channels, channels < K, q, 0, epilogue, M, K, P, Q,
+        ACTIVATION, ROWS, RESIDUAL, OUT, BLOCK_M, 1,
     )  # fmt: skip

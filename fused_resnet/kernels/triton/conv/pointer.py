@@ -11,9 +11,7 @@ from fused_resnet.kernels.triton.runtime import jit, tl
 
 @jit
 def _pointwise_bn_act_kernel(
-    x_ptr, weight_ptr,
-    bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, partial_ptr,
-    M, K, P, Q, C,
+    x_ptr, weight_ptr, epilogue, M, K, P, Q, C,
     ACTIVATION: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr,
     OUT: tl.constexpr, WHOLE_STEPS: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -45,17 +43,14 @@ def _pointwise_bn_act_kernel(
         acc = tl.dot(x, weight, acc, input_precision=INPUT_PRECISION)
 
     finish(
-        acc, first_row, channels, live_channels, 0, part,
-        bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, partial_ptr,
-        M, K, P, Q, ACTIVATION, ROWS, RESIDUAL, OUT, BLOCK_M, SPLIT_K,
+        acc, first_row, channels, live_channels, 0, part, epilogue, M, K, P, Q,
+        ACTIVATION, ROWS, RESIDUAL, OUT, BLOCK_M, SPLIT_K,
     )  # fmt: skip
 
 
 @jit
 def _conv_bn_act_kernel(
-    x_ptr, weight_ptr,
-    bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, partial_ptr,
-    M, K, P, Q, C, H, W, S, group_K, group_C, reduction,
+    x_ptr, weight_ptr, epilogue, M, K, P, Q, C, H, W, S, group_K, group_C, reduction,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     ACTIVATION: tl.constexpr, INPUT_PRECISION: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr,
     OUT: tl.constexpr, WHOLE_STEPS: tl.constexpr, SPLIT_K: tl.constexpr,
@@ -85,7 +80,8 @@ def _conv_bn_act_kernel(
     first, last = steps_of_part(part, tl.cdiv(reduction, BLOCK_K), SPLIT_K)
     r, s, c = 0, 0, 0
     if SPLIT_K > 1:
-        c = first * BLOCK_K % group_C
+        # in whole steps of BLOCK_K, so that the compiler knows it for a multiple and keeps the loads wide
+        c = first % (group_C // BLOCK_K) * BLOCK_K if WHOLE_STEPS else 0
         s = first * BLOCK_K // group_C % S
         r = first * BLOCK_K // group_C // S
     for k in range(first * BLOCK_K, last * BLOCK_K, BLOCK_K):
@@ -115,7 +111,6 @@ def _conv_bn_act_kernel(
         acc = tl.dot(x, weight, acc, input_precision=INPUT_PRECISION)
 
     finish(
-        acc, first_row, channels, live_channels, 0, part,
-        bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, eps, bias_ptr, residual_ptr, out_ptr, partial_ptr,
-        M, K, P, Q, ACTIVATION, ROWS, RESIDUAL, OUT, BLOCK_M, SPLIT_K,
+        acc, first_row, channels, live_channels, 0, part, epilogue, M, K, P, Q,
+        ACTIVATION, ROWS, RESIDUAL, OUT, BLOCK_M, SPLIT_K,
     )  # fmt: skip

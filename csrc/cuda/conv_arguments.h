@@ -1,0 +1,36 @@
+// The arguments of the convolution kernel, as the launcher fills them.
+#pragma once
+
+#include <cstdint>
+
+#include "common/activation.h"
+#include "common/dtype.h"
+#include "cuda/conv_shape.h"
+
+namespace fused_resnet {
+
+// One value per output channel, or null.
+struct ChannelVector {
+  const void* data;
+  Dtype dtype;
+};
+
+struct EpilogueArguments {
+  ChannelVector bn_weight, bn_bias, bn_mean, bn_var, bias;
+  float eps;
+  Activation activation;
+  const void* residual;  // the output's dtype and layout, or null
+};
+
+struct ConvArguments {
+  ConvShape shape;
+  EpilogueArguments epilogue;
+  const void* x;              // N H W C
+  const void* weight;         // K R S C/groups
+  void* out;                  // N P Q K
+  bool has_vector_rows;       // K, K / groups, out and residual allow 16-byte accesses
+  int splits = 1;             // parts of the reduction, each summed by blocks of its own
+  float* partials = nullptr;  // their sums, splits x N P Q K, where there is more than one
+};
+
+}  // namespace fused_resnet

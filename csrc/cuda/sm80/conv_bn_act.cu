@@ -1,0 +1,120 @@
+// Launches the convolution kernel of a tile, and says which tiles a device can run.
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/launchers.h"
+#include "cuda/sm80/conv_bn_act.cuh"
+
+namespace fused_resnet {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("cuda_conv_bn_act: ") + what + ": " + cudaGetErrorString(error));
+  }
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), "cannot query the device");
+  return value;
+}
+
+DeviceLimits device_limits(int device) {
+  return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
+}
+
+bool is_aligned_to_chunk(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % kChunkBytes == 0;
+}
+
+template <class Element, int kTileIndex, bool kIsAligned>
+void launch(const ConvArguments& args, int device, cudaStream_t stream, int64_t blocks) {
+  constexpr int kSmemBytes = smem_bytes(kTiles[kTileIndex]);
+  const auto kernel = conv_bn_act_kernel<Element, kTileIndex, kIsAligned>;
+  // more than 48 KB must be asked for, once per kernel and device
+  static std::atomic<uint64_t> devices_done{0};
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  if (device >= 64 || (devices_done.load(std::memory_order_relaxed) & bit) == 0) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
+          "cannot reserve shared memory");
+    devices_done.fetch_or(device < 64 ? bit : 0, std::memory_order_relaxed);
+  }
+  kernel<<<static_cast<unsigned>(blocks), num_threads(kTiles[kTileIndex]), kSmemBytes, stream>>>(args);
+  check(cudaGetLastError(), "launch failed");
+}
+
+// The kernel of run-time index `tile`, counting up to it at compile time.
+template <class Element, int kTileIndex = 0>
+void launch_tile(int tile, bool is_aligned, const ConvArguments& args, int device, cudaStream_t stream,
+                 int64_t blocks) {
+  if constexpr (kTileIndex < kNumTiles) {
+    if (tile != kTileIndex) {
+      launch_tile<Element, kTileIndex + 1>(tile, is_aligned, args, device, stream, blocks);
+    } else if (is_aligned) {
+      launch<Element, kTileIndex, true>(args, device, stream, blocks);
+    } else if constexpr (kTiles[kTileIndex].any_alignment) {
+      launch<Element, kTileIndex, false>(args, device, stream, blocks);
+    }
+  }
+}
+
+template <class Element>
+void launch_element(ConvArguments args, int tile, int device, cudaStream_t stream) {
+  constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(Element));
+  const ConvShape& s = args.shape;
+  const bool is_aligned =
+      s.group_channels % kChunk == 0 && is_aligned_to_chunk(args.x) && is_aligned_to_chunk(args.weight);
+  args.has_vector_rows = s.group_filters % kChunk == 0 && is_aligned_to_chunk(args.out) &&
+                         is_aligned_to_chunk(args.epilogue.residual) && is_aligned_to_chunk(args.partials);
+
+  const std::string reason = why_span_too_long(s, is_aligned ? kChunk : 1);
+  if (!reason.empty()) throw std::runtime_error("cuda_conv_bn_act: " + reason + ".");
+  const GemmSize size = gemm_size(s, sizeof(Element));
+  if (const char* reason = why_illegal(kTiles[tile], device_limits(device), is_aligned)) {
+    throw std::runtime_error("cuda_conv_bn_act: tile " + std::to_string(tile) + " cannot run this: " + reason + ".");
+  }
+  const int64_t blocks = num_blocks(kTiles[tile], size) * args.splits;
+  if (blocks > INT32_MAX) throw std::runtime_error("cuda_conv_bn_act: the output needs more than 2^31 - 1 blocks.");
+  const int64_t sum_blocks = args.splits > 1 ? num_sum_blocks(s, kChunk) : 0;
+  if (sum_blocks > INT32_MAX / kSumThreads) {
+    throw std::runtime_error("cuda_conv_bn_act: the output has too many values for split sums.");
+  }
+  launch_tile<Element>(tile, is_aligned, args, device, stream, blocks);
+  if (sum_blocks > 0) {
+    sum_splits_kernel<Element><<<static_cast<unsigned>(sum_blocks), kSumThreads, 0, stream>>>(args);
+    check(cudaGetLastError(), "launch failed");
+  }
+}
+
+}  // namespace
+
+std::vector<ConvConfig> conv_bn_act_configs(const ConvShape& shape, int element_bytes, bool is_aligned, int device) {
+  is_aligned = is_aligned && shape.group_channels % (kChunkBytes / element_bytes) == 0;
+  auto configs = legal_configs(gemm_size(shape, element_bytes), device_limits(device), is_aligned);
+  if (configs.empty()) throw std::runtime_error("cuda_conv_bn_act: no tile fits this device's shared memory.");
+  return configs;
+}
+
+void launch_conv_bn_act(const ConvArguments& args, int tile, Dtype dtype, int device, void* stream) {
+  if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 8) {
+    throw std::runtime_error("cuda_conv_bn_act: compute capability 8.0 or later is needed.");
+  }
+  if (num_rows(args.shape) == 0) return;
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  switch (dtype) {
+    case Dtype::kFloat32:
+      launch_element<float>(args, tile, device, cuda_stream);
+      break;
+    case Dtype::kFloat16:
+      launch_element<Half>(args, tile, device, cuda_stream);
+      break;
+    case Dtype::kBFloat16:
+      launch_element<BFloat16>(args, tile, device, cuda_stream);
+      break;
+  }
+}
+
+}  // namespace fused_resnet

@@ -1,0 +1,73 @@
+// Where every thread's data lies: copies into shared memory, ldmatrix sources, accumulators, the staged output.
+// Plain functions of small integers, used by the kernel and by the host checks alike.
+#pragma once
+
+#include "cuda/conv_shape.h"
+
+namespace fused_resnet {
+
+constexpr int kChunkBytes = 16;    // one cp.async, one row of an 8x8 ldmatrix
+constexpr int kChunksPerRow = 8;   // 128 bytes of the reduction
+constexpr int kStepsPerStage = 4;  // one mma takes 32 bytes of the reduction: m16n8k16 half, m16n8k8 TF32
+
+// Shared memory of a tile is rows of eight chunks. The XOR spreads the same chunk of eight consecutive rows, which
+// is what one ldmatrix phase reads, over all 32 banks.
+FUSED_RESNET_HD int chunk_position(int row, int chunk) {
+  return row * kChunksPerRow + (chunk ^ (row & 7));
+}
+
+// Thread t copies chunk t % 8 of rows t / 8, t / 8 + threads / 8, ...: eight threads fetch one row's 128 bytes.
+FUSED_RESNET_HD int copy_chunk(int thread) {
+  return thread % kChunksPerRow;
+}
+FUSED_RESNET_HD int copy_row(int thread) {
+  return thread / kChunksPerRow;
+}
+
+// The row and chunk whose address a lane hands to ldmatrix.x4.
+struct ChunkSource {
+  int row, chunk;
+};
+
+// A, 16 rows: matrices (rows 0-7, low half), (8-15, low), (0-7, high), (8-15, high) = registers a0..a3 of the mma.
+FUSED_RESNET_HD ChunkSource ldmatrix_a(int lane, int step) {
+  return {lane & 15, 2 * step + (lane >> 4)};
+}
+
+// B, 16 columns: matrices (columns 0-7, low), (0-7, high), (8-15, low), (8-15, high) = b0, b1 of two mma.
+FUSED_RESNET_HD ChunkSource ldmatrix_b(int lane, int step) {
+  return {(lane & 7) + ((lane >> 4) << 3), 2 * step + ((lane >> 3) & 1)};
+}
+
+// Accumulator i of a lane lies at this row and column of the 16 x 8 product.
+FUSED_RESNET_HD int accumulator_row(int lane, int i) {
+  return lane / 4 + 8 * (i / 2);
+}
+FUSED_RESNET_HD int accumulator_column(int lane, int i) {
+  return 2 * (lane % 4) + i % 2;
+}
+
+// Float index of (row, column) in the staged output, `pitch` floats per row. Reading eight floats per thread would
+// meet every bank twice; exchanging neighbouring quads in every other group of 32 columns prevents that.
+FUSED_RESNET_HD int staging_position(int row, int column, int pitch) {
+  const int quad = column / 4;
+  return row * pitch + (quad ^ ((quad >> 3) & 1)) * 4 + column % 4;
+}
+
+// Which part of the output a block computes. Columns run fastest, so that blocks in flight share their rows in L2.
+struct BlockOrigin {
+  int64_t m;
+  int k;  // within the group
+  int group;
+};
+
+FUSED_RESNET_HD BlockOrigin block_origin(const ConvShape& s, int64_t block, int block_m, int block_n) {
+  const int64_t tiles_n = (s.group_filters + block_n - 1) / block_n;
+  const int64_t tiles_m = (num_rows(s) + block_m - 1) / block_m;
+  const int64_t row_tile = block / tiles_n;
+  const int64_t group = row_tile / tiles_m;
+  return {(row_tile - group * tiles_m) * block_m, static_cast<int>(block - row_tile * tiles_n) * block_n,
+          static_cast<int>(group)};
+}
+
+}  // namespace fused_resnet

@@ -1,0 +1,81 @@
+"""What the tests of plans share."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fused_resnet
+from fused_resnet import backends
+from fused_resnet.freezing.modules import FrozenConv
+from tests.support import networks
+
+X = (2, 3, 16, 16)
+full = pytest.mark.full
+needs_onednn = pytest.mark.skipif(
+    backends.onednn_missing(torch.float32) is not None, reason=str(backends.onednn_missing(torch.float32))
+)
+needs_bf16 = pytest.mark.skipif(
+    backends.onednn_missing(torch.bfloat16) is not None, reason=str(backends.onednn_missing(torch.bfloat16))
+)
+
+
+def convolutions(frozen, x):
+    return [module for module in frozen.plan(x).modules() if isinstance(module, FrozenConv)]
+
+
+def as_good_as_plain(frozen, model, x, factor=4.0):
+    """Folding rounds the weights instead of the activations, in another order: up to `factor` times the error against
+    fp64 that the unfrozen model makes in the same dtype; Winograd amplifies fp32's tenfold. A mistake is a thousand
+    times worse in fp32."""
+    exact = networks.in_fp64(model, x)
+    with torch.no_grad():
+        plain = copy.deepcopy(model).to(frozen.dtype)(x.to(frozen.dtype))
+        assert networks.error(frozen(x), exact) <= factor * networks.error(plain, exact) < 0.1
+
+
+def unchanged(model, before, x, expected):
+    modules, state = before
+    assert modules == [(name, id(m), type(m), m.training, sorted(m.__dict__)) for name, m in model.named_modules()]
+    assert list(state) == list(model.state_dict())
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        assert state[key][0] is tensor and torch.equal(state[key][1], tensor), key
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
+def remember(model):
+    modules = [(name, id(m), type(m), m.training, sorted(m.__dict__)) for name, m in model.named_modules()]
+    return modules, {key: (t, t.detach().clone()) for key, t in model.state_dict(keep_vars=True).items()}
+
+
+def equal_outputs(actual, expected):
+    actual, expected = (value if isinstance(value, tuple) else (value,) for value in (actual, expected))
+    for index, (a, b) in enumerate(zip(actual, expected)):
+        # fp32 against fp64 through a dozen layers; corrupted memory is wrong by about 1
+        torch.testing.assert_close(
+            a.double(),
+            b,
+            rtol=0,
+            atol=1e-4 * max(1.0, b.abs().max().item()),
+            msg=lambda m, index=index: f"output {index}: {m}",
+        )
+
+
+class Traced(nn.Module):
+    """A forward given as a function of (self, x), over a few modules."""
+
+    def __init__(self, function, **modules):
+        super().__init__()
+        self.function = function
+        self.conv, self.pool = nn.Conv2d(4, 4, 3, padding=1), nn.MaxPool2d(3, 1, 1)
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x, other=None):
+        return self.function(self, x) if other is None else self.pool(other)
+
+
+def frozen_equals(model, x, **options):
+    equal_outputs(fused_resnet.freeze(model.eval(), x, **options)(x), networks.in_fp64(model, x))
