@@ -23,8 +23,8 @@ from rich.table import Table
 import fused_resnet
 from benchmarks import data
 from fused_resnet import backends, measuring, models
-from fused_resnet.machine import devices, files
-from fused_resnet.measuring.environment import environment as environment_of
+from fused_resnet.machine import devices
+from fused_resnet.measuring import NetworkSubject, Record
 from fused_resnet.reporting import charts
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -53,16 +53,10 @@ def main() -> int:
         show_speed(run, device)
     console.print("The error of eager in a dtype is what that dtype costs by itself. Ratios below 1 are losses.")
 
-    record = {
-        "kind": "demo",
-        "device": devices.device_name(device),
-        "settings": {"model": options.model, "image": options.image, "batches": options.batches},
-        "environment": environment_of(device),
-        "accuracy": accuracy,
-        "runs": runs,
-    }
+    settings = {"model": options.model, "image": options.image, "batches": options.batches}
+    record = Record.here("demo", device, settings)._replace(rows=runs, more={"accuracy": accuracy})
     written = [
-        files.write_json(options.out / "demo.json", record),
+        record.write(options.out / "demo.json"),
         write_markdown(options.out / "demo.md", record, device),
         charts.save_png(record, options.out / "demo.png"),
     ]
@@ -128,13 +122,9 @@ def measure_speed(device: str, options: argparse.Namespace) -> list[dict[str, An
     baselines = ("eager", "folded") if options.no_compile else ("eager", "folded", "compile")
     runs = []
     for batch in options.batches:
-        x = torch.randn(batch, *shape, device=device)
+        subject = NetworkSubject(f"batch {batch}", model, (batch, *shape), device, DTYPES, baselines)
         with console.status("") as status:
-            progress = reporter(status, f"batch {batch}")
-            run = measuring.bench_network(
-                model, x, device=device, budget_s=options.budget, dtypes=DTYPES, baselines=baselines, progress=progress
-            )
-        runs.append(run)
+            runs.append(subject.measured(options.budget, progress=reporter(status, subject.name)))
     return runs
 
 
@@ -197,26 +187,26 @@ def plain_table(*names: str, title: str = "") -> Table:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def caption(record: dict[str, Any]) -> str:
-    environment = record["environment"]
+def caption(record: Record) -> str:
+    environment = record.environment
     return (
-        f"{record['device']}, {environment['threads']} CPU threads, torch {environment['torch']}, "
+        f"{record.device}, {environment['threads']} CPU threads, torch {environment['torch']}, "
         f"{environment['date'][:10]}"
     )
 
 
-def write_markdown(path: Path, record: dict[str, Any], device: str) -> Path:
+def write_markdown(path: Path, record: Record, device: str) -> Path:
     """The tables of the demo as Markdown."""
-    settings = record["settings"]
+    settings = record.settings
     lines = [f"# {settings['model']}, {settings['image']} px", "", f"{caption(record)}.", ""]
-    for run in record["runs"]:
+    for run in record.rows:
         rows = [HEADINGS, ("---",) + ("---:",) * (len(HEADINGS) - 1), *columns(run, device)]
         lines += [f"Batch {run['batch']}:", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
         lines += [f"Not run: {name}: {reason}." for name, reason in run["skipped"].items()]
     lines += ["ResNet-20 on CIFAR-10 images, trained weights:", "", "| variant | right | predictions changed |"]
     lines += ["| --- | ---: | ---: |"]
     lines += [f"| {row['variant']} | {row['correct']} of {row['images']} | {row['changed']} |"
-              for row in record["accuracy"]]  # fmt: skip
+              for row in record.more["accuracy"]]  # fmt: skip
     path.write_text("\n".join(lines) + "\n")
     return path
 

@@ -16,8 +16,8 @@ from typing import Any, Optional, Sequence
 
 import torch
 
-from fused_resnet.machine import devices, files
-from fused_resnet.measuring import environment
+from fused_resnet.machine import files
+from fused_resnet.measuring import Record
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "verify"
@@ -87,19 +87,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         else:
             ended.append({"seed": seed, "problems": problems, "exit_code": exit_code})
         print(f"{start + problems} of {options.problems}, {len(ended)} parts without a report", file=sys.stderr)
-    record = {
-        "kind": "verify",
-        "device": devices.device_name(options.device),
-        "environment": environment.environment(options.device),
-        "per_part": options.per_part,
-        **merged(reports),
-        "ended_without_report": ended,
-    }
-    record["passed"] = record["passed"] and not ended
+    found = {"per_part": options.per_part, **merged(reports), "ended_without_report": ended}
+    found["passed"] = found["passed"] and not ended
     out = options.out or RECORDS / f"{options.kind}_problems.json"
-    files.write_json(out, record)
-    print(f"{out}: {record['problems']} problems, {'passed' if record['passed'] else 'NOT passed'}")
-    return 0 if record["passed"] else 1
+    Record.here("verify", options.device)._replace(more=found).write(out)
+    print(f"{out}: {found['problems']} problems, {'passed' if found['passed'] else 'NOT passed'}")
+    return 0 if found["passed"] else 1
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ from benchmarks import data
 from fused_resnet import measuring
 from fused_resnet.freezing.frozen import FrozenParts
 from fused_resnet.freezing.modules import FrozenConv
-from fused_resnet.machine import devices
-from fused_resnet.machine.files import write_json
-from fused_resnet.measuring import environment
+from fused_resnet.measuring import NetworkSubject, Record
 
 EAGER = ("eager NCHW fp32", "eager NHWC fp32")
 
@@ -76,13 +74,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     data.let_torchvision_import()
-    record: dict[str, Any] = {
-        "kind": "bench model",
-        "device": devices.device_name("cpu"),
-        "settings": {"device": "cpu", "size": options.size, "batch": options.batch, "budget_s": options.budget},
-        "environment": environment.environment("cpu"),
-        "runs": [],
-    }
+    settings = {"device": "cpu", "size": options.size, "batch": options.batch, "budget_s": options.budget}
+    record = Record.here("bench model", "cpu", settings)
     print(
         "| model | convolutions, frozen | eager, ms | "
         + " | ".join(f"frozen {dtype}" for dtype in options.dtype)
@@ -91,23 +84,23 @@ def main() -> None:
     print("| --- | --- | --- |" + " --- |" * len(options.dtype))
     for name in options.model:
         run = measure(name, options)
-        record["runs"].append(run)
+        record = record._replace(rows=[*record.rows, run])
         if options.out:
-            write_json(options.out, record)
+            record.write(options.out)
         print(row_of(run, options.dtype), flush=True)
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model = measuring.calibrated(MODELS[name](), (3, options.size, options.size))
-    x = torch.randn(options.batch, 3, options.size, options.size)
+    shape = (options.batch, 3, options.size, options.size)
     dtypes = [measuring.SHORT_DTYPES[dtype] for dtype in options.dtype]
-    run = measuring.bench_network(model, x, device="cpu", budget_s=options.budget, dtypes=dtypes, baselines=("eager",))
+    run = NetworkSubject(name, model, shape, "cpu", dtypes, baselines=("eager",)).measured(options.budget)
     variants = run["variants"]
     eager_ms = min(variants[eager]["ms"] for eager in EAGER if eager in variants)
     for variant in variants.values():
         variant["ratio_to_faster_eager"] = eager_ms / variant["ms"]
-    return {"model": name, "size": options.size, **convolutions(model, x), "eager_ms": eager_ms, **run}
+    return {"model": name, "size": options.size, **convolutions(model, torch.randn(shape)), "eager_ms": eager_ms, **run}
 
 
 def convolutions(model: nn.Module, x: Tensor) -> dict[str, int]:

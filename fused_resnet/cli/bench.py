@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import click
 import torch
@@ -27,9 +25,7 @@ from fused_resnet.cli.console import (
     stdout_console,
 )
 from fused_resnet.kernels import sources
-from fused_resnet.machine import devices
-from fused_resnet.machine.files import write_json
-from fused_resnet.measuring import environment, timing
+from fused_resnet.measuring import NetworkSubject, Record, Run
 from fused_resnet.reporting import charts
 
 continuing_options = options(
@@ -56,7 +52,6 @@ backends_option = click.option(
     type=Listed("backend", lambda: ("auto", *backends.known("conv_bn_act"), measuring.UNTUNED)),
     help=f"Backends to freeze with; {measuring.UNTUNED}: auto without what `fused-resnet tune` has measured.",
 )
-DEFAULT_BASELINES = ("eager", "folded", "compile")
 op_dtypes_option = click.option(
     "--dtype", "dtypes", type=Listed("dtype", lambda: tuple(measuring.SHORT_DTYPES), many=True),
     default="fp32", show_default=True,
@@ -80,7 +75,9 @@ def bench_group() -> None:
 
 @bench_group.command("ops")
 @_measuring(batch="1", dtypes=op_dtypes_option)
-def bench_ops(ctx, names, batches, dtypes, device, image, threads, budget_s, rounds, as_json, **where) -> None:
+def bench_ops(
+    ctx, names, batches, dtypes, device, image, threads, budget_s, rounds, out, as_json, resume, stop_after_s, chart
+) -> None:
     """Every distinct convolution and addition of these models on every backend that can run it, beside eager unfused.
 
     Exit code 1 when a kernel of ours misses the reference, or anything raises.
@@ -88,64 +85,54 @@ def bench_ops(ctx, names, batches, dtypes, device, image, threads, budget_s, rou
     prepare(device, threads)
     settings = {"models": names, "batches": batches, "dtypes": dtypes, "device": device, "image": image,
                 "rounds": rounds}  # fmt: skip
-    networks = networks_of(names, image)
-    subjects = measuring.op_subjects(networks, batches, _torch_dtypes(dtypes), device=device, rounds=rounds)
-
-    def measured(rows: Sequence[measuring.Row]) -> dict[str, Any]:
-        return {"rows": rows, "summary": measuring.summarise_ops(rows), "mismatches": measuring.mismatches(rows)}
-
-    record = _measure("bench ops", settings, subjects, measured, budget_s=budget_s, **where)
-    if as_json:
-        print_json(record)
-    else:
-        _show_ops(record)
-    ctx.exit(1 if record["mismatches"] or record["broken"] else 0)
+    subjects = measuring.op_subjects(networks_of(names, image), batches, _torch_dtypes(dtypes), device=device)
+    run = Run(budget_s, rounds, stop_after_s, out, resume, chart)
+    _measure_and_show(ctx, "bench ops", settings, subjects, run, as_json)
 
 
 @bench_group.command("blocks")
 @_measuring(baselines_option, batch="1", dtypes=dtypes_option)
 def bench_blocks(
-    ctx, names, batches, dtypes, baselines, device, image, threads, budget_s, rounds, as_json, **where
-) -> None:
+    ctx, names, batches, dtypes, baselines, device, image, threads, budget_s, rounds, out, as_json, resume,
+    stop_after_s, chart,
+) -> None:  # fmt: skip
     """The last residual block of each stage: plain, fused, frozen, torch.compile."""
     prepare(device, threads)
-    baselines = baselines or DEFAULT_BASELINES
+    baselines = baselines or measuring.DEFAULT_BASELINES
     settings = {"models": names, "batches": batches, "dtypes": dtypes, "baselines": baselines, "device": device,
                 "image": image, "rounds": rounds}  # fmt: skip
-    subjects: dict[str, measuring.Subject] = {}
+    subjects = []
     for name, (model, shape) in networks_of(names, image).items():
         network = measuring.calibrated(model, shape).to(device)
         for path, block, input_shape in measuring.blocks_of(network, shape):
             for batch in batches:
                 title = f"{name} {path}, {type(block).__name__} {'x'.join(map(str, (batch, *input_shape)))}"
-                subjects[title] = _network_subject(
-                    block, (batch, *input_shape), device, rounds=rounds, with_fused=True,
-                    dtypes=_torch_dtypes(dtypes), baselines=baselines,
-                )  # fmt: skip
-
-    _measure_networks(ctx, "bench blocks", "rows", settings, subjects, as_json, budget_s=budget_s, **where)
+                subjects.append(NetworkSubject(title, block, (batch, *input_shape), device, _torch_dtypes(dtypes),
+                                               baselines, with_fused=True))  # fmt: skip
+    run = Run(budget_s, rounds, stop_after_s, out, resume, chart)
+    _measure_and_show(ctx, "bench blocks", settings, subjects, run, as_json)
 
 
 @bench_group.command("model")
 @_measuring(baselines_option, backends_option, batch="1,8", dtypes=dtypes_option)
 def bench_model(
-    ctx, names, batches, dtypes, baselines, frozen_backends, device, image, threads, budget_s, rounds, as_json, **where
-) -> None:
+    ctx, names, batches, dtypes, baselines, frozen_backends, device, image, threads, budget_s, rounds, out, as_json,
+    resume, stop_after_s, chart,
+) -> None:  # fmt: skip
     """A whole model: eager, folded, torch.compile, frozen, and other runtimes where installed."""
     prepare(device, threads)
-    baselines = baselines or DEFAULT_BASELINES
+    baselines = baselines or measuring.DEFAULT_BASELINES
     settings = {"models": names, "batches": batches, "dtypes": dtypes, "baselines": baselines, "device": device,
                 "backends": frozen_backends, "image": image, "rounds": rounds}  # fmt: skip
-    subjects: dict[str, measuring.Subject] = {}
+    subjects = []
     for name, (model, shape) in networks_of(names, image).items():
         network = measuring.calibrated(model, shape).to(device)
         for batch in batches:
-            subjects[f"{name}, batch {batch}, {shape[1]} px"] = _network_subject(
-                network, (batch, *shape), device, rounds=rounds, dtypes=_torch_dtypes(dtypes), baselines=baselines,
-                frozen_backends=frozen_backends,
-            )  # fmt: skip
-
-    _measure_networks(ctx, "bench model", "runs", settings, subjects, as_json, budget_s=budget_s, **where)
+            title = f"{name}, batch {batch}, {shape[1]} px"
+            subjects.append(NetworkSubject(title, network, (batch, *shape), device, _torch_dtypes(dtypes), baselines,
+                                           frozen_backends))  # fmt: skip
+    run = Run(budget_s, rounds, stop_after_s, out, resume, chart)
+    _measure_and_show(ctx, "bench model", settings, subjects, run, as_json)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -155,115 +142,44 @@ def _torch_dtypes(names: Sequence[str]) -> list[torch.dtype]:
     return [measuring.SHORT_DTYPES[name] for name in names]
 
 
-def _network_subject(network: torch.nn.Module, shape: Sequence[int], device: str, **options: Any) -> measuring.Subject:
-    def subject(budget_s: float, progress: timing.Progress) -> measuring.Row:
-        x = torch.randn(*shape, device=device)
-        return measuring.bench_network(network, x, device=device, budget_s=budget_s, progress=progress, **options)
-
-    return subject
-
-
-def _measure_networks(
+def _measure_and_show(
     ctx: click.Context,
     kind: str,
-    rows_name: str,
     settings: dict[str, Any],
-    subjects: Mapping[str, measuring.Subject],
+    subjects: Sequence[measuring.Subject],
+    run: Run,
     as_json: bool,
-    **how: Any,
 ) -> None:
-    """Measure, show, and end with exit code 1 where something broke. rows_name: what the record calls its rows."""
-    competitors = [name for name in measuring.COMPETITORS if name in settings["baselines"]]
-
-    def measured(rows: Sequence[measuring.Row]) -> dict[str, Any]:
-        return {rows_name: rows, "summary": measuring.summarise_networks(rows, competitors)}
-
-    record = _measure(kind, settings, subjects, measured, **how)
-    print_json(record) if as_json else _show_networks(record)
-    ctx.exit(1 if record["broken"] else 0)
-
-
-def _measure(
-    kind: str,
-    settings: dict[str, Any],
-    subjects: Mapping[str, measuring.Subject],
-    summed_up: Callable[[Sequence[measuring.Row]], dict[str, Any]],
-    *,
-    budget_s: float,
-    out: Optional[Path],
-    resume: bool,
-    stop_after_s: Optional[float],
-    chart: Optional[Path],
-) -> dict[str, Any]:
-    """Measure the subjects and return the record, written to `out` after each; `summed_up` makes it of the rows."""
-    device = settings["device"]
-    start = {
-        "kind": kind,
-        "device": devices.device_name(device),
-        "settings": settings,
-        "environment": environment.environment(device),
-        "kernels": sources.source_digest(),
-    }
-    known = _rows_to_keep(out, start) if resume else {}
-
-    def record_of(measured: measuring.Measured) -> dict[str, Any]:
-        counts = {"budget_s": budget_s, "left": measured.left, "broken": measured.broken}
-        return {**start, **counts, **summed_up(measured.rows)}
-
-    def save(measured: measuring.Measured) -> None:
-        if out is not None:
-            write_json(out, record_of(measured))
-
-    with progress_on_stderr(kind) as progress:
-        stop_after_s = stop_after_s or math.inf
-        record = record_of(
-            measuring.in_turn(
-                subjects, budget_s=budget_s, known=known, stop_after_s=stop_after_s, save=save, progress=progress
-            )
-        )
-    if chart is not None:
-        charts.save_png(record, chart)
-    return record
-
-
-def _rows_to_keep(out: Optional[Path], start: dict[str, Any]) -> dict[str, measuring.Row]:
-    """The rows that an earlier run of the same measurement left, by name. UsageError where the file holds another."""
-    if out is None:
+    """Ends with exit code 1 where a result was wrong or something broke."""
+    if run.resume and run.out is None:
         raise click.UsageError("--resume needs --out, the file to go on with.")
-    if not out.exists():
-        return {}
+    start = Record.here(kind, settings["device"], settings)._replace(kernels=sources.source_digest())
     try:
-        record = json.loads(out.read_text())
-        differs = [name for name, value in _identity(record).items() if value != _identity(start)[name]]
-        rows = {row["problem"]: row for row in record["rows" if "rows" in record else "runs"]}
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise click.UsageError(f"--resume: {out} is no record to go on with ({reason}).") from error
-    if differs:
-        raise click.UsageError(f"--resume: {out} holds another measurement ({', '.join(differs)}); give another --out.")
-    return rows
-
-
-def _identity(record: dict[str, Any]) -> dict[str, Any]:
-    """What two records must share for their rows to stand in one table."""
-    identity = {
-        **{f"another {name}": record[name] for name in ("kind", "device", "kernels")},
-        **{f"another {name}": record["environment"][name] for name in ("torch", "triton", "threads")},
-        **{f"other {name}": value for name, value in record["settings"].items()},
-    }
-    return json.loads(json.dumps(identity))
+        with progress_on_stderr(kind) as progress:
+            record = measuring.measure(start, subjects, run, progress)
+    except measuring.CannotGoOn as error:
+        raise click.UsageError(f"--resume: {run.out} {error}") from error
+    if run.chart is not None:
+        charts.save_png(record, run.chart)
+    if as_json:
+        print_json(record.as_json())
+    elif kind == "bench ops":
+        _show_ops(record)
+    else:
+        _show_networks(record)
+    ctx.exit(1 if record.mismatches or record.broken else 0)
 
 
 # ----------------------------------------------------------------------------------------------------------- showing
 
 
-def _show_ops(record: dict[str, Any]) -> None:
+def _show_ops(record: Record) -> None:
     from rich.markup import escape
 
     out = stdout_console()
     table = new_table("convolution", "times", "variant", "us", "TFLOP/s", "GB/s", "% of roofline",
-                      f"vs {measuring.UNFUSED}", "error / bound", title=record["device"])  # fmt: skip
-    for row in record["rows"]:
+                      f"vs {measuring.UNFUSED}", "error / bound", title=record.device)  # fmt: skip
+    for row in record.rows:
         for index, (name, one) in enumerate(row["variants"].items()):
             head = (row["problem"], str(row["count"])) if index == 0 else ("", "")
             chosen = " (auto)" if name in (row["auto"], measuring.chosen_by_auto(row)) else ""
@@ -277,18 +193,18 @@ def _show_ops(record: dict[str, Any]) -> None:
             table.add_row("", "", f"[bold red]{name}[/]", "not timed", "", "", "", "FAILED", escape(reason))
         table.add_section()
     out.print(table)
-    for dtype, roof in {row["dtype"]: row["roofline"] for row in record["rows"]}.items():
+    for dtype, roof in {row["dtype"]: row["roofline"] for row in record.rows}.items():
         l2 = "" if roof["l2_gb_per_s"] is None else f", reading L2 {roof['l2_gb_per_s']:.3g} GB/s"
         out.print(f"Ceilings measured here, {dtype}: copy {roof['gb_per_s']:.3g} GB/s{l2}, matmul "
                   f"{roof['tflops']:.3g} TFLOP/s. Data that stays in caches can exceed them.")  # fmt: skip
-    _show_end(out, record, record["rows"])
+    _show_end(out, record)
 
 
-def _show_networks(record: dict[str, Any]) -> None:
-    out, rows = stdout_console(), record["rows" if "rows" in record else "runs"]
-    for row in rows:
+def _show_networks(record: Record) -> None:
+    out = stdout_console()
+    for row in record.rows:
         table = new_table("variant", "ms", "p10 - p90", "img/s", "vs eager NCHW fp32", "vs compile, same dtype",
-                          "max error / max output", title=f"{row['problem']}, {record['device']}")  # fmt: skip
+                          "max error / max output", title=f"{row['problem']}, {record.device}")  # fmt: skip
         for name, one in row["variants"].items():
             error, versus = one["max_rel_error"], one["ratio_to_compile"]
             table.add_row(
@@ -297,12 +213,12 @@ def _show_networks(record: dict[str, Any]) -> None:
                 "-" if versus is None else speedup_cell(versus), "not finite" if error is None else f"{error:.1e}",
             )  # fmt: skip
         out.print(table)
-    _show_end(out, record, rows)
+    _show_end(out, record)
 
 
-def _show_end(out, record: dict[str, Any], rows: Sequence[measuring.Row]) -> None:
+def _show_end(out, record: Record) -> None:
     """The summary with every loss, what did not run and why, what is left to measure."""
-    for entry in record["summary"]:
+    for entry in record.summary:
         total = entry["total_us_against"] / entry["total_us"]
         where = "" if entry["where"] == "all" else f" ({entry['where']})"
         out.print(
@@ -313,12 +229,12 @@ def _show_end(out, record: dict[str, Any], rows: Sequence[measuring.Row]) -> Non
         )
         for loss in entry["losses"]:
             out.print(f"  [bold red]LOSS[/] {loss['speedup']:.2f}x {loss['problem']}")
-    for name, reason in dict.fromkeys(pair for row in rows for pair in row["skipped"].items()):
+    for name, reason in dict.fromkeys(pair for row in record.rows for pair in row["skipped"].items()):
         out.print(f"not run: {name}: {reason}", markup=False)
-    for name, reason in record["broken"].items():
+    for name, reason in (record.broken or {}).items():
         out.print(f"BROKEN: {name}: {reason}", markup=False)
-    if record["left"]:
-        out.print(f"left to measure: {len(record['left'])}, from {record['left'][0]} on (--out and --resume go on)",
+    if record.left:
+        out.print(f"left to measure: {len(record.left)}, from {record.left[0]} on (--out and --resume go on)",
                   markup=False)  # fmt: skip
 
 

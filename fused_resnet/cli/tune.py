@@ -26,8 +26,7 @@ from fused_resnet.cli.console import (
     stdout_console,
 )
 from fused_resnet.kernels.triton import precompile, runtime
-from fused_resnet.machine import devices
-from fused_resnet.measuring import environment
+from fused_resnet.measuring import Record
 from fused_resnet.operators.problem import SHORT_DTYPES, ConvProblem, parsed_problem
 from fused_resnet.tuning import candidates, convolution, tuner
 
@@ -104,11 +103,9 @@ def tune(
         raise
     settings = {"models": list(networks), "convs": convs, "batches": batches, "dtypes": dtypes, "device": device,
                 "live_bn": live_bn, "budget_minutes": budget_minutes, "rounds": rounds}  # fmt: skip
-    record = {"kind": "tune", "device": devices.device_name(device), "settings": settings,
-              "environment": environment.environment(device), "summary": summarise(found["rows"]), **found}  # fmt: skip
-    if as_json:
-        return print_json(record)
-    _show(record)
+    rows = found.pop("rows")
+    record = Record.here("tune", device, settings)._replace(rows=rows, summary=summarise(rows), more=found)
+    print_json(record.as_json()) if as_json else _show(record)
 
 
 def _use_compiled(folder: Path, device: str) -> None:
@@ -134,33 +131,33 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _show(record: dict[str, Any]) -> None:
+def _show(record: Record) -> None:
     out = stdout_console()
     table = new_table("convolution", "us", "fixed order", "winner", "speedup", "timed", "wrong", "failed",
-                      title=f"Tuned on {record['device']}")  # fmt: skip
-    for row in record["rows"]:
+                      title=f"Tuned on {record.device}")  # fmt: skip
+    for row in record.rows:
         winner = row["winner"] and next(one for one in row["timed"] if _described(one) == _described(row["winner"]))
         cells = (f"{winner['median_us']:.1f}", _described(winner)) if winner else ("-", "none")
         speedup = "-" if row["speedup"] is None else speedup_cell(row["speedup"])
         counts = (str(len(row[name])) if row[name] else "" for name in ("timed", "wrong", "failed"))
         table.add_row(row["problem"], cells[0], row["default"]["backend"], cells[1], speedup, *counts)
     out.print(table)
-    summary = record["summary"]
+    summary = record.summary
     if summary["geomean_speedup"] is not None:
         out.print(f"{summary['changed']} of {summary['convolutions']} are faster than the fixed order by more than "
                   f"{100 * convolution.MARGIN:.0f} %; geometric mean over all {summary['geomean_speedup']:.3f}x, best "
                   f"{summary['best_speedup']:.2f}x")  # fmt: skip
-    for row in record["rows"]:
+    for row in record.rows:
         for one in row["wrong"]:
             ratio = "no number" if one["error_ratio"] is None else f"{one['error_ratio']:.3g} of the bound"
             out.print(f"[bold red]WRONG[/] {row['problem']}: {_described(one)}: {ratio}")
         for one in row["failed"]:
             out.print(f"failed: {row['problem']}: {_described(one)}: {one['why']}", markup=False)
-    for name, reason in {pair: None for row in record["rows"] for pair in row["skipped"].items()}:
+    for name, reason in {pair: None for row in record.rows for pair in row["skipped"].items()}:
         out.print(f"not run: {name}: {reason}", markup=False)
-    if record["remaining"]:
-        out.print(f"{len(record['remaining'])} convolutions are left: give the same command again to go on.")
-    out.print(f"kept in {record['file']}" if record["file"] else "nothing could be kept", markup=False)
+    if record.more["remaining"]:
+        out.print(f"{len(record.more['remaining'])} convolutions are left: give the same command again to go on.")
+    out.print(f"kept in {record.more['file']}" if record.more["file"] else "nothing could be kept", markup=False)
 
 
 def _described(one: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ A frozen one shows its plan.
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any, Optional
 
 import torch
@@ -54,9 +53,9 @@ def explain(
         left_alone = convert.left_alone(model)
         found = calls.recorded(model, example_input, left_alone, device, measure)
     dtypes = dict.fromkeys(call.problem.dtype for call in found)
-    rooflines = {dtype: roofline or _roofline(str(device), dtype) for dtype in dtypes}
-    rows = tuple(_judged(call, rooflines[call.problem.dtype]) for call in found)
-    return Explanation(name, form, calls.shown(example_input), rows, tuple(left_alone), rooflines)
+    roofs = {dtype: roofline or rooflines.roofline(str(device), dtype) for dtype in dtypes}
+    rows = tuple(_judged(call, roofs[call.problem.dtype]) for call in found)
+    return Explanation(name, form, calls.shown(example_input), rows, tuple(left_alone), roofs)
 
 
 def _device_of(model: nn.Module, example: Any) -> torch.device:
@@ -68,11 +67,6 @@ def _device_of(model: nn.Module, example: Any) -> torch.device:
         if tensor.device != device:
             raise TypeError(f"explain: example_input is on {tensor.device} but the model is on {device}.")
     return device
-
-
-@functools.lru_cache(maxsize=None)
-def _roofline(device: str, dtype: torch.dtype) -> rooflines.Roofline:
-    return rooflines.roofline(device, dtype)
 
 
 def _judged(call: calls.Call, roofline: rooflines.Roofline) -> Row:

@@ -11,17 +11,18 @@ from fused_resnet.measuring.cases import (
     planned_call,
     random_operands,
 )
-from fused_resnet.measuring.networks import bench_network, blocks_of, calibrated, max_error
+from fused_resnet.measuring.networks import NetworkSubject, blocks_of, calibrated, max_error
 from fused_resnet.measuring.operators import (
     CountedProblem,
+    OperatorSubject,
     add_relu_variants,
-    bench_op,
     convs_of,
     mismatches,
     op_subjects,
     op_variants,
     why_not_timed,
 )
+from fused_resnet.measuring.record import CannotGoOn, Record, measure, summarised
 from fused_resnet.measuring.rivals import compiled
 from fused_resnet.measuring.rooflines import Roofline, roofline
 from fused_resnet.measuring.summary import (
@@ -43,10 +44,11 @@ from fused_resnet.measuring.summary import (
     with_auto,
 )
 from fused_resnet.measuring.timing import Stats, interleaved
-from fused_resnet.measuring.turns import Measured, Subject, in_turn, part_of
+from fused_resnet.measuring.turns import Measured, Run, Subject, in_turn, part_of
 from fused_resnet.measuring.variants import (
     BASELINES,
     COMPETITORS,
+    DEFAULT_BASELINES,
     UNTUNED,
     build_variants,
     missing_reason,
@@ -56,11 +58,12 @@ from fused_resnet.measuring.variants import (
 from fused_resnet.operators.problem import SHORT_DTYPES
 
 __all__ = [
-    "AUTO", "BASELINES", "COMPETITORS", "COPY", "FOLDED", "LOSS_BELOW", "OURS", "SHORT_DTYPES", "THEIRS", "UNFUSED",
-    "UNTUNED", "CountedProblem", "Measured", "Prepared", "Roofline", "Row", "Stats", "Subject", "add_relu_variants",
-    "bench_network", "bench_op", "blocks_of", "build_variants", "calibrated", "chosen_by_auto", "compared",
-    "compared_case", "compiled", "convs_of", "error_ratio", "folded_operands", "in_turn", "interleaved", "is_ours",
-    "max_error", "mismatches", "missing_reason", "op_subjects", "op_variants", "part_of", "planned_call",
-    "random_operands", "rival_of", "roofline", "short_name", "summarise", "summarise_networks", "summarise_ops",
-    "variant_builders", "why_not_timed", "with_auto",
+    "AUTO", "BASELINES", "COMPETITORS", "COPY", "DEFAULT_BASELINES", "FOLDED", "LOSS_BELOW", "OURS", "SHORT_DTYPES",
+    "THEIRS", "UNFUSED", "UNTUNED", "CannotGoOn", "CountedProblem", "Measured", "NetworkSubject", "OperatorSubject",
+    "Prepared", "Record", "Roofline", "Row", "Run", "Stats", "Subject", "add_relu_variants", "blocks_of",
+    "build_variants", "calibrated", "chosen_by_auto", "compared", "compared_case", "compiled", "convs_of",
+    "error_ratio", "folded_operands", "in_turn", "interleaved", "is_ours", "max_error", "measure", "mismatches",
+    "missing_reason", "op_subjects", "op_variants", "part_of", "planned_call", "random_operands", "rival_of",
+    "roofline", "short_name", "summarise", "summarise_networks", "summarise_ops", "summarised", "variant_builders",
+    "why_not_timed", "with_auto",
 ]  # fmt: skip

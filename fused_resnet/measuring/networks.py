@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fused_resnet.measuring.cases import finite
+from fused_resnet.measuring.summary import Row
 from fused_resnet.measuring.timing import Progress, Variants, interleaved, silent
-from fused_resnet.measuring.variants import BASE, build_variants, missing_reason, variant_builders
+from fused_resnet.measuring.variants import (
+    BASE,
+    DEFAULT_BASELINES,
+    build_variants,
+    missing_reason,
+    variant_builders,
+)
 from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.operators.problem import SHORT_DTYPES
 
@@ -77,39 +84,50 @@ def _errors(model: nn.Module, x: Tensor, variants: Variants) -> tuple[dict[str, 
     return errors, broken
 
 
-def bench_network(
-    model: nn.Module,
-    x: Tensor,
-    *,
-    device: str,
-    budget_s: float,
-    rounds: Optional[int] = None,
-    progress: Progress = silent,
-    **options: Any,
-) -> dict[str, Any]:
-    """Every variant of a model or block on x, timed in turn: {"batch", "variants", "skipped"}.
+class NetworkSubject(NamedTuple):
+    """A model or block in fp32, and the ways to run it that are timed in turn.
 
-    options: `variant_builders`'. Ratios are speedups: "ratio" to eager NCHW fp32, "ratio_to_compile" to torch.compile
-    in the variant's own dtype, None without it.
+    shape: the input's, batch first. dtypes and what follows: as `variant_builders` takes them.
     """
-    builders = variant_builders(model, x, **options)
-    variants, skipped = build_variants(builders, lambda fraction, text: progress(fraction / 2, text))
-    progress(0.5, "comparing with fp64")
-    errors, broken = _errors(model, x, variants)
-    skipped |= broken
-    variants = {name: run for name, run in variants.items() if name in errors}
-    stats = interleaved(
-        variants, device=device, budget_s=budget_s, rounds=rounds, progress=lambda f, text: progress(0.5 + f / 2, text)
-    )
-    rows = {}
-    for name, one in stats.items():
-        own_compile = next((f"compile {word}" for word in name.split() if word in SHORT_DTYPES), "")
-        rows[name] = {
-            **one._asdict(),
-            "ms": one.median_us / 1e3,
-            "images_per_s": len(x) / one.median_us * 1e6,
-            "ratio": stats[BASE].median_us / one.median_us,
-            "ratio_to_compile": stats[own_compile].median_us / one.median_us if own_compile in stats else None,
-            "max_rel_error": errors[name],
-        }
-    return {"batch": len(x), "variants": rows, "skipped": skipped}
+
+    name: str
+    model: nn.Module
+    shape: Sequence[int]
+    device: str
+    dtypes: Sequence[torch.dtype]
+    baselines: Sequence[str] = DEFAULT_BASELINES
+    frozen_backends: Sequence[str] = ("auto",)
+    with_fused: bool = False
+
+    def measured(self, budget_s: float, rounds: Optional[int] = None, progress: Progress = silent) -> Row:
+        """{"batch", "variants", "skipped"}, of random images.
+
+        Ratios are speedups: "ratio" to eager NCHW fp32, "ratio_to_compile" to torch.compile in the variant's own
+        dtype, None without it.
+        """
+        x = torch.randn(*self.shape, device=self.device)
+        builders = variant_builders(
+            self.model, x, dtypes=self.dtypes, baselines=self.baselines, frozen_backends=self.frozen_backends,
+            with_fused=self.with_fused,
+        )  # fmt: skip
+        variants, skipped = build_variants(builders, lambda fraction, text: progress(fraction / 2, text))
+        progress(0.5, "comparing with fp64")
+        errors, broken = _errors(self.model, x, variants)
+        skipped |= broken
+        variants = {name: run for name, run in variants.items() if name in errors}
+        stats = interleaved(
+            variants, device=self.device, budget_s=budget_s, rounds=rounds,
+            progress=lambda fraction, text: progress(0.5 + fraction / 2, text),
+        )  # fmt: skip
+        rows = {}
+        for name, one in stats.items():
+            own_compile = next((f"compile {word}" for word in name.split() if word in SHORT_DTYPES), "")
+            rows[name] = {
+                **one._asdict(),
+                "ms": one.median_us / 1e3,
+                "images_per_s": len(x) / one.median_us * 1e6,
+                "ratio": stats[BASE].median_us / one.median_us,
+                "ratio_to_compile": stats[own_compile].median_us / one.median_us if own_compile in stats else None,
+                "max_rel_error": errors[name],
+            }
+        return {"batch": len(x), "variants": rows, "skipped": skipped}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from torch import nn
@@ -25,10 +25,8 @@ from fused_resnet.measuring.cases import (
     planned_call,
     random_operands,
 )
-from fused_resnet.measuring.rooflines import Roofline
 from fused_resnet.measuring.summary import COPY, FOLDED, UNFUSED, Row
-from fused_resnet.measuring.timing import Progress
-from fused_resnet.measuring.turns import Subject
+from fused_resnet.measuring.timing import Progress, silent
 from fused_resnet.measuring.variants import missing_reason, short_name
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem
@@ -63,8 +61,7 @@ def op_subjects(
     dtypes: Sequence[torch.dtype],
     *,
     device: str,
-    rounds: Optional[int] = None,
-) -> dict[str, Subject]:
+) -> list[OperatorSubject]:
     """The distinct convolutions of these networks and the additions that end their blocks, for each dtype and batch.
 
     networks: (model, image shape) by name. A problem that several of them have is measured once. Batches and dtypes
@@ -80,15 +77,12 @@ def op_subjects(
                 models[name] = models.get(name, 0) + repeats
     if not counts:
         raise ValueError(f"bench ops: {', '.join(networks)} have no convolution that can be fused.")
-    roof = functools.lru_cache(functools.partial(rooflines.roofline, device))
-    subjects: dict[str, Subject] = {}
-    for dtype in dtypes:
-        for batch in batches:
-            for one, models in counts.items():
-                wanted = _of_batch(one, batch)._replace(dtype=dtype)
-                name = f"add_relu {wanted}" if wanted.op == "add_relu" else str(wanted)
-                subjects[name] = functools.partial(bench_op, wanted, models, roof, device, rounds)
-    return subjects
+    return [
+        OperatorSubject(_of_batch(one, batch)._replace(dtype=dtype), models, device)
+        for dtype in dtypes
+        for batch in batches
+        for one, models in counts.items()
+    ]
 
 
 def _of_batch(problem: Problem, batch: int) -> Problem:
@@ -156,63 +150,68 @@ def why_not_timed(problem: Problem) -> dict[str, str]:
     return skipped
 
 
-def bench_op(
-    problem: Problem,
-    models: Mapping[str, int],
-    roof_of: Callable[[torch.dtype], Roofline],
-    device: str,
-    rounds: Optional[int],
-    budget_s: float,
-    progress: Progress,
-) -> Row:
-    """Verify, then time, every variant of a problem. models: how often each network has it.
+class OperatorSubject(NamedTuple):
+    """A convolution or addition, timed as every backend runs it. models: how often each network has it."""
 
-    A kernel that misses reference.error_bound, or raises, is not timed. The baselines (unfused, folded, cuDNN) are
-    timed in any case; their error stands beside the time.
-    """
-    if isinstance(problem, ConvProblem):
-        prepared, skipped = op_variants(problem, random_operands(problem, device))
-    else:
-        prepared, skipped = add_relu_variants(problem, device)
-    progress(0.1, "comparing with fp64")
-    ratios, failed = _ratios(prepared)
-    baselines = (UNFUSED, FOLDED, COPY, "cudnn")
-    not_timed = {name: finite(ratio) for name, ratio in ratios.items() if ratio > 1 and name not in baselines}
-    calls = {name: one.run for name, one in prepared.items() if name in ratios and name not in not_timed}
-    with torch.no_grad():
-        stats = timing.interleaved(calls, device=device, budget_s=budget_s, rounds=rounds, graphs=True)
-    roof, flops = roof_of(problem.dtype), problem.flops if isinstance(problem, ConvProblem) else 0
-    least_us = roof.time_us(problem)
-    chosen = backends.select(problem, in_plan=True)
-    return {
-        "op": problem.op,
-        "device": problem.device,
-        "batch": problem.shape[0] if isinstance(problem, AddReluProblem) else problem.N,
-        "dtype": short_name(problem.dtype),
-        "models": dict(models),
-        "count": sum(models.values()),
-        "gflop": flops / 1e9,
-        "mbytes": problem.bytes_moved / 1e6,
-        "roofline": roof.as_dict(),
-        "least_us": least_us,
-        "auto": chosen.backend.name,
-        "auto_config": None if chosen.config is None else chosen.config._asdict(),
-        "auto_source": chosen.source,
-        "variants": {
-            name: {
-                **one._asdict(),
-                "tflops": flops / one.median_us / 1e6,
-                "gb_per_s": problem.bytes_moved / one.median_us / 1e3,
-                "roofline_percent": 100 * least_us / one.median_us,
-                "error_ratio": finite(ratios[name]),
-                "speedup": stats[UNFUSED].median_us / one.median_us,
-            }
-            for name, one in stats.items()
-        },
-        "not_timed": not_timed,
-        "failed": failed,
-        "skipped": skipped,
-    }
+    problem: Problem
+    models: Mapping[str, int]
+    device: str
+
+    @property
+    def name(self) -> str:
+        return f"add_relu {self.problem}" if self.problem.op == "add_relu" else str(self.problem)
+
+    def measured(self, budget_s: float, rounds: Optional[int] = None, progress: Progress = silent) -> Row:
+        """Verify, then time, every variant.
+
+        A kernel that misses reference.error_bound, or raises, is not timed. The baselines (unfused, folded, cuDNN) are
+        timed in any case; their error stands beside the time.
+        """
+        problem = self.problem
+        if isinstance(problem, ConvProblem):
+            prepared, skipped = op_variants(problem, random_operands(problem, self.device))
+        else:
+            prepared, skipped = add_relu_variants(problem, self.device)
+        progress(0.1, "comparing with fp64")
+        ratios, failed = _ratios(prepared)
+        baselines = (UNFUSED, FOLDED, COPY, "cudnn")
+        not_timed = {name: finite(ratio) for name, ratio in ratios.items() if ratio > 1 and name not in baselines}
+        calls = {name: one.run for name, one in prepared.items() if name in ratios and name not in not_timed}
+        with torch.no_grad():
+            stats = timing.interleaved(calls, device=self.device, budget_s=budget_s, rounds=rounds, graphs=True)
+        roof = rooflines.roofline(self.device, problem.dtype)
+        flops = problem.flops if isinstance(problem, ConvProblem) else 0
+        least_us = roof.time_us(problem)
+        chosen = backends.select(problem, in_plan=True)
+        return {
+            "op": problem.op,
+            "device": problem.device,
+            "batch": problem.shape[0] if isinstance(problem, AddReluProblem) else problem.N,
+            "dtype": short_name(problem.dtype),
+            "models": dict(self.models),
+            "count": sum(self.models.values()),
+            "gflop": flops / 1e9,
+            "mbytes": problem.bytes_moved / 1e6,
+            "roofline": roof.as_dict(),
+            "least_us": least_us,
+            "auto": chosen.backend.name,
+            "auto_config": None if chosen.config is None else chosen.config._asdict(),
+            "auto_source": chosen.source,
+            "variants": {
+                name: {
+                    **one._asdict(),
+                    "tflops": flops / one.median_us / 1e6,
+                    "gb_per_s": problem.bytes_moved / one.median_us / 1e3,
+                    "roofline_percent": 100 * least_us / one.median_us,
+                    "error_ratio": finite(ratios[name]),
+                    "speedup": stats[UNFUSED].median_us / one.median_us,
+                }
+                for name, one in stats.items()
+            },
+            "not_timed": not_timed,
+            "failed": failed,
+            "skipped": skipped,
+        }
 
 
 def _ratios(prepared: Mapping[str, Prepared]) -> tuple[dict[str, float], dict[str, str]]:

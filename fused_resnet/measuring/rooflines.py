@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple, Optional, Union
 
 import torch
@@ -36,8 +37,9 @@ class Roofline(NamedTuple):
         }
 
 
+@functools.lru_cache(maxsize=None)
 def roofline(device: str, dtype: torch.dtype) -> Roofline:
-    """Measured now, best of several; about two seconds. Caches can beat it: small problems may exceed 100 %."""
+    """Measured once in a process: best of several, about two seconds. Small problems, in caches, can exceed 100 %."""
     on_cuda = torch.device(device).type == "cuda"
     source = torch.randn(2**28 if on_cuda else 2**25, device=device)
     n = 8192 if on_cuda else 1536

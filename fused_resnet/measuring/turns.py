@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
-import math
 import time
-from typing import Callable, Mapping, NamedTuple
+from pathlib import Path
+from typing import Callable, Iterable, Mapping, NamedTuple, Optional, Protocol
 
 from fused_resnet.measuring.summary import Row
 from fused_resnet.measuring.timing import Progress, silent
 from fused_resnet.measuring.variants import missing_reason
 
-# (seconds to spend, where to say how far it is) -> a row without its name
-Subject = Callable[[float, Progress], Row]
+
+class Subject(Protocol):
+    """What one row is about: a `networks.NetworkSubject` or an `operators.OperatorSubject`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def measured(self, budget_s: float, rounds: Optional[int] = None, progress: Progress = silent) -> Row:
+        """Its row without the name, from about so many seconds of timing or at most so many rounds."""
+        ...
+
+
+class Run(NamedTuple):
+    """How long to measure, and where to.
+
+    | field | what it is |
+    | --- | --- |
+    | budget_s | seconds of timing in all |
+    | rounds | at most so many for each subject |
+    | stop_after_s | no subject is begun later, except the first |
+    | out | the record's file, written after each subject |
+    | resume | keep the rows that `out` has |
+    | chart | the PNG that who asked for the record draws of it |
+    """
+
+    budget_s: float
+    rounds: Optional[int] = None
+    stop_after_s: Optional[float] = None
+    out: Optional[Path] = None
+    resume: bool = False
+    chart: Optional[Path] = None
 
 
 class Measured(NamedTuple):
@@ -23,34 +52,34 @@ class Measured(NamedTuple):
 
 
 def in_turn(
-    subjects: Mapping[str, Subject],
+    subjects: Iterable[Subject],
+    run: Run,
     *,
-    budget_s: float,
     known: Mapping[str, Row] = {},
-    stop_after_s: float = math.inf,
     save: Callable[[Measured], None] = lambda measured: None,
     progress: Progress = silent,
 ) -> Measured:
     """Measure each subject that is not `known`. One that raises costs the others nothing; the first alone raises.
 
-    No subject is begun after `stop_after_s` seconds, except the first. save: called with what is there after each.
+    Subjects of one name are one. save: called with what is there after each.
     """
     started = time.monotonic()
-    rows = {name: known[name] for name in subjects if name in known}
-    todo = [name for name in subjects if name not in known]
+    named = {subject.name: subject for subject in subjects}
+    rows = {name: known[name] for name in named if name in known}
+    todo = [name for name in named if name not in known]
     broken: dict[str, str] = {}
 
     def measured() -> Measured:
-        left = [name for name in subjects if name not in rows]
-        return Measured([rows[name] for name in subjects if name in rows], left, dict(broken))
+        left = [name for name in named if name not in rows]
+        return Measured([rows[name] for name in named if name in rows], left, dict(broken))
 
     for index, name in enumerate(todo):
-        if index and time.monotonic() - started >= stop_after_s:
+        if index and run.stop_after_s is not None and time.monotonic() - started >= run.stop_after_s:
             break
-        within = part_of(progress, len(subjects) - len(todo) + index, len(subjects), name)
+        within = part_of(progress, len(named) - len(todo) + index, len(named), name)
         within(0.0, "preparing")
         try:
-            rows[name] = {"problem": name, **subjects[name](budget_s / len(todo), within)}
+            rows[name] = {"problem": name, **named[name].measured(run.budget_s / len(todo), run.rounds, within)}
         except Exception as error:
             if not rows:
                 raise

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 
 from fused_resnet import measuring
+from fused_resnet.measuring import Record
 
 # CSS variable: the colour in a PNG. All different, so that an SVG's colours can be exchanged for the variables.
 COLOURS = {
@@ -58,12 +59,11 @@ class Chart(NamedTuple):
 # ------------------------------------------------------------------------------------------------- records to charts
 
 
-def charts_of(record: dict[str, Any]) -> list[Chart]:
+def charts_of(record: Record) -> list[Chart]:
     """The charts of a record of `bench ops`, `bench blocks`, `bench model` or the demo; none of another kind."""
-    if record["kind"] == "bench ops":
-        return [*_op_speedups(record["rows"]), *_rooflines(record["rows"])]
-    runs = record.get("runs") or record.get("rows") or []
-    return [_network_chart(run) for run in runs if "variants" in run]
+    if record.kind == "bench ops":
+        return [*_op_speedups(record.rows), *_rooflines(record.rows)]
+    return [_network_chart(row) for row in record.rows if "variants" in row]
 
 
 def run_title(run: dict[str, Any]) -> str:
@@ -231,13 +231,13 @@ def _finish(axis: Any, title: str, xlabel: str, ylabel: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def save_png(record: dict[str, Any], path: Path, columns: int = 2) -> Path:
+def save_png(record: Record, path: Path, columns: int = 2) -> Path:
     """All charts of a record in one PNG. ValueError where the record has none."""
     from matplotlib.figure import Figure
 
     charts = charts_of(record)
     if not charts:
-        raise ValueError(f"a record of kind {record['kind']!r} has nothing to draw.")
+        raise ValueError(f"a record of kind {record.kind!r} has nothing to draw.")
     columns = min(columns, len(charts))
     rows = [charts[start : start + columns] for start in range(0, len(charts), columns)]
     heights = [max(chart.height for chart in row) for row in rows]
@@ -247,8 +247,8 @@ def save_png(record: dict[str, Any], path: Path, columns: int = 2) -> Path:
     for row, row_parts in zip(rows, parts):
         for chart, part in zip(row, row_parts):
             chart.draw(part)
-    environment = record["environment"]
-    caption = f"{record['device']}, torch {environment['torch']}, {environment['date'][:10]}"
+    environment = record.environment
+    caption = f"{record.device}, torch {environment['torch']}, {environment['date'][:10]}"
     figure.suptitle(caption, fontsize=9, color=COLOURS["faint"], x=0.01, ha="left")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from typing import Any, Iterable, NamedTuple, Optional, Sequence
 
 from fused_resnet import measuring
 from fused_resnet.backends import winners_file
+from fused_resnet.measuring import Record
 from fused_resnet.reporting import charts
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -98,23 +99,23 @@ def _named(error: Exception) -> str:
 # ----------------------------------------------------------------------------------------------- records to sections
 
 
-def section_of(record: Any, file: str) -> Section:
-    """One record as a section. ValueError for what is no record; any of _NOT_OURS for one that lacks something."""
-    kind = record.get("kind") if isinstance(record, dict) else None
-    if kind is None and isinstance(record, dict) and "schema" in record:
-        return _tuned_section(record, file)
+def section_of(content: Any, file: str) -> Section:
+    """A file as a section. ValueError for what is no record; any of _NOT_OURS for one that lacks something."""
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind is None and isinstance(content, dict) and "schema" in content:
+        return _tuned_section(content, file)
     known = ("bench ops", "bench blocks", "bench model", "demo", "gpu-check")
     if kind not in known:
         got = "it names no kind" if kind is None else f"its kind is {kind!r}"
         raise _Foreign(f"is no record of a benchmark: {got} (known kinds are {', '.join(known)})")
-    rows = _rows(record)
+    record = _with_names(Record.from_json(content))
     if kind == "gpu-check":
         tables, entries = [_steps_table(record)], []
     elif kind == "bench ops":
-        tables, entries = _op_tables(rows), measuring.summarise_ops(rows)
+        tables, entries = _op_tables(record.rows), measuring.summarised(kind, record.rows)
     else:
-        tables, entries = list(map(_network_table, rows)), measuring.summarise_networks(rows, measuring.COMPETITORS)
-        tables += [_accuracy_table(record)] if "accuracy" in record else []
+        tables, entries = list(map(_network_table, record.rows)), measuring.summarised(kind, record.rows)
+        tables += [_accuracy_table(record)] if "accuracy" in record.more else []
     contests = [entry for entry in entries if _is_contest(entry) and entry["where"] in _ABOUT]
     losses = [
         Loss(loss["speedup"], entry["variant"], entry["against"], loss["problem"], file)
@@ -124,18 +125,17 @@ def section_of(record: Any, file: str) -> Section:
     won = sum(round(entry["share_won"] * entry["problems"]) for entry in contests)
     level = sum(entry["problems"] for entry in contests) - won - len(losses)
     return Section(
-        file, _title(record), _facts(record), _summary_table(entries) if entries else None, tables,
-        charts.charts_of({**record, "runs": rows} if kind != "bench ops" else record), losses, won, level,
-        _remarks(record, rows),
+        file, _title(record), _facts(record.device, record.environment, record.kernels),
+        _summary_table(entries) if entries else None, tables, charts.charts_of(record), losses, won, level,
+        _remarks(record),
     )  # fmt: skip
 
 
-def _rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The measured rows, each with a name: an earlier version told the runs of a model apart by their batch alone."""
-    settings = record.get("settings", {})
-    model = settings.get("model")
-    rows = record.get("rows") or record.get("runs") or []
-    return [{"problem": f"{model}, batch {row.get('batch')}", **row} for row in rows]
+def _with_names(record: Record) -> Record:
+    """Each row with a name: an earlier version told the runs of a model apart by their batch alone."""
+    model = (record.settings or {}).get("model")
+    rows = [{"problem": f"{model}, batch {row.get('batch')}", **row} for row in record.rows]
+    return record._replace(rows=rows)
 
 
 def _is_contest(entry: dict[str, Any]) -> bool:
@@ -145,22 +145,21 @@ def _is_contest(entry: dict[str, Any]) -> bool:
     return ours and entry["against"] != measuring.COPY
 
 
-def _title(record: dict[str, Any]) -> str:
-    settings = record.get("settings", {})
+def _title(record: Record) -> str:
+    settings = record.settings or {}
     named = settings.get("models") or settings.get("model") or []
     models = [named] if isinstance(named, str) else named
-    return f"{record['kind']}: {', '.join(models)}" if models else record["kind"]
+    return f"{record.kind}: {', '.join(models)}" if models else record.kind
 
 
-def _facts(record: dict[str, Any]) -> list[tuple[str, str]]:
-    environment = record["environment"]
+def _facts(device: str, environment: dict[str, Any], kernels: Optional[str] = None) -> list[tuple[str, str]]:
     gpu = environment.get("gpu") or {}
 
     def listed(source: dict[str, Any], **formats: str) -> str:
         return ", ".join(form.format(source[name]) for name, form in formats.items() if source.get(name))
 
     facts = {
-        "device": record["device"],
+        "device": device,
         "date": environment["date"].replace("T", " ").replace("+00:00", " UTC"),
         "CPU": f"{listed(environment, cpu='{}', threads='threads: {}')} {' '.join(environment.get('cpu_flags') or [])}",
         "GPU": listed(gpu, name="{}", driver="driver {}", sm_mhz="{} MHz", memory_mhz="memory {} MHz", power_w="{} W"),
@@ -170,22 +169,22 @@ def _facts(record: dict[str, Any]) -> list[tuple[str, str]]:
         ))),
         "commit": listed({"commit": (environment.get("commit") or "")[:12],
                           "dirty": environment.get("dirty") and "with changes"}, commit="{}", dirty="{}"),
-        "kernel sources": record.get("kernels") or "",
+        "kernel sources": kernels or "",
     }  # fmt: skip
     return [(name, value.strip()) for name, value in facts.items() if value.strip()]
 
 
-def _remarks(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
+def _remarks(record: Record) -> list[str]:
     remarks = [f"not run: {name}: {reason}" for name, reason in
-               dict.fromkeys(pair for row in rows for pair in row.get("skipped", {}).items())]  # fmt: skip
-    for wrong in record.get("mismatches", []):
+               dict.fromkeys(pair for row in record.rows for pair in row.get("skipped", {}).items())]  # fmt: skip
+    for wrong in record.mismatches or []:
         said = wrong.get("raised") or f"error {wrong['error_ratio']} times what is allowed"
         remarks.insert(0, f"WRONG, not timed: {wrong['variant']}: {wrong['problem']}: {said}")
-    for name, reason in record.get("broken", {}).items():
+    for name, reason in (record.broken or {}).items():
         remarks.insert(0, f"BROKEN: {name}: {reason}")
-    if left := record.get("left"):
-        remarks.append(f"not measured: {len(left)}, {left[0]} the first")
-    if roofs := {row["dtype"]: row["roofline"] for row in rows if "roofline" in row}:
+    if record.left:
+        remarks.append(f"not measured: {len(record.left)}, {record.left[0]} the first")
+    if roofs := {row["dtype"]: row["roofline"] for row in record.rows if "roofline" in row}:
         remarks += [
             f"ceilings measured then, {dtype}: copy {roof['gb_per_s']:.4g} GB/s, matmul {roof['tflops']:.4g} TFLOP/s"
             + (f", reading L2 {roof['l2_gb_per_s']:.4g} GB/s" if roof["l2_gb_per_s"] else "")
@@ -194,9 +193,9 @@ def _remarks(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str
     return remarks
 
 
-def _tuned_section(record: dict[str, Any], file: str) -> Section:
+def _tuned_section(content: dict[str, Any], file: str) -> Section:
     """A file of tuned configs: who won, and by how much over what `auto` takes without it."""
-    table = winners_file.Table.from_json(record)
+    table = winners_file.Table.from_json(content)
     rows = [
         (
             Cell(key), _number(batch), Cell(entry.winner), Cell(_config(entry.candidates[entry.winner].config)),
@@ -207,7 +206,7 @@ def _tuned_section(record: dict[str, Any], file: str) -> Section:
     ]  # fmt: skip
     columns = ("problem", "batch", "winner", "config", "us", "untuned", "winner vs untuned", "measured")
     newest = table.runs.get(max(table.runs, default=""), {})
-    facts = _facts({"device": table.device, "environment": {"date": max(table.runs, default="?"), **newest}})
+    facts = _facts(table.device, {"date": max(table.runs, default="?"), **newest})
     return Section(file, "tuned configs", facts, None, [Table("The fastest of each problem", columns, rows)], [], [], 0,
                    0, [])  # fmt: skip
 
@@ -303,23 +302,23 @@ def _network_table(run: dict[str, Any]) -> Table:
     return Table(run["problem"], columns, rows)
 
 
-def _accuracy_table(record: dict[str, Any]) -> Table:
+def _accuracy_table(record: Record) -> Table:
     rows = [
         (Cell(one["variant"]), _number(one["correct"]), _number(one["images"]), _number(one["changed"]))
-        for one in record["accuracy"]
+        for one in record.more["accuracy"]
     ]
     return Table("ResNet-20 on CIFAR-10 images", ("variant", "right", "images", "predictions changed"), rows)
 
 
-def _steps_table(record: dict[str, Any]) -> Table:
+def _steps_table(record: Record) -> Table:
     rows = [
         (
             Cell(name), Cell(step["outcome"], step["outcome"], step["outcome"] == "failed"),
             _number(step["seconds"]), Cell(step["date"]), Cell(step["detail"]),
         )
-        for name, step in record["steps"].items()
+        for name, step in record.more["steps"].items()
     ]  # fmt: skip
-    verified = record.get("verified")
+    verified = record.more.get("verified")
     what = f"verified: {', '.join(verified['backends'])}" if verified else "no kernel of ours verified"
     return Table(f"Steps; {what}", ("step", "outcome", "seconds", "date", "what it said"), rows)
 

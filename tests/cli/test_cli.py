@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Callable, NamedTuple
 
 import click
 import pytest
@@ -238,14 +239,19 @@ def test_models_batches_and_dtypes_share_one_table():
     assert places == {"all", "add_relu", *(f"batch {batch}, {dtype}" for dtype, batch in kinds)}
 
 
+class StubSubject(NamedTuple):
+    name: str
+    measured: Callable[..., dict]
+
+
 def one_more_row(monkeypatch):
     """Let each call measure one subject; returns what was asked for in order."""
     asked = []
 
-    def bench_op(problem, *_):
-        asked.append(str(problem))
+    def measured(subject, *_):
+        asked.append(subject.name)
         row = {
-            "op": problem.op,
+            "op": subject.problem.op,
             "device": "cpu",
             "batch": 1,
             "dtype": "fp32",
@@ -256,7 +262,7 @@ def one_more_row(monkeypatch):
         variants = {name: {"median_us": 1.0} for name in ("unfused", "eager folded")}
         return {**row, "variants": variants, "not_timed": {}, "failed": {}, "skipped": {}}
 
-    monkeypatch.setattr(measuring.operators, "bench_op", bench_op)
+    monkeypatch.setattr(measuring.OperatorSubject, "measured", measured)
     return asked
 
 
@@ -273,15 +279,13 @@ def test_a_measurement_stops_and_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_problem_that_raises_costs_the_others_nothing(tmp_path, monkeypatch):
-    def broken(budget_s, progress):
+    def broken(*_):
         raise RuntimeError("CUDA error: an illegal memory access\nmore")
 
-    def subjects(*_, **__):
-        row = {"op": "add_relu", "device": "cpu", "batch": 1, "dtype": "fp32", "models": {}, "count": 1,
-               "auto": "eager", "variants": {}, "not_timed": {}, "failed": {}, "skipped": {}}  # fmt: skip
-        return {"a": lambda *_: row, "b": broken, "c": lambda *_: row}
-
-    monkeypatch.setattr(measuring, "op_subjects", subjects)
+    row = {"op": "add_relu", "device": "cpu", "batch": 1, "dtype": "fp32", "models": {}, "count": 1,
+           "auto": "eager", "variants": {}, "not_timed": {}, "failed": {}, "skipped": {}}  # fmt: skip
+    subjects = [StubSubject("a", lambda *_: row), StubSubject("b", broken), StubSubject("c", lambda *_: row)]
+    monkeypatch.setattr(measuring, "op_subjects", lambda *_, **__: subjects)
     command = ["bench", "ops", "--model", "resnet20", "--out", tmp_path / "ops.json", *TINY]
     record = json_of(*command, exit_code=1)
     assert [row["problem"] for row in record["rows"]] == ["a", "c"] and record["left"] == ["b"]
@@ -323,7 +327,7 @@ def test_bench_ops_for_people_lists_losses(monkeypatch):
         "roofline": {"gb_per_s": 1.0, "tflops": 1.0, "l2_gb_per_s": 2.0}, "auto": "onednn", "variants": variants,
         "skipped": {"cudnn": "no GPU"}, "not_timed": {"triton": 7.0}, "failed": {"cuda": "RuntimeError: broken"},
     }  # fmt: skip
-    monkeypatch.setattr(measuring, "op_subjects", lambda *_, **__: {"the problem": lambda budget_s, progress: row})
+    monkeypatch.setattr(measuring, "op_subjects", lambda *_, **__: [StubSubject("the problem", lambda *_: row)])
     result = run("bench", "ops", "--model", "resnet20", *TINY)
     assert result.exit_code == 1  # triton is wrong
     for expected in ("0.25x LOSS", "LOSS 0.25x the problem", "1 lost", "WRONG", "RuntimeError: broken", "no GPU",

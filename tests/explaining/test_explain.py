@@ -12,10 +12,9 @@ from fused_resnet import backends
 from fused_resnet.backends import choice
 from fused_resnet.backends import record as registry
 from fused_resnet.cli.main import main
-from fused_resnet.explaining import explain as explanation
 from fused_resnet.explaining import table
 from fused_resnet.fusing import convert
-from fused_resnet.measuring import rooflines
+from fused_resnet.measuring import rooflines, timing
 from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.operators.problem import ConvProblem
 from tests.support import networks
@@ -297,12 +296,17 @@ def test_bad_input(model, example, error, message):
 
 def test_roofline_is_measured_once(monkeypatch):
     measured = []
-    monkeypatch.setattr(rooflines, "roofline", lambda *args: measured.append(args) or ROOF)
-    explanation._roofline.cache_clear()
+
+    def interleaved(calls, **_):
+        measured.append(list(calls))
+        return dict.fromkeys(calls, timing.Stats(1.0, 1.0, 1.0, 1.0, 1))
+
+    monkeypatch.setattr(rooflines, "interleaved", interleaved)
+    rooflines.roofline.cache_clear()
     for _ in range(2):
         fused_resnet.explain(networks.single(), torch.randn(2, 16, 9, 9))
-    assert measured == [("cpu", torch.float32)]
-    explanation._roofline.cache_clear()
+    rooflines.roofline.cache_clear()
+    assert measured == [["copy", "matmul"]]
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -310,7 +314,7 @@ def test_roofline_is_measured_once(monkeypatch):
 
 @pytest.fixture
 def quick_roofline(monkeypatch):
-    monkeypatch.setattr(explanation, "_roofline", lambda device, dtype: ROOF)
+    monkeypatch.setattr(rooflines, "roofline", lambda device, dtype: ROOF)
 
 
 def test_command_line(quick_roofline, capsys):

@@ -180,9 +180,8 @@ def test_op_variants_are_right_and_say_why_others_are_missing():
 
 def measured(problem=SMALL):
     """One row of `bench ops`."""
-    roof = rooflines.Roofline(1e10, 1e11)
-    row = measuring.bench_op(problem, {"a model": 2}, lambda dtype: roof, "cpu", 1, 0.01, timing.silent)
-    return {"problem": str(problem), **row}
+    subject = measuring.OperatorSubject(problem, {"a model": 2}, "cpu")
+    return {"problem": subject.name, **subject.measured(0.01, rounds=1)}
 
 
 def with_bound(monkeypatch, change):
@@ -367,9 +366,22 @@ def test_a_variant_that_breaks_when_it_runs_does_not_cost_the_others(monkeypatch
     builders = {"eager NCHW fp32": lambda: lambda: x, "frozen fp32": lambda: lambda: x, "compile fp32": lambda: broken}
     monkeypatch.setattr(measuring.networks, "variant_builders", lambda *_, **__: builders)
     x = torch.randn(2, 3)
-    row = measuring.bench_network(torch.nn.Identity(), x, device="cpu", budget_s=1, rounds=1)
+    row = measuring.NetworkSubject("x", torch.nn.Identity(), x.shape, "cpu", [torch.float32]).measured(1.0, rounds=1)
     assert set(row["variants"]) == {"eager NCHW fp32", "frozen fp32"}
     assert row["skipped"] == {"compile fp32": "RuntimeError: an illegal memory access"}
+
+
+def test_a_network_says_which_of_its_variants_are_built(monkeypatch):
+    shape, dtypes = (2, 3, 4, 4), [torch.float32, torch.bfloat16]
+    built = lambda builders, _: ({name: lambda: torch.ones(shape) for name in builders}, {})  # noqa: E731
+    monkeypatch.setattr(measuring.networks, "build_variants", built)
+    subject = measuring.NetworkSubject(
+        "x", torch.nn.Identity(), shape, "cpu", dtypes, ("folded",), ("auto", "eager"), with_fused=True
+    )
+    row = subject.measured(1.0, rounds=1)
+    names = {f"{kind} {dtype}" for kind in ("fused", "folded", "frozen") for dtype in ("fp32", "bf16")}
+    assert set(row["variants"]) == {"eager NCHW fp32", "frozen fp32 eager", "frozen bf16 eager", *names}
+    assert row["batch"] == 2 and row["skipped"] == {}
 
 
 def test_max_error_is_relative_to_the_largest_output():

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from fused_resnet import measuring
 from fused_resnet.backends import winners_file
 from fused_resnet.cli.main import cli
+from fused_resnet.measuring import Record
 from fused_resnet.reporting import charts, report
 
 ROOT = Path(__file__).parents[2]
@@ -200,7 +201,9 @@ def test_without_matplotlib_the_page_says_so(op_file, monkeypatch):
 
 
 def test_charts_have_no_names_in_common_and_the_colours_of_the_page():
-    drawn = [charts.svg(chart, salt) for chart in charts.charts_of(op_record()) for salt in ("a", "b")]
+    drawn = [
+        charts.svg(chart, salt) for chart in charts.charts_of(Record.from_json(op_record())) for salt in ("a", "b")
+    ]
     assert len(drawn) == 4  # speed-ups and roofline
     names = [set(re.findall(r'id="([^"]+)"', text)) for text in drawn]
     assert all(names) and sum(map(len, names)) == len(set().union(*names))
@@ -212,10 +215,10 @@ def test_charts_have_no_names_in_common_and_the_colours_of_the_page():
 
 
 def test_a_chart_is_written_as_png(tmp_path):
-    path = charts.save_png(op_record(), tmp_path / "deep" / "ops.png")
+    path = charts.save_png(Record.from_json(op_record()), tmp_path / "deep" / "ops.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="kind 'gpu-check' has nothing to draw"):
-        charts.save_png({"kind": "gpu-check"}, tmp_path / "none.png")
+        charts.save_png(Record("gpu-check", "Test GPU", None, ENVIRONMENT), tmp_path / "none.png")
 
 
 # --------------------------------------------------------------------------------------------------------- in a browser

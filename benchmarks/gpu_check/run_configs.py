@@ -1,4 +1,6 @@
-"""Every tuned config of a device once, on two images, against the reference: python -m benchmarks.run_configs FILE.
+"""Every tuned config of a device once, on two images, against the reference.
+
+python -m benchmarks.gpu_check.run_configs FILE
 
 Small enough to run under compute-sanitizer. Prints a line per config; exit code 1 when one is wrong or raises.
 """
@@ -24,7 +26,9 @@ _ON_THREADS = re.compile(r", \d+ threads$")  # which the keys of a CPU's file en
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run_configs", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_check.run_configs", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("file", type=Path, help="fused_resnet/configs/<device>.json, or a copy")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--backend", type=lambda text: text.split(","), default=["cuda", "triton"],

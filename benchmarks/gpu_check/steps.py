@@ -1,21 +1,8 @@
-"""Everything that needs a GPU, in one call: python -m benchmarks.gpu_check [--out folder] [--only tests,ops].
-
-Builds _C_cuda where there is none, then by value: a smoke test, the GPU tests, `verify`, compute-sanitizer, the tuner,
-the benchmarks. Each step is a process group of its own, so that one that crashes or hangs costs only itself. Writes
-check.json, with what was verified, after each step, beside log.txt, the tuner's configs.json and journal.jsonl, and one
-file per benchmark: eight in all, in benchmarks/results/<device>/.
-
---budget says how many seconds the call may take. A later call goes on: --only names steps, "rest" those that have not
-passed on these sources. check.json keeps the others with their dates. The tuner and the benchmarks go on in their
-files, on another machine too where the results' folder was brought along.
---device cpu runs what a CPU can of it, to try the whole out.
-"""
+"""What gpu-check does, step by step: each a command or several, whose outcome it judges."""
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
-import datetime
 import importlib.util
 import json
 import os
@@ -24,81 +11,19 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
-import torch
-
-from benchmarks.isolated import CLOSING_CHARACTERS, FAILED, NOT_RUN, PASSED, Result, execute, executed
-from fused_resnet.backends import winners as tuning
-from fused_resnet.backends import winners_file
-from fused_resnet.kernels import compiled
-from fused_resnet.kernels import sources as provenance
-from fused_resnet.machine import devices, files
-from fused_resnet.measuring.environment import environment as environment_of
+from benchmarks.gpu_check.budget import OURS, Step
+from benchmarks.gpu_check.isolated import FAILED, NOT_RUN, PASSED, Result, execute, executed
+from fused_resnet.backends import winners, winners_file
+from fused_resnet.kernels import compiled, sources
 from fused_resnet.tuning import tuner
 
 PYTHON = sys.executable
 CLI = (PYTHON, "-m", "fused_resnet")
-OURS = ("cuda", "triton")
 NEEDED = ("click", "rich", "platformdirs", "filelock", "pytest", "xdist", "hypothesis", "expecttest", "numpy", "PIL")
 # The tuner's: time is split among the first, until so much is left, of which a quarter may go into starting.
 _ATTEMPTS, _ATTEMPT_S = 5, 120.0
-
-
-class Step(NamedTuple):
-    """One step.
-
-    needs_s: it is given at least so many seconds, and not begun with fewer. limit_s: at most so many. share: 0 for what
-    takes as long as it takes. Otherwise its weight when what is left is divided among it and the steps after it. run:
-    does it within the seconds it is given.
-    """
-
-    name: str
-    needs_s: float
-    limit_s: float
-    share: float
-    run: Callable[[float], Result]
-
-
-def main() -> int:
-    options = parse_arguments()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("gpu-check: needs a CUDA GPU and a CUDA build of torch; this torch sees none.", file=sys.stderr)
-        return 2
-    device = devices.device_name(options.device)
-    out = options.out or provenance.ROOT / "benchmarks" / "results" / device.lower().replace(" ", "-")
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / "check.json"
-    setup = Setup(out, options.device, options.model, options.problems, options.configs)
-    bring_back(setup)
-    steps = all_steps(setup)
-    unknown = set(options.only or ()) - {"rest", *(step.name for step in steps)}
-    if unknown:
-        known = ", ".join(step.name for step in steps)
-        print(f"gpu-check: unknown step {', '.join(sorted(unknown))}; known ones are rest, {known}.", file=sys.stderr)
-        return 2
-    record = run_steps(chosen(steps, options.only, file), file, device, options.budget)
-    print(f"\nrecords in {out}: {', '.join(sorted(file.name for file in out.iterdir() if file.is_file()))}")
-    for name, step in record["steps"].items():
-        print(f"  {name:18} {step['outcome']:8} {step['seconds']:6.0f} s  {step['detail'][:100]}")
-    return 1 if any(step["outcome"] == FAILED for step in record["steps"].values()) else 0
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/<device>")
-    parser.add_argument("--only", type=lambda text: text.split(","), default=None,
-                        help='steps, separated by commas; "rest": those that have not passed yet')  # fmt: skip
-    parser.add_argument("--budget", type=float, default=1500, help="seconds in all (default: 1500)")
-    parser.add_argument("--problems", type=int, default=300, help="random problems per backend (default: 300)")
-    parser.add_argument("--model", default="resnet50", help="what the benchmarks measure (default: resnet50)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument("--configs", type=Path, default=None,
-                        help="of the tuner's winners (default: fused_resnet/configs; on a CPU, OUT/tuned)")  # fmt: skip
-    return parser.parse_args()
-
-
-# -------------------------------------------------------------------------------------------------------------- steps
 
 
 class Setup(NamedTuple):
@@ -121,8 +46,8 @@ class Setup(NamedTuple):
     @property
     def winners(self) -> Optional[Path]:
         """The tuner's file for this device: where it ships, unless --configs says otherwise; on a CPU, in OUT."""
-        name = tuning.device_id(self.device)
-        ships = provenance.ROOT / "fused_resnet" / "configs"
+        name = winners.device_id(self.device)
+        ships = sources.ROOT / "fused_resnet" / "configs"
         folder = self.configs or (ships if self.is_gpu else self.out / "tuned")
         return None if name is None else folder / winners_file.file_name(name)
 
@@ -180,83 +105,7 @@ def all_steps(setup: Setup) -> list[Step]:
     ]  # fmt: skip
 
 
-def chosen(steps: Sequence[Step], only: Optional[Sequence[str]], file: Path) -> list[Step]:
-    """The steps asked for: all, those named, or with "rest" also those that check.json does not call passed."""
-    if only is None:
-        return list(steps)
-    done = read_record(file)["steps"] if "rest" in only else {}
-    rest = [step.name for step in steps if not has_passed(done.get(step.name, {}))] if "rest" in only else []
-    return [step for step in steps if step.name in only or step.name in rest]
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """check.json as an earlier call left it; an empty one where there is none, or where it cannot be read."""
-    try:
-        record = json.loads(file.read_text())
-        return record if isinstance(record["steps"], dict) else {"kind": "gpu-check", "steps": {}}
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"gpu-check: {file.name} cannot be read and is begun anew ({error})", file=sys.stderr)
-    return {"kind": "gpu-check", "steps": {}}
-
-
-def has_passed(step: dict[str, Any]) -> bool:
-    return step.get("outcome") == PASSED and step.get("sources") == provenance.source_digest()
-
-
-def run_steps(steps: Sequence[Step], file: Path, device: str, budget_s: float) -> dict[str, Any]:
-    """Run the steps one after the other, and keep check.json up to date after each."""
-    record = read_record(file)
-    deadline = time.monotonic() + budget_s
-    for index, step in enumerate(steps):
-        left_s = deadline - time.monotonic()
-        given_s = given(step, steps[index + 1 :], left_s)
-        print(f"\n=== {index + 1}/{len(steps)} {step.name}: {given_s:.0f} s of the {left_s:.0f} s left", flush=True)
-        started = time.monotonic()
-        result = run_step(step, given_s)
-        print(f"=== {step.name}: {result.outcome} ({result.detail})", flush=True)
-        record["steps"][step.name] = {
-            **result._asdict(),
-            "seconds": round(time.monotonic() - started, 1),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "sources": provenance.source_digest(),
-        }
-        record["device"] = device
-        record["environment"] = environment_of("cuda" if torch.cuda.is_available() else "cpu")
-        record["verified"] = verified(record["steps"], device)
-        files.write_json(file, record)
-    return record
-
-
-def given(step: Step, later: Sequence[Step], left_s: float) -> float:
-    """The seconds a step is given of those that are left."""
-    if not step.share:
-        return min(step.limit_s, left_s)
-    free_s = left_s - sum(other.needs_s for other in later if not other.share)
-    shares = step.share + sum(other.share for other in later)
-    return min(step.limit_s, left_s, max(step.needs_s, free_s * step.share / shares))
-
-
-def run_step(step: Step, given_s: float) -> Result:
-    if given_s < step.needs_s:
-        return Result(NOT_RUN, f"it needs {step.needs_s:.0f} s, and {max(given_s, 0):.0f} s were left")
-    try:
-        return step.run(given_s)
-    except Exception as error:  # whatever it is, the next step does not depend on it
-        return Result(FAILED, f"{type(error).__name__}: {error}"[:CLOSING_CHARACTERS])
-
-
-def verified(steps: dict[str, dict], device: str) -> Optional[dict[str, Any]]:
-    """The provenance record of those backends that passed on the sources as they are now, or None."""
-    backends = [name for name in OURS if all(has_passed(steps.get(one, {})) for one in ("tests", f"verify-{name}"))]
-    if not backends:
-        return None
-    date = max(steps[f"verify-{name}"]["date"] for name in backends)
-    return verified.verified_record(device, date, backends)
-
-
-# ------------------------------------------------------------------------------------------------- what the steps do
+# ---------------------------------------------------------------------------------------------------- what the steps do
 
 
 def environment(setup: Setup, limit_s: float) -> Result:
@@ -272,7 +121,7 @@ def build(setup: Setup, limit_s: float) -> Result:
     """The library that is there, when it loads; else a new one, when there is a compiler for it."""
     if not setup.is_gpu:
         return Result(NOT_RUN, "it needs a CUDA build of torch")
-    load = (PYTHON, "-c", "import sys; from benchmarks import gpu_check; sys.exit(gpu_check.why_not_this_library())")
+    load = (PYTHON, "-c", "import sys; from benchmarks.gpu_check import steps; sys.exit(steps.why_not_this_library())")
     result = execute(load, limit_s, setup.log)
     if result.outcome == PASSED:
         return Result(PASSED, "the library that was there loads")
@@ -289,10 +138,10 @@ def build(setup: Setup, limit_s: float) -> Result:
 def why_not_this_library() -> Optional[str]:
     """Why _C_cuda cannot be what is verified and tuned here, or None. fused_resnet/_build.json, which lies beside it,
     says what it was compiled from."""
-    built, sources = compiled.kernel_digest(provenance.CUDA), provenance.kernel_digest(provenance.CUDA)
+    built, wanted = compiled.kernel_digest(sources.CUDA), sources.kernel_digest(sources.CUDA)
     why = compiled.load("cuda")
-    if why is None and built != sources:
-        why = f"_C_cuda was compiled from kernels {built} by _build.json, these are {sources}"
+    if why is None and built != wanted:
+        why = f"_C_cuda was compiled from kernels {built} by _build.json, these are {wanted}"
     return why
 
 
@@ -343,7 +192,7 @@ def sanitize_configs(setup: Setup, limit_s: float) -> Result:
     """memcheck over every config that the tuner has kept, each once."""
     if not (setup.out / "configs.json").exists():
         return Result(NOT_RUN, "nothing is tuned")
-    return memcheck(setup, limit_s, PYTHON, "-m", "benchmarks.run_configs", str(setup.out / "configs.json"))
+    return memcheck(setup, limit_s, PYTHON, "-m", "benchmarks.gpu_check.run_configs", str(setup.out / "configs.json"))
 
 
 def memcheck(setup: Setup, limit_s: float, *command: str) -> Result:
@@ -373,11 +222,11 @@ def tune(setup: Setup, batches: str, dtypes: str, limit_s: float) -> Result:
     Several attempts, each with half of what is left: a candidate that leaves the GPU unusable, or hangs, ends its
     process, is recorded, and the next attempt goes on after it.
     """
-    winners = setup.winners
-    if winners is None:
+    file = setup.winners
+    if file is None:
         return Result(FAILED, "GPUs of different kinds are visible")
     command = (*CLI, "tune", "--device", setup.device, "--model", setup.model, "--batch", batches, "--dtype", dtypes,
-               "--configs", str(winners.parent), "--budget-minutes")  # fmt: skip
+               "--configs", str(file.parent), "--budget-minutes")  # fmt: skip
     deadline = time.monotonic() + limit_s
     result = Result(NOT_RUN, "there was no time")
     for _ in range(_ATTEMPTS):
@@ -412,7 +261,3 @@ def benchmark(setup: Setup, name: str, arguments: Sequence[str], limit_s: float)
     if left and resumed.outcome == PASSED:
         return Result(NOT_RUN, f"the time was up: {len(left)} left, {left[0]} the first; --only {name} goes on")
     return resumed
-
-
-if __name__ == "__main__":
-    sys.exit(main())
