@@ -63,9 +63,8 @@ def run(problem: ConvProblem, name: str, config: dict[str, Any], device: str) ->
     """("right", "wrong" or "not run"; why)."""
     backend = backends.known("conv_bn_act")[name]
     reason = backend.why_not(problem)
-    choices = backend.configs and (
-        backend.configs.legal or backend.configs.worth
-    )  # also what was tuned for another batch
+    # legal: also what was tuned for another batch
+    choices = backend.configs and (backend.configs.legal or backend.configs.worth)
     legal = choices(problem) if choices and not reason else []
     found = next((one for one in legal if one._asdict() == config), None)
     if found is None:
