@@ -1,6 +1,7 @@
 """The backends: each operator's implementations, one record per way to compute it.
 
-A file each, of which `BACKEND` is the record, and a line each below; `choice` chooses among them.
+A convolution's backends have a file each, of which `BACKEND` is the record, and a line below. `add_relu` has all of its
+own. `choice` chooses among them.
 """
 
 import importlib

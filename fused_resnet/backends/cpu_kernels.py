@@ -37,7 +37,7 @@ def bind_kernel(
     bias: Optional[Tensor],
     into_residual: bool,
 ) -> Callable[..., Tensor]:
-    """As `onednn_convolution`, with a kernel (x, weight, bias, residual, *window, activation, out).
+    """As `onednn.bind`, with a kernel (x, weight, bias, residual, *window, activation, out).
 
     bf16 activations are widened, summed in fp32 and rounded once. weight: packed.
     """

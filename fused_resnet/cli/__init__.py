@@ -1,0 +1,1 @@
+"""The command line (`main`), a module a verb; `console` is what they share."""

@@ -14,8 +14,7 @@ import torch
 
 import fused_resnet
 from fused_resnet import backends, measuring
-from fused_resnet.backends import winners as tuning
-from fused_resnet.backends import winners_file
+from fused_resnet.backends import winners, winners_file
 from fused_resnet.cli.console import as_json_option, new_table, print_json, stdout_console, why_no_cuda
 from fused_resnet.kernels import compiled
 from fused_resnet.machine import files
@@ -146,19 +145,19 @@ def _at_home(path: Any) -> str:
 
 def _tuning_info(device: str) -> dict[str, Any]:
     """What `auto` goes by on a kind of device: both files, and how often each backend won in them."""
-    name = tuning.device_id(device)
+    name = winners.device_id(device)
     found: dict[str, Any] = {"device": name, "used": os.environ.get("FUSED_RESNET_TUNED") != "0", "files": []}
-    for folder in (tuning.SHIPPED, tuning.user_folder()) if name else ():
+    for folder in (winners.SHIPPED, winners.user_folder()) if name else ():
         path = folder / winners_file.file_name(str(name))
         table = winners_file.read(path, str(name))
         entries = [entry for by_batch in table.entries.values() for entry in by_batch.values()] if table else []
-        winners = [entry.winner for entry in entries]
+        fastest = [entry.winner for entry in entries]
         found["files"].append(
             {
                 "path": _at_home(path),
                 "exists": path.exists(),
                 "entries": len(entries),
-                "winners": {winner: winners.count(winner) for winner in sorted(set(winners))},
+                "winners": {winner: fastest.count(winner) for winner in sorted(set(fastest))},
             }
         )
     return found

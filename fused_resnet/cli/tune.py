@@ -167,7 +167,7 @@ def _described(one: dict[str, Any]) -> str:
 
 def _compile(problems: list[ConvProblem], arch: int, out: Path, triton_version: Optional[str], as_json: bool) -> None:
     """Every candidate of Triton's for these problems on an architecture, into a folder that can be carried."""
-    version = precompile.triton_version()
+    version = runtime.triton_version()
     if version is None or triton_version not in (None, version):
         raise click.ClickException(
             f"this is Triton {version or 'missing'}, and the target has {triton_version or 'one'}: kernels are found "

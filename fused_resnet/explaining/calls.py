@@ -1,4 +1,4 @@
-"""Which convolutions a model calls, in order: recorded on fake tensors or read off a plan. For `explanation`."""
+"""Which convolutions a model calls, in order: recorded on fake tensors or read off a plan."""
 
 from __future__ import annotations
 

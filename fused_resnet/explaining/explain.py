@@ -17,6 +17,7 @@ from fused_resnet import backends
 from fused_resnet.backends import choice
 from fused_resnet.explaining import calls
 from fused_resnet.explaining.table import Explanation, Row
+from fused_resnet.freezing.copies import unwrapped
 from fused_resnet.freezing.frozen import FrozenModel, FrozenParts
 from fused_resnet.fusing import convert
 from fused_resnet.measuring import rooflines
@@ -39,7 +40,7 @@ def explain(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain: expected an nn.Module, got {type(model).__name__}.")
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    model = unwrapped(model)
     device = _device_of(model, example_input)
     if isinstance(model, (FrozenModel, FrozenParts)):
         form, name = "frozen", type(model.unfreeze()).__name__

@@ -1,4 +1,4 @@
-"""The shape and dtype of every value of a traced model, and the casts that compute it in another dtype. For `plan`.
+"""The shape and dtype of every value of a traced model, and the casts that compute it in another dtype.
 
 Nothing is computed. In the model's own dtype a graph stays as it is: what torch refuses or promotes, it refuses and
 promotes here. In another, the graph computes as under autocast, from an input that is in that dtype already:

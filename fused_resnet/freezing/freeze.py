@@ -46,7 +46,7 @@ def freeze(
     Calls are safe from several threads, outputs are fresh tensors, and autocast around a call changes nothing. A frozen
     model reads its input: where the model writes into it (an in-place ReLU first, `x += y`), the copy does not. A
     frozen CPU plan may turn NaN into 0 where it meets a ReLU, as oneDNN does. On glibc, malloc is told to keep as much
-    freed memory as a plan works in (`workspace`).
+    freed memory as a plan works in (`machine.malloc`).
 
     A model that torch.fx cannot trace, or that takes no single tensor (detectors, transformers' ResNet), is frozen in
     parts: a FrozenParts, in which the largest modules that can be are frozen and the rest runs as it is. What

@@ -1,4 +1,4 @@
-"""Which tensors of a plan lie in row space, and which config each Triton convolution then takes. For `plan`.
+"""Which tensors of a plan lie in row space, and which config each Triton convolution then takes.
 
 A 3x3 convolution that reads row space (`rows_tma`) needs no index arithmetic, but somebody has to write the halo. Where
 a Triton convolution writes a tensor that only Triton convolutions read, it writes the halo along with it; nothing is

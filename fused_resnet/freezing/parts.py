@@ -1,7 +1,7 @@
 """Which parts of a model can be frozen where the whole cannot: the largest modules that are called with one tensor.
 
 Detectors take lists of images, transformers' models look at their input's shape: torch.fx cannot trace them. What
-does the arithmetic in them are plain networks. For `plan`.
+does the arithmetic in them are plain networks.
 """
 
 from __future__ import annotations

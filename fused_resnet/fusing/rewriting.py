@@ -1,12 +1,13 @@
-"""A module's own forward with its conv -> BN -> (+ residual) -> activation sequences in one call each. For `fuse`.
+"""A module's own forward with its conv -> BN -> (+ residual) -> activation sequences in one call each.
 
-`programs_of` traces one module's forward (`watching`), its children as they are called. It replaces what `matching`
-finds by calls of `nn.conv_bn_act` that read the live children. Why the rewritten forward may stand for the original:
+`programs_of` traces one module's forward (`forward_graph`), its children as they are called. It replaces what
+`matching` finds by calls of `nn.conv_bn_act` that read the live children. Why the rewritten forward may stand for the
+original:
 
-- The graph is all that the forward does, or it is refused (`watching`), as long as what the forward read is as it was.
-  That is compared on each call. The original forward runs where an attribute has changed, or a child became another
-  kind of module. It also runs where two names are no longer of the same one. There is a program for training mode and
-  one for eval mode. A class whose forward was replaced since runs the new one.
+- The graph is all that the forward does, or it is refused (`forward_graph`), as long as what the forward read is as it
+  was. That is compared on each call. The original forward runs where an attribute has changed, or a child became
+  another kind of module. It also runs where two names are no longer of the same one. There is a program for training
+  mode and one for eval mode. A class whose forward was replaced since runs the new one.
 - What a child does is not assumed. A child of a sequence that was hooked, replaced or parametrized is called
   (`nn.conv_bn_act`), and every other child is called anyway. A child that torch does not know may write the memory
   that it is given. No convolution is moved past such a write to its input.

@@ -1,6 +1,6 @@
 """Where a graph computes conv -> BN -> (+ residual) -> activation in a way that may become one call.
 
-For `plan` (whole models, shapes known) and `rewriting` (one module's forward, shapes not known).
+In whole models, with shapes known, for `freezing`; in one module's forward, without them, for `fusing`.
 """
 
 from __future__ import annotations

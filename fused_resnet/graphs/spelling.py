@@ -1,4 +1,4 @@
-"""Traced graphs in the spelling that plans have rules for. For `tracing`.
+"""Traced graphs in the spelling that plans have rules for.
 
 torch.export's graphs call ATen's operators: they become the functions and methods that models call. Functions that take
 the model's own weights become modules over those very weights.

@@ -1,6 +1,6 @@
 """Finds, checks and loads the compiled parts. Each may be missing; then it is said why, and what to do about it.
 
-`_C_cpu.so` and `_C_cuda.so` register kernels for operators that `ops` defines; `_host_checks` is for tests.
+`_C_cpu.so` and `_C_cuda.so` register kernels for operators of `operators.library`; `_host_checks` is for tests.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""What this computer is: `devices` by name, `files` in the cache folder, memory (`malloc`), `cuda_graphs`."""

@@ -1,4 +1,4 @@
-"""The memory that frozen CPU plans work in: kept by the process from call to call. For `plan`.
+"""The memory that frozen CPU plans work in: kept by the process from call to call.
 
 oneDNN's fused convolutions allocate their own results through torch, so a plan cannot hand them buffers. What it can
 do is see that the C library keeps the pages. By default glibc returns freed blocks of more than 32 MiB to the system

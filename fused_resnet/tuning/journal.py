@@ -1,4 +1,4 @@
-"""What a long measurement has found out so far, so that it can be interrupted and go on. For `tuner`."""
+"""What a long measurement has found out so far, so that it can be interrupted and go on."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ A candidate is a backend with one of its configs. For each convolution:
 3. The right ones are timed in turn from cold caches, on CUDA by replaying a graph.
 4. The fastest is written to the file.
 
-The time is that of the launches in a plan, with x where the kernel reads it (`bench.planned_call`). Some kernels read x
-from row space, where a plan cannot always keep it. So the fastest of the other kernels is written too. The backend of
-the fixed order is always a candidate, and keeps its place unless another one beats it by MARGIN. A journal keeps every
-check and row, so that a process that was interrupted goes on where it stopped.
+The time is that of the launches in a plan, with x where the kernel reads it (`measuring.planned_call`). Some kernels
+read x from row space, where a plan cannot always keep it. So the fastest of the other kernels is written too. The
+backend of the fixed order is always a candidate, and keeps its place unless another one beats it by MARGIN. A journal
+keeps every check and row, so that a process that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -257,7 +257,7 @@ print(int(statistics.median(faults[1:])))
 
 
 @pytest.mark.skipif(not malloc._is_ours_to_set(), reason="needs glibc with malloc's thresholds not set from outside")
-def test_the_workspace_stays_with_the_process():
+def test_freed_memory_stays_with_the_process():
     def page_faults(**environment):
         run = subprocess.run(
             [sys.executable, "-c", FAULTS], env={**os.environ, **environment}, capture_output=True, text=True

@@ -56,7 +56,7 @@ def test_library_carries_the_digest_of_these_schemas(library):
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """extension with an empty directory instead of the package's, and nothing remembered."""
+    """`compiled` with an empty directory instead of the package's, and nothing remembered."""
     monkeypatch.setattr(compiled, "_DIRECTORY", tmp_path)
     compiled.build_record.cache_clear()
     monkeypatch.setattr(compiled, "load", compiled.load.__wrapped__)

@@ -560,7 +560,7 @@ def test_what_still_compiles_is_ended(monkeypatch):
 
 
 def test_carried_kernels_serve_only_what_they_were_compiled_for(tmp_path, monkeypatch):
-    if precompile.triton_version() is None:
+    if runtime.triton_version() is None:
         pytest.skip("Triton is not installed")
     assert "holds no fused_resnet.json" in precompile.why_not_carried(tmp_path, 90)
     for arch in (100, 90):
@@ -578,7 +578,7 @@ def test_carried_kernels_serve_only_what_they_were_compiled_for(tmp_path, monkey
 @pytest.mark.full
 def test_kernels_are_compiled_without_a_gpu_and_found_again(tmp_path):
     """Compiled twice, the second time from the cache: nothing is added. A tile that Triton refuses is reported."""
-    if precompile.triton_version() is None:
+    if runtime.triton_version() is None:
         pytest.skip("Triton is not installed")
     one = problem(device="cuda", dtype=torch.float16)
     bad = CONFIGS[0]._replace(BLOCK_M=33)
@@ -595,7 +595,7 @@ def test_kernels_are_compiled_without_a_gpu_and_found_again(tmp_path):
 def test_what_is_compiled_ahead_is_what_a_launch_looks_up(tmp_path):
     """Real tensors, aligned as torch aligns them, through the launcher: no new kernel. In a process of its own, since
     Triton must not be interpreted; the driver is replaced there too, and nothing is started."""
-    if precompile.triton_version() is None:
+    if runtime.triton_version() is None:
         pytest.skip("Triton is not installed")
     one = problem(device="cuda", dtype=torch.float16, has_residual=True)
     configs = [CONFIGS[0], CONFIGS[0]._replace(split_k=2)]
@@ -679,7 +679,7 @@ def pretended_gpu(monkeypatch):
 @pytest.mark.full
 def test_the_path_of_a_gpu_without_one(tuned_files, pretended_gpu, monkeypatch, tmp_path):
     """Triton's candidates are really compiled for sm_90, in processes; the winner is found again with its config."""
-    if precompile.triton_version() is None:
+    if runtime.triton_version() is None:
         pytest.skip("Triton is not installed")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     one = problem(32, torch.float16, "cuda", C=64, K=64)

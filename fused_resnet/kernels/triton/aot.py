@@ -77,7 +77,7 @@ class Compiled(NamedTuple):
 def compile_conv(
     problem: ConvProblem, arch: int, config: Optional[TritonConfig] = None, *, row_space_output: bool = False
 ) -> Compiled:
-    """The convolution kernel that `conv_bn_act.launch` would start for this problem (fp32 vectors, aligned tensors)."""
+    """The convolution kernel that `conv.launch` would start for this problem (fp32 vectors, aligned tensors)."""
     return compile_launches(problem, arch, config, row_space_output=row_space_output)[0]
 
 

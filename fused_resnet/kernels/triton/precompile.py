@@ -24,9 +24,9 @@ from typing import Any, NamedTuple, Optional, Sequence
 import torch
 
 from fused_resnet.kernels import compiled, sources
-from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv import launch as conv_bn_act
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
+from fused_resnet.kernels.triton.runtime import triton_version
 from fused_resnet.machine import files
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem, parsed_problem
@@ -44,10 +44,6 @@ class Manifest(NamedTuple):
     triton: str
     archs: list[int]
     kernels: Optional[str]
-
-
-def triton_version() -> Optional[str]:
-    return None if runtime.triton is None else runtime.triton.__version__
 
 
 def write_manifest(folder: Path, arch: int) -> Path:

@@ -1,0 +1,1 @@
+"""Convolutions in Triton: `configs`, `cost` and `launch`; four kernels, what they share, and `row_space`."""

@@ -1,4 +1,4 @@
-"""Which kernels and tiles may compute a convolution, and what each should cost. Arithmetic on shapes only, no Triton.
+"""Which kernels and tiles may compute a convolution. Arithmetic on shapes only, no Triton; `cost` says how long.
 
 Forms: "pointer" runs every problem; "gemm_tma" 1x1 filters, "rows_tma" 3x3 filters over maps with a halo, "lines_tma"
 3x3 filters over dense maps, also with stride 2. The last three need the TMA of sm_90.

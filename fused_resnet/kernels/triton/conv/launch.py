@@ -2,7 +2,7 @@
 
     scale = bn_weight / sqrt(bn_var + eps),  shift = (bias - bn_mean) * scale + bn_bias
 
-The kernels are in `conv_pointer`, `conv_gemm_tma`, `conv_rows_tma` and `conv_lines_tma`; a config names one.
+The kernels are in `pointer`, `gemm_tma`, `rows_tma` and `lines_tma`; a config names one.
 """
 
 from __future__ import annotations

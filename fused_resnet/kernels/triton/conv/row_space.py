@@ -1,7 +1,7 @@
 """Activations with a shared zero halo: rows m = (n * (H + 1) + h) * (W + 1) + w, one of them a pixel's C channels.
 
 Below each image lies a line of zeros, and right of each line a zero pixel. So a 3x3 filter's taps are shifts of rows
-(`conv_rows_tma`). A tensor of this layout has two dimensions, (rows, C), and is dense.
+(`rows_tma`). A tensor of this layout has two dimensions, (rows, C), and is dense.
 """
 
 from __future__ import annotations
