@@ -51,7 +51,7 @@ def as_good_as_plain(model, plain, x):
     or better (seen); a mistake is a thousand times worse."""
     exact = networks.in_fp64(plain, x)
     with torch.no_grad():
-        allowed = 4 * networks.error(plain(x), exact)
+        allowed = networks.allowed(plain(x), exact)
         assert networks.error(model(x), exact) <= allowed < 1e-4
 
 

@@ -197,13 +197,12 @@ def plan_of(name, short):
     exact = networks.in_fp64(model, x)
     with torch.no_grad():
         plain = model.to(DTYPES[short])(x.to(DTYPES[short]))
-    factor = 40.0 if short == "fp32" and "winograd" in used else 4.0
     return {
         "network": name,
         "dtype": short,
         "backends": sorted(set(used)),
         "error": networks.error(frozen(x), exact),
-        "allowed": factor * networks.error(plain, exact),
+        "allowed": networks.allowed(plain, exact, winograd=networks.has_winograd(frozen.plan(x))),
     }
 
 

@@ -144,3 +144,23 @@ def in_fp64(model: nn.Module, x: Tensor) -> Tensor:
 def error(actual: Tensor, exact: Tensor) -> float:
     """Root mean square of the difference, relative to that of the exact result."""
     return ((actual.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+
+LUCK = 2 * torch.finfo(torch.float32).eps
+
+
+def allowed(plain: Tensor, exact: Tensor, *, winograd: bool = False) -> float:
+    """What the same arithmetic in another order may make of the error of a plain result: four times as much.
+
+    In fp32 the plain one may be right by luck, so it counts as two units in the last place at least. A small network,
+    200 seeds, then makes 0.25 to 3.1 times that error. Winograd amplifies a rounding in fp32 by up to ten: 3.0 to 6.0
+    times the error in four draws of a network with 1,198 such convolutions. A mistake is a thousand times worse.
+    """
+    of_plain = error(plain, exact)
+    return 4 * (10 if winograd else 1) * (max(of_plain, LUCK) if plain.dtype == torch.float32 else of_plain)
+
+
+def has_winograd(plan: nn.Module) -> bool:
+    """Whether a plan has a convolution in fp32 by Winograd."""
+    convs = [module for module in plan.modules() if hasattr(module, "problem")]
+    return any(conv.backend.rounding.winograd and conv.problem.dtype == torch.float32 for conv in convs)
