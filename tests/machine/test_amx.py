@@ -15,7 +15,6 @@ needs_emulation = pytest.mark.skipif("amx_bf16" in amx.flags(), reason="this pro
 # c += a @ b by one instruction, in tiles of `rows` and `columns` of c; `depth` counts groups of four bytes
 PRODUCTS = """
 import ctypes, os, sys, tempfile, torch
-sys.path.insert(0, ".")
 from tests.support import amx
 try:
     with tempfile.TemporaryDirectory() as folder:

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 _TORCH = Path(torch.__file__).resolve().parent
 _CANNOT = 77  # the exit status of a process that cannot be told; its stderr says why
 
@@ -87,7 +88,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
         pytest.skip(missing())
     command = [sys.executable] if "amx_bf16" in flags() else [sys.executable, str(HERE / "amx.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_PERTURB_": "128", **environment}
-    done = subprocess.run([*command, "-c", code], capture_output=True, text=True, env=environment, cwd=HERE.parent)
+    done = subprocess.run([*command, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     if done.returncode == _CANNOT:
         pytest.skip(done.stderr)
     return done
