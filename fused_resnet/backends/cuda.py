@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fused_resnet.backends.record import Backend, Configs, Problem, why_not_nvidia
 from fused_resnet.kernels import compiled, sources
-from fused_resnet.kernels.triton import runtime
-from fused_resnet.kernels.triton.conv import launch
+from fused_resnet.machine import devices
 from fused_resnet.operators import layout
 from fused_resnet.operators.layout import all_channels_last
 from fused_resnet.operators.operands import ConvOperands
@@ -22,7 +21,7 @@ def why_not(problem: ConvProblem) -> Optional[str]:
     reason = why_not_here(problem)
     if reason is not None:
         return reason
-    if problem.dtype == torch.float32 and not launch.allows_tf32():
+    if problem.dtype == torch.float32 and not devices.allows_tf32():
         return "in float32 it multiplies in TF32, which torch.backends.cudnn does not allow"
     return _limits(problem)
 
@@ -51,7 +50,7 @@ def why_not_here(problem: Problem) -> Optional[str]:
         return reason
     if problem.dtype == torch.float64:
         return "float64 is not supported (float32, float16, bfloat16 are)"
-    return runtime.why_too_old()
+    return devices.why_too_old()
 
 
 class CudaConfig(NamedTuple):
@@ -73,7 +72,7 @@ def run(problem: ConvProblem, operands: ConvOperands, config: Optional[CudaConfi
     tile, splits = _choice(p, config, is_aligned, out.device.index)
     partials = None if splits == 1 else torch.empty(splits, out.numel(), dtype=torch.float32, device=out.device)
     torch.ops.fused_resnet.cuda_conv_bn_act.default(
-        *o, p.stride, p.padding, p.dilation, p.groups, p.activation, launch.allows_tf32(), tile, partials,
+        *o, p.stride, p.padding, p.dilation, p.groups, p.activation, devices.allows_tf32(), tile, partials,
         out,
     )  # fmt: skip
     return out

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends.record import NEEDS_FOLDED_BN, Backend, InPlan, Rounding, rounds_bias
+from fused_resnet.machine.onednn import isa_limit
 from fused_resnet.operators.composites import activate_
 from fused_resnet.operators.layout import all_channels_last, channels_last
-from fused_resnet.operators.library_faults import forward_detour, onednn_limit
+from fused_resnet.operators.library_faults import forward_detour
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem, dtype_name
 
@@ -45,7 +46,7 @@ def onednn_missing(dtype: torch.dtype) -> Optional[str]:
     if dtype not in supported:
         return f"{dtype_name(dtype)} is not supported (float32, bfloat16, float16 are)"
     if not supported[dtype]():
-        variable, limit = onednn_limit()
+        variable, limit = isa_limit()
         within = f" within {variable}={limit}" if variable else ""
         return f"this CPU has no {dtype_name(dtype)} instructions that oneDNN can use{within}"
     return None

@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_resnet.backends.cpu_kernels import PANEL, bind_kernel, why_no_kernel
 from fused_resnet.backends.record import Backend, InPlan, Rounding
 from fused_resnet.kernels import compiled, sources
-from fused_resnet.operators.library_faults import onednn_has_amx
+from fused_resnet.machine import onednn
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 
@@ -53,7 +53,7 @@ def pays(problem: ConvProblem) -> bool:
     p = problem
     channels, tiles = max(p.C, p.K), p.N * -(-p.P // 4) * -(-p.Q // 4)
     inside = p.N * p.P * p.Q / (16 * tiles) if tiles else 0.0
-    if tiles < max(4, channels // 64) or inside < 0.5 or p.dtype == torch.bfloat16 and onednn_has_amx():
+    if tiles < max(4, channels // 64) or inside < 0.5 or p.dtype == torch.bfloat16 and onednn.has_amx():
         return False
     return p.dtype == torch.float32 or channels <= 192 or inside > 0.9
 

@@ -1,4 +1,4 @@
-"""What the processors here are called. No host name, no path."""
+"""What the processors here are called, and what they can and may do. No host name, no path."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import contextlib
 import functools
 import platform
 from pathlib import Path
+from typing import Optional
 
 import torch
 
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16")
+_MIN_CAPABILITY = (8, 0)  # below, GPUs have no bfloat16, and Triton spills thousands of bytes
 
 
 def device_name(device: str) -> str:
@@ -33,3 +35,29 @@ def _cpuinfo() -> dict[str, str]:
         pairs = (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
         return {pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2}
     return {}
+
+
+def why_too_old() -> Optional[str]:
+    """Why kernels of ours cannot run on every visible GPU, or None: a problem does not say on which of them it lies."""
+    capability = least_capability()
+    if capability is None:
+        return "no GPU is visible"
+    if capability >= _MIN_CAPABILITY:
+        return None
+    wanted, found = ("{}.{}".format(*pair) for pair in (_MIN_CAPABILITY, capability))
+    return f"it needs compute capability {wanted} or later on every visible GPU, one has {found}"
+
+
+@functools.lru_cache(maxsize=None)  # the visible GPUs stay what they are
+def least_capability() -> Optional[tuple[int, int]]:
+    """The lowest compute capability of the visible GPUs; None where there is none."""
+    return min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())), default=None)
+
+
+def allows_tf32() -> bool:
+    """Whether torch's own fp32 convolutions may use TF32 on CUDA. By torch's default they may.
+
+    Asked of `torch.backends.cudnn.conv.fp32_precision`, since `allow_tf32` raises after that one has been set.
+    """
+    precision = getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", None)
+    return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from fused_resnet.kernels.triton import runtime
-from fused_resnet.kernels.triton.conv.launch import allows_tf32
-from fused_resnet.machine.devices import cpu_flags, cpu_name
+from fused_resnet.machine.devices import allows_tf32, cpu_flags, cpu_name
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

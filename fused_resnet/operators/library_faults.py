@@ -8,44 +8,16 @@ whose sources explain them. Where all instruction sets have a fault, they ask fo
 from __future__ import annotations
 
 import functools
-import os
-import re
 from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.machine import onednn
 from fused_resnet.operators.problem import ConvProblem
 
 _HALF_PRECISION = (torch.bfloat16, torch.float16)
-# Values of ONEDNN_MAX_CPU_ISA that leave AMX out; oneDNN ignores what it does not know.
-_WITHOUT_AMX = frozenset(
-    "SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNNI AVX512_CORE_BF16 AVX512_CORE_FP16 "
-    "AVX10_1_512 AVX10_2_512 AVX10_2".split()
-)
-
-
-def onednn_limit() -> tuple[str, str]:
-    """The variable by which oneDNN's instructions are limited, and its value; both empty where none is set."""
-    names = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # oneDNN reads the first that is set
-    return next(((name, os.environ[name]) for name in names if os.environ.get(name)), ("", ""))
-
-
-@functools.lru_cache(maxsize=None)
-def onednn_has_amx() -> bool:
-    """Whether oneDNN computes bf16 convolutions with AMX tiles: the processor has them, and no variable forbids it."""
-    return bool(
-        torch.backends.mkldnn.is_available()
-        and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-        and onednn_limit()[1].upper() not in _WITHOUT_AMX
-    )
-
-
-def onednn_has_bf16() -> bool:
-    """Whether oneDNN computes bf16 convolutions on this processor, within its limit."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return torch.backends.mkldnn.is_available() and supported is not None and bool(supported())
 
 
 class Detour(NamedTuple):
@@ -174,7 +146,7 @@ def _wrong_axes(problem: ConvProblem) -> frozenset[int]:
     if not p.reads_x:
         return frozenset((0, 1))
     is_sampling = p.R == p.S == 1 and p.padding == (0, 0)  # as a projection shortcut does
-    rows = p.stride[0] > p.R and not is_sampling and p.dtype in _HALF_PRECISION and onednn_has_amx()
+    rows = p.stride[0] > p.R and not is_sampling and p.dtype in _HALF_PRECISION and onednn.has_amx()
     columns = p.Q == 1 and p.stride[1] > 1 and p.S > 1
     return frozenset(axis for axis, is_wrong in enumerate((rows, columns)) if is_wrong)
 
@@ -201,7 +173,7 @@ def _spare_channels(problem: ConvProblem) -> int:
     p, channels = problem, problem.C // problem.groups
     if p.dtype not in _HALF_PRECISION or channels >= 32 or p.device != "cpu":
         return 0
-    if p.dilation[1] != 1 or not onednn_has_amx():
+    if p.dilation[1] != 1 or not onednn.has_amx():
         return 0
     # a filter of one column: its rows
     whole = channels < 16 and _fills_blocks(channels, p.S if p.S > 1 else p.R)
@@ -225,7 +197,7 @@ def may_be_wrong(dtype: torch.dtype, weight: tuple, out: tuple, stride: tuple, d
     if out[-1] == 1 and stride[-1] > 1 and taps[-1] > 1 or any(t == 1 < d for t, d in zip(taps, dilation)):
         return True
     passes_by = any(step > tap for step, tap in zip(stride[:-1], taps[:-1])) and max(taps) > 1
-    return onednn_has_amx() and (passes_by or any(_fills_blocks(channels, tap) for tap in taps))
+    return onednn.has_amx() and (passes_by or any(_fills_blocks(channels, tap) for tap in taps))
 
 
 def _undilated(problem: ConvProblem) -> ConvProblem:
@@ -314,18 +286,13 @@ def known_faults() -> list[dict[str, Any]]:
     for fault in FAULTS:
         applies = (
             torch.backends.mkldnn.is_available()
-            and (onednn_has_amx() or not fault.needs_amx)
-            and (onednn_has_bf16() or not fault.needs_bf16)
+            and (onednn.has_amx() or not fault.needs_amx)
+            and (onednn.has_bf16() or not fault.needs_bf16)
         )
         seen = _is_seen(*fault.example) if applies and fault.example is not None else None
         texts = {"what": fault.what, "source": fault.source, "instead": fault.instead}
-        found.append({"library": onednn_version(), **texts, "applies": applies, "seen": seen})
+        found.append({"library": onednn.version(), **texts, "applies": applies, "seen": seen})
     return found
-
-
-def onednn_version() -> str:
-    version = re.search(r"MKL-DNN (v[0-9.]+)", torch.__config__.show())
-    return f"oneDNN {version.group(1)}" if version else "oneDNN"
 
 
 def _is_seen(operation: str, x_shape: tuple, weight_shape: tuple, stride, padding, dilation) -> bool:

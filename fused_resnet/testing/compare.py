@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet import backends
-from fused_resnet.kernels.triton.conv.launch import allows_tf32
+from fused_resnet.machine.devices import allows_tf32
 from fused_resnet.operators import layout, reference
 from fused_resnet.operators.problem import AddReluProblem
 from fused_resnet.testing.case import Case, Outcome

@@ -17,8 +17,8 @@ from fused_resnet.backends import record as registry
 from fused_resnet.backends import winners, winners_file
 from fused_resnet.freezing import modules
 from fused_resnet.kernels import compiled, sources
-from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
+from fused_resnet.machine import devices
 from fused_resnet.measuring import verified
 from fused_resnet.operators.problem import AddReluProblem, parsed_problem
 from tests.support.tuned_files import entry, problem
@@ -458,7 +458,7 @@ def gpu_backend(monkeypatch):
     monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "tunable", tunable)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H200")
-    monkeypatch.setattr(runtime, "least_capability", lambda: None)  # nothing is asked of GPUs that are not there
+    monkeypatch.setattr(devices, "least_capability", lambda: None)  # nothing is asked of GPUs that are not there
 
 
 def test_a_miss_is_said_once_with_the_command_that_tunes(tuned_files, gpu_backend, caplog):

@@ -10,6 +10,7 @@ import fused_resnet
 from fused_resnet import backends, models
 from fused_resnet.freezing.modules import FrozenConv
 from fused_resnet.kernels import compiled
+from fused_resnet.machine import onednn
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from tests.support import networks
@@ -108,7 +109,7 @@ def test_what_it_cannot_run_it_says(change, sentence):
 
 
 def test_auto_takes_it_in_plans_where_it_pays(monkeypatch):
-    monkeypatch.setattr(backends.winograd, "onednn_has_amx", lambda: False)
+    monkeypatch.setattr(onednn, "has_amx", lambda: False)
     chosen = lambda p, **where: backends.fixed_order(p, **where).backend.name  # noqa: E731
     assert chosen(problem_of(H=56, W=56), in_plan=True) == "winograd"
     assert chosen(problem_of(H=56, W=56)) != "winograd"  # the weight would be packed at every call
@@ -121,7 +122,7 @@ def test_auto_takes_it_in_plans_where_it_pays(monkeypatch):
     assert chosen(half, in_plan=True) == "winograd"
     assert chosen(half._replace(H=17, W=17), in_plan=True) != "winograd"  # a quarter of the tiles lies outside
     assert chosen(half._replace(C=192, K=192, H=17, W=17), in_plan=True) == "winograd"
-    monkeypatch.setattr(backends.winograd, "onednn_has_amx", lambda: True)  # whose bf16 is faster
+    monkeypatch.setattr(onednn, "has_amx", lambda: True)  # whose bf16 is faster
     assert chosen(half, in_plan=True) != "winograd"
     assert chosen(half._replace(dtype=torch.float32), in_plan=True) == "winograd"
 

@@ -17,8 +17,8 @@ from fused_resnet import measuring, models, testing
 from fused_resnet.backends import winners, winners_file
 from fused_resnet.cli import console, info, main
 from fused_resnet.kernels import compiled, sources
+from fused_resnet.machine import onednn
 from fused_resnet.measuring import environment, rooflines, timing
-from fused_resnet.operators import library_faults
 from fused_resnet.testing import report as verifying
 
 TINY = ["--rounds", "1", "--device", "cpu"]
@@ -107,16 +107,16 @@ def test_info_for_people():
 
 
 def test_info_names_no_bf16_fault_where_onednn_has_no_bf16(monkeypatch):
-    monkeypatch.setattr(library_faults, "onednn_has_bf16", lambda: False)
+    monkeypatch.setattr(onednn, "has_bf16", lambda: False)
     applying = [fault["what"] for fault in json_of("info")["library_faults"] if fault["applies"]]
     assert applying == ["a convolution of padding alone ends the process"]
 
 
 def test_info_says_which_faults_of_libraries_apply(monkeypatch):
-    monkeypatch.setattr(library_faults, "onednn_has_bf16", lambda: True)
+    monkeypatch.setattr(onednn, "has_bf16", lambda: True)
     amx = "stride is higher than the filter"
     for has_amx in (True, False):
-        monkeypatch.setattr(library_faults, "onednn_has_amx", lambda answer=has_amx: answer)
+        monkeypatch.setattr(onednn, "has_amx", lambda answer=has_amx: answer)
         found = {fault["what"]: fault for fault in json_of("info")["library_faults"]}
         assert [fault["applies"] for what, fault in found.items() if amx in what] == [has_amx]
         text = " ".join(run("info").output.split())

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fused_resnet import backends
 from fused_resnet.backends import cuda
+from fused_resnet.machine import devices
 from fused_resnet.operators import reference
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
@@ -485,7 +486,7 @@ def emulated_library(monkeypatch):
     legal_on = cuda.legal_on  # a tensor on the CPU has no index for it
     on_cpu = functools.lru_cache(lambda problem, is_aligned, index: legal_on.__wrapped__(problem, is_aligned, 0))
     monkeypatch.setattr(cuda, "legal_on", on_cpu)
-    monkeypatch.setattr(cuda.launch, "allows_tf32", lambda: True)
+    monkeypatch.setattr(devices, "allows_tf32", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     cuda._choice.cache_clear()
     with torch.library._scoped_library("fused_resnet", "IMPL") as library:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fused_resnet.kernels.triton import add_relu, interpreter, runtime
 from fused_resnet.kernels.triton.conv import launch as conv_bn_act
 from fused_resnet.kernels.triton.conv.launch import TritonConfig
+from fused_resnet.machine import devices
 from fused_resnet.operators import reference
 from fused_resnet.operators.describe import add_relu_problem, conv_problem
 from fused_resnet.operators.operands import ConvOperands
@@ -83,7 +84,7 @@ def check(operands, window, activation="relu", config=None) -> torch.Tensor:
     """Launch, and hold every element to the reference and its bound; non-finite ones must be the same."""
     problem, operands, out = launch(operands, window, activation, config)
     expected = reference.conv_bn_act(problem, operands)
-    tf32 = problem.dtype == torch.float32 and conv_bn_act.allows_tf32() and not runtime.INTERPRETED
+    tf32 = problem.dtype == torch.float32 and devices.allows_tf32() and not runtime.INTERPRETED
     bound = reference.error_bound(problem, operands, expected=expected, eps_acc=2.0 ** (-11 if tf32 else -24))
     got, finite = out.cpu().double(), expected.isfinite()
     assert torch.equal(got.isfinite(), finite), f"{problem}: non-finite values in other places"
@@ -405,7 +406,7 @@ def test_why_not_on_a_gpu(monkeypatch, hip, capability, reason):
     monkeypatch.setattr(runtime, "IMPORT_ERROR", None)
     monkeypatch.setattr(runtime, "INTERPRETED", False)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(runtime, "least_capability", lambda: capability)
+    monkeypatch.setattr(devices, "least_capability", lambda: capability)
 
     class Broken:
         @property
@@ -459,14 +460,14 @@ def test_tf32_follows_torch():
     try:
         for precision, allowed in (("ieee", False), ("tf32", True)):
             conv.fp32_precision = precision
-            assert conv_bn_act.allows_tf32() is allowed
+            assert devices.allows_tf32() is allowed
     finally:
         conv.fp32_precision = before
 
 
 def test_input_precision_reaches_the_kernel(monkeypatch):
     for allowed, expected in ((True, "tf32"), (False, "ieee")):
-        monkeypatch.setattr(conv_bn_act, "allows_tf32", lambda allowed=allowed: allowed)
+        monkeypatch.setattr(devices, "allows_tf32", lambda allowed=allowed: allowed)
         for dtype in DTYPES:
             operands, *window = _meta(CASES["3x3"], dtype)
             problem = conv_problem(operands, *window, "relu")

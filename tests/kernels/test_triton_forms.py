@@ -25,6 +25,7 @@ from fused_resnet.kernels.triton.conv.configs import (
     why_illegal,
 )
 from fused_resnet.kernels.triton.conv.cost import estimated_us, likely_config
+from fused_resnet.machine import devices
 from fused_resnet.operators import reference
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.problem import ACTIVATIONS, ConvProblem
@@ -171,7 +172,7 @@ def check_in_row_space(operands, window, config, in_row_space) -> torch.Tensor:
         assert torch.equal(row_space.pack(unpacked), out), f"{problem}, {config}: the halo is not zero"
         out = unpacked
     expected = reference.conv_bn_act(problem, operands)
-    tf32 = problem.dtype == torch.float32 and conv_bn_act.allows_tf32() and not runtime.INTERPRETED
+    tf32 = problem.dtype == torch.float32 and devices.allows_tf32() and not runtime.INTERPRETED
     bound = reference.error_bound(problem, operands, expected=expected, eps_acc=2.0 ** (-11 if tf32 else -24))
     worst = ((out.cpu().double() - expected).abs() / bound).max().item()
     assert worst <= 1, f"{problem}, {config}: {worst:.2f} times the bound"

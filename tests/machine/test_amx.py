@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from fused_resnet.operators import library_faults
+from fused_resnet.machine import onednn
 from tests.support import amx
 
 REASON = amx.missing()
@@ -144,8 +144,8 @@ def test_the_faults_of_onednn_are_still_there(problem):
     """Where this fails, this oneDNN computes the problem right, and the detour around that fault can go."""
     done, wrong, who = convolve(problem)
     is_right = done.returncode == 0 and wrong == [0]
-    if is_right and library_faults.onednn_version() != "oneDNN v3.12.0":
-        pytest.skip(f"{library_faults.onednn_version()} is right")
+    if is_right and onednn.version() != "oneDNN v3.12.0":
+        pytest.skip(f"{onednn.version()} is right")
     assert not is_right, f"torch {torch.__version__} is right: {who}"
 
 
@@ -182,8 +182,8 @@ def test_our_tests_pass_with_amx(arguments):
 
 STRIDED = """
 from fused_resnet import testing
-from fused_resnet.operators import library_faults
-assert library_faults.onednn_has_amx()
+from fused_resnet.machine import onednn
+assert onednn.has_amx()
 report = testing.verify(range({problems}), seed=9, backends=["eager", "onednn"], kind="strided")
 assert report.passed and all(entry.ok > {problems} / 3 for entry in report.backends.values()), report
 """

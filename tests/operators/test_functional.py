@@ -19,6 +19,7 @@ from fused_resnet import backends, functional, operators, testing
 from fused_resnet.backends import choice, cuda, record
 from fused_resnet.kernels import compiled
 from fused_resnet.kernels.triton import runtime
+from fused_resnet.machine import devices
 from fused_resnet.operators.describe import _describe_conv, _describe_sum, conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ACTIVATIONS, ConvProblem
@@ -232,13 +233,13 @@ def test_the_least_capable_gpu_decides(limits_of_csrc, monkeypatch, capabilities
     monkeypatch.setattr(runtime, "_driver_error", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=0: capabilities[device])
-    runtime.least_capability.cache_clear()
+    devices.least_capability.cache_clear()
     try:
         for backend in ("cuda", "triton"):
             found = backends.known("conv_bn_act")[backend].why_not(ONE_BY_ONE)
             assert found == reason if reason is None else reason in found, backend
     finally:
-        runtime.least_capability.cache_clear()
+        devices.least_capability.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -295,7 +296,7 @@ BEYOND_CUDA = {
 def test_what_the_cuda_kernel_cannot_index(limits_of_csrc, monkeypatch, beyond, within, reason):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(compiled, "load", lambda library: None)
-    monkeypatch.setattr(runtime, "least_capability", lambda: (9, 0))
+    monkeypatch.setattr(devices, "least_capability", lambda: (9, 0))
     with pytest.raises(backends.BackendError, match=f"backend 'cuda' cannot run this: .*{re.escape(reason)}"):
         backends.select(ONE_BY_ONE._replace(**beyond), "cuda")
     assert backends.select(ONE_BY_ONE._replace(**within), "cuda").backend.name == "cuda"

@@ -12,6 +12,7 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet import backends, functional, testing
+from fused_resnet.machine import onednn
 from fused_resnet.operators import library_faults, reference
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
@@ -261,7 +262,7 @@ def axes_of(detour):
 
 @pytest.mark.parametrize("amx", (True, False))
 def test_whose_windows_are_laid_side_by_side(amx, monkeypatch):
-    monkeypatch.setattr(library_faults, "onednn_has_amx", lambda: amx)
+    monkeypatch.setattr(onednn, "has_amx", lambda: amx)
     axes = lambda shape, **changes: axes_of(library_faults.forward_detour(problem_of(shape, **changes)))  # noqa: E731
     assert axes("one column") == {1} and axes("one column", dtype=torch.float32) == {1}
     assert axes("one column", stride=(1, 1), W=1) == set()
@@ -298,11 +299,11 @@ def test_whose_windows_are_laid_side_by_side(amx, monkeypatch):
     ),
 )
 def test_who_gets_spare_channels_on_amx(changes, spare, monkeypatch):
-    monkeypatch.setattr(library_faults, "onednn_has_amx", lambda: True)
+    monkeypatch.setattr(onednn, "has_amx", lambda: True)
     detour = library_faults.forward_detour(problem_of("columns as channels", **changes))
     assert (0 if detour is None else detour.spare_channels) == spare
     assert detour is None or library_faults.forward_detour(detour.problem) is None
-    monkeypatch.setattr(library_faults, "onednn_has_amx", lambda: False)
+    monkeypatch.setattr(onednn, "has_amx", lambda: False)
     detour = library_faults.forward_detour(problem_of("columns as channels", **changes))
     assert detour is None or not detour.spare_channels
 
@@ -325,7 +326,7 @@ def test_which_weight_gradients_go_another_way(changes, axes):
 
 @pytest.mark.parametrize("amx", (True, False))
 def test_the_quick_answers_are_the_rules(amx, monkeypatch):
-    monkeypatch.setattr(library_faults, "onednn_has_amx", lambda: amx)
+    monkeypatch.setattr(onednn, "has_amx", lambda: amx)
     draw, plain, found = random.Random(0), problem_of("columns as channels"), set()
     for _ in range(2000):
         size = {name: draw.choice((1, 2, 5, 9, 16)) for name in "HWRS"}
@@ -368,7 +369,7 @@ def test_a_tap_that_is_alone_is_not_dilated():
 def test_what_may_be_wrong_without_a_detour(changes, anywhere, on_amx, monkeypatch):
     plain = dict(dtype=torch.bfloat16, weight=(8, 64, 3, 3), out=(1, 8, 9, 9), stride=(1, 1), dilation=(1, 1))
     for has_amx, expected in ((False, anywhere), (True, on_amx)):
-        monkeypatch.setattr(library_faults, "onednn_has_amx", lambda answer=has_amx: answer)
+        monkeypatch.setattr(onednn, "has_amx", lambda answer=has_amx: answer)
         assert library_faults.may_be_wrong(**{**plain, **changes}) is expected
 
 
@@ -448,9 +449,9 @@ def test_amx_is_asked_of_the_processor_and_the_limit(limit, expected, monkeypatc
         monkeypatch.delenv(name, raising=False)
     if limit is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert library_faults.onednn_has_amx.__wrapped__() is expected
+    assert onednn.has_amx.__wrapped__() is expected
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert library_faults.onednn_has_amx.__wrapped__() is False
+    assert onednn.has_amx.__wrapped__() is False
 
 
 @pytest.mark.parametrize("error, seen", ((0.0, False), (1.0, True), (torch.nan, True)))

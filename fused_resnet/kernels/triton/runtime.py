@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from fused_resnet.machine import devices
 from fused_resnet.machine.files import one_line
 from fused_resnet.operators.problem import dtype_name
 
@@ -31,7 +32,6 @@ except Exception as error:  # a broken installation raises whatever its shared l
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MIN_CAPABILITY = (8, 0)  # below, Triton has no tensor cores, no bfloat16, and spills thousands of bytes
 
 
 @jit
@@ -59,18 +59,7 @@ def why_not(device: str, dtype: torch.dtype) -> Optional[str]:
         return f"device {device!r} is not supported (cuda is)"
     if torch.version.hip is not None:
         return "it is not supported on ROCm"
-    return why_too_old() or _driver_error()
-
-
-def why_too_old() -> Optional[str]:
-    """Why kernels of ours cannot run on every visible GPU, or None: a problem does not say on which of them it lies."""
-    capability = least_capability()
-    if capability is None:
-        return "no GPU is visible"
-    if capability >= _MIN_CAPABILITY:
-        return None
-    wanted, found = ("{}.{}".format(*pair) for pair in (_MIN_CAPABILITY, capability))
-    return f"it needs compute capability {wanted} or later on every visible GPU, one has {found}"
+    return devices.why_too_old() or _driver_error()
 
 
 @functools.lru_cache(maxsize=None)
@@ -84,12 +73,6 @@ def _interpreter_error(triton_version: str, numpy_version: str) -> Optional[str]
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
-
-
-@functools.lru_cache(maxsize=None)  # the visible GPUs stay what they are
-def least_capability() -> Optional[tuple[int, int]]:
-    """The lowest compute capability of the visible GPUs; None where there is none."""
-    return min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())), default=None)
 
 
 @functools.lru_cache(maxsize=None)

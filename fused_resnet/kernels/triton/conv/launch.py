@@ -27,12 +27,13 @@ from fused_resnet.kernels.triton.conv.configs import (
     why_illegal,
 )
 from fused_resnet.kernels.triton.conv.epilogue import Epilogue, sum_parts_kernel
+from fused_resnet.machine import devices
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 
 _SUM_TILE = dict(BLOCK_M=32, BLOCK_N=64, num_warps=4)  # of the kernel that adds up the parts of a reduction
 
-__all__ = ["Launch", "TritonConfig", "allows_tf32", "configs", "default_config", "launch", "prepare", "why_not"]
+__all__ = ["Launch", "TritonConfig", "configs", "default_config", "launch", "prepare", "why_not"]
 
 
 class Launch(NamedTuple):
@@ -60,7 +61,7 @@ def launch(problem: ConvProblem, operands: ConvOperands, out: Tensor, config: Op
     x, residual and out are NHWC, the weight KRSC in memory, all dense, and the vectors are contiguous: the caller has
     seen to it. Strides are not read, since those of dimensions of size 1 may be anything. Each of x, residual and out
     may instead lie in row space, with two dimensions (`row_space`); the halo of out is then written as zero. In fp32
-    the products are TF32 where torch's own convolution would use it (`allows_tf32`), else fp32.
+    the products are TF32 where torch's own convolution would use it (`devices.allows_tf32`), else fp32.
 
     config: by default `default_config`, which also takes the place of a TMA form where an operand does not start at a
     multiple of 16 bytes. Raises ValueError when the config cannot compute the problem, or not from x's layout.
@@ -102,7 +103,7 @@ def prepare(problem: ConvProblem, operands: ConvOperands, out: Any, config: Trit
     options = dict(
         spaces,
         ROWS=rows,
-        INPUT_PRECISION="tf32" if p.dtype == torch.float32 and allows_tf32() else "ieee",
+        INPUT_PRECISION="tf32" if p.dtype == torch.float32 and devices.allows_tf32() else "ieee",
         **{name: getattr(config, name) for name in TritonConfig._fields[:6]},
     )
     first = (_pointer if config.form == "pointer" else _tma)(p, o, config, epilogue, M, options)
@@ -148,12 +149,3 @@ def _sum(p: ConvProblem, shape: tuple[int, ...], epilogue: Epilogue, rows: str, 
     options = dict(spaces, ROWS="halo" if rows == "halo" else "compact", SPLIT_K=split_k, **_SUM_TILE)
     num_programs = -(-M // _SUM_TILE["BLOCK_M"]) * -(-K // _SUM_TILE["BLOCK_N"])
     return Launch(sum_parts_kernel, num_programs, (epilogue, M, K, p.P, p.Q), options)
-
-
-def allows_tf32() -> bool:
-    """Whether torch's own fp32 convolutions may use TF32 on CUDA. By torch's default they may.
-
-    Asked of `torch.backends.cudnn.conv.fp32_precision`, since `allow_tf32` raises after that one has been set.
-    """
-    precision = getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", None)
-    return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
