@@ -232,6 +232,44 @@ def test_no_docstring_begins_with_of():
     assert [(file.name, text) for file, text in all_docstrings() if text.startswith("Of ")] == []
 
 
+_NAME = re.compile(r"(?<!`)`([A-Za-z_][\w.]*)`")
+_BUILT = {"_C_cpu.so", "_C_cuda.so", "_host_checks"}  # what setup.py makes, named as files
+
+
+def names_in(tree: ast.Module) -> set[str]:
+    """Whatever is defined, read, imported or passed by name in a module."""
+    fields = (getattr(node, name, None) for node in ast.walk(tree) for name in ("id", "attr", "name", "arg"))
+    return {name for name in fields if isinstance(name, str)}
+
+
+def missing_names(text: str, known: set[str]) -> list[str]:
+    """The names in backquotes that are neither known nor torch's."""
+
+    def exists(name: str) -> bool:
+        first, *rest = name.split(".")
+        if first == "torch":
+            return functools.reduce(lambda owner, part: getattr(owner, part, None), rest, torch) is not None
+        return name in _BUILT or {first, *rest} <= known
+
+    return [name for name in _NAME.findall(text) if not exists(name)]
+
+
+def test_names_in_docstrings_exist():
+    files = sorted((ROOT / "fused_resnet").rglob("*.py"))
+    known = {part for file in files for part in (file.stem, file.parent.name)}
+    known |= set().union(*(names_in(ast.parse(file.read_text())) for file in files))
+    found = [(file.name, missing_names(text, known)) for file, text in all_docstrings() if file in files]
+    assert [(file, names) for file, names in found if names] == []
+
+
+@pytest.mark.parametrize("text, missing", (
+    ("`known`, `known.too` and `torch.nn`", []), ("`gone`", ["gone"]), ("`known.gone`", ["known.gone"]),
+    ("`torch.gone.too`", ["torch.gone.too"]), ("``gone`` is code, and so is `gone()`", []),
+))  # fmt: skip
+def test_a_name_that_does_not_exist_is_found(text, missing):
+    assert missing_names(text, {"known", "too"}) == missing
+
+
 _SHORT = "word " * (MOST_WORDS - 1) + "word."
 _LONG = f"word {_SHORT}"
 
