@@ -1,4 +1,4 @@
-// Launchers of the pointwise kernels.
+// Launchers of the addition and its gradient.
 #include <algorithm>
 #include <stdexcept>
 #include <string>

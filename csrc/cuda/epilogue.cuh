@@ -1,4 +1,4 @@
-// The one epilogue: act(acc * scale + shift + residual) in fp32.
+// The epilogue of every convolution: act(acc * scale + shift + residual) in fp32.
 //   scale = bn_weight / sqrt(bn_var + eps), shift = (bias - bn_mean) * scale + bn_bias; a null vector drops out.
 #pragma once
 
