@@ -1,5 +1,6 @@
 """The Triton kernels against the fp64 reference: on the GPU where there is one, else in Triton's interpreter."""
 
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from fused_resnet.kernels.triton import add_relu, interpreter, runtime
+from fused_resnet.kernels.triton import add_relu, cache_read, interpreter, runtime
 from fused_resnet.kernels.triton.conv import launch as conv_bn_act
 from fused_resnet.kernels.triton.conv.launch import TritonConfig
 from fused_resnet.machine import devices
@@ -496,3 +497,12 @@ def test_the_interpreter_rounds_to_bfloat16_as_a_gpu_does():
 def test_the_interpreter_multiplies_bfloat16_values():
     bits = torch.randn(64).bfloat16()
     assert np.array_equal(interpreter._from_bits(bits.view(torch.int16).numpy().view(np.uint16)), bits.float().numpy())
+
+
+def test_a_cache_is_read_as_often_as_is_counted():
+    if not runtime.INTERPRETED:
+        pytest.skip("needs Triton's interpreter (TRITON_INTERPRET=1)")
+    source, out = torch.randn(3 * cache_read.BLOCK), torch.full((5,), math.nan)
+    cache_read.launch(source, out)
+    torch.testing.assert_close(out, source.sum().expand(5), atol=1e-2, rtol=1e-4)
+    assert cache_read.bytes_read(source, out) == 5 * 3 * cache_read.BLOCK * 4

@@ -1,6 +1,7 @@
 """Files that outlive a process: where, whole, and what becomes of bad ones."""
 
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -107,3 +108,28 @@ def test_two_processes_that_write_at_once_lose_nothing(tmp_path):
         writer.join()
         assert writer.exitcode == 0
     assert files.read_json(path, int) == 80 and seen <= set(range(81))
+
+
+def test_write_json_replaces_whole_files(tmp_path):
+    file = files.write_json(tmp_path / "deep" / "a.json", {"x": 1})
+    files.write_json(file, {"x": 2})
+    assert json.loads(file.read_text()) == {"x": 2} and [f.name for f in file.parent.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, error):
+    file = files.write_json(tmp_path / "a.json", {"x": 1})
+
+    def interrupted(*_):
+        raise error
+
+    monkeypatch.setattr(files.os, "replace", interrupted)
+    with pytest.raises(error):
+        files.write_json(file, {"x": 2})
+    assert json.loads(file.read_text()) == {"x": 1} and [f.name for f in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_write_json_refuses_nan(tmp_path):
+    with pytest.raises(ValueError):
+        files.write_json(tmp_path / "a.json", {"x": math.nan})
+    assert not list(tmp_path.iterdir())

@@ -1,14 +1,12 @@
-"""The benchmark scripts: the shapes they take from models, the demo, the Makefile."""
+"""The benchmark scripts: the shapes they take from models, and the demo."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from benchmarks import shapes
 from fused_resnet import measuring
-from tests.support.scripts import ROOT, script
+from tests.support.scripts import script
 
 
 def test_shapes_come_from_the_models():
@@ -81,18 +79,3 @@ def test_demo_goes_on_without_a_compiler(tmp_path):
     (run,) = json.loads((tmp_path / "demo.json").read_text())["runs"]
     assert "compile fp32" in run["skipped"] and "frozen fp32" in run["variants"]
     assert "not run: compile fp32" in done.stdout
-
-
-# ----------------------------------------------------------------------------------------------------------- Makefile
-
-
-@pytest.mark.parametrize("target", ["demo", "test", "test-full", "lint", "gpu-check", "clean"])
-def test_makefile_targets_with_a_given_interpreter_install_nothing(target):
-    done = subprocess.run(["make", "-n", target, f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "pip install" not in done.stdout
-
-
-def test_requirements_are_exact():
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    assert all("==" in line.split(";")[0] for line in lines if line)

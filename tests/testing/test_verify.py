@@ -9,7 +9,6 @@ from fused_resnet import backends, testing
 from fused_resnet.backends import record as registry
 from fused_resnet.kernels import compiled
 from fused_resnet.kernels.triton import runtime
-from fused_resnet.machine import files
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem
@@ -258,55 +257,3 @@ def test_two_thousand(start):
     for name in names + ["conv_bn_act/triton", "add_relu/triton"] * is_interpreted:
         entry = report.backends[name]
         assert entry.ok >= MINIMUM[name] * CHUNK // FIRST_TIER // 2, (name, entry.cannot_run)
-
-
-# ------------------------------------------------------------------------------------------------------- many, in parts
-
-
-def test_random_problems_in_parts(tmp_path, monkeypatch):
-    """Parts are kept and summed; one that ends its process is reported and run again the next time."""
-    from benchmarks import random_problems
-
-    def run_part(file, problems, seed, device, kind):
-        asked.append(seed)
-        if seed in ending:
-            return -11
-        files.write_json(file, testing.verify(problems, seed, device, ["eager"]).as_dict())
-
-    asked, ending = [], {8}
-    monkeypatch.setattr(random_problems, "run_part", run_part)
-    out = tmp_path / "record.json"
-    size = ["--problems", "5", "--per-part", "2", "--seed", "7", "--device", "cpu"]
-    arguments = [*size, "--parts", str(tmp_path / "parts"), "--out", str(out)]
-    assert random_problems.main(arguments) == 1
-    record = json.loads(out.read_text())
-    assert record["ended_without_report"] == [{"seed": 8, "problems": 2, "exit_code": -11}] and not record["passed"]
-    ending.clear()
-    assert random_problems.main(arguments) == 0 and asked == [7, 8, 9, 8]
-    record = json.loads(out.read_text())
-    assert record["problems"] == 5 and record["seeds"] == [7, 8, 9] and record["passed"]
-    assert sum(entry["ok"] for entry in record["backends"].values()) == 5
-    worst = max(testing.verify(2, 7, backends=["eager"]).backends.values(), key=lambda entry: entry.worst_error)
-    assert max(entry["worst_error"] for entry in record["backends"].values()) >= worst.worst_error > 0
-
-
-def test_a_part_runs_the_command(tmp_path):
-    from benchmarks import random_problems
-
-    file, other = tmp_path / "part.json", tmp_path / "other.json"
-    for kind, operator in (("random", "add_relu"), ("common", "conv_bn_act")):  # what seed 4 begins with
-        assert random_problems.run_part(file, 1, 4, "cpu", kind) is None
-        assert f"{operator}/eager" in json.loads(file.read_text())["backends"]
-    assert random_problems.run_part(other, 1, 4, "tpu", "random") == 2 and not other.exists()
-
-
-def test_the_committed_record():
-    """Its counts are those of its problems, and it says that all agreed."""
-    from benchmarks import random_problems
-
-    record = json.loads((random_problems.RECORDS / "random_problems.json").read_text())
-    assert record["passed"] and not record["ended_without_report"] and len(set(record["seeds"])) == len(record["seeds"])
-    for op in ("conv_bn_act", "add_relu"):
-        eager, triton = (record["backends"][f"{op}/{name}"] for name in ("eager", "triton"))
-        assert eager["cannot_run"] == {} and triton["ok"] > 0.8 * eager["ok"]
-    assert sum(record["backends"][f"{op}/eager"]["ok"] for op in ("conv_bn_act", "add_relu")) == record["problems"]
