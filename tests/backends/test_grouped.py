@@ -1,5 +1,5 @@
 """The CPU's grouped convolution: right on awkward sizes, on every number of threads, in plans. On each instruction
-set: test_instruction_sets.py."""
+set: processors/test_instruction_sets.py."""
 
 import re
 

@@ -1,4 +1,7 @@
-"""The command line: every verb with tiny settings, its JSON, its errors and exit codes."""
+"""The command line: info, verify and bench with tiny settings, JSON, errors and exit codes.
+
+explain, tune and report are tested with what they call.
+"""
 
 import json
 import os
@@ -13,7 +16,7 @@ import torch
 from click.testing import CliRunner
 
 import fused_resnet
-from fused_resnet import measuring, models, testing
+from fused_resnet import measuring, testing
 from fused_resnet.backends import winners, winners_file
 from fused_resnet.cli import console, info, main
 from fused_resnet.kernels import compiled, sources
@@ -385,16 +388,6 @@ def test_bench_model_with_torch_compile_for_people():
     assert "resnet20, batch 1, 8 px" in result.output
 
 
-def test_models_keep_their_convolution_counts():
-    """23 convolution shapes in ResNet-50. In the four first blocks the projection carries sum and ReLU, and the last
-    1x1 neither, so four shapes have two epilogues."""
-    problems = measuring.convs_of(models.create("resnet50"), (3, 224, 224), 256, torch.float16, "cuda:0")
-    assert (len(problems), sum(count for _, count in problems)) == (27, 53)
-    assert len({problem._replace(has_residual=False, activation="none") for problem, _ in problems}) == 23
-    first = problems[0].problem
-    assert (first.N, first.dtype, first.device, first.output_shape) == (256, torch.float16, "cuda", (256, 64, 112, 112))
-
-
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -488,15 +481,3 @@ def test_json_is_alone_on_stdout():
     assert record["problems"] == 2
     reasons = [reason for entry in record["backends"].values() for reason in entry["cannot_run"]]
     assert any("NVIDIA" in reason for reason in reasons)
-
-
-def test_importing_the_package_imports_no_click_and_no_rich():
-    script = (
-        "import sys, fused_resnet; "
-        "print([n for n in ('click', 'rich', 'matplotlib', 'torchvision') if n in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=sources.ROOT)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
-    script = "import sys, fused_resnet.__main__; print('rich' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=sources.ROOT)
-    assert done.stdout.strip() == "False", done.stdout + done.stderr

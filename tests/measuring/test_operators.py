@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fused_resnet import backends, measuring
+from fused_resnet import backends, measuring, models
 from fused_resnet.freezing import modules
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem
 
@@ -78,3 +78,13 @@ def test_a_kernel_that_writes_nan_counts_as_infinitely_wrong(monkeypatch):
     found, _ = measuring.op_variants(SMALL, measuring.random_operands(SMALL, "cpu"))
     broken = found["onednn"]._replace(run=lambda: torch.full(SMALL.output_shape, math.nan))
     assert measuring.error_ratio(broken) == math.inf
+
+
+def test_models_keep_their_convolution_counts():
+    """23 convolution shapes in ResNet-50. In the four first blocks the projection carries sum and ReLU, and the last
+    1x1 neither, so four shapes have two epilogues."""
+    problems = measuring.convs_of(models.create("resnet50"), (3, 224, 224), 256, torch.float16, "cuda:0")
+    assert (len(problems), sum(count for _, count in problems)) == (27, 53)
+    assert len({problem._replace(has_residual=False, activation="none") for problem, _ in problems}) == 23
+    first = problems[0].problem
+    assert (first.N, first.dtype, first.device, first.output_shape) == (256, torch.float16, "cuda", (256, 64, 112, 112))

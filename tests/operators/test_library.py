@@ -1,7 +1,6 @@
 """The registered operators: opcheck, finite differences, layouts promised to the compiler, autocast, flops."""
 
 import itertools
-import random
 import subprocess
 import sys
 
@@ -431,10 +430,3 @@ def test_aot_autograd_keeps_the_operators_in_both_directions():
     assert graphs["backward"] == ["fused_resnet.add_relu_backward.default", "fused_resnet.conv_bn_act.default"]
     for gradient, wanted in zip(gradients, expected):
         torch.testing.assert_close(gradient, wanted)
-
-
-def test_drawing_leaves_the_global_random_state_alone():
-    """Drawing a case leaves the global generators alone, so that tests stay independent."""
-    before = torch.get_rng_state()
-    testing.random_case(random.Random(0))
-    assert torch.equal(torch.get_rng_state(), before)

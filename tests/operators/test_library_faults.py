@@ -439,21 +439,6 @@ def test_what_goes_another_way_can_be_differentiated(spare, monkeypatch):
     assert library_faults.convolution_backward(problem, grad, x, weight, True, False)[1] is None
 
 
-@pytest.mark.parametrize(
-    "limit, expected",
-    ((None, True), ("AVX2", False), ("avx512_core_bf16", False), ("AVX512_CORE_AMX", True), ("ALL", True)),
-)
-def test_amx_is_asked_of_the_processor_and_the_limit(limit, expected, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
-        monkeypatch.delenv(name, raising=False)
-    if limit is not None:
-        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert onednn.has_amx.__wrapped__() is expected
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert onednn.has_amx.__wrapped__() is False
-
-
 @pytest.mark.parametrize("error, seen", ((0.0, False), (1.0, True), (torch.nan, True)))
 def test_an_example_is_seen_where_torch_is_wrong(error, seen, monkeypatch):
     conv2d = F.conv2d

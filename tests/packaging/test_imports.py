@@ -28,6 +28,10 @@ def test_importing_the_package_imports_no_heavy_ones():
     assert not [name for name in names if name.split(".")[0] in HEAVY]
 
 
+def test_starting_the_command_line_imports_no_rich():
+    assert "rich" not in imported_by("import fused_resnet.__main__")
+
+
 def test_import_linter():
     """The contract in pyproject.toml."""
     linter = shutil.which("lint-imports", path=str(Path(sys.executable).parent)) or shutil.which("lint-imports")

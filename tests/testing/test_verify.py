@@ -1,6 +1,7 @@
 """Whole random problems on every backend of this machine, and that the comparison would notice a mistake."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -257,3 +258,10 @@ def test_two_thousand(start):
     for name in names + ["conv_bn_act/triton", "add_relu/triton"] * is_interpreted:
         entry = report.backends[name]
         assert entry.ok >= MINIMUM[name] * CHUNK // FIRST_TIER // 2, (name, entry.cannot_run)
+
+
+def test_drawing_leaves_the_global_random_state_alone():
+    """Drawing a case leaves the global generators alone, so that tests stay independent."""
+    before = torch.get_rng_state()
+    testing.random_case(random.Random(0))
+    assert torch.equal(torch.get_rng_state(), before)
