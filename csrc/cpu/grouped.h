@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "cpu/dispatch.h"
+#include "cpu/epilogue.h"
 #include "cpu/vectors.h"
 
 namespace fused_resnet {

@@ -10,7 +10,7 @@
 #include "common/activation.h"
 #include "common/checks.h"
 #include "common/dtype.h"
-#include "cpu/vectors.h"
+#include "cpu/epilogue.h"
 
 namespace fused_resnet {
 

@@ -1,11 +1,10 @@
-// What the CPU's own convolutions are written in: vectors of as many fp32 lanes as an instruction set has, activations
-// in fp32 or bf16, and the epilogue act(sum + bias + residual). No torch here.
+// What the CPU's own convolutions are written in: vectors of as many fp32 lanes as an instruction set has, in memory as
+// fp32 or bf16. No torch here.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "common/activation.h"
 #include "common/dtype.h"
 #include "common/inline.h"
 
@@ -59,29 +58,6 @@ FUSED_RESNET_INLINE void store_some(const typename Lanes<kLanes>::Vector& value,
   T some[kLanes];
   store<kLanes>(value, some);
   std::memcpy(to, some, sizeof(T) * count);
-}
-
-template <class T>
-struct Epilogue {
-  const float* bias;      // one value per output channel, or null
-  const T* residual;      // as the output, or null; may be the output
-  Activation activation;  // not SiLU: it has no vectors here
-};
-
-// Writes act(sum + residual) to out[at], the first `count` lanes; sum has the bias in it. NaN compares false and stays.
-template <int kLanes, class T>
-FUSED_RESNET_INLINE void finish(const typename Lanes<kLanes>::Vector& sum, const Epilogue<T>& epilogue, int64_t at,
-                                int64_t count, T* out) {
-  using V = typename Lanes<kLanes>::Vector;
-  V value = sum;
-  if (epilogue.residual != nullptr) {
-    V residual;
-    load_some<kLanes>(epilogue.residual + at, count, &residual);
-    value += residual;
-  }
-  if (epilogue.activation != Activation::kNone) value = value < 0.f ? V{} : value;
-  if (epilogue.activation == Activation::kRelu6) value = value > 6.f ? V{} + 6.f : value;
-  store_some<kLanes>(value, count, out + at);
 }
 
 }  // namespace fused_resnet

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "cpu/dispatch.h"
+#include "cpu/epilogue.h"
 #include "cpu/vectors.h"
 
 namespace fused_resnet {

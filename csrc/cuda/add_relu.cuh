@@ -1,8 +1,10 @@
 // out[i] = max(a[i] + b[i], 0) and its gradient grad[i] * (out[i] > 0), over the elements in memory order.
 #pragma once
 
+#include "cuda/epilogue.cuh"
+
 #if defined(__CUDACC__)
-#include "cuda/sm80/instructions.cuh"
+#include "cuda/device.cuh"
 #else
 #include "host_checks/emulated_device.h"
 #endif

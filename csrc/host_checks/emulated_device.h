@@ -1,6 +1,7 @@
-// instructions.cuh's names for the host: a block of CUDA threads as fibers, so that the kernels' own source runs
-// without a GPU. Slow, exact about who holds what, and unforgiving: shared memory starts as NaN, asynchronous copies
-// land as early or as late as the hardware may land them, warps run in either order, and a missing barrier shows.
+// The names of device.cuh and sm80/instructions.cuh for the host: a block of CUDA threads as fibers, so that the
+// kernels' own source runs without a GPU. Slow, exact about who holds what, and unforgiving: shared memory starts as
+// NaN, asynchronous copies land as early or as late as the hardware may land them, warps run in either order, and a
+// missing barrier shows.
 //
 // The warp-wide instructions are written from the PTX ISA (sections on ldmatrix and on mma fragments), not from
 // tile_layout.h.

@@ -1,1 +1,1 @@
-"""What this computer is: `devices` by name, `files` in the cache folder, memory (`malloc`), `cuda_graphs`."""
+"""What this computer is: `devices` by name, `files` in the cache folder, memory (`malloc`), `onednn`, `cuda_graphs`."""

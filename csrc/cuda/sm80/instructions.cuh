@@ -1,34 +1,12 @@
 // The instructions of sm_80 the kernels are written in. emulated_device.h has the same names for the host.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
 
+#include "cuda/device.cuh"
 #include "cuda/epilogue.cuh"
 
 namespace fused_resnet {
-
-__device__ __forceinline__ int thread_index() {
-  return threadIdx.x;
-}
-__device__ __forceinline__ int64_t block_index() {
-  return blockIdx.x;
-}
-__device__ __forceinline__ int64_t num_grid_blocks() {
-  return gridDim.x;
-}
-__device__ __forceinline__ int threads_per_block() {
-  return blockDim.x;
-}
-__device__ __forceinline__ void sync_block() {
-  __syncthreads();
-}
-
-__device__ __forceinline__ unsigned char* shared_memory() {
-  extern __shared__ __align__(128) unsigned char memory[];
-  return memory;
-}
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
