@@ -21,11 +21,17 @@ from fused_resnet.freezing.modules import FrozenConv
 from fused_resnet.fusing import adapters, convert
 from fused_resnet.fusing.rewriting import Rewritten
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBlock, FusedBottleneck, conv_bn_act
+from fused_resnet.nn.fused import plain_class_of
 from tests.support import networks, real_data
 
 
 def fused_blocks(model):
     return [module for module in model.modules() if isinstance(module, FusedBlock)]
+
+
+class Rewritable(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
 
 
 def snapshot(model):
@@ -97,7 +103,7 @@ def test_torchvision_like_blocks(name, tmp_path, monkeypatch):
     model = fused_resnet.fuse(copy.deepcopy(plain), strict=True)
     assert len(fused_blocks(model)) == 4
     as_good_as_plain(model, plain, torch.randn(4, 3, 16, 16))
-    assert copy.deepcopy(model).layer1[0]._stock_class is block
+    assert plain_class_of(copy.deepcopy(model).layer1[0]) is block
     fused_resnet.unfuse(model)
     assert type(model.layer1[0]) is block and not fused_blocks(model)
 
@@ -128,6 +134,16 @@ def test_a_conv_bn_act_gets_its_own_backend_back():
     fused_resnet.unfuse(model)
     unchanged(model, before)
     assert model[0].backend == "eager"
+
+
+@pytest.mark.parametrize("make", (networks.single, Rewritable, lambda: ConvBNAct(3, 4)))
+def test_the_backend_of_what_is_fused_may_be_set(make):
+    module = make().eval()
+    before = snapshot(module)
+    fused_resnet.fuse(module).backend = "eager"
+    assert module.backend == copy.deepcopy(module).backend == "eager"
+    fused_resnet.unfuse(module)
+    unchanged(module, before)
 
 
 def test_a_model_that_is_one_block():
@@ -220,11 +236,6 @@ LEFT_ALONE = {
 }  # fmt: skip
 
 
-class Rewritable(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-
-
 class OfAKind(Rewritable):
     kind = "plain"
 
@@ -232,6 +243,13 @@ class OfAKind(Rewritable):
 class CountsItsOwn(Rewritable):
     def fused_convs(self):
         return 3
+
+
+class OfOneBackend(ConvBNAct):
+    backend = "eager"
+
+    def __init__(self):
+        super().__init__(3, 4)
 
 
 def _with(name, make=BasicBlock):
@@ -243,9 +261,10 @@ def _with(name, make=BasicBlock):
 NAMED_LIKE_OURS = {
     "block with a backend": (lambda: _with("backend"), "backend"),
     "block with a plain class": (lambda: _with("plain_class"), "plain_class"),
-    "block with a stock class": (lambda: _with("_stock_class"), "_stock_class"),
+    "block with a value like ours": (lambda: _with("_fused"), "_fused"),
     "any module with a backend": (lambda: _with("backend", Rewritable), "backend"),
-    "any module with programs": (lambda: _with("_programs", Rewritable), "_programs"),
+    "any module with a value like ours": (lambda: _with("_fused", Rewritable), "_fused"),
+    "ConvBNAct with a backend of its class": (OfOneBackend, "backend"),
     "class with a kind": (OfAKind, "kind"),
     "class with a method": (CountsItsOwn, "fused_convs"),
 }
@@ -603,14 +622,15 @@ def test_a_filter_that_raises_leaves_the_model_as_it_was():
 def test_a_failure_midway_leaves_the_model_as_it_was(monkeypatch):
     model = nn.Sequential(ConvBNAct(3, 8), Rewritable(), BasicBlock(8, 8), Rewritable(), ConvBNAct(8, 8)).eval()
     model[0].backend = "eager"
-    before, rewrite = snapshot(model), convert.rewriting.rewrite
+    before, become, failed = snapshot(model), convert._become, []
 
-    def fails_later(module, programs):
-        rewrite(module, programs)
-        if module is model[3]:
+    def fails_later(module, cls, fused):
+        become(module, cls, fused)
+        if module is model[3] and not failed:
+            failed.append(True)
             raise MemoryError
 
-    monkeypatch.setattr(convert.rewriting, "rewrite", fails_later)
+    monkeypatch.setattr(convert, "_become", fails_later)
     with pytest.raises(MemoryError):
         fused_resnet.fuse(model)
     unchanged(model, before)
@@ -702,7 +722,7 @@ def test_odd_modules_are_fused(kind):
     assert convert.left_alone(model) == []
     unchanged(model, before)
     fused_resnet.fuse(model, backend="eager", strict=True)
-    assert issubclass(type(module), Rewritten) and module.__dict__["backend"] == "eager"
+    assert issubclass(type(module), Rewritten) and module.__dict__["_fused"].backend == "eager"
     assert convert.fused_convs(model) == ["0.0"]
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     fused_resnet.unfuse(model)
