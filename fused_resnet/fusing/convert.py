@@ -14,9 +14,8 @@ from torch import fx, nn
 
 import fused_resnet.fusing.known_blocks  # noqa: F401  registers its adapters
 from fused_resnet import backends
-from fused_resnet.fusing import adapters, fused_forward, rewriting
+from fused_resnet.fusing import adapters, classes, rewriting
 from fused_resnet.fusing.adapters import Adapted
-from fused_resnet.fusing.fused_forward import FusedForward
 from fused_resnet.fusing.rewriting import Rewritten
 from fused_resnet.graphs.spelling import has_convolutions
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBlock, FusedBottleneck
@@ -185,7 +184,7 @@ def _change_of(module: nn.Module, kept: set[int]) -> tuple[Optional[_Change], Op
     block, reason = _residual_block(module, kept)
     if block is not None or reason is not None:
         return block, reason
-    if not isinstance(module, FusedForward) or isinstance(module, Adapted):
+    if not isinstance(module, Fused) or isinstance(module, Adapted):
         adapted, reason = _adapted(module)
         if adapted is not None or reason is not None:
             return adapted, reason
@@ -245,24 +244,24 @@ def _rewritten(module: nn.Module) -> tuple[Optional[_Change], Optional[str]]:
     return _Change(module, cls, Fusion(programs=programs), eval_program.has_norm, left=eval_program.left), None
 
 
-def _class_of_kind(module: Any, kind: type[FusedForward]) -> Any:
+def _class_of_kind(module: Any, kind: type[Fused]) -> Any:
     """The class by which a module is fused: its own where it is of this kind already."""
     cls = type(module)
-    return cls if issubclass(cls, kind) else fused_forward.fused_class(kind, plain_class_of(module))
+    return cls if issubclass(cls, kind) else classes.fused_class(kind, plain_class_of(module))
 
 
 def _why_not_reclassed(module: Any, kind: Any) -> Optional[str]:
     """Why a module that is not fused yet cannot be given a class of this kind, or None."""
-    if isinstance(module, FusedForward):
+    if isinstance(module, Fused):
         return None
     cls: Any = type(module)
     if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _PICKLED_BY):
         return f"{cls.__qualname__} has its own way to be pickled"
-    reason = _why_name_taken(module, fused_forward.fused_class(kind, nn.Module), nn.Module)
+    reason = _why_name_taken(module, classes.fused_class(kind, nn.Module), nn.Module)
     if reason is not None:
         return reason
     try:  # it may forbid subclasses, or have a layout that no other class has
-        set_class(module, fused_forward.fused_class(kind, cls))
+        set_class(module, classes.fused_class(kind, cls))
     except Exception as error:
         return f"its class cannot be replaced: {_first_line(error)}"
     set_class(module, cls)

@@ -21,13 +21,12 @@ from typing import Any, Callable, NamedTuple, Optional
 from torch import Tensor, fx, nn
 
 from fused_resnet.fusing.forward_graph import CONTAINERS, CannotRewrite, Reads, graph_of
-from fused_resnet.fusing.fused_forward import FusedForward
 from fused_resnet.graphs.matching import Match, activation_of, matches, norm_operands, unfolded_norms
 from fused_resnet.graphs.memory import writes_in_place
 from fused_resnet.graphs.nodes import module_of, skip_identities
 from fused_resnet.nn import conv_bn_act
 from fused_resnet.nn.bypass import Norm, has_stock_call, returns_its_input
-from fused_resnet.nn.fused import plain_class_of
+from fused_resnet.nn.fused import Fused, plain_class_of
 
 
 class Program(NamedTuple):
@@ -51,7 +50,7 @@ class Program(NamedTuple):
         )
 
 
-class Rewritten(FusedForward):
+class Rewritten(Fused):
     """A module that runs the program of its mode where it holds, else its own forward."""
 
     def fused_forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,7 @@
-"""Blocks that compute their plain class's forward in fused calls.
+"""Modules that compute their plain class's forward in fused calls.
 
-A fused block holds exactly what its plain class holds: the same children, parameters, buffers and hooks. Only
-`forward` differs, so a block becomes fused by changing its class (see `convert`) and plain again by changing it
-back.
+A fused module holds exactly what a plain one holds: the same children, parameters, buffers and hooks. Only `forward`
+differs. So a module becomes fused by changing its class (`convert`), and plain again by changing it back.
 """
 
 from __future__ import annotations
@@ -14,21 +13,12 @@ from torch import Tensor, fx, nn
 from fused_resnet.nn.blocks import BasicBlock, Bottleneck
 from fused_resnet.nn.bypass import is_norm, why_called, why_not_fused
 from fused_resnet.nn.call import fused_conv_bn_act
+from fused_resnet.nn.scripting import NotScriptable
 
 
 def set_class(module: nn.Module, cls: type) -> None:
     """Past the module's own __setattr__, which may do anything."""
     object.__setattr__(module, "__class__", cls)
-
-
-class NotScriptable:
-    """Modules whose forward is no TorchScript, and which say so."""
-
-    def __prepare_scriptable__(self) -> None:
-        raise RuntimeError(
-            f"torch.jit.script cannot compile {type(self).__name__}: unfuse or unfreeze the model first, or use "
-            "torch.export or torch.jit.trace on the fused one."
-        )
 
 
 class Fusion(NamedTuple):
@@ -48,7 +38,11 @@ class Fusion(NamedTuple):
 
 
 class Fused(NotScriptable):
-    """A module that computes its plain class's forward another way, and holds exactly what a plain one holds."""
+    """A module that computes its plain class's forward another way.
+
+    There are three kinds. `FusedBlock` knows the block, `adapters.Adapted` has a forward registered for it, and
+    `rewriting.Rewritten` has one made from its own. A kind adds `fused_forward` and `fused_convs`.
+    """
 
     plain_class: type[nn.Module]
     _fused = Fusion()
@@ -62,9 +56,17 @@ class Fused(NotScriptable):
     def backend(self, backend: str) -> None:
         self.__dict__["_fused"] = self._fused._replace(backend=backend)
 
+    def fused_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the plain forward computes, or NotImplemented to have that called."""
+        raise NotImplementedError
+
     def fused_convs(self) -> list[str]:
         """Names, within this module, of the convolutions that it computes together with what follows them."""
         raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.fused_forward(*args, **kwargs)
+        return plain_class_of(self).forward(self, *args, **kwargs) if out is NotImplemented else out
 
 
 def plain_class_of(module: Any) -> type[nn.Module]:
@@ -74,7 +76,7 @@ def plain_class_of(module: Any) -> type[nn.Module]:
 
 
 class FusedBlock(Fused):
-    """What the fused blocks share: forward through `functional`, or the plain class's forward where that is unsafe.
+    """A residual block that is known: forward through `functional`, or the plain class's where that is unsafe.
 
     In eval mode each conv+BN(+add)+ReLU is one call that reads the live parameters, so weights never go stale. A BN
     in training mode runs as it is, and the residual add and ReLU are one call. Whenever a child was replaced, hooked
@@ -86,12 +88,15 @@ class FusedBlock(Fused):
     relu: nn.ReLU
     downsample: Optional[nn.Module]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # exporters read the signature
+        return super().forward(x)
+
+    def fused_forward(self, x: Tensor) -> Any:
         if isinstance(x, fx.Proxy):  # a symbolic trace is the plain block's; reading a parameter here would be in it
-            return plain_class_of(self).forward(self, x)
+            return NotImplemented
         stages = [(getattr(self, conv), getattr(self, bn)) for conv, bn in self.stage_names]
         if why_not_fused(self.relu, stages) is not None:
-            return self.plain_class.forward(self, x)
+            return NotImplemented
         out = x
         for conv, bn in stages[:-1]:
             out = fused_conv_bn_act(out, conv, bn, self.relu, None, self.backend)

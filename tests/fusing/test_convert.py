@@ -236,8 +236,8 @@ LEFT_ALONE = {
 }  # fmt: skip
 
 
-class OfAKind(Rewritable):
-    kind = "plain"
+class OfAPlainClass(Rewritable):
+    plain_class = "plain"
 
 
 class CountsItsOwn(Rewritable):
@@ -265,7 +265,7 @@ NAMED_LIKE_OURS = {
     "any module with a backend": (lambda: _with("backend", Rewritable), "backend"),
     "any module with a value like ours": (lambda: _with("_fused", Rewritable), "_fused"),
     "ConvBNAct with a backend of its class": (OfOneBackend, "backend"),
-    "class with a kind": (OfAKind, "kind"),
+    "class with a plain class": (OfAPlainClass, "plain_class"),
     "class with a method": (CountsItsOwn, "fused_convs"),
 }
 
