@@ -20,7 +20,9 @@ from typing import Any, Callable, NamedTuple, Optional
 
 from torch import Tensor, fx, nn
 
-from fused_resnet.fusing.forward_graph import CONTAINERS, CannotRewrite, Reads, graph_of
+from fused_resnet.fusing.forward_graph import graph_of
+from fused_resnet.fusing.reads import CONTAINERS, Reads
+from fused_resnet.fusing.watch import CannotRewrite
 from fused_resnet.graphs.matching import Match, activation_of, matches, norm_operands, unfolded_norms
 from fused_resnet.graphs.memory import writes_in_place
 from fused_resnet.graphs.nodes import module_of, skip_identities
