@@ -59,6 +59,15 @@ def test_torchvision_like_blocks(name, tmp_path, monkeypatch):
     assert type(model.layer1[0]) is block and not fused_blocks(model)
 
 
+def test_a_block_that_may_not_be_bypassed_runs_the_forward_of_the_class_that_it_had(tmp_path, monkeypatch):
+    block = networks.torchvision_like(tmp_path, monkeypatch).BasicBlock
+    model, x = fused_resnet.fuse(networks.single(block)), torch.randn(1, 16, 5, 5)
+    monkeypatch.setattr(block, "forward", lambda self, x: x)
+    assert model(x) is not x
+    model.conv1.register_forward_hook(lambda *_: None)
+    assert model(x) is x
+
+
 def test_the_real_torchvision():
     plain = networks.randomize(real_data.torchvision().models.resnet50(num_classes=10))
     model = fused_resnet.fuse(copy.deepcopy(plain), strict=True)
