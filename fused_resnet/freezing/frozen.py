@@ -18,7 +18,7 @@ from fused_resnet.freezing.make import make_plan
 from fused_resnet.freezing.parts import freeze_parts
 from fused_resnet.freezing.plan import Plan, plainly
 from fused_resnet.freezing.trace import trace
-from fused_resnet.nn.fused import NotScriptable
+from fused_resnet.nn.scripting import NotScriptable
 from fused_resnet.operators.problem import dtype_name
 
 log = logging.getLogger("fused_resnet")

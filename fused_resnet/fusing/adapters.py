@@ -21,8 +21,8 @@ from typing import Any, Callable, NamedTuple, Optional
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fused_resnet.fusing.fused_forward import FusedForward
 from fused_resnet.nn.bypass import has_stock_code
+from fused_resnet.nn.fused import Fused
 
 
 class Adapter(NamedTuple):
@@ -72,7 +72,7 @@ def adapter_of(module: nn.Module) -> tuple[Optional[Adapter], Optional[str]]:
     return adapter, None
 
 
-class Adapted(FusedForward):
+class Adapted(Fused):
     """A block that computes by the adapter registered for its plain class."""
 
     def fused_forward(self, *args: Any, **kwargs: Any) -> Any:

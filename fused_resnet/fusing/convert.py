@@ -8,20 +8,19 @@ Everything else is left alone.
 from __future__ import annotations
 
 import logging
-from typing import Any, Callable, NamedTuple, Optional, cast
+from typing import Any, Callable, NamedTuple, Optional, Sequence, cast
 
 from torch import fx, nn
 
 import fused_resnet.fusing.known_blocks  # noqa: F401  registers its adapters
 from fused_resnet import backends
-from fused_resnet.fusing import adapters, fused_forward, rewriting
+from fused_resnet.fusing import adapters, classes, rewriting
 from fused_resnet.fusing.adapters import Adapted
-from fused_resnet.fusing.fused_forward import FusedForward
 from fused_resnet.fusing.rewriting import Rewritten
 from fused_resnet.graphs.spelling import has_convolutions
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBlock, FusedBottleneck
 from fused_resnet.nn.bypass import has_stock_code, may_be_norm, why_not_fused
-from fused_resnet.nn.fused import Fused, fused_shortcut, plain_class_of, set_class
+from fused_resnet.nn.fused import Fused, Fusion, fused_shortcut, plain_class_of, set_class
 
 log = logging.getLogger("fused_resnet")
 
@@ -31,8 +30,6 @@ _FUSED_CLASS = {
     for module in (BasicBlock.__module__, "torchvision.models.resnet")
     for plain, fused in ((BasicBlock, FusedBasicBlock), (Bottleneck, FusedBottleneck))
 }
-# What fused modules keep in their __dict__; the last is the backend that a ConvBNAct had of its own.
-_KEPT = frozenset(("backend", "calls_downsample", "_stock_class", "_programs", "_own_backend"))
 # What says how a module is pickled; a fused one is pickled by its plain class and its state.
 _PICKLED_BY = ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
 
@@ -45,11 +42,13 @@ class LeftAlone(NamedTuple):
 
 
 class _Change(NamedTuple):
-    """What `fuse` is about to do with a module."""
+    """What `fuse` is about to set of a module: its class and its `_fused`. The rest says what that means for others."""
 
-    apply: Callable[[], None]
+    module: Any
+    cls: type[nn.Module]
+    fused: Fusion
     has_norm: bool
-    claims: list[nn.Module]  # modules that it computes itself, so that they need not be fused
+    claims: Sequence[nn.Module] = ()  # modules that it computes itself, so that they need not be fused
     left: tuple[tuple[str, str], ...] = ()  # convolutions inside without the norm that follows them, and why
 
 
@@ -92,19 +91,17 @@ def fuse(
         lines = [f"{name}: {reason}" for name, reason in skipped] or ["no convolution was found that can be fused"]
         raise ValueError("fuse: strict=True and some blocks cannot be fused:\n  " + "\n  ".join(lines))
     reason = backends.why_never_live(backend)
-    if reason is not None and any(change.has_norm for _, change in changes):
+    if reason is not None and any(change.has_norm for change in changes):
         raise backends.BackendError(
             f"fuse: backend {backend!r} cannot run blocks with live BN: {reason}, or backend='auto'."
         )
-    before = [(module, type(module), dict(module.__dict__)) for module, _ in changes]
+    before = [(module, type(module), module.__dict__.get("_fused")) for module, *_ in changes]
     try:
-        for module, change in changes:
-            change.apply()
-            module.__dict__["backend"] = backend
+        for module, cls, fused, *_ in changes:
+            _become(module, cls, fused._replace(backend=backend))
     except BaseException:
-        for module, cls, own in before:
-            set_class(module, cls)
-            _restore(module, own)
+        for module, cls, was_fused in before:
+            _become(module, cls, was_fused)
         raise
     log.info("fused %d modules (%d convolutions), left %d alone", len(changes), len(fused_convs(model)), len(skipped))
     for name, reason in skipped:
@@ -116,14 +113,17 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Give every fused module its plain class back, and every ConvBNAct the backend it had. In place; returns the
     model."""
     for module in model.modules():
-        cls: Any = type(module)  # which, unlike isinstance, asks nothing of the module
-        if issubclass(cls, Fused):
-            set_class(module, plain_class_of(module))
-            _restore(module, {})
-        elif issubclass(cls, ConvBNAct) and "_own_backend" in module.__dict__:
-            module.__dict__.pop("backend", None)
-            module.__dict__.update(module.__dict__.pop("_own_backend"))
+        if issubclass(type(module), (Fused, ConvBNAct)):  # which, unlike isinstance, asks nothing of the module
+            _become(module, plain_class_of(module), None)
     return model
+
+
+def _become(module: nn.Module, cls: type[nn.Module], fused: Optional[Fusion]) -> None:
+    """Give a module this class and this value of `_fused`, or none."""
+    set_class(module, cls)
+    module.__dict__.pop("_fused", None)
+    if fused is not None:
+        module.__dict__["_fused"] = fused
 
 
 def left_alone(model: nn.Module) -> list[LeftAlone]:
@@ -143,11 +143,11 @@ def fused_convs(model: nn.Module) -> list[str]:
 
 def _survey(
     model: nn.Module, filter_fn: Optional[Callable[[nn.Module, str], bool]]
-) -> tuple[list[tuple[Any, _Change]], list[LeftAlone]]:
+) -> tuple[list[_Change], list[LeftAlone]]:
     """What `fuse` would change in `model`, and what it would leave alone."""
     named = list(model.named_modules())
     kept = {id(module) for name, module in named if filter_fn is not None and not filter_fn(module, name)}
-    changes: list[tuple[Any, _Change]] = []
+    changes: list[_Change] = []
     skipped = []
     claimed: set[int] = set()
     for name, module in named:
@@ -158,7 +158,7 @@ def _survey(
         except Exception as error:  # a module may do anything when it is looked at
             change, reason = None, f"it cannot be looked at: {_first_line(error)}"
         if change is not None:
-            changes.append((module, change))
+            changes.append(change)
             claimed.update(map(id, change.claims))
             skipped += [LeftAlone(f"{name}.{conv}" if name else conv, why) for conv, why in change.left]
         elif reason is not None:
@@ -178,11 +178,13 @@ def _change_of(module: nn.Module, kept: set[int]) -> tuple[Optional[_Change], Op
     if type(module).__module__.startswith("torch.ao."):
         return None, _why_not_quantizations(module)
     if isinstance(module, ConvBNAct):
-        return _Change(lambda: _keep_own_backend(module), module.has_norm, []), None
+        if type(module).backend is not ConvBNAct.backend:
+            return None, _name_taken("backend")
+        return _Change(module, type(module), Fusion(), module.has_norm), None
     block, reason = _residual_block(module, kept)
     if block is not None or reason is not None:
         return block, reason
-    if not isinstance(module, FusedForward) or isinstance(module, Adapted):
+    if not isinstance(module, Fused) or isinstance(module, Adapted):
         adapted, reason = _adapted(module)
         if adapted is not None or reason is not None:
             return adapted, reason
@@ -203,14 +205,8 @@ def _residual_block(module: Any, kept: set[int]) -> tuple[Optional[_Change], Opt
         return None, reason
     calls_downsample = id(module.downsample) in kept
     is_claimed = not calls_downsample and fused_shortcut(module.downsample) is not None
-
-    def apply() -> None:
-        if not isinstance(module, FusedBlock):
-            module.__dict__["_stock_class"] = type(module)
-            set_class(module, fused_class)
-        module.__dict__["calls_downsample"] = calls_downsample
-
-    return _Change(apply, True, [module.downsample] if is_claimed else []), None
+    fused = Fusion(stock_class=plain_class_of(module), calls_downsample=calls_downsample)
+    return _Change(module, fused_class, fused, True, [module.downsample] if is_claimed else []), None
 
 
 def _adapted(module: Any) -> tuple[Optional[_Change], Optional[str]]:
@@ -224,12 +220,7 @@ def _adapted(module: Any) -> tuple[Optional[_Change], Optional[str]]:
         return None, reason
     computed = {id(module.get_submodule(name)) for name in adapters.convs_of(module, adapter)}
     claims = [child for child in module.modules() if child is not module and _convs_in(child) <= computed]
-
-    def apply() -> None:
-        if not isinstance(module, Adapted):
-            set_class(module, fused_forward.fused_class(Adapted, module.__class__))
-
-    return _Change(apply, True, claims), None
+    return _Change(module, _class_of_kind(module, Adapted), Fusion(), True, claims), None
 
 
 def _convs_in(module: nn.Module) -> set[int]:
@@ -249,22 +240,28 @@ def _rewritten(module: nn.Module) -> tuple[Optional[_Change], Optional[str]]:
     reason = _why_not_reclassed(module, Rewritten)
     if reason is not None:
         return None, reason
-    has_norm, left = programs[False].has_norm, programs[False].left
-    return _Change(lambda: rewriting.rewrite(module, programs), has_norm, [], left), None
+    cls, eval_program = _class_of_kind(module, Rewritten), programs[False]
+    return _Change(module, cls, Fusion(programs=programs), eval_program.has_norm, left=eval_program.left), None
+
+
+def _class_of_kind(module: Any, kind: type[Fused]) -> Any:
+    """The class by which a module is fused: its own where it is of this kind already."""
+    cls = type(module)
+    return cls if issubclass(cls, kind) else classes.fused_class(kind, plain_class_of(module))
 
 
 def _why_not_reclassed(module: Any, kind: Any) -> Optional[str]:
     """Why a module that is not fused yet cannot be given a class of this kind, or None."""
-    if isinstance(module, FusedForward):
+    if isinstance(module, Fused):
         return None
     cls: Any = type(module)
     if any(getattr(cls, name, None) is not getattr(nn.Module, name, None) for name in _PICKLED_BY):
         return f"{cls.__qualname__} has its own way to be pickled"
-    reason = _why_name_taken(module, fused_forward.fused_class(kind, nn.Module), nn.Module)
+    reason = _why_name_taken(module, classes.fused_class(kind, nn.Module), nn.Module)
     if reason is not None:
         return reason
     try:  # it may forbid subclasses, or have a layout that no other class has
-        set_class(module, fused_forward.fused_class(kind, cls))
+        set_class(module, classes.fused_class(kind, cls))
     except Exception as error:
         return f"its class cannot be replaced: {_first_line(error)}"
     set_class(module, cls)
@@ -273,20 +270,12 @@ def _why_not_reclassed(module: Any, kind: Any) -> Optional[str]:
 
 def _why_name_taken(module: nn.Module, fused: type, plain: type) -> Optional[str]:
     """Why a module may not get a fused class that adds names to a plain one's: it has one of them already."""
-    taken = sorted((set(dir(fused)) - set(dir(plain)) | _KEPT) & set(dir(module)))
-    return f"its attribute {taken[0]} has a name that fused modules use for something else" if taken else None
+    taken = sorted((set(dir(fused)) - set(dir(plain))) & set(dir(module)))
+    return _name_taken(taken[0]) if taken else None
 
 
-def _keep_own_backend(module: ConvBNAct) -> None:
-    own = {name: value for name, value in module.__dict__.items() if name == "backend"}
-    module.__dict__.setdefault("_own_backend", own)
-
-
-def _restore(module: nn.Module, own: dict[str, Any]) -> None:
-    """Give a module the values of `own` for what fused modules keep, and remove the rest of that."""
-    for name in _KEPT:
-        module.__dict__.pop(name, None)
-    module.__dict__.update({name: own[name] for name in _KEPT if name in own})
+def _name_taken(name: str) -> str:
+    return f"its attribute {name} has a name that fused modules use for something else"
 
 
 def _own_children(module: nn.Module) -> list[nn.Module]:

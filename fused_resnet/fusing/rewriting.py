@@ -20,14 +20,15 @@ from typing import Any, Callable, NamedTuple, Optional
 
 from torch import Tensor, fx, nn
 
-from fused_resnet.fusing.forward_graph import CONTAINERS, CannotRewrite, Reads, graph_of
-from fused_resnet.fusing.fused_forward import FusedForward, fused_class
+from fused_resnet.fusing.forward_graph import graph_of
+from fused_resnet.fusing.reads import CONTAINERS, Reads
+from fused_resnet.fusing.watch import CannotRewrite
 from fused_resnet.graphs.matching import Match, activation_of, matches, norm_operands, unfolded_norms
 from fused_resnet.graphs.memory import writes_in_place
 from fused_resnet.graphs.nodes import module_of, skip_identities
 from fused_resnet.nn import conv_bn_act
 from fused_resnet.nn.bypass import Norm, has_stock_call, returns_its_input
-from fused_resnet.nn.fused import plain_class_of, set_class
+from fused_resnet.nn.fused import Fused, plain_class_of
 
 
 class Program(NamedTuple):
@@ -51,26 +52,22 @@ class Program(NamedTuple):
         )
 
 
-class Rewritten(FusedForward):
+class Rewritten(Fused):
     """A module that runs the program of its mode where it holds, else its own forward."""
 
     def fused_forward(self, *args: Any, **kwargs: Any) -> Any:
-        program = self.__dict__.get("_programs", {}).get(self.training)
+        program = self._fused.programs.get(self.training)
         if program is None or kwargs or not program.holds(self, args):
             return NotImplemented
         return program.run(self, *args)
 
     def fused_convs(self) -> list[str]:
-        program = self.__dict__.get("_programs", {}).get(False)
+        program = self._fused.programs.get(False)
         return [] if program is None else list(program.convs)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        restore, what, state, *rest = super().__reduce_ex__(protocol)
-        return restore, what, {name: value for name, value in state.items() if name != "_programs"}, *rest
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self.__dict__["_programs"] = programs_of(self)[0]
+        self.__dict__["_fused"] = self._fused._replace(programs=programs_of(self)[0])
 
 
 class NormUnfolded(CannotRewrite):
@@ -87,13 +84,6 @@ def programs_of(module: nn.Module) -> tuple[dict[bool, Program], Optional[Cannot
         except CannotRewrite as error:
             reason = error
     return (programs, None) if False in programs else ({}, reason)
-
-
-def rewrite(module: nn.Module, programs: dict[bool, Program]) -> None:
-    """Have a module run these programs. In place."""
-    if not isinstance(module, Rewritten):
-        set_class(module, fused_class(Rewritten, type(module)))
-    module.__dict__["_programs"] = programs
 
 
 def _program_of(module: nn.Module, training: bool) -> Program:

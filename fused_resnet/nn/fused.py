@@ -1,19 +1,19 @@
-"""Blocks that compute their plain class's forward in fused calls.
+"""Modules that compute their plain class's forward in fused calls.
 
-A fused block holds exactly what its plain class holds: the same children, parameters, buffers and hooks. Only
-`forward` differs, so a block becomes fused by changing its class (see `convert`) and plain again by changing it
-back.
+A fused module holds exactly what a plain one holds: the same children, parameters, buffers and hooks. Only `forward`
+differs. So a module becomes fused by changing its class (`convert`), and plain again by changing it back.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, Optional, cast
+from typing import Any, Callable, NamedTuple, Optional, cast
 
 from torch import Tensor, fx, nn
 
 from fused_resnet.nn.blocks import BasicBlock, Bottleneck
 from fused_resnet.nn.bypass import is_norm, why_called, why_not_fused
 from fused_resnet.nn.call import fused_conv_bn_act
+from fused_resnet.nn.scripting import NotScriptable
 
 
 def set_class(module: nn.Module, cls: type) -> None:
@@ -21,56 +21,82 @@ def set_class(module: nn.Module, cls: type) -> None:
     object.__setattr__(module, "__class__", cls)
 
 
-class NotScriptable:
-    """Modules whose forward is no TorchScript, and which say so."""
+class Fusion(NamedTuple):
+    """What `fuse` keeps of a module, all in the `_fused` of its __dict__.
 
-    def __prepare_scriptable__(self) -> None:
-        raise RuntimeError(
-            f"torch.jit.script cannot compile {type(self).__name__}: unfuse or unfreeze the model first, or use "
-            "torch.export or torch.jit.trace on the fused one."
-        )
+    stock_class: the class that it had, where that is not the `plain_class` of the class that it has now.
+    """
+
+    backend: str = "auto"
+    stock_class: Optional[type[nn.Module]] = None
+    calls_downsample: bool = False
+    programs: dict[bool, Any] = {}  # by `training`
+
+    def __reduce__(self) -> tuple:
+        """Without the programs, which no pickle holds: a copy makes its own (`rewriting`)."""
+        return Fusion, self[:3]
 
 
 class Fused(NotScriptable):
-    """A module that computes its plain class's forward another way, and holds exactly what a plain one holds.
+    """A module that computes its plain class's forward another way.
 
-    backend: asked for by every convolution that it computes.
+    There are three kinds. `FusedBlock` knows the block, `adapters.Adapted` has a forward registered for it, and
+    `rewriting.Rewritten` has one made from its own. A kind adds `fused_forward` and `fused_convs`.
     """
 
     plain_class: type[nn.Module]
-    backend = "auto"
+    _fused = Fusion()
+
+    @property
+    def backend(self) -> str:
+        """Asked for by every convolution that it computes."""
+        return self._fused.backend
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        self.__dict__["_fused"] = self._fused._replace(backend=backend)
+
+    def fused_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the plain forward computes, or NotImplemented to have that called."""
+        raise NotImplementedError
 
     def fused_convs(self) -> list[str]:
         """Names, within this module, of the convolutions that it computes together with what follows them."""
         raise NotImplementedError
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.fused_forward(*args, **kwargs)
+        return plain_class_of(self).forward(self, *args, **kwargs) if out is NotImplemented else out
+
 
 def plain_class_of(module: Any) -> type[nn.Module]:
     """The class that a module has when it is not fused."""
-    cls = type(module)
-    return module.__dict__.get("_stock_class") or getattr(cls, "plain_class", cls)
+    cls: Any = type(module)
+    return (module._fused.stock_class or cls.plain_class) if issubclass(cls, Fused) else cls
 
 
 class FusedBlock(Fused):
-    """What the fused blocks share: forward through `functional`, or the plain class's forward where that is unsafe.
+    """A residual block that is known: forward through `functional`, or the plain class's where that is unsafe.
 
     In eval mode each conv+BN(+add)+ReLU is one call that reads the live parameters, so weights never go stale. A BN
     in training mode runs as it is, and the residual add and ReLU are one call. Whenever a child was replaced, hooked
     or parametrized since, the block runs as its plain class. A projection shortcut is computed in the same way, or is
-    called where `calls_downsample` says so.
+    called where `Fusion.calls_downsample` says so.
     """
 
-    calls_downsample = False
     stage_names: tuple[tuple[str, str], ...]
     relu: nn.ReLU
     downsample: Optional[nn.Module]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # exporters read the signature
+        return super().forward(x)
+
+    def fused_forward(self, x: Tensor) -> Any:
         if isinstance(x, fx.Proxy):  # a symbolic trace is the plain block's; reading a parameter here would be in it
-            return self.__dict__.get("_stock_class", self.plain_class).forward(self, x)
+            return NotImplemented
         stages = [(getattr(self, conv), getattr(self, bn)) for conv, bn in self.stage_names]
         if why_not_fused(self.relu, stages) is not None:
-            return self.plain_class.forward(self, x)
+            return NotImplemented
         out = x
         for conv, bn in stages[:-1]:
             out = fused_conv_bn_act(out, conv, bn, self.relu, None, self.backend)
@@ -83,7 +109,7 @@ class FusedBlock(Fused):
 
     def fused_shortcut(self) -> Optional[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         """conv and bn of the projection, where the block computes it."""
-        return None if self.calls_downsample else fused_shortcut(self.downsample)
+        return None if self._fused.calls_downsample else fused_shortcut(self.downsample)
 
     def _shortcut(self, downsample: nn.Module, x: Tensor) -> Tensor:
         pair = self.fused_shortcut()
@@ -109,8 +135,6 @@ class ConvBNAct(NotScriptable, nn.Sequential):
     activation_layer: nn.ReLU, nn.ReLU6, nn.SiLU or None. x: (N, in_channels, H, W). What torch.nn takes besides (an
     unbatched x, a residual that broadcasts or has a wider dtype) is computed layer by layer.
     """
-
-    backend = "auto"
 
     def __init__(
         self,
@@ -139,6 +163,20 @@ class ConvBNAct(NotScriptable, nn.Sequential):
             layers.append(activation_layer(**({} if inplace is None else {"inplace": inplace})))
         super().__init__(*layers)
         self.has_norm = norm_layer is not None
+
+    @property
+    def backend(self) -> str:
+        """What `fuse` was asked for, until `unfuse`; else what was set, or "auto"."""
+        own = self.__dict__
+        return own["_fused"].backend if "_fused" in own else own.get("backend", "auto")
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        own = self.__dict__
+        if "_fused" in own:
+            own["_fused"] = own["_fused"]._replace(backend=backend)
+        else:
+            own["backend"] = backend
 
     def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
         conv, *rest = self

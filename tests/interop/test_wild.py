@@ -23,7 +23,7 @@ from fused_resnet.freezing.frozen import FrozenModel, FrozenParts
 from fused_resnet.freezing.modules import FrozenConv
 from fused_resnet.fusing.adapters import Adapted
 from fused_resnet.fusing.convert import fused_convs, left_alone
-from fused_resnet.fusing.fused_forward import FusedForward
+from fused_resnet.nn.fused import Fused
 from tests.support import networks, real_data
 
 full = pytest.mark.full
@@ -382,7 +382,7 @@ def test_training_a_fused_model_is_training_the_model(name):
         # the same up to what different rounding grows to in two steps: 2e-5 was seen
         assert networks.error(q, p.double()) < 2e-4 if p.is_floating_point() and p.any() else torch.equal(p, q), key
     pickled = pickle.loads(pickle.dumps(model))
-    assert sum(isinstance(module, FusedForward) for module in pickled.modules()) > 3
+    assert sum(isinstance(module, Fused) for module in pickled.modules()) > 3
     with torch.no_grad():
         for a, b in zip(pytree.tree_leaves(pickled(x)), pytree.tree_leaves(model(x))):
             assert torch.equal(a, b)

@@ -158,7 +158,7 @@ sys.exit(pytest.main(["-q", "-p", "no:faulthandler", "-p", "no:cacheprovider", *
 
 _ROOMS = [
     *(f"tests/freezing/test_{name}.py" for name in "values plan memory refusals state forwards parts".split()),
-    *("tests/fusing/test_convert.py", "tests/fusing/test_rewriting.py", "tests/nn", "tests/explaining"),
+    *("tests/fusing", "tests/nn", "tests/explaining"),
     *("tests/backends/test_winograd.py", "tests/backends/test_grouped.py", "tests/operators/test_functional.py"),
 ]
 # AVX-512's instructions for fp16 are not emulated
