@@ -232,7 +232,7 @@ def test_no_docstring_begins_with_of():
     assert [(file.name, text) for file, text in all_docstrings() if text.startswith("Of ")] == []
 
 
-_NAME = re.compile(r"(?<!`)`([A-Za-z_][\w.]*)`")
+_QUOTED = re.compile(r"(?<!`)`([A-Za-z_][\w.]*)`")
 _BUILT = {"_C_cpu.so", "_C_cuda.so", "_host_checks"}  # what setup.py makes, named as files
 
 
@@ -251,7 +251,7 @@ def missing_names(text: str, known: set[str]) -> list[str]:
             return functools.reduce(lambda owner, part: getattr(owner, part, None), rest, torch) is not None
         return name in _BUILT or {first, *rest} <= known
 
-    return [name for name in _NAME.findall(text) if not exists(name)]
+    return [name for name in _QUOTED.findall(text) if not exists(name)]
 
 
 def test_names_in_docstrings_exist():
