@@ -53,10 +53,9 @@ def planned_call(problem: ConvProblem, selection: backends.Selection, operands: 
     depends on who else reads them. Triton without a config, which is to say unmeasured, runs its default, for which a
     plan that is replayed takes a likelier one.
     """
-    conv, x = modules.FrozenConv(problem, selection, operands.weight, operands.bias), operands.x
-    if selection.backend.plan.placed:
-        conv.placed = layouts.Placed(problem, selection.config)
-        x = row_space.pack(x) if conv.placed.wants_row_space else x
+    placed = layouts.Placed(problem, selection.config) if selection.backend.plan.placed else None
+    conv = modules.FrozenConv(problem, selection, operands.weight, operands.bias, placed=placed)
+    x = row_space.pack(operands.x) if placed is not None and placed.wants_row_space else operands.x
     return functools.partial(conv.bound(), x, operands.residual)
 
 
