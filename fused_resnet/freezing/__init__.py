@@ -2,6 +2,6 @@
 
 - `freeze`: the verb, and what it refuses; `frozen`: what it returns; `parts`: what can be frozen of other models
 - `trace`: the graph; `state`: what a forward keeps; `copies` of models
-- `make`: the passes over a `draft`; `lowering`, `placing` and `layouts`: the passes; `dtypes` of all values
+- `make`: the passes over a `draft`; `lowering`, `biases`, `placing` and `layouts`: the passes; `dtypes` of all values
 - `plan`: what runs; `modules`: what it is made of; `warm`: its first run, and its capture on a GPU
 """

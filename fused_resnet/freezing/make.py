@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import Callable, Optional
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
+from fused_resnet.backends import winners
 from fused_resnet.freezing import dtypes
+from fused_resnet.freezing.biases import move_biases
 from fused_resnet.freezing.draft import Draft
 from fused_resnet.freezing.dtypes import Conversion
 from fused_resnet.freezing.lowering import (
@@ -22,10 +25,16 @@ from fused_resnet.freezing.lowering import (
     widen_what_is_wrong,
 )
 from fused_resnet.freezing.placing import mark_sums_in_place, place_in_row_space, reselect_stranded
-from fused_resnet.freezing.plan import Plan
+from fused_resnet.freezing.plan import Plan, plainly
+from fused_resnet.freezing.trace import trace
+from fused_resnet.operators.problem import ConvProblem
 
-PASSES: tuple[Callable[[Draft], None], ...] = (
+SETTLE_PROBLEMS: tuple[Callable[[Draft], None], ...] = (
     lower_convolutions,
+    move_biases,
+)
+PASSES: tuple[Callable[[Draft], None], ...] = (
+    *SETTLE_PROBLEMS,
     reselect_stranded,
     mark_sums_in_place,
     place_in_row_space,
@@ -39,10 +48,30 @@ PASSES: tuple[Callable[[Draft], None], ...] = (
 
 def make_plan(traced: fx.GraphModule, x: Tensor, conversion: Optional[Conversion], backend: str) -> Plan:
     """The plan for inputs like x: as the model computes, or with its dtypes converted."""
-    module = dtypes.propagated(traced, x, conversion)
-    draft = Draft(module, dict(module.named_modules()), {}, backend, x.device, conversion)
+    draft = _draft_of(traced, x, conversion, backend, x.device)
     for run in PASSES:
         run(draft)
-    module.delete_all_unused_submodules()
-    module.recompile()
-    return Plan(module.eval(), conversion)
+    draft.module.delete_all_unused_submodules()
+    draft.module.recompile()
+    return Plan(draft.module.eval(), conversion)
+
+
+def planned_problems(model: nn.Module, x: Tensor, dtype: torch.dtype, device: torch.device) -> list[ConvProblem]:
+    """The convolutions of the plan for inputs like x in this dtype on this device, which need not be here, in order.
+
+    What was measured is left out: the problems do not depend on who wins them.
+    """
+    with plainly(x.device), winners.ignored():
+        traced = trace(model)
+        to = dtypes.conversion(traced, x, dtypes.main_dtype(model, x.dtype), dtype)
+        draft = _draft_of(traced, x, to, "auto", device)
+        for settle in SETTLE_PROBLEMS:
+            settle(draft)
+    return [draft.convs[node].problem for node in draft.graph.nodes if node in draft.convs]
+
+
+def _draft_of(
+    traced: fx.GraphModule, x: Tensor, conversion: Optional[Conversion], backend: str, device: torch.device
+) -> Draft:
+    module = dtypes.propagated(traced, x, conversion)
+    return Draft(module, dict(module.named_modules()), {}, backend, device, conversion)

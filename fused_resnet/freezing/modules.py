@@ -28,7 +28,7 @@ class FrozenConv(nn.Module):
         in_place: bool = False,
         placed: Optional[layouts.Placed] = None,
     ) -> None:
-        """Of what was decided (`draft.Decision`); the weight is packed here."""
+        """Takes what was decided (`draft.Decision`), and packs the weight."""
         super().__init__()
         self.problem, self.selection, self.bias = problem, selection, bias
         self.weight = selection.backend.plan.pack(problem, weight, selection.config)

@@ -39,10 +39,10 @@ def random_operands(problem: ConvProblem, device: str, seed: int = 0) -> ConvOpe
     )  # fmt: skip
 
 
-def folded_operands(operands: ConvOperands) -> ConvOperands:
-    """The same operation with BN folded into weight and bias, as `freeze` does."""
+def folded_operands(operands: ConvOperands, *, has_bias: bool = True) -> ConvOperands:
+    """The same operation with BN folded into weight and bias, as `freeze` does; without a bias that it moves away."""
     weight, shift = affine.fold(operands, operands.x.dtype)
-    return ConvOperands(operands.x, weight, bias=shift, residual=operands.residual)
+    return ConvOperands(operands.x, weight, bias=shift if has_bias else None, residual=operands.residual)
 
 
 def planned_call(problem: ConvProblem, selection: backends.Selection, operands: ConvOperands) -> Callable[[], Tensor]:
