@@ -11,8 +11,7 @@ from torch import Tensor, fx
 
 from fused_resnet.freezing.dtypes import facts_of, first_line
 from fused_resnet.freezing.plan import GraphedPlan, Plan
-from fused_resnet.freezing.state import content_of_tensor
-from fused_resnet.graphs.tracer import keeps_state
+from fused_resnet.freezing.state import content_of_tensor, keeps_state
 from fused_resnet.machine import malloc
 from fused_resnet.operators.problem import dtype_name
 
