@@ -60,6 +60,7 @@ def _as_selected(draft: Draft) -> dict[fx.Node, layouts.Placed]:
 
 
 def _owns_its_memory(draft: Draft, node: fx.Node) -> bool:
+    """Whether it is new memory in NCHW or NHWC. What else is new (`graphs.memory`) may have strides in any order."""
     module = draft.called_by(node)
     if module is not None:
         return isinstance(module, POOLS) and has_stock_call(module)

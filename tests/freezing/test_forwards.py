@@ -113,6 +113,18 @@ def augments_its_input(m, x):
     return m.conv(x) + x
 
 
+def writes_a_part_of_a_tuple(m, x):
+    parts = x.chunk(2, 1) + (x,)
+    parts[2].add_(1)
+    return m.conv(x) + x
+
+
+def writes_a_part_of_two_tuples(m, x):
+    parts = torch.chunk(x, 2, 1) + x.unbind()
+    (parts * 2)[1].add_(1)
+    return m.conv(x) + x
+
+
 @pytest.mark.parametrize(
     "function",
     (
@@ -120,8 +132,10 @@ def augments_its_input(m, x):
         lambda m, x: m.conv(m.relu(x)) + x,
         lambda m, x: m.conv(m.relu(x.view(x.shape))) + x,
         augments_its_input,
+        writes_a_part_of_a_tuple,
+        writes_a_part_of_two_tuples,
     ),
-    ids=("relu_", "ReLU(inplace=True)", "through a view", "+="),
+    ids=("relu_", "ReLU(inplace=True)", "through a view", "+=", "in a tuple", "in two tuples"),
 )
 def test_the_input_is_not_written(function):
     model = Traced(function, relu=nn.ReLU(inplace=True)).eval()
