@@ -69,7 +69,7 @@ def run(problem: ConvProblem, name: str, config: dict[str, Any], device: str) ->
     found = next((one for one in legal if one._asdict() == config), None)
     if found is None:
         return "not run", reason or "there is no such config for two images"
-    operands = measuring.folded_operands(measuring.random_operands(problem, device))
+    operands = measuring.folded_operands(measuring.random_operands(problem, device), has_bias=problem.has_bias)
     images, case = measuring.compared_case(problem, operands)
     conv = modules.FrozenConv(problem, backends.Selection(backend, found), operands.weight, operands.bias)
 

@@ -1,26 +1,47 @@
-"""A graph on its way to a plan, as the passes get it."""
+"""A graph on its way to a plan, as the passes get it, and what they have decided about its convolutions."""
 
 from __future__ import annotations
 
 from typing import NamedTuple, Optional
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from fused_resnet.backends import Selection
 from fused_resnet.freezing.dtypes import Conversion
+from fused_resnet.freezing.layouts import Placed
+from fused_resnet.freezing.respelling import add_child
 from fused_resnet.graphs.nodes import module_of
-from fused_resnet.graphs.spelling import add_child
+from fused_resnet.operators.problem import ConvProblem
+
+
+class Decision(NamedTuple):
+    """What is decided about a lowered convolution: what a `FrozenConv` is made of.
+
+    weight and bias are folded; the weight is not packed. in_place: the sum replaces the residual's memory. placed: for
+    a backend whose tensors the plan places, how `layouts` settled them.
+    """
+
+    problem: ConvProblem
+    selection: Selection
+    weight: Tensor
+    bias: Optional[Tensor]
+    in_place: bool = False
+    placed: Optional[Placed] = None
 
 
 class Draft(NamedTuple):
     """The traced model for one input shape, and what was asked for.
 
     module: the graph, whose nodes know their shapes and dtypes. modules: those that its nodes may call, by name.
-    backend: "auto", or the one that every convolution must use. conversion: of the caller's dtypes, if there is one.
+    convs: the nodes that are lowered convolutions, each called with x and perhaps a residual. Passes decide by
+    replacing what is kept there. backend: "auto", or the one that every convolution must use. device: where the plan
+    will run. conversion: of the caller's dtypes, if there is one.
     """
 
     module: fx.GraphModule
     modules: dict[str, nn.Module]
+    convs: dict[fx.Node, Decision]
     backend: str
     device: torch.device
     conversion: Optional[Conversion]
@@ -32,6 +53,15 @@ class Draft(NamedTuple):
     def called_by(self, node: fx.Node) -> Optional[nn.Module]:
         return module_of(node, self.modules)
 
+    def decide(self, node: fx.Node, **values: object) -> None:
+        """Replace these values of what is decided about a convolution."""
+        self.convs[node] = self.convs[node]._replace(**values)  # type: ignore[arg-type]
+
     def add(self, name: str, child: nn.Module) -> str:
         """Give the graph a module of this name, or of the next free one. Returns the name."""
         return add_child(self.module, self.modules, name, child)
+
+
+def lowered(x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+    """What the nodes of lowered convolutions call until their modules are made."""
+    raise NotImplementedError("a draft is no plan yet")

@@ -18,6 +18,7 @@ from fused_resnet.freezing.make import make_plan
 from fused_resnet.freezing.parts import freeze_parts
 from fused_resnet.freezing.plan import Plan, plainly
 from fused_resnet.freezing.trace import trace
+from fused_resnet.freezing.warm import warmed
 from fused_resnet.nn.scripting import NotScriptable
 from fused_resnet.operators.problem import dtype_name
 
@@ -138,7 +139,8 @@ class FrozenModel(Frozen):
             plan = self._plans.get(key)
             if plan is None:
                 with plainly(self.device):
-                    plan = self._plans[key] = make_plan(self._traced, x.detach(), self._conversion, self.backend)
+                    made = make_plan(self._traced, x.detach(), self._conversion, self.backend)
+                    plan = self._plans[key] = warmed(made, x.detach())
                 if len(self._plans) > MAX_PLANS:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(key)

@@ -1,4 +1,4 @@
-"""The passes that replace nodes of a graph by frozen modules: BN folded, weights packed."""
+"""The passes that find what a plan computes its own way, and that make the modules for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from fused_resnet import backends
 from fused_resnet.freezing import dtypes
-from fused_resnet.freezing.draft import Draft
+from fused_resnet.freezing.draft import Decision, Draft, lowered
 from fused_resnet.freezing.dtypes import facts_of
 from fused_resnet.freezing.modules import LOWERED, FrozenConv, FrozenLinear, FrozenMaxPool, WideConv
 from fused_resnet.graphs.matching import Match, activation_of, matches, norm_at
@@ -24,7 +24,7 @@ from fused_resnet.operators.problem import FLOAT_DTYPES, dtype_name
 
 
 def lower_convolutions(draft: Draft) -> None:
-    """One FrozenConv for every conv -> BN -> (+ residual) -> activation."""
+    """One node for every conv -> BN -> (+ residual) -> activation, BN folded, and who computes it."""
     found = matches(
         draft.graph,
         draft.modules,
@@ -42,13 +42,13 @@ def _keeps_dtype(node: fx.Node) -> bool:
 
 
 def _lower(draft: Draft, match: Match) -> None:
-    """Replace a match by one FrozenConv, placed where its last node was, and what its norm calls after that."""
+    """Replace a match by one node where its last node was, and by what its norm calls after that."""
     conv = cast(nn.Conv2d, draft.modules[match.conv.target])
     norm = norm_of(norm_at(match.bn, draft.modules))
     activation, then = ("none", ()) if norm is None else norm.activation
     source, residual, tail = match.conv.all_input_nodes[0], match.residual, match.nodes[-1]
     facts = source.meta["facts"]
-    weight, bias = fold(conv, norm, facts.dtype)
+    weight, bias = folded_weights(conv, norm, facts.dtype)
     described = ConvOperands(
         torch.empty(facts.shape, dtype=facts.dtype, device="meta"),
         weight.to("meta"),
@@ -59,12 +59,13 @@ def _lower(draft: Draft, match: Match) -> None:
         activation = activation_of(match.act, draft.modules)
     window = (pair("stride", conv.stride), pair("padding", conv.padding), pair("dilation", conv.dilation))
     problem = conv_problem(described, *window, conv.groups, activation)
-    problem = problem._replace(device=weight.device.type)
-    frozen = FrozenConv(problem, backends.select(problem, draft.backend, in_plan=True), weight, bias)
-    name = draft.add(f"fused_{match.conv.name}", frozen)
+    problem = problem._replace(device=draft.device.type)
+    inputs = (source,) if residual is None else (source, residual)
     with draft.graph.inserting_before(tail):
-        fused = draft.graph.call_module(name, (source,) if residual is None else (source, residual))
+        fused = draft.graph.create_node("call_function", lowered, inputs, name=f"fused_{match.conv.name}")
         fused.meta = dict(tail.meta)
+        selection = backends.select(problem, draft.backend, in_plan=True)
+        draft.convs[fused] = Decision(problem, selection, weight, bias)
         for called in then:
             name = draft.add(f"{match.conv.name}_{type(called).__name__.lower()}", called)
             fused = draft.graph.call_module(name, (fused,))
@@ -74,6 +75,13 @@ def _lower(draft: Draft, match: Match) -> None:
     for node in (*reversed(match.nodes), *vectors):
         if not node.users:
             draft.graph.erase_node(node)
+
+
+def make_convolutions(draft: Draft) -> None:
+    """The modules of the lowered convolutions: from here on nothing is decided about them."""
+    for node in list(draft.convs):
+        frozen = FrozenConv(*draft.convs.pop(node))  # so that a weight goes once it is packed
+        node.op, node.target = "call_module", draft.add(node.name, frozen)
 
 
 def pack_linears(draft: Draft) -> None:
@@ -151,7 +159,9 @@ def convert_the_rest(draft: Draft) -> None:
         node.target = names[key]
 
 
-def fold(conv: nn.Conv2d, bn: Union[nn.Module, Norm, None], dtype: torch.dtype) -> tuple[Tensor, Optional[Tensor]]:
+def folded_weights(
+    conv: nn.Conv2d, bn: Union[nn.Module, Norm, None], dtype: torch.dtype
+) -> tuple[Tensor, Optional[Tensor]]:
     """(weight * scale, shift) of conv -> BN in eval mode, computed in fp64; the weight in channels_last."""
     operands, norm = ConvOperands(conv.weight, conv.weight, bias=conv.bias), norm_of(bn)
     if norm is not None:

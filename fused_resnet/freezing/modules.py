@@ -20,18 +20,19 @@ class FrozenConv(nn.Module):
     """One fused convolution of a plan: the problem, the backend and config chosen for it, and its packed weight."""
 
     def __init__(
-        self, problem: ConvProblem, selection: backends.Selection, weight: Tensor, bias: Optional[Tensor]
+        self,
+        problem: ConvProblem,
+        selection: backends.Selection,
+        weight: Tensor,
+        bias: Optional[Tensor],
+        in_place: bool = False,
+        placed: Optional[layouts.Placed] = None,
     ) -> None:
+        """Takes what was decided (`draft.Decision`), and packs the weight."""
         super().__init__()
-        self.problem, self.in_place = problem, False
-        self.placed: Optional[layouts.Placed] = None  # of Triton convolutions: how `layouts` settled them
-        self.weight, self.bias = weight, bias
-        self.select(selection)
-
-    def select(self, selection: backends.Selection) -> None:
-        """Have this selection run it. The weight must not be packed yet, which Triton's never is."""
-        self.selection = selection
-        self.weight = selection.backend.plan.pack(self.problem, self.weight, selection.config)
+        self.problem, self.selection, self.bias = problem, selection, bias
+        self.weight = selection.backend.plan.pack(problem, weight, selection.config)
+        self.in_place, self.placed = in_place, placed
 
     @property
     def backend(self) -> backends.Backend:

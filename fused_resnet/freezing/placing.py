@@ -10,7 +10,6 @@ from torch import fx
 from fused_resnet import backends
 from fused_resnet.freezing import layouts
 from fused_resnet.freezing.draft import Draft
-from fused_resnet.freezing.modules import FrozenConv, FrozenMaxPool
 from fused_resnet.graphs.memory import POOL_FUNCTIONS, POOLS
 from fused_resnet.nn.bypass import has_stock_call
 
@@ -23,46 +22,46 @@ def mark_sums_in_place(draft: Draft) -> None:
     residual itself never qualifies.
     """
     order = {node: index for index, node in enumerate(draft.graph.nodes)}
-    for node in draft.graph.nodes:
-        conv = draft.called_by(node)
-        if not isinstance(conv, FrozenConv) or len(node.args) < 2 or conv.backend.plan.bind is None:
+    for node, conv in list(draft.convs.items()):
+        if not conv.problem.has_residual or conv.selection.backend.plan.bind is None:
             continue
-        source, residual = node.args
+        source, residual = cast("tuple[fx.Node, fx.Node]", node.args)
         readers = [user for user in residual.users if user is not node]
-        conv.in_place = (
+        in_place = (
             source is not residual
             and _owns_its_memory(draft, residual)
             and all(order[reader] < order[node] and _owns_its_memory(draft, reader) for reader in readers)
         )
+        draft.decide(node, in_place=in_place)
 
 
 def reselect_stranded(draft: Draft) -> None:
     """Where x cannot lie in row space, take what was measured fastest without it."""
     while stranded := layouts.stranded(_as_selected(draft)):
         for node in stranded:
-            conv = cast(FrozenConv, draft.called_by(node))
-            conv.select(backends.select(conv.problem, draft.backend, in_plan=True, in_nhwc=True))
+            problem = draft.convs[node].problem
+            draft.decide(node, selection=backends.select(problem, draft.backend, in_plan=True, in_nhwc=True))
+
+
+def place_in_row_space(draft: Draft) -> None:
+    """Settle the layouts of what is placed, and the configs with them (`layouts`)."""
+    is_replayed = draft.device.type == "cuda" and not torch.version.hip
+    for node, placed in layouts.assign(_as_selected(draft), draft.device, is_replayed=is_replayed).items():
+        selection = draft.convs[node].selection._replace(config=placed.config)
+        draft.decide(node, placed=placed, selection=selection)
 
 
 def _as_selected(draft: Draft) -> dict[fx.Node, layouts.Placed]:
     return {
         node: layouts.Placed(conv.problem, conv.selection.config)
-        for node in draft.graph.nodes
-        if isinstance(conv := draft.called_by(node), FrozenConv) and conv.backend.plan.placed
+        for node, conv in draft.convs.items()
+        if conv.selection.backend.plan.placed
     }
 
 
-def place_in_row_space(draft: Draft) -> None:
-    """Settle the layouts of what is placed, and the configs with them (`layouts`)."""
-    asked, device = _as_selected(draft), draft.device
-    is_replayed = device.type == "cuda" and not torch.version.hip
-    for node, placed in layouts.assign(asked, device, is_replayed=is_replayed).items():
-        conv = cast(FrozenConv, draft.called_by(node))
-        conv.placed, conv.selection = placed, conv.selection._replace(config=placed.config)
-
-
 def _owns_its_memory(draft: Draft, node: fx.Node) -> bool:
+    """Whether it is new memory in NCHW or NHWC. What else is new (`graphs.memory`) may have strides in any order."""
     module = draft.called_by(node)
     if module is not None:
-        return isinstance(module, (FrozenConv, FrozenMaxPool, *POOLS)) and has_stock_call(module)
-    return node.op == "call_function" and node.target in POOL_FUNCTIONS
+        return isinstance(module, POOLS) and has_stock_call(module)
+    return node in draft.convs or node.op == "call_function" and node.target in POOL_FUNCTIONS

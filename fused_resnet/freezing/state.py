@@ -18,7 +18,7 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, fx, nn
 
-from fused_resnet.graphs.tracer import count_writes
+from fused_resnet.graphs.tracer import Unfaithful, count_writes
 
 _HOLDERS = {"_parameters", "_buffers", "_modules"}
 _LIBRARIES = {*sys.stdlib_module_names, "fused_resnet", "numpy", "timm", "torch", "torchvision", "transformers"}
@@ -27,6 +27,13 @@ _ATOMS = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _CONTAINERS = (collections.OrderedDict, dict, list, tuple, set, frozenset, collections.deque)
 # How far is looked for state: objects from one place and in all, bytes in all. Of what is beyond only the type is told.
 _MOST_CODE, _MOST_OF_A_PLACE, _MOST_OBJECTS, _MOST_BYTES, _DEEPEST = 1000, 2**14, 2**18, 2**30, 100
+
+
+def keeps_state(what: str) -> Unfaithful:
+    return Unfaithful(
+        f"freeze: the forward writes {what}, which a plan would not write again: a frozen model does the same in each "
+        "call. Freeze the modules that keep nothing, or use fused_resnet.fuse."
+    )
 
 
 def names_in(code: CodeType) -> Iterator[str]:

@@ -21,11 +21,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fused_resnet.freezing.copies import copy_tensors, copy_with_parameters, unwrapped
-from fused_resnet.freezing.state import changes, forget_constants, names_in, random_state, state_of
+from fused_resnet.freezing.respelling import call_functions, call_modules
+from fused_resnet.freezing.state import changes, forget_constants, keeps_state, names_in, random_state, state_of
 from fused_resnet.graphs.memory import memory_of, writes_in_place, written
 from fused_resnet.graphs.nodes import is_made_in_forward, module_of, skip_identities
-from fused_resnet.graphs.spelling import call_functions, call_modules
-from fused_resnet.graphs.tracer import TRACING, Tracer, Unfaithful, count_writes, keeps_state
+from fused_resnet.graphs.tracer import TRACING, Tracer, Unfaithful, WritesState, count_writes
 from fused_resnet.nn.bypass import has_stock_call
 
 _WEIGHT_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
@@ -98,8 +98,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
     before, numbers = state_of(copied), random_state()
     try:
         graph = _graph_of(root)
-    except Unfaithful:
-        raise
+    except WritesState as error:
+        raise keeps_state(error.what) from error
     except Exception as error:
         raise _untraceable(model, error) from error
     forget_constants(copied, before)

@@ -21,14 +21,20 @@ _FRESH_FUNCTIONS = {
     "clone", torch.clone, "add", torch.add, "relu", torch.relu, "mul", "sum", "mean",
     operator.add, operator.sub, operator.mul,
 }  # fmt: skip
+# Functions and methods, by name, that return a tuple of views; and what puts tuples together.
+_SPLITS = frozenset("chunk split split_with_sizes tensor_split hsplit vsplit dsplit unbind".split())
+_JOINS = (operator.add, operator.mul)
 
 
 def memory_of(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, set[fx.Node]]:
     """For each node, the nodes whose memory its result may be."""
     memory: dict[fx.Node, set[fx.Node]] = {}
     attributes: dict[Any, fx.Node] = {}
+    tuples: set[fx.Node] = set()
     for node in graph.nodes:
-        owners = [] if _is_fresh(node, modules) else node.all_input_nodes
+        if _is_tuple(node, tuples):
+            tuples.add(node)
+        owners = [] if node not in tuples and _is_fresh(node, modules) else node.all_input_nodes
         if node.op == "get_attr":
             owners = [attributes.setdefault(node.target, node)]
         memory[node] = {node}.union(*(memory.get(owner, set()) for owner in owners))
@@ -48,6 +54,15 @@ def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return (isinstance(module, _FRESH) or is_norm(module)) and has_stock_call(module)
     is_call = node.op in ("call_function", "call_method")
     return is_call and node.target in _FRESH_FUNCTIONS and not writes_in_place(node, modules)
+
+
+def _is_tuple(node: fx.Node, tuples: set[fx.Node]) -> bool:
+    """Whether it is a tuple that holds what it was made of: a tensor's parts, or tuples in a row."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target in _JOINS:
+        return any(isinstance(arg, (tuple, list)) or arg in tuples for arg in node.args)
+    return getattr(node.target, "__name__", node.target) in _SPLITS
 
 
 def writes_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -28,7 +28,7 @@ class Proxy(fx.Proxy):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if hasattr(Tensor, name):  # `a.data = b`, which torch.fx alone forgets
-            raise keeps_state(f"the attribute {name} of a tensor")
+            raise WritesState(f"the attribute {name} of a tensor")
         super().__setattr__(name, value)
 
 
@@ -89,11 +89,12 @@ class Unfaithful(RuntimeError):
     """A graph would not go on doing what the model does."""
 
 
-def keeps_state(what: str) -> Unfaithful:
-    return Unfaithful(
-        f"freeze: the forward writes {what}, which a plan would not write again: a frozen model does the same in each "
-        "call. Freeze the modules that keep nothing, or use fused_resnet.fuse."
-    )
+class WritesState(Unfaithful):
+    """The forward writes what a graph would not write again. what: part of a sentence."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"it writes {what}, which a graph would not write again")
+        self.what = what
 
 
 def count_writes(tensor: Tensor) -> int:

@@ -39,10 +39,10 @@ def random_operands(problem: ConvProblem, device: str, seed: int = 0) -> ConvOpe
     )  # fmt: skip
 
 
-def folded_operands(operands: ConvOperands) -> ConvOperands:
-    """The same operation with BN folded into weight and bias, as `freeze` does."""
+def folded_operands(operands: ConvOperands, *, has_bias: bool = True) -> ConvOperands:
+    """The same operation with BN folded into weight and bias, as `freeze` does; without a bias that it moves away."""
     weight, shift = affine.fold(operands, operands.x.dtype)
-    return ConvOperands(operands.x, weight, bias=shift, residual=operands.residual)
+    return ConvOperands(operands.x, weight, bias=shift if has_bias else None, residual=operands.residual)
 
 
 def planned_call(problem: ConvProblem, selection: backends.Selection, operands: ConvOperands) -> Callable[[], Tensor]:
@@ -53,10 +53,9 @@ def planned_call(problem: ConvProblem, selection: backends.Selection, operands: 
     depends on who else reads them. Triton without a config, which is to say unmeasured, runs its default, for which a
     plan that is replayed takes a likelier one.
     """
-    conv, x = modules.FrozenConv(problem, selection, operands.weight, operands.bias), operands.x
-    if selection.backend.plan.placed:
-        conv.placed = layouts.Placed(problem, selection.config)
-        x = row_space.pack(x) if conv.placed.wants_row_space else x
+    placed = layouts.Placed(problem, selection.config) if selection.backend.plan.placed else None
+    conv = modules.FrozenConv(problem, selection, operands.weight, operands.bias, placed=placed)
+    x = row_space.pack(operands.x) if placed is not None and placed.wants_row_space else operands.x
     return functools.partial(conv.bound(), x, operands.residual)
 
 

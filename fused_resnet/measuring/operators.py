@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from typing import Any, Mapping, NamedTuple, Optional, Sequence
 
@@ -9,8 +10,7 @@ import torch
 from torch import nn
 
 from fused_resnet import backends, testing
-from fused_resnet.freezing.frozen import FrozenModel
-from fused_resnet.freezing.modules import FrozenConv
+from fused_resnet.freezing.make import planned_problems
 from fused_resnet.kernels import sources
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.measuring import rooflines, timing
@@ -42,16 +42,9 @@ class CountedProblem(NamedTuple):
 def convs_of(
     model: nn.Module, image_shape: Sequence[int], batch: int, dtype: torch.dtype, device: str
 ) -> list[CountedProblem]:
-    """The distinct fused convolutions of a model in the order of first use, with BN folded, read off its plan."""
-    example = torch.zeros(1, *image_shape)
-    planned = FrozenModel(model.eval(), example, example.dtype, "eager").plan(example)
-    counts: dict[ConvProblem, int] = {}
-    modules = dict(planned.named_modules())
-    for node in planned.graph.nodes:
-        module = modules.get(node.target) if node.op == "call_module" else None
-        if isinstance(module, FrozenConv):
-            problem = module.problem._replace(N=batch, dtype=dtype, device=torch.device(device).type)
-            counts[problem] = counts.get(problem, 0) + 1
+    """The distinct fused convolutions of the plan that `freeze` makes on this device in this dtype, by first use."""
+    example = torch.empty(batch, *image_shape)
+    counts = collections.Counter(planned_problems(model.eval(), example, dtype, torch.device(device)))
     return [CountedProblem(problem, count) for problem, count in counts.items()]
 
 
@@ -67,28 +60,26 @@ def op_subjects(
     networks: (model, image shape) by name. A problem that several of them have is measured once. Batches and dtypes
     are taken in the order given, so that what matters most can come first.
     """
-    counts: dict[Problem, dict[str, int]] = {}
-    for name, (model, shape) in networks.items():
-        for problem, repeats in convs_of(model, shape, 1, torch.float32, device):
-            counts.setdefault(problem, {})[name] = repeats
-            if problem.has_residual:
-                addition = AddReluProblem(problem.output_shape, True, problem.dtype, problem.device)
-                models = counts.setdefault(addition, {})
-                models[name] = models.get(name, 0) + repeats
-    if not counts:
+    subjects = []
+    for dtype in dtypes:
+        for batch in batches:
+            counts: dict[Problem, dict[str, int]] = {}
+            for name, (model, shape) in networks.items():
+                _count(counts, name, convs_of(model, shape, batch, dtype, device))
+            subjects += [OperatorSubject(problem, models, device) for problem, models in counts.items()]
+    if not subjects:
         raise ValueError(f"bench ops: {', '.join(networks)} have no convolution that can be fused.")
-    return [
-        OperatorSubject(_of_batch(one, batch)._replace(dtype=dtype), models, device)
-        for dtype in dtypes
-        for batch in batches
-        for one, models in counts.items()
-    ]
+    return subjects
 
 
-def _of_batch(problem: Problem, batch: int) -> Problem:
-    if isinstance(problem, ConvProblem):
-        return problem._replace(N=batch)
-    return problem._replace(shape=(batch, *problem.shape[1:]))
+def _count(counts: dict[Problem, dict[str, int]], network: str, convs: Sequence[CountedProblem]) -> None:
+    """Add a network's convolutions, and the additions that end its blocks."""
+    for problem, repeats in convs:
+        counts.setdefault(problem, {})[network] = repeats
+        if problem.has_residual:
+            addition = AddReluProblem(problem.output_shape, True, problem.dtype, problem.device)
+            models = counts.setdefault(addition, {})
+            models[network] = models.get(network, 0) + repeats
 
 
 def op_variants(problem: ConvProblem, live: ConvOperands) -> tuple[dict[str, Prepared], dict[str, str]]:
@@ -97,7 +88,7 @@ def op_variants(problem: ConvProblem, live: ConvOperands) -> tuple[dict[str, Pre
     UNFUSED is eager conv, BN, add and activation, one after the other. FOLDED is the same with BN folded. The others
     are the backends as a frozen plan runs them, with packed weights and the config that is tuned for this device.
     """
-    eager, folded = backends.known("conv_bn_act")["eager"], folded_operands(live)
+    eager, folded = backends.known("conv_bn_act")["eager"], folded_operands(live, has_bias=problem.has_bias)
     unfolded = problem._replace(has_bn=True, has_bias=False)
     (images, folded_case), (_, live_case) = compared_case(problem, folded), compared_case(unfolded, live)
     found = {
@@ -125,7 +116,7 @@ def add_relu_variants(problem: AddReluProblem, device: str) -> tuple[dict[str, P
     target = torch.empty_like(source)
     images = compared_images(problem.shape[0])
     operands = testing.AddReluOperands(a[images], b[images], b[images])
-    case = testing.Case(_of_batch(problem, len(images)), operands)
+    case = testing.Case(problem._replace(shape=(len(images), *problem.shape[1:])), operands)
     found = {
         UNFUSED: Prepared(lambda: torch.relu(a + b), images, case, "eager"),
         COPY: Prepared(lambda: target.copy_(source), [], case, COPY),

@@ -35,7 +35,8 @@ class _Subject:
 
     def __init__(self, problem: ConvProblem, device: str) -> None:
         self.problem, live = problem, measuring.random_operands(problem, device)
-        self.operands: ConvOperands = live if problem.has_bn else measuring.folded_operands(live)
+        folded = measuring.folded_operands(live, has_bias=problem.has_bias)
+        self.operands: ConvOperands = live if problem.has_bn else folded
         self.images, self.case = measuring.compared_case(problem, self.operands)
 
     def call(self, candidate: Candidate) -> Callable[[], torch.Tensor]:

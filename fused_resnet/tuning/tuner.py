@@ -54,10 +54,9 @@ def problems_of(
     """
     shares: dict[ConvProblem, float] = {}
     for model, shape in networks.values():
-        convs = measuring.convs_of(model, shape, 1, torch.float32, device)
         for dtype in dtypes:
             for batch in batches:
-                counted = [(one.problem._replace(N=batch, dtype=dtype), one.repeats) for one in convs]
+                counted = measuring.convs_of(model, shape, batch, dtype, device)
                 total = sum(problem.flops * count for problem, count in counted)
                 for problem, count in counted:
                     if live_bn:

@@ -1,11 +1,6 @@
 """freeze: what a forward may do, and what its graph must not lose."""
 
-import gc
-import os
-import subprocess
-import sys
 import threading
-from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +9,6 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet.freezing.modules import FrozenLinear
-from fused_resnet.machine import cuda_graphs, malloc
 from tests.support import networks
 from tests.support.plans import Traced, X, as_good_as_plain, equal_outputs, frozen_equals, needs_onednn
 
@@ -119,6 +113,18 @@ def augments_its_input(m, x):
     return m.conv(x) + x
 
 
+def writes_a_part_of_a_tuple(m, x):
+    parts = x.chunk(2, 1) + (x,)
+    parts[2].add_(1)
+    return m.conv(x) + x
+
+
+def writes_a_part_of_two_tuples(m, x):
+    parts = torch.chunk(x, 2, 1) + x.unbind()
+    (parts * 2)[1].add_(1)
+    return m.conv(x) + x
+
+
 @pytest.mark.parametrize(
     "function",
     (
@@ -126,8 +132,10 @@ def augments_its_input(m, x):
         lambda m, x: m.conv(m.relu(x)) + x,
         lambda m, x: m.conv(m.relu(x.view(x.shape))) + x,
         augments_its_input,
+        writes_a_part_of_a_tuple,
+        writes_a_part_of_two_tuples,
     ),
-    ids=("relu_", "ReLU(inplace=True)", "through a view", "+="),
+    ids=("relu_", "ReLU(inplace=True)", "through a view", "+=", "in a tuple", "in two tuples"),
 )
 def test_the_input_is_not_written(function):
     model = Traced(function, relu=nn.ReLU(inplace=True)).eval()
@@ -210,83 +218,6 @@ def test_threads_may_freeze_and_serve_at_once():
     done.set()
     server.join()
     assert not wrong and nn.Module.__call__ is call
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
-def test_cuda_graph(dtype):
-    """On a GPU a plan is a graph: right for several shapes, from several threads and streams, in and out of inference
-    mode, and its outputs are fresh."""
-    model, x = networks.small().cuda(), torch.randn(X, device="cuda")
-    limit = 5e-3 if dtype == torch.float32 else 5e-2  # products in TF32, unless torch is told otherwise
-    with torch.inference_mode():
-        frozen = fused_resnet.freeze(model, x, dtype=dtype)
-    first, second = frozen(x), frozen(-x)
-    assert networks.error(first, networks.in_fp64(model, x)) < limit and first.data_ptr() != second.data_ptr()
-    wrong = []
-
-    def serve(batch):
-        stream, own = torch.cuda.Stream(), torch.randn(batch, *X[1:], device="cuda")
-        torch.cuda.current_stream().synchronize()
-        with torch.cuda.stream(stream):
-            expected = networks.in_fp64(model, own)
-            if any(networks.error(frozen(own), expected) > limit for _ in range(20)):
-                wrong.append(batch)
-
-    threads = [threading.Thread(target=serve, args=(1 + index % 3,)) for index in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong and all(frozen.is_graphed(torch.empty(batch, *X[1:], device="cuda")) for batch in (1, 2, 3))
-
-
-FAULTS = """
-import resource, statistics, torch, fused_resnet
-from torch import nn
-model = nn.Sequential(nn.Conv2d(16, 64, 1), nn.Conv2d(64, 64, 1), nn.Conv2d(64, 8, 1)).eval()
-x = torch.randn(8, 16, 192, 192)  # results of 75 MB: more than malloc keeps of its own accord
-frozen = fused_resnet.freeze(model, x)
-faults = []
-for _ in range(8):  # the first few find the heap still growing
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    frozen(x)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(int(statistics.median(faults[1:])))
-"""
-
-
-@pytest.mark.skipif(not malloc._is_ours_to_set(), reason="needs glibc with malloc's thresholds not set from outside")
-def test_freed_memory_stays_with_the_process():
-    def page_faults(**environment):
-        run = subprocess.run(
-            [sys.executable, "-c", FAULTS], env={**os.environ, **environment}, capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stderr
-        return int(run.stdout)
-
-    assert page_faults() < 1000
-    assert page_faults(MALLOC_MMAP_THRESHOLD_=str(32 * 2**20)) > 10_000  # the environment's word is the last
-
-
-def test_nothing_is_collected_while_a_graph_is_captured(monkeypatch):
-    """A CUDA graph that is freed meanwhile would end the capture, and so would another thread's capture."""
-    seen = []
-
-    def call():
-        seen.append((gc.isenabled(), cuda_graphs._CAPTURING.locked()))
-        if len(seen) == 8:
-            raise RuntimeError("it cannot be captured")
-
-    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
-        fake = mock.MagicMock()
-        fake.return_value.__exit__.return_value = False
-        monkeypatch.setattr(torch.cuda, name, fake)
-    cuda_graphs.captured(call)
-    with pytest.raises(RuntimeError, match="cannot be captured"):
-        cuda_graphs.captured(call)
-    assert seen == [*[(True, False)] * 3, (False, True)] * 2  # three calls to warm up
-    assert gc.isenabled() and not cuda_graphs._CAPTURING.locked()
 
 
 @needs_onednn

@@ -71,10 +71,10 @@ def test_folding_by_hand():
             (bn.running_var, (3, 8)),
         ):  # fmt: skip
             tensor.copy_(torch.tensor(value))
-    weight, bias = lowering.fold(conv, bn, torch.float32)
+    weight, bias = lowering.folded_weights(conv, bn, torch.float32)
     assert torch.equal(weight.flatten(), torch.tensor([2 * 4 / 2.0, 3 * -2 / 3.0]))
     torch.testing.assert_close(bias, torch.tensor([(1 - 2) * 2 + 0.5, (-1 - 1) * -2 / 3]))
-    assert lowering.fold(nn.Conv2d(1, 1, 1, bias=False), None, torch.float32)[1] is None
+    assert lowering.folded_weights(nn.Conv2d(1, 1, 1, bias=False), None, torch.float32)[1] is None
 
 
 def test_fused_models_freeze_like_plain_ones():

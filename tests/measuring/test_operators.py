@@ -81,10 +81,11 @@ def test_a_kernel_that_writes_nan_counts_as_infinitely_wrong(monkeypatch):
 
 
 def test_models_keep_their_convolution_counts():
-    """23 convolution shapes in ResNet-50. In the four first blocks the projection carries sum and ReLU, and the last
-    1x1 neither, so four shapes have two epilogues."""
+    """23 convolution shapes in ResNet-50, four of them with two epilogues. In the four first blocks the projection
+    carries both biases, the sum and ReLU, and the last 1x1 none of them."""
     problems = measuring.convs_of(models.create("resnet50"), (3, 224, 224), 256, torch.float16, "cuda:0")
     assert (len(problems), sum(count for _, count in problems)) == (27, 53)
-    assert len({problem._replace(has_residual=False, activation="none") for problem, _ in problems}) == 23
+    plain = dict(has_bias=True, has_residual=False, activation="none")
+    assert len({problem._replace(**plain) for problem, _ in problems}) == 23
     first = problems[0].problem
     assert (first.N, first.dtype, first.device, first.output_shape) == (256, torch.float16, "cuda", (256, 64, 112, 112))

@@ -1,0 +1,65 @@
+"""A new plan's first run, which says what it cannot do; the memory that it works in; and its capture on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+
+import torch
+from torch import Tensor, fx
+
+from fused_resnet.freezing.dtypes import facts_of, first_line
+from fused_resnet.freezing.plan import GraphedPlan, Plan
+from fused_resnet.freezing.state import content_of_tensor, keeps_state
+from fused_resnet.machine import malloc
+from fused_resnet.operators.problem import dtype_name
+
+log = logging.getLogger("fused_resnet")
+
+
+def warmed(plan: Plan, x: Tensor) -> Plan:
+    """The plan, run once on x, with malloc told what it needs; on CUDA, captured as a graph if it can be."""
+    if x.device.type == "cpu":
+        malloc.keep(*_workspace_of(plan.module.graph))
+    _try_once(plan, x)
+    if x.device.type != "cuda" or torch.version.hip:
+        return plan
+    try:
+        return GraphedPlan(plan, x)
+    except RuntimeError as error:
+        log.warning("frozen without a CUDA graph: %s cannot be captured (%s)", _shown(x), error)
+        return plan
+
+
+def _try_once(plan: Plan, x: Tensor) -> None:
+    """Run a new plan once, so that what it cannot do is said where it is made, and what it would keep."""
+    held = {**dict(plan.module.named_parameters()), **dict(plan.module.named_buffers())}
+    before = {name: content_of_tensor(tensor) for name, tensor in held.items()}
+    try:
+        plan(x)
+    except Exception as error:
+        wanted = plan.conversion and plan.conversion.wanted
+        where = f"{f' in {dtype_name(wanted)}' if wanted else ''} on an input of {_shown(x)}"
+        raise ValueError(f"freeze: the model does not run{where}: {first_line(error)}") from error
+    for name, tensor in held.items():
+        if content_of_tensor(tensor) != before[name]:
+            raise keeps_state(f"its attribute {name.removeprefix('model.')}")
+
+
+def _shown(x: Tensor) -> str:
+    return f"shape {tuple(x.shape)} in {dtype_name(x.dtype)}"
+
+
+def _workspace_of(graph: fx.Graph) -> tuple[int, int]:
+    """Bytes of the largest tensor, and of all that are alive at once, as a plan computes its nodes in order."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    change = [0] * (len(order) + 1)  # bytes that come alive at each node
+    largest = 0
+    for node, index in order.items():
+        facts = facts_of(node)
+        size = 0 if facts is None else math.prod(facts.shape) * facts.dtype.itemsize
+        largest = max(largest, size)
+        change[index] += size
+        change[1 + max((order[user] for user in node.users), default=index)] -= size
+    return largest, max(itertools.accumulate(change))
