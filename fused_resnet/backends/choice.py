@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Optional
 from torch import Tensor
 
 from fused_resnet.backends import record, winners
-from fused_resnet.backends.record import Backend, BackendError, Problem
+from fused_resnet.backends.record import Backend, BackendError
+from fused_resnet.operators.problem import Problem
 
 FIXED_ORDER = "the fixed order of backends"
 BY_NAME = "asked for by name"
@@ -58,9 +59,9 @@ def fixed_order(problem: Problem, in_plan: bool = False) -> Selection:
     """The first backend that may run unmeasured on this device and can."""
     candidates = record.REGISTRY[problem.op]
     for candidate in candidates.values():
-        if problem.device not in candidate.auto or candidate.plan.only > in_plan:
+        if problem.device not in candidate.auto.devices or candidate.plan.only > in_plan:
             continue
-        if candidate.why_not(problem) is None and candidate.pays(problem):
+        if candidate.why_not(problem) is None and candidate.auto.pays(problem):
             return Selection(candidate)
     return Selection(candidates["eager"])
 

@@ -6,20 +6,27 @@ was asked for by name. `fused-resnet bench` and `verify` print it beside a backe
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import AddReluProblem, ConvProblem
-
-Problem = Union[ConvProblem, AddReluProblem]
-Backward = Callable[[Tensor, Tensor], Tensor]
+from fused_resnet.operators.problem import ConvProblem, Problem, parsed_problem
 
 
 class BackendError(RuntimeError):
     """A backend that is unknown, or that was asked for by name and cannot run this problem."""
+
+
+class Auto(NamedTuple):
+    """Where `auto` may choose a backend unmeasured: on these devices, for what it can run and that pays.
+
+    A kernel of ours is chosen on a GPU where a measurement says that it is right there (`winners`).
+    """
+
+    devices: tuple[str, ...] = ()
+    pays: Callable[[Any], bool] = lambda problem: True
 
 
 class Rounding(NamedTuple):
@@ -81,14 +88,10 @@ class Configs(NamedTuple):
 class Backend(NamedTuple):
     """One way to compute one operator.
 
-    why_not: None, or why it cannot run a problem of its operator.
-    run: (problem, *operands) -> output; with `configs` also config=, one of them or None.
-    auto: the devices on which `auto` may choose it unmeasured, where it pays. A kernel of ours is chosen on a GPU where
-    a measurement says that it is right there (`winners`).
-    pays: (problem) -> whether `auto` should take it unmeasured.
-    takes_bn: False where no problem with live BN can ever run, on any device.
-    run_nchw: (problem, operands) -> the same in NCHW memory, where that is no detour over channels_last.
-    backward: add_relu only.
+    why_not: None, or why it cannot run a problem of its operator. Where live BN can never run, NEEDS_FOLDED_BN comes
+    right after what it says of the device.
+    run: (problem, *operands) -> output; with `configs` also config=, one of them or None. Of add_relu an `AddRelu`.
+    auto: where `auto` may choose it unmeasured.
     origin: whose kernels these are: "ours", a "library"'s, or "torch"'s own, a pass over memory for each step.
     sources: patterns of the files that kernels of ours are made from (`kernels.sources`).
     """
@@ -96,11 +99,7 @@ class Backend(NamedTuple):
     name: str
     why_not: Callable[[Any], Optional[str]]
     run: Callable[..., Tensor]
-    auto: tuple[str, ...] = ()
-    pays: Callable[[Any], bool] = lambda problem: True
-    takes_bn: bool = True
-    run_nchw: Optional[Callable[..., Tensor]] = None
-    backward: Optional[Backward] = None
+    auto: Auto = Auto()
     rounding: Rounding = Rounding()
     origin: str = "ours"
     sources: tuple[str, ...] = ()
@@ -113,6 +112,7 @@ class Backend(NamedTuple):
 
 REGISTRY: dict[str, dict[str, Backend]] = {"conv_bn_act": {}, "add_relu": {}}
 NEEDS_FOLDED_BN = "it takes only a bias, so it needs folded BN: use fused_resnet.freeze"
+_LIVE_BN = [parsed_problem("8x64x56x56 -> 64, 3x3 p1 float32 bn relu", device) for device in ("cpu", "cuda")]
 
 
 def register(op: str, backend: Backend) -> None:
@@ -134,7 +134,10 @@ def check_name(caller: str, backend: str) -> None:
 
 def why_never_live(backend: str) -> Optional[str]:
     """Why this backend of conv_bn_act can run no problem with live BN, whatever the device, or None."""
-    return None if backend == "auto" or REGISTRY["conv_bn_act"][backend].takes_bn else NEEDS_FOLDED_BN
+    if backend == "auto":
+        return None
+    reasons = map(REGISTRY["conv_bn_act"][backend].why_not, _LIVE_BN)
+    return NEEDS_FOLDED_BN if NEEDS_FOLDED_BN in reasons else None
 
 
 def why_not_nvidia(problem: Problem) -> Optional[str]:

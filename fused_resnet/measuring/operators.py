@@ -16,7 +16,6 @@ from fused_resnet.kernels.triton import runtime
 from fused_resnet.measuring import rooflines, timing
 from fused_resnet.measuring.cases import (
     Prepared,
-    Problem,
     compared_case,
     compared_images,
     error_ratio,
@@ -29,7 +28,7 @@ from fused_resnet.measuring.summary import COPY, FOLDED, UNFUSED, Row
 from fused_resnet.measuring.timing import Progress, silent
 from fused_resnet.measuring.variants import missing_reason, short_name
 from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import AddReluProblem, ConvProblem
+from fused_resnet.operators.problem import AddReluProblem, ConvProblem, Problem
 
 
 class CountedProblem(NamedTuple):

@@ -9,7 +9,7 @@ Letters as in cuDNN and CUTLASS: x is (N, C, H, W), the weight (K, C/groups, R, 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import torch
 
@@ -145,6 +145,9 @@ class AddReluProblem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{'x'.join(map(str, self.shape))} {dtype_name(self.dtype)}"
+
+
+Problem = Union[ConvProblem, AddReluProblem]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -342,7 +342,9 @@ def test_a_winner_that_cannot_be_had_gives_way_to_the_fixed_order(tuned_files, w
 def test_a_measured_kernel_of_ours_counts_as_verified(tuned_files, monkeypatch):
     """Not in the fixed order of any device, it is taken where it was measured, since it was checked there."""
     eager = backends.known("conv_bn_act")["eager"]
-    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "ours", eager._replace(name="ours", auto=(), configs=None))
+    monkeypatch.setitem(
+        registry.REGISTRY["conv_bn_act"], "ours", eager._replace(name="ours", auto=backends.Auto(), configs=None)
+    )
     assert backends.select(problem()).backend.name == "onednn"
     tuned_files.add(tuned_files.user, problem(), entry("ours"))
     assert backends.select(problem()).backend.name == "ours"
@@ -453,7 +455,7 @@ def gpu_backend(monkeypatch):
     """A backend with configs that runs on CUDA, and a GPU by name."""
     eager = backends.known("conv_bn_act")["eager"]
     tunable = eager._replace(
-        name="tunable", auto=(), configs=backends.Configs(lambda problem: [backends.EagerConfig("NCHW")])
+        name="tunable", auto=backends.Auto(), configs=backends.Configs(lambda problem: [backends.EagerConfig("NCHW")])
     )
     monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "tunable", tunable)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -122,7 +122,7 @@ def test_auto_takes_the_first_that_can_and_may(monkeypatch):
             calls.append(name)
             return operands.x
 
-        return backends.Backend(name, lambda problem: reason, run, auto)
+        return backends.Backend(name, lambda problem: reason, run, backends.Auto(auto))
 
     registered = (
         backend("not on this device", ("cuda",), None), backend("cannot", ("cpu",), "it is broken"),
