@@ -68,10 +68,10 @@ class InPlan(NamedTuple):
 class Configs(NamedTuple):
     """The ways in which a backend can run a problem beside its default: NamedTuples of plain values.
 
-    worth: (problem) -> those that are worth measuring. legal: (problem) -> those that a file may name; None, the same.
+    worth: (problem) -> those that are worth measuring.
+    legal: (problem) -> those that a file may name; None, the same.
     default: (problem) -> what None runs as outside plans, where a plan would take another config for it. It is measured
     by its name, so that a plan runs what was measured.
-    estimated_us: (problem, config) -> a guess from arithmetic, by which the tuner drops what cannot win.
     launch_us: (config) -> what a launch takes outside plans, where that is more than a few microseconds. Measured times
     do not hold it.
     reads_row_space: (config) -> whether it was measured with x in row space, where only a plan keeps it.
@@ -80,9 +80,13 @@ class Configs(NamedTuple):
     worth: Callable[[Any], Sequence[Any]]
     legal: Optional[Callable[[Any], Sequence[Any]]] = None
     default: Optional[Callable[[Any], Any]] = None
-    estimated_us: Optional[Callable[[Any, Any], float]] = None
     launch_us: Callable[[Any], float] = lambda config: 0.0
     reads_row_space: Callable[[Any], bool] = lambda config: False
+
+    def find(self, problem: Problem, fields: dict[str, Any]) -> Optional[Any]:
+        """The config with these fields, if there still is one: what comes from a file runs only if it is legal."""
+        legal = self.legal or self.worth
+        return next((config for config in legal(problem) if config._asdict() == fields), None)
 
 
 class Backend(NamedTuple):
@@ -105,9 +109,6 @@ class Backend(NamedTuple):
     sources: tuple[str, ...] = ()
     plan: InPlan = InPlan()
     configs: Optional[Configs] = None
-
-    def reads_row_space(self, config: Any) -> bool:
-        return self.configs is not None and self.configs.reads_row_space(config)
 
 
 REGISTRY: dict[str, dict[str, Backend]] = {"conv_bn_act": {}, "add_relu": {}}

@@ -34,8 +34,8 @@ SHIPPED = Path(__file__).parents[1] / "configs"
 log = logging.getLogger("fused_resnet")
 
 
-class Choice(NamedTuple):
-    """A backend, and its config as a dict (None where it has none).
+class Winner(NamedTuple):
+    """What a file names: a backend, and its config as a dict (None where it has none). `choice.Selection` runs it.
 
     source: where the choice comes from, as part of a sentence. time_us: what was measured for it.
     """
@@ -68,7 +68,7 @@ def user_folder() -> Path:
     return files.cache_dir() / "tuning"
 
 
-def lookup(problem, backend: Optional[str] = None, in_nhwc: bool = False) -> Optional[Choice]:
+def lookup(problem, backend: Optional[str] = None, in_nhwc: bool = False) -> Optional[Winner]:
     """What was measured fastest for this problem or its nearest batch; with `backend`, that backend's best config.
 
     in_nhwc: of those that read x in NHWC, if the entry tells them apart (`Entry`). None without a measurement, for
@@ -81,7 +81,7 @@ def lookup(problem, backend: Optional[str] = None, in_nhwc: bool = False) -> Opt
 
 
 @functools.lru_cache(maxsize=8192)
-def _lookup(problem, backend: Optional[str], in_nhwc: bool, threads: int) -> Optional[Choice]:
+def _lookup(problem, backend: Optional[str], in_nhwc: bool, threads: int) -> Optional[Winner]:
     entries = _entries(problem.device).get(key(problem), {})
     if not entries:
         return None
@@ -92,7 +92,7 @@ def _lookup(problem, backend: Optional[str], in_nhwc: bool, threads: int) -> Opt
     if name not in entry.candidates or not _is_unchanged(name, kernels, place):
         return None
     measured = entry.candidates[name]
-    return Choice(name, measured.config, f"{place} batch {batch}", measured.time_us)
+    return Winner(name, measured.config, f"{place} batch {batch}", measured.time_us)
 
 
 @functools.lru_cache(maxsize=None)

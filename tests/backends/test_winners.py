@@ -245,7 +245,7 @@ def test_no_change_of_a_file_makes_lookup_raise(tuned_files, data):
     path.write_text(json.dumps(record))
     winners.forget()
     found = choice()
-    assert found is None or isinstance(found, winners.Choice)
+    assert found is None or isinstance(found, winners.Winner)
     for name in ("auto", "eager"):
         assert isinstance(backends.select(problem(), name), backends.Selection)
     path.unlink()
