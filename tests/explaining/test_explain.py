@@ -12,7 +12,6 @@ from fused_resnet import backends
 from fused_resnet.backends import choice
 from fused_resnet.backends import record as registry
 from fused_resnet.cli.main import main
-from fused_resnet.explaining import table
 from fused_resnet.fusing import convert
 from fused_resnet.measuring import rooflines, timing
 from fused_resnet.nn import BasicBlock, Bottleneck
@@ -99,7 +98,7 @@ def test_bytes_flops_and_roofline_by_hand():
     weight = 8 * 8 * 9
     assert row.problem.bytes_moved == 4 * (x + weight + residual + out)
     # conv: x, w, out; BN: out twice; add: out, residual, out; ReLU: out twice
-    assert row.bytes_moved == table.bytes_unfused(row.problem) == 4 * (x + weight + out + 2 * out + 3 * out + 2 * out)
+    assert row.bytes_moved == row.problem.bytes_unfused == 4 * (x + weight + out + 2 * out + 3 * out + 2 * out)
     assert row.problem.flops == 2 * out * 72
     assert row.least_us == pytest.approx(max(1e6 * row.problem.bytes_moved / 1e10, 1e6 * row.problem.flops / 1e11))
 
