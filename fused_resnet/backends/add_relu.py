@@ -12,6 +12,7 @@ from fused_resnet.backends import cuda
 from fused_resnet.backends.record import Auto, Backend
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.kernels.triton import add_relu as triton_add_relu
+from fused_resnet.kernels.triton import runtime
 from fused_resnet.operators.describe import add_relu_problem
 from fused_resnet.operators.problem import AddReluProblem
 
@@ -92,6 +93,7 @@ ADD_RELU = (
         "triton",
         triton_add_relu.why_not,
         AddRelu(_flat_kernel(_in_triton), _triton_backward),
+        origin="interpreted" if runtime.INTERPRETED else "ours",
         sources=sources.TRITON,
     ),
     Backend(

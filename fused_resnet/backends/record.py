@@ -96,7 +96,8 @@ class Backend(NamedTuple):
     right after what it says of the device.
     run: (problem, *operands) -> output; with `configs` also config=, one of them or None. Of add_relu an `AddRelu`.
     auto: where `auto` may choose it unmeasured.
-    origin: whose kernels these are: "ours", a "library"'s, or "torch"'s own, a pass over memory for each step.
+    origin: whose kernels these are: "ours", a "library"'s, or "torch"'s own, a pass over memory for each step. Or they
+    are "interpreted" in this process, and their time says nothing.
     sources: patterns of the files that kernels of ours are made from (`kernels.sources`).
     """
 

@@ -51,6 +51,7 @@ BACKEND = Backend(
     "triton",
     launch.why_not,
     run,
+    origin="interpreted" if runtime.INTERPRETED else "ours",
     sources=sources.TRITON,
     plan=InPlan(placed=True),
     configs=Configs(

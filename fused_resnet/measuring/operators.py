@@ -11,8 +11,6 @@ from torch import nn
 from fused_resnet import backends, testing
 from fused_resnet.freezing.frozen import FrozenModel
 from fused_resnet.freezing.modules import FrozenConv
-from fused_resnet.kernels import sources
-from fused_resnet.kernels.triton import runtime
 from fused_resnet.measuring import rooflines, timing
 from fused_resnet.measuring.cases import (
     Prepared,
@@ -142,7 +140,7 @@ def why_not_timed(problem: Problem) -> dict[str, str]:
     skipped = {}
     for name, backend in backends.known(problem.op).items():
         reason = backend.why_not(problem)
-        if reason is None and runtime.INTERPRETED and backend.sources == sources.TRITON:
+        if reason is None and backend.origin == "interpreted":
             reason = "TRITON_INTERPRET is set, and the interpreter is not worth timing"
         if reason is not None:
             skipped[name] = reason
