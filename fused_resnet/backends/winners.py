@@ -171,14 +171,14 @@ warned: set[str] = set()
 def kernel_digests() -> dict[str, Optional[str]]:
     """By backend of ours, a digest of all it is compiled from: in C++ as its library was built. None if unknown."""
     made = {**record.known("add_relu"), **record.known("conv_bn_act")}
-    return {name: compiled.kernel_digest(backend.sources) for name, backend in made.items() if backend.sources}
+    return {name: compiled.built_digest(backend.sources) for name, backend in made.items() if backend.sources}
 
 
 def _is_unchanged(backend: str, measured: dict, place: str) -> bool:
     made = record.known("conv_bn_act").get(backend)
     if made is None or not made.sources:
         return True
-    current = compiled.kernel_digest(made.sources)
+    current = compiled.built_digest(made.sources)
     if current is not None and measured.get(backend) == current:
         return True
     files.report_once(

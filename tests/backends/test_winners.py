@@ -267,7 +267,7 @@ def test_kernels_that_changed_since_are_not_verified_any_more(tuned_files, caplo
 
 def test_an_unknown_digest_is_no_agreement(tuned_files, monkeypatch):
     """A library whose build did not say what it was compiled from."""
-    monkeypatch.setattr(compiled, "kernel_digest", lambda patterns: None)
+    monkeypatch.setattr(compiled, "built_digest", lambda patterns: None)
     tuned_files.add(tuned_files.user, problem(), entry("cuda"), kernels={"cuda": None})
     assert choice() is None
 
@@ -297,10 +297,10 @@ def test_the_build_says_what_the_cuda_kernels_were_compiled_from(monkeypatch):
     digests = []
     for changed in ({}, {"csrc/cpu/c.cpp": "other"}, {"csrc/common/b.h": "other"}, {"csrc/cuda/a.cu": "other"}):
         monkeypatch.setattr(compiled, "build_record", lambda changed=changed: {"sources": built | changed})
-        digests.append(compiled.kernel_digest.__wrapped__(sources.CUDA))
+        digests.append(compiled.built_digest.__wrapped__(sources.CUDA))
     assert digests[0] == digests[1] and len(set(digests[1:])) == 3 and None not in digests
     monkeypatch.setattr(compiled, "build_record", dict)
-    assert compiled.kernel_digest.__wrapped__(sources.CUDA) is None
+    assert compiled.built_digest.__wrapped__(sources.CUDA) is None
 
 
 # -------------------------------------------------------------------------------------------------------------- auto

@@ -284,9 +284,9 @@ def test_what_the_tuner_found_out_goes_along_to_another_machine(setup, monkeypat
 
 def test_a_library_of_other_sources_is_not_what_is_verified(monkeypatch):
     monkeypatch.setattr(compiled, "load", lambda library: None)
-    monkeypatch.setattr(compiled, "kernel_digest", lambda patterns: sources.kernel_digest(patterns))
+    monkeypatch.setattr(compiled, "built_digest", lambda patterns: sources.kernel_digest(patterns))
     assert steps.why_not_this_library() is None
-    monkeypatch.setattr(compiled, "kernel_digest", lambda patterns: None)  # _build.json was left behind
+    monkeypatch.setattr(compiled, "built_digest", lambda patterns: None)  # _build.json was left behind
     assert "compiled from kernels None by _build.json" in steps.why_not_this_library()
 
 

@@ -543,7 +543,7 @@ def test_carried_kernels_serve_only_what_they_were_compiled_for(tmp_path, monkey
         precompile.write_manifest(tmp_path, arch)
     assert precompile.why_not_carried(tmp_path, 90) is None and precompile.why_not_carried(tmp_path, 100) is None
     assert "sm_90, sm_100, this GPU is sm_80" in precompile.why_not_carried(tmp_path, 80)
-    monkeypatch.setattr(compiled, "kernel_digest", lambda patterns: "other")
+    monkeypatch.setattr(compiled, "built_digest", lambda patterns: "other")
     assert "other kernel sources" in precompile.why_not_carried(tmp_path, 90)
     monkeypatch.setattr(precompile, "triton_version", lambda: "2.0.0")
     assert "this is 2.0.0" in precompile.why_not_carried(tmp_path, 90)
@@ -632,7 +632,7 @@ def pretended_gpu(monkeypatch):
 
     monkeypatch.setattr(layouts.Placed, "run", run_placed)
     triton = backends.known("conv_bn_act")["triton"]
-    pretended = triton._replace(why_not=lambda problem: None, run=run)
+    pretended = triton._replace(why_not=lambda problem: None, run=run, origin="ours")
     monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "triton", pretended)
     for name in ("cuda", "cudnn", "cublaslt"):
         absent = backends.known("conv_bn_act")[name]._replace(why_not=lambda problem: "there is no GPU")

@@ -52,7 +52,7 @@ def write_manifest(folder: Path, arch: int) -> Path:
     if manifest is not None and manifest.triton != version:
         raise ValueError(f"{folder} holds kernels of Triton {manifest.triton}, this is {version}: use another folder.")
     archs = sorted({arch, *(manifest.archs if manifest else ())})
-    record = Manifest(str(version), archs, compiled.kernel_digest(sources.TRITON))
+    record = Manifest(str(version), archs, compiled.built_digest(sources.TRITON))
     return files.write_json(Path(folder) / _MANIFEST, record._asdict())
 
 
@@ -69,7 +69,7 @@ def why_not_carried(folder: Path, arch: int) -> Optional[str]:
         return f"{folder} was compiled by Triton {manifest.triton}, this is {version}: compile it with that version"
     if arch not in manifest.archs:
         return f"{folder} was compiled for sm_{', sm_'.join(map(str, manifest.archs))}, this GPU is sm_{arch}"
-    if manifest.kernels != compiled.kernel_digest(sources.TRITON):
+    if manifest.kernels != compiled.built_digest(sources.TRITON):
         return f"{folder} was compiled from other kernel sources than these: compile it again"
     return None
 
