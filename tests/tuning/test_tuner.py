@@ -18,9 +18,8 @@ from fused_resnet.cli import main
 from fused_resnet.freezing import layouts
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.kernels.triton import precompile, runtime
-from fused_resnet.kernels.triton.conv import configs as conv_configs
 from fused_resnet.kernels.triton.conv import row_space
-from fused_resnet.kernels.triton.conv.configs import TritonConfig
+from fused_resnet.kernels.triton.conv.configs import TritonConfig, default_config
 from fused_resnet.machine import cuda_graphs
 from fused_resnet.measuring import environment, timing
 from fused_resnet.tuning import candidates, convolution, tuner
@@ -165,7 +164,7 @@ def test_a_default_that_a_plan_would_replace_is_measured_by_its_name(monkeypatch
     found, _ = candidates.candidates(one)
     assert [found_one.config for found_one in found if found_one.backend.name == "named"] == [config]
     triton = backends.known("conv_bn_act")["triton"]
-    assert candidates._default(one, triton) == conv_configs.default_config(one)
+    assert candidates._default(one, triton) == default_config(one)
 
 
 def test_an_entry_keeps_a_second_winner_for_where_x_cannot_lie_in_row_space():
@@ -582,7 +581,7 @@ import torch
 from triton.runtime import driver
 from fused_resnet import measuring
 from fused_resnet.kernels.triton import precompile
-from fused_resnet.kernels.triton.conv import launch as conv_bn_act
+from fused_resnet.kernels.triton.conv import launch
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.operators.problem import parsed_problem
 driver.set_active(precompile._Driver(90))
@@ -590,8 +589,8 @@ problem = parsed_problem({str(one)!r}, "cuda")
 operands = measuring.folded_operands(measuring.random_operands(problem._replace(device="cpu"), "cpu"))
 out = torch.empty(problem.output_shape, dtype=torch.float16)
 for config in {list(map(tuple, configs))}:
-    for launch in conv_bn_act.prepare(problem, operands, out, TritonConfig(*config)):
-        launch.kernel.warmup(*launch.arguments, grid=(launch.num_programs,), **launch.options)
+    for each in launch.prepare(problem, operands, out, TritonConfig(*config)):
+        each.kernel.warmup(*each.arguments, grid=(each.num_programs,), **each.options)
 """
     before = sorted(tmp_path.rglob("*"))
     assert len(list(tmp_path.glob("*/*.cubin"))) == 3  # whole, in parts, and their sum
