@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import fused_resnet
 from fused_resnet import backends
 from fused_resnet.backends import choice
-from fused_resnet.backends import record as registry
+from fused_resnet.backends.record import REGISTRY
 from fused_resnet.cli.main import main
 from fused_resnet.fusing import convert
 from fused_resnet.measuring import rooflines, timing
@@ -63,7 +63,7 @@ def test_rows_are_what_runs(monkeypatch):
     asked, eager = [], backends.known("conv_bn_act")["eager"]
     run = lambda problem, operands: asked.append(problem) or eager.run(problem, operands)  # noqa: E731
     record = eager._replace(run=run)
-    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "eager", record)
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "eager", record)
     with torch.no_grad():
         model(x)
     assert [row.problem for row in rows] == asked and len(asked) == 16
@@ -128,7 +128,7 @@ def test_measured_times_are_those_of_the_calls(monkeypatch):
         return eager.run(problem, operands)
 
     monkeypatch.setattr("fused_resnet.explaining.calls._now_us", lambda device: now[0])
-    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "eager", eager._replace(run=run))
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "eager", eager._replace(run=run))
     found = explain(networks.single(), torch.randn(2, 16, 9, 9), measure=True)
     assert [row.time_us for row in found.rows] == [3.0, 3.0, 7.0] and found.totals["time_us"] == 13.0
 

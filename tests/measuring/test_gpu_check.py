@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks.gpu_check import budget, isolated, run_configs, steps
 from fused_resnet import backends
-from fused_resnet.backends import record as registry
 from fused_resnet.backends import winners, winners_file
+from fused_resnet.backends.record import REGISTRY
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.measuring import verified
 from fused_resnet.tuning import tuner
@@ -362,7 +362,7 @@ def stub(monkeypatch):
 
     configs = [StubConfig(1), StubConfig(2), StubConfig(3)]
     backend = backends.Backend("stub", lambda problem: None, run, configs=backends.Configs(lambda problem: configs))
-    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "stub", backend)
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "stub", backend)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from fused_resnet.kernels import compiled
-from fused_resnet.operators import library as ops
 from fused_resnet.operators import schemas
+from fused_resnet.operators.library import LIBRARY
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "fused_resnet"
@@ -43,7 +43,7 @@ def test_cpu_library_loads_and_registers():
     assert compiled.load("cpu") is None
     for name in schemas.KERNELS["cpu"]:
         key = "CompositeExplicitAutograd" if name == "cpu_instruction_set" else "CPU"
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{ops.LIBRARY.ns}::{name}", key)
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{LIBRARY.ns}::{name}", key)
 
 
 @pytest.mark.parametrize("library", [pytest.param(library, marks=built(library)) for library in LIBRARIES])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fused_resnet import backends, testing
-from fused_resnet.backends import record as registry
+from fused_resnet.backends.record import REGISTRY
 from fused_resnet.kernels import compiled
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.machine import files
@@ -15,7 +15,6 @@ from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem
 from fused_resnet.testing import compare
-from fused_resnet.testing import report as verifying
 
 SEED = 0
 FIRST_TIER, FULL, CHUNK = 150, 2000, 100
@@ -118,7 +117,7 @@ def broken(monkeypatch, op, spoil):
         return spoil(eager.run(problem, *operands), *operands)
 
     kernels = dataclasses.replace(eager.run, forward=run) if op == "add_relu" else run
-    monkeypatch.setitem(registry.REGISTRY[op], "broken", eager._replace(name="broken", run=kernels))
+    monkeypatch.setitem(REGISTRY[op], "broken", eager._replace(name="broken", run=kernels))
     indices = range(60)
     return [testing.check(case, "broken") for case in (testing.case_at(7, i) for i in indices) if case.problem.op == op]
 
@@ -166,7 +165,7 @@ def test_a_broken_gradient_of_a_sum_is_a_mismatch(monkeypatch):
     eager = backends.known("add_relu")["eager"]
     kernels = dataclasses.replace(eager.run, backward=lambda grad, out: grad * (out >= 0))
     spoilt = eager._replace(name="broken", run=kernels)
-    monkeypatch.setitem(registry.REGISTRY["add_relu"], "broken", spoilt)
+    monkeypatch.setitem(REGISTRY["add_relu"], "broken", spoilt)
     cases = [case for case in (testing.case_at(7, i) for i in range(60)) if case.problem.op == "add_relu"]
     assert sum("of the gradient differ" in testing.check(case, "broken").detail for case in cases) >= len(cases) // 2
 
@@ -176,7 +175,7 @@ def test_an_exception_is_reported_with_the_call_that_shows_it(monkeypatch):
         raise MemoryError("no")
 
     eager = backends.known("conv_bn_act")["eager"]
-    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "broken", eager._replace(name="broken", run=run))
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "broken", eager._replace(name="broken", run=run))
     report = testing.verify(range(4), 3, backends=["broken"])
     assert not report.passed and report.as_dict()["passed"] is False
     convolutions = [i for i in range(4) if not isinstance(testing.case_at(3, i).problem, AddReluProblem)]
@@ -204,7 +203,7 @@ def test_silu_of_a_sum_that_overflows_may_be_nan(x, status, monkeypatch):
     if status == "ok":
         assert case.run("eager").isnan().all()
     record = eager._replace(run=lambda problem, operands: eager.run(problem, operands).fill_(torch.nan))
-    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "eager", record)
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "eager", record)
     assert testing.check(case, "eager").status == status
 
 
@@ -219,10 +218,10 @@ def test_a_kernel_that_breaks_the_gpu_ends_the_report_and_is_in_it(monkeypatch):
     def synchronize(device):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    case_at = testing.case_at
-    monkeypatch.setattr(verifying, "case_at", lambda seed, index, device, **kind: case_at(seed, index, "cpu", **kind))
+    on_cpu = lambda seed, index, device, **kind: testing.case_at(seed, index, "cpu", **kind)  # noqa: E731
+    monkeypatch.setattr(testing.report, "case_at", on_cpu)
     monkeypatch.setattr(compare, "synchronize", synchronize)
-    monkeypatch.setattr(verifying, "synchronize", synchronize)
+    monkeypatch.setattr(testing.report, "synchronize", synchronize)
     report = testing.verify(5, seed=SEED, device="cuda", backends=["eager"])
     (entry,) = report.backends.values()
     raised, ended = entry.mismatches

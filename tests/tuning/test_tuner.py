@@ -12,8 +12,8 @@ import torch
 from click.testing import CliRunner
 
 from fused_resnet import backends, measuring, models
-from fused_resnet.backends import record as registry
 from fused_resnet.backends import winners, winners_file
+from fused_resnet.backends.record import REGISTRY
 from fused_resnet.cli import main
 from fused_resnet.freezing import layouts
 from fused_resnet.kernels import compiled, sources
@@ -35,8 +35,8 @@ class Fake:
 
     def __init__(self, monkeypatch, name, answer=None, **fields):
         self.calls, self.answer = [], answer
-        backend = registry.Backend(name, lambda problem: None, self.run, **fields)
-        monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], name, backend)
+        backend = backends.Backend(name, lambda problem: None, self.run, **fields)
+        monkeypatch.setitem(REGISTRY["conv_bn_act"], name, backend)
 
     def run(self, problem, operands, config=None):
         self.calls.append((problem, config))
@@ -293,7 +293,7 @@ def test_interrupted_and_resumed_with_nothing_lost(tuned_files, times, monkeypat
     """Stopped in the second convolution: its first candidates are not checked again, the first not measured again."""
     late = Fake(monkeypatch, "late")
     early = Fake(monkeypatch, "early")
-    registry.REGISTRY["conv_bn_act"]["late"] = registry.REGISTRY["conv_bn_act"].pop("late")  # after early
+    REGISTRY["conv_bn_act"]["late"] = REGISTRY["conv_bn_act"].pop("late")  # after early
 
     def interrupt(problem, out):
         if problem == PROBLEMS[1]:
@@ -632,10 +632,10 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(layouts.Placed, "run", run_placed)
     triton = backends.known("conv_bn_act")["triton"]
     pretended = triton._replace(why_not=lambda problem: None, run=run, origin="ours")
-    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "triton", pretended)
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "triton", pretended)
     for name in ("cuda", "cudnn", "cublaslt"):
         absent = backends.known("conv_bn_act")[name]._replace(why_not=lambda problem: "there is no GPU")
-        monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], name, absent)
+        monkeypatch.setitem(REGISTRY["conv_bn_act"], name, absent)
     monkeypatch.setattr(tuner.runtime, "INTERPRETED", False)
     monkeypatch.setattr(tuner.runtime, "arch", lambda device: 90)
     monkeypatch.setattr(tuner.runtime, "num_sms", lambda device: 132)
