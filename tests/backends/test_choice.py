@@ -1,4 +1,4 @@
-"""What `auto`, or a name, makes of what was measured, and what is said where nothing was."""
+"""Who runs a problem: the fixed order, what was measured, or a name. What is said where nothing was measured."""
 
 import logging
 import math
@@ -8,15 +8,103 @@ import pytest
 import torch
 
 from fused_resnet import backends, freeze, functional, models, testing
-from fused_resnet.backends import choice, winners
+from fused_resnet.backends import choice, cudnn, winners
 from fused_resnet.backends.record import REGISTRY
 from fused_resnet.freezing import modules
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
+from fused_resnet.operators.describe import add_relu_problem
 from fused_resnet.operators.problem import parsed_problem
 from tests.support.tuned_files import entry, problem
 
 NCHW = {"layout": "NCHW"}
+STEM = parsed_problem("1x3x33x31 -> 8, 7x7 s2 p3 float32 bias relu", "cpu")
+ONE_BY_ONE = parsed_problem("1x8x1x1 -> 8, 1x1 float16 plain relu", "cuda")
+
+
+# -------------------------------------------------------------------------------------------------- the fixed order
+
+
+def test_auto_takes_the_first_that_can_and_may(monkeypatch):
+    calls = []
+
+    def backend(name, auto, reason):
+        def run(problem, operands):
+            calls.append(name)
+            return operands.x
+
+        return backends.Backend(name, lambda problem: reason, run, backends.Auto(auto))
+
+    registered = (
+        backend("not on this device", ("cuda",), None), backend("cannot", ("cpu",), "it is broken"),
+        backend("unverified", (), None), backend("first", ("cpu",), None), backend("second", ("cpu",), None),
+    )  # fmt: skip
+    monkeypatch.setitem(REGISTRY, "conv_bn_act", {b.name: b for b in registered})
+    functional.conv_bn_act(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+    assert calls == ["first"]
+    with pytest.raises(backends.BackendError, match="'cannot' cannot run this: it is broken"):
+        functional.conv_bn_act(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), backend="cannot")
+
+
+def test_auto_on_the_cpu():
+    """Folded: oneDNN. Live BN, and fp64: ATen. Nothing that runs in an interpreter."""
+    assert backends.select(STEM).backend.name == "onednn"
+    assert backends.select(STEM._replace(has_bn=True)).backend.name == "eager"
+    assert backends.select(STEM._replace(dtype=torch.float64)).backend.name == "eager"
+
+
+def test_auto_on_rocm(monkeypatch):
+    """No kernel of ours and none of cuDNN's: ATen."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    sums = add_relu_problem(torch.ones(2), torch.ones(2))._replace(device="cuda")
+    for has_bias in (False, True):
+        assert backends.select(ONE_BY_ONE._replace(has_bias=has_bias)).backend.name == "eager"
+    assert backends.select(sums).backend.name == "eager"
+    for op, one in (("conv_bn_act", ONE_BY_ONE), ("add_relu", sums)):
+        assert backends.known(op)["cuda"].why_not(one) == "it does not run on ROCm"
+    assert backends.known("conv_bn_act")["cudnn"].why_not(ONE_BY_ONE) == "it does not run on ROCm"
+
+
+@pytest.mark.parametrize(
+    "changed, expected",
+    [
+        ({}, "cudnn"),
+        (dict(groups=2), "eager"),
+        (dict(dilation=(2, 2)), "eager"),
+        (dict(C=3), "eager"),
+        (dict(activation="none"), "eager"),
+    ],
+    ids=str,
+)
+def test_unmeasured_cudnn_gets_what_it_surely_can(monkeypatch, changed, expected):
+    """Anything else might raise in `auto`, which promises to run."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    one = ONE_BY_ONE._replace(has_bias=True, **changed)
+    assert backends.fixed_order(one, in_plan=True).backend.name == expected
+    assert (cudnn.why_not(one) is None) == (one.activation == "relu")  # to be had by name
+
+
+@pytest.mark.parametrize("backend", backends.known("conv_bn_act"))
+def test_who_never_takes_live_bn(backend):
+    """What refuses a name for every problem is the sentence that refuses one problem on the backend's own device."""
+    reason = backends.why_never_live(backend)
+    assert (reason is not None) == (backend in ("winograd", "grouped", "onednn", "cudnn", "cublaslt"))
+    if reason is not None:
+        device = "cpu" if backend in ("winograd", "grouped", "onednn") else "cuda"
+        refused = backends.known("conv_bn_act")[backend].why_not(STEM._replace(has_bn=True, device=device))
+        assert refused in (reason, "this torch has no cuDNN", "it does not run on ROCm")
+    assert backends.why_never_live("auto") is None
+
+
+def test_names_are_checked_in_one_place():
+    for name in ("auto", *backends.known("conv_bn_act")):
+        backends.check_name("freeze", name)
+    with pytest.raises(backends.BackendError, match="freeze: unknown backend 'cpu'; known ones are auto, .*onednn"):
+        backends.check_name("freeze", "cpu")
+
+
+# ------------------------------------------------------------------------------------------------ what was measured
 
 
 def test_auto_takes_the_winner_and_its_config(tuned_files):
