@@ -6,7 +6,8 @@
 The cache folder is `files.cache_dir`'s. FUSED_RESNET_TUNED=0 ignores both files. An entry belongs to a problem without
 its batch (`key`) and to the batch it was measured at. The entry nearest in log space answers for the batches between.
 A kernel of ours counts as verified on this device where its entry says that it passed the reference there. Its sources
-must still be what they were then.
+must still be what they were then. That decides what runs. `measuring.verified` says the same of whole kernel files, for
+people: it decides nothing.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 `make gpu-check` writes a record {"verified": {"device", "date", "kernels": {file: digest}}} once the kernels in it
 agreed with the reference on that device. A kernel edited since no longer has the digest that was verified.
+
+This is for people, who read it in `fused-resnet info`. What may run, problem by problem, is decided by what was
+measured on the device at hand (`backends.winners`).
 """
 
 from __future__ import annotations
