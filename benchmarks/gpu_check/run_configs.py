@@ -63,10 +63,7 @@ def run(problem: ConvProblem, name: str, config: dict[str, Any], device: str) ->
     """("right", "wrong" or "not run"; why)."""
     backend = backends.known("conv_bn_act")[name]
     reason = backend.why_not(problem)
-    # legal: also what was tuned for another batch
-    choices = backend.configs and (backend.configs.legal or backend.configs.worth)
-    legal = choices(problem) if choices and not reason else []
-    found = next((one for one in legal if one._asdict() == config), None)
+    found = backend.configs.find(problem, config) if backend.configs and not reason else None
     if found is None:
         return "not run", reason or "there is no such config for two images"
     operands = measuring.folded_operands(measuring.random_operands(problem, device), has_bias=problem.has_bias)

@@ -138,7 +138,7 @@ def build(setup: Setup, limit_s: float) -> Result:
 def why_not_this_library() -> Optional[str]:
     """Why _C_cuda cannot be what is verified and tuned here, or None. fused_resnet/_build.json, which lies beside it,
     says what it was compiled from."""
-    built, wanted = compiled.kernel_digest(sources.CUDA), sources.kernel_digest(sources.CUDA)
+    built, wanted = compiled.built_digest(sources.CUDA), sources.kernel_digest(sources.CUDA)
     why = compiled.load("cuda")
     if why is None and built != wanted:
         why = f"_C_cuda was compiled from kernels {built} by _build.json, these are {wanted}"

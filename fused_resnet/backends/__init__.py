@@ -11,11 +11,12 @@ from fused_resnet.backends.choice import Selection, fixed_order, select
 from fused_resnet.backends.eager import EagerConfig
 from fused_resnet.backends.onednn import onednn_missing
 from fused_resnet.backends.record import (
+    NEEDS_FOLDED_BN,
+    Auto,
     Backend,
     BackendError,
     Configs,
     InPlan,
-    Problem,
     Rounding,
     check_name,
     known,
@@ -25,8 +26,8 @@ from fused_resnet.backends.record import (
 from fused_resnet.operators.layout import channels_last
 
 __all__ = [
-    "Backend", "BackendError", "Configs", "EagerConfig", "InPlan", "Problem", "Rounding", "Selection", "channels_last",
-    "check_name", "fixed_order", "known", "onednn_missing", "register", "select", "why_never_live",
+    "NEEDS_FOLDED_BN", "Auto", "Backend", "BackendError", "Configs", "EagerConfig", "InPlan", "Rounding", "Selection",
+    "channels_last", "check_name", "fixed_order", "known", "onednn_missing", "register", "select", "why_never_live",
 ]  # fmt: skip
 
 # In the order in which auto tries them. On CUDA no kernel of ours is there yet: none has been verified on a GPU.

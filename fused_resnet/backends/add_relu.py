@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Callable, Optional
 
 import torch
 from torch import Tensor
 
 from fused_resnet.backends import cuda
-from fused_resnet.backends.record import Backend
+from fused_resnet.backends.record import Auto, Backend
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.kernels.triton import add_relu as triton_add_relu
+from fused_resnet.kernels.triton import runtime
 from fused_resnet.operators.describe import add_relu_problem
 from fused_resnet.operators.problem import AddReluProblem
+
+
+@dataclass(frozen=True)
+class AddRelu:
+    """The kernels of an addition, and itself the first of them: what `Backend.run` is here.
+
+    forward: (problem, a, b) -> output. backward: (the output's gradient, the output) -> that of a and of b.
+    """
+
+    forward: Callable[[AddReluProblem, Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, problem: AddReluProblem, a: Tensor, b: Tensor) -> Tensor:
+        return self.forward(problem, a, b)
 
 
 def _eager_add_relu(problem: AddReluProblem, a: Tensor, b: Tensor) -> Tensor:
@@ -57,35 +73,34 @@ def _cuda_backward(grad: Tensor, out: Tensor) -> Tensor:
     return grad_input
 
 
+def _on_cpu(a: Tensor, b: Tensor, out: Tensor) -> None:
+    torch.ops.fused_resnet.cpu_add_relu.default(a, b, out)
+
+
+def _on_cuda(a: Tensor, b: Tensor, out: Tensor) -> None:
+    torch.ops.fused_resnet.cuda_add_relu.default(a, b, out)
+
+
+def _in_triton(a: Tensor, b: Tensor, out: Tensor) -> None:
+    triton_add_relu.launch(add_relu_problem(a, b), a, b, out)
+
+
 # In the order in which auto tries them.
 ADD_RELU = (
-    Backend(
-        "cpu",
-        _cpu_why_not,
-        _flat_kernel(lambda a, b, out: torch.ops.fused_resnet.cpu_add_relu.default(a, b, out)),
-        auto=("cpu",),
-        backward=_eager_add_relu_backward,
-    ),
-    Backend(
-        "cuda",
-        cuda.why_not_here,
-        _flat_kernel(lambda a, b, out: torch.ops.fused_resnet.cuda_add_relu.default(a, b, out)),
-        backward=_cuda_backward,
-        sources=sources.CUDA,
-    ),
+    Backend("cpu", _cpu_why_not, AddRelu(_flat_kernel(_on_cpu), _eager_add_relu_backward), auto=Auto(("cpu",))),
+    Backend("cuda", cuda.why_not_here, AddRelu(_flat_kernel(_on_cuda), _cuda_backward), sources=sources.CUDA),
     Backend(
         "triton",
         triton_add_relu.why_not,
-        _flat_kernel(lambda a, b, out: triton_add_relu.launch(add_relu_problem(a, b), a, b, out)),
-        backward=_triton_backward,
+        AddRelu(_flat_kernel(_in_triton), _triton_backward),
+        origin="interpreted" if runtime.INTERPRETED else "ours",
         sources=sources.TRITON,
     ),
     Backend(
         "eager",
         lambda problem: None,
-        _eager_add_relu,
-        auto=("cpu", "cuda"),
-        backward=_eager_add_relu_backward,
+        AddRelu(_eager_add_relu, _eager_add_relu_backward),
+        auto=Auto(("cpu", "cuda")),
         origin="torch",
     ),
 )

@@ -8,23 +8,34 @@ from typing import Any, NamedTuple, Optional
 from torch import Tensor
 
 from fused_resnet.backends import record, winners
-from fused_resnet.backends.record import Backend, BackendError, Problem
+from fused_resnet.backends.record import Backend, BackendError
+from fused_resnet.operators.problem import Problem
 
 FIXED_ORDER = "the fixed order of backends"
 BY_NAME = "asked for by name"
 
 
 class Selection(NamedTuple):
-    """The backend for a problem, its config (None: its own default), and why these: part of a sentence."""
+    """A backend and its config (None: its own default), and why these: part of a sentence, "" of a mere candidate."""
 
     backend: Backend
     config: Optional[Any] = None
-    source: str = FIXED_ORDER
+    source: str = ""
+
+    @property
+    def reads_row_space(self) -> bool:
+        """Whether its time is for x in row space, where only a plan keeps it."""
+        return self.backend.configs is not None and self.backend.configs.reads_row_space(self.config)
 
     def run(self, problem: Problem, *operands: Any) -> Tensor:
         if self.config is None:
             return self.backend.run(problem, *operands)
         return self.backend.run(problem, *operands, config=self.config)
+
+    def __str__(self) -> str:
+        if self.config is None:
+            return self.backend.name
+        return f"{self.backend.name} {' '.join(f'{key}={value}' for key, value in self.config._asdict().items())}"
 
 
 def select(problem: Problem, backend: str = "auto", *, in_plan: bool = False, in_nhwc: bool = False) -> Selection:
@@ -47,51 +58,56 @@ def select(problem: Problem, backend: str = "auto", *, in_plan: bool = False, in
         raise BackendError(
             f"backend {backend!r} cannot run this: {reason}. Use backend='eager' or 'auto'. The problem: {problem}."
         )
-    choice = winners.lookup(problem, backend, in_nhwc) if chosen.configs else None
-    config = choice and _config(chosen, problem, choice)
-    if choice is None or config is None or _why_not_here(chosen, config, choice, in_plan, in_nhwc):
+    winner = winners.lookup(problem, backend, in_nhwc) if chosen.configs else None
+    config = winner and _config(chosen, problem, winner)
+    if winner is None or config is None:
         return Selection(chosen, None, BY_NAME)
-    return Selection(chosen, config, f"{BY_NAME}; {choice.source}")
+    measured = Selection(chosen, config, f"{BY_NAME}; {winner.source}")
+    if _why_not_here(measured, winner, in_plan, in_nhwc):
+        return Selection(chosen, None, BY_NAME)
+    return measured
 
 
 def fixed_order(problem: Problem, in_plan: bool = False) -> Selection:
     """The first backend that may run unmeasured on this device and can."""
     candidates = record.REGISTRY[problem.op]
     for candidate in candidates.values():
-        if problem.device not in candidate.auto or candidate.plan.only > in_plan:
+        if problem.device not in candidate.auto.devices or candidate.plan.only > in_plan:
             continue
-        if candidate.why_not(problem) is None and candidate.pays(problem):
-            return Selection(candidate)
-    return Selection(candidates["eager"])
+        if candidate.why_not(problem) is None and candidate.auto.pays(problem):
+            return Selection(candidate, None, FIXED_ORDER)
+    return Selection(candidates["eager"], None, FIXED_ORDER)
 
 
 def _measured_winner(problem: Problem, in_plan: bool, in_nhwc: bool) -> Optional[Selection]:
     """None without a measurement; the fixed order, with the reason, where the winner cannot be had here."""
-    choice = winners.lookup(problem, in_nhwc=in_nhwc)
-    if choice is None:
+    winner = winners.lookup(problem, in_nhwc=in_nhwc)
+    if winner is None:
         if problem.device == "cuda" and problem.device not in winners.warned and _has_configs(problem):
             winners.warn_untuned(problem)
         return None
-    backend = record.REGISTRY[problem.op].get(choice.backend)
+    backend = record.REGISTRY[problem.op].get(winner.backend)
     reason = "there is no such backend" if backend is None else backend.why_not(problem)
     if reason is None and backend is not None and backend.plan.only > in_plan:
         reason = "only a plan packs its weight once"
-    config = None if backend is None or reason is not None else _config(backend, problem, choice)
-    if reason is None and config is None and choice.config is not None:
+    config = None if backend is None or reason is not None else _config(backend, problem, winner)
+    if reason is None and config is None and winner.config is not None:
         reason = "it has no such config any more"
     if reason is None and backend is not None:
-        reason = _why_not_here(backend, config, choice, in_plan, in_nhwc)
-    if backend is None or reason is not None:
-        source = f"{FIXED_ORDER}; {choice.source}: {choice.backend}, but {reason}"
-        return fixed_order(problem, in_plan)._replace(source=source)
-    return Selection(backend, config, choice.source)
+        measured = Selection(backend, config, winner.source)
+        reason = _why_not_here(measured, winner, in_plan, in_nhwc)
+        if reason is None:
+            return measured
+    source = f"{FIXED_ORDER}; {winner.source}: {winner.backend}, but {reason}"
+    return fixed_order(problem, in_plan)._replace(source=source)
 
 
-def _why_not_here(backend: Backend, config: Any, choice: winners.Choice, in_plan: bool, in_nhwc: bool) -> Optional[str]:
+def _why_not_here(measured: Selection, winner: winners.Winner, in_plan: bool, in_nhwc: bool) -> Optional[str]:
     """Why what was measured would not be as fast at this place, or None."""
-    if in_nhwc and backend.reads_row_space(config):
+    if in_nhwc and measured.reads_row_space:
         return "its time is for x in row space, where it does not lie here"
-    if not in_plan and backend.configs is not None and choice.time_us < backend.configs.launch_us(config):
+    configs = measured.backend.configs
+    if not in_plan and configs is not None and winner.time_us < configs.launch_us(measured.config):
         return "outside a frozen plan its launch takes longer than the kernel"
     return None
 
@@ -101,16 +117,12 @@ def _has_configs(problem: Problem) -> bool:
     return any(backend.configs is not None and backend.why_not(problem) is None for backend in candidates)
 
 
-def _config(backend: Backend, problem: Problem, choice: winners.Choice) -> Optional[Any]:
-    if choice.config is None:
+def _config(backend: Backend, problem: Problem, winner: winners.Winner) -> Optional[Any]:
+    if winner.config is None:
         return backend.configs and backend.configs.default and backend.configs.default(problem)
-    return _config_of(backend, problem, tuple(sorted(choice.config.items())))
+    return _config_of(backend, problem, tuple(sorted(winner.config.items())))
 
 
 @functools.lru_cache(maxsize=8192)
 def _config_of(backend: Backend, problem: Problem, fields: tuple) -> Optional[Any]:
-    """The config with these fields, if the backend still has it: what comes from a file runs only if it is legal."""
-    if backend.configs is None:
-        return None
-    legal = backend.configs.legal or backend.configs.worth
-    return next((found for found in legal(problem) if found._asdict() == dict(fields)), None)
+    return backend.configs and backend.configs.find(problem, dict(fields))

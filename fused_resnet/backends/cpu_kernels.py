@@ -20,10 +20,10 @@ def why_no_kernel(problem: ConvProblem) -> Optional[str]:
     p = problem
     if p.device != "cpu":
         return f"it runs on the CPU, the tensors are on {p.device}"
-    if p.dtype not in (torch.float32, torch.bfloat16):
-        return f"{dtype_name(p.dtype)} is not supported (float32, bfloat16 are)"
     if p.has_bn:
         return NEEDS_FOLDED_BN
+    if p.dtype not in (torch.float32, torch.bfloat16):
+        return f"{dtype_name(p.dtype)} is not supported (float32, bfloat16 are)"
     if p.activation not in _ACTIVATIONS:
         return f"its activations are {', '.join(_ACTIVATIONS)}, not {p.activation}"
     return None

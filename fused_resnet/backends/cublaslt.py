@@ -23,10 +23,10 @@ def why_not(problem: ConvProblem) -> Optional[str]:
     reason = why_not_nvidia(problem)
     if reason is not None:
         return reason
-    if os.environ.get("DISABLE_ADDMM_CUDA_LT", "0") not in ("", "0"):
-        return "DISABLE_ADDMM_CUDA_LT is set"
     if problem.has_bn:
         return NEEDS_FOLDED_BN
+    if os.environ.get("DISABLE_ADDMM_CUDA_LT", "0") not in ("", "0"):
+        return "DISABLE_ADDMM_CUDA_LT is set"
     if problem.dtype not in (torch.float16, torch.bfloat16):
         return f"{dtype_name(problem.dtype)} is not supported (float16, bfloat16 are)"
     if not problem.is_pointwise or problem.groups > 1:
@@ -43,4 +43,4 @@ def run(problem: ConvProblem, operands: ConvOperands) -> Tensor:
     return y.view(p.N, p.P, p.Q, p.K).permute(0, 3, 1, 2)
 
 
-BACKEND = Backend("cublaslt", why_not, run, takes_bn=False, rounding=Rounding(rounds_bias), origin="library")
+BACKEND = Backend("cublaslt", why_not, run, rounding=Rounding(rounds_bias), origin="library")

@@ -8,13 +8,13 @@ from typing import NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.record import Backend, Configs, Problem, why_not_nvidia
+from fused_resnet.backends.record import Backend, Configs, why_not_nvidia
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.machine import devices
 from fused_resnet.operators import layout
 from fused_resnet.operators.layout import all_channels_last
 from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.operators.problem import ConvProblem, Problem
 
 
 def why_not(problem: ConvProblem) -> Optional[str]:

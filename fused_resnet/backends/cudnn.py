@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.record import NEEDS_FOLDED_BN, Backend, Rounding, rounds_bias, why_not_nvidia
+from fused_resnet.backends.record import NEEDS_FOLDED_BN, Auto, Backend, Rounding, rounds_bias, why_not_nvidia
 from fused_resnet.operators.layout import all_channels_last
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
@@ -17,12 +17,12 @@ def why_not(problem: ConvProblem) -> Optional[str]:
     reason = why_not_nvidia(problem)
     if reason is not None:
         return reason
+    if problem.has_bn:
+        return NEEDS_FOLDED_BN
     if not torch.backends.cudnn.is_available():
         return "this torch has no cuDNN"
     if problem.dtype == torch.float64:
         return "float64 is not supported (float32, float16, bfloat16 are)"
-    if problem.has_bn:
-        return NEEDS_FOLDED_BN
     if problem.activation != "relu":
         return f"it fuses only ReLU, not {problem.activation}"
     return None
@@ -49,9 +49,7 @@ BACKEND = Backend(
     "cudnn",
     why_not,
     run,
-    auto=("cuda",),
-    pays=pays,
-    takes_bn=False,
+    auto=Auto(("cuda",), pays),
     rounding=Rounding(rounds_bias, drops_nan=True),
     origin="library",
 )

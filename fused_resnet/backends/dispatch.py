@@ -6,8 +6,9 @@ from typing import cast
 
 from torch import Tensor
 
+from fused_resnet.backends import eager
+from fused_resnet.backends.add_relu import AddRelu
 from fused_resnet.backends.choice import select
-from fused_resnet.backends.record import Backward
 from fused_resnet.operators import layout, library
 from fused_resnet.operators.describe import add_relu_problem, conv_problem
 from fused_resnet.operators.operands import ConvOperands, split_arguments
@@ -21,8 +22,9 @@ def conv_bn_act(operands: ConvOperands, window: tuple, backend: str, channels_la
         return layout.empty_output(problem, operands.x, channels_last)
     if channels_last:
         return chosen.run(problem, operands)
-    run_nchw = chosen.backend.run_nchw
-    return layout.nchw(chosen.run(problem, operands)) if run_nchw is None else run_nchw(problem, operands)
+    if chosen.backend is eager.BACKEND:
+        return eager.run(problem, operands, in_nchw=True)
+    return layout.nchw(chosen.run(problem, operands))
 
 
 def conv_bn_act_in_a_row(*args, channels_last: bool = True) -> Tensor:
@@ -38,7 +40,7 @@ def add_relu(a: Tensor, b: Tensor, backend: str) -> Tensor:
 
 def _add_relu_backward(grad: Tensor, out: Tensor, backend: str) -> Tensor:
     problem = add_relu_problem(out, grad)
-    return cast(Backward, select(problem, backend).backend.backward)(grad, out)
+    return cast(AddRelu, select(problem, backend).backend.run).backward(grad, out)
 
 
 library.LIBRARY.impl("conv_bn_act", conv_bn_act_in_a_row, "CompositeExplicitAutograd")

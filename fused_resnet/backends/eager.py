@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.backends.record import Backend, Configs, InPlan, Rounding
+from fused_resnet.backends.record import Auto, Backend, Configs, InPlan, Rounding
 from fused_resnet.operators import affine, library_faults
 from fused_resnet.operators.composites import activate_
 from fused_resnet.operators.layout import channels_last, nchw
@@ -30,7 +29,7 @@ def worth(problem: ConvProblem) -> list[EagerConfig]:
 def run(
     problem: ConvProblem, operands: ConvOperands, config: Optional[EagerConfig] = None, in_nchw: bool = False
 ) -> Tensor:
-    """The operator as ATen calls, one per step: the specification at speed, and the fallback."""
+    """The operator as ATen calls, one per step. in_nchw: to an output in NCHW memory, without a detour."""
     o, placed = operands, nchw if in_nchw else channels_last
     has_late_bias = o.bias is not None and o.bias.dtype != o.x.dtype
     bias = None if has_late_bias else o.bias
@@ -79,8 +78,7 @@ BACKEND = Backend(
     "eager",
     lambda problem: None,
     run,
-    auto=("cpu", "cuda"),
-    run_nchw=functools.partial(run, in_nchw=True),
+    auto=Auto(("cpu", "cuda")),
     rounding=Rounding(lambda problem, operands: True, spreads_nan=True),  # each step writes a tensor
     origin="torch",
     plan=InPlan(pack),

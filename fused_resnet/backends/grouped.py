@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.backends.cpu_kernels import PANEL, bind_kernel, why_no_kernel
-from fused_resnet.backends.record import Backend, InPlan
+from fused_resnet.backends.record import Auto, Backend, InPlan
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
@@ -76,9 +76,7 @@ BACKEND = Backend(
     "grouped",
     why_not,
     run,
-    auto=("cpu",),
-    pays=pays,
-    takes_bn=False,
+    auto=Auto(("cpu",), pays),
     sources=sources.GROUPED,
     plan=InPlan(pack, bind, only=True),
 )

@@ -8,7 +8,7 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.record import NEEDS_FOLDED_BN, Backend, InPlan, Rounding, rounds_bias
+from fused_resnet.backends.record import NEEDS_FOLDED_BN, Auto, Backend, InPlan, Rounding, rounds_bias
 from fused_resnet.machine.onednn import isa_limit
 from fused_resnet.operators.composites import activate_
 from fused_resnet.operators.layout import all_channels_last, channels_last
@@ -27,10 +27,7 @@ _MKLDNN_ACTIVATION = {
 def why_not(problem: ConvProblem) -> Optional[str]:
     if problem.device != "cpu":
         return f"it runs on the CPU, the tensors are on {problem.device}"
-    reason = onednn_missing(problem.dtype)
-    if reason is not None:
-        return reason
-    return NEEDS_FOLDED_BN if problem.has_bn else None
+    return NEEDS_FOLDED_BN if problem.has_bn else onednn_missing(problem.dtype)
 
 
 @functools.lru_cache(maxsize=None)
@@ -127,8 +124,7 @@ BACKEND = Backend(
     "onednn",
     why_not,
     run,
-    auto=("cpu",),
-    takes_bn=False,
+    auto=Auto(("cpu",)),
     rounding=Rounding(_rounds_between, spreads_nan=True, drops_nan=True),
     origin="library",
     plan=InPlan(pack, bind, linears=True),

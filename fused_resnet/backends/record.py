@@ -6,20 +6,27 @@ was asked for by name. `fused-resnet bench` and `verify` print it beside a backe
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import AddReluProblem, ConvProblem
-
-Problem = Union[ConvProblem, AddReluProblem]
-Backward = Callable[[Tensor, Tensor], Tensor]
+from fused_resnet.operators.problem import ConvProblem, Problem, parsed_problem
 
 
 class BackendError(RuntimeError):
     """A backend that is unknown, or that was asked for by name and cannot run this problem."""
+
+
+class Auto(NamedTuple):
+    """Where `auto` may choose a backend unmeasured: on these devices, for what it can run and that pays.
+
+    A kernel of ours is chosen on a GPU where a measurement says that it is right there (`winners`).
+    """
+
+    devices: tuple[str, ...] = ()
+    pays: Callable[[Any], bool] = lambda problem: True
 
 
 class Rounding(NamedTuple):
@@ -61,10 +68,10 @@ class InPlan(NamedTuple):
 class Configs(NamedTuple):
     """The ways in which a backend can run a problem beside its default: NamedTuples of plain values.
 
-    worth: (problem) -> those that are worth measuring. legal: (problem) -> those that a file may name; None, the same.
+    worth: (problem) -> those that are worth measuring.
+    legal: (problem) -> those that a file may name; None, the same.
     default: (problem) -> what None runs as outside plans, where a plan would take another config for it. It is measured
     by its name, so that a plan runs what was measured.
-    estimated_us: (problem, config) -> a guess from arithmetic, by which the tuner drops what cannot win.
     launch_us: (config) -> what a launch takes outside plans, where that is more than a few microseconds. Measured times
     do not hold it.
     reads_row_space: (config) -> whether it was measured with x in row space, where only a plan keeps it.
@@ -73,46 +80,41 @@ class Configs(NamedTuple):
     worth: Callable[[Any], Sequence[Any]]
     legal: Optional[Callable[[Any], Sequence[Any]]] = None
     default: Optional[Callable[[Any], Any]] = None
-    estimated_us: Optional[Callable[[Any, Any], float]] = None
     launch_us: Callable[[Any], float] = lambda config: 0.0
     reads_row_space: Callable[[Any], bool] = lambda config: False
+
+    def find(self, problem: Problem, fields: dict[str, Any]) -> Optional[Any]:
+        """The config with these fields, if there still is one: what comes from a file runs only if it is legal."""
+        legal = self.legal or self.worth
+        return next((config for config in legal(problem) if config._asdict() == fields), None)
 
 
 class Backend(NamedTuple):
     """One way to compute one operator.
 
-    why_not: None, or why it cannot run a problem of its operator.
-    run: (problem, *operands) -> output; with `configs` also config=, one of them or None.
-    auto: the devices on which `auto` may choose it unmeasured, where it pays. A kernel of ours is chosen on a GPU where
-    a measurement says that it is right there (`winners`).
-    pays: (problem) -> whether `auto` should take it unmeasured.
-    takes_bn: False where no problem with live BN can ever run, on any device.
-    run_nchw: (problem, operands) -> the same in NCHW memory, where that is no detour over channels_last.
-    backward: add_relu only.
-    origin: whose kernels these are: "ours", a "library"'s, or "torch"'s own, a pass over memory for each step.
+    why_not: None, or why it cannot run a problem of its operator. Where live BN can never run, NEEDS_FOLDED_BN comes
+    right after what it says of the device.
+    run: (problem, *operands) -> output; with `configs` also config=, one of them or None. Of add_relu an `AddRelu`.
+    auto: where `auto` may choose it unmeasured.
+    origin: whose kernels these are: "ours", a "library"'s, or "torch"'s own, a pass over memory for each step. Or they
+    are "interpreted" in this process, and their time says nothing.
     sources: patterns of the files that kernels of ours are made from (`kernels.sources`).
     """
 
     name: str
     why_not: Callable[[Any], Optional[str]]
     run: Callable[..., Tensor]
-    auto: tuple[str, ...] = ()
-    pays: Callable[[Any], bool] = lambda problem: True
-    takes_bn: bool = True
-    run_nchw: Optional[Callable[..., Tensor]] = None
-    backward: Optional[Backward] = None
+    auto: Auto = Auto()
     rounding: Rounding = Rounding()
     origin: str = "ours"
     sources: tuple[str, ...] = ()
     plan: InPlan = InPlan()
     configs: Optional[Configs] = None
 
-    def reads_row_space(self, config: Any) -> bool:
-        return self.configs is not None and self.configs.reads_row_space(config)
-
 
 REGISTRY: dict[str, dict[str, Backend]] = {"conv_bn_act": {}, "add_relu": {}}
 NEEDS_FOLDED_BN = "it takes only a bias, so it needs folded BN: use fused_resnet.freeze"
+_LIVE_BN = [parsed_problem("8x64x56x56 -> 64, 3x3 p1 float32 bn relu", device) for device in ("cpu", "cuda")]
 
 
 def register(op: str, backend: Backend) -> None:
@@ -134,7 +136,10 @@ def check_name(caller: str, backend: str) -> None:
 
 def why_never_live(backend: str) -> Optional[str]:
     """Why this backend of conv_bn_act can run no problem with live BN, whatever the device, or None."""
-    return None if backend == "auto" or REGISTRY["conv_bn_act"][backend].takes_bn else NEEDS_FOLDED_BN
+    if backend == "auto":
+        return None
+    reasons = map(REGISTRY["conv_bn_act"][backend].why_not, _LIVE_BN)
+    return NEEDS_FOLDED_BN if NEEDS_FOLDED_BN in reasons else None
 
 
 def why_not_nvidia(problem: Problem) -> Optional[str]:

@@ -25,7 +25,7 @@ def run(problem: ConvProblem, operands: ConvOperands, config: Optional[TritonCon
 
 
 def worth(problem: ConvProblem) -> Sequence[TritonConfig]:
-    return () if runtime.INTERPRETED else configs.configs(problem, *_target())
+    return () if runtime.INTERPRETED else cost.promising(problem, *_target())
 
 
 def legal(problem: ConvProblem) -> Sequence[TritonConfig]:
@@ -33,10 +33,6 @@ def legal(problem: ConvProblem) -> Sequence[TritonConfig]:
     arch, num_sms = _target()
     considered = (config for config, _ in configs.search_space(problem, arch, num_sms))
     return [config for config in considered if configs.why_illegal(problem, config, arch) is None]
-
-
-def estimated_us(problem: ConvProblem, config: TritonConfig) -> float:
-    return cost.estimated_us(problem, config, *_target())
 
 
 def launch_us(config: Optional[TritonConfig]) -> float:
@@ -55,13 +51,13 @@ BACKEND = Backend(
     "triton",
     launch.why_not,
     run,
+    origin="interpreted" if runtime.INTERPRETED else "ours",
     sources=sources.TRITON,
     plan=InPlan(placed=True),
     configs=Configs(
         worth,
         legal,
         default=configs.default_config,
-        estimated_us=estimated_us,
         launch_us=launch_us,
         reads_row_space=lambda config: config is not None and config.form == "rows_tma",
     ),

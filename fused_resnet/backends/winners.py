@@ -6,7 +6,8 @@
 The cache folder is `files.cache_dir`'s. FUSED_RESNET_TUNED=0 ignores both files. An entry belongs to a problem without
 its batch (`key`) and to the batch it was measured at. The entry nearest in log space answers for the batches between.
 A kernel of ours counts as verified on this device where its entry says that it passed the reference there. Its sources
-must still be what they were then.
+must still be what they were then. That decides what runs. `measuring.verified` says the same of whole kernel files, for
+people: it decides nothing.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ SHIPPED = Path(__file__).parents[1] / "configs"
 log = logging.getLogger("fused_resnet")
 
 
-class Choice(NamedTuple):
-    """A backend, and its config as a dict (None where it has none).
+class Winner(NamedTuple):
+    """What a file names: a backend, and its config as a dict (None where it has none). `choice.Selection` runs it.
 
     source: where the choice comes from, as part of a sentence. time_us: what was measured for it.
     """
@@ -68,7 +69,7 @@ def user_folder() -> Path:
     return files.cache_dir() / "tuning"
 
 
-def lookup(problem, backend: Optional[str] = None, in_nhwc: bool = False) -> Optional[Choice]:
+def lookup(problem, backend: Optional[str] = None, in_nhwc: bool = False) -> Optional[Winner]:
     """What was measured fastest for this problem or its nearest batch; with `backend`, that backend's best config.
 
     in_nhwc: of those that read x in NHWC, if the entry tells them apart (`Entry`). None without a measurement, for
@@ -81,7 +82,7 @@ def lookup(problem, backend: Optional[str] = None, in_nhwc: bool = False) -> Opt
 
 
 @functools.lru_cache(maxsize=8192)
-def _lookup(problem, backend: Optional[str], in_nhwc: bool, threads: int) -> Optional[Choice]:
+def _lookup(problem, backend: Optional[str], in_nhwc: bool, threads: int) -> Optional[Winner]:
     entries = _entries(problem.device).get(key(problem), {})
     if not entries:
         return None
@@ -92,7 +93,7 @@ def _lookup(problem, backend: Optional[str], in_nhwc: bool, threads: int) -> Opt
     if name not in entry.candidates or not _is_unchanged(name, kernels, place):
         return None
     measured = entry.candidates[name]
-    return Choice(name, measured.config, f"{place} batch {batch}", measured.time_us)
+    return Winner(name, measured.config, f"{place} batch {batch}", measured.time_us)
 
 
 @functools.lru_cache(maxsize=None)
@@ -171,14 +172,14 @@ warned: set[str] = set()
 def kernel_digests() -> dict[str, Optional[str]]:
     """By backend of ours, a digest of all it is compiled from: in C++ as its library was built. None if unknown."""
     made = {**record.known("add_relu"), **record.known("conv_bn_act")}
-    return {name: compiled.kernel_digest(backend.sources) for name, backend in made.items() if backend.sources}
+    return {name: compiled.built_digest(backend.sources) for name, backend in made.items() if backend.sources}
 
 
 def _is_unchanged(backend: str, measured: dict, place: str) -> bool:
     made = record.known("conv_bn_act").get(backend)
     if made is None or not made.sources:
         return True
-    current = compiled.kernel_digest(made.sources)
+    current = compiled.built_digest(made.sources)
     if current is not None and measured.get(backend) == current:
         return True
     files.report_once(

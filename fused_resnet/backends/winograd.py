@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends.cpu_kernels import PANEL, bind_kernel, why_no_kernel
-from fused_resnet.backends.record import Backend, InPlan, Rounding
+from fused_resnet.backends.record import Auto, Backend, InPlan, Rounding
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.machine import onednn
 from fused_resnet.operators.operands import ConvOperands
@@ -82,9 +82,7 @@ BACKEND = Backend(
     "winograd",
     why_not,
     run,
-    auto=("cpu",),
-    pays=pays,
-    takes_bn=False,
+    auto=Auto(("cpu",), pays),
     rounding=Rounding(winograd=True),
     sources=sources.WINOGRAD,
     plan=InPlan(pack, bind, only=True),

@@ -20,7 +20,7 @@ from fused_resnet.kernels import compiled
 from fused_resnet.machine import files
 from fused_resnet.measuring import environment, verified
 from fused_resnet.operators import library_faults
-from fused_resnet.operators.problem import ACTIVATIONS, FLOAT_DTYPES, AddReluProblem, ConvProblem, dtype_name
+from fused_resnet.operators.problem import ACTIVATIONS, FLOAT_DTYPES, AddReluProblem, ConvProblem, Problem, dtype_name
 
 _OPTIONAL = (
     "torchvision", "timm", "transformers", "segmentation-models-pytorch", "onnxruntime", "openvino", "tensorrt",
@@ -186,12 +186,12 @@ def _backend_info(op: str, backend: backends.Backend, device: str) -> dict[str, 
         "op": op,
         "backend": backend.name,
         "device": device,
-        "auto": device in backend.auto,
+        "auto": device in backend.auto.devices,
         "dtypes": {dtype_name(dtype): backend.why_not(_example(op, dtype, device)) for dtype in FLOAT_DTYPES},
     }
 
 
-def _example(op: str, dtype: torch.dtype, device: str) -> backends.Problem:
+def _example(op: str, dtype: torch.dtype, device: str) -> Problem:
     """A convolution with folded BN and ReLU as every ResNet has it, or an addition."""
     if op == "add_relu":
         return AddReluProblem((1, 64, 56, 56), True, dtype, device)

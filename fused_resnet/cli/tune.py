@@ -26,9 +26,10 @@ from fused_resnet.cli.console import (
     stdout_console,
 )
 from fused_resnet.kernels.triton import precompile, runtime
+from fused_resnet.kernels.triton.conv import cost
 from fused_resnet.measuring import Record
 from fused_resnet.operators.problem import SHORT_DTYPES, ConvProblem, parsed_problem
-from fused_resnet.tuning import candidates, convolution, tuner
+from fused_resnet.tuning import convolution, tuner
 
 _what_options = options(
     click.option("--model", "names", type=Listed("model", models.names, many=True), default=None,
@@ -176,7 +177,7 @@ def _compile(problems: list[ConvProblem], arch: int, out: Path, triton_version: 
     precompile.write_manifest(out, arch)
     results: list[dict[str, Any]] = []
     with progress_on_stderr("compile") as progress, precompile.Precompiler(arch, out) as compiler:
-        jobs = {p: compiler.submit(p, candidates.promising_on(p, arch)) for p in problems}
+        jobs = {p: compiler.submit(p, cost.promising(p, arch)) for p in problems}
         for index, (problem, job) in enumerate(jobs.items()):
             progress(index / len(jobs), f"{problem}, {len(jobs) - index} to go")
             results += [{"problem": str(problem), "config": c._asdict(), "why": why} for c, why in job.result().items()]

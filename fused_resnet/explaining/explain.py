@@ -98,6 +98,6 @@ def _why_not_chosen(
     if selection is None:
         cause = "the convolution is not fused" if asked is None else f"{asked} was asked for by name"
         return f"it could run this, but {cause}"
-    if asked == "auto" and selection.source.startswith(choice.FIXED_ORDER) and problem.device not in other.auto:
+    if asked == "auto" and selection.source.startswith(choice.FIXED_ORDER) and problem.device not in other.auto.devices:
         return f"it could run this, but on {problem.device} auto takes it only where it was measured to be faster"
     return f"it could run this, but {selection.backend.name} was chosen: {selection.source}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any, NamedTuple, Optional
 
@@ -41,7 +40,7 @@ class Row(NamedTuple):
     @property
     def bytes_moved(self) -> int:
         is_one_pass = self.backend is not None and backends.known("conv_bn_act")[self.backend].origin != "torch"
-        return self.problem.bytes_moved if is_one_pass else bytes_unfused(self.problem)
+        return self.problem.bytes_moved if is_one_pass else self.problem.bytes_unfused
 
 
 class Explanation(NamedTuple):
@@ -64,7 +63,7 @@ class Explanation(NamedTuple):
         times = [row.time_us for row in self.rows]
         return {
             "flops": sum(row.problem.flops for row in self.rows),
-            "bytes_unfused": sum(bytes_unfused(row.problem) for row in self.rows),
+            "bytes_unfused": sum(row.problem.bytes_unfused for row in self.rows),
             "bytes_moved": sum(row.bytes_moved for row in self.rows),
             "bytes_least": sum(row.problem.bytes_moved for row in self.rows),
             "least_us": sum(row.least_us for row in self.rows),
@@ -91,12 +90,6 @@ class Explanation(NamedTuple):
         return "\n".join(_lines(self))
 
 
-def bytes_unfused(problem: ConvProblem) -> int:
-    """The bytes of conv, BN, addition and activation as a pass over memory each, which reads and writes its tensors."""
-    extra_passes = problem.has_bn + problem.has_residual + (problem.activation != "none")
-    return problem.bytes_moved + 2 * extra_passes * math.prod(problem.output_shape) * problem.dtype.itemsize
-
-
 def _row_as_dict(row: Row, total_us: float) -> dict[str, Any]:
     return {
         "name": row.name,
@@ -106,7 +99,7 @@ def _row_as_dict(row: Row, total_us: float) -> dict[str, Any]:
         "config": row.config,
         "why_not": row.why_not,
         "flops": row.problem.flops,
-        "bytes_unfused": bytes_unfused(row.problem),
+        "bytes_unfused": row.problem.bytes_unfused,
         "bytes_moved": row.bytes_moved,
         "bytes_least": row.problem.bytes_moved,
         "least_us": row.least_us,
@@ -144,7 +137,7 @@ def _few(names: list[str]) -> str:
 
 
 def _cells(row: Row, total_us: float) -> tuple[str, ...]:
-    mb = (f"{n / 1e6:.2f}" for n in (bytes_unfused(row.problem), row.bytes_moved, row.problem.bytes_moved))
+    mb = (f"{n / 1e6:.2f}" for n in (row.problem.bytes_unfused, row.bytes_moved, row.problem.bytes_moved))
     gflop, share = f"{row.problem.flops / 1e9:.3f}", f"{100 * row.least_us / total_us:.1f} %"
     time_us = "-" if row.time_us is None else f"{row.time_us:.0f}"
     return (row.name, str(row.problem), row.backend or "none", *mb, gflop, f"{row.least_us:.0f}", share, time_us)

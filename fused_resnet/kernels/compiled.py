@@ -93,8 +93,8 @@ def build_record() -> dict:
 
 
 @functools.lru_cache(maxsize=None)
-def kernel_digest(patterns: tuple[str, ...]) -> Optional[str]:
-    """One digest of the sources that match: those in C++ as the libraries were built. None if unknown."""
+def built_digest(patterns: tuple[str, ...]) -> Optional[str]:
+    """`sources.kernel_digest` of what runs here: of sources in C++ as the libraries were built. None if unknown."""
     if any(sources.is_compiled(pattern) for pattern in patterns):
         return sources.digest_of(build_record().get("sources", {}), patterns)
     return sources.kernel_digest(patterns)

@@ -30,7 +30,10 @@ def is_source(file: str, patterns: Sequence[str]) -> bool:
 
 
 def digests(root: Path = ROOT) -> dict[str, str]:
-    """{path below root: SHA-256, shortened} of all C++, CUDA and Triton sources, also of what only tests kernels."""
+    """{path below root: SHA-256, shortened} of all C++, CUDA and Triton sources.
+
+    Also of those that no backend runs: what compiles, tests or interprets kernels, and `cache_read`, which measures.
+    """
     files = (file for folder in _FOLDERS for file in sorted((root / folder).rglob("*")))
     return {
         file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Callable, NamedTuple, Optional, Sequence, Union
+from typing import Callable, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from fused_resnet.freezing import layouts, modules
 from fused_resnet.kernels.triton.conv import row_space
 from fused_resnet.operators import affine
 from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import AddReluProblem, ConvProblem
-
-Problem = Union[ConvProblem, AddReluProblem]
+from fused_resnet.operators.problem import ConvProblem
 
 
 def random_operands(problem: ConvProblem, device: str, seed: int = 0) -> ConvOperands:

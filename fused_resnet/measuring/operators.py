@@ -11,12 +11,9 @@ from torch import nn
 
 from fused_resnet import backends, testing
 from fused_resnet.freezing.make import planned_problems
-from fused_resnet.kernels import sources
-from fused_resnet.kernels.triton import runtime
 from fused_resnet.measuring import rooflines, timing
 from fused_resnet.measuring.cases import (
     Prepared,
-    Problem,
     compared_case,
     compared_images,
     error_ratio,
@@ -29,7 +26,7 @@ from fused_resnet.measuring.summary import COPY, FOLDED, UNFUSED, Row
 from fused_resnet.measuring.timing import Progress, silent
 from fused_resnet.measuring.variants import missing_reason, short_name
 from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import AddReluProblem, ConvProblem
+from fused_resnet.operators.problem import AddReluProblem, ConvProblem, Problem
 
 
 class CountedProblem(NamedTuple):
@@ -134,7 +131,7 @@ def why_not_timed(problem: Problem) -> dict[str, str]:
     skipped = {}
     for name, backend in backends.known(problem.op).items():
         reason = backend.why_not(problem)
-        if reason is None and runtime.INTERPRETED and backend.sources == sources.TRITON:
+        if reason is None and backend.origin == "interpreted":
             reason = "TRITON_INTERPRET is set, and the interpreter is not worth timing"
         if reason is not None:
             skipped[name] = reason

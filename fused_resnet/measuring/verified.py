@@ -2,6 +2,9 @@
 
 `make gpu-check` writes a record {"verified": {"device", "date", "kernels": {file: digest}}} once the kernels in it
 agreed with the reference on that device. A kernel edited since no longer has the digest that was verified.
+
+This is for people, who read it in `fused-resnet info`. What may run, problem by problem, is decided by what was
+measured on the device at hand (`backends.winners`).
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Sequence
 
-from fused_resnet import backends as registered
+from fused_resnet.backends import known
 from fused_resnet.kernels import sources
 
 _GPU = (*sources.CUDA, *sources.TRITON)
@@ -38,8 +41,8 @@ class Provenance(NamedTuple):
 
 def gpu_kernels(root: Path = sources.ROOT, backends: Optional[Sequence[str]] = None) -> dict[str, str]:
     """The sources of GPU kernels below root, by path, with their digests: all, or those of these backends."""
-    known = registered.known("conv_bn_act")
-    patterns = _GPU if backends is None else [pattern for name in backends for pattern in known[name].sources]
+    records = known("conv_bn_act")
+    patterns = _GPU if backends is None else [pattern for name in backends for pattern in records[name].sources]
     return {file: digest for file, digest in sources.digests(root).items() if sources.is_source(file, patterns)}
 
 

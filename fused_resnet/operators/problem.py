@@ -9,7 +9,7 @@ Letters as in cuDNN and CUTLASS: x is (N, C, H, W), the weight (K, C/groups, R, 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import torch
 
@@ -96,6 +96,13 @@ class ConvProblem(NamedTuple):
         inputs = self.N * self.C * self.H * self.W + self.K * self.reduction
         return element * (inputs + outputs * (2 if self.has_residual else 1))
 
+    @property
+    def bytes_unfused(self) -> int:
+        """With conv, BN, addition and activation as a pass over memory each, which reads and writes its tensors."""
+        extra_passes = self.has_bn + self.has_residual + (self.activation != "none")
+        outputs = self.N * self.K * self.P * self.Q
+        return self.bytes_moved + 2 * extra_passes * outputs * self.dtype.itemsize
+
     def __str__(self) -> str:
         epilogue = "+".join(
             part
@@ -145,6 +152,9 @@ class AddReluProblem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{'x'.join(map(str, self.shape))} {dtype_name(self.dtype)}"
+
+
+Problem = Union[ConvProblem, AddReluProblem]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_resnet import functional
 from fused_resnet.operators import reference
 from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import AddReluProblem, ConvProblem, dtype_name
+from fused_resnet.operators.problem import AddReluProblem, Problem, dtype_name
 
 
 class AddReluOperands(NamedTuple):
@@ -27,7 +27,7 @@ class AddReluOperands(NamedTuple):
 class Case:
     """One call of an operator with its operands, and what the reference says about it."""
 
-    problem: Union[ConvProblem, AddReluProblem]
+    problem: Problem
     operands: Union[ConvOperands, AddReluOperands]
 
     @property

@@ -9,13 +9,13 @@ from typing import Any, Callable, Optional, Sequence
 
 import torch
 
-from fused_resnet import backends, measuring
-from fused_resnet.backends import winners_file
+from fused_resnet import measuring
+from fused_resnet.backends import Selection, winners_file
 from fused_resnet.machine import cuda_graphs, files
 from fused_resnet.measuring import environment, timing
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
-from fused_resnet.tuning.candidates import Candidate, candidates
+from fused_resnet.tuning.candidates import candidates
 from fused_resnet.tuning.journal import Journal
 
 MARGIN = 0.03  # by which a winner must beat what the fixed order takes, or noise would decide between equals
@@ -39,14 +39,13 @@ class _Subject:
         self.operands: ConvOperands = live if problem.has_bn else folded
         self.images, self.case = measuring.compared_case(problem, self.operands)
 
-    def call(self, candidate: Candidate) -> Callable[[], torch.Tensor]:
+    def call(self, candidate: Selection) -> Callable[[], torch.Tensor]:
         """The candidate as a frozen plan runs it, or with live BN as the operator does."""
-        selection = backends.Selection(*candidate)
         if self.problem.has_bn:
-            return functools.partial(selection.run, self.problem, self.operands)
-        return measuring.planned_call(self.problem, selection, self.operands)
+            return functools.partial(candidate.run, self.problem, self.operands)
+        return measuring.planned_call(self.problem, candidate, self.operands)
 
-    def error_ratio(self, candidate: Candidate, call: Callable[[], torch.Tensor]) -> float:
+    def error_ratio(self, candidate: Selection, call: Callable[[], torch.Tensor]) -> float:
         return measuring.error_ratio(measuring.Prepared(call, self.images, self.case, candidate.backend.name))
 
 
@@ -64,8 +63,8 @@ def tune_one(
     except torch.OutOfMemoryError as error:
         return _row(problem, device, found[0], {one: {"why": files.one_line(error)} for one in found}, {}, skipped)
     why_not_compiled = {} if compiled is None else compiled.result()
-    calls: dict[Candidate, Callable[[], torch.Tensor]] = {}
-    outcomes: dict[Candidate, dict] = {}
+    calls: dict[Selection, Callable[[], torch.Tensor]] = {}
+    outcomes: dict[Selection, dict] = {}
     with torch.no_grad():
         for candidate in found:
             why = why_not_compiled.get(candidate.config)
@@ -80,12 +79,12 @@ def tune_one(
 
 
 def _timed(
-    calls: dict[Candidate, Callable[[], torch.Tensor]],
-    default: Candidate,
+    calls: dict[Selection, Callable[[], torch.Tensor]],
+    default: Selection,
     device: str,
     seconds: float,
     rounds: Optional[int],
-) -> dict[Candidate, timing.Stats]:
+) -> dict[Selection, timing.Stats]:
     """In turn, from cold caches; where there are many, after a few rounds only the likeliest."""
     measure = functools.partial(timing.interleaved, device=device, cold=True)
     if len(calls) > _FINALISTS + 1:
@@ -94,7 +93,7 @@ def _timed(
 
 
 def _checked(
-    subject: _Subject, candidate: Candidate, device: str, journal: Journal, known: Optional[dict]
+    subject: _Subject, candidate: Selection, device: str, journal: Journal, known: Optional[dict]
 ) -> tuple[dict, Optional[Callable[[], torch.Tensor]]]:
     """(what came of the check, the call if it may be timed). known: of an earlier run that was interrupted."""
     place = (str(subject.problem), str(candidate))
@@ -120,7 +119,7 @@ def _checked(
     return outcome, call if _is_right(outcome) else None
 
 
-def _compared(subject: _Subject, candidate: Candidate, call: Callable[[], torch.Tensor]) -> dict[str, Any]:
+def _compared(subject: _Subject, candidate: Selection, call: Callable[[], torch.Tensor]) -> dict[str, Any]:
     ratio = subject.error_ratio(candidate, call)
     return {"error_ratio": ratio if math.isfinite(ratio) else None}
 
@@ -129,7 +128,7 @@ def _is_right(outcome: dict) -> bool:
     return outcome["error_ratio"] is not None and outcome["error_ratio"] <= 1
 
 
-def _check_device(device: str, problem: ConvProblem, candidate: Candidate) -> None:
+def _check_device(device: str, problem: ConvProblem, candidate: Selection) -> None:
     if device == "cpu":
         return
     try:
@@ -141,13 +140,13 @@ def _check_device(device: str, problem: ConvProblem, candidate: Candidate) -> No
         ) from error
 
 
-def _fastest(calls: dict, stats: dict[Candidate, timing.Stats], default: Candidate) -> dict:
+def _fastest(calls: dict, stats: dict[Selection, timing.Stats], default: Selection) -> dict:
     """What to time for longer: the default, and the fastest few of each backend in the screening.
 
     Those that read row space are counted apart from those that do not.
     """
     kept = {default} & calls.keys()
-    alike: dict[tuple[str, bool], list[Candidate]] = {}
+    alike: dict[tuple[str, bool], list[Selection]] = {}
     for candidate in sorted(calls, key=lambda one: stats[one].min_us):
         mates = alike.setdefault((candidate.backend.name, candidate.reads_row_space), [])
         if len(mates) < _FINALISTS:
@@ -159,9 +158,9 @@ def _fastest(calls: dict, stats: dict[Candidate, timing.Stats], default: Candida
 def _row(
     problem: ConvProblem,
     device: str,
-    default: Candidate,
-    outcomes: dict[Candidate, dict],
-    stats: dict[Candidate, timing.Stats],
+    default: Selection,
+    outcomes: dict[Selection, dict],
+    stats: dict[Selection, timing.Stats],
     skipped: dict[str, str],
 ) -> Row:
     in_nhwc = {one: times for one, times in stats.items() if not one.reads_row_space}
@@ -188,7 +187,7 @@ def _row(
     }
 
 
-def _winner(default: Candidate, stats: dict[Candidate, timing.Stats]) -> Candidate:
+def _winner(default: Selection, stats: dict[Selection, timing.Stats]) -> Selection:
     """The fastest, but the default unless it is beaten by MARGIN in the median and in the least time."""
     best = min(stats, key=lambda one: stats[one].median_us)
     if default not in stats:

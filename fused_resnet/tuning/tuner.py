@@ -27,13 +27,13 @@ import torch
 from fused_resnet import backends, measuring
 from fused_resnet.backends import winners, winners_file
 from fused_resnet.kernels.triton import runtime
+from fused_resnet.kernels.triton.conv import cost
 from fused_resnet.kernels.triton.precompile import Precompiler
 from fused_resnet.kernels.triton.runtime import triton_version
 from fused_resnet.machine import files
 from fused_resnet.measuring.environment import environment as environment_of
 from fused_resnet.measuring.timing import Progress, silent
 from fused_resnet.operators.problem import ConvProblem
-from fused_resnet.tuning.candidates import promising
 from fused_resnet.tuning.convolution import Row, entry_of, tune_one
 from fused_resnet.tuning.journal import Journal
 
@@ -170,6 +170,7 @@ def _compiling(problems: Sequence[ConvProblem]) -> Iterator[dict[ConvProblem, Fu
     if not wanted:
         yield {}
         return
-    arch = runtime.arch(torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cuda", torch.cuda.current_device())
+    arch, num_sms = runtime.arch(device), runtime.num_sms(device)
     with Precompiler(arch) as precompiler:
-        yield {problem: precompiler.submit(problem, promising(problem, triton)) for problem in wanted}
+        yield {problem: precompiler.submit(problem, cost.promising(problem, arch, num_sms)) for problem in wanted}

@@ -214,7 +214,7 @@ def test_measurements_of_cpu_kernels_go_stale_with_their_sources(monkeypatch, tm
     assert shared[0] == header[0] == source[0] == cuda[0] is not None
     assert len({shared[1], header[1], source[1]}) == 3 and cuda[1] == source[1]
     assert shared[2] is header[2] is source[2] is None and cuda[2] is not None
-    monkeypatch.setattr(compiled, "kernel_digest", {sources.GROUPED: "0123"}.get)
+    monkeypatch.setattr(compiled, "built_digest", {sources.GROUPED: "0123"}.get)
     assert winners.kernel_digests()["grouped"] == "0123"
     assert winners._is_unchanged("grouped", {"grouped": "0123"}, "a file")
     assert not winners._is_unchanged("grouped", {"grouped": "4567"}, "a file")

@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks.gpu_check import budget, isolated, run_configs, steps
 from fused_resnet import backends
-from fused_resnet.backends import record as registry
 from fused_resnet.backends import winners, winners_file
+from fused_resnet.backends.record import REGISTRY
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.measuring import verified
 from fused_resnet.tuning import tuner
@@ -284,9 +284,9 @@ def test_what_the_tuner_found_out_goes_along_to_another_machine(setup, monkeypat
 
 def test_a_library_of_other_sources_is_not_what_is_verified(monkeypatch):
     monkeypatch.setattr(compiled, "load", lambda library: None)
-    monkeypatch.setattr(compiled, "kernel_digest", lambda patterns: sources.kernel_digest(patterns))
+    monkeypatch.setattr(compiled, "built_digest", lambda patterns: sources.kernel_digest(patterns))
     assert steps.why_not_this_library() is None
-    monkeypatch.setattr(compiled, "kernel_digest", lambda patterns: None)  # _build.json was left behind
+    monkeypatch.setattr(compiled, "built_digest", lambda patterns: None)  # _build.json was left behind
     assert "compiled from kernels None by _build.json" in steps.why_not_this_library()
 
 
@@ -362,7 +362,7 @@ def stub(monkeypatch):
 
     configs = [StubConfig(1), StubConfig(2), StubConfig(3)]
     backend = backends.Backend("stub", lambda problem: None, run, configs=backends.Configs(lambda problem: configs))
-    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "stub", backend)
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "stub", backend)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from fused_resnet.cli import console, info, main
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.machine import onednn
 from fused_resnet.measuring import environment, rooflines, timing
-from fused_resnet.testing import report as verifying
 
 TINY = ["--rounds", "1", "--device", "cpu"]
 NO_PLACE = (str(sources.ROOT), os.uname().nodename)
@@ -183,7 +182,7 @@ def test_verify_shows_what_did_not_run():
 
 def test_verify_fails_on_a_mismatch(monkeypatch):
     wrong = lambda case, backend: testing.Outcome(backend, "mismatch", "got 1, expected 2", 3.0)  # noqa: E731
-    monkeypatch.setattr(verifying, "check", wrong)
+    monkeypatch.setattr(testing.report, "check", wrong)
     record = json_of("verify", "--problems", 2, "--device", "cpu", "--backend", "eager", exit_code=1)
     assert record["passed"] is False
     result = run("verify", "--problems", 2, "--device", "cpu", "--backend", "eager")

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 import fused_resnet
 from fused_resnet import backends
 from fused_resnet.backends import choice
-from fused_resnet.backends import record as registry
+from fused_resnet.backends.record import REGISTRY
 from fused_resnet.cli.main import main
-from fused_resnet.explaining import table
 from fused_resnet.fusing import convert
 from fused_resnet.measuring import rooflines, timing
 from fused_resnet.nn import BasicBlock, Bottleneck
@@ -63,8 +62,8 @@ def test_rows_are_what_runs(monkeypatch):
     rows = explain(model, x).rows
     asked, eager = [], backends.known("conv_bn_act")["eager"]
     run = lambda problem, operands: asked.append(problem) or eager.run(problem, operands)  # noqa: E731
-    record = eager._replace(run=run, run_nchw=None)
-    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "eager", record)
+    record = eager._replace(run=run)
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "eager", record)
     with torch.no_grad():
         model(x)
     assert [row.problem for row in rows] == asked and len(asked) == 16
@@ -99,7 +98,7 @@ def test_bytes_flops_and_roofline_by_hand():
     weight = 8 * 8 * 9
     assert row.problem.bytes_moved == 4 * (x + weight + residual + out)
     # conv: x, w, out; BN: out twice; add: out, residual, out; ReLU: out twice
-    assert row.bytes_moved == table.bytes_unfused(row.problem) == 4 * (x + weight + out + 2 * out + 3 * out + 2 * out)
+    assert row.bytes_moved == row.problem.bytes_unfused == 4 * (x + weight + out + 2 * out + 3 * out + 2 * out)
     assert row.problem.flops == 2 * out * 72
     assert row.least_us == pytest.approx(max(1e6 * row.problem.bytes_moved / 1e10, 1e6 * row.problem.flops / 1e11))
 
@@ -129,7 +128,7 @@ def test_measured_times_are_those_of_the_calls(monkeypatch):
         return eager.run(problem, operands)
 
     monkeypatch.setattr("fused_resnet.explaining.calls._now_us", lambda device: now[0])
-    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "eager", eager._replace(run=run, run_nchw=None))
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "eager", eager._replace(run=run))
     found = explain(networks.single(), torch.randn(2, 16, 9, 9), measure=True)
     assert [row.time_us for row in found.rows] == [3.0, 3.0, 7.0] and found.totals["time_us"] == 13.0
 

@@ -21,7 +21,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import fused_resnet
-from fused_resnet import nn as nn_module
 from fused_resnet.fusing import adapters, convert
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct
 from tests.support import networks
@@ -156,7 +155,7 @@ class Adapts(nn.Module):
 @adapters.register(f"{__name__}.Adapts", reads=" ".join(Adapts.forward.__code__.co_names), convs="conv")
 def _adapts(block, x):
     x = x if isinstance(x, torch.Tensor) else torch.cat(x, 1)
-    return nn_module.conv_bn_act(x, block.conv, block.bn, block.relu, backend=block.backend)
+    return fused_resnet.nn.conv_bn_act(x, block.conv, block.bn, block.relu, backend=block.backend)
 
 
 class Gives(nn.Module):
@@ -178,7 +177,7 @@ class ByHand(nn.Module):
         self.conv, self.bn, self.relu = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
 
     def forward(self, x):
-        return nn_module.conv_bn_act(x, self.conv, self.bn, self.relu)
+        return fused_resnet.nn.conv_bn_act(x, self.conv, self.bn, self.relu)
 
 
 TRACED = {

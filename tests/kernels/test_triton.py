@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fused_resnet.kernels.triton import add_relu, cache_read, interpreter, runtime
-from fused_resnet.kernels.triton.conv import launch as conv_bn_act
-from fused_resnet.kernels.triton.conv.launch import TritonConfig
+from fused_resnet.kernels.triton.conv import configs, launch
+from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.machine import devices
 from fused_resnet.operators import reference
 from fused_resnet.operators.describe import add_relu_problem, conv_problem
@@ -68,22 +68,22 @@ def operands_of(case, dtype, *, residual=True, bias=True, vectors=torch.float32)
     return o, tuple(window)
 
 
-def launch(operands, window, activation="relu", config=None) -> tuple[ConvProblem, ConvOperands, torch.Tensor]:
+def launched(operands, window, activation="relu", config=None) -> tuple[ConvProblem, ConvOperands, torch.Tensor]:
     operands = operands.map(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
     problem = conv_problem(operands, *window, activation)
-    assert conv_bn_act.why_not(problem) is None
+    assert launch.why_not(problem) is None
     N, K, P, Q = problem.output_shape
     guard, size = 64, N * K * P * Q  # poison before, in and behind the output
     memory = torch.full((size + 2 * guard,), float("nan"), dtype=problem.dtype, device=DEVICE)
     out = memory[guard : guard + size].view(N, P, Q, K).permute(0, 3, 1, 2)
-    conv_bn_act.launch(problem, operands, out, config)
+    launch.launch(problem, operands, out, config)
     assert memory[:guard].isnan().all() and memory[guard + size :].isnan().all(), f"{problem}: written out of bounds"
     return problem, operands, out
 
 
 def check(operands, window, activation="relu", config=None) -> torch.Tensor:
     """Launch, and hold every element to the reference and its bound; non-finite ones must be the same."""
-    problem, operands, out = launch(operands, window, activation, config)
+    problem, operands, out = launched(operands, window, activation, config)
     expected = reference.conv_bn_act(problem, operands)
     tf32 = problem.dtype == torch.float32 and devices.allows_tf32() and not runtime.INTERPRETED
     bound = reference.error_bound(problem, operands, expected=expected, eps_acc=2.0 ** (-11 if tf32 else -24))
@@ -180,7 +180,7 @@ def search_spaces():
             "groups": (1, 64, 9, 17, 96, (2, 1), (1, 1), (1, 0), (1, 1), 2),
         }.items():
             problem = conv_problem(*_meta(case, dtype), "relu")
-            for config in conv_bn_act.configs(problem):
+            for config in configs.configs(problem):
                 yield pytest.param(case, dtype, config, id=f"{name}-{dtype}-{'x'.join(map(str, config))}")
 
 
@@ -228,19 +228,19 @@ def test_strides_of_dimensions_of_size_one_are_not_read():
     x = operands.x.contiguous(memory_format=torch.channels_last)
     odd = x.as_strided(x.shape, (7, 1, 3, 16))
     assert odd.is_contiguous(memory_format=torch.channels_last) and odd.stride() != x.stride()
-    expected = launch(operands, window)[2]
+    expected = launched(operands, window)[2]
     problem = conv_problem(operands, *window, "relu")
     out = torch.full_like(expected, float("nan"))
     residual = operands.residual.contiguous(memory_format=torch.channels_last)
     weight = operands.weight.contiguous(memory_format=torch.channels_last)
-    conv_bn_act.launch(problem, operands._replace(x=odd, weight=weight, residual=residual), out)
+    launch.launch(problem, operands._replace(x=odd, weight=weight, residual=residual), out)
     assert torch.equal(out, expected)
 
 
 @needs_triton
 def test_empty_batch_launches_nothing():
     operands, window = operands_of((0, 16, 4, 4, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1), torch.float32)
-    assert launch(operands, window)[2].shape == (0, 8, 4, 4)
+    assert launched(operands, window)[2].shape == (0, 8, 4, 4)
 
 
 # ------------------------------------------------------------------------------------------- 64-bit offsets
@@ -269,7 +269,7 @@ def touched(monkeypatch):
     def run(problem, config) -> tuple[list[int], dict[str, int]]:
         tensors = {name: torch.zeros(1, dtype=problem.dtype) for name in ("x", "weight", "residual", "out")}
         operands = ConvOperands(tensors["x"], tensors["weight"], residual=tensors["residual"])
-        (each,) = conv_bn_act.prepare(problem, operands, tensors["out"], config)
+        (each,) = launch.prepare(problem, operands, tensors["out"], config)
         last["program"] = each.num_programs - 1
         runtime.start(*each._replace(num_programs=1), like=tensors["out"])
         return addresses, {name: tensor.data_ptr() for name, tensor in tensors.items()}
@@ -307,8 +307,8 @@ def test_weights_beyond_2_to_the_31_elements(touched, filter_size):
 
 
 def test_what_32_bit_numbers_cannot_hold_is_refused():
-    assert "4294967296 output pixels are too many" in conv_bn_act.why_not(_large(2**16, 8, 256, 8, 1))
-    assert "8388608 channels are too many" in conv_bn_act.why_not(_large(1, 2**23, 1, 8, 1))
+    assert "4294967296 output pixels are too many" in launch.why_not(_large(2**16, 8, 256, 8, 1))
+    assert "8388608 channels are too many" in launch.why_not(_large(1, 2**23, 1, 8, 1))
 
 
 # ---------------------------------------------------------------------------------------------- add_relu
@@ -368,10 +368,10 @@ def problems_of_every_kind():
 
 def test_configs_are_distinct_and_legal():
     for problem in problems_of_every_kind():
-        configs = conv_bn_act.configs(problem)
-        assert len(set(configs)) == len(configs) >= 1
-        assert conv_bn_act.default_config(problem) in configs
-        for config in configs:
+        found = configs.configs(problem)
+        assert len(set(found)) == len(found) >= 1
+        assert configs.default_config(problem) in found
+        for config in found:
             assert all(size >= 16 and size & (size - 1) == 0 for size in config[:3])
             if not (problem.is_pointwise and problem.groups == 1):
                 assert config.num_warps <= 4
@@ -379,7 +379,7 @@ def test_configs_are_distinct_and_legal():
 
 def test_default_config_fills_the_gpu_before_it_enlarges_tiles():
     small, large = (_large(N, 64, 56, 64, 3) for N in (1, 256))
-    assert conv_bn_act.default_config(small).BLOCK_M < conv_bn_act.default_config(large).BLOCK_M
+    assert configs.default_config(small).BLOCK_M < configs.default_config(large).BLOCK_M
 
 
 @pytest.mark.parametrize(
@@ -432,7 +432,7 @@ def test_an_interpreter_that_this_numpy_breaks_is_not_used():
 
 _ON_A_CPU = """
 from fused_resnet.kernels.triton import add_relu, runtime
-from fused_resnet.kernels.triton.conv import launch as conv_bn_act
+from fused_resnet.kernels.triton.conv import launch
 import torch
 print(runtime.why_not("cpu", torch.float32))
 """
@@ -472,7 +472,7 @@ def test_input_precision_reaches_the_kernel(monkeypatch):
         for dtype in DTYPES:
             operands, *window = _meta(CASES["3x3"], dtype)
             problem = conv_problem(operands, *window, "relu")
-            (each,) = conv_bn_act.prepare(problem, operands, operands.x, SMALL_TILES)
+            (each,) = launch.prepare(problem, operands, operands.x, SMALL_TILES)
             assert each.options["INPUT_PRECISION"] == (expected if dtype == torch.float32 else "ieee")
 
 
@@ -488,7 +488,7 @@ def test_the_interpreter_rounds_to_bfloat16_as_a_gpu_does():
     one = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
     # the values arrive as the fp32 bias of as many channels, so that only the store rounds them
     operands = ConvOperands(torch.zeros_like(one), one.expand(values.numel(), 1, 1, 1), bias=values)
-    out = launch(operands, ((1, 1), (0, 0), (1, 1), 1), "none")[2]
+    out = launched(operands, ((1, 1), (0, 0), (1, 1), 1), "none")[2]
     assert torch.equal(out.flatten(), values.bfloat16())
     assert not {"cast_impl", "create_dot"} & set(vars(interpreter_builder))
 

@@ -79,7 +79,7 @@ for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (tor
     torch.backends.cudnn.conv.fp32_precision = precision
     pointwise, _, filtered = itertools.islice(aot.problems(dtype), 3)
     for problem in (pointwise, filtered):
-        reports.append((str(dtype)[6:], precision, aot.compile_conv(problem, 90)._asdict()))
+        reports.append((str(dtype)[6:], precision, aot.compile_launches(problem, 90)[0]._asdict()))
 print(json.dumps(reports))
 """
 
@@ -250,12 +250,12 @@ def problem(N, C, H, W, K, filter_size, groups=1):
     )
 
 reports = [
-    aot.compile_conv(problem(1, 1, 1, 1, 1, (1, 1)), 90),
-    aot.compile_conv(problem(1, 1, 1, 1, 1, (3, 3)), 90),
-    aot.compile_conv(problem(1, 16, 1, 9, 1, (1, 3)), 90),
-    aot.compile_conv(problem(2, 6, 5, 1, 6, (3, 1), groups=6), 90),
-    aot.compile_conv(problem(2, 16, 1, 1, 1, (3, 3)), 90, TritonConfig(64, 16, 16, 8, 4, 2, "rows_tma")),
-    aot.compile_conv(problem(2, 16, 2, 1, 1, (3, 3)), 90, TritonConfig(64, 16, 16, 8, 4, 2, "lines_tma")),
+    aot.compile_launches(problem(1, 1, 1, 1, 1, (1, 1)), 90)[0],
+    aot.compile_launches(problem(1, 1, 1, 1, 1, (3, 3)), 90)[0],
+    aot.compile_launches(problem(1, 16, 1, 9, 1, (1, 3)), 90)[0],
+    aot.compile_launches(problem(2, 6, 5, 1, 6, (3, 1), groups=6), 90)[0],
+    aot.compile_launches(problem(2, 16, 1, 1, 1, (3, 3)), 90, TritonConfig(64, 16, 16, 8, 4, 2, "rows_tma"))[0],
+    aot.compile_launches(problem(2, 16, 2, 1, 1, (3, 3)), 90, TritonConfig(64, 16, 16, 8, 4, 2, "lines_tma"))[0],
     aot.compile_add_relu(AddReluProblem((1,), True, torch.float16, "cuda"), 90),
     aot.compile_add_relu(AddReluProblem((2**16, 2**16), True, torch.float16, "cuda"), 90, backward=True),
 ]
@@ -273,8 +273,7 @@ import torch
 from triton.runtime import driver
 from fused_resnet.operators import ConvOperands
 from fused_resnet.kernels.triton import aot, precompile
-from fused_resnet.kernels.triton.conv import configs as conv_configs
-from fused_resnet.kernels.triton.conv import launch as conv_bn_act
+from fused_resnet.kernels.triton.conv import configs, launch
 
 driver.set_active(precompile._Driver(90))
 
@@ -293,11 +292,11 @@ for problem in aot.problems(torch.float16):
     vector = torch.zeros(64)
     some = ConvOperands(tensor, tensor, vector, bias=vector)
     every = ConvOperands(tensor, tensor, vector, vector, vector, vector, bias=vector, residual=tensor)
-    legal = [one for one, _ in conv_configs.search_space(problem, 90) if not conv_configs.why_illegal(problem, one, 90)]
+    legal = [one for one, _ in configs.search_space(problem, 90) if not configs.why_illegal(problem, one, 90)]
     one_of_each = {(config.form, config.split_k > 1): config for config in legal}
-    for config in (conv_bn_act.default_config(problem), *one_of_each.values()):
+    for config in (configs.default_config(problem), *one_of_each.values()):
         for operands in (some, every):
-            for each in conv_bn_act.prepare(problem, operands, tensor, config):
+            for each in launch.prepare(problem, operands, tensor, config):
                 check(each)
                 kernels.add(each.kernel.__name__)
 assert len(kernels) == 6, kernels
@@ -314,7 +313,7 @@ import json, re, sys, torch
 from triton.runtime import driver
 from fused_resnet.kernels.triton import precompile
 from fused_resnet.operators import ConvOperands, ConvProblem
-from fused_resnet.kernels.triton.conv import launch as conv_bn_act
+from fused_resnet.kernels.triton.conv import launch
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 
 driver.set_active(precompile._Driver(90))
@@ -333,12 +332,12 @@ calls = {
 reports = {}
 for split in (1, 2):
     for name, (operands, out) in calls.items():
-        for launch in conv_bn_act.prepare(problem, operands, out, TritonConfig(64, 64, 32, 8, 4, 2, split_k=split)):
-            kernel = launch.kernel.warmup(*launch.arguments, grid=(launch.num_programs,), **launch.options)
+        for each in launch.prepare(problem, operands, out, TritonConfig(64, 64, 32, 8, 4, 2, split_k=split)):
+            kernel = each.kernel.warmup(*each.arguments, grid=(each.num_programs,), **each.options)
             entry = re.search(r"tt[.]func public .*", kernel.asm["ttir"])[0]
             pointers = re.findall(r"!tt[.]ptr<\\w+>( [{]tt[.]divisibility = 16 : i32[}])?", entry)
             wide = len(re.findall(r"ld[.]global[.]v4|st[.]global[.]v4", kernel.asm["ptx"]))
-            reports[f"{launch.kernel.__name__}, {split}, {name}"] = [len(pointers), pointers.count(""), wide]
+            reports[f"{each.kernel.__name__}, {split}, {name}"] = [len(pointers), pointers.count(""), wide]
 print(json.dumps(reports))
 """
 
@@ -365,7 +364,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fused_resnet.operators import ConvOperands, ConvProblem
 from fused_resnet.kernels.triton import aot
-from fused_resnet.kernels.triton.conv import launch as conv_bn_act
+from fused_resnet.kernels.triton.conv import launch
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.kernels.triton.conv.gemm_tma import _gemm_tma_kernel
 from fused_resnet.kernels.triton.conv.pointer import _pointwise_bn_act_kernel
@@ -432,7 +431,7 @@ for config in (TritonConfig(64, 64, 32, 8, 4, 3, split_k=2), TritonConfig(64, 64
         problem = ConvProblem(
             1, 128, 14, 14, 128, 1, 1, (1, 1), (0, 0), (1, 1), 1, "relu", has_bn, True, has_residual, x.dtype, "cuda"
         )
-        for kernel, _, arguments, options in conv_bn_act.prepare(problem, o, x, config):
+        for kernel, _, arguments, options in launch.prepare(problem, o, x, config):
             row = [part for one in arguments for part in (one if isinstance(one, Epilogue) else [one])]
             same.append(code(kernel, arguments, options) == code(FLAT[kernel], row, options))
 print(json.dumps(same))

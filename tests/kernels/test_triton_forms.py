@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_resnet.kernels.triton import runtime
-from fused_resnet.kernels.triton.conv import launch as conv_bn_act
-from fused_resnet.kernels.triton.conv import row_space
+from fused_resnet.kernels.triton.conv import launch, row_space
 from fused_resnet.kernels.triton.conv.configs import (
     FORMS,
     TritonConfig,
@@ -29,7 +28,7 @@ from fused_resnet.machine import devices
 from fused_resnet.operators import reference
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.problem import ACTIVATIONS, ConvProblem
-from tests.kernels.test_triton import DEVICE, DTYPES, check, launch, needs_triton, operands_of
+from tests.kernels.test_triton import DEVICE, DTYPES, check, launched, needs_triton, operands_of
 
 needs_tma = pytest.mark.skipif(
     not runtime.INTERPRETED and runtime.arch(torch.device(DEVICE)) < 90, reason="TMA needs a GPU of sm_90 or later"
@@ -165,7 +164,7 @@ def check_in_row_space(operands, window, config, in_row_space) -> torch.Tensor:
     out = memory[guard : guard + rows * K].view(rows, K)
     if "out" not in in_row_space:
         out = out.view(N, P, Q, K).permute(0, 3, 1, 2)
-    conv_bn_act.launch(problem, given, out, config)
+    launch.launch(problem, given, out, config)
     assert memory[:guard].isnan().all() and memory[guard + rows * K :].isnan().all(), "written out of bounds"
     if "out" in in_row_space:
         unpacked = row_space.unpack(out, N, P, Q)
@@ -210,7 +209,7 @@ def test_row_space_there_and_back():
 def test_split_reductions_are_deterministic(name):
     case, config = VARIANTS[name]
     operands, window = operands_of(case, torch.float16)
-    first, second = (launch(operands, window, "relu", config)[2] for _ in range(2))
+    first, second = (launched(operands, window, "relu", config)[2] for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -308,7 +307,7 @@ def test_launch_refuses_what_it_cannot_compute():
         check(operands, window, config=TILE._replace(form="rows_tma"))
     each = conv_problem(operands, *window, "relu")
     with pytest.raises(ValueError, match="cannot read x in row space"):
-        conv_bn_act.launch(each, operands._replace(x=row_space.pack(operands.x)), torch.empty(each.output_shape), TILE)
+        launch.launch(each, operands._replace(x=row_space.pack(operands.x)), torch.empty(each.output_shape), TILE)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="moves a CPU tensor's first byte")

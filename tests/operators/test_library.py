@@ -154,9 +154,9 @@ def test_add_relu_keeps_the_layout_of_a(backend, layout):
 
 
 def needs_cpu_library():
-    from fused_resnet.kernels import compiled as extension
+    from fused_resnet.kernels import compiled
 
-    reason = extension.load("cpu")
+    reason = compiled.load("cpu")
     if reason is not None:
         pytest.skip(f"the C++ library for the CPU: {reason}")
 

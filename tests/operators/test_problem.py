@@ -1,4 +1,4 @@
-"""Problems as values: derived sizes, how they print, and every input that is refused, by its message."""
+"""Problems as values: derived sizes, how they print, are read back, and every refusal, by its message."""
 
 import itertools
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import fused_resnet
-from fused_resnet import BackendError, backends, functional
+from fused_resnet import BackendError, backends, functional, testing
 from fused_resnet.operators.describe import add_relu_problem, conv_problem, is_dense
 from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.operators.problem import ConvProblem, parsed_problem
 
 RESNET_STEM = ConvProblem(
     2, 3, 224, 224, 64, 7, 7, (2, 2), (3, 3), (1, 1), 1, "relu", True, False, False, torch.float16, "cuda"
@@ -88,6 +88,28 @@ def test_how_problems_print():
     odd = RESNET_STEM._replace(stride=(2, 1), groups=3, has_bn=False, has_bias=True, has_residual=True)
     assert str(odd) == "2x3x224x224 -> 64, 7x7 s(2, 1) p3 g3 float16 bias+add relu"
     assert str(add_relu_problem(torch.ones(2, 3), torch.ones(2, 3))) == "2x3 float32"
+
+
+def test_a_problem_is_read_back_from_what_is_printed():
+    cases = (testing.case_at(11, index) for index in range(150))
+    problems = {case.problem for case in cases if case.problem.op == "conv_bn_act" and case.problem.N}
+    assert len(problems) > 80
+    for one in problems:
+        assert parsed_problem(f" {one} ", "cpu") == one
+
+
+@pytest.mark.parametrize(
+    "text",
+    (
+        "", "resnet50", "1x4x4x4 -> 4, 3x3 s0 float32 plain relu", "0x4x4x4 -> 4, 3x3 float32 plain relu",
+        "1x4x2x2 -> 4, 3x3 float32 plain relu", "1x4x4x4 -> 4, 3x3 g3 float32 plain relu",
+        "1x4x4x4 -> 4, 3x3 int32 plain relu", "1x4x4x4 -> 4, 3x3 float32 plain gelu",
+        "1x4x4x4 -> 4, 3x3 float32 bias+bn relu", "1x4x4x4 -> 4, 3x3 Tensor plain relu",
+    ),
+)  # fmt: skip
+def test_what_is_no_problem_is_refused(text):
+    with pytest.raises(ValueError, match="is no convolution|has no output"):
+        parsed_problem(text, "cpu")
 
 
 def test_density():

@@ -1,5 +1,6 @@
 """Whole random problems on every backend of this machine, and that the comparison would notice a mistake."""
 
+import dataclasses
 import json
 import random
 
@@ -7,14 +8,13 @@ import pytest
 import torch
 
 from fused_resnet import backends, testing
-from fused_resnet.backends import record as registry
+from fused_resnet.backends.record import REGISTRY
 from fused_resnet.kernels import compiled
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem
 from fused_resnet.testing import compare
-from fused_resnet.testing import report as verifying
 
 SEED = 0
 FIRST_TIER, FULL, CHUNK = 150, 2000, 100
@@ -112,10 +112,12 @@ def _vector_dtypes(case):
 def broken(monkeypatch, op, spoil):
     """`check` of a backend that is eager with its result spoilt."""
     eager = backends.known(op)["eager"]
-    monkeypatch.setitem(
-        registry.REGISTRY[op], "broken",
-        eager._replace(name="broken", run=lambda problem, *operands: spoil(eager.run(problem, *operands), *operands)),
-    )  # fmt: skip
+
+    def run(problem, *operands):
+        return spoil(eager.run(problem, *operands), *operands)
+
+    kernels = dataclasses.replace(eager.run, forward=run) if op == "add_relu" else run
+    monkeypatch.setitem(REGISTRY[op], "broken", eager._replace(name="broken", run=kernels))
     indices = range(60)
     return [testing.check(case, "broken") for case in (testing.case_at(7, i) for i in indices) if case.problem.op == op]
 
@@ -161,8 +163,9 @@ def test_a_broken_sum_is_a_mismatch(monkeypatch):
 
 def test_a_broken_gradient_of_a_sum_is_a_mismatch(monkeypatch):
     eager = backends.known("add_relu")["eager"]
-    spoilt = eager._replace(name="broken", backward=lambda grad, out: grad * (out >= 0))
-    monkeypatch.setitem(registry.REGISTRY["add_relu"], "broken", spoilt)
+    kernels = dataclasses.replace(eager.run, backward=lambda grad, out: grad * (out >= 0))
+    spoilt = eager._replace(name="broken", run=kernels)
+    monkeypatch.setitem(REGISTRY["add_relu"], "broken", spoilt)
     cases = [case for case in (testing.case_at(7, i) for i in range(60)) if case.problem.op == "add_relu"]
     assert sum("of the gradient differ" in testing.check(case, "broken").detail for case in cases) >= len(cases) // 2
 
@@ -172,7 +175,7 @@ def test_an_exception_is_reported_with_the_call_that_shows_it(monkeypatch):
         raise MemoryError("no")
 
     eager = backends.known("conv_bn_act")["eager"]
-    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "broken", eager._replace(name="broken", run=run))
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "broken", eager._replace(name="broken", run=run))
     report = testing.verify(range(4), 3, backends=["broken"])
     assert not report.passed and report.as_dict()["passed"] is False
     convolutions = [i for i in range(4) if not isinstance(testing.case_at(3, i).problem, AddReluProblem)]
@@ -200,7 +203,7 @@ def test_silu_of_a_sum_that_overflows_may_be_nan(x, status, monkeypatch):
     if status == "ok":
         assert case.run("eager").isnan().all()
     record = eager._replace(run=lambda problem, operands: eager.run(problem, operands).fill_(torch.nan))
-    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "eager", record)
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "eager", record)
     assert testing.check(case, "eager").status == status
 
 
@@ -215,10 +218,10 @@ def test_a_kernel_that_breaks_the_gpu_ends_the_report_and_is_in_it(monkeypatch):
     def synchronize(device):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    case_at = testing.case_at
-    monkeypatch.setattr(verifying, "case_at", lambda seed, index, device, **kind: case_at(seed, index, "cpu", **kind))
+    on_cpu = lambda seed, index, device, **kind: testing.case_at(seed, index, "cpu", **kind)  # noqa: E731
+    monkeypatch.setattr(testing.report, "case_at", on_cpu)
     monkeypatch.setattr(compare, "synchronize", synchronize)
-    monkeypatch.setattr(verifying, "synchronize", synchronize)
+    monkeypatch.setattr(testing.report, "synchronize", synchronize)
     report = testing.verify(5, seed=SEED, device="cuda", backends=["eager"])
     (entry,) = report.backends.values()
     raised, ended = entry.mismatches

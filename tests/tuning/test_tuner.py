@@ -12,15 +12,14 @@ import torch
 from click.testing import CliRunner
 
 from fused_resnet import backends, measuring, models
-from fused_resnet.backends import record as registry
 from fused_resnet.backends import winners, winners_file
+from fused_resnet.backends.record import REGISTRY
 from fused_resnet.cli import main
 from fused_resnet.freezing import layouts
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.kernels.triton import precompile, runtime
-from fused_resnet.kernels.triton.conv import configs as conv_configs
 from fused_resnet.kernels.triton.conv import row_space
-from fused_resnet.kernels.triton.conv.configs import TritonConfig
+from fused_resnet.kernels.triton.conv.configs import TritonConfig, default_config
 from fused_resnet.machine import cuda_graphs
 from fused_resnet.measuring import environment, timing
 from fused_resnet.tuning import candidates, convolution, tuner
@@ -36,8 +35,8 @@ class Fake:
 
     def __init__(self, monkeypatch, name, answer=None, **fields):
         self.calls, self.answer = [], answer
-        backend = registry.Backend(name, lambda problem: None, self.run, **fields)
-        monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], name, backend)
+        backend = backends.Backend(name, lambda problem: None, self.run, **fields)
+        monkeypatch.setitem(REGISTRY["conv_bn_act"], name, backend)
 
     def run(self, problem, operands, config=None):
         self.calls.append((problem, config))
@@ -76,25 +75,13 @@ def names(rows):
 
 def test_candidates_start_with_the_fixed_order_and_say_why_others_are_none(tuned_files):
     found, skipped = candidates.candidates(problem())
-    assert found[0] == (backends.fixed_order(problem(), in_plan=True).backend, None)
-    assert (EAGER, None) in found and (EAGER, backends.EagerConfig("NCHW")) in found
+    assert found[0] == backends.Selection(backends.fixed_order(problem(), in_plan=True).backend)
+    assert {backends.Selection(EAGER), backends.Selection(EAGER, backends.EagerConfig("NCHW"))} <= set(found)
     assert "NVIDIA" in skipped["cudnn"] and "NVIDIA" in skipped["cublaslt"] and "interpreter" in skipped["triton"]
     assert len(set(map(str, found))) == len(found)
     live = problem(has_bn=True, has_bias=False)
     found, skipped = candidates.candidates(live)
     assert found[0].backend is EAGER and "folded BN" in skipped["onednn"]
-
-
-def test_configs_that_cannot_win_by_arithmetic_are_dropped(monkeypatch):
-    layouts = [backends.EagerConfig(str(time_us)) for time_us in (50, 10, 29, 31, 30)]
-    fake = EAGER._replace(
-        configs=backends.Configs(lambda p: layouts, estimated_us=lambda p, config: float(config.layout))
-    )
-    assert [config.layout for config in candidates.promising(problem(), fake)] == ["10", "29", "30"]
-    alike = backends.Configs(lambda p: list(map(TritonConfig, *[range(40)] * 6)), estimated_us=lambda p, config: 1.0)
-    many = EAGER._replace(configs=alike)
-    assert len(candidates.promising(problem(), many)) == candidates._MOST_CONFIGS
-    assert candidates.promising(problem(), EAGER._replace(configs=None)) == []
 
 
 def test_the_convolutions_of_models_by_their_share_of_the_work():
@@ -131,27 +118,25 @@ def test_the_fastest_right_candidate_is_what_auto_takes_from_then_on(tuned_files
 
 @pytest.mark.parametrize("median, least, wins", ((96.0, 96.0, True), (98.0, 98.0, False), (90.0, 98.0, False)))
 def test_the_fixed_order_keeps_its_place_unless_it_is_clearly_beaten(median, least, wins):
-    own, other = (candidates.Candidate(EAGER._replace(name=name), None) for name in ("own", "other"))
+    own, other = (backends.Selection(EAGER._replace(name=name), None) for name in ("own", "other"))
     stats = {own: timing.Stats(100.0, 100.0, 0, 0, 9), other: timing.Stats(median, least, 0, 0, 9)}
     assert convolution._winner(own, stats) is (other if wins else own)
 
 
 def test_without_the_fixed_order_the_fastest_wins():
-    other = candidates.Candidate(EAGER, None)
+    other = backends.Selection(EAGER, None)
     assert (
-        convolution._winner(
-            candidates.Candidate(EAGER._replace(name="own"), None), {other: timing.Stats(1, 1, 1, 1, 1)}
-        )
+        convolution._winner(backends.Selection(EAGER._replace(name="own"), None), {other: timing.Stats(1, 1, 1, 1, 1)})
         is other
     )
 
 
 def test_screening_keeps_the_default_and_the_best_of_each_backend():
     fake = EAGER._replace(name="fake")
-    some = [candidates.Candidate(fake, backends.EagerConfig(str(n))) for n in range(9)]
+    some = [backends.Selection(fake, backends.EagerConfig(str(n))) for n in range(9)]
     default, rest = (
-        candidates.Candidate(EAGER, None),
-        [candidates.Candidate(EAGER, backends.EagerConfig(str(n))) for n in range(6)],
+        backends.Selection(EAGER, None),
+        [backends.Selection(EAGER, backends.EagerConfig(str(n))) for n in range(6)],
     )
     calls = dict.fromkeys([*some, default, *rest])
     stats = {one: timing.Stats(0, float(n), 0, 0, 0) for n, one in enumerate([*some, *rest, default])}
@@ -179,13 +164,13 @@ def test_a_default_that_a_plan_would_replace_is_measured_by_its_name(monkeypatch
     found, _ = candidates.candidates(one)
     assert [found_one.config for found_one in found if found_one.backend.name == "named"] == [config]
     triton = backends.known("conv_bn_act")["triton"]
-    assert candidates._default(one, triton) == conv_configs.default_config(one)
+    assert candidates._default(one, triton) == default_config(one)
 
 
 def test_an_entry_keeps_a_second_winner_for_where_x_cannot_lie_in_row_space():
     reads = EAGER.configs._replace(reads_row_space=lambda config: config == backends.EagerConfig("rows"))
-    ours, default = EAGER._replace(name="ours", configs=reads), candidates.Candidate(EAGER._replace(name="cudnn"), None)
-    rows, other = (candidates.Candidate(ours, backends.EagerConfig(layout)) for layout in ("rows", "other"))
+    ours, default = EAGER._replace(name="ours", configs=reads), backends.Selection(EAGER._replace(name="cudnn"), None)
+    rows, other = (backends.Selection(ours, backends.EagerConfig(layout)) for layout in ("rows", "other"))
     for other_us, winner in ((8.0, "ours"), (9.9, "cudnn")):
         times = {default: 10.0, rows: 5.0, other: other_us}
         stats = {one: timing.Stats(us, us, us, us, 9) for one, us in times.items()}
@@ -200,9 +185,9 @@ def test_an_entry_keeps_a_second_winner_for_where_x_cannot_lie_in_row_space():
 def test_screening_keeps_the_best_without_row_space():
     reads = EAGER.configs._replace(reads_row_space=lambda config: config.layout != "other")
     ours = EAGER._replace(name="ours", configs=reads)
-    some = [candidates.Candidate(ours, backends.EagerConfig(layout)) for layout in (*"abcdef", "other")]
+    some = [backends.Selection(ours, backends.EagerConfig(layout)) for layout in (*"abcdef", "other")]
     stats = {one: timing.Stats(0, float(n), 0, 0, 0) for n, one in enumerate(some)}
-    kept = convolution._fastest(dict.fromkeys(some), stats, candidates.Candidate(EAGER, None))
+    kept = convolution._fastest(dict.fromkeys(some), stats, backends.Selection(EAGER, None))
     assert list(kept) == [*some[: convolution._FINALISTS], some[-1]]
 
 
@@ -223,7 +208,7 @@ needs_interpreter = pytest.mark.skipif(not runtime.INTERPRETED, reason="needs Tr
 def test_a_time_in_row_space_holds_no_conversion(packed, has_residual):
     """x lies there before the call, as a plan has it. The output is NHWC, and checked as any other."""
     subject = convolution._Subject(problem(2, has_residual=has_residual), "cpu")
-    candidate = candidates.Candidate(backends.known("conv_bn_act")["triton"], ROWS)
+    candidate = backends.Selection(backends.known("conv_bn_act")["triton"], ROWS)
     call = subject.call(candidate)
     assert packed == [subject.operands.x.shape]
     assert 0 < subject.error_ratio(candidate, call) <= 1 and call().shape == subject.problem.output_shape
@@ -234,18 +219,8 @@ def test_a_time_in_row_space_holds_no_conversion(packed, has_residual):
 @pytest.mark.parametrize("form", (None, "pointer", "lines_tma"))
 def test_other_forms_are_timed_on_what_everybody_reads(packed, form):
     subject = convolution._Subject(problem(2), "cpu")
-    candidate = candidates.Candidate(backends.known("conv_bn_act")["triton"], form and ROWS._replace(form=form))
+    candidate = backends.Selection(backends.known("conv_bn_act")["triton"], form and ROWS._replace(form=form))
     assert subject.error_ratio(candidate, subject.call(candidate)) <= 1 and not packed
-
-
-def test_row_space_is_no_candidate_with_live_bn():
-    """Which runs outside plans: nobody keeps x there."""
-    folded = problem(32, torch.float16, "cuda", C=64, K=64, H=28, W=28)
-    forms = [
-        {config.form for config in candidates.promising_on(one, 90)}
-        for one in (folded, folded._replace(has_bn=True, has_bias=False))
-    ]
-    assert "rows_tma" in forms[0] and "rows_tma" not in forms[1]
 
 
 # ------------------------------------------------------------------------------------------------- wrong, failing, slow
@@ -307,8 +282,8 @@ def test_a_gpu_that_a_candidate_has_ruined_ends_the_process_and_not_the_measurem
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     with pytest.raises(convolution.DeviceFailed, match="eager on 2x16x8x8 .* give the same command once more to go on"):
-        convolution._check_device("cuda", PROBLEMS[0], candidates.Candidate(EAGER, None))
-    convolution._check_device("cpu", PROBLEMS[0], candidates.Candidate(EAGER, None))
+        convolution._check_device("cuda", PROBLEMS[0], backends.Selection(EAGER, None))
+    convolution._check_device("cpu", PROBLEMS[0], backends.Selection(EAGER, None))
 
 
 # ------------------------------------------------------------------------------------------------------- interruption
@@ -318,7 +293,7 @@ def test_interrupted_and_resumed_with_nothing_lost(tuned_files, times, monkeypat
     """Stopped in the second convolution: its first candidates are not checked again, the first not measured again."""
     late = Fake(monkeypatch, "late")
     early = Fake(monkeypatch, "early")
-    registry.REGISTRY["conv_bn_act"]["late"] = registry.REGISTRY["conv_bn_act"].pop("late")  # after early
+    REGISTRY["conv_bn_act"]["late"] = REGISTRY["conv_bn_act"].pop("late")  # after early
 
     def interrupt(problem, out):
         if problem == PROBLEMS[1]:
@@ -567,7 +542,7 @@ def test_carried_kernels_serve_only_what_they_were_compiled_for(tmp_path, monkey
         precompile.write_manifest(tmp_path, arch)
     assert precompile.why_not_carried(tmp_path, 90) is None and precompile.why_not_carried(tmp_path, 100) is None
     assert "sm_90, sm_100, this GPU is sm_80" in precompile.why_not_carried(tmp_path, 80)
-    monkeypatch.setattr(compiled, "kernel_digest", lambda patterns: "other")
+    monkeypatch.setattr(compiled, "built_digest", lambda patterns: "other")
     assert "other kernel sources" in precompile.why_not_carried(tmp_path, 90)
     monkeypatch.setattr(precompile, "triton_version", lambda: "2.0.0")
     assert "this is 2.0.0" in precompile.why_not_carried(tmp_path, 90)
@@ -606,7 +581,7 @@ import torch
 from triton.runtime import driver
 from fused_resnet import measuring
 from fused_resnet.kernels.triton import precompile
-from fused_resnet.kernels.triton.conv import launch as conv_bn_act
+from fused_resnet.kernels.triton.conv import launch
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.operators.problem import parsed_problem
 driver.set_active(precompile._Driver(90))
@@ -614,8 +589,8 @@ problem = parsed_problem({str(one)!r}, "cuda")
 operands = measuring.folded_operands(measuring.random_operands(problem._replace(device="cpu"), "cpu"))
 out = torch.empty(problem.output_shape, dtype=torch.float16)
 for config in {list(map(tuple, configs))}:
-    for launch in conv_bn_act.prepare(problem, operands, out, TritonConfig(*config)):
-        launch.kernel.warmup(*launch.arguments, grid=(launch.num_programs,), **launch.options)
+    for each in launch.prepare(problem, operands, out, TritonConfig(*config)):
+        each.kernel.warmup(*each.arguments, grid=(each.num_programs,), **each.options)
 """
     before = sorted(tmp_path.rglob("*"))
     assert len(list(tmp_path.glob("*/*.cubin"))) == 3  # whole, in parts, and their sum
@@ -656,11 +631,11 @@ def pretended_gpu(monkeypatch):
 
     monkeypatch.setattr(layouts.Placed, "run", run_placed)
     triton = backends.known("conv_bn_act")["triton"]
-    pretended = triton._replace(why_not=lambda problem: None, run=run)
-    monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], "triton", pretended)
+    pretended = triton._replace(why_not=lambda problem: None, run=run, origin="ours")
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "triton", pretended)
     for name in ("cuda", "cudnn", "cublaslt"):
         absent = backends.known("conv_bn_act")[name]._replace(why_not=lambda problem: "there is no GPU")
-        monkeypatch.setitem(registry.REGISTRY["conv_bn_act"], name, absent)
+        monkeypatch.setitem(REGISTRY["conv_bn_act"], name, absent)
     monkeypatch.setattr(tuner.runtime, "INTERPRETED", False)
     monkeypatch.setattr(tuner.runtime, "arch", lambda device: 90)
     monkeypatch.setattr(tuner.runtime, "num_sms", lambda device: 132)

@@ -9,7 +9,6 @@ TRITON_INTERPRET unset: interpreted kernels cannot be compiled.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import re
 import subprocess
@@ -21,10 +20,9 @@ from typing import Any, Iterator, NamedTuple, Optional
 import torch
 
 from fused_resnet.kernels.triton import add_relu, runtime
-from fused_resnet.kernels.triton.conv import launch, row_space
-from fused_resnet.kernels.triton.conv.configs import TritonConfig
+from fused_resnet.kernels.triton.conv.configs import TritonConfig, configs, default_config
+from fused_resnet.kernels.triton.precompile import launches
 from fused_resnet.kernels.triton.runtime import triton
-from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem
 
 ARCHITECTURES = (80, 90, 100)
@@ -74,35 +72,14 @@ class Compiled(NamedTuple):
     loops: LoopFacts
 
 
-def compile_conv(
-    problem: ConvProblem, arch: int, config: Optional[TritonConfig] = None, *, row_space_output: bool = False
-) -> Compiled:
-    """The convolution kernel that `conv.launch` would start for this problem (fp32 vectors, aligned tensors)."""
-    return compile_launches(problem, arch, config, row_space_output=row_space_output)[0]
-
-
 def compile_launches(
     problem: ConvProblem, arch: int, config: Optional[TritonConfig] = None, *, row_space_output: bool = False
 ) -> list[Compiled]:
-    """All kernels that it would start: behind a split reduction there is a second one.
-
-    row_space_output: the output, and a residual, lie in row space, as between two convolutions of a plan.
-    """
-    p, empty = problem, functools.partial(torch.empty, device="meta")
-    config = config or launch.default_config(problem)
-    vector = empty(p.K) if p.has_bn else None
-    shape = (row_space.num_rows(p.N, p.P, p.Q), p.K) if row_space_output else p.output_shape
-    out = empty(shape, dtype=p.dtype)
-    operands = ConvOperands(
-        empty(p.N, p.C, p.H, p.W, dtype=p.dtype),
-        empty(p.K, p.C // p.groups, p.R, p.S, dtype=p.dtype),
-        *(vector, vector, vector, vector),
-        bias=empty(p.K) if p.has_bias else None,
-        residual=out if p.has_residual else None,
-    )
+    """The kernels that `conv.launch` would start for fp32 vectors: behind a split reduction there is a second one."""
+    config = config or default_config(problem)
     return [
         _compile(each.kernel, each.arguments, each.options, arch, str(problem), config)
-        for each in launch.prepare(problem, operands, out, config)
+        for each in launches(problem, config, torch.float32, row_space_output=row_space_output)
     ]
 
 
@@ -206,7 +183,7 @@ def cannot_compile() -> Optional[str]:
 def _compile_all(arch: int, dtype: torch.dtype, only: str, all_configs: bool) -> Iterator[Compiled]:
     for problem in problems(dtype):
         if only in str(problem):
-            for config in launch.configs(problem, arch) if all_configs else [None]:
+            for config in configs(problem, arch) if all_configs else [None]:
                 yield from compile_launches(problem, arch, config)
     addition = AddReluProblem((32, 256, 56, 56), True, dtype, "cuda")
     for backward in (False, True):

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Optional, Sequence
 import torch
 
 from fused_resnet.kernels import compiled, sources
-from fused_resnet.kernels.triton.conv import launch as conv_bn_act
+from fused_resnet.kernels.triton.conv import launch, row_space
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.kernels.triton.runtime import triton_version
 from fused_resnet.machine import files
@@ -52,7 +52,7 @@ def write_manifest(folder: Path, arch: int) -> Path:
     if manifest is not None and manifest.triton != version:
         raise ValueError(f"{folder} holds kernels of Triton {manifest.triton}, this is {version}: use another folder.")
     archs = sorted({arch, *(manifest.archs if manifest else ())})
-    record = Manifest(str(version), archs, compiled.kernel_digest(sources.TRITON))
+    record = Manifest(str(version), archs, compiled.built_digest(sources.TRITON))
     return files.write_json(Path(folder) / _MANIFEST, record._asdict())
 
 
@@ -69,7 +69,7 @@ def why_not_carried(folder: Path, arch: int) -> Optional[str]:
         return f"{folder} was compiled by Triton {manifest.triton}, this is {version}: compile it with that version"
     if arch not in manifest.archs:
         return f"{folder} was compiled for sm_{', sm_'.join(map(str, manifest.archs))}, this GPU is sm_{arch}"
-    if manifest.kernels != compiled.kernel_digest(sources.TRITON):
+    if manifest.kernels != compiled.built_digest(sources.TRITON):
         return f"{folder} was compiled from other kernel sources than these: compile it again"
     return None
 
@@ -160,23 +160,33 @@ class _Driver:
         return GPUTarget("cuda", self._arch, 32)
 
 
-def compile_config(problem: ConvProblem, config: TritonConfig) -> None:
-    """Compile what a plan's call of this convolution would launch: vectors in the problem's dtype, tensors aligned."""
-    p = problem
+def launches(
+    problem: ConvProblem, config: TritonConfig, bias_dtype: torch.dtype, *, row_space_output: bool = False
+) -> list[launch.Launch]:
+    """What `conv.launch` would start with aligned tensors, none of which is there. Live BN is in fp32.
+
+    row_space_output: the output, and a residual, lie in row space, as between two convolutions of a plan.
+    """
+    p, vector = problem, torch.empty(problem.K, device="meta") if problem.has_bn else None
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=p.dtype, device="meta")
 
-    vector = torch.empty(p.K, device="meta") if p.has_bn else None
+    out = empty(row_space.num_rows(p.N, p.P, p.Q), p.K) if row_space_output else empty(*p.output_shape)
     operands = ConvOperands(
         empty(p.N, p.C, p.H, p.W),
         empty(p.K, p.C // p.groups, p.R, p.S),
         *(vector, vector, vector, vector),
-        bias=empty(p.K) if p.has_bias else None,
-        residual=empty(*p.output_shape) if p.has_residual else None,
+        bias=torch.empty(p.K, dtype=bias_dtype, device="meta") if p.has_bias else None,
+        residual=out if p.has_residual else None,
     )
-    for launch in conv_bn_act.prepare(problem, operands, empty(*p.output_shape), config):
-        launch.kernel.warmup(*launch.arguments, grid=(launch.num_programs,), **launch.options)
+    return launch.prepare(problem, operands, out, config)
+
+
+def compile_config(problem: ConvProblem, config: TritonConfig) -> None:
+    """Compile what a plan's call of this convolution would launch: its bias is in the problem's dtype."""
+    for each in launches(problem, config, problem.dtype):
+        each.kernel.warmup(*each.arguments, grid=(each.num_programs,), **each.options)
 
 
 def main(arch: int) -> None:

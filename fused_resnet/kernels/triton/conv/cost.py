@@ -22,6 +22,8 @@ _HBM, _L2, _TENSOR = 4.3e6, 5.5e6, {2: 790e6, 4: 395e6}  # bytes, bytes and flop
 # it, and what a kernel and a tile cost besides their work.
 _EFFICIENCY = {"pointer": 0.6, "tma": 0.8}
 _LATENCY_US, _LAUNCH_US, _TILE_US = 0.8, 2.0, 1.0
+_HOPELESS = 3.0  # times the least estimate: above it a config is not measured
+_MOST_CONFIGS = 12  # that are measured
 
 
 def estimated_us(problem: ConvProblem, config: TritonConfig, arch: int = 90, num_sms: int = NUM_SMS) -> float:
@@ -45,6 +47,15 @@ def estimated_us(problem: ConvProblem, config: TritonConfig, arch: int = 90, num
     bytes_moved = p.bytes_moved * (num_rows(p, rows_of(p, c.form)) / (p.N * p.P * p.Q) if c.form == "rows_tma" else 1)
     partial = 2 * 4 * c.split_k * p.N * p.P * p.Q * p.K / _L2 + _LAUNCH_US if c.split_k > 1 else 0.0
     return max(bytes_moved / _HBM, per_sm * max(from_l2, products, latency)) + partial + _LAUNCH_US
+
+
+def promising(problem: ConvProblem, arch: int, num_sms: int = NUM_SMS) -> list[TritonConfig]:
+    """The configs that may win on an architecture, which need not be here: a few, the likeliest first."""
+    estimates = {config: estimated_us(problem, config, arch, num_sms) for config in configs(problem, arch, num_sms)}
+    limit = _HOPELESS * min(estimates.values(), default=0.0)
+    return [config for config in sorted(estimates, key=estimates.__getitem__) if estimates[config] <= limit][
+        :_MOST_CONFIGS
+    ]
 
 
 def likely_config(

@@ -18,7 +18,6 @@ from fused_resnet.kernels.triton.conv.configs import (
     MAX_PITCH,
     MAX_ROWS,
     TritonConfig,
-    configs,
     default_config,
     is_gemm,
     num_rows,
@@ -32,8 +31,6 @@ from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 
 _SUM_TILE = dict(BLOCK_M=32, BLOCK_N=64, num_warps=4)  # of the kernel that adds up the parts of a reduction
-
-__all__ = ["Launch", "TritonConfig", "configs", "default_config", "launch", "prepare", "why_not"]
 
 
 class Launch(NamedTuple):
