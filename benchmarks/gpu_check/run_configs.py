@@ -19,6 +19,7 @@ import torch
 from fused_resnet import backends, measuring
 from fused_resnet.backends import winners_file
 from fused_resnet.freezing import modules
+from fused_resnet.machine.errors import why_missing
 from fused_resnet.operators.problem import ConvProblem, parsed_problem
 
 IMAGES = 2
@@ -76,7 +77,7 @@ def run(problem: ConvProblem, name: str, config: dict[str, Any], device: str) ->
     try:
         ratio = measuring.error_ratio(measuring.Prepared(call, images, case, name))
     except Exception as error:  # the next config does not depend on it
-        return "wrong", measuring.missing_reason(error)
+        return "wrong", why_missing(error)
     return ("right", "") if ratio <= 1 else ("wrong", f"by {ratio:.3g} times the bound")
 
 

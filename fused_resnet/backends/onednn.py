@@ -11,8 +11,8 @@ from torch import Tensor
 from fused_resnet.backends.record import NEEDS_FOLDED_BN, Auto, Backend, InPlan, Rounding, rounds_bias
 from fused_resnet.machine.onednn import isa_limit
 from fused_resnet.operators.composites import activate_
+from fused_resnet.operators.detours import forward_detour
 from fused_resnet.operators.layout import all_channels_last, channels_last
-from fused_resnet.operators.library_faults import forward_detour
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem, dtype_name
 

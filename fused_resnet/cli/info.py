@@ -19,7 +19,7 @@ from fused_resnet.cli.console import as_json_option, new_table, print_json, stdo
 from fused_resnet.kernels import compiled
 from fused_resnet.machine import files
 from fused_resnet.measuring import environment, verified
-from fused_resnet.operators import library_faults
+from fused_resnet.operators import detours
 from fused_resnet.operators.problem import ACTIVATIONS, FLOAT_DTYPES, AddReluProblem, ConvProblem, Problem, dtype_name
 
 _OPTIONAL = (
@@ -119,7 +119,7 @@ def collect_info() -> dict[str, Any]:
         ],
         "parts": compiled.status(),
         "build": compiled.build_record(),
-        "library_faults": library_faults.known_faults(),
+        "library_faults": detours.known_faults(),
         "tuning": {device: _tuning_info(device) for device in ("cpu", "cuda") if device == "cpu" or has_cuda},
         "folders": {
             "package": _at_home(Path(fused_resnet.__file__).parent),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any, Optional
@@ -27,7 +26,7 @@ from fused_resnet.cli.console import (
 )
 from fused_resnet.kernels.triton import precompile, runtime
 from fused_resnet.kernels.triton.conv import cost
-from fused_resnet.measuring import Record
+from fused_resnet.measuring import Record, summarise_tuning
 from fused_resnet.operators.problem import SHORT_DTYPES, ConvProblem, parsed_problem
 from fused_resnet.tuning import convolution, tuner
 
@@ -105,7 +104,7 @@ def tune(
     settings = {"models": list(networks), "convs": convs, "batches": batches, "dtypes": dtypes, "device": device,
                 "live_bn": live_bn, "budget_minutes": budget_minutes, "rounds": rounds}  # fmt: skip
     rows = found.pop("rows")
-    record = Record.here("tune", device, settings)._replace(rows=rows, summary=summarise(rows), more=found)
+    record = Record.here("tune", device, settings)._replace(rows=rows, summary=summarise_tuning(rows), more=found)
     print_json(record.as_json()) if as_json else _show(record)
 
 
@@ -117,19 +116,6 @@ def _use_compiled(folder: Path, device: str) -> None:
     if reason is not None:
         raise click.ClickException(f"{reason}.")
     os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
-
-
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Speedups of the winners over the fixed order: geometric mean, best, how many changed; and what was wrong."""
-    speedups = [row["speedup"] for row in rows if row["speedup"] is not None]
-    return {
-        "convolutions": len(rows),
-        "changed": sum(row["winner"] not in (None, row["default"]) for row in rows),
-        "geomean_speedup": math.exp(sum(map(math.log, speedups)) / len(speedups)) if speedups else None,
-        "best_speedup": max(speedups, default=None),
-        "wrong": sum(len(row["wrong"]) for row in rows),
-        "failed": sum(len(row["failed"]) for row in rows),
-    }
 
 
 def _show(record: Record) -> None:

@@ -14,12 +14,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet import backends
-from fused_resnet.freezing.dtypes import first_line, without_torchs_log
+from fused_resnet.freezing.dtypes import without_torchs_log
 from fused_resnet.freezing.frozen import FrozenModel, FrozenParts
 from fused_resnet.freezing.modules import FrozenConv, WideConv
 from fused_resnet.fusing import convert
 from fused_resnet.graphs.matching import unfolded_norms
 from fused_resnet.graphs.spelling import CONVOLUTIONS, arguments_of
+from fused_resnet.machine.errors import first_line
 from fused_resnet.nn.bypass import why_not_fused
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet.graphs.memory import writes_in_place, written
 from fused_resnet.graphs.nodes import is_made_in_forward, module_of
+from fused_resnet.machine.errors import first_line
 from fused_resnet.nn.bypass import has_stock_call
 from fused_resnet.operators.describe import Facts
 from fused_resnet.operators.problem import dtype_name
@@ -139,10 +140,6 @@ def propagated(traced: fx.GraphModule, x: Tensor, to: Optional[Conversion] = Non
                 "Cast its input to float32 in the model, or freeze without dtype."
             ) from error
         raise ValueError(f"freeze: the model cannot take an input of shape {tuple(x.shape)}: {message}") from error
-
-
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 @contextlib.contextmanager

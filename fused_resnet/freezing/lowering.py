@@ -17,7 +17,7 @@ from fused_resnet.graphs.matching import Match, activation_of, matches, norm_at
 from fused_resnet.graphs.spelling import CONVOLUTIONS, arguments_of
 from fused_resnet.kernels import compiled
 from fused_resnet.nn.bypass import Norm, has_stock_call, norm_of
-from fused_resnet.operators import affine, library_faults
+from fused_resnet.operators import affine, detours
 from fused_resnet.operators.describe import conv_problem, pair
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import FLOAT_DTYPES, dtype_name
@@ -131,7 +131,7 @@ def widen_what_is_wrong(draft: Draft) -> None:
             stride, dilation = (_spread(asked.get(name, 1), dims) for name in ("stride", "dilation"))
         else:
             continue
-        if facts and weight and library_faults.may_be_wrong(facts.dtype, weight, facts.shape, stride, dilation):
+        if facts and weight and detours.may_be_wrong(facts.dtype, weight, facts.shape, stride, dilation):
             wide = WideConv(conv or node.target)
             node.op, node.target = "call_module", draft.add(f"wide_{node.name}", wide)
 

@@ -9,10 +9,11 @@ import math
 import torch
 from torch import Tensor, fx
 
-from fused_resnet.freezing.dtypes import facts_of, first_line
+from fused_resnet.freezing.dtypes import facts_of
 from fused_resnet.freezing.plan import GraphedPlan, Plan
 from fused_resnet.freezing.state import content_of_tensor, keeps_state
 from fused_resnet.machine import malloc
+from fused_resnet.machine.errors import first_line
 from fused_resnet.operators.problem import dtype_name
 
 log = logging.getLogger("fused_resnet")

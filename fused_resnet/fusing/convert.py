@@ -18,6 +18,7 @@ from fused_resnet.fusing import adapters, classes, rewriting
 from fused_resnet.fusing.adapters import Adapted
 from fused_resnet.fusing.rewriting import Rewritten
 from fused_resnet.graphs.spelling import has_convolutions
+from fused_resnet.machine.errors import one_line
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBlock, FusedBottleneck
 from fused_resnet.nn.bypass import has_stock_code, may_be_norm, why_not_fused
 from fused_resnet.nn.fused import Fused, Fusion, fused_shortcut, plain_class_of, set_class
@@ -156,7 +157,7 @@ def _survey(
         try:
             change, reason = _change_of(module, kept)
         except Exception as error:  # a module may do anything when it is looked at
-            change, reason = None, f"it cannot be looked at: {_first_line(error)}"
+            change, reason = None, f"it cannot be looked at: {one_line(error)}"
         if change is not None:
             changes.append(change)
             claimed.update(map(id, change.claims))
@@ -164,10 +165,6 @@ def _survey(
         elif reason is not None:
             skipped.append(LeftAlone(name or "the model", reason))
     return changes, skipped
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _change_of(module: nn.Module, kept: set[int]) -> tuple[Optional[_Change], Optional[str]]:
@@ -263,7 +260,7 @@ def _why_not_reclassed(module: Any, kind: Any) -> Optional[str]:
     try:  # it may forbid subclasses, or have a layout that no other class has
         set_class(module, classes.fused_class(kind, cls))
     except Exception as error:
-        return f"its class cannot be replaced: {_first_line(error)}"
+        return f"its class cannot be replaced: {one_line(error)}"
     set_class(module, cls)
     return None
 

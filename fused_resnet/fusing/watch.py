@@ -24,6 +24,7 @@ from fused_resnet.fusing.asked import (
 )
 from fused_resnet.fusing.outside import Contents, holds_the_same
 from fused_resnet.fusing.reads import is_plain, is_unchanging
+from fused_resnet.machine.errors import one_line
 from fused_resnet.nn.fused import plain_class_of
 
 _LOOKUP = nn.Module.__getattr__.__code__
@@ -129,8 +130,7 @@ class Watch:
         """The first reason to refuse, which is this one where there was none."""
         if self.refusal is None:
             if not isinstance(error, CannotRewrite):
-                first_line = f"{type(error).__name__}: {error}".splitlines()[0]
-                error = CannotRewrite(f"torch.fx cannot trace its forward: {first_line}")
+                error = CannotRewrite(f"torch.fx cannot trace its forward: {one_line(error)}")
             self.refusal = error
         return self.refusal
 

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+from fused_resnet.machine.errors import one_line
+
 # A writer holds the lock while it replaces one small file; who waits longer than this waits for a broken file system.
 _LOCK_TIMEOUT_S = 60.0
 
@@ -88,9 +90,3 @@ def locked(path: Path, timeout_s: float = _LOCK_TIMEOUT_S) -> Iterator[None]:
 def report_once(message: str) -> None:
     """Log a warning, the first time in this process that it is given."""
     log.warning("%s", message)
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as part of a sentence."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

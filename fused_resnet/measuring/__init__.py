@@ -41,6 +41,7 @@ from fused_resnet.measuring.summary import (
     summarise,
     summarise_networks,
     summarise_ops,
+    summarise_tuning,
     with_auto,
 )
 from fused_resnet.measuring.timing import Stats, interleaved
@@ -51,8 +52,6 @@ from fused_resnet.measuring.variants import (
     DEFAULT_BASELINES,
     UNTUNED,
     build_variants,
-    missing_reason,
-    short_name,
     variant_builders,
 )
 from fused_resnet.operators.problem import SHORT_DTYPES
@@ -63,7 +62,7 @@ __all__ = [
     "Prepared", "Record", "Roofline", "Row", "Run", "Stats", "Subject", "add_relu_variants", "blocks_of",
     "build_variants", "calibrated", "chosen_by_auto", "compared", "compared_case", "compiled", "convs_of",
     "error_ratio", "folded_operands", "in_turn", "interleaved", "is_ours", "max_error", "measure", "mismatches",
-    "missing_reason", "op_subjects", "op_variants", "part_of", "planned_call", "random_operands", "rival_of",
-    "roofline", "short_name", "summarise", "summarise_networks", "summarise_ops", "summarised", "variant_builders",
-    "why_not_timed", "with_auto",
+    "op_subjects", "op_variants", "part_of", "planned_call", "random_operands", "rival_of", "roofline", "summarise",
+    "summarise_networks", "summarise_ops", "summarise_tuning", "summarised", "variant_builders", "why_not_timed",
+    "with_auto",
 ]  # fmt: skip

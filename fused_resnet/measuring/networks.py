@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.machine.errors import why_missing
 from fused_resnet.measuring.cases import finite
 from fused_resnet.measuring.summary import Row
 from fused_resnet.measuring.timing import Progress, Variants, interleaved, silent
@@ -15,7 +16,6 @@ from fused_resnet.measuring.variants import (
     BASE,
     DEFAULT_BASELINES,
     build_variants,
-    missing_reason,
     variant_builders,
 )
 from fused_resnet.nn import BasicBlock, Bottleneck
@@ -80,7 +80,7 @@ def _errors(model: nn.Module, x: Tensor, variants: Variants) -> tuple[dict[str, 
         except Exception as error:
             if name == BASE:
                 raise  # there is nothing to compare with
-            broken[name] = missing_reason(error)
+            broken[name] = why_missing(error)
     return errors, broken
 
 

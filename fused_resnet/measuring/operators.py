@@ -11,6 +11,7 @@ from torch import nn
 
 from fused_resnet import backends, testing
 from fused_resnet.freezing.make import planned_problems
+from fused_resnet.machine.errors import why_missing
 from fused_resnet.measuring import rooflines, timing
 from fused_resnet.measuring.cases import (
     Prepared,
@@ -24,9 +25,8 @@ from fused_resnet.measuring.cases import (
 )
 from fused_resnet.measuring.summary import COPY, FOLDED, UNFUSED, Row
 from fused_resnet.measuring.timing import Progress, silent
-from fused_resnet.measuring.variants import missing_reason, short_name
 from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import AddReluProblem, ConvProblem, Problem
+from fused_resnet.operators.problem import AddReluProblem, ConvProblem, Problem, short_name
 
 
 class CountedProblem(NamedTuple):
@@ -211,7 +211,7 @@ def _ratios(prepared: Mapping[str, Prepared]) -> tuple[dict[str, float], dict[st
         except Exception as error:
             if name == UNFUSED:
                 raise  # there is nothing to compare with
-            failed[name] = missing_reason(error)
+            failed[name] = why_missing(error)
     return ratios, failed
 
 

@@ -152,3 +152,16 @@ def rival_of(variant: str, variants: dict[str, dict[str, Any]]) -> tuple[str, fl
         return "", math.inf
     fastest = min(rivals, key=lambda name: variants[name]["median_us"])
     return fastest, variants[fastest]["median_us"] / variants[variant]["median_us"]
+
+
+def summarise_tuning(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Speedups of the winners over the fixed order: geometric mean, best, how many changed; and what was wrong."""
+    speedups = [row["speedup"] for row in rows if row["speedup"] is not None]
+    return {
+        "convolutions": len(rows),
+        "changed": sum(row["winner"] not in (None, row["default"]) for row in rows),
+        "geomean_speedup": math.exp(sum(map(math.log, speedups)) / len(speedups)) if speedups else None,
+        "best_speedup": max(speedups, default=None),
+        "wrong": sum(len(row["wrong"]) for row in rows),
+        "failed": sum(len(row["failed"]) for row in rows),
+    }

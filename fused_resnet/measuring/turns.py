@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Callable, Iterable, Mapping, NamedTuple, Optional, Protocol
 
+from fused_resnet.machine.errors import why_missing
 from fused_resnet.measuring.summary import Row
 from fused_resnet.measuring.timing import Progress, silent
-from fused_resnet.measuring.variants import missing_reason
 
 
 class Subject(Protocol):
@@ -83,7 +83,7 @@ def in_turn(
         except Exception as error:
             if not rows:
                 raise
-            broken[name] = missing_reason(error)
+            broken[name] = why_missing(error)
         save(measured())
     progress(1.0, "done")
     return measured()

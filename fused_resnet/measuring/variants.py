@@ -13,7 +13,7 @@ from fused_resnet.backends import winners
 from fused_resnet.freezing.freeze import freeze
 from fused_resnet.freezing.frozen import FrozenModel
 from fused_resnet.fusing import convert
-from fused_resnet.machine.files import one_line
+from fused_resnet.machine.errors import why_missing
 from fused_resnet.measuring.rivals import (
     compiled_nhwc,
     in_onnxruntime,
@@ -24,7 +24,7 @@ from fused_resnet.measuring.rivals import (
     stitched_cudnn,
 )
 from fused_resnet.measuring.timing import Progress, Variants, silent
-from fused_resnet.operators.problem import SHORT_DTYPES
+from fused_resnet.operators.problem import short_name
 
 BASELINES = ("eager", "folded", "compile", "autotune", "cudnn", "tensorrt", "onnxruntime", "openvino")
 DEFAULT_BASELINES = BASELINES[:3]
@@ -99,18 +99,8 @@ def build_variants(builders: dict[str, Builder], progress: Progress = silent) ->
         try:
             found[name] = build()
         except Exception as error:  # whatever a compiler that is not ours raises
-            skipped[name] = missing_reason(error)
+            skipped[name] = why_missing(error)
     return found, skipped
-
-
-def short_name(dtype: torch.dtype) -> str:
-    return {value: name for name, value in SHORT_DTYPES.items()}[dtype]
-
-
-def missing_reason(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed"
-    return one_line(error)
 
 
 def _eager_nhwc(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.machine import files
+from fused_resnet.machine.errors import one_line
 
 # a path, an http(s) or file URL, or anything with a `url` such as torchvision's ResNet50_Weights.DEFAULT
 Source = Union[str, "os.PathLike[str]", object]
@@ -118,7 +119,7 @@ def _fetch_url(url: str, name: str, progress: bool, sha256: Optional[str]) -> tu
         try:
             stack.enter_context(files.locked(path, timeout_s=_DOWNLOAD_S))
         except OSError as error:
-            files.report_once(f"{path.parent} cannot be written, so weights are not kept ({files.one_line(error)}).")
+            files.report_once(f"{path.parent} cannot be written, so weights are not kept ({one_line(error)}).")
             folder = None
         else:
             folder = path.parent
@@ -144,7 +145,7 @@ def _kept(path: Path, wanted: Optional[str]) -> Optional[dict[str, Tensor]]:
         _verify(path, wanted)
         return _read(path)
     except (OSError, ValueError) as error:
-        files.report_once(f"{path} is ignored and downloaded again ({files.one_line(error)})")
+        files.report_once(f"{path} is ignored and downloaded again ({one_line(error)})")
         return None
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_resnet.operators import affine, library_faults
+from fused_resnet.operators import affine, detours
 from fused_resnet.operators.describe import add_relu_problem, conv_problem
 from fused_resnet.operators.operands import split_arguments
 
@@ -26,7 +26,7 @@ def conv_bn_act(*args) -> Tensor:
     problem = conv_problem(o, *window)
     mean, var = (None if vector is None else vector.detach() for vector in (o.bn_mean, o.bn_var))
     o = o._replace(bn_mean=mean, bn_var=var)
-    y = library_faults.convolution(problem, o.x, o.weight, is_differentiated=True)
+    y = detours.convolution(problem, o.x, o.weight, is_differentiated=True)
     if o.bias is not None or any(vector is not None for vector in o.bn_vectors.values()):
         scale, shift = affine.scale_and_shift(o, torch.promote_types(torch.float32, y.dtype))
         y = (y * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(y.dtype)

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fused_resnet.operators import library_faults
+from fused_resnet.operators import detours
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands, split_arguments
 
@@ -70,7 +70,7 @@ def conv_bn_act_backward(ctx, grad: Tensor):
 
     needs_scale = bn_weight is not None and needs["bn_weight"]
     problem = conv_problem(ConvOperands(x, weight), *ctx.window)
-    grad_x, grad_folded = library_faults.convolution_backward(
+    grad_x, grad_folded = detours.convolution_backward(
         problem, g, x, scaled(weight), needs["x"], needs["weight"] or needs_scale
     )
     grads["x"] = grad_x

@@ -161,6 +161,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def short_name(dtype: torch.dtype) -> str:
+    """The key of a dtype in SHORT_DTYPES."""
+    return {known: short for short, known in SHORT_DTYPES.items()}[dtype]
+
+
 def pair_text(value) -> str:
     if isinstance(value, int):
         return str(value)

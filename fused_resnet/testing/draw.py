@@ -38,7 +38,7 @@ def random_case(rng: random.Random, device: str = "cpu", *, kind: str = "any") -
     CUDA fp16) or bf16, without BN, mostly with ReLU, and has channels in sixteens. Its window is 1x1, 3x3 with
     stride 1, or 3x3 with groups as wide as ResNeXt's.
     "strided": a convolution in bf16 with strides to 4 on maps of 1 to 33 rows and columns, where libraries err
-    (`library_faults`).
+    (`detours`).
     """
     if kind not in KINDS:
         raise ValueError(f"random_case: unknown kind {kind!r}; known ones are {', '.join(KINDS)}.")

@@ -11,7 +11,8 @@ import torch
 
 from fused_resnet import measuring
 from fused_resnet.backends import Selection, winners_file
-from fused_resnet.machine import cuda_graphs, files
+from fused_resnet.machine import cuda_graphs
+from fused_resnet.machine.errors import one_line
 from fused_resnet.measuring import environment, timing
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
@@ -61,7 +62,7 @@ def tune_one(
     try:
         subject = _Subject(problem, device)
     except torch.OutOfMemoryError as error:
-        return _row(problem, device, found[0], {one: {"why": files.one_line(error)} for one in found}, {}, skipped)
+        return _row(problem, device, found[0], {one: {"why": one_line(error)} for one in found}, {}, skipped)
     why_not_compiled = {} if compiled is None else compiled.result()
     calls: dict[Selection, Callable[[], torch.Tensor]] = {}
     outcomes: dict[Selection, dict] = {}
@@ -110,7 +111,7 @@ def _checked(
         journal.interrupt(*place)
         raise
     except Exception as error:  # whatever a kernel, a compiler or a library raises: it costs this candidate alone
-        outcome, call = {"why": files.one_line(error)}, None
+        outcome, call = {"why": one_line(error)}, None
         journal.end(*place, outcome)
         _check_device(device, subject.problem, candidate)
         return outcome, None
@@ -135,7 +136,7 @@ def _check_device(device: str, problem: ConvProblem, candidate: Selection) -> No
         torch.cuda.synchronize(device)
     except RuntimeError as error:
         raise DeviceFailed(
-            f"{candidate} on {problem} has left the GPU unusable for this process ({files.one_line(error)}). It is "
+            f"{candidate} on {problem} has left the GPU unusable for this process ({one_line(error)}). It is "
             f"recorded and will not be tried again: give the same command once more to go on."
         ) from error
 

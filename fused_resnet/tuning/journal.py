@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from fused_resnet.machine import files
+from fused_resnet.machine.errors import one_line
 
 
 class Journal:
@@ -85,4 +86,4 @@ class Journal:
             with files.locked(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write("\n" + json.dumps({"id": self._id, **line}))
         except OSError as error:
-            files.report_once(f"{self.path} cannot be written, so an interruption loses it ({files.one_line(error)}).")
+            files.report_once(f"{self.path} cannot be written, so an interruption loses it ({one_line(error)}).")

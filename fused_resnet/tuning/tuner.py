@@ -31,6 +31,7 @@ from fused_resnet.kernels.triton.conv import cost
 from fused_resnet.kernels.triton.precompile import Precompiler
 from fused_resnet.kernels.triton.runtime import triton_version
 from fused_resnet.machine import files
+from fused_resnet.machine.errors import one_line
 from fused_resnet.measuring.environment import environment as environment_of
 from fused_resnet.measuring.timing import Progress, silent
 from fused_resnet.operators.problem import ConvProblem
@@ -143,7 +144,7 @@ def _kept(folder: Path, name: str, problem: ConvProblem, row: Row) -> Optional[P
         entries = {winners.key(problem): {problem.N: entry_of(row, run)}}
         return winners.add(folder, name, entries, run, row["environment"])
     except OSError as error:
-        files.report_once(f"{folder} cannot be written, so nothing that is measured is kept ({files.one_line(error)}).")
+        files.report_once(f"{folder} cannot be written, so nothing that is measured is kept ({one_line(error)}).")
         return None
 
 

@@ -157,7 +157,10 @@ sys.exit(pytest.main(["-q", "-p", "no:faulthandler", "-p", "no:cacheprovider", *
 
 
 _ROOMS = [
-    *(f"tests/freezing/test_{name}.py" for name in "values plan memory refusals state forwards parts".split()),
+    *(
+        f"tests/freezing/test_{name}.py"
+        for name in "values plan memory refusals state forwards parts biases respelling".split()
+    ),
     *("tests/fusing", "tests/nn", "tests/explaining"),
     *("tests/backends/test_winograd.py", "tests/backends/test_grouped.py", "tests/operators/test_functional.py"),
 ]
@@ -169,7 +172,7 @@ _NO_FP16 = "not fp16 and not float16 and not half and not mixed_dtypes"
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["tests/operators/test_library_faults.py"],
+        ["tests/operators/test_detours.py"],
         pytest.param([*_ROOMS, "-m", "not full", "-k", _NO_FP16], marks=pytest.mark.full),
     ],
     ids=["faults", "all that computes"],

@@ -232,7 +232,7 @@ def show_onednn_s_instructions():
 @pytest.mark.parametrize("where, which", (
     ("tests/freezing/test_values.py tests/freezing/test_memory.py tests/freezing/test_forwards.py",
      "values or fp16 or models or sums or pass or pooling or norms or windows"),
-    ("tests/operators/test_library_faults.py", "gradients_are_right or composite or lower"),
+    ("tests/operators/test_detours.py", "gradients_are_right or composite or lower"),
 ))  # fmt: skip
 def test_tests_within(limit, where, which):
     variables, flag, *_ = WITHIN[limit]

@@ -28,6 +28,7 @@ from fused_resnet.kernels.triton.conv import launch, row_space
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.kernels.triton.runtime import triton_version
 from fused_resnet.machine import files
+from fused_resnet.machine.errors import one_line
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem, parsed_problem
 
@@ -201,7 +202,7 @@ def main(arch: int) -> None:
             compile_config(problem, TritonConfig(**fields))
             report: dict[str, Any] = {"seconds": round(time.monotonic() - started, 2)}
         except Exception as error:  # whatever Triton, LLVM or ptxas raise
-            report = {"why": f"it does not compile: {files.one_line(error)}"}
+            report = {"why": f"it does not compile: {one_line(error)}"}
         print(json.dumps(report), flush=True)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.machine import devices
-from fused_resnet.machine.files import one_line
+from fused_resnet.machine.errors import one_line
 from fused_resnet.operators.problem import dtype_name
 
 try:

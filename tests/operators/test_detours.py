@@ -13,7 +13,7 @@ from torch import nn
 import fused_resnet
 from fused_resnet import backends, functional, testing
 from fused_resnet.machine import onednn
-from fused_resnet.operators import library_faults, reference
+from fused_resnet.operators import detours, reference
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import FLOAT_DTYPES
@@ -263,7 +263,7 @@ def axes_of(detour):
 @pytest.mark.parametrize("amx", (True, False))
 def test_whose_windows_are_laid_side_by_side(amx, monkeypatch):
     monkeypatch.setattr(onednn, "has_amx", lambda: amx)
-    axes = lambda shape, **changes: axes_of(library_faults.forward_detour(problem_of(shape, **changes)))  # noqa: E731
+    axes = lambda shape, **changes: axes_of(detours.forward_detour(problem_of(shape, **changes)))  # noqa: E731
     assert axes("one column") == {1} and axes("one column", dtype=torch.float32) == {1}
     assert axes("one column", stride=(1, 1), W=1) == set()
     assert axes("one column", W=4) == set()  # two columns
@@ -300,11 +300,11 @@ def test_whose_windows_are_laid_side_by_side(amx, monkeypatch):
 )
 def test_who_gets_spare_channels_on_amx(changes, spare, monkeypatch):
     monkeypatch.setattr(onednn, "has_amx", lambda: True)
-    detour = library_faults.forward_detour(problem_of("columns as channels", **changes))
+    detour = detours.forward_detour(problem_of("columns as channels", **changes))
     assert (0 if detour is None else detour.spare_channels) == spare
-    assert detour is None or library_faults.forward_detour(detour.problem) is None
+    assert detour is None or detours.forward_detour(detour.problem) is None
     monkeypatch.setattr(onednn, "has_amx", lambda: False)
-    detour = library_faults.forward_detour(problem_of("columns as channels", **changes))
+    detour = detours.forward_detour(problem_of("columns as channels", **changes))
     assert detour is None or not detour.spare_channels
 
 
@@ -321,7 +321,7 @@ def test_who_gets_spare_channels_on_amx(changes, spare, monkeypatch):
     ),
 )
 def test_which_weight_gradients_go_another_way(changes, axes):
-    assert library_faults._axes_of_wrong_weight_gradients(problem_of("dilated rows", **changes)) == axes
+    assert detours._axes_of_wrong_weight_gradients(problem_of("dilated rows", **changes)) == axes
 
 
 @pytest.mark.parametrize("amx", (True, False))
@@ -334,8 +334,8 @@ def test_the_quick_answers_are_the_rules(amx, monkeypatch):
         problem = plain._replace(**size, **pairs, C=draw.choice((2, 8, 30, 32, 64)), dtype=draw.choice(FLOAT_DTYPES))
         problem = problem._replace(padding=tuple(draw.choices((0, 1, 3), k=2)))
         if min(problem.output_shape) > 0:
-            expected = library_faults._detour(problem, library_faults._wrong_axes(problem))
-            assert library_faults.forward_detour(problem) == expected
+            expected = detours._detour(problem, detours._wrong_axes(problem))
+            assert detours.forward_detour(problem) == expected
             found.add((expected is None, bool(expected and expected.laid), bool(expected and expected.spare_channels)))
     kinds = {(True, False, False), (False, True, False), (False, False, False)}
     assert found >= (kinds | {(False, False, True)} if amx else kinds)
@@ -343,10 +343,10 @@ def test_the_quick_answers_are_the_rules(amx, monkeypatch):
 
 def test_a_tap_that_is_alone_is_not_dilated():
     problem = problem_of("a single tap, dilated")
-    assert library_faults.forward_detour(problem) == library_faults.Detour((), 0, problem._replace(dilation=(1, 1)))
+    assert detours.forward_detour(problem) == detours.Detour((), 0, problem._replace(dilation=(1, 1)))
     wider = problem._replace(S=2)
-    assert library_faults.forward_detour(wider) is None
-    assert library_faults.forward_detour(problem._replace(device="cuda")) is None
+    assert detours.forward_detour(wider) is None
+    assert detours.forward_detour(problem._replace(device="cuda")) is None
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def test_what_may_be_wrong_without_a_detour(changes, anywhere, on_amx, monkeypat
     plain = dict(dtype=torch.bfloat16, weight=(8, 64, 3, 3), out=(1, 8, 9, 9), stride=(1, 1), dilation=(1, 1))
     for has_amx, expected in ((False, anywhere), (True, on_amx)):
         monkeypatch.setattr(onednn, "has_amx", lambda answer=has_amx: answer)
-        assert library_faults.may_be_wrong(**{**plain, **changes}) is expected
+        assert detours.may_be_wrong(**{**plain, **changes}) is expected
 
 
 def test_a_tap_is_idle_where_it_meets_padding_alone():
@@ -383,7 +383,7 @@ def test_a_tap_is_idle_where_it_meets_padding_alone():
             window = (None, [stride], [padding], [dilation], False, [0], 1, [False, True, False])
             weight = torch.zeros(1, 1, taps)
             wanted = bool((torch.ops.aten.convolution_backward(grad, x, weight, *window)[1] == 0).any())
-            assert library_faults._has_idle_tap(size, outputs, taps, stride, padding, dilation) == wanted
+            assert detours._has_idle_tap(size, outputs, taps, stride, padding, dilation) == wanted
 
 
 @settings(max_examples=60, deadline=None)
@@ -397,8 +397,8 @@ def test_a_detour_is_the_same_convolution(seed, axes, spare):
         return
     x, weight = (tensor.nan_to_num(1.0, 1.0, 1.0).double() for tensor in (case.operands.x, case.operands.weight))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(library_faults, "_spare_channels", lambda problem: spare)
-        detour = library_faults._detour(p, frozenset(axes))
+        patched.setattr(detours, "_spare_channels", lambda problem: spare)
+        detour = detours._detour(p, frozenset(axes))
     q = detour.problem
     assert q.output_shape == p.output_shape
     read, filter = detour.input(x), detour.filter(weight)
@@ -415,28 +415,28 @@ def test_a_detour_is_the_same_convolution(seed, axes, spare):
 @pytest.mark.parametrize("spare", (0, 1))
 def test_what_goes_another_way_can_be_differentiated(spare, monkeypatch):
     """With every problem sent that way: first and second derivatives, backward and forward."""
-    monkeypatch.setattr(library_faults, "_wrong_axes", lambda problem: frozenset((0, 1)))
-    monkeypatch.setattr(library_faults, "_spare_channels", lambda problem: spare)
+    monkeypatch.setattr(detours, "_wrong_axes", lambda problem: frozenset((0, 1)))
+    monkeypatch.setattr(detours, "_spare_channels", lambda problem: spare)
     x, weight = torch.randn(2, 4, 5, 6, dtype=torch.float64), torch.randn(6, 2, 2, 3, dtype=torch.float64)
     x, weight = x.requires_grad_(), weight.requires_grad_()
     problem = conv_problem(ConvOperands(x, weight), (2, 1), (1, 0), (1, 2), 2, "none")
 
     def conv(x, weight):
-        return library_faults.convolution(problem, x, weight)
+        return detours.convolution(problem, x, weight)
 
     assert torch.autograd.gradcheck(conv, (x, weight), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(conv, (x, weight))
     grad = torch.randn(problem.output_shape, dtype=torch.float64, requires_grad=True)
 
     def backward(grad, x, weight):
-        return library_faults.convolution_backward(problem, grad, x, weight, True, True)
+        return detours.convolution_backward(problem, grad, x, weight, True, True)
 
     assert torch.autograd.gradcheck(backward, (grad, x, weight))
     expected = torch.autograd.grad((F.conv2d(x, weight, None, (2, 1), (1, 0), (1, 2), 2) * grad).sum(), (x, weight))
     for got, wanted in zip(backward(grad, x, weight), expected):
         torch.testing.assert_close(got, wanted)
-    assert library_faults.convolution_backward(problem, grad, x, weight, False, True)[0] is None
-    assert library_faults.convolution_backward(problem, grad, x, weight, True, False)[1] is None
+    assert detours.convolution_backward(problem, grad, x, weight, False, True)[0] is None
+    assert detours.convolution_backward(problem, grad, x, weight, True, False)[1] is None
 
 
 @pytest.mark.parametrize("error, seen", ((0.0, False), (1.0, True), (torch.nan, True)))
@@ -448,5 +448,5 @@ def test_an_example_is_seen_where_torch_is_wrong(error, seen, monkeypatch):
         return exact if x.dtype == torch.float32 else (exact + error * exact.mean().sign() * 5).bfloat16()
 
     monkeypatch.setattr(F, "conv2d", with_error)
-    examples = [fault.example for fault in library_faults.FAULTS if fault.example and fault.example[0] == "forward"]
-    assert examples and all(library_faults._is_seen(*example) is seen for example in examples)
+    examples = [fault.example for fault in detours.FAULTS if fault.example and fault.example[0] == "forward"]
+    assert examples and all(detours._is_seen(*example) is seen for example in examples)
