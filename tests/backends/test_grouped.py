@@ -1,16 +1,13 @@
 """The CPU's grouped convolution: right on awkward sizes, on every number of threads, in plans. On each instruction
 set: processors/test_instruction_sets.py."""
 
-import re
-
 import pytest
 import torch
 
 import fused_resnet
 from fused_resnet import backends, models, testing
-from fused_resnet.backends import winners
 from fused_resnet.freezing.modules import FrozenConv
-from fused_resnet.kernels import compiled, sources
+from fused_resnet.kernels import compiled
 from fused_resnet.operators import reference
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
@@ -185,37 +182,3 @@ def test_the_operator_refuses_what_would_leave_its_memory():
     ):
         with pytest.raises(RuntimeError, match=sentence):
             run(*(good | change).values())
-
-
-@pytest.mark.parametrize("name", ("winograd", "grouped"))
-def test_a_cpu_kernel_s_digest_covers_all_it_includes(name):
-    """And nothing beside that, but for all of csrc/common."""
-    files, found = {f"csrc/cpu/{name}.cpp"}, set()
-    while files - found:
-        file = (files - found).pop()
-        found.add(file)
-        files |= {f"csrc/{header}" for header in re.findall('#include "(.+)"', (sources.ROOT / file).read_text())}
-    patterns = backends.known("conv_bn_act")[name].sources
-    covered = {file for file in sources.digests() if sources.is_source(file, patterns)}
-    assert found <= covered
-    assert {file for file in covered - found if not file.startswith("csrc/common/")} == set()
-
-
-def test_measurements_of_cpu_kernels_go_stale_with_their_sources(monkeypatch, tmp_path):
-    for folder in ("cpu", "cuda"):
-        (tmp_path / "csrc" / folder).mkdir(parents=True)
-    patterns = (sources.WINOGRAD, sources.GROUPED, sources.CUDA)
-    assert sources.kernel_digest(sources.GROUPED, tmp_path) is None
-    digests = {}
-    for file in ("cpu/vectors.h", "cpu/grouped.h", "cpu/grouped.cpp", "cuda/conv_bn_act.cu"):
-        (tmp_path / "csrc" / file).write_text(file)
-        digests[file] = [sources.kernel_digest(each, tmp_path) for each in patterns]
-    shared, header, source, cuda = digests.values()
-    assert shared[0] == header[0] == source[0] == cuda[0] is not None
-    assert len({shared[1], header[1], source[1]}) == 3 and cuda[1] == source[1]
-    assert shared[2] is header[2] is source[2] is None and cuda[2] is not None
-    monkeypatch.setattr(compiled, "built_digest", {sources.GROUPED: "0123"}.get)
-    assert winners.kernel_digests()["grouped"] == "0123"
-    assert winners._is_unchanged("grouped", {"grouped": "0123"}, "a file")
-    assert not winners._is_unchanged("grouped", {"grouped": "4567"}, "a file")
-    assert not winners._is_unchanged("winograd", {"winograd": None}, "a file")

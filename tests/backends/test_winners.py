@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from fused_resnet import backends
 from fused_resnet.backends import choice, winners, winners_file
 from fused_resnet.kernels import compiled, sources
-from fused_resnet.measuring import verified
 from fused_resnet.operators.problem import AddReluProblem
 from tests.support.tuned_files import entry, problem
 
@@ -264,32 +263,21 @@ def test_an_unknown_digest_is_no_agreement(tuned_files, monkeypatch):
     assert winner_of() is None
 
 
-def test_tools_beside_the_kernels_are_no_kernels(tmp_path):
-    for file, is_kernel in (
-        ("fused_resnet/kernels/triton/aot.py", False), ("fused_resnet/kernels/triton/conv/launch.py", True),
-        ("fused_resnet/kernels/triton/interpreter.py", False), ("fused_resnet/kernels/triton/runtime.py", True),
-        ("csrc/cpu/add_relu.cpp", False), ("csrc/cpu/vectors.h", False), ("csrc/host_checks/host_checks.cpp", False),
-        ("csrc/host_checks/emulated_device.h", False), ("csrc/common/checks.h", True),
-        ("csrc/cuda/conv_shape.h", True), ("csrc/cuda/operators.cpp", True), ("csrc/cuda/sm80/conv_bn_act.cu", True),
-    ):  # fmt: skip
-        assert (file in verified.gpu_kernels()) == is_kernel, file
+def test_measurements_of_cpu_kernels_go_stale_with_their_sources(monkeypatch, tmp_path):
     for folder in ("cpu", "cuda"):
         (tmp_path / "csrc" / folder).mkdir(parents=True)
-    assert sources.kernel_digest(sources.CUDA, tmp_path) is None
-    digests = []
-    for name, text in (("cuda/a.cu", "1"), ("cpu/a.cpp", "1"), ("cpu/a.cpp", "2"), ("cuda/a.cu", "2")):
-        (tmp_path / "csrc" / name).write_text(text)
-        digests.append(sources.kernel_digest(sources.CUDA, tmp_path))
-    assert digests[0] == digests[1] == digests[2] != digests[3]
-
-
-def test_the_build_says_what_the_cuda_kernels_were_compiled_from(monkeypatch):
-    """And not the sources beside it, which may have been edited since."""
-    built = {"csrc/cuda/a.cu": "0123", "csrc/common/b.h": "4567", "csrc/cpu/c.cpp": "89ab"}
-    digests = []
-    for changed in ({}, {"csrc/cpu/c.cpp": "other"}, {"csrc/common/b.h": "other"}, {"csrc/cuda/a.cu": "other"}):
-        monkeypatch.setattr(compiled, "build_record", lambda changed=changed: {"sources": built | changed})
-        digests.append(compiled.built_digest.__wrapped__(sources.CUDA))
-    assert digests[0] == digests[1] and len(set(digests[1:])) == 3 and None not in digests
-    monkeypatch.setattr(compiled, "build_record", dict)
-    assert compiled.built_digest.__wrapped__(sources.CUDA) is None
+    patterns = (sources.WINOGRAD, sources.GROUPED, sources.CUDA)
+    assert sources.kernel_digest(sources.GROUPED, tmp_path) is None
+    digests = {}
+    for file in ("cpu/vectors.h", "cpu/grouped.h", "cpu/grouped.cpp", "cuda/conv_bn_act.cu"):
+        (tmp_path / "csrc" / file).write_text(file)
+        digests[file] = [sources.kernel_digest(each, tmp_path) for each in patterns]
+    shared, header, source, cuda = digests.values()
+    assert shared[0] == header[0] == source[0] == cuda[0] is not None
+    assert len({shared[1], header[1], source[1]}) == 3 and cuda[1] == source[1]
+    assert shared[2] is header[2] is source[2] is None and cuda[2] is not None
+    monkeypatch.setattr(compiled, "built_digest", {sources.GROUPED: "0123"}.get)
+    assert winners.kernel_digests()["grouped"] == "0123"
+    assert winners._is_unchanged("grouped", {"grouped": "0123"}, "a file")
+    assert not winners._is_unchanged("grouped", {"grouped": "4567"}, "a file")
+    assert not winners._is_unchanged("winograd", {"winograd": None}, "a file")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fused_resnet
-from fused_resnet import models
+from fused_resnet import BackendError, models
 from fused_resnet.fusing import convert
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBottleneck
 from fused_resnet.nn.fused import plain_class_of
@@ -216,3 +216,10 @@ def test_a_backend_that_takes_no_live_norm_leaves_the_model_as_it_was(backend):
     unchanged(model, before)
     without_norm = fused_resnet.fuse(ConvBNAct(3, 8, norm_layer=None), backend=backend)
     assert without_norm.backend == backend
+
+
+def test_fuse_refuses():
+    with pytest.raises(BackendError, match="fuse: unknown backend 'tpu'; known ones are auto, .*onednn"):
+        fused_resnet.fuse(torch.nn.Identity(), backend="tpu")
+    with pytest.raises(TypeError, match="fuse: expected an nn.Module, got Tensor"):
+        fused_resnet.fuse(torch.ones(2))

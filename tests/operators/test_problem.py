@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-import fused_resnet
 from fused_resnet import BackendError, backends, functional, testing
 from fused_resnet.operators.describe import add_relu_problem, conv_problem, is_dense
 from fused_resnet.operators.operands import ConvOperands
@@ -221,10 +220,3 @@ def test_conv_bn_act_refuses_before_autograd(options, error, message):
 def test_add_relu_refuses(a, b, options, error, message):
     with pytest.raises(error, match=message):
         functional.add_relu(a, b, **options)
-
-
-def test_fuse_refuses():
-    with pytest.raises(BackendError, match="fuse: unknown backend 'tpu'; known ones are auto, .*onednn"):
-        fused_resnet.fuse(torch.nn.Identity(), backend="tpu")
-    with pytest.raises(TypeError, match="fuse: expected an nn.Module, got Tensor"):
-        fused_resnet.fuse(torch.ones(2))
