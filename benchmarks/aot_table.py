@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any, Iterator, Optional
 
 from benchmarks import shapes
-from fused_resnet import measuring
 from fused_resnet.kernels import sources
 from fused_resnet.kernels.triton import aot, runtime
 from fused_resnet.kernels.triton.conv.configs import TritonConfig, search_space
 from fused_resnet.machine import files
-from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.operators.problem import SHORT_DTYPES, ConvProblem
 
 RESULTS = Path(__file__).parent / "results" / "aot"
 _SAVE_EVERY = 20  # compilations
@@ -34,7 +33,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--batch", default="1,32,256", help="the search space depends on it")
-    parser.add_argument("--dtype", default="fp16", choices=sorted(measuring.SHORT_DTYPES))
+    parser.add_argument("--dtype", default="fp16", choices=sorted(SHORT_DTYPES))
     parser.add_argument("--arch", type=int, default=90, help="compute capability, times ten")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -64,7 +63,7 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 def _considered(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], ConvProblem]]:
     """A row for each config of each problem, at the largest batch at which it is worth measuring."""
-    convs = shapes.convs(arguments.model, 1, measuring.SHORT_DTYPES[arguments.dtype])
+    convs = shapes.convs(arguments.model, 1, SHORT_DTYPES[arguments.dtype])
     for problem, _ in convs:
         rows: dict[TritonConfig, tuple[dict[str, Any], ConvProblem]] = {}
         for batch in sorted(map(int, arguments.batch.split(","))):

@@ -5,6 +5,7 @@ import shapes
 import torch
 
 from fused_resnet import measuring
+from fused_resnet.operators.problem import SHORT_DTYPES
 
 
 def pytest_generate_tests(metafunc):
@@ -18,9 +19,7 @@ def test_block(timed, benchmark, request, block, input_shape, variant):
     benchmark.group = f"{type(block).__name__} {input_shape}"
     dtype = "fp32" if variant == "eager NCHW" else option("dtype")
     x = torch.randn(option("batch"), *input_shape, device=option("device"))
-    builders = measuring.variant_builders(
-        block.to(option("device")), x, dtypes=[measuring.SHORT_DTYPES[dtype]], with_fused=True
-    )
+    builders = measuring.variant_builders(block.to(option("device")), x, dtypes=[SHORT_DTYPES[dtype]], with_fused=True)
     name = f"{variant} {dtype}"
     variants, skipped = measuring.build_variants({name: builders[name]})
     if skipped:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fused_resnet import measuring, models
+from fused_resnet.operators.problem import SHORT_DTYPES
 
 BASELINES = tuple(name for name in measuring.BASELINES if name not in ("eager", "autotune"))
 
@@ -23,7 +24,7 @@ def test_model(timed, benchmark, request, network, variant):
     dtype = "fp32" if variant == "eager NCHW" else option("dtype")
     x = torch.randn(option("batch"), *models.input_shape(option("model")), device=option("device"))
     builders = measuring.variant_builders(
-        network, x, dtypes=[measuring.SHORT_DTYPES[dtype]], with_fused=True, baselines=("eager", *BASELINES)
+        network, x, dtypes=[SHORT_DTYPES[dtype]], with_fused=True, baselines=("eager", *BASELINES)
     )
     name = f"{variant} {dtype}"
     variants, skipped = measuring.build_variants({name: builders[name]})

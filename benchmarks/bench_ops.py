@@ -5,11 +5,12 @@ import shapes
 
 from fused_resnet import backends, measuring
 from fused_resnet.measuring import FOLDED, UNFUSED
+from fused_resnet.operators.problem import SHORT_DTYPES
 
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
-    problems = shapes.convs(option("model"), option("batch"), measuring.SHORT_DTYPES[option("dtype")], option("device"))
+    problems = shapes.convs(option("model"), option("batch"), SHORT_DTYPES[option("dtype")], option("device"))
     names = (UNFUSED, FOLDED, *(name for name in backends.known("conv_bn_act") if name != "eager"))
     metafunc.parametrize("problem", [problem for problem, _ in problems], ids=str)
     metafunc.parametrize("variant", names)

@@ -6,14 +6,15 @@ pytest-benchmark runs one variant after the other. For ratios prefer `fused-resn
 import pytest
 import torch
 
-from fused_resnet import measuring, models
+from fused_resnet import models
+from fused_resnet.operators.problem import SHORT_DTYPES
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("fused_resnet")
     group.addoption("--model", default="resnet50", choices=models.names())
     group.addoption("--batch", type=int, default=1)
-    group.addoption("--dtype", default="fp32", choices=tuple(measuring.SHORT_DTYPES))
+    group.addoption("--dtype", default="fp32", choices=tuple(SHORT_DTYPES))
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -20,6 +20,7 @@ from fused_resnet import measuring
 from fused_resnet.freezing.frozen import FrozenParts
 from fused_resnet.freezing.modules import FrozenConv
 from fused_resnet.measuring import NetworkSubject, Record
+from fused_resnet.operators.problem import SHORT_DTYPES
 
 EAGER = ("eager NCHW fp32", "eager NHWC fp32")
 
@@ -94,7 +95,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model = measuring.calibrated(MODELS[name](), (3, options.size, options.size))
     shape = (options.batch, 3, options.size, options.size)
-    dtypes = [measuring.SHORT_DTYPES[dtype] for dtype in options.dtype]
+    dtypes = [SHORT_DTYPES[dtype] for dtype in options.dtype]
     run = NetworkSubject(name, model, shape, "cpu", dtypes, baselines=("eager",)).measured(options.budget)
     variants = run["variants"]
     eager_ms = min(variants[eager]["ms"] for eager in EAGER if eager in variants)
@@ -127,7 +128,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
     parser.add_argument("--size", type=int, default=224, help="pixels (default: 224)")
     parser.add_argument("--batch", type=int, default=1, help="images (default: 1)")
-    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=list(measuring.SHORT_DTYPES))
+    parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=list(SHORT_DTYPES))
     parser.add_argument("--budget", type=float, default=15.0, help="seconds of timing for each model (default: 15)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     return parser.parse_args()

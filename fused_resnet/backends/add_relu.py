@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import cuda
-from fused_resnet.backends.record import Auto, Backend
+from fused_resnet.backends.record import Auto, Backend, why_not_cpu
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.kernels.triton import add_relu as triton_add_relu
 from fused_resnet.kernels.triton import runtime
@@ -55,9 +55,7 @@ def _laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _cpu_why_not(problem: AddReluProblem) -> Optional[str]:
-    if problem.device != "cpu":
-        return f"it runs on the CPU, the tensors are on {problem.device}"
-    return compiled.load("cpu")
+    return why_not_cpu(problem) or compiled.load("cpu")
 
 
 def _triton_backward(grad: Tensor, out: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.record import NEEDS_FOLDED_BN
+from fused_resnet.backends.record import NEEDS_FOLDED_BN, why_not_cpu
 from fused_resnet.operators.layout import channels_last
 from fused_resnet.operators.problem import ConvProblem, dtype_name
 
@@ -17,9 +17,9 @@ _ACTIVATIONS = ("none", "relu", "relu6")
 
 def why_no_kernel(problem: ConvProblem) -> Optional[str]:
     """Why none of them runs this problem, whatever its window."""
-    p = problem
-    if p.device != "cpu":
-        return f"it runs on the CPU, the tensors are on {p.device}"
+    p, reason = problem, why_not_cpu(problem)
+    if reason is not None:
+        return reason
     if p.has_bn:
         return NEEDS_FOLDED_BN
     if p.dtype not in (torch.float32, torch.bfloat16):

@@ -8,7 +8,7 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.record import NEEDS_FOLDED_BN, Auto, Backend, InPlan, Rounding, rounds_bias
+from fused_resnet.backends.record import NEEDS_FOLDED_BN, Auto, Backend, InPlan, Rounding, rounds_bias, why_not_cpu
 from fused_resnet.machine.onednn import isa_limit
 from fused_resnet.operators.composites import activate_
 from fused_resnet.operators.detours import forward_detour
@@ -25,9 +25,8 @@ _MKLDNN_ACTIVATION = {
 
 
 def why_not(problem: ConvProblem) -> Optional[str]:
-    if problem.device != "cpu":
-        return f"it runs on the CPU, the tensors are on {problem.device}"
-    return NEEDS_FOLDED_BN if problem.has_bn else onednn_missing(problem.dtype)
+    folded = NEEDS_FOLDED_BN if problem.has_bn else None
+    return why_not_cpu(problem) or folded or onednn_missing(problem.dtype)
 
 
 @functools.lru_cache(maxsize=None)

@@ -142,6 +142,11 @@ def why_never_live(backend: str) -> Optional[str]:
     return NEEDS_FOLDED_BN if NEEDS_FOLDED_BN in reasons else None
 
 
+def why_not_cpu(problem: Problem) -> Optional[str]:
+    """Why a backend for CPUs has nothing to run this on, or None."""
+    return None if problem.device == "cpu" else f"it runs on the CPU, the tensors are on {problem.device}"
+
+
 def why_not_nvidia(problem: Problem) -> Optional[str]:
     """Why a backend for NVIDIA GPUs has nothing to run this on, or None."""
     if problem.device != "cuda":

@@ -26,6 +26,7 @@ from fused_resnet.cli.console import (
 )
 from fused_resnet.kernels import sources
 from fused_resnet.measuring import NetworkSubject, Record, Run
+from fused_resnet.operators.problem import SHORT_DTYPES
 from fused_resnet.reporting import charts
 
 continuing_options = options(
@@ -53,7 +54,7 @@ backends_option = click.option(
     help=f"Backends to freeze with; {measuring.UNTUNED}: auto without what `fused-resnet tune` has measured.",
 )
 op_dtypes_option = click.option(
-    "--dtype", "dtypes", type=Listed("dtype", lambda: tuple(measuring.SHORT_DTYPES), many=True),
+    "--dtype", "dtypes", type=Listed("dtype", lambda: tuple(SHORT_DTYPES), many=True),
     default="fp32", show_default=True,
 )  # fmt: skip
 
@@ -139,7 +140,7 @@ def bench_model(
 
 
 def _torch_dtypes(names: Sequence[str]) -> list[torch.dtype]:
-    return [measuring.SHORT_DTYPES[name] for name in names]
+    return [SHORT_DTYPES[name] for name in names]
 
 
 def _measure_and_show(

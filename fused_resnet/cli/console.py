@@ -14,6 +14,7 @@ import torch
 
 from fused_resnet import measuring, models
 from fused_resnet.measuring import timing
+from fused_resnet.operators.problem import SHORT_DTYPES
 
 _SECONDS_BETWEEN_LINES = 2.0
 _TEXT_COLUMNS = {"operator", "backend", "cpu", "cuda", "operator/backend", "convolution", "variant"}
@@ -90,10 +91,10 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="One JSON 
 device_option = click.option("--device", type=Device(), default=lambda: "cuda" if torch.cuda.is_available() else "cpu",
                        help="cpu or cuda; default, cuda where there is one.")  # fmt: skip
 model_option = click.option("--model", type=Listed("model", models.names), default="resnet50", show_default=True)
-dtype_option = click.option("--dtype", type=Listed("dtype", lambda: tuple(measuring.SHORT_DTYPES)), default="fp32",
+dtype_option = click.option("--dtype", type=Listed("dtype", lambda: tuple(SHORT_DTYPES)), default="fp32",
                       show_default=True)  # fmt: skip
 dtypes_option = click.option(
-    "--dtype", "dtypes", type=Listed("dtype", lambda: tuple(measuring.SHORT_DTYPES), many=True),
+    "--dtype", "dtypes", type=Listed("dtype", lambda: tuple(SHORT_DTYPES), many=True),
     default="fp32,bf16", show_default=True,
 )  # fmt: skip
 measuring_options = options(

@@ -7,7 +7,7 @@ from typing import Any, Optional
 import click
 import torch
 
-from fused_resnet import backends, measuring, models
+from fused_resnet import backends, models
 from fused_resnet.cli.console import (
     Listed,
     as_json_option,
@@ -21,6 +21,7 @@ from fused_resnet.cli.console import (
 from fused_resnet.explaining import explain as explanation
 from fused_resnet.freezing.freeze import freeze
 from fused_resnet.fusing import convert
+from fused_resnet.operators.problem import SHORT_DTYPES
 
 
 @click.command()
@@ -43,7 +44,7 @@ def explain(
     For a model of your own: print(fused_resnet.explain(model, example_input)).
     """
     prepare(device, None)
-    precision = measuring.SHORT_DTYPES[dtype]
+    precision = SHORT_DTYPES[dtype]
     network: Any = models.create(model).eval()
     network = network.to(device, memory_format=torch.channels_last)
     x = torch.randn(batch, *image_shape(model, image), device=device).to(memory_format=torch.channels_last)

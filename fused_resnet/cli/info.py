@@ -13,14 +13,22 @@ import click
 import torch
 
 import fused_resnet
-from fused_resnet import backends, measuring
+from fused_resnet import backends
 from fused_resnet.backends import winners, winners_file
 from fused_resnet.cli.console import as_json_option, new_table, print_json, stdout_console, why_no_cuda
 from fused_resnet.kernels import compiled
 from fused_resnet.machine import files
 from fused_resnet.measuring import environment, verified
 from fused_resnet.operators import detours
-from fused_resnet.operators.problem import ACTIVATIONS, FLOAT_DTYPES, AddReluProblem, ConvProblem, Problem, dtype_name
+from fused_resnet.operators.problem import (
+    ACTIVATIONS,
+    FLOAT_DTYPES,
+    SHORT_DTYPES,
+    AddReluProblem,
+    ConvProblem,
+    Problem,
+    dtype_name,
+)
 
 _OPTIONAL = (
     "torchvision", "timm", "transformers", "segmentation-models-pytorch", "onnxruntime", "openvino", "tensorrt",
@@ -104,7 +112,7 @@ def collect_info() -> dict[str, Any]:
                 "name": record["cpu"],
                 "threads": record["threads"],
                 "flags": record["cpu_flags"],
-                "onednn": {short: backends.onednn_missing(dtype) for short, dtype in measuring.SHORT_DTYPES.items()},
+                "onednn": {short: backends.onednn_missing(dtype) for short, dtype in SHORT_DTYPES.items()},
                 "kernels": compiled.instruction_set(),
             },
             "cuda": {"names": names, "why": None if has_cuda else why_no_cuda()},

@@ -6,7 +6,6 @@ A frozen one shows its plan.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Optional
 
 import torch
@@ -17,7 +16,7 @@ from fused_resnet import backends
 from fused_resnet.backends import choice
 from fused_resnet.explaining import calls
 from fused_resnet.explaining.table import Explanation, Row
-from fused_resnet.freezing.copies import unwrapped
+from fused_resnet.freezing.copies import copy_with_parameters, unwrapped
 from fused_resnet.freezing.frozen import FrozenModel, FrozenParts
 from fused_resnet.fusing import convert
 from fused_resnet.measuring import rooflines
@@ -48,7 +47,7 @@ def explain(
     else:
         form = "fused" if convert.fused_convs(model) else "plain"
         name = getattr(model, "plain_class", type(model)).__name__
-        model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        model = copy_with_parameters(model)
         if form == "plain":
             convert.fuse(model)
         left_alone = convert.left_alone(model)

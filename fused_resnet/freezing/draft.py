@@ -10,8 +10,7 @@ from torch import Tensor, fx, nn
 from fused_resnet.backends import Selection
 from fused_resnet.freezing.dtypes import Conversion
 from fused_resnet.freezing.layouts import Placed
-from fused_resnet.freezing.respelling import add_child
-from fused_resnet.graphs.nodes import module_of
+from fused_resnet.graphs.nodes import add_child, module_of
 from fused_resnet.operators.problem import ConvProblem
 
 

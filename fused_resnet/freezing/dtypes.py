@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils import _pytree as pytree
 
 from fused_resnet.graphs.memory import writes_in_place, written
-from fused_resnet.graphs.nodes import is_made_in_forward, module_of
+from fused_resnet.graphs.nodes import free_name, is_made_in_forward, module_of
 from fused_resnet.machine.errors import first_line
 from fused_resnet.nn.bypass import has_stock_call
 from fused_resnet.operators.describe import Facts
@@ -231,7 +231,7 @@ class _Propagation(fx.Interpreter):
         """Torch refuses these, but not on tensors without memory."""
         module = module_of(node, self.submodules)
         values = [self.env[operand] for operand in node.all_input_nodes]
-        given = {value.dtype for value in values if _is_floating(value)}
+        given = {value.dtype for value in values if is_floating(value)}
         if isinstance(module, _NORMS):
             wrong = set().union(*(_misfits(module, dtype) for dtype in given))
         elif isinstance(module, _PRODUCT_MODULES):
@@ -245,7 +245,7 @@ class _Propagation(fx.Interpreter):
     # ------------------------------------------------------------------------------------------------------- casts
 
     def _cast_operands(self, node: fx.Node, to: Conversion) -> None:
-        operands = {n: self.env[n].dtype for n in node.all_input_nodes if _is_floating(self.env[n])}
+        operands = {n: self.env[n].dtype for n in node.all_input_nodes if is_floating(self.env[n])}
         dtype, cast = self._wanted(node, operands, to)
         module = module_of(node, self.submodules)
         if module is not None and dtype is not None:
@@ -305,9 +305,7 @@ class _Propagation(fx.Interpreter):
     def _constant(self, target: str, dtype: torch.dtype) -> str:
         """The name of a buffer of the graph's own: this weight in this dtype."""
         if (target, dtype) not in self._constants:
-            name = f"{target.replace('.', '_')}_{dtype_name(dtype)}"
-            while hasattr(self._model, name):
-                name += "_"
+            name = free_name(self._model, f"{target.replace('.', '_')}_{dtype_name(dtype)}")
             self._model.register_buffer(name, self.fetch_attr(target).detach().to(dtype))
             self._constants[target, dtype] = name
         return self._constants[target, dtype]
@@ -317,7 +315,7 @@ class _Propagation(fx.Interpreter):
             return not is_made_in_forward(node) and getattr(self.env[node], "dtype", None) == main
         if node.op not in ("call_function", "call_method", "call_module") or _name_of(node) in _CASTS:
             return False
-        inputs = [n for n in node.all_input_nodes if any(map(_is_floating, pytree.tree_leaves(self.env[n])))]
+        inputs = [n for n in node.all_input_nodes if any(map(is_floating, pytree.tree_leaves(self.env[n])))]
         module = module_of(node, self.submodules)
         is_of_module = module is not None and main in _dtypes_in(module)  # an embedding
         return self._state.issuperset(inputs) and (bool(inputs) or is_of_module) and _name_of(node) not in _PRODUCTS
@@ -328,11 +326,11 @@ def _facts(value: Any) -> Optional[Facts]:
 
 
 def _takes(norm: nn.BatchNorm2d, x: Any = None, *args: Any, **kwargs: Any) -> bool:
-    is_image = not args and not kwargs and _is_floating(x) and x.dim() == 4
+    is_image = not args and not kwargs and is_floating(x) and x.dim() == 4
     return is_image and norm.running_mean is not None and x.shape[1] == norm.num_features
 
 
-def _is_floating(value: Any) -> bool:
+def is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 

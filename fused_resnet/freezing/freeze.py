@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet import backends
 from fused_resnet.freezing.copies import unwrapped
-from fused_resnet.freezing.frozen import Frozen, FrozenModel, FrozenParts, NothingToFreeze, is_floating
+from fused_resnet.freezing.dtypes import is_floating
+from fused_resnet.freezing.frozen import Frozen, FrozenModel, FrozenParts, NothingToFreeze
 from fused_resnet.freezing.trace import Untraceable, in_training_mode, reads_mode, refuse_hooks
 from fused_resnet.operators.problem import dtype_name
 

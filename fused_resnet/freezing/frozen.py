@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fused_resnet.freezing.copies import copy_of, copy_tensors, copy_with_parameters
-from fused_resnet.freezing.dtypes import conversion, main_dtype
+from fused_resnet.freezing.dtypes import conversion, is_floating, main_dtype
 from fused_resnet.freezing.make import make_plan
 from fused_resnet.freezing.parts import freeze_parts
 from fused_resnet.freezing.plan import Plan, plainly
@@ -25,10 +25,6 @@ from fused_resnet.operators.problem import dtype_name
 log = logging.getLogger("fused_resnet")
 
 MAX_PLANS = 8
-
-
-def is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 class Frozen(NotScriptable, nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fused_resnet.freezing.copies import copy_tensors, copy_with_parameters
+from fused_resnet.freezing.dtypes import is_floating
 from fused_resnet.freezing.trace import computed_weights
 from fused_resnet.graphs.tracer import TRACING, Unfaithful, count_writes
 
@@ -71,7 +72,7 @@ def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any, boo
     def note(name: str, args: tuple, kwargs: dict) -> None:
         if threading.get_ident() != thread:
             return
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        if len(args) == 1 and not kwargs and is_floating(args[0]):
             inputs.setdefault(name, args[0].detach())
         else:
             others.add(name)

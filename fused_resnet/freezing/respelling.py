@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fused_resnet.graphs.nodes import add_child
 from fused_resnet.graphs.spelling import ATEN_CONVOLUTIONS, CONVOLUTIONS, arguments_of
 
 _ATEN = torch.ops.aten
@@ -131,12 +132,3 @@ _MODULES: dict[Any, Any] = {
     F.linear: _linear,
     F.max_pool2d: _max_pool2d,
 }
-
-
-def add_child(module: nn.Module, modules: dict, name: str, child: nn.Module) -> str:
-    """Give a module a child of this name, or of the next free one. Returns the name."""
-    while hasattr(module, name):
-        name += "_"
-    modules[name] = child
-    module.add_module(name, child)
-    return name

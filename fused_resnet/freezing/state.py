@@ -9,7 +9,6 @@ import collections
 import contextlib
 import functools
 import hashlib
-import random
 import sys
 import zlib
 from types import CodeType, FunctionType, MemberDescriptorType, ModuleType
@@ -260,12 +259,3 @@ def _is_constant(value: Any) -> bool:
 def changes(before: _State, now: _State) -> list[str]:
     """What they are called."""
     return [place[1] for place in {**before, **now} if before.get(place) != now.get(place)]
-
-
-def random_state() -> list:
-    """The state of the generators that a forward may draw from unseen."""
-    state = [random.getstate(), torch.get_rng_state().numpy().tobytes()]
-    if "numpy" in sys.modules:
-        kind, keys, *rest = sys.modules["numpy"].random.get_state()
-        state.append((kind, keys.tobytes(), *rest))
-    return state

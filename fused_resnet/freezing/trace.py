@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet.freezing.copies import copy_tensors, copy_with_parameters, unwrapped
 from fused_resnet.freezing.respelling import call_functions, call_modules
-from fused_resnet.freezing.state import changes, forget_constants, keeps_state, names_in, random_state, state_of
+from fused_resnet.freezing.state import changes, forget_constants, keeps_state, names_in, state_of
+from fused_resnet.graphs.generators import random_state
 from fused_resnet.graphs.memory import memory_of, writes_in_place, written
 from fused_resnet.graphs.nodes import is_made_in_forward, module_of, skip_identities
 from fused_resnet.graphs.tracer import TRACING, Tracer, Unfaithful, WritesState, count_writes

@@ -28,8 +28,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import random
-import sys
 import threading
 from typing import Any, Callable, Iterator, Optional
 
@@ -40,6 +38,7 @@ from fused_resnet.fusing.outside import attributes_put_back
 from fused_resnet.fusing.proxies import WatchedProxy
 from fused_resnet.fusing.reads import Reads, reads_of
 from fused_resnet.fusing.watch import CannotRewrite, Watch
+from fused_resnet.graphs.generators import comparable, generators
 from fused_resnet.graphs.tracer import TRACING, Tracer
 from fused_resnet.nn.fused import plain_class_of, set_class
 
@@ -180,32 +179,18 @@ def _of_one_tensor(plain: Any, watch: Watch) -> type:
 @contextlib.contextmanager
 def _no_random_numbers() -> Iterator[None]:
     """Raises CannotRewrite where any were drawn. The generators are as before, whatever happens."""
-    generators: list[tuple[Callable, Callable]] = [
-        (random.getstate, random.setstate),
-        (torch.get_rng_state, torch.set_rng_state),
-    ]
-    if "numpy" in sys.modules:
-        numpy = sys.modules["numpy"].random
-        generators.append((numpy.get_state, numpy.set_state))
-    if torch.cuda.is_initialized():
-        generators.append((torch.cuda.get_rng_state, torch.cuda.set_rng_state))
-    before = [get() for get, _ in generators]
+    watched = generators()
+    before = [get() for get, _ in watched]
     drew = False
     try:
         yield
     finally:
-        for (get, restore), state in zip(generators, before):
-            if _comparable(get()) != _comparable(state):
+        for (get, restore), state in zip(watched, before):
+            if comparable(get()) != comparable(state):
                 drew = True
                 restore(state)
         if drew:
             raise CannotRewrite("its forward draws random numbers")
-
-
-def _comparable(state: Any) -> list:
-    """A generator's state without arrays."""
-    parts = [state] if isinstance(state, Tensor) else state
-    return [part.tolist() if hasattr(part, "tolist") else part for part in parts]
 
 
 @contextlib.contextmanager

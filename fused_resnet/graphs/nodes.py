@@ -1,4 +1,4 @@
-"""Questions to the nodes of a graph."""
+"""Questions to the nodes of a graph, and the small edits that fuse and freeze both make."""
 
 from __future__ import annotations
 
@@ -32,3 +32,18 @@ def module_of(node: Optional[fx.Node], modules: dict[str, nn.Module]) -> Optiona
 def only_user(node: fx.Node) -> Optional[fx.Node]:
     users = list(node.users)
     return users[0] if len(users) == 1 else None
+
+
+def free_name(module: nn.Module, name: str) -> str:
+    """This name, or the next that a module has no attribute of."""
+    while hasattr(module, name):
+        name += "_"
+    return name
+
+
+def add_child(module: nn.Module, modules: dict, name: str, child: nn.Module) -> str:
+    """Give a module a child of this name, or of the next free one. Returns the name."""
+    name = free_name(module, name)
+    modules[name] = child
+    module.add_module(name, child)
+    return name

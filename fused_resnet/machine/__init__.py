@@ -1,1 +1,4 @@
-"""What this computer is: `devices` by name, `files` in the cache folder, memory (`malloc`), `onednn`, `cuda_graphs`."""
+"""What this computer is: `devices` by name, memory (`malloc`), `onednn`, `cuda_graphs`.
+
+And what everything leans on: `files` in the cache folder, `errors` in words.
+"""

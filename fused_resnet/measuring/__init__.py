@@ -22,11 +22,12 @@ from fused_resnet.measuring.operators import (
     op_variants,
     why_not_timed,
 )
-from fused_resnet.measuring.record import CannotGoOn, Record, measure, summarised
+from fused_resnet.measuring.record import CannotGoOn, Record, measure
 from fused_resnet.measuring.rivals import compiled
 from fused_resnet.measuring.rooflines import Roofline, roofline
 from fused_resnet.measuring.summary import (
     AUTO,
+    COMPETITORS,
     COPY,
     FOLDED,
     LOSS_BELOW,
@@ -41,6 +42,7 @@ from fused_resnet.measuring.summary import (
     summarise,
     summarise_networks,
     summarise_ops,
+    summarise_rows,
     summarise_tuning,
     with_auto,
 )
@@ -48,21 +50,19 @@ from fused_resnet.measuring.timing import Stats, interleaved
 from fused_resnet.measuring.turns import Measured, Run, Subject, in_turn, part_of
 from fused_resnet.measuring.variants import (
     BASELINES,
-    COMPETITORS,
     DEFAULT_BASELINES,
     UNTUNED,
     build_variants,
     variant_builders,
 )
-from fused_resnet.operators.problem import SHORT_DTYPES
 
 __all__ = [
-    "AUTO", "BASELINES", "COMPETITORS", "COPY", "DEFAULT_BASELINES", "FOLDED", "LOSS_BELOW", "OURS", "SHORT_DTYPES",
+    "AUTO", "BASELINES", "COMPETITORS", "COPY", "DEFAULT_BASELINES", "FOLDED", "LOSS_BELOW", "OURS",
     "THEIRS", "UNFUSED", "UNTUNED", "CannotGoOn", "CountedProblem", "Measured", "NetworkSubject", "OperatorSubject",
     "Prepared", "Record", "Roofline", "Row", "Run", "Stats", "Subject", "add_relu_variants", "blocks_of",
     "build_variants", "calibrated", "chosen_by_auto", "compared", "compared_case", "compiled", "convs_of",
     "error_ratio", "folded_operands", "in_turn", "interleaved", "is_ours", "max_error", "measure", "mismatches",
     "op_subjects", "op_variants", "part_of", "planned_call", "random_operands", "rival_of", "roofline", "summarise",
-    "summarise_networks", "summarise_ops", "summarise_tuning", "summarised", "variant_builders", "why_not_timed",
+    "summarise_networks", "summarise_ops", "summarise_tuning", "summarise_rows", "variant_builders", "why_not_timed",
     "with_auto",
 ]  # fmt: skip

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from fused_resnet.machine.errors import why_missing
 from fused_resnet.measuring.cases import finite
-from fused_resnet.measuring.summary import Row
+from fused_resnet.measuring.summary import BASE, Row
 from fused_resnet.measuring.timing import Progress, Variants, interleaved, silent
 from fused_resnet.measuring.variants import (
-    BASE,
     DEFAULT_BASELINES,
     build_variants,
     variant_builders,

@@ -12,10 +12,9 @@ from typing import Any, Iterable, Mapping, NamedTuple, Optional, Sequence
 from fused_resnet.machine import devices, files
 from fused_resnet.measuring.environment import environment as environment_of
 from fused_resnet.measuring.operators import mismatches
-from fused_resnet.measuring.summary import Row, summarise_networks, summarise_ops
+from fused_resnet.measuring.summary import Row, summarise_rows
 from fused_resnet.measuring.timing import Progress, silent
 from fused_resnet.measuring.turns import Measured, Run, Subject, in_turn
-from fused_resnet.measuring.variants import COMPETITORS
 
 # the kinds that have rows, and what their files call them
 _ROWS = {"bench ops": "rows", "bench blocks": "rows", "bench model": "runs", "tune": "rows", "demo": "runs"}
@@ -93,7 +92,7 @@ class Record(NamedTuple):
         rows, left, broken = measured
         wrong = mismatches(rows) if self.kind == "bench ops" else None
         return self._replace(budget_s=budget_s, left=left, broken=broken, rows=rows, mismatches=wrong,
-                             summary=summarised(self.kind, rows))  # fmt: skip
+                             summary=summarise_rows(self.kind, rows))  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
         """What two records must share for their rows to stand in one table. KeyError where this one lacks it."""
@@ -104,11 +103,6 @@ class Record(NamedTuple):
             **{f"other {name}": value for name, value in content["settings"].items()},
         }
         return json.loads(json.dumps(identity))
-
-
-def summarised(kind: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The entries of a summary over the rows of a benchmark of operators ("bench ops"), or of networks."""
-    return summarise_ops(rows) if kind == "bench ops" else summarise_networks(rows, COMPETITORS)
 
 
 class CannotGoOn(ValueError):

@@ -12,6 +12,9 @@ from typing import Any, Iterator, Optional, Sequence
 from fused_resnet import backends
 
 LOSS_BELOW = 0.995  # a speedup that is shown as 0.99x or less
+BASE = "eager NCHW fp32"  # of a network, where everyone starts
+# what someone who wants speed would take instead of us
+COMPETITORS = ("compile", "autotune", "cudnn", "tensorrt", "onnxruntime", "openvino")
 UNFUSED, FOLDED, COPY = "unfused", "eager folded", "copy"  # variants of an operator that are no backend
 OURS, AUTO = "our kernels", "auto"
 CUDNN, LIBRARY = "the better of cuDNN fused and unfused", "the best library kernel"
@@ -121,16 +124,21 @@ def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
             yield f"batch {batch}, {dtype}", [row for row in rows if (row["batch"], row["dtype"]) == (batch, dtype)]
 
 
-def summarise_networks(rows: Sequence[Row], competitors: Sequence[str]) -> list[dict[str, Any]]:
+def summarise_rows(kind: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The entries of a summary over the rows of a benchmark of operators ("bench ops"), or of networks."""
+    return summarise_ops(rows) if kind == "bench ops" else summarise_networks(rows)
+
+
+def summarise_networks(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Each of our variants beside eager NCHW fp32, and beside the fastest competitor in its own dtype."""
     names = {name: None for row in rows for name in row["variants"]}
     entries = []
     for name in names:
         if not is_ours(name):
             continue
-        entries.append(compared(rows, name, (name,), "eager NCHW fp32", ("eager NCHW fp32",)))
+        entries.append(compared(rows, name, (name,), BASE, (BASE,)))
         dtype = name.split()[1]
-        present = [word for word in competitors if f"{word} {dtype}" in names]
+        present = [word for word in COMPETITORS if f"{word} {dtype}" in names]
         label = f"the best of {', '.join(present)} in {dtype}"
         entries.append(compared(rows, name, (name,), label, [f"{word} {dtype}" for word in present]))
     return [entry for entry in entries if entry is not None]

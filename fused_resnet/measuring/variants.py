@@ -23,15 +23,12 @@ from fused_resnet.measuring.rivals import (
     plain,
     stitched_cudnn,
 )
+from fused_resnet.measuring.summary import BASE
 from fused_resnet.measuring.timing import Progress, Variants, silent
 from fused_resnet.operators.problem import short_name
 
 BASELINES = ("eager", "folded", "compile", "autotune", "cudnn", "tensorrt", "onnxruntime", "openvino")
 DEFAULT_BASELINES = BASELINES[:3]
-
-# What someone who wants speed would take instead of us; eager and folded are where everyone starts.
-COMPETITORS = BASELINES[2:]
-BASE = "eager NCHW fp32"
 UNTUNED = "untuned"  # in place of a backend's name
 
 Builder = Callable[[], Callable[[], Any]]

@@ -112,9 +112,9 @@ def section_of(content: Any, file: str) -> Section:
     if kind == "gpu-check":
         tables, entries = [_steps_table(record)], []
     elif kind == "bench ops":
-        tables, entries = _op_tables(record.rows), measuring.summarised(kind, record.rows)
+        tables, entries = _op_tables(record.rows), measuring.summarise_rows(kind, record.rows)
     else:
-        tables, entries = list(map(_network_table, record.rows)), measuring.summarised(kind, record.rows)
+        tables, entries = list(map(_network_table, record.rows)), measuring.summarise_rows(kind, record.rows)
         tables += [_accuracy_table(record)] if "accuracy" in record.more else []
     contests = [entry for entry in entries if _is_contest(entry) and entry["where"] in _ABOUT]
     losses = [

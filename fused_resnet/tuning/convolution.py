@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from concurrent.futures import Future
 from typing import Any, Callable, Optional, Sequence
 
@@ -13,7 +12,7 @@ from fused_resnet import measuring
 from fused_resnet.backends import Selection, winners_file
 from fused_resnet.machine import cuda_graphs
 from fused_resnet.machine.errors import one_line
-from fused_resnet.measuring import environment, timing
+from fused_resnet.measuring import Row, cases, environment, timing
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 from fused_resnet.tuning.candidates import candidates
@@ -23,8 +22,6 @@ MARGIN = 0.03  # by which a winner must beat what the fixed order takes, or nois
 
 _FINALISTS = 4  # of one backend, after a few rounds each
 _SCREENING_ROUNDS = 5
-
-Row = dict[str, Any]
 
 
 class DeviceFailed(RuntimeError):
@@ -122,7 +119,7 @@ def _checked(
 
 def _compared(subject: _Subject, candidate: Selection, call: Callable[[], torch.Tensor]) -> dict[str, Any]:
     ratio = subject.error_ratio(candidate, call)
-    return {"error_ratio": ratio if math.isfinite(ratio) else None}
+    return {"error_ratio": cases.finite(ratio)}
 
 
 def _is_right(outcome: dict) -> bool:

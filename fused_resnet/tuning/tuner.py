@@ -32,10 +32,11 @@ from fused_resnet.kernels.triton.precompile import Precompiler
 from fused_resnet.kernels.triton.runtime import triton_version
 from fused_resnet.machine import files
 from fused_resnet.machine.errors import one_line
+from fused_resnet.measuring import Row
 from fused_resnet.measuring.environment import environment as environment_of
 from fused_resnet.measuring.timing import Progress, silent
 from fused_resnet.operators.problem import ConvProblem
-from fused_resnet.tuning.convolution import Row, entry_of, tune_one
+from fused_resnet.tuning.convolution import entry_of, tune_one
 from fused_resnet.tuning.journal import Journal
 
 _SECONDS = (0.3, 3.0)  # of timing for one convolution: at least, and where no budget says otherwise at most

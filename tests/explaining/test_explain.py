@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import fused_resnet
 from fused_resnet import backends
@@ -367,3 +368,11 @@ def test_convolutions_that_are_called_as_functions_are_named(form):
     (computed, reason), (transposed, other_reason) = explanation.left_alone
     assert computed.startswith("conv2d") and reason == "its weight or bias is computed"
     assert transposed.startswith("conv") and other_reason == "it is transposed"
+
+
+def test_pruned_weights_are_explained_too():
+    """A pruned weight has a history, which deepcopy refuses, and is made anew in each call, so it has no name."""
+    model, x = networks.single(), torch.randn(2, 16, 9, 9)
+    prune.l1_unstructured(model.conv1, "weight", 0.5)
+    assert sorted(row.name for row in explain(model, x).rows) == ["conv2", "convolution 1", "downsample.0"]
+    assert not model.conv1.weight.is_leaf  # and the model is as it was

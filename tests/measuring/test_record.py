@@ -132,10 +132,10 @@ def test_a_file_that_is_no_record_is_not_gone_on_with(tmp_path, content):
 
 def test_networks_are_held_against_every_competitor_and_operators_against_libraries():
     rows = [{"problem": "x", "variants": {**VARIANTS, "compile fp32": {"median_us": 4.0}}}]
-    entries = record.summarised("bench model", rows)
+    entries = measuring.summarise_rows("bench model", rows)
     assert [entry["against"] for entry in entries] == ["eager NCHW fp32", "the best of compile in fp32"]
     row = {"problem": "y", "op": "conv_bn_act", "device": "cpu", "batch": 1, "dtype": "fp32", "auto": "onednn",
            "variants": {"unfused": {"median_us": 2.0}, "onednn": {"median_us": 1.0}}}  # fmt: skip
     assert ("onednn", measuring.UNFUSED) in {
-        (entry["variant"], entry["against"]) for entry in record.summarised("bench ops", [row])
+        (entry["variant"], entry["against"]) for entry in measuring.summarise_rows("bench ops", [row])
     }
