@@ -43,4 +43,4 @@ def run(problem: ConvProblem, operands: ConvOperands) -> Tensor:
     return y.view(p.N, p.P, p.Q, p.K).permute(0, 3, 1, 2)
 
 
-BACKEND = Backend("cublaslt", why_not, run, rounding=Rounding(rounds_bias), origin="library")
+BACKEND = Backend("cublaslt", why_not, run, takes_bn=False, rounding=Rounding(rounds_bias), origin="library")

@@ -50,6 +50,7 @@ BACKEND = Backend(
     why_not,
     run,
     auto=Auto(("cuda",), pays),
+    takes_bn=False,
     rounding=Rounding(rounds_bias, drops_nan=True),
     origin="library",
 )

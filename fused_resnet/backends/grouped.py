@@ -77,6 +77,7 @@ BACKEND = Backend(
     why_not,
     run,
     auto=Auto(("cpu",), pays),
+    takes_bn=False,
     sources=sources.GROUPED,
     plan=InPlan(pack, bind, only=True),
 )

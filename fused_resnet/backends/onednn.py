@@ -124,6 +124,7 @@ BACKEND = Backend(
     why_not,
     run,
     auto=Auto(("cpu",)),
+    takes_bn=False,
     rounding=Rounding(_rounds_between, spreads_nan=True, drops_nan=True),
     origin="library",
     plan=InPlan(pack, bind, linears=True),

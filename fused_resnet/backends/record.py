@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import ConvProblem, Problem, parsed_problem
+from fused_resnet.operators.problem import ConvProblem, Problem
 
 
 class BackendError(RuntimeError):
@@ -92,10 +92,10 @@ class Configs(NamedTuple):
 class Backend(NamedTuple):
     """One way to compute one operator.
 
-    why_not: None, or why it cannot run a problem of its operator. Where live BN can never run, NEEDS_FOLDED_BN comes
-    right after what it says of the device.
+    why_not: None, or why it cannot run a problem of its operator.
     run: (problem, *operands) -> output; with `configs` also config=, one of them or None. Of add_relu an `AddRelu`.
     auto: where `auto` may choose it unmeasured.
+    takes_bn: False where no problem with live BN can ever run, on any device.
     origin: whose kernels these are: "ours", a "library"'s, or "torch"'s own, a pass over memory for each step. Or they
     are "interpreted" in this process, and their time says nothing.
     sources: patterns of the files that kernels of ours are made from (`kernels.sources`).
@@ -105,6 +105,7 @@ class Backend(NamedTuple):
     why_not: Callable[[Any], Optional[str]]
     run: Callable[..., Tensor]
     auto: Auto = Auto()
+    takes_bn: bool = True
     rounding: Rounding = Rounding()
     origin: str = "ours"
     sources: tuple[str, ...] = ()
@@ -114,7 +115,6 @@ class Backend(NamedTuple):
 
 REGISTRY: dict[str, dict[str, Backend]] = {"conv_bn_act": {}, "add_relu": {}}
 NEEDS_FOLDED_BN = "it takes only a bias, so it needs folded BN: use fused_resnet.freeze"
-_LIVE_BN = [parsed_problem("8x64x56x56 -> 64, 3x3 p1 float32 bn relu", device) for device in ("cpu", "cuda")]
 
 
 def register(op: str, backend: Backend) -> None:
@@ -136,10 +136,7 @@ def check_name(caller: str, backend: str) -> None:
 
 def why_never_live(backend: str) -> Optional[str]:
     """Why this backend of conv_bn_act can run no problem with live BN, whatever the device, or None."""
-    if backend == "auto":
-        return None
-    reasons = map(REGISTRY["conv_bn_act"][backend].why_not, _LIVE_BN)
-    return NEEDS_FOLDED_BN if NEEDS_FOLDED_BN in reasons else None
+    return None if backend == "auto" or REGISTRY["conv_bn_act"][backend].takes_bn else NEEDS_FOLDED_BN
 
 
 def why_not_cpu(problem: Problem) -> Optional[str]:

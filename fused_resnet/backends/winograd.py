@@ -83,6 +83,7 @@ BACKEND = Backend(
     why_not,
     run,
     auto=Auto(("cpu",), pays),
+    takes_bn=False,
     rounding=Rounding(winograd=True),
     sources=sources.WINOGRAD,
     plan=InPlan(pack, bind, only=True),

@@ -43,7 +43,7 @@ class LeftAlone(NamedTuple):
 
 
 class _Change(NamedTuple):
-    """What `fuse` is about to set of a module: its class and its `_fused`. The rest says what that means for others."""
+    """What `fuse` is about to set of a module, its class and its Fusion, and what that means for others."""
 
     module: Any
     cls: type[nn.Module]
@@ -96,7 +96,7 @@ def fuse(
         raise backends.BackendError(
             f"fuse: backend {backend!r} cannot run blocks with live BN: {reason}, or backend='auto'."
         )
-    before = [(module, type(module), module.__dict__.get("_fused")) for module, *_ in changes]
+    before = [(module, type(module), module.__dict__.get("_fused_resnet")) for module, *_ in changes]
     try:
         for module, cls, fused, *_ in changes:
             _become(module, cls, fused._replace(backend=backend))
@@ -120,11 +120,11 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def _become(module: nn.Module, cls: type[nn.Module], fused: Optional[Fusion]) -> None:
-    """Give a module this class and this value of `_fused`, or none."""
+    """Give a module this class and this value of `_fused_resnet`, or none."""
     set_class(module, cls)
-    module.__dict__.pop("_fused", None)
+    module.__dict__.pop("_fused_resnet", None)
     if fused is not None:
-        module.__dict__["_fused"] = fused
+        module.__dict__["_fused_resnet"] = fused
 
 
 def left_alone(model: nn.Module) -> list[LeftAlone]:
@@ -197,6 +197,8 @@ def _why_not_quantizations(module: nn.Module) -> Optional[str]:
 
 def _residual_block(module: Any, kept: set[int]) -> tuple[Optional[_Change], Optional[str]]:
     """Our blocks and torchvision's."""
+    if isinstance(module, FusedBlock) and type(module).backend is not FusedBlock.backend:
+        return None, _name_taken("backend")
     fused_class, reason = (type(module), None) if isinstance(module, FusedBlock) else _recognise(module)
     if fused_class is None:
         return None, reason

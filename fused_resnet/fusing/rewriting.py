@@ -56,18 +56,18 @@ class Rewritten(Fused):
     """A module that runs the program of its mode where it holds, else its own forward."""
 
     def fused_forward(self, *args: Any, **kwargs: Any) -> Any:
-        program = self._fused.programs.get(self.training)
+        program = self._fused_resnet.programs.get(self.training)
         if program is None or kwargs or not program.holds(self, args):
             return NotImplemented
         return program.run(self, *args)
 
     def fused_convs(self) -> list[str]:
-        program = self._fused.programs.get(False)
+        program = self._fused_resnet.programs.get(False)
         return [] if program is None else list(program.convs)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self.__dict__["_fused"] = self._fused._replace(programs=programs_of(self)[0])
+        self.__dict__["_fused_resnet"] = self._fused_resnet._replace(programs=programs_of(self)[0])
 
 
 class NormUnfolded(CannotRewrite):

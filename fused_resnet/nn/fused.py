@@ -22,7 +22,7 @@ def set_class(module: nn.Module, cls: type) -> None:
 
 
 class Fusion(NamedTuple):
-    """What `fuse` keeps of a module, all in the `_fused` of its __dict__.
+    """What `fuse` keeps of a module, all in the `_fused_resnet` of its __dict__.
 
     stock_class: the class that it had, where that is not the `plain_class` of the class that it has now.
     """
@@ -45,16 +45,16 @@ class Fused(NotScriptable):
     """
 
     plain_class: type[nn.Module]
-    _fused = Fusion()
+    _fused_resnet = Fusion()
 
     @property
     def backend(self) -> str:
         """Asked for by every convolution that it computes."""
-        return self._fused.backend
+        return self._fused_resnet.backend
 
     @backend.setter
     def backend(self, backend: str) -> None:
-        self.__dict__["_fused"] = self._fused._replace(backend=backend)
+        self.__dict__["_fused_resnet"] = self._fused_resnet._replace(backend=backend)
 
     def fused_forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the plain forward computes, or NotImplemented to have that called."""
@@ -72,7 +72,7 @@ class Fused(NotScriptable):
 def plain_class_of(module: Any) -> type[nn.Module]:
     """The class that a module has when it is not fused."""
     cls: Any = type(module)
-    return (module._fused.stock_class or cls.plain_class) if issubclass(cls, Fused) else cls
+    return (module._fused_resnet.stock_class or cls.plain_class) if issubclass(cls, Fused) else cls
 
 
 class FusedBlock(Fused):
@@ -109,7 +109,7 @@ class FusedBlock(Fused):
 
     def fused_shortcut(self) -> Optional[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         """conv and bn of the projection, where the block computes it."""
-        return None if self._fused.calls_downsample else fused_shortcut(self.downsample)
+        return None if self._fused_resnet.calls_downsample else fused_shortcut(self.downsample)
 
     def _shortcut(self, downsample: nn.Module, x: Tensor) -> Tensor:
         pair = self.fused_shortcut()
@@ -168,13 +168,13 @@ class ConvBNAct(NotScriptable, nn.Sequential):
     def backend(self) -> str:
         """What `fuse` was asked for, until `unfuse`; else what was set, or "auto"."""
         own = self.__dict__
-        return own["_fused"].backend if "_fused" in own else own.get("backend", "auto")
+        return own["_fused_resnet"].backend if "_fused_resnet" in own else own.get("backend", "auto")
 
     @backend.setter
     def backend(self, backend: str) -> None:
         own = self.__dict__
-        if "_fused" in own:
-            own["_fused"] = own["_fused"]._replace(backend=backend)
+        if "_fused_resnet" in own:
+            own["_fused_resnet"] = own["_fused_resnet"]._replace(backend=backend)
         else:
             own["backend"] = backend
 

@@ -7,6 +7,7 @@ import shlex
 import pytest
 import torch
 
+import fused_resnet
 from fused_resnet import backends, freeze, functional, models, testing
 from fused_resnet.backends import choice, cudnn, winners
 from fused_resnet.backends.record import REGISTRY
@@ -95,6 +96,13 @@ def test_who_never_takes_live_bn(backend):
         refused = backends.known("conv_bn_act")[backend].why_not(STEM._replace(has_bn=True, device=device))
         assert refused in (reason, "this torch has no cuDNN", "it does not run on ROCm")
     assert backends.why_never_live("auto") is None
+
+
+@pytest.mark.parametrize("backend", ("triton", "cuda"))
+def test_fuse_asks_no_gpu(monkeypatch, backend):
+    """Whoever forks afterwards can still start CUDA there."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("it asked for GPUs"))
+    fused_resnet.fuse(torch.nn.Sequential(fused_resnet.nn.BasicBlock(8, 8)), backend=backend)
 
 
 def test_names_are_checked_in_one_place():

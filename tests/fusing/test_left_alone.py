@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 import fused_resnet
 from fused_resnet.fusing import convert
 from fused_resnet.fusing.rewriting import Rewritten
-from fused_resnet.nn import BasicBlock, ConvBNAct, FusedBlock
+from fused_resnet.nn import BasicBlock, ConvBNAct, FusedBasicBlock, FusedBlock
 from tests.support import networks
 from tests.support.fused import DoubledNorm, Rewritable, as_good_as_plain, fused_blocks, snapshot, unchanged
 
@@ -128,9 +128,9 @@ def _with(name, make=BasicBlock):
 NAMED_LIKE_OURS = {
     "block with a backend": (lambda: _with("backend"), "backend"),
     "block with a plain class": (lambda: _with("plain_class"), "plain_class"),
-    "block with a value like ours": (lambda: _with("_fused"), "_fused"),
+    "block with a value like ours": (lambda: _with("_fused_resnet"), "_fused_resnet"),
     "any module with a backend": (lambda: _with("backend", Rewritable), "backend"),
-    "any module with a value like ours": (lambda: _with("_fused", Rewritable), "_fused"),
+    "any module with a value like ours": (lambda: _with("_fused_resnet", Rewritable), "_fused_resnet"),
     "ConvBNAct with a backend of its class": (OfOneBackend, "backend"),
     "class with a plain class": (OfAPlainClass, "plain_class"),
     "class with a method": (CountsItsOwn, "fused_convs"),
@@ -148,6 +148,16 @@ def test_attributes_named_like_ours_stay_the_users(make, name):
     fused_resnet.unfuse(model)
     unchanged(model, before)
     assert getattr(model[0], name) == own and model[0].__dict__.get(name) == value
+
+
+class BlockOfOneBackend(FusedBasicBlock):
+    backend = "eager"
+
+
+def test_a_fused_block_whose_class_has_a_backend_keeps_it():
+    model = fused_resnet.fuse(nn.Sequential(BlockOfOneBackend(8, 8)), backend="triton")
+    assert model[0].backend == "eager" and "_fused_resnet" not in model[0].__dict__
+    assert [(name, "attribute backend" in reason) for name, reason in convert.left_alone(model)] == [("0", True)]
 
 
 class RemadeByItsConstructor(Rewritable):

@@ -95,7 +95,7 @@ def test_odd_modules_are_fused(kind):
     assert convert.left_alone(model) == []
     unchanged(model, before)
     fused_resnet.fuse(model, backend="eager", strict=True)
-    assert issubclass(type(module), Rewritten) and module.__dict__["_fused"].backend == "eager"
+    assert issubclass(type(module), Rewritten) and module.__dict__["_fused_resnet"].backend == "eager"
     assert convert.fused_convs(model) == ["0.0"]
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     fused_resnet.unfuse(model)

@@ -320,7 +320,7 @@ def test_fusing_again_changes_the_backend_and_sees_a_new_structure():
     plain = fused_resnet.unfuse(copy.deepcopy(model))
     assert model.backend == "eager" and isinstance(model, Rewritten)
     x = torch.randn(1, 6, 4, 4)
-    program = model._fused.programs[False]
+    program = model._fused_resnet.programs[False]
     assert program.holds(model, (x,)), "the program is of the new structure"
     same(run(model, x), run(plain, x))
 
