@@ -26,7 +26,7 @@ from fused_resnet.freezing.state import changes, forget_constants, keeps_state, 
 from fused_resnet.graphs.memory import memory_of, writes_in_place, written
 from fused_resnet.graphs.nodes import is_made_in_forward, module_of, skip_identities
 from fused_resnet.graphs.tracer import TRACING, Tracer, Unfaithful, WritesState, count_writes
-from fused_resnet.nn.bypass import has_stock_call
+from fused_resnet.nn.stock import has_stock_call
 
 _WEIGHT_HOOKS = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
 
