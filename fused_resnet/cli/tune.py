@@ -24,7 +24,7 @@ from fused_resnet.cli.console import (
     speedup_cell,
     stdout_console,
 )
-from fused_resnet.kernels.triton import precompile, runtime
+from fused_resnet.kernels.triton import carried, precompile, runtime
 from fused_resnet.kernels.triton.conv import cost
 from fused_resnet.measuring import Record, summarise_tuning
 from fused_resnet.operators.problem import SHORT_DTYPES, ConvProblem, parsed_problem
@@ -112,7 +112,7 @@ def _use_compiled(folder: Path, device: str) -> None:
     """Let Triton read and write the carried cache. Raises ClickException where it cannot serve this GPU."""
     if torch.device(device).type != "cuda":
         raise click.UsageError("--compiled is for a GPU.")
-    reason = precompile.why_not_carried(folder, runtime.arch(torch.device(device)))
+    reason = carried.why_not_carried(folder, runtime.arch(torch.device(device)))
     if reason is not None:
         raise click.ClickException(f"{reason}.")
     os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
@@ -160,7 +160,7 @@ def _compile(problems: list[ConvProblem], arch: int, out: Path, triton_version: 
             f"this is Triton {version or 'missing'}, and the target has {triton_version or 'one'}: kernels are found "
             f"again only by the very version that compiled them. Run this where that version is installed."
         )
-    precompile.write_manifest(out, arch)
+    carried.write_manifest(out, arch)
     results: list[dict[str, Any]] = []
     with progress_on_stderr("compile") as progress, precompile.Precompiler(arch, out) as compiler:
         jobs = {p: compiler.submit(p, cost.promising(p, arch)) for p in problems}

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from fused_resnet.graphs.memory import writes_in_place, written
 from fused_resnet.graphs.nodes import free_name, is_made_in_forward, module_of
 from fused_resnet.machine.errors import first_line
-from fused_resnet.nn.bypass import has_stock_call
+from fused_resnet.nn.stock import has_stock_call
 from fused_resnet.operators.describe import Facts
 from fused_resnet.operators.problem import dtype_name
 

@@ -16,7 +16,8 @@ from fused_resnet.freezing.modules import LOWERED, FrozenConv, FrozenLinear, Fro
 from fused_resnet.graphs.matching import Match, activation_of, matches, norm_at
 from fused_resnet.graphs.spelling import CONVOLUTIONS, arguments_of
 from fused_resnet.kernels import compiled
-from fused_resnet.nn.bypass import Norm, has_stock_call, norm_of
+from fused_resnet.nn.norms import Norm, norm_of
+from fused_resnet.nn.stock import has_stock_call
 from fused_resnet.operators import affine, detours
 from fused_resnet.operators.describe import conv_problem, pair
 from fused_resnet.operators.operands import ConvOperands

@@ -11,7 +11,7 @@ from fused_resnet import backends
 from fused_resnet.freezing import layouts
 from fused_resnet.freezing.draft import Draft
 from fused_resnet.graphs.memory import POOL_FUNCTIONS, POOLS
-from fused_resnet.nn.bypass import has_stock_call
+from fused_resnet.nn.stock import has_stock_call
 
 
 def mark_sums_in_place(draft: Draft) -> None:

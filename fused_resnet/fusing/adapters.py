@@ -21,8 +21,8 @@ from typing import Any, Callable, NamedTuple, Optional
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fused_resnet.nn.bypass import has_stock_code
 from fused_resnet.nn.fused import Fused
+from fused_resnet.nn.stock import has_stock_code
 
 
 class Adapter(NamedTuple):

@@ -20,8 +20,10 @@ from fused_resnet.fusing.rewriting import Rewritten
 from fused_resnet.graphs.spelling import has_convolutions
 from fused_resnet.machine.errors import one_line
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBlock, FusedBottleneck
-from fused_resnet.nn.bypass import has_stock_code, may_be_norm, why_not_fused
+from fused_resnet.nn.bypass import why_not_fused
 from fused_resnet.nn.fused import Fused, Fusion, fused_shortcut, plain_class_of, set_class
+from fused_resnet.nn.norms import may_be_norm
+from fused_resnet.nn.stock import has_stock_code
 
 log = logging.getLogger("fused_resnet")
 

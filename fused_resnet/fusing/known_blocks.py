@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fused_resnet.fusing.adapters import register
 from fused_resnet.nn import conv_bn_act
-from fused_resnet.nn.bypass import has_stock_code, why_called
+from fused_resnet.nn.stock import has_stock_code, why_called
 
 _HF = "transformers.models.resnet.modeling_resnet"
 _CONV_LAYER_READS = frozenset(("convolution", "normalization", "activation"))

@@ -27,8 +27,9 @@ from fused_resnet.graphs.matching import Match, activation_of, matches, norm_ope
 from fused_resnet.graphs.memory import writes_in_place
 from fused_resnet.graphs.nodes import module_of, skip_identities
 from fused_resnet.nn import conv_bn_act
-from fused_resnet.nn.bypass import Norm, has_stock_call, returns_its_input
 from fused_resnet.nn.fused import Fused, plain_class_of
+from fused_resnet.nn.norms import Norm
+from fused_resnet.nn.stock import has_stock_call, returns_its_input
 
 
 class Program(NamedTuple):

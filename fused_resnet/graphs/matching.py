@@ -16,7 +16,9 @@ from torch import fx, nn
 from fused_resnet.graphs.memory import memory_of, writes_in_place, written
 from fused_resnet.graphs.nodes import module_of, only_user
 from fused_resnet.graphs.spelling import arguments_of
-from fused_resnet.nn.bypass import Norm, is_norm, may_be_norm, norm_of, why_called, why_not_bn, why_not_fused
+from fused_resnet.nn.bypass import why_not_fused
+from fused_resnet.nn.norms import Norm, is_norm, may_be_norm, norm_of, why_not_bn
+from fused_resnet.nn.stock import why_called
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _ACTIVATIONS: dict[Any, str] = {

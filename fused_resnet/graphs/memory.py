@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fused_resnet.graphs.tracer import AUGMENTED
-from fused_resnet.nn.bypass import has_stock_call, is_norm
+from fused_resnet.nn.norms import is_norm
+from fused_resnet.nn.stock import has_stock_call
 
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 POOL_FUNCTIONS = (F.max_pool2d, F.avg_pool2d)

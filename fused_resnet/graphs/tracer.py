@@ -15,7 +15,7 @@ from typing import Any, Callable
 
 from torch import Tensor, fx, nn
 
-from fused_resnet.nn.bypass import is_norm
+from fused_resnet.nn.norms import is_norm
 
 AUGMENTED = {f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_resnet import functional
-from fused_resnet.nn.bypass import ACTIVATION_OF, Norm, norm_of, why_not_fused
+from fused_resnet.nn.bypass import why_not_fused
+from fused_resnet.nn.norms import Norm, norm_of
+from fused_resnet.nn.stock import ACTIVATION_OF
 from fused_resnet.operators.library import AUTOCAST_DEVICES
 from fused_resnet.operators.problem import output_size
 

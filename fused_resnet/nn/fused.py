@@ -11,9 +11,11 @@ from typing import Any, Callable, NamedTuple, Optional, cast
 from torch import Tensor, fx, nn
 
 from fused_resnet.nn.blocks import BasicBlock, Bottleneck
-from fused_resnet.nn.bypass import is_norm, why_called, why_not_fused
+from fused_resnet.nn.bypass import why_not_fused
 from fused_resnet.nn.call import fused_conv_bn_act
+from fused_resnet.nn.norms import is_norm
 from fused_resnet.nn.scripting import NotScriptable
+from fused_resnet.nn.stock import why_called
 
 
 def set_class(module: nn.Module, cls: type) -> None:

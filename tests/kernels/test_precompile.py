@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fused_resnet.kernels import compiled, sources
-from fused_resnet.kernels.triton import precompile, runtime
+from fused_resnet.kernels.triton import carried, precompile, runtime
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from tests.support.tuned_files import problem
 
@@ -46,17 +46,17 @@ def test_what_still_compiles_is_ended(monkeypatch):
 def test_carried_kernels_serve_only_what_they_were_compiled_for(tmp_path, monkeypatch):
     if runtime.triton_version() is None:
         pytest.skip("Triton is not installed")
-    assert "holds no fused_resnet.json" in precompile.why_not_carried(tmp_path, 90)
+    assert "holds no fused_resnet.json" in carried.why_not_carried(tmp_path, 90)
     for arch in (100, 90):
-        precompile.write_manifest(tmp_path, arch)
-    assert precompile.why_not_carried(tmp_path, 90) is None and precompile.why_not_carried(tmp_path, 100) is None
-    assert "sm_90, sm_100, this GPU is sm_80" in precompile.why_not_carried(tmp_path, 80)
+        carried.write_manifest(tmp_path, arch)
+    assert carried.why_not_carried(tmp_path, 90) is None and carried.why_not_carried(tmp_path, 100) is None
+    assert "sm_90, sm_100, this GPU is sm_80" in carried.why_not_carried(tmp_path, 80)
     monkeypatch.setattr(compiled, "built_digest", lambda patterns: "other")
-    assert "other kernel sources" in precompile.why_not_carried(tmp_path, 90)
-    monkeypatch.setattr(precompile, "triton_version", lambda: "2.0.0")
-    assert "this is 2.0.0" in precompile.why_not_carried(tmp_path, 90)
+    assert "other kernel sources" in carried.why_not_carried(tmp_path, 90)
+    monkeypatch.setattr(carried, "triton_version", lambda: "2.0.0")
+    assert "this is 2.0.0" in carried.why_not_carried(tmp_path, 90)
     with pytest.raises(ValueError, match="use another folder"):
-        precompile.write_manifest(tmp_path, 90)
+        carried.write_manifest(tmp_path, 90)
 
 
 @pytest.mark.full

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 import fused_resnet
 from fused_resnet import functional
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBottleneck, conv_bn_act
-from fused_resnet.nn.bypass import norm_of
+from fused_resnet.nn.norms import norm_of
 from tests.support import networks, real_data
 
 FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}

@@ -21,7 +21,7 @@ import torch
 
 from fused_resnet.kernels.triton import add_relu, runtime
 from fused_resnet.kernels.triton.conv.configs import TritonConfig, configs, default_config
-from fused_resnet.kernels.triton.precompile import launches
+from fused_resnet.kernels.triton.conv.launch import launches
 from fused_resnet.kernels.triton.runtime import triton
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem
 

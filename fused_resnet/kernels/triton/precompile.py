@@ -2,7 +2,7 @@
 
 What is compiled lands in Triton's cache folder under the very key that a launch looks up, since Triton's own launcher
 derives it: only the driver is replaced, by one that names the architecture asked for. The key holds Triton's version,
-so a cache that is carried serves that version alone; `manifest` lets both sides say so.
+so a cache that is carried serves that version alone; `carried` lets both sides say so.
 
     echo '{"problem": "...", "configs": [{...}]}' | python -m fused_resnet.kernels.triton.precompile 90
 
@@ -19,60 +19,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import Any, Optional, Sequence
 
-import torch
-
-from fused_resnet.kernels import compiled, sources
-from fused_resnet.kernels.triton.conv import launch, row_space
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
-from fused_resnet.kernels.triton.runtime import triton_version
-from fused_resnet.machine import files
+from fused_resnet.kernels.triton.conv.launch import launches
 from fused_resnet.machine.errors import one_line
-from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem, parsed_problem
 
-_MANIFEST = "fused_resnet.json"
 _STARTUP_S, _CONFIG_S = 120.0, 60.0  # what a worker may take before a config counts as one that never ends
-
-
-# ---------------------------------------------------------------------------------------------------- carried caches
-
-
-class Manifest(NamedTuple):
-    """What a carried cache was compiled for: Triton's version, the architectures, and the kernels' sources."""
-
-    triton: str
-    archs: list[int]
-    kernels: Optional[str]
-
-
-def write_manifest(folder: Path, arch: int) -> Path:
-    """Say in the folder what was compiled into it; architectures add up. ValueError for a folder of another Triton."""
-    manifest, version = read_manifest(folder), triton_version()
-    if manifest is not None and manifest.triton != version:
-        raise ValueError(f"{folder} holds kernels of Triton {manifest.triton}, this is {version}: use another folder.")
-    archs = sorted({arch, *(manifest.archs if manifest else ())})
-    record = Manifest(str(version), archs, compiled.built_digest(sources.TRITON))
-    return files.write_json(Path(folder) / _MANIFEST, record._asdict())
-
-
-def read_manifest(folder: Path) -> Optional[Manifest]:
-    return files.read_json(Path(folder) / _MANIFEST, lambda record: Manifest(**record))
-
-
-def why_not_carried(folder: Path, arch: int) -> Optional[str]:
-    """Why a carried cache cannot serve here, or None."""
-    manifest, version = read_manifest(folder), triton_version()
-    if manifest is None:
-        return f"{folder} holds no {_MANIFEST}: fill it with fused-resnet tune --compile-only"
-    if manifest.triton != version:
-        return f"{folder} was compiled by Triton {manifest.triton}, this is {version}: compile it with that version"
-    if arch not in manifest.archs:
-        return f"{folder} was compiled for sm_{', sm_'.join(map(str, manifest.archs))}, this GPU is sm_{arch}"
-    if manifest.kernels != compiled.built_digest(sources.TRITON):
-        return f"{folder} was compiled from other kernel sources than these: compile it again"
-    return None
 
 
 # -------------------------------------------------------------------------------------------------------- the parent
@@ -159,29 +113,6 @@ class _Driver:
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", self._arch, 32)
-
-
-def launches(
-    problem: ConvProblem, config: TritonConfig, bias_dtype: torch.dtype, *, row_space_output: bool = False
-) -> list[launch.Launch]:
-    """What `conv.launch` would start with aligned tensors, none of which is there. Live BN is in fp32.
-
-    row_space_output: the output, and a residual, lie in row space, as between two convolutions of a plan.
-    """
-    p, vector = problem, torch.empty(problem.K, device="meta") if problem.has_bn else None
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=p.dtype, device="meta")
-
-    out = empty(row_space.num_rows(p.N, p.P, p.Q), p.K) if row_space_output else empty(*p.output_shape)
-    operands = ConvOperands(
-        empty(p.N, p.C, p.H, p.W),
-        empty(p.K, p.C // p.groups, p.R, p.S),
-        *(vector, vector, vector, vector),
-        bias=torch.empty(p.K, dtype=bias_dtype, device="meta") if p.has_bias else None,
-        residual=out if p.has_residual else None,
-    )
-    return launch.prepare(problem, operands, out, config)
 
 
 def compile_config(problem: ConvProblem, config: TritonConfig) -> None:

@@ -107,6 +107,29 @@ def prepare(problem: ConvProblem, operands: ConvOperands, out: Any, config: Trit
     return [first] if partial is None else [first, _sum(p, tuple(partial.shape), epilogue, rows, spaces)]
 
 
+def launches(
+    problem: ConvProblem, config: TritonConfig, bias_dtype: torch.dtype, *, row_space_output: bool = False
+) -> list[Launch]:
+    """What `launch` would start with aligned tensors, none of which is there. Live BN is in fp32.
+
+    row_space_output: the output, and a residual, lie in row space, as between two convolutions of a plan.
+    """
+    p, vector = problem, torch.empty(problem.K, device="meta") if problem.has_bn else None
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=p.dtype, device="meta")
+
+    out = empty(row_space.num_rows(p.N, p.P, p.Q), p.K) if row_space_output else empty(*p.output_shape)
+    operands = ConvOperands(
+        empty(p.N, p.C, p.H, p.W),
+        empty(p.K, p.C // p.groups, p.R, p.S),
+        *(vector, vector, vector, vector),
+        bias=torch.empty(p.K, dtype=bias_dtype, device="meta") if p.has_bias else None,
+        residual=out if p.has_residual else None,
+    )
+    return prepare(problem, operands, out, config)
+
+
 def _pointer(
     p: ConvProblem, o: ConvOperands, config: TritonConfig, epilogue: Epilogue, M: int, options: dict[str, Any]
 ) -> Launch:
