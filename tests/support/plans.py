@@ -76,5 +76,16 @@ class Traced(nn.Module):
         return self.function(self, x) if other is None else self.pool(other)
 
 
+class Each(nn.Module):
+    """A list of images in, which torch.fx does not trace."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.classifier = model, nn.Linear(10, 4)
+
+    def forward(self, images):
+        return torch.cat([self.classifier(self.model(image)) for image in images])
+
+
 def frozen_equals(model, x, **options):
     equal_outputs(fused_resnet.freeze(model.eval(), x, **options)(x), networks.in_fp64(model, x))
