@@ -234,7 +234,7 @@ def show_onednn_s_instructions():
      "tests/freezing/test_dtypes.py::test_norms_without_statistics_in_bf16 tests/freezing/test_forwards.py",
      "values or fp16 or models or sums or pass or pooling or norms or windows or folding"),
     ("tests/operators/test_detours.py", "gradients_are_right or composite or lower"),
-))  # fmt: skip
+), ids=("plans", "detours"))  # fmt: skip
 def test_tests_within(limit, where, which):
     variables, flag, *_ = WITHIN[limit]
     if flag not in processor_flags():
