@@ -1,10 +1,16 @@
-"""What the tests of fuse share: small modules, and what a conversion may not disturb."""
+"""What the tests of fused models share: small modules, what a conversion may not disturb, and comparisons."""
+
+import copy
 
 import torch
 from torch import nn
 
-from fused_resnet.nn import FusedBlock
+import fused_resnet
+from fused_resnet.fusing import convert
+from fused_resnet.nn import Bottleneck, FusedBlock
 from tests.support import networks
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # fp32, ten layers, two orders of summation
 
 
 class Rewritable(nn.Sequential):
@@ -46,3 +52,19 @@ def as_good_as_plain(model, plain, x):
     with torch.no_grad():
         allowed = networks.allowed(plain(x), exact)
         assert networks.error(model(x), exact) <= allowed < 1e-4
+
+
+def pair(block=Bottleneck):
+    """A plain model, the same one fused, and an input."""
+    plain = networks.small(block)
+    fused = fused_resnet.fuse(copy.deepcopy(plain))
+    assert len(convert.fused_convs(fused)) >= 11  # else the tests would compare a model with itself
+    return plain, fused, torch.randn(2, 3, 20, 20)
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+def fused_calls(graph):
+    return [node.target._opname for node in graph.nodes if getattr(node.target, "namespace", "") == "fused_resnet"]
