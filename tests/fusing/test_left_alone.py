@@ -15,14 +15,8 @@ from fused_resnet.fusing import convert
 from fused_resnet.fusing.rewriting import Rewritten
 from fused_resnet.nn import BasicBlock, ConvBNAct, FusedBlock
 from tests.support import networks
-from tests.support.fused import (
-    DoubledNorm,
-    Rewritable,
-    as_good_as_plain,
-    fused_blocks,
-    snapshot,
-    unchanged,
-)
+from tests.support.fused import DoubledNorm, Rewritable, as_good_as_plain, fused_blocks
+from tests.support.snapshots import snapshot, unchanged
 
 
 class FrozenBatchNorm2d(nn.Module):

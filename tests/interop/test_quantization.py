@@ -10,7 +10,7 @@ import fused_resnet
 from fused_resnet.fusing import convert
 from fused_resnet.nn import BasicBlock, ConvBNAct
 from tests.support import networks
-from tests.support.fused import snapshot, unchanged
+from tests.support.snapshots import snapshot, unchanged
 
 
 class Quantizable(nn.Module):

@@ -1,4 +1,4 @@
-"""What the tests of fused models share: small modules, what a conversion may not disturb, and comparisons."""
+"""What the tests of fused models share: small modules, pairs of models, and comparisons."""
 
 import copy
 
@@ -25,24 +25,6 @@ class DoubledNorm(nn.BatchNorm2d):
 
 def fused_blocks(model):
     return [module for module in model.modules() if isinstance(module, FusedBlock)]
-
-
-def snapshot(model):
-    """Everything about a model that a conversion might disturb."""
-    state = {key: (tensor.data_ptr(), tensor.clone()) for key, tensor in model.state_dict(keep_vars=True).items()}
-    modules = {
-        name: (id(module), type(module), module.training, set(module.__dict__), list(module._modules))
-        for name, module in model.named_modules()
-    }
-    return state, modules
-
-
-def unchanged(model, before):
-    (state, modules), (old_state, old_modules) = snapshot(model), before
-    assert list(state) == list(old_state)
-    for key, (pointer, value) in state.items():
-        assert pointer == old_state[key][0] and torch.equal(value, old_state[key][1]), key
-    assert modules == old_modules
 
 
 def as_good_as_plain(model, plain, x):

@@ -34,21 +34,6 @@ def as_good_as_plain(frozen, model, x):
         assert networks.error(frozen(x), exact) <= allowed < 0.1
 
 
-def unchanged(model, before, x, expected):
-    modules, state = before
-    assert modules == [(name, id(m), type(m), m.training, sorted(m.__dict__)) for name, m in model.named_modules()]
-    assert list(state) == list(model.state_dict())
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        assert state[key][0] is tensor and torch.equal(state[key][1], tensor), key
-    with torch.no_grad():
-        assert torch.equal(model(x), expected)
-
-
-def remember(model):
-    modules = [(name, id(m), type(m), m.training, sorted(m.__dict__)) for name, m in model.named_modules()]
-    return modules, {key: (t, t.detach().clone()) for key, t in model.state_dict(keep_vars=True).items()}
-
-
 def equal_outputs(actual, expected):
     actual, expected = (value if isinstance(value, tuple) else (value,) for value in (actual, expected))
     for index, (a, b) in enumerate(zip(actual, expected)):
