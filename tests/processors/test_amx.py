@@ -162,7 +162,7 @@ _ROOMS = [
         for name in "values plan memory refusals state copies frozen lowering forwards parts biases respelling".split()
     ),
     "tests/freezing/test_dtypes.py::test_norms_without_statistics_in_bf16",
-    *("tests/fusing", "tests/nn", "tests/explaining"),
+    *("tests/fusing", "tests/nn", "tests/explaining", "tests/cli/test_explain.py"),
     *(f"tests/interop/test_{name}.py" for name in "compile copies export quantization training".split()),
     *("tests/backends/test_winograd.py", "tests/backends/test_grouped.py", "tests/operators/test_functional.py"),
 ]
