@@ -1,6 +1,6 @@
 """The command line: info, verify and bench with tiny settings, JSON, errors and exit codes.
 
-explain, tune and report are tested with what they call.
+explain has a file beside this one; tune and report are tested with what they call.
 """
 
 import json
@@ -21,22 +21,10 @@ from fused_resnet.backends import winners, winners_file
 from fused_resnet.cli import console, info, main
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.machine import onednn
-from fused_resnet.measuring import environment, rooflines, timing
+from fused_resnet.measuring import environment, timing
 
 TINY = ["--rounds", "1", "--device", "cpu"]
 NO_PLACE = (str(sources.ROOT), os.uname().nodename)
-
-
-@pytest.fixture(autouse=True)
-def few_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def quick_roofline(monkeypatch):
-    monkeypatch.setattr(rooflines, "roofline", lambda device, dtype: rooflines.Roofline(1e10, 1e11))
 
 
 def run(*arguments):

@@ -497,3 +497,12 @@ def test_what_meta_tensors_cannot_do_is_inferred_nevertheless():
         model, x = Steps(function).eval(), torch.randn(X)
         for dtype in (None, torch.bfloat16):
             torch.testing.assert_close(fused_resnet.freeze(model, x, dtype=dtype)(x), model(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("norm", [
+    nn.InstanceNorm2d(16, affine=True), nn.BatchNorm2d(16, track_running_stats=False),
+], ids=str)  # fmt: skip
+def test_norms_without_statistics_in_bf16(norm):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), norm, nn.ReLU()).eval().bfloat16()
+    x = torch.randn(2, 3, 8, 8).bfloat16()
+    torch.testing.assert_close(fused_resnet.freeze(model, x)(x), model(x), rtol=0.02, atol=0.02)

@@ -6,7 +6,6 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet import models, testing
-from fused_resnet.freezing import lowering
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct
 from tests.support import networks
@@ -60,21 +59,6 @@ def test_forced_backends(backend):
     frozen = fused_resnet.freeze(model, x, backend=backend)
     assert {conv.backend.name for conv in convolutions(frozen, x)} == {backend}
     as_good_as_plain(frozen, model, x)
-
-
-def test_folding_by_hand():
-    conv, bn = nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, eps=1.0).eval()
-    with torch.no_grad():
-        conv.weight.copy_(torch.tensor([2.0, 3.0]).view(2, 1, 1, 1))
-        for tensor, value in (
-            (conv.bias, (1, -1)), (bn.weight, (4, -2)), (bn.bias, (0.5, 0)), (bn.running_mean, (2, 1)),
-            (bn.running_var, (3, 8)),
-        ):  # fmt: skip
-            tensor.copy_(torch.tensor(value))
-    weight, bias = lowering.folded_weights(conv, bn, torch.float32)
-    assert torch.equal(weight.flatten(), torch.tensor([2 * 4 / 2.0, 3 * -2 / 3.0]))
-    torch.testing.assert_close(bias, torch.tensor([(1 - 2) * 2 + 0.5, (-1 - 1) * -2 / 3]))
-    assert lowering.folded_weights(nn.Conv2d(1, 1, 1, bias=False), None, torch.float32)[1] is None
 
 
 def test_fused_models_freeze_like_plain_ones():

@@ -12,7 +12,8 @@ from fused_resnet.fusing import convert
 from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, FusedBottleneck
 from fused_resnet.nn.fused import plain_class_of
 from tests.support import networks, real_data
-from tests.support.fused import Rewritable, as_good_as_plain, fused_blocks, snapshot, unchanged
+from tests.support.fused import Rewritable, as_good_as_plain, fused_blocks
+from tests.support.snapshots import snapshot, unchanged
 
 
 @pytest.mark.parametrize("block, fused_class", ((BasicBlock, FusedBasicBlock), (Bottleneck, FusedBottleneck)))

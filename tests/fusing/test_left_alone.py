@@ -15,7 +15,8 @@ from fused_resnet.fusing import convert
 from fused_resnet.fusing.rewriting import Rewritten
 from fused_resnet.nn import BasicBlock, ConvBNAct, FusedBasicBlock, FusedBlock
 from tests.support import networks
-from tests.support.fused import DoubledNorm, Rewritable, as_good_as_plain, fused_blocks, snapshot, unchanged
+from tests.support.fused import DoubledNorm, Rewritable, as_good_as_plain, fused_blocks
+from tests.support.snapshots import snapshot, unchanged
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -231,3 +232,13 @@ def test_a_subclass_is_what_its_own_forward_says():
     assert len(fused_blocks(model)) == 3 and isinstance(model.layer1[0], Rewritten)
     as_good_as_plain(model, plain, torch.randn(4, 3, 16, 16))
     assert type(fused_resnet.unfuse(model).layer1[0]) is Subclass
+
+
+def test_exported_models_are_left_alone_with_the_reason():
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval(), torch.randn(1, 3, 9, 9)
+    exported = torch.export.export(model, (x,)).module()
+    reason = "its convolutions are functions: fuse what it was exported from, or freeze it"
+    assert convert.left_alone(exported) == [("the model", reason)]
+    with pytest.raises(ValueError, match=reason):
+        fused_resnet.fuse(exported, strict=True)
+    assert not convert.left_alone(torch.export.export(fused_resnet.fuse(model), (x,)).module())

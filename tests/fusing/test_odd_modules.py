@@ -10,7 +10,8 @@ import fused_resnet
 from fused_resnet.fusing import convert
 from fused_resnet.fusing.rewriting import Rewritten
 from fused_resnet.nn import BasicBlock, ConvBNAct
-from tests.support.fused import Rewritable, snapshot, unchanged
+from tests.support.fused import Rewritable
+from tests.support.snapshots import snapshot, unchanged
 
 
 class RefusesAttributes(Rewritable):

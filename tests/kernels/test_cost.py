@@ -1,7 +1,5 @@
 """Which configs of Triton's convolutions may win by arithmetic. Nothing is computed, and Triton is not needed."""
 
-import torch
-
 from fused_resnet.kernels.triton.conv import cost
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from tests.support.tuned_files import problem
@@ -17,13 +15,3 @@ def test_configs_that_cannot_win_by_arithmetic_are_dropped(monkeypatch):
     assert cost.promising(problem(), 90) == found[: cost._MOST_CONFIGS]
     found.clear()
     assert cost.promising(problem(), 90) == []
-
-
-def test_row_space_is_no_candidate_with_live_bn():
-    """Which runs outside plans: nobody keeps x there."""
-    folded = problem(32, torch.float16, "cuda", C=64, K=64, H=28, W=28)
-    forms = [
-        {config.form for config in cost.promising(one, 90)}
-        for one in (folded, folded._replace(has_bn=True, has_bias=False))
-    ]
-    assert "rows_tma" in forms[0] and "rows_tma" not in forms[1]

@@ -179,12 +179,12 @@ def search_spaces():
             "masked": (1, 44, 11, 13, 72, (1, 2), (1, 1), (0, 1), (1, 1), 1),
             "groups": (1, 64, 9, 17, 96, (2, 1), (1, 1), (1, 0), (1, 1), 2),
         }.items():
-            problem = conv_problem(*_meta(case, dtype), "relu")
+            problem = conv_problem(*on_meta(case, dtype), "relu")
             for config in configs.configs(problem):
                 yield pytest.param(case, dtype, config, id=f"{name}-{dtype}-{'x'.join(map(str, config))}")
 
 
-def _meta(case, dtype):
+def on_meta(case, dtype):
     N, C, H, W, K, filter_size, *window = case
     weight = torch.empty(K, C // window[-1], *filter_size, dtype=dtype, device="meta")
     return (ConvOperands(torch.empty(N, C, H, W, dtype=dtype, device="meta"), weight), *window)
@@ -360,28 +360,6 @@ def test_add_relu_non_finite_in_place_and_empty(dtype):
 # ----------------------------------------------------------------------------------- choices and refusals
 
 
-def problems_of_every_kind():
-    for dtype in DTYPES:
-        for case in CASES.values():
-            yield conv_problem(*_meta(case, dtype), "relu")
-
-
-def test_configs_are_distinct_and_legal():
-    for problem in problems_of_every_kind():
-        found = configs.configs(problem)
-        assert len(set(found)) == len(found) >= 1
-        assert configs.default_config(problem) in found
-        for config in found:
-            assert all(size >= 16 and size & (size - 1) == 0 for size in config[:3])
-            if not (problem.is_pointwise and problem.groups == 1):
-                assert config.num_warps <= 4
-
-
-def test_default_config_fills_the_gpu_before_it_enlarges_tiles():
-    small, large = (_large(N, 64, 56, 64, 3) for N in (1, 256))
-    assert configs.default_config(small).BLOCK_M < configs.default_config(large).BLOCK_M
-
-
 @pytest.mark.parametrize(
     "device, dtype, reason",
     [
@@ -470,7 +448,7 @@ def test_input_precision_reaches_the_kernel(monkeypatch):
     for allowed, expected in ((True, "tf32"), (False, "ieee")):
         monkeypatch.setattr(devices, "allows_tf32", lambda allowed=allowed: allowed)
         for dtype in DTYPES:
-            operands, *window = _meta(CASES["3x3"], dtype)
+            operands, *window = on_meta(CASES["3x3"], dtype)
             problem = conv_problem(operands, *window, "relu")
             (each,) = launch.prepare(problem, operands, operands.x, SMALL_TILES)
             assert each.options["INPUT_PRECISION"] == (expected if dtype == torch.float32 else "ieee")

@@ -185,7 +185,7 @@ PLANS = [
 
 
 def plan_of(name, short):
-    """A frozen network's backends, and its error against fp64 beside what test_plan.as_good_as_plain allows."""
+    """A frozen network's backends, and its error against fp64 beside what support.plans.as_good_as_plain allows."""
     torch.manual_seed(0)
     if name == "resnet18":
         model, x = networks.randomize(models.resnet18(num_classes=10)), torch.randn(2, 3, 65, 64)
@@ -230,10 +230,11 @@ def show_onednn_s_instructions():
 @pytest.mark.full
 @pytest.mark.parametrize("limit", ["oneDNN SSE4.1", "oneDNN AVX2", "oneDNN AVX-512", "AVX2 everywhere"])
 @pytest.mark.parametrize("where, which", (
-    ("tests/freezing/test_values.py tests/freezing/test_memory.py tests/freezing/test_forwards.py",
-     "values or fp16 or models or sums or pass or pooling or norms or windows"),
+    ("tests/freezing/test_values.py tests/freezing/test_memory.py tests/freezing/test_lowering.py "
+     "tests/freezing/test_dtypes.py::test_norms_without_statistics_in_bf16 tests/freezing/test_forwards.py",
+     "values or fp16 or models or sums or pass or pooling or norms or windows or folding"),
     ("tests/operators/test_detours.py", "gradients_are_right or composite or lower"),
-))  # fmt: skip
+), ids=("plans", "detours"))  # fmt: skip
 def test_tests_within(limit, where, which):
     variables, flag, *_ = WITHIN[limit]
     if flag not in processor_flags():

@@ -1,18 +1,22 @@
-"""A fused model is a model: hooks, training, averages, copies, other dtypes."""
+"""Training fused models, alone and in several processes: hooks, averages, frozen norms, other dtypes."""
 
 import copy
 import functools
-import pickle
+import multiprocessing
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 import fused_resnet
 from fused_resnet.nn import BasicBlock, Bottleneck
 from tests.support import networks
-from tests.support.fused import as_good_as_plain, fused_blocks
+from tests.support.fused import assert_same, fused_blocks, pair
 
 
 def test_hooks_before_and_after_fusing_fire_once():
@@ -79,15 +83,6 @@ def _train_without_norms(network, mode=True):
     return network
 
 
-def test_load_state_dict_after_fuse():
-    model, other = fused_resnet.fuse(networks.small()), networks.small()
-    x = torch.randn(4, 3, 16, 16)
-    with torch.no_grad():
-        model(x)
-    model.load_state_dict(other.state_dict())
-    as_good_as_plain(model, other, x)
-
-
 def test_ema_after_fuse():
     plain = networks.small()
     model = fused_resnet.fuse(copy.deepcopy(plain))
@@ -99,28 +94,6 @@ def test_ema_after_fuse():
     assert len(fused_blocks(averages[1])) == 4
     equal_after_training(averages[1].eval(), averages[0].eval())
     assert networks.error(averages[1].module.fc.weight, model.fc.weight.double()) > 1e-4
-
-
-def test_functional_call():
-    model, other = fused_resnet.fuse(networks.small()), networks.small()
-    x = torch.randn(4, 3, 16, 16)
-    with torch.no_grad():
-        actual = torch.func.functional_call(model, dict(other.state_dict()), (x,))
-        assert networks.error(actual, other(x).double()) < 1e-5
-        assert networks.error(model(x), other(x).double()) > 1e-2
-
-
-def test_copies_and_pickles():
-    model = fused_resnet.fuse(networks.small(), backend="eager")
-    x = torch.randn(4, 3, 16, 16)
-    with torch.no_grad():
-        expected = model(x)
-        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert len(fused_blocks(copied)) == 4 and copied.layer1[0].backend == "eager"
-            assert torch.equal(copied(x), expected)
-            fused_resnet.unfuse(copied)
-            assert {type(module) for module in networks.blocks_of(copied)} == {BasicBlock}
-    assert len(fused_blocks(model)) == 4
 
 
 def test_bf16_and_channels_last_models():
@@ -142,3 +115,98 @@ def test_autocast():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert model(x).dtype == plain(x).dtype == torch.bfloat16
         assert networks.error(model(x), exact) <= 1.5 * networks.error(plain(x), exact)
+
+
+@pytest.mark.parametrize("mode", ("eval", "train"))
+@pytest.mark.parametrize("use_reentrant", (True, False))
+def test_gradient_checkpointing(mode, use_reentrant):
+    plain, fused, x = pair(BasicBlock)
+    gradients = []
+    for model in (plain, fused):
+        model.train(mode == "train")
+        own = x.clone().requires_grad_()
+        out = model.relu(model.bn1(model.conv1(own)))
+        for stage in (model.layer1, model.layer2, model.layer3):
+            out = checkpoint(stage, out, use_reentrant=use_reentrant)
+        out.square().mean().backward()
+        gradients.append([own.grad, *(p.grad for name, p in model.named_parameters() if "fc" not in name)])
+    for actual, expected in zip(*reversed(gradients)):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_pruning_and_parametrizing_a_child_is_seen():
+    """The block runs that child, so masks and norms count; removing the mask fuses it again."""
+    plain, fused, x = pair()
+    for model in (plain, fused):
+        prune.l1_unstructured(model.layer1[0].conv1, "weight", 0.5)
+        parametrizations.weight_norm(model.layer2[0].conv2)
+        with torch.no_grad():
+            model.layer2[0].conv2.parametrizations.weight.original0 *= 1.5
+    assert_same(fused(x), plain(x))
+    for model in (plain, fused):
+        prune.remove(model.layer1[0].conv1, "weight")
+    assert_same(fused(x), plain(x))
+
+
+def _train_step(model, x):
+    model.train()
+    model(x).square().mean().backward()
+
+
+def _gradients(model):
+    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+
+
+def _distributed(rank, size, kind, folder):
+    """One of two processes: a fused model under DDP or FSDP2, trained and evaluated on its half of the batch."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    torch.manual_seed(0)
+    model = fused_resnet.fuse(networks.small(BasicBlock))
+    x = torch.randn(4, 3, 20, 20).chunk(size)[rank]
+    if kind == "DDP":
+        model = nn.parallel.DistributedDataParallel(model)
+        _train_step(model, x)
+        gradients = _gradients(model)
+    else:
+        mesh = init_device_mesh("cpu", (size,))
+        for stage in (model.layer1, model.layer2, model.layer3):
+            fully_shard(stage, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        _train_step(model, x)
+        gradients = {name: grad.full_tensor() for name, grad in _gradients(model).items()}
+    with torch.no_grad():
+        out = model.eval()(x)
+    if rank == 0:
+        torch.save((gradients, out), f"{folder}/results")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ("DDP", "FSDP"))
+def test_two_processes_average_the_gradients(kind, tmp_path):
+    """Against the plain model in one process: the mean of both halves' gradients (BN sees each half alone)."""
+    processes = [
+        multiprocessing.get_context("spawn").Process(target=_distributed, args=(rank, 2, kind, str(tmp_path)))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    gradients, out = torch.load(tmp_path / "results")
+
+    torch.manual_seed(0)
+    plain = networks.small(BasicBlock)
+    halves, outputs = [], []
+    for half in torch.randn(4, 3, 20, 20).chunk(2):
+        model = copy.deepcopy(plain)
+        _train_step(model, half)
+        halves.append(_gradients(model))
+        outputs.append(model.eval()(half))
+    assert_same(out, outputs[0])
+    assert list(gradients) == list(halves[0])
+    for name, actual in gradients.items():
+        expected = (halves[0][name] + halves[1][name]) / 2
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item(), msg=name)
