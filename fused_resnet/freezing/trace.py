@@ -22,8 +22,8 @@ from fused_resnet.freezing.copies import copy_with_parameters, unwrapped
 from fused_resnet.freezing.memory import leave_input_alone, let_views_copy, renew_made_tensors, return_new_memory
 from fused_resnet.freezing.respelling import call_functions, call_modules
 from fused_resnet.freezing.state import changes, forget_constants, keeps_state, names_in, state_of
-from fused_resnet.graphs.generators import random_state
 from fused_resnet.graphs.nodes import is_made_in_forward, skip_identities
+from fused_resnet.graphs.random_state import random_state
 from fused_resnet.graphs.tracer import TRACING, Tracer, Unfaithful, WritesState, count_writes
 from fused_resnet.nn.stock import has_stock_call
 

@@ -38,7 +38,7 @@ from fused_resnet.fusing.outside import attributes_put_back
 from fused_resnet.fusing.proxies import WatchedProxy
 from fused_resnet.fusing.reads import Reads, reads_of
 from fused_resnet.fusing.watch import CannotRewrite, Watch
-from fused_resnet.graphs.generators import comparable, generators
+from fused_resnet.graphs.random_state import comparable, generators
 from fused_resnet.graphs.tracer import TRACING, Tracer
 from fused_resnet.nn.fused import plain_class_of, set_class
 

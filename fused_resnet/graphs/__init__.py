@@ -1,4 +1,5 @@
 """Traced forwards, and what they are asked: who owns `memory`, who uses `nodes`, `spelling`, `matching` of what fuses.
 
-`tracer` makes the graphs. Here they are only read, save that `nodes.skip_identities` drops what computes nothing.
+`tracer` makes the graphs, and `random_state` says whether a forward drew numbers meanwhile. Graphs are only read here,
+save that `nodes` drops what computes nothing and adds children.
 """

@@ -99,3 +99,12 @@ def test_a_model_frozen_in_another_dtype_is_in_that_of_its_inputs(dtype, in_part
                 module.to(other)
     assert around[1].weight.dtype == torch.float32 and torch.equal(frozen(x), expected)
     assert in_parts or frozen.dtype == dtype
+
+
+def test_a_frozen_model_has_no_state_and_is_not_frozen_again():
+    x = torch.randn(X)
+    frozen = fused_resnet.freeze(networks.small(), x)
+    assert not frozen.state_dict() and not list(frozen.parameters())
+    for model in (frozen, nn.Sequential(frozen).eval()):
+        with pytest.raises(ValueError, match="frozen already. Freeze what it was made from"):
+            fused_resnet.freeze(model, x)

@@ -13,7 +13,15 @@ import fused_resnet
 from fused_resnet import models
 from fused_resnet.kernels import compiled
 from tests.support import networks
-from tests.support.plans import X, convolutions, equal_outputs, full, needs_onednn
+from tests.support.plans import (
+    Traced,
+    X,
+    convolutions,
+    equal_outputs,
+    frozen_equals,
+    full,
+    needs_onednn,
+)
 
 
 def test_outputs_are_fresh_and_inputs_are_not_written():
@@ -360,3 +368,155 @@ def test_random_programs(program, seed):
 @given(programs, st.integers(0, 99))
 def test_many_random_programs(program, seed):
     frozen_program_is_right(program, seed)
+
+
+@pytest.mark.parametrize("kind", ("hook", "forward"))
+def test_what_a_pool_with_a_hook_or_its_own_forward_returns_is_not_overwritten(kind):
+    kept = []
+    model, x = Traced(lambda m, x: torch.relu(m.conv(m.conv(x)) + m.pool(x))).eval(), torch.rand(2, 4, 6, 7)
+    if kind == "hook":
+        model.pool.register_forward_hook(lambda module, args, out: kept.append(out))
+    else:
+        model.pool.forward = lambda value: kept.append(F.max_pool2d(value, 3, 1, 1)) or kept[-1]
+    frozen = fused_resnet.freeze(model, x)
+    kept.clear()
+    frozen(x)
+    assert torch.equal(kept[0], F.max_pool2d(x, 3, 1, 1))
+
+
+def written_through_flatten(m, x):
+    a = m.conv(x)
+    a.flatten(1).mul_(0.5)
+    return a
+
+
+def written_through_contiguous(m, x):
+    a = m.conv(x)
+    a.contiguous().mul_(2)
+    return a
+
+
+def reshaped_and_then_written(m, x):
+    a = m.conv(x)
+    r = a.reshape(2, -1)
+    a.mul_(2)
+    return r * 1
+
+
+def read_by_strides(m, x):
+    return m.conv(x).as_strided((2, 3), (4, 1))
+
+
+@pytest.mark.parametrize(
+    "function", (written_through_flatten, written_through_contiguous, reshaped_and_then_written, read_by_strides)
+)
+def test_what_the_memory_layout_decides_is_refused(function):
+    with pytest.raises(ValueError, match="memory layout|strides"):
+        fused_resnet.freeze(Traced(function).eval(), torch.randn(2, 4, 6, 7))
+
+
+def written_by_an_operator(m, x):
+    a = m.pool(x)
+    b = m.conv(a)
+    torch.ops.aten.relu_.default(a)
+    return torch.relu(b + a)
+
+
+def written_by_index(m, x):
+    a = m.pool(x)
+    b = m.conv(a)
+    a.__setitem__((slice(None), 0), 0.0)
+    return torch.relu(b + a) + m.conv(a)
+
+
+@pytest.mark.parametrize("function", (written_by_an_operator, written_by_index))
+def test_every_kind_of_write_is_seen(function):
+    frozen_equals(Traced(function), torch.randn(2, 4, 6, 7))
+
+
+def augments_its_input(m, x):
+    x += 1
+    return m.conv(x) + x
+
+
+def writes_a_part_of_a_tuple(m, x):
+    parts = x.chunk(2, 1) + (x,)
+    parts[2].add_(1)
+    return m.conv(x) + x
+
+
+def writes_a_part_of_two_tuples(m, x):
+    parts = torch.chunk(x, 2, 1) + x.unbind()
+    (parts * 2)[1].add_(1)
+    return m.conv(x) + x
+
+
+@pytest.mark.parametrize(
+    "function",
+    (
+        lambda m, x: m.conv(torch.relu_(x)) + x,
+        lambda m, x: m.conv(m.relu(x)) + x,
+        lambda m, x: m.conv(m.relu(x.view(x.shape))) + x,
+        augments_its_input,
+        writes_a_part_of_a_tuple,
+        writes_a_part_of_two_tuples,
+    ),
+    ids=("relu_", "ReLU(inplace=True)", "through a view", "+=", "in a tuple", "in two tuples"),
+)
+def test_the_input_is_not_written(function):
+    model = Traced(function, relu=nn.ReLU(inplace=True)).eval()
+    x = torch.randn(2, 4, 6, 7).contiguous(memory_format=torch.channels_last)
+    before, frozen = x.clone(), fused_resnet.freeze(model, x)
+    assert torch.equal(x, before)
+    expected = networks.in_fp64(model, before)
+    equal_outputs(frozen(x), expected)
+    assert torch.equal(x, before)
+    with torch.no_grad():
+        model(x)
+    assert not torch.equal(x, before)  # which the plain model does
+
+
+def test_a_returned_buffer_is_a_copy():
+    model, x = Traced(lambda m, x: (m.conv(x), m.scale, x)), torch.randn(2, 4, 6, 7)
+    model.register_buffer("scale", torch.ones(3))
+    frozen = fused_resnet.freeze(model.eval(), x)
+    frozen(x)[1].zero_(), frozen(x)[2].zero_()
+    assert torch.equal(frozen(x)[1], torch.ones(3)) and x.abs().sum() > 0
+
+
+class Scaled(nn.Module):
+    """A convolution, times what `factor` makes of x."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor, self.conv = factor, nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.conv(x) * self.factor(x)
+
+
+def sums_up(x):
+    total = torch.zeros(1)
+    total += x.mean()
+    return total
+
+
+def fills_in(x):
+    scale = torch.ones(4, 1, 1)
+    scale[1] = x.mean()
+    return scale
+
+
+def written_between(x):
+    scale = torch.ones(4, 1, 1)
+    once = x * scale
+    scale.add_(1)
+    return once + x * scale
+
+
+@pytest.mark.parametrize("factor", (sums_up, fills_in, written_between))
+def test_tensors_that_the_forward_makes_are_new_in_each_call(factor):
+    model, x = Scaled(factor).eval(), torch.randn(2, 4, 5, 5)
+    frozen = fused_resnet.freeze(model, x)
+    for image in (x, -x, x):
+        equal_outputs(frozen(image), networks.in_fp64(model, image))

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_resnet
-from tests.support import networks
-from tests.support.plans import equal_outputs, frozen_equals
+from tests.support.plans import frozen_equals
+from tests.support.units import unit
 
 COUNT, KEPT = 0, []
 
@@ -407,28 +407,17 @@ def test_random_numbers_like_a_tensor_are_drawn_in_each_call():
     assert not torch.equal(frozen(x), frozen(x))
 
 
-def sums_up(m, x):
-    total = torch.zeros(1)
-    total += x.mean()
-    return total
+def test_freezing_leaves_the_model_as_it_was():
+    def forward(self, x):
+        self.kept = self.stem(x)
+        self.taps.append(self.kept)
+        self.writer.calls += 1
+        self.bn2.num_batches_tracked.add_(1)
+        return self.kept
 
-
-def fills_in(m, x):
-    scale = torch.ones(4, 1, 1)
-    scale[1] = x.mean()
-    return scale
-
-
-def written_between(m, x):
-    scale = torch.ones(4, 1, 1)
-    once = x * scale
-    scale.add_(1)
-    return once + x * scale
-
-
-@pytest.mark.parametrize("write", (sums_up, fills_in, written_between))
-def test_tensors_that_the_forward_makes_are_new_in_each_call(write):
-    model, x = Keeps(write).eval(), torch.randn(2, 4, 5, 5)
-    frozen = fused_resnet.freeze(model, x)
-    for image in (x, -x, x):
-        equal_outputs(frozen(image), networks.in_fp64(model, image))
+    module = unit(forward)
+    before = [dict(child.__dict__) for child in module.modules()]
+    with pytest.raises(RuntimeError, match="freeze: the forward writes its attribute taps"):
+        fused_resnet.freeze(module, torch.randn(1, 6, 4, 4))
+    assert [dict(child.__dict__) for child in module.modules()] == before
+    assert module.taps == ["a"] and module.bn2.num_batches_tracked == 0
