@@ -19,6 +19,7 @@ from fused_resnet.freezing.parts import freeze_parts
 from fused_resnet.freezing.plan import Plan, plainly
 from fused_resnet.freezing.trace import trace
 from fused_resnet.freezing.warm import warmed
+from fused_resnet.machine.locks import new_lock
 from fused_resnet.nn.scripting import NotScriptable
 from fused_resnet.operators.problem import dtype_name
 
@@ -68,7 +69,8 @@ class Frozen(NotScriptable, nn.Module):
 class FrozenModel(Frozen):
     """What `freeze` returns. Callable like the model; `unfreeze()` gives the model back."""
 
-    _lock: threading.Lock
+    _lock: threading.Lock  # for a moment, while `_plans` is read or changed
+    _making: threading.Lock  # while a plan is made
     _plans: collections.OrderedDict[tuple, Plan]
 
     def __init__(
@@ -130,26 +132,37 @@ class FrozenModel(Frozen):
             raise RuntimeError("a frozen model has no gradients: use fused_resnet.fuse, or call it under no_grad.")
 
     def _plan_for(self, x: Tensor) -> "Plan":
-        key = tuple(x.shape)
-        with self._lock:
-            plan = self._plans.get(key)
+        """Calls of shapes that have a plan do not wait for one that is being made."""
+        plan = self._known_plan(x)
+        if plan is not None:
+            return plan
+        with self._making:
+            plan = self._known_plan(x)  # another thread may have made it meanwhile
             if plan is None:
                 with plainly(self.device):
                     made = make_plan(self._traced, x.detach(), self._conversion, self.backend)
-                    plan = self._plans[key] = warmed(made, x.detach())
-                if len(self._plans) > MAX_PLANS:
-                    self._plans.popitem(last=False)
-            self._plans.move_to_end(key)
-            return plan
+                    plan = warmed(made, x.detach())
+                with self._lock:
+                    self._plans[tuple(x.shape)] = plan
+                    if len(self._plans) > MAX_PLANS:
+                        self._plans.popitem(last=False)
+        return plan
+
+    def _known_plan(self, x: Tensor) -> Optional[Plan]:
+        key = tuple(x.shape)
+        with self._lock:
+            if key in self._plans:
+                self._plans.move_to_end(key)
+            return self._plans.get(key)
 
     def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
         return {(self.device, self.input_dtype)}
 
     def _reset_plans(self) -> None:
-        self.__dict__.update(_lock=threading.Lock(), _plans=collections.OrderedDict())
+        self.__dict__.update(_lock=new_lock(), _making=new_lock(), _plans=collections.OrderedDict())
 
     def __getstate__(self) -> dict:
-        rebuilt = ("_lock", "_plans")  # packed weights and graphs are made again where they are needed
+        rebuilt = ("_lock", "_making", "_plans")  # packed weights and graphs are made again where they are needed
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict) -> None:

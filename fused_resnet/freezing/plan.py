@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 from collections.abc import Iterator
 from typing import Any, Callable, Optional
 
@@ -19,6 +18,7 @@ from fused_resnet.freezing.dtypes import Conversion
 from fused_resnet.freezing.modules import LOWERED
 from fused_resnet.graphs.nodes import module_of
 from fused_resnet.machine.cuda_graphs import capturing
+from fused_resnet.machine.locks import new_lock
 
 
 class Plan:
@@ -70,7 +70,7 @@ class GraphedPlan(Plan):
 
     def __init__(self, plan: Plan, example: Tensor) -> None:
         super().__init__(plan.module, plan.conversion)
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         # a normal tensor can be written in and out of inference mode
         with capturing(), torch.inference_mode(False), torch.no_grad(), torch.cuda.device(example.device):
             self._finished = torch.cuda.Event()

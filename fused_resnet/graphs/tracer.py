@@ -15,12 +15,13 @@ from typing import Any, Callable
 
 from torch import Tensor, fx, nn
 
+from fused_resnet.machine.locks import new_rlock
 from fused_resnet.nn.norms import is_norm
 
 AUGMENTED = {f"i{name}" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
 
 # torch.fx patches nn.Module while it traces: one trace at a time, or the patches of two are undone in the wrong order.
-TRACING = threading.RLock()
+TRACING = new_rlock()
 
 
 class Proxy(fx.Proxy):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import threading
 from collections.abc import Iterator
 from typing import Any, Callable
 
 import torch
 
-_CAPTURING = threading.Lock()
+from fused_resnet.machine.locks import new_lock
+
+_CAPTURING = new_lock()
 
 
 @contextlib.contextmanager

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
+
+from fused_resnet.machine.locks import new_lock
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MOST = 2**31 - 2**20  # mallopt takes an int
-_lock = threading.Lock()
+_lock = new_lock()
 _kept = {"largest": 32 * 2**20, "peak": 64 * 2**20}  # glibc's own upper limits
 
 

@@ -1,12 +1,18 @@
 """freeze: a plan for each shape, printed, replayed, and dropped when there are too many."""
 
+import os
+import subprocess
+import sys
 import threading
 
+import pytest
 import torch
 
 import fused_resnet
+from fused_resnet.freezing import frozen as frozen_module
 from tests.support import networks
 from tests.support.plans import X, as_good_as_plain, convolutions
+from tests.support.scripts import ROOT
 
 
 def test_unseen_shapes_get_their_own_plan():
@@ -64,3 +70,82 @@ def test_threads():
     for thread in threads:
         thread.join()
     assert not wrong and set(frozen._plans) == {tuple(x.shape) for x in inputs}
+
+
+def slow_make_plan(monkeypatch):
+    """(an event that is set when a plan is being made, one that lets it go on, the shapes made)."""
+    make_plan, started, go_on, shapes = frozen_module.make_plan, threading.Event(), threading.Event(), []
+
+    def slow(traced, x, *options):
+        shapes.append(tuple(x.shape))
+        started.set()
+        assert go_on.wait(60)
+        return make_plan(traced, x, *options)
+
+    monkeypatch.setattr(frozen_module, "make_plan", slow)
+    return started, go_on, shapes
+
+
+def test_calls_that_have_a_plan_do_not_wait_for_one_that_is_made(monkeypatch):
+    known, new = torch.randn(1, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    frozen = fused_resnet.freeze(networks.small(), known)
+    started, go_on, shapes = slow_make_plan(monkeypatch)
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(frozen(new))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert started.wait(60)
+    served = threading.Thread(target=lambda: frozen(known), daemon=True)
+    served.start()
+    served.join(60)
+    assert not served.is_alive() and not answers and len(frozen.plans()) == 1
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert shapes == [(2, 3, 8, 8)] and torch.equal(*answers)  # the second thread took the first one's plan
+
+
+def test_what_fails_while_a_plan_is_made_keeps_no_lock():
+    frozen = fused_resnet.freeze(networks.small(), torch.randn(1, 3, 8, 8))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cannot take an input of shape"):
+            frozen(torch.randn(1, 4, 8, 8))
+    assert frozen(torch.randn(3, 3, 8, 8)).shape == (3, 10)
+
+
+FORKED_WHILE_PLANNING = """
+import os, sys, threading, torch
+import fused_resnet
+from fused_resnet.freezing import frozen as frozen_module
+from fused_resnet.graphs.tracer import TRACING
+from fused_resnet.machine import malloc
+
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+frozen = fused_resnet.freeze(model, torch.randn(1, 3, 8, 8))
+make_plan, started = frozen_module.make_plan, threading.Event()
+
+def never(*arguments):
+    with TRACING, malloc._lock, frozen._lock:
+        started.set()
+        threading.Event().wait()
+
+frozen_module.make_plan = never
+threading.Thread(target=frozen, args=(torch.randn(2, 3, 8, 8),), daemon=True).start()
+started.wait()
+child = os.fork()
+if child == 0:
+    frozen_module.make_plan = make_plan
+    with torch.no_grad():
+        same = torch.allclose(frozen(x := torch.randn(3, 3, 8, 8)), model(x), atol=1e-5)
+    os._exit(0 if same and fused_resnet.freeze(model, x) is not None else 1)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_fork_while_another_thread_makes_a_plan():
+    """In the child that thread is gone, and so must be its locks."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED_WHILE_PLANNING], timeout=240, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0
