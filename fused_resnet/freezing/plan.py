@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any, Callable, Optional
 
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet.freezing.dtypes import Conversion
 from fused_resnet.freezing.modules import LOWERED
-from fused_resnet.graphs.nodes import module_of
+from fused_resnet.graphs.nodes import function_of, module_of
 from fused_resnet.machine.cuda_graphs import capturing
 from fused_resnet.machine.locks import new_lock
 
@@ -29,6 +30,7 @@ class Plan:
     def __init__(self, module: fx.GraphModule, conversion: Optional[Conversion]) -> None:
         self.module, self.conversion = module, conversion
         self._run = _bound(module)
+        module.graph.owning_module = None  # a circle, in which a dropped plan would wait for the garbage collector
 
     def taken(self, x: Tensor) -> Tensor:
         """x as the graph takes it."""
@@ -60,7 +62,7 @@ def _bound(module: fx.GraphModule) -> Callable[[Tensor], Any]:
         frozen = module_of(node, modules)
         if isinstance(frozen, LOWERED):
             node.op, node.target = "call_function", frozen.bound()
-    return fx.GraphModule(module, graph).forward
+    return functools.partial(function_of(graph), module)
 
 
 class GraphedPlan(Plan):

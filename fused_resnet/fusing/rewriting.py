@@ -25,7 +25,7 @@ from fused_resnet.fusing.reads import CONTAINERS, Reads
 from fused_resnet.fusing.watch import CannotRewrite
 from fused_resnet.graphs.matching import Match, activation_of, matches, norm_operands, unfolded_norms
 from fused_resnet.graphs.memory import writes_in_place
-from fused_resnet.graphs.nodes import module_of, skip_identities
+from fused_resnet.graphs.nodes import function_of, module_of, skip_identities
 from fused_resnet.nn import conv_bn_act
 from fused_resnet.nn.fused import Fused, plain_class_of
 from fused_resnet.nn.norms import Norm
@@ -102,7 +102,7 @@ def _program_of(module: nn.Module, training: bool) -> Program:
     for match in found:
         _replace(graph, match, modules)
     originals = _forwards(plain_class_of(module))
-    return Program(_compiled(graph), convs, originals, reads, tuple(skipped), has_norm, left)
+    return Program(function_of(graph), convs, originals, reads, tuple(skipped), has_norm, left)
 
 
 def _forwards(cls: type) -> tuple:
@@ -146,11 +146,3 @@ def _sum_of(match: Match, modules: dict[str, nn.Module]) -> str:
     if match.add is None or not writes_in_place(match.add, modules):
         return "out + residual"
     return "residual += out" if match.add.args[0] is match.residual else "out += residual"
-
-
-def _compiled(graph: fx.Graph) -> Callable[..., Any]:
-    """The graph as a function (module, x)."""
-    code = graph.python_code("self")
-    names = dict(code.globals)
-    exec(compile(code.src, "<rewritten by fused_resnet>", "exec"), names)
-    return names["forward"]

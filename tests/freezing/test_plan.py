@@ -1,15 +1,18 @@
 """freeze: a plan for each shape, printed, replayed, and dropped when there are too many."""
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
 
 import fused_resnet
 from fused_resnet.freezing import frozen as frozen_module
+from fused_resnet.freezing.modules import FrozenConv
 from tests.support import networks
 from tests.support.plans import X, as_good_as_plain, convolutions
 from tests.support.scripts import ROOT
@@ -32,6 +35,24 @@ def test_the_least_recently_used_plan_goes(monkeypatch):
     for batch in (2, 3, 1, 4):  # 1 is used again before the fourth comes
         frozen(torch.randn(batch, 3, 8, 8))
     assert [shape[0] for shape in frozen._plans] == [3, 1, 4]
+
+
+def test_a_dropped_plan_frees_its_weights_at_once(monkeypatch):
+    """Without the garbage collector, which comes seldom: the packed weights of each shape are as large as the model."""
+    monkeypatch.setattr("fused_resnet.freezing.frozen.MAX_PLANS", 2)
+    frozen = fused_resnet.freeze(networks.small(), torch.randn(1, 3, 8, 8))
+    seen = []
+    gc.collect()
+    gc.disable()
+    try:
+        for batch in range(2, 7):
+            x = torch.randn(batch, 3, 8, 8)
+            frozen(x)
+            seen += map(weakref.ref, convolutions(frozen, x))
+        alive = {reference() for reference in seen} - {None}
+    finally:
+        gc.enable()
+    assert alive == {conv for plan in frozen.plans() for conv in plan.modules() if isinstance(conv, FrozenConv)}
 
 
 def test_first_seen_in_inference_mode():
