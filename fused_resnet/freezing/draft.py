@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from fused_resnet.backends import Selection
 from fused_resnet.freezing.dtypes import Conversion
 from fused_resnet.freezing.layouts import Placed
+from fused_resnet.freezing.modules import PackedWeights
 from fused_resnet.graphs.nodes import add_child, module_of
 from fused_resnet.operators.problem import ConvProblem
 
@@ -35,7 +36,7 @@ class Draft(NamedTuple):
     module: the graph, whose nodes know their shapes and dtypes. modules: those that its nodes may call, by name.
     convs: the nodes that are lowered convolutions, each called with x and perhaps a residual. Passes decide by
     replacing what is kept there. backend: "auto", or the one that every convolution must use. device: where the plan
-    will run. conversion: of the caller's dtypes, if there is one.
+    will run. conversion: of the caller's dtypes, if there is one. packed: the weights that the model's plans share.
     """
 
     module: fx.GraphModule
@@ -44,6 +45,7 @@ class Draft(NamedTuple):
     backend: str
     device: torch.device
     conversion: Optional[Conversion]
+    packed: PackedWeights
 
     @property
     def graph(self) -> fx.Graph:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from fused_resnet.freezing.copies import copy_of, copy_tensors, copy_with_parameters
 from fused_resnet.freezing.dtypes import conversion, is_floating, main_dtype
 from fused_resnet.freezing.make import make_plan
+from fused_resnet.freezing.modules import PackedWeights
 from fused_resnet.freezing.parts import freeze_parts
 from fused_resnet.freezing.plan import Plan, plainly
 from fused_resnet.freezing.trace import trace
@@ -72,6 +73,7 @@ class FrozenModel(Frozen):
     _lock: threading.Lock  # for a moment, while `_plans` is read or changed
     _making: threading.Lock  # while a plan is made
     _plans: collections.OrderedDict[tuple, Plan]
+    _packed: PackedWeights
 
     def __init__(
         self,
@@ -140,7 +142,7 @@ class FrozenModel(Frozen):
             plan = self._known_plan(x)  # another thread may have made it meanwhile
             if plan is None:
                 with plainly(self.device):
-                    made = make_plan(self._traced, x.detach(), self._conversion, self.backend)
+                    made = make_plan(self._traced, x.detach(), self._conversion, self.backend, self._packed)
                     plan = warmed(made, x.detach())
                 with self._lock:
                     self._plans[tuple(x.shape)] = plan
@@ -159,10 +161,16 @@ class FrozenModel(Frozen):
         return {(self.device, self.input_dtype)}
 
     def _reset_plans(self) -> None:
-        self.__dict__.update(_lock=new_lock(), _making=new_lock(), _plans=collections.OrderedDict())
+        self.__dict__.update(_lock=new_lock(), _making=new_lock())
+        self.__dict__.update(_plans=collections.OrderedDict(), _packed=PackedWeights())
 
     def __getstate__(self) -> dict:
-        rebuilt = ("_lock", "_making", "_plans")  # packed weights and graphs are made again where they are needed
+        rebuilt = (
+            "_lock",
+            "_making",
+            "_plans",
+            "_packed",
+        )  # weights and graphs are packed and made where they are needed
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict) -> None:

@@ -82,6 +82,7 @@ def make_convolutions(draft: Draft) -> None:
     """The modules of the lowered convolutions: from here on nothing is decided about them."""
     for node in list(draft.convs):
         frozen = FrozenConv(*draft.convs.pop(node))  # so that a weight goes once it is packed
+        frozen.weight = draft.packed.shared(node.name, frozen.backend.name, frozen.weight)
         node.op, node.target = "call_module", draft.add(node.name, frozen)
 
 
@@ -98,6 +99,7 @@ def pack_linears(draft: Draft) -> None:
             continue
         if _keeps_dtype(node) and backends.onednn_missing(facts.dtype) is None:
             packed = FrozenLinear(linear, facts.dtype, facts.shape[0])
+            packed.weight = draft.packed.shared(node.name, "linear", packed.weight)
             node.target = draft.add(f"packed_{node.name}", packed)
 
 

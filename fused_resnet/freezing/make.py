@@ -24,6 +24,7 @@ from fused_resnet.freezing.lowering import (
     replace_max_pools,
     widen_what_is_wrong,
 )
+from fused_resnet.freezing.modules import PackedWeights
 from fused_resnet.freezing.placing import mark_sums_in_place, place_in_row_space, reselect_stranded
 from fused_resnet.freezing.plan import Plan, plainly
 from fused_resnet.freezing.trace import trace
@@ -46,9 +47,11 @@ PASSES: tuple[Callable[[Draft], None], ...] = (
 )
 
 
-def make_plan(traced: fx.GraphModule, x: Tensor, conversion: Optional[Conversion], backend: str) -> Plan:
-    """The plan for inputs like x: as the model computes, or with its dtypes converted."""
-    draft = _draft_of(traced, x, conversion, backend, x.device)
+def make_plan(
+    traced: fx.GraphModule, x: Tensor, conversion: Optional[Conversion], backend: str, packed: PackedWeights
+) -> Plan:
+    """The plan for inputs like x: as the model computes, or with its dtypes converted. packed: of its other plans."""
+    draft = _draft_of(traced, x, conversion, backend, x.device)._replace(packed=packed)
     for run in PASSES:
         run(draft)
     draft.module.delete_all_unused_submodules()
@@ -74,4 +77,4 @@ def _draft_of(
     traced: fx.GraphModule, x: Tensor, conversion: Optional[Conversion], backend: str, device: torch.device
 ) -> Draft:
     module = dtypes.propagated(traced, x, conversion)
-    return Draft(module, dict(module.named_modules()), {}, backend, device, conversion)
+    return Draft(module, dict(module.named_modules()), {}, backend, device, conversion, PackedWeights())

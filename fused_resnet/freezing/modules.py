@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any, Callable, Optional
 
 import torch
@@ -113,6 +114,28 @@ class WideConv(nn.Module):
         (dtype,) = {value.dtype for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.float, (args, kwargs))
         return self.run(*args, **kwargs).to(dtype)
+
+
+class PackedWeights:
+    """The packed weights of a model's plans, each once as long as a plan has it: most shapes pack a weight alike."""
+
+    def __init__(self) -> None:
+        self._weights: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDictionary()
+
+    def shared(self, name: str, backend: str, packed: Tensor) -> Tensor:
+        """What another plan has for the convolution or linear layer of this name, if that is the same; else `packed`.
+
+        oneDNN's packed weights are opaque, and equal where their layouts are.
+        """
+        if packed.is_mkldnn:
+            layout: Any = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy())
+        else:
+            layout = packed.dtype, packed.shape, packed.stride()
+        known = self._weights.get((name, backend, layout))
+        if known is not None and (known.is_mkldnn or torch.equal(known, packed)):
+            return known
+        self._weights[name, backend, layout] = packed
+        return packed
 
 
 LOWERED = (FrozenConv, FrozenLinear, FrozenMaxPool)

@@ -12,9 +12,9 @@ import torch
 
 import fused_resnet
 from fused_resnet.freezing import frozen as frozen_module
-from fused_resnet.freezing.modules import FrozenConv
+from fused_resnet.freezing.modules import FrozenConv, PackedWeights
 from tests.support import networks
-from tests.support.plans import X, as_good_as_plain, convolutions
+from tests.support.plans import X, as_good_as_plain, convolutions, needs_onednn
 from tests.support.scripts import ROOT
 
 
@@ -53,6 +53,47 @@ def test_a_dropped_plan_frees_its_weights_at_once(monkeypatch):
     finally:
         gc.enable()
     assert alive == {conv for plan in frozen.plans() for conv in plan.modules() if isinstance(conv, FrozenConv)}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_plans_share_the_weights_that_they_pack_alike(dtype):
+    model, first = networks.small().to(dtype), torch.randn(1, 3, 16, 16, dtype=dtype)
+    frozen, other = fused_resnet.freeze(model, first), fused_resnet.freeze(model, first)
+    weights = {}
+    for batch in (1, 2, 3, 8):
+        x = torch.randn(batch, 3, 16, 16, dtype=dtype)
+        as_good_as_plain(frozen, model, x)
+        for name, conv in frozen.plan(x).named_modules():
+            if isinstance(conv, FrozenConv):
+                weights.setdefault((name, conv.backend.name), set()).add(id(conv.weight))
+    assert len(weights) >= len(convolutions(frozen, first)) and all(len(same) == 1 for same in weights.values())
+    mine, theirs = convolutions(frozen, first), convolutions(other, first)
+    assert not {id(conv.weight) for conv in mine} & {id(conv.weight) for conv in theirs}
+
+
+def test_only_the_same_weight_is_shared():
+    packed, weight = PackedWeights(), torch.randn(4, 4)
+    assert packed.shared("conv", "eager", weight) is weight
+    assert packed.shared("conv", "eager", weight.clone()) is weight
+    others = (
+        ("other", "eager", weight.clone()), ("conv", "triton", weight.clone()),
+        ("conv", "eager", weight.t().contiguous().t()), ("conv", "eager", weight + 1),
+    )  # fmt: skip
+    for name, backend, other in others:
+        assert packed.shared(name, backend, other) is other
+
+
+@needs_onednn
+def test_onednns_weights_are_shared_where_their_layouts_are():
+    def pack(taps, size):
+        weight, window = torch.ones(64, 64, taps, taps), ((taps // 2,) * 2, (1, 1), (1, 1), 1)
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, *window, size)
+
+    packed, weight = PackedWeights(), pack(3, (1, 64, 9, 9))
+    assert packed.shared("conv", "onednn", weight) is weight
+    assert packed.shared("conv", "onednn", pack(3, (1, 64, 9, 9))) is weight
+    other = pack(1, (1, 64, 9, 9))
+    assert packed.shared("conv", "onednn", other) is other
 
 
 def test_first_seen_in_inference_mode():

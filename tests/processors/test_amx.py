@@ -166,8 +166,8 @@ _ROOMS = [
     *(f"tests/interop/test_{name}.py" for name in "compile copies export training".split()),
     *("tests/backends/test_winograd.py", "tests/backends/test_grouped.py", "tests/operators/test_functional.py"),
 ]
-# AVX-512's instructions for fp16 are not emulated
-_NO_FP16 = "not fp16 and not float16 and not half and not mixed_dtypes"
+# AVX-512's instructions for fp16 are not emulated, and forks are of a process that emulates nothing
+_EMULATED = "not fp16 and not float16 and not half and not mixed_dtypes and not fork"
 
 
 @needs_emulation
@@ -175,7 +175,7 @@ _NO_FP16 = "not fp16 and not float16 and not half and not mixed_dtypes"
     "arguments",
     [
         ["tests/operators/test_detours.py"],
-        pytest.param([*_ROOMS, "-m", "not full", "-k", _NO_FP16], marks=pytest.mark.full),
+        pytest.param([*_ROOMS, "-m", "not full", "-k", _EMULATED], marks=pytest.mark.full),
     ],
     ids=["faults", "all that computes"],
 )
