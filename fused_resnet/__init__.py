@@ -6,6 +6,7 @@ explain(model, example_input) says who computes what, and why.
 
 # under their own name: what docs/api.md has for those who extend it
 from fused_resnet import backends as backends
+from fused_resnet import choosing as choosing
 from fused_resnet import functional, models, nn
 from fused_resnet import measuring as timing  # noqa: F401
 from fused_resnet import testing as testing

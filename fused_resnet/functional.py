@@ -8,8 +8,8 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from fused_resnet import backends
-from fused_resnet.backends import dispatch
+from fused_resnet import choosing
+from fused_resnet.choosing import dispatch
 from fused_resnet.operators import composites, library
 from fused_resnet.operators.composites import activate
 from fused_resnet.operators.describe import add_relu_problem, conv_problem, pair
@@ -139,7 +139,7 @@ def _composite_conv_bn_act(o: ConvOperands, window: tuple, backend: str) -> Tens
     device = o.x.device.type
     if device in library.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         o = library.cast_operands(o, device)
-    backends.select(conv_problem(o, *window), backend)
+    choosing.select(conv_problem(o, *window), backend)
     return composites.conv_bn_act(*o, *window, backend)
 
 
@@ -147,5 +147,5 @@ def _composite_add_relu(a: Tensor, b: Tensor, backend: str) -> Tensor:
     device = a.device.type
     if device in library.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         a, b = library.cast(a, device), library.cast(b, device)
-    backends.select(add_relu_problem(a, b), backend)
+    choosing.select(add_relu_problem(a, b), backend)
     return composites.add_relu(a, b, backend)

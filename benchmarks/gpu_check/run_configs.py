@@ -16,8 +16,8 @@ from typing import Any, Iterator, Sequence
 
 import torch
 
-from fused_resnet import backends, measuring
-from fused_resnet.backends import winners_file
+from fused_resnet import backends, choosing, measuring
+from fused_resnet.choosing import winners_file
 from fused_resnet.freezing import modules
 from fused_resnet.machine.errors import why_missing
 from fused_resnet.operators.problem import ConvProblem, parsed_problem
@@ -69,7 +69,7 @@ def run(problem: ConvProblem, name: str, config: dict[str, Any], device: str) ->
         return "not run", reason or "there is no such config for two images"
     operands = measuring.folded_operands(measuring.random_operands(problem, device), has_bias=problem.has_bias)
     images, case = measuring.compared_case(problem, operands)
-    conv = modules.FrozenConv(problem, backends.Selection(backend, found), operands.weight, operands.bias)
+    conv = modules.FrozenConv(problem, choosing.Selection(backend, found), operands.weight, operands.bias)
 
     def call() -> torch.Tensor:
         return conv(operands.x, operands.residual)

@@ -15,7 +15,7 @@ from typing import NamedTuple, Optional, Sequence
 
 from benchmarks.gpu_check.budget import OURS, Step
 from benchmarks.gpu_check.isolated import FAILED, NOT_RUN, PASSED, Result, execute, executed
-from fused_resnet.backends import winners, winners_file
+from fused_resnet.choosing import winners, winners_file
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.tuning import tuner
 

@@ -1,13 +1,12 @@
 """The backends: each operator's implementations, one record per way to compute it.
 
 A convolution's backends have a file each, of which `BACKEND` is the record, and a line below. `add_relu` has all of its
-own. `choice` chooses among them.
+own.
 """
 
 import importlib
 
 from fused_resnet.backends.add_relu import ADD_RELU
-from fused_resnet.backends.choice import Selection, fixed_order, select
 from fused_resnet.backends.eager import EagerConfig
 from fused_resnet.backends.onednn import onednn_missing
 from fused_resnet.backends.record import (
@@ -26,8 +25,8 @@ from fused_resnet.backends.record import (
 from fused_resnet.operators.layout import channels_last
 
 __all__ = [
-    "NEEDS_FOLDED_BN", "Auto", "Backend", "BackendError", "Configs", "EagerConfig", "InPlan", "Rounding", "Selection",
-    "channels_last", "check_name", "fixed_order", "known", "onednn_missing", "register", "select", "why_never_live",
+    "NEEDS_FOLDED_BN", "Auto", "Backend", "BackendError", "Configs", "EagerConfig", "InPlan", "Rounding",
+    "channels_last", "check_name", "known", "onednn_missing", "register", "why_never_live",
 ]  # fmt: skip
 
 # In the order in which auto tries them. On CUDA no kernel of ours is there yet: none has been verified on a GPU.

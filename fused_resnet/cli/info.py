@@ -14,7 +14,7 @@ import torch
 
 import fused_resnet
 from fused_resnet import backends
-from fused_resnet.backends import winners, winners_file
+from fused_resnet.choosing import winners, winners_file
 from fused_resnet.cli.console import as_json_option, new_table, print_json, stdout_console, why_no_cuda
 from fused_resnet.kernels import compiled
 from fused_resnet.machine import files

@@ -10,7 +10,7 @@ import click
 import torch
 
 from fused_resnet import models
-from fused_resnet.backends import winners
+from fused_resnet.choosing import winners
 from fused_resnet.cli.console import (
     Batches,
     Listed,

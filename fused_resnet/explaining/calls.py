@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_resnet import backends
+from fused_resnet import backends, choosing
 from fused_resnet.freezing.dtypes import without_torchs_log
 from fused_resnet.freezing.frozen import FrozenModel, FrozenParts
 from fused_resnet.freezing.modules import FrozenConv, WideConv
@@ -41,7 +41,7 @@ class Call(NamedTuple):
     backend: Optional[str]
     source: str = ""
     time_us: Optional[float] = None
-    selection: Optional[backends.Selection] = None
+    selection: Optional[choosing.Selection] = None
 
 
 class _Recorder(TorchDispatchMode):

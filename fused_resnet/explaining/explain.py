@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fused_resnet import backends
-from fused_resnet.backends import choice
+from fused_resnet import backends, choosing
+from fused_resnet.choosing import choice
 from fused_resnet.explaining import calls
 from fused_resnet.explaining.table import Explanation, Row
 from fused_resnet.freezing.copies import copy_with_parameters, unwrapped
@@ -73,7 +73,7 @@ def _judged(call: calls.Call, roofline: rooflines.Roofline) -> Row:
     problem, selection, source = call.problem, call.selection, call.source
     if selection is None and call.backend is not None:
         try:
-            selection = backends.select(problem, call.backend)
+            selection = choosing.select(problem, call.backend)
         except backends.BackendError:
             reason = backends.known(problem.op)[call.backend].why_not(problem)
             source = f"{call.backend} was asked for by name and cannot run this: {reason}"
@@ -91,7 +91,7 @@ def _judged(call: calls.Call, roofline: rooflines.Roofline) -> Row:
 
 
 def _why_not_chosen(
-    problem: ConvProblem, other: backends.Backend, selection: Optional[backends.Selection], asked: Optional[str]
+    problem: ConvProblem, other: backends.Backend, selection: Optional[choosing.Selection], asked: Optional[str]
 ) -> str:
     """Why a backend that could run this does not."""
     if selection is None:

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from fused_resnet import backends
+from fused_resnet import backends, choosing
 from fused_resnet.freezing.draft import Decision, Draft
 
 # In fp16 a sum with a larger one might overflow where the two sums that it replaces do not.
@@ -59,7 +59,7 @@ def _adds_apart(conv: Decision) -> bool:
 
 
 def _chosen_anew(draft: Draft, conv: Decision) -> Decision:
-    return conv._replace(selection=backends.select(conv.problem, draft.backend, in_plan=True))
+    return conv._replace(selection=choosing.select(conv.problem, draft.backend, in_plan=True))
 
 
 def _is_bound(conv: Decision) -> bool:

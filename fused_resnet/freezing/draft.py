@@ -7,7 +7,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor, fx, nn
 
-from fused_resnet.backends import Selection
+from fused_resnet.choosing import Selection
 from fused_resnet.freezing.dtypes import Conversion
 from fused_resnet.freezing.layouts import Placed
 from fused_resnet.freezing.modules import PackedWeights

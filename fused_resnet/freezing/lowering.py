@@ -8,7 +8,7 @@ from typing import Any, Optional, Union, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fused_resnet import backends
+from fused_resnet import backends, choosing
 from fused_resnet.freezing import dtypes
 from fused_resnet.freezing.draft import Decision, Draft, lowered
 from fused_resnet.freezing.dtypes import facts_of
@@ -65,7 +65,7 @@ def _lower(draft: Draft, match: Match) -> None:
     with draft.graph.inserting_before(tail):
         fused = draft.graph.create_node("call_function", lowered, inputs, name=f"fused_{match.conv.name}")
         fused.meta = dict(tail.meta)
-        selection = backends.select(problem, draft.backend, in_plan=True)
+        selection = choosing.select(problem, draft.backend, in_plan=True)
         draft.convs[fused] = Decision(problem, selection, weight, bias)
         for called in then:
             name = draft.add(f"{match.conv.name}_{type(called).__name__.lower()}", called)

@@ -11,7 +11,7 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor, fx, nn
 
-from fused_resnet.backends import winners
+from fused_resnet.choosing import winners
 from fused_resnet.freezing import dtypes
 from fused_resnet.freezing.biases import move_biases
 from fused_resnet.freezing.draft import Draft

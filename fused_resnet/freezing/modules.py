@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fused_resnet import backends
+from fused_resnet import backends, choosing
 from fused_resnet.freezing import layouts
 from fused_resnet.operators.describe import pair
 from fused_resnet.operators.operands import ConvOperands
@@ -23,7 +23,7 @@ class FrozenConv(nn.Module):
     def __init__(
         self,
         problem: ConvProblem,
-        selection: backends.Selection,
+        selection: choosing.Selection,
         weight: Tensor,
         bias: Optional[Tensor],
         in_place: bool = False,

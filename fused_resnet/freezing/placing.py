@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from fused_resnet import backends
+from fused_resnet import choosing
 from fused_resnet.freezing import layouts
 from fused_resnet.freezing.draft import Draft
 from fused_resnet.graphs.memory import POOL_FUNCTIONS, POOLS
@@ -40,7 +40,7 @@ def reselect_stranded(draft: Draft) -> None:
     while stranded := layouts.stranded(_as_selected(draft)):
         for node in stranded:
             problem = draft.convs[node].problem
-            draft.decide(node, selection=backends.select(problem, draft.backend, in_plan=True, in_nhwc=True))
+            draft.decide(node, selection=choosing.select(problem, draft.backend, in_plan=True, in_nhwc=True))
 
 
 def place_in_row_space(draft: Draft) -> None:

@@ -9,7 +9,7 @@ from typing import Callable, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from fused_resnet import backends, testing
+from fused_resnet import choosing, testing
 from fused_resnet.freezing import layouts, modules
 from fused_resnet.kernels.triton.conv import row_space
 from fused_resnet.operators import affine
@@ -43,7 +43,7 @@ def folded_operands(operands: ConvOperands, *, has_bias: bool = True) -> ConvOpe
     return ConvOperands(operands.x, weight, bias=shift if has_bias else None, residual=operands.residual)
 
 
-def planned_call(problem: ConvProblem, selection: backends.Selection, operands: ConvOperands) -> Callable[[], Tensor]:
+def planned_call(problem: ConvProblem, selection: choosing.Selection, operands: ConvOperands) -> Callable[[], Tensor]:
     """A convolution with folded BN as a frozen plan calls it: its weight packed, and x where the plan would have it.
 
     For a rows_tma config that is row space, and its time holds no conversion: a plan takes what was measured best

@@ -9,7 +9,7 @@ from typing import Any, Mapping, NamedTuple, Optional, Sequence
 import torch
 from torch import nn
 
-from fused_resnet import backends, testing
+from fused_resnet import backends, choosing, testing
 from fused_resnet.freezing.make import planned_problems
 from fused_resnet.machine.errors import why_missing
 from fused_resnet.measuring import rooflines, timing
@@ -96,7 +96,7 @@ def op_variants(problem: ConvProblem, live: ConvOperands) -> tuple[dict[str, Pre
     skipped = why_not_timed(problem)
     for name, backend in backends.known("conv_bn_act").items():
         if backend.origin != "torch" and name not in skipped:
-            call = planned_call(problem, backends.select(problem, name, in_plan=True), folded)
+            call = planned_call(problem, choosing.select(problem, name, in_plan=True), folded)
             found[name] = Prepared(call, images, folded_case, name)
     return found, skipped
 
@@ -170,7 +170,7 @@ class OperatorSubject(NamedTuple):
         roof = rooflines.roofline(self.device, problem.dtype)
         flops = problem.flops if isinstance(problem, ConvProblem) else 0
         least_us = roof.time_us(problem)
-        chosen = backends.select(problem, in_plan=True)
+        chosen = choosing.select(problem, in_plan=True)
         return {
             "op": problem.op,
             "device": problem.device,

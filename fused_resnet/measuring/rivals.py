@@ -11,7 +11,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor, nn
 
-from fused_resnet import backends
+from fused_resnet import backends, choosing
 from fused_resnet.freezing import modules
 from fused_resnet.freezing.frozen import FrozenModel
 from fused_resnet.machine.cuda_graphs import captured
@@ -61,7 +61,7 @@ def stitch(folded: torch.fx.GraphModule, backend: str) -> tuple[int, int]:
     convs = {name: module for name, module in folded.named_modules() if isinstance(module, modules.FrozenConv)}
     fitting = {name: conv for name, conv in convs.items() if why_not(conv.problem) is None}
     for name, conv in fitting.items():
-        chosen = backends.select(conv.problem, backend, in_plan=True)
+        chosen = choosing.select(conv.problem, backend, in_plan=True)
         folded.set_submodule(name, modules.FrozenConv(conv.problem, chosen, conv.weight, conv.bias))
     return len(fitting), len(convs) - len(fitting)
 

@@ -9,7 +9,7 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.backends import winners
+from fused_resnet.choosing import winners
 from fused_resnet.freezing.freeze import freeze
 from fused_resnet.freezing.frozen import FrozenModel
 from fused_resnet.fusing import convert

@@ -4,7 +4,7 @@
 agreed with the reference on that device. A kernel edited since no longer has the digest that was verified.
 
 This is for people, who read it in `fused-resnet info`. What may run, problem by problem, is decided by what was
-measured on the device at hand (`backends.winners`).
+measured on the device at hand (`choosing.winners`).
 """
 
 from __future__ import annotations

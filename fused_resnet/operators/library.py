@@ -1,6 +1,6 @@
 """The torch.library operators of namespace `fused_resnet`: schemas, shapes, gradients, transforms, autocast, flops.
 
-Kernels are registered elsewhere: the public operators by `backends.dispatch`, the C++ ones by the libraries of csrc/.
+Kernels are registered elsewhere: the public operators by `choosing.dispatch`, the C++ ones by the libraries of csrc/.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Iterable, NamedTuple, Optional, Sequence
 
 from fused_resnet import measuring
-from fused_resnet.backends import winners_file
+from fused_resnet.choosing import winners_file
 from fused_resnet.measuring import Record
 from fused_resnet.reporting import charts
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from fused_resnet import backends, measuring
-from fused_resnet.backends import Selection
+from fused_resnet import backends, choosing, measuring
+from fused_resnet.choosing import Selection
 from fused_resnet.operators.problem import ConvProblem
 
 
@@ -14,7 +14,7 @@ def candidates(problem: ConvProblem) -> tuple[list[Selection], dict[str, str]]:
 
     A config is None for a default that is the same inside plans and outside.
     """
-    first = backends.fixed_order(problem, in_plan=True).backend
+    first = choosing.fixed_order(problem, in_plan=True).backend
     found = {Selection(first, _default(problem, first)): None}
     skipped = measuring.why_not_timed(problem)
     for name, backend in backends.known(problem.op).items():

@@ -9,7 +9,7 @@ from typing import Any, Callable, Optional, Sequence
 import torch
 
 from fused_resnet import measuring
-from fused_resnet.backends import Selection, winners_file
+from fused_resnet.choosing import Selection, winners_file
 from fused_resnet.machine import cuda_graphs
 from fused_resnet.machine.errors import one_line
 from fused_resnet.measuring import Row, cases, environment, timing

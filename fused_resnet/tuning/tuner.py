@@ -25,7 +25,7 @@ from typing import Any, Optional, Sequence
 import torch
 
 from fused_resnet import backends, measuring
-from fused_resnet.backends import winners, winners_file
+from fused_resnet.choosing import winners, winners_file
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv import cost
 from fused_resnet.kernels.triton.precompile import Precompiler

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fused_resnet import backends
+from fused_resnet import backends, choosing
 from fused_resnet.backends import cuda
 from fused_resnet.kernels import compiled
 from fused_resnet.kernels.triton import runtime
@@ -88,8 +88,8 @@ def test_what_the_cuda_kernel_cannot_index(limits_of_csrc, monkeypatch, beyond, 
     monkeypatch.setattr(compiled, "load", lambda library: None)
     monkeypatch.setattr(devices, "least_capability", lambda: (9, 0))
     with pytest.raises(backends.BackendError, match=f"backend 'cuda' cannot run this: .*{re.escape(reason)}"):
-        backends.select(ONE_BY_ONE._replace(**beyond), "cuda")
-    assert backends.select(ONE_BY_ONE._replace(**within), "cuda").backend.name == "cuda"
+        choosing.select(ONE_BY_ONE._replace(**beyond), "cuda")
+    assert choosing.select(ONE_BY_ONE._replace(**within), "cuda").backend.name == "cuda"
 
 
 def test_the_cuda_kernel_s_limits_are_asked_past_tracers(limits_of_csrc):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import fused_resnet
-from fused_resnet import backends, models, testing
+from fused_resnet import backends, choosing, models, testing
 from fused_resnet.freezing.modules import FrozenConv
 from fused_resnet.kernels import compiled
 from fused_resnet.operators import reference
@@ -129,7 +129,7 @@ def test_what_it_cannot_run_it_says(change, sentence):
 
 
 def test_auto_takes_it_in_plans_where_it_pays():
-    chosen = lambda p, **where: backends.fixed_order(p, **where).backend.name  # noqa: E731
+    chosen = lambda p, **where: choosing.fixed_order(p, **where).backend.name  # noqa: E731
     assert chosen(problem_of(), in_plan=True) == "grouped"
     assert chosen(problem_of()) != "grouped"  # the weight would be packed at every call
     wide = problem_of(C=256, groups=16)

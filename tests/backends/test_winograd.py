@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_resnet
-from fused_resnet import backends, models
+from fused_resnet import backends, choosing, models
 from fused_resnet.freezing.modules import FrozenConv
 from fused_resnet.kernels import compiled
 from fused_resnet.machine import onednn
@@ -110,7 +110,7 @@ def test_what_it_cannot_run_it_says(change, sentence):
 
 def test_auto_takes_it_in_plans_where_it_pays(monkeypatch):
     monkeypatch.setattr(onednn, "has_amx", lambda: False)
-    chosen = lambda p, **where: backends.fixed_order(p, **where).backend.name  # noqa: E731
+    chosen = lambda p, **where: choosing.fixed_order(p, **where).backend.name  # noqa: E731
     assert chosen(problem_of(H=56, W=56), in_plan=True) == "winograd"
     assert chosen(problem_of(H=56, W=56)) != "winograd"  # the weight would be packed at every call
     assert chosen(problem_of(H=4, W=8), in_plan=True) != "winograd"  # two tiles

@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks.gpu_check import budget, isolated, run_configs, steps
 from fused_resnet import backends
-from fused_resnet.backends import winners, winners_file
 from fused_resnet.backends.record import REGISTRY
+from fused_resnet.choosing import winners, winners_file
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.measuring import verified
 from fused_resnet.tuning import tuner

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 import fused_resnet
 from fused_resnet import measuring, testing
-from fused_resnet.backends import winners, winners_file
+from fused_resnet.choosing import winners, winners_file
 from fused_resnet.cli import console, info, main
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.machine import onednn

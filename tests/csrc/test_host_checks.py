@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_resnet import backends
+from fused_resnet import backends, choosing
 from fused_resnet.backends import cuda
 from fused_resnet.machine import devices
 from fused_resnet.operators import reference
@@ -512,7 +512,7 @@ def test_every_config_of_the_backend_is_right(emulated_library, dtype):
         best = next(config for config in legal if config.tile == tile)
         assert {config for config in (default, *configs) if config.tile == tile} == {best, (tile, 1)}
     for config in (None, *configs):
-        selection = backends.Selection(CUDA, config)
+        selection = choosing.Selection(CUDA, config)
         Emulation(problem, operands, selection.run(problem, operands).double()).assert_close()
         assert emulated_library[-1] == (config or default)
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fused_resnet
-from fused_resnet import backends
-from fused_resnet.backends import choice
+from fused_resnet import backends, choosing
 from fused_resnet.backends.record import REGISTRY
+from fused_resnet.choosing import choice
 from fused_resnet.measuring import rooflines, timing
 from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.operators.problem import ConvProblem
@@ -153,8 +153,8 @@ def test_a_backend_asked_for_by_name():
 
 def test_a_measured_choice_shows_its_config_and_where_it_is_from(monkeypatch):
     eager, source = backends.known("conv_bn_act")["eager"], "configs/this_cpu.json, tuned for batch 2"
-    chosen = backends.Selection(eager, backends.EagerConfig("NCHW"), source)
-    monkeypatch.setattr(backends, "select", lambda problem, backend, **where: chosen)
+    chosen = choosing.Selection(eager, backends.EagerConfig("NCHW"), source)
+    monkeypatch.setattr(choosing, "select", lambda problem, backend, **where: chosen)
     found = explain(networks.single(), torch.randn(2, 16, 9, 9))
     assert {(row.backend, row.source, row.config["layout"]) for row in found.rows} == {("eager", source, "NCHW")}
     assert f"eager: 3 of 3: {source}" in str(found) and found.as_dict()["rows"][0]["config"] == {"layout": "NCHW"}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fused_resnet
-from fused_resnet import backends
+from fused_resnet import backends, choosing
 from fused_resnet.backends import record
 from fused_resnet.freezing import layouts
 from fused_resnet.freezing.modules import FrozenConv
@@ -33,14 +33,14 @@ def tma(problem: ConvProblem):
 @pytest.fixture
 def freeze(monkeypatch):
     """fused_resnet.freeze on Triton with a config of the test's choice for every convolution."""
-    select = backends.select
+    select = choosing.select
 
     def frozen(model, x, config=tma):
         def forced(problem, backend, **options):
             chosen = select(problem, backend, **options)
             return chosen if options.get("in_nhwc") else chosen._replace(config=config(problem))
 
-        monkeypatch.setattr(backends, "select", forced)
+        monkeypatch.setattr(choosing, "select", forced)
         return fused_resnet.freeze(model.to(DEVICE), x.to(DEVICE), backend="triton")
 
     return frozen
@@ -257,6 +257,6 @@ def test_what_was_measured_without_row_space_takes_over_where_x_cannot_lie_there
     model, x = _tune_3x3s(tuned_files, monkeypatch, in_nhwc)
     frozen = fused_resnet.freeze(model, x)
     convs = [m for m in frozen.plan(x).modules() if isinstance(m, FrozenConv)]
-    expected = expected or [(backends.fixed_order(c.problem, in_plan=True).backend.name, None) for c in convs]
+    expected = expected or [(choosing.fixed_order(c.problem, in_plan=True).backend.name, None) for c in convs]
     assert [(c.backend.name, c.selection.config and c.selection.config.form) for c in convs] == expected
     check(frozen, model, x)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_resnet import backends, functional, operators, testing
+from fused_resnet import backends, choosing, functional, operators, testing
 from fused_resnet.operators.describe import _describe_conv, _describe_sum, conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ACTIVATIONS
@@ -100,7 +100,7 @@ def test_forcing_a_backend_that_cannot_run_says_why(op):
     for name, backend in backends.known(op).items():
         reason = backend.why_not(case.problem)
         if reason is None:
-            assert backends.select(case.problem, name).backend is backend
+            assert choosing.select(case.problem, name).backend is backend
         else:
             with pytest.raises(backends.BackendError) as error:
                 case.run(name)

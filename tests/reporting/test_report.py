@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from fused_resnet import measuring
-from fused_resnet.backends import winners_file
+from fused_resnet.choosing import winners_file
 from fused_resnet.cli.main import cli
 from fused_resnet.measuring import Record
 from fused_resnet.reporting import charts, report

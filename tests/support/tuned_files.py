@@ -2,8 +2,8 @@
 
 import torch
 
-from fused_resnet.backends import winners, winners_file
-from fused_resnet.backends.winners_file import Entry, Measured
+from fused_resnet.choosing import winners, winners_file
+from fused_resnet.choosing.winners_file import Entry, Measured
 from fused_resnet.machine import files
 from fused_resnet.operators.problem import ConvProblem
 

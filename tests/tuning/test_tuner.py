@@ -9,9 +9,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fused_resnet import backends, measuring, models
-from fused_resnet.backends import winners, winners_file
+from fused_resnet import backends, choosing, measuring, models
 from fused_resnet.backends.record import REGISTRY
+from fused_resnet.choosing import winners, winners_file
 from fused_resnet.cli import main
 from fused_resnet.freezing import layouts
 from fused_resnet.kernels import sources
@@ -72,8 +72,8 @@ def names(rows):
 
 def test_candidates_start_with_the_fixed_order_and_say_why_others_are_none(tuned_files):
     found, skipped = candidates.candidates(problem())
-    assert found[0] == backends.Selection(backends.fixed_order(problem(), in_plan=True).backend)
-    assert {backends.Selection(EAGER), backends.Selection(EAGER, backends.EagerConfig("NCHW"))} <= set(found)
+    assert found[0] == choosing.Selection(choosing.fixed_order(problem(), in_plan=True).backend)
+    assert {choosing.Selection(EAGER), choosing.Selection(EAGER, backends.EagerConfig("NCHW"))} <= set(found)
     assert "NVIDIA" in skipped["cudnn"] and "NVIDIA" in skipped["cublaslt"] and "interpreter" in skipped["triton"]
     assert len(set(map(str, found))) == len(found)
     live = problem(has_bn=True, has_bias=False)
@@ -103,7 +103,7 @@ def test_the_fastest_right_candidate_is_what_auto_takes_from_then_on(tuned_files
     result = tune()
     for one, row in zip(PROBLEMS, result["rows"]):
         assert row["problem"] == str(one) and row["winner"] == {"backend": "quick", "config": {"layout": "y"}}
-        selection = backends.select(one._replace(N=17))
+        selection = choosing.select(one._replace(N=17))
         assert (selection.backend.name, selection.config) == ("quick", backends.EagerConfig("y"))
         assert selection.source == f"tuned here, {result['file']}, batch {one.N}"
     record = json.loads((winners.user_folder() / result["file"]).read_text())
@@ -115,25 +115,25 @@ def test_the_fastest_right_candidate_is_what_auto_takes_from_then_on(tuned_files
 
 @pytest.mark.parametrize("median, least, wins", ((96.0, 96.0, True), (98.0, 98.0, False), (90.0, 98.0, False)))
 def test_the_fixed_order_keeps_its_place_unless_it_is_clearly_beaten(median, least, wins):
-    own, other = (backends.Selection(EAGER._replace(name=name), None) for name in ("own", "other"))
+    own, other = (choosing.Selection(EAGER._replace(name=name), None) for name in ("own", "other"))
     stats = {own: timing.Stats(100.0, 100.0, 0, 0, 9), other: timing.Stats(median, least, 0, 0, 9)}
     assert convolution._winner(own, stats) is (other if wins else own)
 
 
 def test_without_the_fixed_order_the_fastest_wins():
-    other = backends.Selection(EAGER, None)
+    other = choosing.Selection(EAGER, None)
     assert (
-        convolution._winner(backends.Selection(EAGER._replace(name="own"), None), {other: timing.Stats(1, 1, 1, 1, 1)})
+        convolution._winner(choosing.Selection(EAGER._replace(name="own"), None), {other: timing.Stats(1, 1, 1, 1, 1)})
         is other
     )
 
 
 def test_screening_keeps_the_default_and_the_best_of_each_backend():
     fake = EAGER._replace(name="fake")
-    some = [backends.Selection(fake, backends.EagerConfig(str(n))) for n in range(9)]
+    some = [choosing.Selection(fake, backends.EagerConfig(str(n))) for n in range(9)]
     default, rest = (
-        backends.Selection(EAGER, None),
-        [backends.Selection(EAGER, backends.EagerConfig(str(n))) for n in range(6)],
+        choosing.Selection(EAGER, None),
+        [choosing.Selection(EAGER, backends.EagerConfig(str(n))) for n in range(6)],
     )
     calls = dict.fromkeys([*some, default, *rest])
     stats = {one: timing.Stats(0, float(n), 0, 0, 0) for n, one in enumerate([*some, *rest, default])}
@@ -166,8 +166,8 @@ def test_a_default_that_a_plan_would_replace_is_measured_by_its_name(monkeypatch
 
 def test_an_entry_keeps_a_second_winner_for_where_x_cannot_lie_in_row_space():
     reads = EAGER.configs._replace(reads_row_space=lambda config: config == backends.EagerConfig("rows"))
-    ours, default = EAGER._replace(name="ours", configs=reads), backends.Selection(EAGER._replace(name="cudnn"), None)
-    rows, other = (backends.Selection(ours, backends.EagerConfig(layout)) for layout in ("rows", "other"))
+    ours, default = EAGER._replace(name="ours", configs=reads), choosing.Selection(EAGER._replace(name="cudnn"), None)
+    rows, other = (choosing.Selection(ours, backends.EagerConfig(layout)) for layout in ("rows", "other"))
     for other_us, winner in ((8.0, "ours"), (9.9, "cudnn")):
         times = {default: 10.0, rows: 5.0, other: other_us}
         stats = {one: timing.Stats(us, us, us, us, 9) for one, us in times.items()}
@@ -182,9 +182,9 @@ def test_an_entry_keeps_a_second_winner_for_where_x_cannot_lie_in_row_space():
 def test_screening_keeps_the_best_without_row_space():
     reads = EAGER.configs._replace(reads_row_space=lambda config: config.layout != "other")
     ours = EAGER._replace(name="ours", configs=reads)
-    some = [backends.Selection(ours, backends.EagerConfig(layout)) for layout in (*"abcdef", "other")]
+    some = [choosing.Selection(ours, backends.EagerConfig(layout)) for layout in (*"abcdef", "other")]
     stats = {one: timing.Stats(0, float(n), 0, 0, 0) for n, one in enumerate(some)}
-    kept = convolution._fastest(dict.fromkeys(some), stats, backends.Selection(EAGER, None))
+    kept = convolution._fastest(dict.fromkeys(some), stats, choosing.Selection(EAGER, None))
     assert list(kept) == [*some[: convolution._FINALISTS], some[-1]]
 
 
@@ -205,7 +205,7 @@ needs_interpreter = pytest.mark.skipif(not runtime.INTERPRETED, reason="needs Tr
 def test_a_time_in_row_space_holds_no_conversion(packed, has_residual):
     """x lies there before the call, as a plan has it. The output is NHWC, and checked as any other."""
     subject = convolution._Subject(problem(2, has_residual=has_residual), "cpu")
-    candidate = backends.Selection(backends.known("conv_bn_act")["triton"], ROWS)
+    candidate = choosing.Selection(backends.known("conv_bn_act")["triton"], ROWS)
     call = subject.call(candidate)
     assert packed == [subject.operands.x.shape]
     assert 0 < subject.error_ratio(candidate, call) <= 1 and call().shape == subject.problem.output_shape
@@ -216,7 +216,7 @@ def test_a_time_in_row_space_holds_no_conversion(packed, has_residual):
 @pytest.mark.parametrize("form", (None, "pointer", "lines_tma"))
 def test_other_forms_are_timed_on_what_everybody_reads(packed, form):
     subject = convolution._Subject(problem(2), "cpu")
-    candidate = backends.Selection(backends.known("conv_bn_act")["triton"], form and ROWS._replace(form=form))
+    candidate = choosing.Selection(backends.known("conv_bn_act")["triton"], form and ROWS._replace(form=form))
     assert subject.error_ratio(candidate, subject.call(candidate)) <= 1 and not packed
 
 
@@ -279,8 +279,8 @@ def test_a_gpu_that_a_candidate_has_ruined_ends_the_process_and_not_the_measurem
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     with pytest.raises(convolution.DeviceFailed, match="eager on 2x16x8x8 .* give the same command once more to go on"):
-        convolution._check_device("cuda", PROBLEMS[0], backends.Selection(EAGER, None))
-    convolution._check_device("cpu", PROBLEMS[0], backends.Selection(EAGER, None))
+        convolution._check_device("cuda", PROBLEMS[0], choosing.Selection(EAGER, None))
+    convolution._check_device("cpu", PROBLEMS[0], choosing.Selection(EAGER, None))
 
 
 # ------------------------------------------------------------------------------------------------------- interruption
@@ -393,7 +393,7 @@ def test_the_command_tunes_one_convolution_for_real(tuned_files):
     assert record["kind"] == "tune" and record["environment"]["torch"] == torch.__version__
     assert {"onednn", "eager"} <= set(names(row["timed"])) and record["summary"]["wrong"] == 0
     assert all(0 < measured["error_ratio"] <= 1 and measured["median_us"] > 0 for measured in row["timed"])
-    assert backends.select(one, in_plan=True).backend.name == row["winner"]["backend"]
+    assert choosing.select(one, in_plan=True).backend.name == row["winner"]["backend"]
     shown = run("--conv", one)
     assert "Tuned on" in shown.output and f"kept in {record['file']}" in " ".join(shown.output.split())
 
@@ -407,7 +407,7 @@ def test_tuning_on_a_gpu(tuned_files, live_bn):
     (row,) = tuner.tune([one], device="cuda", folder=winners.user_folder(), rounds=5)["rows"]
     wrong = [one for one in row["wrong"] if (one["config"] or {}).get("num_warps") != 8]
     assert not wrong and "triton" in names(row["timed"]) and "eager" in names(row["timed"])
-    assert backends.select(one, in_plan=True).backend.name == row["winner"]["backend"]
+    assert choosing.select(one, in_plan=True).backend.name == row["winner"]["backend"]
 
 
 def test_live_bn_is_tuned_as_the_operator_runs_it(tuned_files, times):
@@ -526,11 +526,11 @@ def test_the_path_of_a_gpu_without_one(tuned_files, pretended_gpu, monkeypatch, 
     (winner,) = pretended_gpu
     assert not row["failed"] and not row["wrong"]
     assert list((tmp_path / "triton").glob("*/*.cubin"))
-    selection = backends.select(one._replace(N=48), in_plan=True)
+    selection = choosing.select(one._replace(N=48), in_plan=True)
     assert (selection.backend.name, selection.config) == ("triton", winner.config)
     assert selection.source == "tuned here, NVIDIA_H200.json, batch 32"
     with winners.ignored():
-        assert backends.select(one, in_plan=True).backend.name != "triton"
+        assert choosing.select(one, in_plan=True).backend.name != "triton"
 
 
 def test_what_is_replayed_is_compared_too(tuned_files, pretended_gpu, monkeypatch):

@@ -8,8 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fused_resnet import backends
-from fused_resnet.backends import choice, winners, winners_file
+from fused_resnet import backends, choosing
+from fused_resnet.choosing import choice, winners, winners_file
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.operators.problem import AddReluProblem
 from tests.support.tuned_files import entry, problem
@@ -97,7 +97,7 @@ def test_switched_off(tuned_files, monkeypatch):
 def test_ignored_for_a_comparison(tuned_files):
     tuned_files.add(tuned_files.user, problem(), entry("eager"))
     with winners.ignored():
-        assert winner_of() is None and backends.select(problem()).source == choice.FIXED_ORDER
+        assert winner_of() is None and choosing.select(problem()).source == choice.FIXED_ORDER
     assert winner_of().backend == "eager"
 
 
@@ -184,7 +184,7 @@ def test_a_kernels_measurement_without_digests_does_not_raise(tuned_files):
     path = tuned_files.add(tuned_files.user, problem(), entry("triton", triton=(None, 1.0)))
     damaged(lambda record: [run.update(kernels=None) for run in record["runs"].values()] and None)(path)
     winners.forget()
-    assert winner_of() is None and isinstance(backends.select(problem(), "auto"), backends.Selection)
+    assert winner_of() is None and isinstance(choosing.select(problem(), "auto"), choosing.Selection)
 
 
 def test_a_bad_file_is_replaced_by_what_is_measured_next(tuned_files):
@@ -238,7 +238,7 @@ def test_no_change_of_a_file_makes_lookup_raise(tuned_files, data):
     found = winner_of()
     assert found is None or isinstance(found, winners.Winner)
     for name in ("auto", "eager"):
-        assert isinstance(backends.select(problem(), name), backends.Selection)
+        assert isinstance(choosing.select(problem(), name), choosing.Selection)
     path.unlink()
 
 

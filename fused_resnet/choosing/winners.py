@@ -25,7 +25,7 @@ from typing import NamedTuple, Optional
 import torch
 
 from fused_resnet.backends import record
-from fused_resnet.backends.winners_file import Entry, Table, file_name, read
+from fused_resnet.choosing.winners_file import Entry, Table, file_name, read
 from fused_resnet.kernels import compiled
 from fused_resnet.machine import devices, files
 from fused_resnet.operators.problem import SHORT_DTYPES

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused_resnet.backends import eager
 from fused_resnet.backends.add_relu import AddRelu
-from fused_resnet.backends.choice import select
+from fused_resnet.choosing.choice import select
 from fused_resnet.operators import layout, library
 from fused_resnet.operators.describe import add_relu_problem, conv_problem
 from fused_resnet.operators.operands import ConvOperands, split_arguments

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, Optional
 
 from torch import Tensor
 
-from fused_resnet.backends import record, winners
+from fused_resnet.backends import record
 from fused_resnet.backends.record import Backend, BackendError
+from fused_resnet.choosing import winners
 from fused_resnet.operators.problem import Problem
 
 FIXED_ORDER = "the fixed order of backends"

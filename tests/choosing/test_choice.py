@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import fused_resnet
-from fused_resnet import backends, freeze, functional, models, testing
-from fused_resnet.backends import choice, cudnn, winners
+from fused_resnet import backends, choosing, freeze, functional, models, testing
+from fused_resnet.backends import cudnn
 from fused_resnet.backends.record import REGISTRY
+from fused_resnet.choosing import choice, winners
 from fused_resnet.freezing import modules
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.machine import devices
@@ -49,9 +50,9 @@ def test_auto_takes_the_first_that_can_and_may(monkeypatch):
 
 def test_auto_on_the_cpu():
     """Folded: oneDNN. Live BN, and fp64: ATen. Nothing that runs in an interpreter."""
-    assert backends.select(STEM).backend.name == "onednn"
-    assert backends.select(STEM._replace(has_bn=True)).backend.name == "eager"
-    assert backends.select(STEM._replace(dtype=torch.float64)).backend.name == "eager"
+    assert choosing.select(STEM).backend.name == "onednn"
+    assert choosing.select(STEM._replace(has_bn=True)).backend.name == "eager"
+    assert choosing.select(STEM._replace(dtype=torch.float64)).backend.name == "eager"
 
 
 def test_auto_on_rocm(monkeypatch):
@@ -59,8 +60,8 @@ def test_auto_on_rocm(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     sums = add_relu_problem(torch.ones(2), torch.ones(2))._replace(device="cuda")
     for has_bias in (False, True):
-        assert backends.select(ONE_BY_ONE._replace(has_bias=has_bias)).backend.name == "eager"
-    assert backends.select(sums).backend.name == "eager"
+        assert choosing.select(ONE_BY_ONE._replace(has_bias=has_bias)).backend.name == "eager"
+    assert choosing.select(sums).backend.name == "eager"
     for op, one in (("conv_bn_act", ONE_BY_ONE), ("add_relu", sums)):
         assert backends.known(op)["cuda"].why_not(one) == "it does not run on ROCm"
     assert backends.known("conv_bn_act")["cudnn"].why_not(ONE_BY_ONE) == "it does not run on ROCm"
@@ -82,7 +83,7 @@ def test_unmeasured_cudnn_gets_what_it_surely_can(monkeypatch, changed, expected
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     one = ONE_BY_ONE._replace(has_bias=True, **changed)
-    assert backends.fixed_order(one, in_plan=True).backend.name == expected
+    assert choosing.fixed_order(one, in_plan=True).backend.name == expected
     assert (cudnn.why_not(one) is None) == (one.activation == "relu")  # to be had by name
 
 
@@ -117,18 +118,18 @@ def test_names_are_checked_in_one_place():
 
 def test_auto_takes_the_winner_and_its_config(tuned_files):
     path = tuned_files.add(tuned_files.user, problem(), entry("eager", eager=(NCHW, 1.0)))
-    selection = backends.select(problem(N=7))
+    selection = choosing.select(problem(N=7))
     assert selection.backend.name == "eager" and selection.config == backends.EagerConfig("NCHW")
     assert selection.source == f"tuned here, {path.name}, batch 8"
-    assert backends.fixed_order(problem(N=7)).backend.name == "onednn"
+    assert choosing.fixed_order(problem(N=7)).backend.name == "onednn"
 
 
 def test_a_backend_asked_for_by_name_takes_its_best_config(tuned_files):
     path = tuned_files.add(tuned_files.user, problem(), entry("onednn", onednn=(None, 1.0), eager=(NCHW, 2.0)))
-    selection = backends.select(problem(), "eager")
+    selection = choosing.select(problem(), "eager")
     assert selection.config == backends.EagerConfig("NCHW")
     assert selection.source == f"asked for by name; tuned here, {path.name}, batch 8"
-    assert backends.select(problem(), "onednn") == (backends.known("conv_bn_act")["onednn"], None, "asked for by name")
+    assert choosing.select(problem(), "onednn") == (backends.known("conv_bn_act")["onednn"], None, "asked for by name")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_a_backend_asked_for_by_name_takes_its_best_config(tuned_files):
 )
 def test_a_winner_that_cannot_be_had_gives_way_to_the_fixed_order(tuned_files, winner, config, reason):
     tuned_files.add(tuned_files.user, problem(), entry(winner, **{winner: (config, 1.0)}))
-    selection = backends.select(problem())
+    selection = choosing.select(problem())
     assert (selection.backend.name, selection.config) == ("onednn", None)
     assert selection.source.startswith("the fixed order of backends; tuned here, ")
     assert selection.source.endswith(f": {winner}, but {reason}")
@@ -154,9 +155,9 @@ def test_a_measured_kernel_of_ours_counts_as_verified(tuned_files, monkeypatch):
     monkeypatch.setitem(
         REGISTRY["conv_bn_act"], "ours", eager._replace(name="ours", auto=backends.Auto(), configs=None)
     )
-    assert backends.select(problem()).backend.name == "onednn"
+    assert choosing.select(problem()).backend.name == "onednn"
     tuned_files.add(tuned_files.user, problem(), entry("ours"))
-    assert backends.select(problem()).backend.name == "ours"
+    assert choosing.select(problem()).backend.name == "ours"
 
 
 @pytest.mark.parametrize("time_us, in_plan, is_taken", ((39.0, False, True), (37.0, False, False), (37.0, True, True)))
@@ -167,10 +168,10 @@ def test_a_config_that_is_slow_to_launch_is_for_plans_and_long_kernels(
     slow = eager._replace(name="slow", configs=eager.configs._replace(launch_us=lambda config: 38.0))
     monkeypatch.setitem(REGISTRY["conv_bn_act"], "slow", slow)
     tuned_files.add(tuned_files.user, problem(), entry("slow", slow=(NCHW, time_us)))
-    selection = backends.select(problem(), in_plan=in_plan)
+    selection = choosing.select(problem(), in_plan=in_plan)
     assert (selection.backend.name == "slow") == is_taken
     assert ("its launch takes longer than the kernel" in selection.source) != is_taken
-    assert (backends.select(problem(), "slow", in_plan=in_plan).config is not None) == is_taken
+    assert (choosing.select(problem(), "slow", in_plan=in_plan).config is not None) == is_taken
 
 
 def test_only_tensor_descriptors_are_slow_to_launch():
@@ -185,8 +186,8 @@ def test_row_space_is_for_plans_however_long_the_kernel(tuned_files, monkeypatch
     ours = triton._replace(why_not=lambda problem: None, configs=triton.configs._replace(legal=lambda problem: [rows]))
     monkeypatch.setitem(REGISTRY["conv_bn_act"], "triton", ours)
     tuned_files.add(tuned_files.user, problem(), entry("triton", triton=(rows._asdict(), 1e6)))
-    assert backends.select(problem(), in_plan=True).config == rows
-    assert backends.select(problem(), in_plan=False).backend.name == "onednn"
+    assert choosing.select(problem(), in_plan=True).config == rows
+    assert choosing.select(problem(), in_plan=False).backend.name == "onednn"
 
 
 def test_a_default_measured_without_its_name_is_named(tuned_files, monkeypatch):
@@ -195,7 +196,7 @@ def test_a_default_measured_without_its_name_is_named(tuned_files, monkeypatch):
     ours = eager._replace(name="ours", configs=eager.configs._replace(default=lambda problem: named))
     monkeypatch.setitem(REGISTRY["conv_bn_act"], "ours", ours)
     tuned_files.add(tuned_files.user, problem(), entry("ours"))
-    assert backends.select(problem(), in_plan=True).config == backends.select(problem(), "ours").config == named
+    assert choosing.select(problem(), in_plan=True).config == choosing.select(problem(), "ours").config == named
 
 
 def test_where_x_cannot_lie_in_row_space_the_second_winner_counts(tuned_files, monkeypatch):
@@ -207,12 +208,12 @@ def test_where_x_cannot_lie_in_row_space_the_second_winner_counts(tuned_files, m
     second = entry("eager", ours=(None, 9.0), eager=(NCHW, 3.0))
     for in_nhwc in (second, None):
         tuned_files.add(tuned_files.user, problem(), best._replace(in_nhwc=in_nhwc))
-        assert backends.select(problem(), in_plan=True).backend.name == "ours"
+        assert choosing.select(problem(), in_plan=True).backend.name == "ours"
         for in_plan in (True, False):
             # an older entry does not say: the fixed order
-            expected = "eager" if in_nhwc else backends.fixed_order(problem(), in_plan).backend.name
-            assert backends.select(problem(), in_plan=in_plan, in_nhwc=in_plan).backend.name == expected
-        assert backends.select(problem(), "ours", in_plan=True, in_nhwc=True).config is None
+            expected = "eager" if in_nhwc else choosing.fixed_order(problem(), in_plan).backend.name
+            assert choosing.select(problem(), in_plan=in_plan, in_nhwc=in_plan).backend.name == expected
+        assert choosing.select(problem(), "ours", in_plan=True, in_nhwc=True).config is None
 
 
 def test_the_operator_runs_the_winner(tuned_files, monkeypatch):
@@ -251,9 +252,9 @@ def test_a_frozen_plan_honours_the_choice(tuned_files):
 
 
 def test_selections_are_made_again_after_tuning(tuned_files):
-    assert backends.select(problem()).backend.name == "onednn"
+    assert choosing.select(problem()).backend.name == "onednn"
     tuned_files.add(tuned_files.user, problem(), entry("eager"))
-    assert backends.select(problem()).backend.name == "eager"
+    assert choosing.select(problem()).backend.name == "eager"
 
 
 def test_functional_errors_are_as_before(tuned_files):
@@ -286,7 +287,7 @@ def test_a_miss_is_said_once_with_the_command_that_tunes(tuned_files, gpu_backen
     missed = problem(64, torch.float16, "cuda")
     with caplog.at_level(logging.WARNING, "fused_resnet"):
         for N in (64, 3):
-            assert backends.select(missed._replace(N=N)).source == choice.FIXED_ORDER
+            assert choosing.select(missed._replace(N=N)).source == choice.FIXED_ORDER
     (message,) = caplog.messages
     command = message.partition("convolution: ")[2].partition(";")[0]
     program, verb, *arguments = shlex.split(command)
@@ -299,15 +300,15 @@ def test_a_miss_is_said_once_with_the_command_that_tunes(tuned_files, gpu_backen
 
 
 def test_what_needs_no_tuning_is_no_miss(tuned_files, gpu_backend, caplog, monkeypatch):
-    backends.select(problem())  # a CPU
-    backends.select(problem(device="cuda", dtype=torch.float64))
+    choosing.select(problem())  # a CPU
+    choosing.select(problem(device="cuda", dtype=torch.float64))
     monkeypatch.setattr(winners, "warned", set())
     monkeypatch.setenv("FUSED_RESNET_TUNED", "0")
-    backends.select(problem(device="cuda"))
+    choosing.select(problem(device="cuda"))
     assert not caplog.messages
 
 
 def test_gpus_of_different_kinds_use_no_measurements(tuned_files, gpu_backend, caplog, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device}")
-    backends.select(problem(device="cuda"))
+    choosing.select(problem(device="cuda"))
     assert "GPUs of different kinds" in caplog.text and winners.device_id("cuda") is None
