@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 _CACHE = tempfile.TemporaryDirectory(prefix="fused_resnet_tests_")
 os.environ["FUSED_RESNET_CACHE_DIR"] = _CACHE.name
 os.environ["FUSED_RESNET_TUNED"] = "0"
+os.environ["FUSED_RESNET_TUNE"] = "0"
 
 NO_CUDA = None if torch.cuda.is_available() else "needs a CUDA GPU and a CUDA build of torch"
 

@@ -68,14 +68,14 @@ def run(problem: ConvProblem, name: str, config: dict[str, Any], device: str) ->
     if found is None:
         return "not run", reason or "there is no such config for two images"
     operands = measuring.folded_operands(measuring.random_operands(problem, device), has_bias=problem.has_bias)
-    images, case = measuring.compared_case(problem, operands)
+    case = measuring.compared_case(problem, operands)
     conv = modules.FrozenConv(problem, choosing.Selection(backend, found), operands.weight, operands.bias)
 
     def call() -> torch.Tensor:
         return conv(operands.x, operands.residual)
 
     try:
-        ratio = measuring.error_ratio(measuring.Prepared(call, images, case, name))
+        ratio = measuring.error_ratio(measuring.Prepared(call, case, name))
     except Exception as error:  # the next config does not depend on it
         return "wrong", why_missing(error)
     return ("right", "") if ratio <= 1 else ("wrong", f"by {ratio:.3g} times the bound")

@@ -70,14 +70,32 @@ def select(problem: Problem, backend: str = "auto", *, in_plan: bool = False, in
 
 
 def fixed_order(problem: Problem, in_plan: bool = False) -> Selection:
-    """The first backend that may run unmeasured on this device and can."""
+    """The first backend that may run unmeasured on this device, can, and has not been found wrong here."""
     candidates = record.REGISTRY[problem.op]
     for candidate in candidates.values():
         if problem.device not in candidate.auto.devices or candidate.plan.only > in_plan:
             continue
         if candidate.why_not(problem) is None and candidate.auto.pays(problem):
-            return Selection(candidate, None, FIXED_ORDER)
+            selection = Selection(candidate, None, FIXED_ORDER)
+            if why_rejected(problem, selection) is None:
+                return selection
     return Selection(candidates["eager"], None, FIXED_ORDER)
+
+
+def why_rejected(problem: Problem, selection: Selection) -> Optional[str]:
+    """What was found wrong when this was checked on exactly this problem, or None."""
+    outcome = winners.outcome(problem, str(selection))
+    return None if outcome is None else why_wrong(outcome)
+
+
+def why_wrong(outcome: dict[str, Any]) -> Optional[str]:
+    """What is said of a candidate that a check (`checking.checked`) has not found right, or None."""
+    if "why" in outcome:
+        return outcome["why"]
+    ratio = outcome["error_ratio"]
+    if ratio is None:
+        return "its result is no number"
+    return f"its error is {ratio:.3g} times what is allowed" if ratio > 1 else None
 
 
 def _measured_winner(problem: Problem, in_plan: bool, in_nhwc: bool) -> Optional[Selection]:

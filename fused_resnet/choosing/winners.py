@@ -1,10 +1,10 @@
-"""Which backend and config was the fastest for a convolution on this device: read from files, never measured here.
+"""Which backend and config was the fastest for a convolution on this device, and which were wrong: read from files.
 
     fused_resnet/configs/<device>.json         what ships
-    <cache folder>/tuning/<device>.json        what `fused-resnet tune` measured here; where it has an entry it is used
+    <cache folder>/tuning/<device>.json        what `freeze` and `fused-resnet tune` measured here; it comes first
 
 The cache folder is `files.cache_dir`'s. FUSED_RESNET_TUNED=0 ignores both files. An entry belongs to a problem without
-its batch (`key`) and to the batch it was measured at. The entry nearest in log space answers for the batches between.
+its batch (`key`) and to the batch it was measured at. The entry nearest in log space answers for the batches near it.
 A kernel of ours counts as verified on this device where its entry says that it passed the reference there. Its sources
 must still be what they were then. That decides what runs. `measuring.verified` says the same of whole kernel files, for
 people: it decides nothing.
@@ -18,7 +18,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -27,9 +27,11 @@ import torch
 from fused_resnet.backends import record
 from fused_resnet.choosing.winners_file import Entry, Table, file_name, read
 from fused_resnet.kernels import compiled
-from fused_resnet.machine import devices, files
+from fused_resnet.machine import devices, files, onednn
+from fused_resnet.machine.errors import one_line
 from fused_resnet.operators.problem import SHORT_DTYPES
 
+NEAR = 1.0  # a measurement answers for batches from half of its own to twice that
 SHIPPED = Path(__file__).parents[1] / "configs"
 
 log = logging.getLogger("fused_resnet")
@@ -48,9 +50,35 @@ class Winner(NamedTuple):
 
 
 def key(problem) -> str:
-    """The problem without its batch, as people read it; on a CPU with the number of threads, which decides as much."""
-    text = str(problem).partition("x")[2]
-    return f"{text}, {torch.get_num_threads()} threads" if problem.device == "cpu" else text
+    """The problem without its batch, as people read it, and what else decides how fast it is and whether it is right.
+
+    That is the number of threads on a CPU, for fp32 on a GPU whether TF32 is allowed, and the versions of what computes
+    (`versions`).
+    """
+    parts = [str(problem).partition("x")[2]]
+    if problem.device == "cpu":
+        parts.append(f"{torch.get_num_threads()} threads")
+    elif problem.dtype == torch.float32:
+        parts.append("tf32" if devices.allows_tf32() else "no tf32")
+    return ", ".join((*parts, versions(problem.device)))
+
+
+@functools.lru_cache(maxsize=None)
+def versions(device: str) -> str:
+    """Of everything besides our kernels that computes on a kind of device, and the instructions it is limited to."""
+    if device == "cpu":
+        ours, (variable, limit) = compiled.instruction_set(), onednn.isa_limit()
+        limits = [f"{variable}={limit}"] if variable else []
+        return ", ".join((f"torch {torch.__version__}", onednn.version(), *limits, *([ours["name"]] if ours else [])))
+    from fused_resnet.kernels.triton.runtime import triton_version  # which imports Triton
+
+    parts = [f"torch {torch.__version__}", f"CUDA {torch.version.cuda}", f"Triton {triton_version()}"]
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: None)()  # the CUDA that it serves
+        parts += [f"cuDNN {torch.backends.cudnn.version()}", f"driver {driver}"]
+        parts += [f"{properties.multi_processor_count} SMs"]
+    return ", ".join(parts)
 
 
 def device_id(device: str) -> Optional[str]:
@@ -72,21 +100,55 @@ def user_folder() -> Path:
 def lookup(problem, backend: Optional[str] = None, in_nhwc: bool = False) -> Optional[Winner]:
     """What was measured fastest for this problem or its nearest batch; with `backend`, that backend's best config.
 
-    in_nhwc: of those that read x in NHWC, if the entry tells them apart (`Entry`). None without a measurement, for
-    another operator than conv_bn_act, and for a kernel of ours whose sources have changed since. Never raises because
-    of a file.
+    in_nhwc: of those that read x in NHWC, if the entry tells them apart (`Entry`). None without a measurement of a
+    batch between half and twice this one, for another operator than conv_bn_act, and for a kernel of ours whose sources
+    have changed since. Never raises because of a file.
     """
-    if problem.op != "conv_bn_act" or problem.device not in ("cpu", "cuda") or _is_ignored.get():
+    if not _counts(problem):
         return None
-    return _lookup(problem, backend, in_nhwc, torch.get_num_threads() if problem.device == "cpu" else 0)
+    return _lookup(problem, backend, in_nhwc, _settings(problem))
+
+
+def outcome(problem, candidate: str) -> Optional[dict]:
+    """What came of checking a candidate on exactly this problem (`checking.Checked`); None if that was never done, or
+    to other kernels."""
+    if not _counts(problem):
+        return None
+    return _outcome(problem, candidate, _settings(problem))
+
+
+def entry_of(problem) -> Optional[Entry]:
+    """What was measured for exactly this problem by the kernels that are here; None if one of them has changed."""
+    if not _counts(problem):
+        return None
+    found = _tables(problem.device).entries.get(key(problem), {}).get(problem.N)
+    if found is None or not all(_is_current(name, found.kernels) for name in found.entry.candidates):
+        return None
+    return found.entry
+
+
+def is_trusted(backend: str, device: str) -> bool:
+    """Whether a backend has been checked in a process of its own here, with these versions, and did not end it."""
+    return _tables(device).trusted.get(backend) == _stamp(backend, device)
+
+
+def _counts(problem) -> bool:
+    return problem.op == "conv_bn_act" and problem.device in ("cpu", "cuda") and not _is_ignored.get()
+
+
+def _settings(problem) -> tuple:
+    """What is looked up anew when it changes, beside the problem."""
+    return (torch.get_num_threads() if problem.device == "cpu" else devices.allows_tf32(),)
 
 
 @functools.lru_cache(maxsize=8192)
-def _lookup(problem, backend: Optional[str], in_nhwc: bool, threads: int) -> Optional[Winner]:
-    entries = _entries(problem.device).get(key(problem), {})
-    if not entries:
+def _lookup(problem, backend: Optional[str], in_nhwc: bool, settings: tuple) -> Optional[Winner]:
+    entries = _tables(problem.device).entries.get(key(problem), {})
+    distances = {batch: abs(math.log2(batch / max(problem.N, 1))) for batch in entries}
+    near = [batch for batch, distance in distances.items() if distance <= NEAR]
+    if not near:
         return None
-    batch = min(entries, key=lambda found: (abs(math.log2(found / max(problem.N, 1))), -found))
+    batch = min(near, key=lambda found: (distances[found], -found))
     entry, place, kernels = entries[batch]
     entry = entry.in_nhwc or entry if in_nhwc else entry
     name = backend or entry.winner
@@ -96,37 +158,111 @@ def _lookup(problem, backend: Optional[str], in_nhwc: bool, threads: int) -> Opt
     return Winner(name, measured.config, f"{place} batch {batch}", measured.time_us)
 
 
+@functools.lru_cache(maxsize=8192)
+def _outcome(problem, candidate: str, settings: tuple) -> Optional[dict]:
+    found = _tables(problem.device).checks.get(_check_key(problem), {}).get(candidate)
+    if found is None or found["kernel"] != kernel_digest(candidate.partition(" ")[0]):
+        return None
+    return found
+
+
+def _check_key(problem) -> str:
+    return f"{problem.N}x{key(problem)}"
+
+
+class _Found(NamedTuple):
+    """An entry, where it comes from, and the digests of the kernels measured."""
+
+    entry: Entry
+    place: str
+    kernels: dict
+
+
+class _Tables(NamedTuple):
+    """All tables of a device as one: later ones replace what earlier ones say."""
+
+    entries: dict[str, dict[int, _Found]]
+    checks: dict[str, dict[str, dict]]
+    trusted: dict[str, str]
+
+
 @functools.lru_cache(maxsize=None)
-def _entries(device: str) -> dict[str, dict[int, tuple[Entry, str, dict]]]:
-    """By problem key and batch: the entry, where it comes from, and the digests of the kernels measured."""
-    name = None if os.environ.get("FUSED_RESNET_TUNED") == "0" else device_id(device)
-    merged: dict[str, dict[int, tuple[Entry, str, dict]]] = {}
-    if name is None:
+def _tables(device: str) -> _Tables:
+    """What ships, the user's file, and what this process has measured and could not write."""
+    merged = _Tables({}, {}, {})
+    name = device_id(device)
+    if not are_used() or name is None:
         return merged
-    for folder, place in ((SHIPPED, "configs/{}, tuned for"), (user_folder(), "tuned here, {},")):
-        path = folder / file_name(name)
-        table = read(path, name) or Table(name, {}, {})
+    sources = [(read(folder / file_name(name), name), place) for folder, place in (
+        (SHIPPED, "configs/{}, tuned for"), (user_folder(), "tuned here, {},"),
+    )]  # fmt: skip
+    for table, place in (*sources, (_SESSION.get(name), "tuned in this process,")):
+        if table is None:
+            continue
         for problem_key, by_batch in table.entries.items():
             for batch, entry in by_batch.items():
                 kernels = table.runs.get(entry.run, {}).get("kernels", {})
-                merged.setdefault(problem_key, {})[batch] = (entry, place.format(path.name), kernels)
+                found = _Found(entry, place.format(file_name(name)), kernels)
+                merged.entries.setdefault(problem_key, {})[batch] = found
+        for problem_key, found_checks in table.checks.items():
+            merged.checks.setdefault(problem_key, {}).update(found_checks)
+        merged.trusted.update(table.trusted)
     return merged
 
 
+def are_used() -> bool:
+    """Whether measurements count in this process: FUSED_RESNET_TUNED=0 says no."""
+    return os.environ.get("FUSED_RESNET_TUNED") != "0"
+
+
 def add(folder: Path, device: str, entries: dict[str, dict[int, Entry]], run: str, environment: dict) -> Path:
-    """Merge entries of one run into the folder's file for a device, whole or not at all, beside other writers.
+    """Merge entries of one run into the folder's file for a device (`merge`)."""
+    return merge(folder, Table(device, entries, {run: environment}, {}, {}))
+
+
+def merge(folder: Path, found: Table) -> Path:
+    """Merge what was found into the folder's file for its device, whole or not at all, beside other writers.
 
     A file that cannot be understood is replaced. Raises OSError where the folder cannot be written to.
     """
-    path = Path(folder) / file_name(device)
+    path = Path(folder) / file_name(found.device)
     with files.locked(path):
-        table = read(path, device) or Table(device, {}, {})
-        table.runs[run] = environment
-        for problem_key, by_batch in entries.items():
-            table.entries.setdefault(problem_key, {}).update(by_batch)
+        table = read(path, found.device) or Table.empty(found.device)
+        table.merge(found)
         files.write_json(path, table.as_json())
     forget()
     return path
+
+
+def keep(found: Table) -> None:
+    """Merge what was found into the user's file, or where that cannot be written, into what this process knows."""
+    try:
+        merge(user_folder(), found)
+    except OSError as error:
+        files.report_once(
+            f"{user_folder()} cannot be written, so what is measured is kept for this process alone "
+            f"({one_line(error)})."
+        )
+        _SESSION.setdefault(found.device, Table.empty(found.device)).merge(found)
+        forget()
+
+
+def checks_of(problem, outcomes: Mapping[str, dict]) -> dict[str, dict[str, dict]]:
+    """Outcomes by candidate, as a table keeps them."""
+    found = {name: {**one, "kernel": kernel_digest(name.partition(" ")[0])} for name, one in outcomes.items()}
+    return {_check_key(problem): found}
+
+
+def trust(names: Iterable[str], device: str) -> dict[str, str]:
+    """As a table keeps it that these backends were checked in a process of their own."""
+    return {name: _stamp(name, device) for name in names}
+
+
+def _stamp(backend: str, device: str) -> str:
+    return f"{kernel_digest(backend)}, {versions(device)}"
+
+
+_SESSION: dict[str, Table] = {}
 
 
 @contextlib.contextmanager
@@ -144,8 +280,8 @@ _is_ignored = contextvars.ContextVar("fused_resnet measurements are ignored", de
 
 def forget() -> None:
     """Read the files again at the next lookup."""
-    _lookup.cache_clear()
-    _entries.cache_clear()
+    for cached in (_lookup, _outcome, _tables):
+        cached.cache_clear()
 
 
 def warn_untuned(problem) -> None:
@@ -153,7 +289,7 @@ def warn_untuned(problem) -> None:
     warned.add(problem.device)
     short = {dtype: short for short, dtype in SHORT_DTYPES.items()}.get(problem.dtype)
     name = device_id(problem.device)
-    if os.environ.get("FUSED_RESNET_TUNED") == "0" or _is_ignored.get() or short is None:
+    if not are_used() or _is_ignored.get() or short is None:
         return
     if name is None:
         log.warning("GPUs of different kinds are visible, so measured configs are not used, and none can be added.")
@@ -175,12 +311,19 @@ def kernel_digests() -> dict[str, Optional[str]]:
     return {name: compiled.built_digest(backend.sources) for name, backend in made.items() if backend.sources}
 
 
-def _is_unchanged(backend: str, measured: dict, place: str) -> bool:
+def kernel_digest(backend: str) -> Optional[str]:
+    """The digest of one backend's kernels, as in `kernel_digests`; "" of a backend that is not made from ours."""
     made = record.known("conv_bn_act").get(backend)
-    if made is None or not made.sources:
-        return True
-    current = compiled.built_digest(made.sources)
-    if current is not None and measured.get(backend) == current:
+    return "" if made is None or not made.sources else compiled.built_digest(made.sources)
+
+
+def _is_current(backend: str, measured: dict) -> bool:
+    digest = kernel_digest(backend)
+    return digest == "" or digest is not None and measured.get(backend) == digest
+
+
+def _is_unchanged(backend: str, measured: dict, place: str) -> bool:
+    if _is_current(backend, measured):
         return True
     files.report_once(
         f"{place.rstrip(',')}: its measurements of {backend!r} are ignored, since that backend's kernels have changed. "

@@ -1,6 +1,7 @@
-"""The file of what was measured on one device: entries by problem and batch, and the runs they come from.
+"""The file of what was checked and measured on one device: by problem and batch, and the runs that measured.
 
-An entry belongs to a problem without its batch (`winners.key`) and to the batch it was measured at.
+An entry belongs to a problem without its batch (`winners.key`) and to the batch it was measured at. A check belongs to
+a problem with its batch and to a candidate.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple, Optional
 
 from fused_resnet.machine import files
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Measured(NamedTuple):
@@ -60,11 +61,31 @@ class Entry(NamedTuple):
 
 
 class Table(NamedTuple):
-    """One file: entries by problem key and batch, and by run the environment and the kernels' digests."""
+    """One file: entries by problem key and batch, and by run the environment and the kernels' digests.
+
+    checks: by problem with its batch, and candidate: {"error_ratio"} or {"why"} (`checking.Checked`), with the digest
+    of the kernels that were checked. trusted: by backend, its digest and versions when it had passed through a process
+    of its own without ending it.
+    """
 
     device: str
     entries: dict[str, dict[int, Entry]]
     runs: dict[str, dict]
+    checks: dict[str, dict[str, dict]]
+    trusted: dict[str, str]
+
+    @classmethod
+    def empty(cls, device: str) -> "Table":
+        return cls(device, {}, {}, {}, {})
+
+    def merge(self, other: "Table") -> None:
+        """Take over what another has: its entries and checks replace those for the same."""
+        self.runs.update(other.runs)
+        self.trusted.update(other.trusted)
+        for key, by_batch in other.entries.items():
+            self.entries.setdefault(key, {}).update(by_batch)
+        for key, by_candidate in other.checks.items():
+            self.checks.setdefault(key, {}).update(by_candidate)
 
     @classmethod
     def from_json(cls, record: dict) -> "Table":
@@ -79,7 +100,12 @@ class Table(NamedTuple):
         runs = {run: dict(found) for run, found in record["runs"].items()}
         if not all(isinstance(found.get("kernels", {}), dict) for found in runs.values()):
             raise ValueError("the digests of a run's kernels are no dict")
-        return cls(record["device"], entries, runs)
+        checks = {
+            str(key): {str(candidate): _understood_check(one) for candidate, one in found.items()}
+            for key, found in record.get("checks", {}).items()
+        }
+        trusted = {str(name): str(stamp) for name, stamp in record.get("trusted", {}).items()}
+        return cls(record["device"], entries, runs, checks, trusted)
 
     def as_json(self) -> dict:
         """Runs that no entry names any more are left out."""
@@ -89,7 +115,17 @@ class Table(NamedTuple):
         }
         used = {entry.run for by_batch in self.entries.values() for entry in by_batch.values()}
         runs = {run: found for run, found in self.runs.items() if run in used}
-        return {"schema": SCHEMA, "device": self.device, "runs": runs, "entries": entries}
+        return {
+            "schema": SCHEMA, "device": self.device, "runs": runs, "entries": entries,
+            "checks": dict(sorted(self.checks.items())), "trusted": self.trusted,
+        }  # fmt: skip
+
+
+def _understood_check(one: dict) -> dict:
+    if "why" in one:
+        return {"why": str(one["why"]), "kernel": one["kernel"]}
+    ratio = one["error_ratio"]
+    return {"error_ratio": None if ratio is None else float(ratio), "kernel": one["kernel"]}
 
 
 def file_name(device: str) -> str:

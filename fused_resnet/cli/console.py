@@ -13,7 +13,7 @@ import click
 import torch
 
 from fused_resnet import measuring, models
-from fused_resnet.measuring import timing
+from fused_resnet.choosing import timing
 from fused_resnet.operators.problem import SHORT_DTYPES
 
 _SECONDS_BETWEEN_LINES = 2.0

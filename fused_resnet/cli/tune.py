@@ -10,7 +10,7 @@ import click
 import torch
 
 from fused_resnet import models
-from fused_resnet.choosing import winners
+from fused_resnet.choosing import decide, winners
 from fused_resnet.cli.console import (
     Batches,
     Listed,
@@ -132,7 +132,7 @@ def _show(record: Record) -> None:
     summary = record.summary
     if summary["geomean_speedup"] is not None:
         out.print(f"{summary['changed']} of {summary['convolutions']} are faster than the fixed order by more than "
-                  f"{100 * convolution.MARGIN:.0f} %; geometric mean over all {summary['geomean_speedup']:.3f}x, best "
+                  f"{100 * decide.MARGIN:.0f} %; geometric mean over all {summary['geomean_speedup']:.3f}x, best "
                   f"{summary['best_speedup']:.2f}x")  # fmt: skip
     for row in record.rows:
         for one in row["wrong"]:

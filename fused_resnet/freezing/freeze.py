@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fused_resnet import backends
+from fused_resnet.choosing.decide import Tune, check_tune
 from fused_resnet.freezing.copies import unwrapped
 from fused_resnet.freezing.dtypes import is_floating
 from fused_resnet.freezing.frozen import Frozen, FrozenModel, FrozenParts, NothingToFreeze
@@ -30,6 +31,7 @@ def freeze(
     *,
     dtype: Optional[torch.dtype] = None,
     backend: str = "auto",
+    tune: Tune = "auto",
 ) -> Union["FrozenModel", "FrozenParts"]:
     """An inference-only copy of `model`: BN folded, weights packed, one plan per input shape, a CUDA graph on GPUs.
 
@@ -37,6 +39,12 @@ def freeze(
     the model takes, a tensor or a list or dict of them; its plan is made now, others when their shape is first seen.
     dtype: what the arithmetic runs in (fp32, bf16, fp16, fp64); default, as the model computes. backend: "auto", or the
     one that every convolution must use.
+
+    tune: what to do about convolutions that nobody has measured on this machine. "auto" checks every backend that can
+    run them against the reference, times the right ones as a plan runs them, and keeps what it finds in the user's
+    cache: 3 s of timing on a CPU or 10 to 30 calls of the model, 60 s on a GPU, and the checks beside. A number allows
+    so many seconds instead. False measures nothing, and neither does FUSED_RESNET_TUNE=0: then rules decide. The next
+    freeze of the model on this machine measures nothing. Shapes that are first seen in a call are checked alone.
 
     With a dtype, the input and what most of the model is in are converted, as by `model.to(dtype)`, and the rest is as
     under autocast: products (convolutions, linear layers, matmul, attention) cast what arrives, a step with an explicit
@@ -83,17 +91,18 @@ def freeze(
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"freeze: dtype must be float32, bfloat16, float16 or float64, got {dtype}.")
     backends.check_name("freeze", backend)
+    check_tune("freeze", tune)
     frozen = [name for name, module in model.named_modules() if isinstance(module, Frozen)]
     if frozen:
         raise ValueError(f"freeze: {frozen[0] or 'the model'} is frozen already. Freeze what it was made from.")
     with torch.inference_mode(False), torch.no_grad():  # copies made in inference mode could not be written to outside
         if not isinstance(example_input, Tensor):
-            return FrozenParts(model, example_input, dtype, backend, f"it takes a {type(example_input).__name__}")
+            return FrozenParts(model, example_input, dtype, backend, tune, f"it takes a {type(example_input).__name__}")
         try:
-            return FrozenModel(model, example_input, dtype, backend)
+            return FrozenModel(model, example_input, dtype, backend, tune)
         except Untraceable as error:
             try:
-                return FrozenParts(model, example_input, dtype, backend, str(error))
+                return FrozenParts(model, example_input, dtype, backend, tune, str(error))
             except NothingToFreeze:
                 raise error from None
 

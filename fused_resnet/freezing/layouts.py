@@ -10,41 +10,15 @@ measured for it. Where that would spill when it writes row space, it writes none
 from __future__ import annotations
 
 import functools
-from typing import Mapping, NamedTuple, Optional
+from typing import Mapping, Optional
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from fused_resnet.choosing.planned import Placed
 from fused_resnet.kernels.triton import runtime
-from fused_resnet.kernels.triton.conv import configs, cost, launch, row_space
+from fused_resnet.kernels.triton.conv import configs, cost
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
-from fused_resnet.operators import layout
-from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import ConvProblem
-
-
-class Placed(NamedTuple):
-    """A Triton convolution of a plan: its config (None: the default), and whether its output lies in row space."""
-
-    problem: ConvProblem
-    config: Optional[TritonConfig]
-    writes_row_space: bool = False
-
-    @property
-    def wants_row_space(self) -> bool:
-        """Whether its kernel reads x from row space alone: any other x would be copied there at every call."""
-        return self.config is not None and self.config.form == "rows_tma"
-
-    def run(self, operands: ConvOperands) -> Tensor:
-        """x and the residual are NHWC or in row space, as whoever made them decided."""
-        p = self.problem
-        if self.writes_row_space:
-            out = operands.x.new_empty(row_space.num_rows(p.N, p.P, p.Q), p.K)
-        else:
-            out = operands.x.new_empty(p.N, p.P, p.Q, p.K).permute(0, 3, 1, 2)
-        in_memory = operands.map(lambda tensor: layout.channels_last(tensor) if tensor.dim() == 4 else tensor)
-        launch.launch(p, in_memory, out, self.config)
-        return out
 
 
 def assign(convs: Mapping[fx.Node, Placed], device: torch.device, *, is_replayed: bool) -> dict[fx.Node, Placed]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_resnet.choosing import winners
+from fused_resnet.choosing.decide import Tune
 from fused_resnet.freezing import dtypes
 from fused_resnet.freezing.biases import move_biases
 from fused_resnet.freezing.draft import Draft
@@ -25,7 +26,7 @@ from fused_resnet.freezing.lowering import (
     widen_what_is_wrong,
 )
 from fused_resnet.freezing.modules import PackedWeights
-from fused_resnet.freezing.placing import mark_sums_in_place, place_in_row_space, reselect_stranded
+from fused_resnet.freezing.placing import choose_measured, mark_sums_in_place, place_in_row_space, reselect_stranded
 from fused_resnet.freezing.plan import Plan, plainly
 from fused_resnet.freezing.trace import trace
 from fused_resnet.operators.problem import ConvProblem
@@ -36,6 +37,7 @@ SETTLE_PROBLEMS: tuple[Callable[[Draft], None], ...] = (
 )
 PASSES: tuple[Callable[[Draft], None], ...] = (
     *SETTLE_PROBLEMS,
+    choose_measured,
     reselect_stranded,
     mark_sums_in_place,
     place_in_row_space,
@@ -48,10 +50,16 @@ PASSES: tuple[Callable[[Draft], None], ...] = (
 
 
 def make_plan(
-    traced: fx.GraphModule, x: Tensor, conversion: Optional[Conversion], backend: str, packed: PackedWeights
+    traced: fx.GraphModule,
+    x: Tensor,
+    conversion: Optional[Conversion],
+    backend: str,
+    packed: PackedWeights,
+    tune: Tune = False,
 ) -> Plan:
-    """The plan for inputs like x: as the model computes, or with its dtypes converted. packed: of its other plans."""
-    draft = _draft_of(traced, x, conversion, backend, x.device, packed)
+    """The plan for inputs like x: as the model computes, or with its dtypes converted. packed: of its other plans.
+    tune: as `Draft` says."""
+    draft = _draft_of(traced, x, conversion, backend, x.device, packed)._replace(tune=tune)
     for run in PASSES:
         run(draft)
     draft.module.delete_all_unused_submodules()

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fused_resnet import backends, choosing
-from fused_resnet.freezing import layouts
+from fused_resnet.choosing import planned
 from fused_resnet.operators.describe import pair
-from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 
 
@@ -27,7 +26,7 @@ class FrozenConv(nn.Module):
         weight: Tensor,
         bias: Optional[Tensor],
         in_place: bool = False,
-        placed: Optional[layouts.Placed] = None,
+        placed: Optional[planned.Placed] = None,
     ) -> None:
         """Takes what was decided (`draft.Decision`), and packs the weight."""
         super().__init__()
@@ -44,13 +43,9 @@ class FrozenConv(nn.Module):
 
     def bound(self) -> Callable[..., Tensor]:
         """(x, residual=None) -> output, with all else settled: what a plan calls."""
-        if self.backend.plan.bind is not None:
-            return self.backend.plan.bind(self.problem, self.weight, self.bias, into_residual=self.in_place)
-        if self.placed is not None:
-            run_placed, weight, bias = self.placed.run, self.weight, self.bias
-            return lambda x, residual=None: run_placed(ConvOperands(x, weight, bias=bias, residual=residual))
-        run, problem, weight, bias = self.selection.run, self.problem, self.weight, self.bias
-        return lambda x, residual=None: run(problem, ConvOperands(x, weight, bias=bias, residual=residual))
+        return planned.bound(
+            self.problem, self.selection, self.weight, self.bias, in_place=self.in_place, placed=self.placed
+        )
 
     def extra_repr(self) -> str:
         layout = ", in place" if self.in_place else ", into row space" if self.writes_row_space else ""

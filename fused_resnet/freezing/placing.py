@@ -1,4 +1,4 @@
-"""The passes that settle where tensors lie: sums over their residual, Triton's in row space."""
+"""The passes that settle who computes what, and where tensors lie: sums over their residual, Triton's in row space."""
 
 from __future__ import annotations
 
@@ -8,10 +8,25 @@ import torch
 from torch import fx
 
 from fused_resnet import choosing
+from fused_resnet.choosing.decide import check_choices, decide
+from fused_resnet.choosing.planned import Placed
 from fused_resnet.freezing import layouts
 from fused_resnet.freezing.draft import Draft
 from fused_resnet.graphs.memory import POOL_FUNCTIONS, POOLS
 from fused_resnet.nn.stock import has_stock_call
+
+
+def choose_measured(draft: Draft) -> None:
+    """Have measured what is not known of the plan's convolutions, and take what is right and fastest here."""
+    if draft.backend != "auto" or draft.tune is False:
+        return
+    problems = [conv.problem for conv in draft.convs.values()]
+    if draft.tune == "check":
+        check_choices(problems, draft.device)
+    else:
+        decide(problems, draft.device, draft.tune)
+    for node, conv in list(draft.convs.items()):
+        draft.decide(node, selection=choosing.select(conv.problem, in_plan=True))
 
 
 def mark_sums_in_place(draft: Draft) -> None:
@@ -51,9 +66,9 @@ def place_in_row_space(draft: Draft) -> None:
         draft.decide(node, placed=placed, selection=selection)
 
 
-def _as_selected(draft: Draft) -> dict[fx.Node, layouts.Placed]:
+def _as_selected(draft: Draft) -> dict[fx.Node, Placed]:
     return {
-        node: layouts.Placed(conv.problem, conv.selection.config)
+        node: Placed(conv.problem, conv.selection.config)
         for node, conv in draft.convs.items()
         if conv.selection.backend.plan.placed
     }

@@ -3,14 +3,16 @@
 Every variant is checked against fp64 first; then all of them are timed in turn in one process (`timing`).
 """
 
-from fused_resnet.measuring.cases import (
+from fused_resnet.choosing.candidates import why_not_timed
+from fused_resnet.choosing.cases import (
     Prepared,
     compared_case,
     error_ratio,
     folded_operands,
-    planned_call,
     random_operands,
 )
+from fused_resnet.choosing.planned import planned_call
+from fused_resnet.choosing.timing import Stats, interleaved
 from fused_resnet.measuring.networks import NetworkSubject, blocks_of, calibrated, max_error
 from fused_resnet.measuring.operators import (
     CountedProblem,
@@ -20,7 +22,6 @@ from fused_resnet.measuring.operators import (
     mismatches,
     op_subjects,
     op_variants,
-    why_not_timed,
 )
 from fused_resnet.measuring.record import CannotGoOn, Record, measure
 from fused_resnet.measuring.rivals import compiled
@@ -46,7 +47,6 @@ from fused_resnet.measuring.summary import (
     summarise_tuning,
     with_auto,
 )
-from fused_resnet.measuring.timing import Stats, interleaved
 from fused_resnet.measuring.turns import Measured, Run, Subject, in_turn, part_of
 from fused_resnet.measuring.variants import (
     BASELINES,

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.choosing.cases import finite
+from fused_resnet.choosing.timing import Progress, Variants, interleaved, silent
 from fused_resnet.machine.errors import why_missing
-from fused_resnet.measuring.cases import finite
 from fused_resnet.measuring.summary import BASE, Row
-from fused_resnet.measuring.timing import Progress, Variants, interleaved, silent
 from fused_resnet.measuring.variants import (
     DEFAULT_BASELINES,
     build_variants,

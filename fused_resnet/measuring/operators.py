@@ -10,21 +10,24 @@ import torch
 from torch import nn
 
 from fused_resnet import backends, choosing, testing
-from fused_resnet.freezing.make import planned_problems
-from fused_resnet.machine.errors import why_missing
-from fused_resnet.measuring import rooflines, timing
-from fused_resnet.measuring.cases import (
+from fused_resnet.choosing import timing
+from fused_resnet.choosing.candidates import why_not_timed
+from fused_resnet.choosing.cases import (
     Prepared,
     compared_case,
-    compared_images,
     error_ratio,
     finite,
     folded_operands,
-    planned_call,
+    in_order,
+    order_of,
     random_operands,
 )
+from fused_resnet.choosing.planned import planned_call
+from fused_resnet.choosing.timing import Progress, silent
+from fused_resnet.freezing.make import planned_problems
+from fused_resnet.machine.errors import why_missing
+from fused_resnet.measuring import rooflines
 from fused_resnet.measuring.summary import COPY, FOLDED, UNFUSED, Row
-from fused_resnet.measuring.timing import Progress, silent
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem, Problem, short_name
 
@@ -87,55 +90,42 @@ def op_variants(problem: ConvProblem, live: ConvOperands) -> tuple[dict[str, Pre
     """
     eager, folded = backends.known("conv_bn_act")["eager"], folded_operands(live, has_bias=problem.has_bias)
     unfolded = problem._replace(has_bn=True, has_bias=False)
-    (images, folded_case), (_, live_case) = compared_case(problem, folded), compared_case(unfolded, live)
+    folded_case, live_case = compared_case(problem, folded), compared_case(unfolded, live)
     found = {
-        UNFUSED: Prepared(lambda: eager.run(unfolded, live), images, live_case, "eager"),
-        FOLDED: Prepared(lambda: eager.run(problem, folded), images, folded_case, "eager"),
+        UNFUSED: Prepared(lambda: eager.run(unfolded, live), live_case, "eager"),
+        FOLDED: Prepared(lambda: eager.run(problem, folded), folded_case, "eager"),
     }
 
     skipped = why_not_timed(problem)
     for name, backend in backends.known("conv_bn_act").items():
         if backend.origin != "torch" and name not in skipped:
-            call = planned_call(problem, choosing.select(problem, name, in_plan=True), folded)
-            found[name] = Prepared(call, images, folded_case, name)
+            planned = planned_call(problem, choosing.select(problem, name, in_plan=True), folded)
+            found[name] = Prepared(planned.call, folded_case, name)
     return found, skipped
 
 
 def add_relu_variants(problem: AddReluProblem, device: str) -> tuple[dict[str, Prepared], dict[str, str]]:
     """Every way to compute max(a + b, 0), and COPY: moving as many bytes from one place to another."""
     generator = torch.Generator(device=device).manual_seed(0)
+    images, *image = problem.shape
     a, b = (
-        torch.randn(problem.shape, generator=generator, device=device)
-        .to(problem.dtype, memory_format=torch.channels_last)
+        in_order(torch.randn(2, *image, generator=generator, device=device).to(problem.dtype), order_of(images))
         for _ in range(2)
-    )  # fmt: skip
+    )
     source = torch.cat([a.flatten(), b.flatten()])[: problem.numel + problem.numel // 2]
     target = torch.empty_like(source)
-    images = compared_images(problem.shape[0])
-    operands = testing.AddReluOperands(a[images], b[images], b[images])
-    case = testing.Case(problem._replace(shape=(len(images), *problem.shape[1:])), operands)
+    operands = testing.AddReluOperands(a[:2], b[:2], b[:2])
+    case = testing.Case(problem._replace(shape=tuple(operands.a.shape)), operands)
     found = {
-        UNFUSED: Prepared(lambda: torch.relu(a + b), images, case, "eager"),
-        COPY: Prepared(lambda: target.copy_(source), [], case, COPY),
+        UNFUSED: Prepared(lambda: torch.relu(a + b), case, "eager"),
+        COPY: Prepared(lambda: target.copy_(source), None, COPY),
     }
     skipped = why_not_timed(problem)
     for name, backend in backends.known("add_relu").items():
         if name not in skipped:
             run = functools.partial(backend.run, problem, a, b)
-            found[FOLDED if backend.origin == "torch" else name] = Prepared(run, images, case, name)
+            found[FOLDED if backend.origin == "torch" else name] = Prepared(run, case, name)
     return found, skipped
-
-
-def why_not_timed(problem: Problem) -> dict[str, str]:
-    """The backends that cannot run a problem, or are not worth timing on it, and why."""
-    skipped = {}
-    for name, backend in backends.known(problem.op).items():
-        reason = backend.why_not(problem)
-        if reason is None and backend.origin == "interpreted":
-            reason = "TRITON_INTERPRET is set, and the interpreter is not worth timing"
-        if reason is not None:
-            skipped[name] = reason
-    return skipped
 
 
 class OperatorSubject(NamedTuple):

@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Optional, Sequence
 
+from fused_resnet.choosing.timing import Progress, silent
 from fused_resnet.machine import devices, files
 from fused_resnet.measuring.environment import environment as environment_of
 from fused_resnet.measuring.operators import mismatches
 from fused_resnet.measuring.summary import Row, summarise_rows
-from fused_resnet.measuring.timing import Progress, silent
 from fused_resnet.measuring.turns import Measured, Run, Subject, in_turn
 
 # the kinds that have rows, and what their files call them

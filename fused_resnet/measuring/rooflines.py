@@ -7,8 +7,8 @@ from typing import NamedTuple, Optional, Union
 
 import torch
 
+from fused_resnet.choosing.timing import Variants, interleaved
 from fused_resnet.kernels.triton import cache_read, runtime
-from fused_resnet.measuring.timing import Variants, interleaved
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem
 
 

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Callable, Iterable, Mapping, NamedTuple, Optional, Protocol
 
+from fused_resnet.choosing.timing import Progress, silent
 from fused_resnet.machine.errors import why_missing
 from fused_resnet.measuring.summary import Row
-from fused_resnet.measuring.timing import Progress, silent
 
 
 class Subject(Protocol):

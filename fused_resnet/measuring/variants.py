@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.choosing import winners
+from fused_resnet.choosing.timing import Progress, Variants, silent
 from fused_resnet.freezing.freeze import freeze
 from fused_resnet.freezing.frozen import FrozenModel
 from fused_resnet.fusing import convert
@@ -24,7 +25,6 @@ from fused_resnet.measuring.rivals import (
     stitched_cudnn,
 )
 from fused_resnet.measuring.summary import BASE
-from fused_resnet.measuring.timing import Progress, Variants, silent
 from fused_resnet.operators.problem import short_name
 
 BASELINES = ("eager", "folded", "compile", "autotune", "cudnn", "tensorrt", "onnxruntime", "openvino")

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from fused_resnet import backends
-from fused_resnet.machine.devices import allows_tf32
+from fused_resnet import backends, functional
+from fused_resnet.choosing.case import Case, bound_of, poisoned_memory, rounding_of, stored_dtype, synchronize
 from fused_resnet.operators import layout, reference
 from fused_resnet.operators.problem import AddReluProblem
-from fused_resnet.testing.case import Case, Outcome
 
 
-def synchronize(device: Union[str, torch.device]) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+class Outcome(NamedTuple):
+    """What came of one case on one backend.
+
+    status: "ok", "mismatch" or "cannot run". detail: what differs and where, or the backend's why_not. worst_error:
+    the largest error as a fraction of what the reference allows there; 0 for an exact operator, None if not run.
+    """
+
+    backend: str
+    status: str
+    detail: str = ""
+    worst_error: Optional[float] = None
+
+
+def run(case: Case, backend: str) -> Tensor:
+    """The public function's result, without gradients."""
+    with torch.no_grad():
+        if isinstance(case.problem, AddReluProblem):
+            return functional.add_relu(case.operands.a, case.operands.b, backend=backend)
+        p, o = case.problem, case.operands
+        return functional.conv_bn_act(
+            *o[:6], eps=o.eps, bias=o.bias, residual=o.residual, stride=p.stride, padding=p.padding,
+            dilation=p.dilation, groups=p.groups, activation=p.activation, backend=backend,
+        )  # fmt: skip
 
 
 def check(case: Case, backend: str) -> Outcome:
@@ -34,8 +52,9 @@ def check(case: Case, backend: str) -> Outcome:
         return Outcome(backend, "cannot run", reason)
     before = {name: tensor.clone() for name, tensor in case.tensors.items()}
     try:
-        with _poisoned_memory(case):
-            actual = case.run(backend)
+        like = torch.empty(case.expected.shape, dtype=case.problem.dtype, device=case.problem.device)
+        with poisoned_memory(like):
+            actual = run(case, backend)
             is_addition = isinstance(case.problem, AddReluProblem)
             grad = (
                 torch.ops.fused_resnet.add_relu_backward(case.operands.grad, actual, backend) if is_addition else None
@@ -54,34 +73,8 @@ def check(case: Case, backend: str) -> Outcome:
     return _within_bound(case, backend, actual.cpu().double())
 
 
-def bound_of(case: Case, backend: str) -> Tensor:
-    """The error that this backend may make, per element: reference.error_bound with the roundings it documents."""
-    p, o = case.problem, case.operands
-    eps_acc, stored = 2.0**-53 if p.dtype == torch.float64 else 2.0**-24, _stored_dtype(case, backend)
-    winograd = _rounding(backend).winograd
-    key = (stored, winograd)
-    if key not in case.bounds:
-        case.bounds[key] = reference.error_bound(
-            p, o, expected=case.expected, eps_acc=eps_acc, stored=stored, winograd=winograd
-        )
-    return case.bounds[key]
-
-
-def _stored_dtype(case: Case, backend: str) -> Optional[torch.dtype]:
-    """The dtype to which values between the operands and the final rounding are rounded, if there is one."""
-    p, o = case.problem, case.operands
-    if p.dtype == torch.float32:
-        # products in TF32 have the significand of fp16
-        return torch.float16 if p.device == "cuda" and allows_tf32() else None
-    return p.dtype if _rounding(backend).rounds_between(p, o) else None
-
-
-def _rounding(backend: str) -> backends.Rounding:
-    return backends.known("conv_bn_act")[backend].rounding
-
-
 def _within_bound(case: Case, backend: str, actual: Tensor) -> Outcome:
-    expected, bound, rounding = case.expected, bound_of(case, backend), _rounding(backend)
+    expected, bound, rounding = case.expected, bound_of(case, backend), rounding_of(backend)
     largest = torch.finfo(case.problem.dtype).max
     error = (actual - expected).abs()
     # an infinite bound comes from an infinite operand: what is finite there (relu(-inf)) has one right value
@@ -92,7 +85,7 @@ def _within_bound(case: Case, backend: str, actual: Tensor) -> Outcome:
     if rounding.spreads_nan:
         may_be_nan |= _torch_spreads_nan(case)
         agrees |= may_be_nan & actual.isnan()
-    if case.problem.activation == "silu" and _stored_dtype(case, backend) is not None:
+    if case.problem.activation == "silu" and stored_dtype(case, backend) is not None:
         may_be_nan |= _overflows_before_silu(case, bound)
         agrees |= may_be_nan & actual.isnan()
     if rounding.winograd:
@@ -172,23 +165,6 @@ def wrong_metadata(case: Case, actual: Tensor) -> Optional[str]:
         if got != wanted:
             return f"the output's {name} is {got}, promised was {wanted}"
     return None
-
-
-@contextlib.contextmanager
-def _poisoned_memory(case: Case):
-    """New tensors hold NaN inside. On CUDA by the allocator's reuse of a freed block: the switch used on the CPU would
-    also change which of cuDNN's algorithms run."""
-    if case.problem.device != "cpu":
-        poison = torch.full(case.expected.shape, torch.nan, dtype=case.problem.dtype, device=case.problem.device)
-        del poison
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # makes torch.empty fill with NaN
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:

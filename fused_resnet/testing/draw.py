@@ -12,10 +12,10 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
+from fused_resnet.choosing.case import AddReluOperands, Case
 from fused_resnet.operators.describe import add_relu_problem, conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ACTIVATIONS, FLOAT_DTYPES, output_size
-from fused_resnet.testing.case import AddReluOperands, Case
 
 Pair = tuple[int, int]
 KINDS = ("any", "common", "strided")

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Callable, Optional, Sequence, Union
 
 from fused_resnet import backends
-from fused_resnet.testing.case import Case, Outcome
-from fused_resnet.testing.compare import check, synchronize
+from fused_resnet.choosing.case import Case, synchronize
+from fused_resnet.testing.compare import Outcome, check
 from fused_resnet.testing.draw import case_at
 
 

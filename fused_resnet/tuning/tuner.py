@@ -4,10 +4,10 @@ A candidate is a backend with one of its configs. For each convolution:
 
 1. What cannot win by arithmetic is dropped.
 2. What remains is compiled ahead, and held against the reference. A wrong one is recorded and never chosen.
-3. The right ones are timed in turn from cold caches, on CUDA by replaying a graph.
+3. The right ones are timed in turn (`timing.in_network_order`), on CUDA by replaying a graph.
 4. The fastest is written to the file.
 
-The time is that of the launches in a plan, with x where the kernel reads it (`measuring.planned_call`). Some kernels
+The time is that of the launches in a plan, with x where the kernel reads it (`choosing.planned`). Some kernels
 read x from row space, where a plan cannot always keep it. So the fastest of the other kernels is written too. The
 backend of the fixed order is always a candidate, and keeps its place unless another one beats it by MARGIN. A journal
 keeps every check and row, so that a process that was interrupted goes on where it stopped.
@@ -26,6 +26,8 @@ import torch
 
 from fused_resnet import backends, measuring
 from fused_resnet.choosing import winners, winners_file
+from fused_resnet.choosing.timing import Progress, silent
+from fused_resnet.choosing.winners_file import Table
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv import cost
 from fused_resnet.kernels.triton.precompile import Precompiler
@@ -34,11 +36,11 @@ from fused_resnet.machine import files
 from fused_resnet.machine.errors import one_line
 from fused_resnet.measuring import Row
 from fused_resnet.measuring.environment import environment as environment_of
-from fused_resnet.measuring.timing import Progress, silent
 from fused_resnet.operators.problem import ConvProblem
 from fused_resnet.tuning.convolution import entry_of, tune_one
 from fused_resnet.tuning.journal import Journal
 
+_KEPT_APART = ("environment", "entry", "checks")  # of a row in the journal
 _SECONDS = (0.3, 3.0)  # of timing for one convolution: at least, and where no budget says otherwise at most
 
 
@@ -126,8 +128,8 @@ def tune(
                 row["environment"] = environment  # of the process that measured, also when another goes on from here
                 journal.finish(str(problem), row)
                 fresh += 1
-            rows.append({key: value for key, value in row.items() if key != "environment"})
-            path = _kept(Path(folder), name, problem, row) if row["winner"] else path
+            rows.append({key: value for key, value in row.items() if key not in _KEPT_APART})
+            path = _kept(Path(folder), name, problem, row) or path
             if device != "cpu":
                 torch.cuda.empty_cache()  # the graphs' memory, which nothing else is given
     progress(1.0, "done")
@@ -141,9 +143,11 @@ def tune(
 
 def _kept(folder: Path, name: str, problem: ConvProblem, row: Row) -> Optional[Path]:
     run = row["environment"]["date"]
+    table = Table(name, {}, {run: row["environment"]}, winners.checks_of(problem, row["checks"]), {})
+    if row["entry"] is not None:
+        table.entries[winners.key(problem)] = {problem.N: entry_of(row, run)}
     try:
-        entries = {winners.key(problem): {problem.N: entry_of(row, run)}}
-        return winners.add(folder, name, entries, run, row["environment"])
+        return winners.merge(folder, table)
     except OSError as error:
         files.report_once(f"{folder} cannot be written, so nothing that is measured is kept ({one_line(error)}).")
         return None

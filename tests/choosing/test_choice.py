@@ -228,7 +228,7 @@ def test_the_operator_runs_the_winner(tuned_files, monkeypatch):
 
     monkeypatch.setitem(REGISTRY["conv_bn_act"], "eager", eager._replace(run=run))
     assert testing.check(case, "eager").status == "ok"
-    case.run("auto")
+    testing.run(case, "auto")
     assert configs == [backends.EagerConfig("NCHW")] * 2
 
 

@@ -17,11 +17,11 @@ from click.testing import CliRunner
 
 import fused_resnet
 from fused_resnet import measuring, testing
-from fused_resnet.choosing import winners, winners_file
+from fused_resnet.choosing import timing, winners, winners_file
 from fused_resnet.cli import console, info, main
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.machine import onednn
-from fused_resnet.measuring import environment, timing
+from fused_resnet.measuring import environment
 
 TINY = ["--rounds", "1", "--device", "cpu"]
 NO_PLACE = (str(sources.ROOT), os.uname().nodename)

@@ -11,8 +11,8 @@ from torch.nn.utils import prune
 import fused_resnet
 from fused_resnet import backends, choosing
 from fused_resnet.backends.record import REGISTRY
-from fused_resnet.choosing import choice
-from fused_resnet.measuring import rooflines, timing
+from fused_resnet.choosing import choice, timing
+from fused_resnet.measuring import rooflines
 from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.operators.problem import ConvProblem
 from tests.support import networks

@@ -10,6 +10,7 @@ from torch import nn
 import fused_resnet
 from fused_resnet import backends, choosing
 from fused_resnet.backends import record
+from fused_resnet.choosing import planned
 from fused_resnet.freezing import layouts
 from fused_resnet.freezing.modules import FrozenConv
 from fused_resnet.kernels.triton import runtime
@@ -167,7 +168,7 @@ def _graph_of(model, example):
     module = frozen.plan(example)
     modules = dict(module.named_modules())
     return {
-        node: layouts.Placed(modules[node.target].problem._replace(device="cuda", dtype=torch.float16, N=64), None)
+        node: planned.Placed(modules[node.target].problem._replace(device="cuda", dtype=torch.float16, N=64), None)
         for node in module.graph.nodes
         if isinstance(modules.get(node.target) if node.op == "call_module" else None, FrozenConv)
     }

@@ -103,7 +103,7 @@ def test_forcing_a_backend_that_cannot_run_says_why(op):
             assert choosing.select(case.problem, name).backend is backend
         else:
             with pytest.raises(backends.BackendError) as error:
-                case.run(name)
+                testing.run(case, name)
             assert str(error.value).startswith(f"backend {name!r} cannot run this: {reason}. Use backend='eager'")
 
 
@@ -115,7 +115,7 @@ def test_vectors_of_one_dtype_beside_any_activations(backend, device, dtype, vec
     vectors = {name: vector.to(vector_dtype) for name, vector in case.operands.bn_vectors.items()}
     if vector_dtype == torch.float64 != dtype:
         with pytest.raises(TypeError, match="bn_weight has dtype float64"):
-            testing.Case(case.problem, case.operands._replace(**vectors)).run(backend)
+            testing.run(testing.Case(case.problem, case.operands._replace(**vectors)), backend)
     else:
         check(testing.Case(case.problem, case.operands._replace(**vectors)), backend)
 
@@ -471,7 +471,7 @@ def test_nan_stays_nan_in_live_operators(backend, device):
     x[0, 1, 2, 2] = torch.nan
     case = testing.Case(*_problem_and_operands(ConvOperands(x, torch.ones(3, 4, 3, 3, device=device))))
     check(case, backend)
-    out = case.run(backend)
+    out = testing.run(case, backend)
     assert out[:, :, 1:4, 1:4].isnan().all()
     if backend != "eager" or device == "cpu":  # cuDNN may spread it over a tile
         assert out.isnan().sum() == 3 * 9

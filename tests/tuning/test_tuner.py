@@ -11,16 +11,15 @@ from click.testing import CliRunner
 
 from fused_resnet import backends, choosing, measuring, models
 from fused_resnet.backends.record import REGISTRY
-from fused_resnet.choosing import winners, winners_file
+from fused_resnet.choosing import candidates, planned, timing, winners, winners_file
 from fused_resnet.cli import main
-from fused_resnet.freezing import layouts
 from fused_resnet.kernels import sources
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv import row_space
 from fused_resnet.kernels.triton.conv.configs import TritonConfig, default_config
 from fused_resnet.machine import cuda_graphs
-from fused_resnet.measuring import environment, timing
-from fused_resnet.tuning import candidates, convolution, tuner
+from fused_resnet.measuring import environment
+from fused_resnet.tuning import convolution, tuner
 from tests.support.tuned_files import problem
 
 EAGER = backends.known("conv_bn_act")["eager"]
@@ -493,7 +492,7 @@ def pretended_gpu(monkeypatch):
         p, x = placed.problem, operands.x
         return run(p, operands if x.dim() == 4 else operands._replace(x=row_space.unpack(x, p.N, p.H, p.W)))
 
-    monkeypatch.setattr(layouts.Placed, "run", run_placed)
+    monkeypatch.setattr(planned.Placed, "run", run_placed)
     triton = backends.known("conv_bn_act")["triton"]
     pretended = triton._replace(why_not=lambda problem: None, run=run, origin="ours")
     monkeypatch.setitem(REGISTRY["conv_bn_act"], "triton", pretended)

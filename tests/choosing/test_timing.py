@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_resnet.measuring import timing
+from fused_resnet.choosing import timing
 
 
 class FakeClock:

@@ -1,0 +1,233 @@
+"""Checks and timings in a process of their own: what crashes or hangs there costs the caller one candidate.
+
+    python -m fused_resnet.choosing.process     reads one request from standard input, writes an event a line
+
+A candidate that ends the child, or of which it says nothing for LIMIT_S, is recorded as wrong. Another child goes on
+with the rest.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Optional, Sequence
+
+import torch
+
+from fused_resnet import backends
+from fused_resnet.choosing import timing
+from fused_resnet.choosing.candidates import candidates
+from fused_resnet.choosing.case import synchronize
+from fused_resnet.choosing.checking import Subject, checked
+from fused_resnet.machine.errors import one_line
+from fused_resnet.operators.problem import parsed_problem
+
+LIMIT_S = 120.0  # for one candidate: the reference of a large problem takes seconds, too
+_MODULE = "fused_resnet.choosing.process"
+
+
+class Job(NamedTuple):
+    """A problem, and of its candidates those that are asked for, by name. known: outcomes of earlier checks."""
+
+    problem: str
+    names: list[str]
+    known: dict[str, dict[str, Any]]
+
+
+class Event(NamedTuple):
+    """What came of a candidate of a job, or the times of its right ones. outcome: None of a candidate that the child
+    does not know, since what registers it cannot be imported. has_ended: whether it has ended the process."""
+
+    job: int
+    name: str = ""
+    outcome: Optional[dict[str, Any]] = None
+    times: Optional[dict[str, timing.Stats]] = None
+    has_ended: bool = False
+
+
+class NoChild(RuntimeError):
+    """There can be no process of our own here."""
+
+
+def run(
+    jobs: Sequence[Job], device: str, *, seconds: Optional[float] = None, deadline: float = math.inf
+) -> Iterator[Event]:
+    """Check the candidates of these jobs in a child process, and with `seconds` of timing for a job, time the right
+    ones. deadline: on time.monotonic(), when the child is ended and the rest is left.
+
+    Raises NoChild where a child does not even begin.
+    """
+    left = {str(index): job._asdict() for index, job in enumerate(jobs)}
+    while left:
+        request = {
+            "device": device, "threads": torch.get_num_threads(), "seconds": seconds, "modules": _modules(),
+            "jobs": left,
+        }  # fmt: skip
+        begun: Optional[tuple[str, str]] = None
+        has_begun = is_over = False
+        with _Child(request) as child:
+            for said in child.events(deadline):
+                has_begun, job = True, said["job"]
+                if said["is"] == "begun":
+                    begun = (job, said["name"])
+                elif said["is"] == "checked":
+                    begun = None
+                    left[job]["known"][said["name"]] = said["outcome"]
+                    yield Event(int(job), said["name"], said["outcome"])
+                elif said["is"] == "fatal":
+                    begun, is_over = None, True
+                    left[job]["known"][said["name"]] = said["outcome"]
+                    yield Event(int(job), said["name"], said["outcome"], has_ended=True)
+                elif said["is"] == "timed":
+                    yield Event(int(job), times={name: timing.Stats(*one) for name, one in said["times"].items()})
+                else:
+                    begun = None
+                    del left[job]
+        if not left or time.monotonic() >= deadline:
+            return
+        if not has_begun:
+            raise NoChild(child.last_words())
+        if is_over:
+            continue
+        if begun is None:  # nobody to blame, and no use in beginning that job again
+            del left[min(left, key=int)]
+            continue
+        job, name = begun
+        outcome = {"why": child.why_ended()}
+        left[job]["known"][name] = outcome
+        yield Event(int(job), name, outcome, has_ended=True)
+
+
+class _Child:
+    """A child with its request written; ended when it is left."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self._stderr = tempfile.TemporaryFile()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", _MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
+                env=environment,
+            )  # fmt: skip
+        except (OSError, TypeError) as error:  # no interpreter, no memory
+            raise NoChild(str(error)) from error
+        self._is_late = self._has_ended = False
+        self._lines: queue.SimpleQueue[Optional[bytes]] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(request).encode())
+            self._process.stdin.close()
+        except OSError:  # it is gone already, which its silence shows
+            pass
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def events(self, deadline: float) -> Iterator[dict[str, Any]]:
+        """What it says, until it ends, says nothing for LIMIT_S, or the deadline is there."""
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, min(LIMIT_S, deadline - time.monotonic())))
+            except queue.Empty:
+                self._is_late = True
+                return
+            if line is None:
+                self._has_ended = True
+                return
+            yield json.loads(line)
+
+    def __enter__(self) -> "_Child":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._has_ended:
+            self._process.kill()
+        self._code = self._process.wait()
+
+    def why_ended(self) -> str:
+        if self._is_late:
+            return f"it had not ended after {LIMIT_S:.0f} s"
+        if self._code < 0:
+            return f"it ended the process ({signal.Signals(-self._code).name})"
+        return f"it ended the process (exit status {self._code})"
+
+    def last_words(self) -> str:
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else self.why_ended()
+
+
+def can_know(backend: backends.Backend) -> bool:
+    """Whether a child can import what registers a backend."""
+    return getattr(backend.run, "__module__", None) not in (None, "__main__")
+
+
+def _modules() -> list[str]:
+    """What registers the backends that others have added."""
+    made = {getattr(backend.run, "__module__", None) for backend in backends.known("conv_bn_act").values()}
+    return sorted(name for name in made if name not in (None, "__main__") and not name.startswith("fused_resnet."))
+
+
+def main() -> None:
+    events = os.fdopen(os.dup(1), "w")  # for events alone: what libraries print goes where errors go
+    os.dup2(2, 1)
+    request = json.load(sys.stdin)
+    for name in request["modules"]:
+        importlib.import_module(name)
+    torch.set_num_threads(request["threads"])
+
+    def say(job: str, what: str, **more: Any) -> None:
+        print(json.dumps({"job": job, "is": what, **more}), file=events, flush=True)
+
+    for index, job in request["jobs"].items():
+        _work(Job(**job), request["device"], request["seconds"], lambda what, **more: say(index, what, **more))  # noqa: B023
+        say(index, "done")
+
+
+def _work(job: Job, device: str, seconds: Optional[float], say: Any) -> None:
+    problem = parsed_problem(job.problem, torch.device(device).type)
+    subject, known = Subject(problem, device), {str(one): one for one in candidates(problem)[0]}
+    calls = {}
+    for name in job.names:
+        say("begun", name=name)
+        if name not in known:
+            say("checked", name=name, outcome=None)
+            continue
+        one = checked(subject, known[name], job.known.get(name))
+        if "why" in one.outcome and _why_unusable(device):
+            say("fatal", name=name, outcome=one.outcome)
+            os._exit(1)
+        say("checked", name=name, outcome=one.outcome)
+        if one.call is not None and one.planned is not None:
+            calls[name] = subject.fed(one.planned, one.call)
+    if seconds is not None and calls:
+        with torch.no_grad():
+            times = timing.in_network_order({job.problem: calls}, device=device, budget_s=seconds)
+        say("timed", times=times[job.problem])
+
+
+def _why_unusable(device: str) -> Optional[str]:
+    """What keeps this process from computing on the device since a kernel has failed, or None."""
+    try:
+        synchronize(device)
+    except RuntimeError as error:
+        return one_line(error)
+    return None
+
+
+if __name__ == "__main__":
+    main()
