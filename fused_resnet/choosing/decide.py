@@ -58,8 +58,8 @@ def check_tune(caller: str, tune: Tune) -> None:
 
 
 def is_on() -> bool:
-    """Whether anything may be measured now: not by the environment's leave alone, but nothing is watching torch."""
-    is_allowed = os.environ.get("FUSED_RESNET_TUNE") != "0" and winners.are_used()
+    """Whether anything may be measured now: the environment allows it, and nothing is watching what torch does."""
+    is_allowed = os.environ.get("FUSED_RESNET_TUNE") != "0" and winners.are_used() and not winners.are_ignored()
     is_watched = (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0

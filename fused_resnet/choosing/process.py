@@ -32,7 +32,8 @@ from fused_resnet.choosing.checking import Subject, checked
 from fused_resnet.machine.errors import one_line
 from fused_resnet.operators.problem import parsed_problem
 
-LIMIT_S = 120.0  # for one candidate: the reference of a large problem takes seconds, too
+LIMIT_S = 60.0  # for one candidate: the reference of a large problem takes seconds, too
+_START_S = 120.0  # until a child says its first word
 _MODULE = "fused_resnet.choosing.process"
 
 
@@ -139,15 +140,17 @@ class _Child:
 
     def events(self, deadline: float) -> Iterator[dict[str, Any]]:
         """What it says, until it ends, says nothing for LIMIT_S, or the deadline is there."""
+        patience = _START_S
         while True:
             try:
-                line = self._lines.get(timeout=max(0.0, min(LIMIT_S, deadline - time.monotonic())))
+                line = self._lines.get(timeout=max(0.0, min(patience, deadline - time.monotonic())))
             except queue.Empty:
                 self._is_late = True
                 return
             if line is None:
                 self._has_ended = True
                 return
+            patience = LIMIT_S
             yield json.loads(line)
 
     def __enter__(self) -> "_Child":

@@ -275,6 +275,10 @@ def ignored() -> Iterator[None]:
         _is_ignored.reset(token)
 
 
+def are_ignored() -> bool:
+    return _is_ignored.get()
+
+
 _is_ignored = contextvars.ContextVar("fused_resnet measurements are ignored", default=False)
 
 

@@ -1,0 +1,356 @@
+"""Deciding by measuring: what is checked and timed, what is kept, what is never chosen, when nothing is measured."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import fused_resnet
+from fused_resnet import backends, choosing, models
+from fused_resnet.backends.record import REGISTRY
+from fused_resnet.choosing import decide, process, timing, winners
+from fused_resnet.choosing.candidates import candidates
+from fused_resnet.choosing.choice import FIXED_ORDER
+from fused_resnet.kernels import compiled
+from fused_resnet.machine import files
+from tests.support import networks
+from tests.support.plans import convolutions, full
+from tests.support.tuned_files import problem
+
+CPU = torch.device("cpu")
+ODD, EVEN = problem(2, C=32), problem(2, C=16)
+
+
+@pytest.fixture
+def measuring(tuned_files, monkeypatch):
+    """Measuring is on, in this test's own files."""
+    monkeypatch.setenv("FUSED_RESNET_TUNE", "1")
+    return tuned_files
+
+
+@pytest.fixture
+def no_child(monkeypatch):
+    """Kernels are tried in this process, as where no other can be started."""
+
+    def run(*args, **options):
+        raise process.NoChild("no")
+        yield
+
+    monkeypatch.setattr(process, "run", run)
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """The backend of `broken_backends`, which would be the fastest by far. Give it a fault."""
+    monkeypatch.setenv("FUSED_RESNET_TESTS_IN_PARENT", "1")
+    from tests.support import broken_backends
+
+    monkeypatch.delenv("FUSED_RESNET_TESTS_IN_PARENT")
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "broken", broken_backends.BACKEND)
+    broken_backends.calls.clear()
+    broken_backends._kept.clear()
+    real = timing.in_network_order
+
+    def timed(groups, **options):
+        found = real(groups, **{**options, "rounds": 1, "least_rounds": 1})
+        for stats in found.values():
+            for one in stats:
+                if one.backend.name == "broken":
+                    stats[one] = timing.Stats(0.1, 0.1, 0.1, 0.1, 1)
+        return found
+
+    monkeypatch.setattr(timing, "in_network_order", timed)
+
+    def fault(name):
+        monkeypatch.setenv("BROKEN", name)
+        return broken_backends
+
+    return fault
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """The problems that were timed, in order, with a clock that is quick."""
+    seen, real = [], timing.in_network_order
+
+    def in_network_order(groups, **options):
+        seen.extend(groups)
+        return real(groups, **{**options, "rounds": 2, "least_rounds": 1})
+
+    monkeypatch.setattr(timing, "in_network_order", in_network_order)
+    return seen
+
+
+def chosen(one):
+    return choosing.select(one, in_plan=True).backend.name
+
+
+# ------------------------------------------------------------------------------------------------- what is never chosen
+
+
+@pytest.mark.parametrize("fault", ("wrong", "keeps", "skips"))
+def test_what_is_wrong_for_one_shape_is_never_chosen_there(measuring, no_child, broken, fault):
+    broken(f"32:{fault}")
+    decide.decide([ODD, EVEN], CPU)
+    assert chosen(EVEN) == "broken"
+    assert chosen(ODD) != "broken"
+    outcome = winners.outcome(ODD, "broken")
+    assert outcome["error_ratio"] is None or outcome["error_ratio"] > 1
+    assert winners.outcome(EVEN, "broken")["error_ratio"] <= 1
+    assert "broken" not in winners.entry_of(ODD).candidates
+
+
+def test_a_real_child_that_crashes_or_hangs_costs_one_candidate_and_freeze_goes_on(measuring, broken, monkeypatch):
+    monkeypatch.setattr(process, "LIMIT_S", 12.0)
+    broken("32:crashes,48:hangs")
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3), nn.ReLU(), nn.Conv2d(48, 16, 1), nn.ReLU()]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8)
+    frozen = fused_resnet.freeze(model, x)
+    first, second, third = convolutions(frozen, x)
+    assert [conv.backend.name == "broken" for conv in (first, second, third)] == [True, False, False]
+    torch.testing.assert_close(frozen(x), model(x))
+    outcomes = [winners.outcome(conv.problem, "broken").get("why") for conv in (first, second, third)]
+    assert outcomes == [None, "it ended the process (SIGSEGV)", "it had not ended after 12 s"]
+    assert all(winners.outcome(one.problem, "eager")["error_ratio"] <= 1 for one in (first, second, third))
+    assert not winners.is_trusted("broken", "cpu") and winners.is_trusted("eager", "cpu")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The candidates that a child is asked for. It finds all of them right."""
+    names = []
+
+    def run(jobs, device, **options):
+        for index, job in enumerate(jobs):
+            for name in job.names:
+                names.append(name)
+                yield process.Event(index, name, {"error_ratio": 0.25})
+
+    monkeypatch.setattr(process, "run", run)
+    return names
+
+
+def test_a_trusted_backend_is_checked_here_and_a_new_one_elsewhere(measuring, timed, asked):
+    decide.decide([EVEN], CPU)
+    names = list(map(str, candidates(EVEN)[0]))
+    assert asked == names and all(winners.is_trusted(name.partition(" ")[0], "cpu") for name in names)
+    assert {winners.outcome(EVEN, name)["error_ratio"] for name in names} == {0.25}
+    decide.decide([ODD], CPU)
+    assert asked == names and 0 < winners.outcome(ODD, "eager")["error_ratio"] <= 1  # checked here
+
+
+def test_what_a_child_cannot_import_is_checked_here(measuring, timed, asked, monkeypatch):
+    """A backend that a script or a test registers."""
+    made = []
+
+    def run_it(problem, operands):
+        made.append(problem)
+        return backends.known("conv_bn_act")["eager"].run(problem, operands)
+
+    run_it.__module__ = "__main__"
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "scripted", backends.Backend("scripted", lambda problem: None, run_it))
+    decide.decide([EVEN], CPU)
+    assert asked and "scripted" not in asked
+    assert made and winners.outcome(EVEN, "scripted")["error_ratio"] <= 1
+
+
+def test_the_fixed_order_leaves_out_what_was_found_wrong(measuring):
+    first = choosing.fixed_order(EVEN, in_plan=True)
+    winners.keep(
+        winners.Table.empty(winners.device_id("cpu"))._replace(
+            checks=winners.checks_of(EVEN, {str(first): {"error_ratio": 2.0}})
+        )
+    )
+    assert choosing.fixed_order(EVEN, in_plan=True).backend != first.backend
+    assert choosing.fixed_order(ODD, in_plan=True).backend == first.backend
+
+
+# --------------------------------------------------------------------------------------------------- what is kept, when
+
+
+def frozen_resnet(**options):
+    torch.manual_seed(0)
+    model = models.create("resnet20").eval()
+    x = torch.randn(2, 3, 32, 32)
+    return model, x, fused_resnet.freeze(model, x, **options)
+
+
+def test_freeze_measures_once_and_is_right(measuring, no_child, timed):
+    model, x, frozen = frozen_resnet()
+    convs = convolutions(frozen, x)
+    distinct = {conv.problem for conv in convs}
+    assert set(timed) == distinct and len(timed) == len(distinct)
+    assert all("tuned here" in conv.selection.source for conv in convs)
+    exact = networks.in_fp64(model, x)
+    torch.testing.assert_close(frozen(x).double(), exact, rtol=0, atol=1e-3 * exact.abs().max().item())
+    timed.clear()
+    winners.forget()  # as a new process
+    frozen_resnet()
+    assert not timed
+
+
+def test_threads_versions_and_kernels_are_part_of_what_is_known(measuring, no_child, timed, monkeypatch):
+    decide.decide([EVEN], CPU)
+    assert timed == [EVEN]
+    threads = torch.get_num_threads()
+    for change in ("threads", "torch", "kernel", "limit"):
+        timed.clear()
+        with monkeypatch.context() as changed:
+            if change == "threads":
+                torch.set_num_threads(threads + 1)
+            elif change == "torch":
+                changed.setattr(torch, "__version__", "9.9.9")
+                winners.versions.cache_clear()
+            elif change == "limit":
+                changed.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+                winners.versions.cache_clear()
+            else:
+                changed.setattr(compiled, "built_digest", lambda patterns: "changed")
+            winners.forget()
+            try:
+                decide.decide([EVEN], CPU)
+                assert timed == [EVEN], change
+            finally:
+                torch.set_num_threads(threads)
+        winners.versions.cache_clear()
+        winners.forget()
+
+
+def test_a_backend_that_is_new_since_is_measured(measuring, no_child, timed, monkeypatch):
+    decide.decide([EVEN], CPU)
+    timed.clear()
+    run = backends.known("conv_bn_act")["eager"].run
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "late", backends.Backend("late", lambda problem: None, run))
+    decide.decide([EVEN], CPU)
+    assert timed == [EVEN]
+
+
+def test_checks_are_kept_though_the_timing_is_interrupted(measuring, no_child, monkeypatch):
+    def interrupted(groups, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timing, "in_network_order", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decide.decide([EVEN], CPU)
+    assert winners.outcome(EVEN, "eager")["error_ratio"] <= 1 and winners.entry_of(EVEN) is None
+
+
+def test_nothing_is_measured_where_it_must_not_be(measuring, no_child, timed, monkeypatch):
+    decide.decide([EVEN], CPU, False)
+    with torch._subclasses.FakeTensorMode():
+        decide.decide([EVEN], CPU)
+    torch.func.vmap(lambda x: decide.decide([EVEN], CPU) or x)(torch.ones(2))
+    with winners.ignored():
+        decide.decide([EVEN], CPU)
+    for variable in ("FUSED_RESNET_TUNE", "FUSED_RESNET_TUNED"):
+        with monkeypatch.context() as off:
+            off.setenv(variable, "0")
+            winners.forget()
+            decide.decide([EVEN], CPU)
+    winners.forget()
+    assert not timed and choosing.select(EVEN, in_plan=True).source == FIXED_ORDER
+    decide.decide([EVEN], CPU)
+    assert timed == [EVEN]
+
+
+def test_a_new_shape_in_a_served_model_is_checked_and_not_timed(measuring, no_child, timed, broken):
+    """And what the rules would take is not taken where it is wrong."""
+    model, x, frozen = frozen_resnet()
+    timed.clear()
+    other = torch.randn(9, 3, 32, 32)
+    frozen(other)
+    assert not timed
+    for conv in convolutions(frozen, other):
+        assert winners.outcome(conv.problem, str(conv.selection))["error_ratio"] <= 1
+
+
+def test_what_the_rules_would_take_is_checked_before_a_new_shape_runs(measuring, no_child, broken, monkeypatch):
+    broken("32:wrong")
+    first = REGISTRY["conv_bn_act"]["broken"]._replace(auto=backends.Auto(("cpu",)))
+    others = {name: one for name, one in REGISTRY["conv_bn_act"].items() if name != "broken"}
+    monkeypatch.setitem(REGISTRY, "conv_bn_act", {"broken": first, **others})
+    assert chosen(ODD) == chosen(EVEN) == "broken"
+    decide.check_choices([ODD, EVEN], CPU)
+    assert chosen(EVEN) == "broken" and chosen(ODD) != "broken"
+
+
+@pytest.mark.parametrize("tune", (True, 0, -1.0, "now", float("nan"), float("inf"), None))
+def test_what_tune_may_be(tune):
+    with pytest.raises(ValueError, match='tune must be "auto", False or a number of seconds'):
+        fused_resnet.freeze(nn.Conv2d(3, 4, 1).eval(), torch.randn(1, 3, 4, 4), tune=tune)
+
+
+def test_threads_that_freeze_at_once_measure_each_problem_once(measuring, no_child, timed):
+    threads = [threading.Thread(target=decide.decide, args=([EVEN, ODD], CPU)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(timed) == sorted([EVEN, ODD])
+
+
+_FREEZE = """
+import json, sys, time, torch, fused_resnet
+from fused_resnet import models
+torch.set_num_threads(1); torch.manual_seed(0)
+model, x = models.create(sys.argv[1]).eval(), torch.randn(1, 3, 64, 64)
+begun = time.perf_counter()
+frozen = fused_resnet.freeze(model, x)
+took = time.perf_counter() - begun
+from fused_resnet.freezing.modules import FrozenConv
+convs = [m for m in frozen.plan(x).modules() if isinstance(m, FrozenConv)]
+print(json.dumps([took, [str(c.selection) for c in convs], sorted({c.selection.source for c in convs})]))
+"""
+
+
+def freeze_elsewhere(name):
+    return subprocess.Popen([sys.executable, "-c", _FREEZE, name], stdout=subprocess.PIPE, text=True)
+
+
+def read(child):
+    out, _ = child.communicate(timeout=400)
+    assert child.returncode == 0
+    return json.loads(out)
+
+
+@full
+def test_a_new_process_measures_nothing_and_is_five_times_as_quick(measuring):
+    first, again = read(freeze_elsewhere("resnet50")), read(freeze_elsewhere("resnet50"))
+    assert first[1] == again[1] and all("tuned here" in source for source in again[2])
+    assert again[0] < first[0] / 5
+
+
+@full
+def test_two_processes_that_freeze_at_once_lose_nothing(measuring):
+    """The second waits for what the first finds."""
+    both = [freeze_elsewhere(name) for name in ("resnet18", "resnet34")]
+    results = [read(child) for child in both]
+    assert all("tuned here" in source for _, _, sources in results for source in sources)
+    for name, (took, names, _) in zip(("resnet18", "resnet34"), results):
+        again = read(freeze_elsewhere(name))
+        assert again[1] == names and again[0] < took
+
+
+def test_a_lock_that_another_process_holds_is_not_waited_for_for_ever(measuring, no_child, timed, monkeypatch):
+    monkeypatch.setattr(decide, "_WAIT_S", 0.2)
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with files.locked(winners.user_folder() / "measuring_cpu"):
+            held.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    begun = time.monotonic()
+    decide.decide([EVEN], CPU)
+    done.set()
+    thread.join()
+    assert timed == [EVEN] and time.monotonic() - begun < 30
