@@ -8,9 +8,10 @@ from typing import Any, Callable, NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from fused_resnet.choosing import winners
 from fused_resnet.choosing.case import Case, poisoned_memory, synchronize
 from fused_resnet.choosing.cases import finite, folded_operands, in_order, order_of, random_operands, worst_error
-from fused_resnet.choosing.choice import Selection, why_wrong
+from fused_resnet.choosing.choice import Selection
 from fused_resnet.choosing.planned import Planned, planned_call
 from fused_resnet.choosing.timing import Fed
 from fused_resnet.machine import cuda_graphs
@@ -76,7 +77,7 @@ def checked(subject: Subject, candidate: Selection, known: Optional[dict[str, An
     CUDA it is captured first, as a plan does. known: the outcome of an earlier check, which is not repeated. Whatever a
     kernel, a compiler or a library raises costs this candidate alone.
     """
-    if known is not None and why_wrong(known) is not None:
+    if known is not None and winners.why_wrong(known) is not None:
         return Checked(known)
     try:
         with torch.no_grad():
@@ -85,7 +86,7 @@ def checked(subject: Subject, candidate: Selection, known: Optional[dict[str, An
             outcome = known or {"error_ratio": finite(_worst_of_two(subject, candidate, planned, call))}
     except Exception as error:
         return Checked({"why": one_line(error)})
-    return Checked(outcome, planned, call) if why_wrong(outcome) is None else Checked(outcome)
+    return Checked(outcome, planned, call) if winners.why_wrong(outcome) is None else Checked(outcome)
 
 
 def _worst_of_two(subject: Subject, candidate: Selection, planned: Planned, call: Callable[[], Tensor]) -> float:

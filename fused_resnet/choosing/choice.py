@@ -84,18 +84,7 @@ def fixed_order(problem: Problem, in_plan: bool = False) -> Selection:
 
 def why_rejected(problem: Problem, selection: Selection) -> Optional[str]:
     """What was found wrong when this was checked on exactly this problem, or None."""
-    outcome = winners.outcome(problem, str(selection))
-    return None if outcome is None else why_wrong(outcome)
-
-
-def why_wrong(outcome: dict[str, Any]) -> Optional[str]:
-    """What is said of a candidate that a check (`checking.checked`) has not found right, or None."""
-    if "why" in outcome:
-        return outcome["why"]
-    ratio = outcome["error_ratio"]
-    if ratio is None:
-        return "its result is no number"
-    return f"its error is {ratio:.3g} times what is allowed" if ratio > 1 else None
+    return winners.why_wrong(winners.outcome(problem, str(selection)))
 
 
 def _measured_winner(problem: Problem, in_plan: bool, in_nhwc: bool) -> Optional[Selection]:

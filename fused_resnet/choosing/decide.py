@@ -29,7 +29,7 @@ import torch
 from fused_resnet.choosing import process, timing, winners
 from fused_resnet.choosing.candidates import candidates, default_config
 from fused_resnet.choosing.checking import Subject, checked
-from fused_resnet.choosing.choice import Selection, fixed_order, select, why_rejected, why_wrong
+from fused_resnet.choosing.choice import Selection, fixed_order, select, why_rejected
 from fused_resnet.choosing.planned import Planned, planned_call
 from fused_resnet.choosing.timing import Fed, Progress, Stats, silent
 from fused_resnet.choosing.winners_file import Entry, Measured, Table
@@ -120,10 +120,10 @@ def _is_known(problem: ConvProblem) -> bool:
     timed = set() if entry is None else set(entry.candidates)
     found, _ = candidates(problem)
     outcomes = {one: winners.outcome(problem, str(one)) for one in found}
-    if entry is None and any(outcome is None or why_wrong(outcome) is None for outcome in outcomes.values()):
+    if entry is None and any(outcome is None or winners.why_wrong(outcome) is None for outcome in outcomes.values()):
         return False
     return all(
-        one.backend.name in timed or outcome is not None and why_wrong(outcome) is not None
+        one.backend.name in timed or outcome is not None and winners.why_wrong(outcome) is not None
         for one, outcome in outcomes.items()
     )
 
@@ -143,7 +143,8 @@ def _decide_on_cpu(wanted: Sequence[ConvProblem], seconds: Optional[float], prog
     outcomes = _checked(found, "cpu", lambda fraction, text: progress(fraction / 2, text))
     _keep_checks(outcomes, "cpu")
     right = {
-        problem: [one for one in found[problem] if why_wrong(outcomes[problem][str(one)]) is None] for problem in wanted
+        problem: [one for one in some if winners.why_wrong(outcomes[problem][str(one)]) is None]
+        for problem, some in found.items()
     }
     limits: dict[str, Any] = dict(rounds=ROUNDS, least_rounds=LEAST_ROUNDS, budget_s=CPU_SECONDS)
     if seconds is not None:

@@ -127,6 +127,43 @@ def entry_of(problem) -> Optional[Entry]:
     return found.entry
 
 
+class Measurement(NamedTuple):
+    """What is known of a problem: `when` and at which batch it was measured, the best time of each backend there, and
+    of those candidates that are wrong for exactly this problem, why."""
+
+    place: str
+    when: str
+    batch: int
+    times_us: dict[str, float]
+    wrong: dict[str, str]
+
+
+def measurement_of(problem) -> Optional[Measurement]:
+    """What `lookup` decides by, and what was found wrong; None where neither is known."""
+    if not _counts(problem):
+        return None
+    checks = _tables(problem.device).checks.get(_check_key(problem), {})
+    wrong = {name: why for name in checks if (why := why_wrong(outcome(problem, name))) is not None}
+    found = _nearest(problem)
+    if found is None:
+        return Measurement("", "", problem.N, {}, wrong) if wrong else None
+    batch, (entry, place, _) = found
+    times_us = {name: one.time_us for name, one in entry.candidates.items()}
+    return Measurement(place.rstrip(","), entry.run, batch, times_us, wrong)
+
+
+def why_wrong(outcome: Optional[dict]) -> Optional[str]:
+    """What is said of a candidate that a check (`checking.checked`) has not found right, or None."""
+    if outcome is None:
+        return None
+    if "why" in outcome:
+        return outcome["why"]
+    ratio = outcome["error_ratio"]
+    if ratio is None:
+        return "its result is no number"
+    return f"its error is {ratio:.3g} times what is allowed" if ratio > 1 else None
+
+
 def is_trusted(backend: str, device: str) -> bool:
     """Whether a backend has been checked in a process of its own here, with these versions, and did not end it."""
     return _tables(device).trusted.get(backend) == _stamp(backend, device)
@@ -143,19 +180,27 @@ def _settings(problem) -> tuple:
 
 @functools.lru_cache(maxsize=8192)
 def _lookup(problem, backend: Optional[str], in_nhwc: bool, settings: tuple) -> Optional[Winner]:
-    entries = _tables(problem.device).entries.get(key(problem), {})
-    distances = {batch: abs(math.log2(batch / max(problem.N, 1))) for batch in entries}
-    near = [batch for batch, distance in distances.items() if distance <= NEAR]
-    if not near:
+    found = _nearest(problem)
+    if found is None:
         return None
-    batch = min(near, key=lambda found: (distances[found], -found))
-    entry, place, kernels = entries[batch]
+    batch, (entry, place, kernels) = found
     entry = entry.in_nhwc or entry if in_nhwc else entry
     name = backend or entry.winner
     if name not in entry.candidates or not _is_unchanged(name, kernels, place):
         return None
     measured = entry.candidates[name]
     return Winner(name, measured.config, f"{place} batch {batch}", measured.time_us)
+
+
+def _nearest(problem) -> Optional[tuple[int, "_Found"]]:
+    """The batch nearest in log space that was measured, if it is near enough, and what was found there."""
+    entries = _tables(problem.device).entries.get(key(problem), {})
+    distances = {batch: abs(math.log2(batch / max(problem.N, 1))) for batch in entries}
+    near = [batch for batch, distance in distances.items() if distance <= NEAR]
+    if not near:
+        return None
+    batch = min(near, key=lambda found: (distances[found], -found))
+    return batch, entries[batch]
 
 
 @functools.lru_cache(maxsize=8192)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fused_resnet import backends, choosing
-from fused_resnet.choosing import choice
+from fused_resnet.choosing import choice, winners
 from fused_resnet.explaining import calls
 from fused_resnet.explaining.table import Explanation, Row
 from fused_resnet.freezing.copies import copy_with_parameters, unwrapped
@@ -87,6 +87,7 @@ def _judged(call: calls.Call, roofline: rooflines.Roofline) -> Row:
     return Row(
         call.name, problem, chosen, source if selection is None else selection.source,
         None if config is None else config._asdict(), others, roofline.time_us(problem), call.time_us,
+        winners.measurement_of(problem),
     )  # fmt: skip
 
 
@@ -94,6 +95,12 @@ def _why_not_chosen(
     problem: ConvProblem, other: backends.Backend, selection: Optional[choosing.Selection], asked: Optional[str]
 ) -> str:
     """Why a backend that could run this does not."""
+    measured = winners.measurement_of(problem)
+    if selection is not None and measured is not None:
+        if other.name in measured.times_us:
+            return f"it was slower when both were measured ({measured.when[:10]}), or no faster than what rules take"
+        if wrong := [why for name, why in measured.wrong.items() if name.partition(" ")[0] == other.name]:
+            return f"it is wrong here: {wrong[0]}"
     if selection is None:
         cause = "the convolution is not fused" if asked is None else f"{asked} was asked for by name"
         return f"it could run this, but {cause}"

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple, Optional
 import torch
 
 from fused_resnet import backends
+from fused_resnet.choosing.winners import Measurement
 from fused_resnet.fusing import convert
 from fused_resnet.measuring import rooflines
 from fused_resnet.operators.problem import ConvProblem, dtype_name
 
 _COLUMNS = (
-    "convolution", "problem", "backend", "MB unfused", "MB moved", "MB least", "GFLOP", "least us", "share", "time us"
+    "convolution", "problem", "backend", "MB unfused", "MB moved", "MB least", "GFLOP", "least us", "share", "time us",
+    "measured us", "against",
 )  # fmt: skip
 
 
@@ -26,6 +28,7 @@ class Row(NamedTuple):
     bytes_moved: what this way of computing moves when no cache helps. Torch's own is a pass over memory for each of
     convolution, BN, addition and activation, a kernel one for all; problem.bytes_moved is the least.
     least_us: the roofline's time for that least. time_us: measured, median of a few runs of the model, if asked for.
+    measured: what was measured for this problem when the choice was made, against what, and what was wrong.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Row(NamedTuple):
     why_not: dict[str, str]
     least_us: float
     time_us: Optional[float]
+    measured: Optional[Measurement] = None
 
     @property
     def bytes_moved(self) -> int:
@@ -105,6 +109,7 @@ def _row_as_dict(row: Row, total_us: float) -> dict[str, Any]:
         "least_us": row.least_us,
         "share": row.least_us / total_us,
         "time_us": row.time_us,
+        "measured": row.measured and row.measured._asdict(),
     }
 
 
@@ -119,12 +124,20 @@ def _lines(explanation: Explanation) -> list[str]:
     cells += [_cells(row, totals["least_us"]) for row in e.rows]
     mb = (f"{totals[name] / 1e6:.1f}" for name in ("bytes_unfused", "bytes_moved", "bytes_least"))
     time_us = "-" if totals["time_us"] is None else f"{totals['time_us']:.0f}"
-    cells.append(("all", "", "", *mb, f"{totals['flops'] / 1e9:.2f}", f"{totals['least_us']:.0f}", "100 %", time_us))
+    cells.append(
+        ("all", "", "", *mb, f"{totals['flops'] / 1e9:.2f}", f"{totals['least_us']:.0f}", "100 %", time_us, "", "")
+    )
     lines += ["", *_aligned(cells, left=3), ""]
     lines += [f"{backend or 'none'}: {n} of {len(e.rows)}: {source}"
               for (backend, source), n in Counter((row.backend, row.source) for row in e.rows).items()]  # fmt: skip
     reasons = Counter(reason for row in e.rows for reason in row.why_not.items())
     lines += [f"not {backend}: {n} of {len(e.rows)}: {why}" for (backend, why), n in reasons.items()]
+    lines += dict.fromkeys(
+        f"wrong here, and never chosen: {name} on {row.problem}: {why}"
+        for row in e.rows
+        if row.measured
+        for name, why in row.measured.wrong.items()
+    )
     left_alone: dict[str, list[str]] = {}
     for name, reason in e.left_alone:
         left_alone.setdefault(reason, []).append(name)
@@ -140,7 +153,18 @@ def _cells(row: Row, total_us: float) -> tuple[str, ...]:
     mb = (f"{n / 1e6:.2f}" for n in (row.problem.bytes_unfused, row.bytes_moved, row.problem.bytes_moved))
     gflop, share = f"{row.problem.flops / 1e9:.3f}", f"{100 * row.least_us / total_us:.1f} %"
     time_us = "-" if row.time_us is None else f"{row.time_us:.0f}"
-    return (row.name, str(row.problem), row.backend or "none", *mb, gflop, f"{row.least_us:.0f}", share, time_us)
+    measured = _measured(row)
+    return (
+        row.name, str(row.problem), row.backend or "none", *mb, gflop, f"{row.least_us:.0f}", share, time_us, *measured,
+    )  # fmt: skip
+
+
+def _measured(row: Row) -> tuple[str, str]:
+    """What the choice was measured to take, and the fastest of the others."""
+    times = {} if row.measured is None else dict(row.measured.times_us)
+    own = times.pop(row.backend or "", None)
+    other = min(times, key=times.__getitem__, default=None)
+    return "-" if own is None else f"{own:.0f}", "-" if other is None else f"{other} {times[other]:.0f}"
 
 
 def _aligned(rows: list[tuple[str, ...]], left: int) -> list[str]:

@@ -17,7 +17,14 @@ from fused_resnet.measuring.summary import Row, summarise_rows
 from fused_resnet.measuring.turns import Measured, Run, Subject, in_turn
 
 # the kinds that have rows, and what their files call them
-_ROWS = {"bench ops": "rows", "bench blocks": "rows", "bench model": "runs", "tune": "rows", "demo": "runs"}
+_ROWS = {
+    "bench ops": "rows",
+    "bench blocks": "rows",
+    "bench model": "runs",
+    "tune": "rows",
+    "demo": "runs",
+    "choices": "rows",
+}
 # the form of the other fields; a summary is a list of contests, the tuner's one dictionary
 _FORMS: dict[str, Any] = {
     "environment": dict, "kind": str, "device": str, "settings": dict, "kernels": str, "budget_s": (int, float),

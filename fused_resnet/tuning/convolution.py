@@ -7,10 +7,9 @@ from typing import Any, Mapping, Optional
 
 import torch
 
-from fused_resnet.choosing import Selection, timing, winners_file
+from fused_resnet.choosing import Selection, timing, winners, winners_file
 from fused_resnet.choosing.candidates import candidates
 from fused_resnet.choosing.checking import Checked, Subject, checked
-from fused_resnet.choosing.choice import why_wrong
 from fused_resnet.choosing.decide import measured_entry, winner_of
 from fused_resnet.choosing.timing import Fed, Stats
 from fused_resnet.machine.errors import one_line
@@ -111,7 +110,7 @@ def _row(
         "wrong": [
             {**described[one], **outcome}
             for one, outcome in outcomes.items()
-            if "why" not in outcome and why_wrong(outcome) is not None
+            if "why" not in outcome and winners.why_wrong(outcome) is not None
         ],
         "failed": [{**described[one], **outcome} for one, outcome in outcomes.items() if "why" in outcome],
         "skipped": skipped,

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fused_resnet
-from fused_resnet import backends, choosing
+from fused_resnet import backends, choosing, models
 from fused_resnet.backends.record import REGISTRY
-from fused_resnet.choosing import choice, timing
+from fused_resnet.choosing import choice, timing, winners
 from fused_resnet.measuring import rooflines
 from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.operators.problem import ConvProblem
 from tests.support import networks
+from tests.support.tuned_files import entry
 
 ROOF = rooflines.Roofline(bytes_per_s=1e10, flops_per_s=1e11)
 
@@ -338,3 +339,26 @@ def test_pruned_weights_are_explained_too():
     prune.l1_unstructured(model.conv1, "weight", 0.5)
     assert sorted(row.name for row in explain(model, x).rows) == ["conv2", "convolution 1", "downsample.0"]
     assert not model.conv1.weight.is_leaf  # and the model is as it was
+
+
+def test_a_measured_choice_says_against_what_when_and_what_was_wrong(tuned_files):
+    """And who was not chosen says why: slower, or wrong on this machine."""
+    model, x = models.create("resnet20").eval(), torch.randn(2, 3, 32, 32)
+    frozen = fused_resnet.freeze(model, x)
+    first = explain(frozen, x).rows[0].problem
+    found = entry("eager", "2026-11-30T06:00:00+00:00", eager=(None, 10.0), onednn=(None, 12.5))
+    tuned_files.add(tuned_files.user, first, found)
+    wrong = winners.checks_of(first, {"winograd": {"error_ratio": 3.0}, "grouped": {"why": "it ended the process"}})
+    winners.keep(winners.Table.empty(tuned_files.device)._replace(checks=wrong))
+    explanation = explain(fused_resnet.freeze(model, x), x)
+    row = explanation.rows[0]
+    assert row.problem == first and row.backend == "eager"
+    assert row.measured.when == found.run and row.measured.times_us == {"eager": 10.0, "onednn": 12.5}
+    assert "slower when both were measured (2026-11-30)" in row.why_not["onednn"]
+    if backends.known("conv_bn_act")["winograd"].why_not(first) is None:
+        assert row.why_not["winograd"] == "it is wrong here: its error is 3 times what is allowed"
+    text = str(explanation)
+    assert "10  onednn 12" in text.replace("      ", "  ").replace("    ", "  ")
+    assert f"wrong here, and never chosen: grouped on {first}: it ended the process" in text
+    assert explanation.as_dict()["rows"][0]["measured"]["batch"] == 2
+    assert json.loads(json.dumps(explanation.as_dict())) == explanation.as_dict()
