@@ -22,7 +22,8 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from typing import Any, Mapping, Optional, Sequence, Union
+from pathlib import Path
+from typing import Any, Mapping, NamedTuple, Optional, Sequence, Union
 
 import torch
 
@@ -41,9 +42,21 @@ MARGIN = 0.03  # by which a winner must beat what the fixed order takes, or nois
 ROUNDS, LEAST_ROUNDS, CPU_SECONDS, GPU_SECONDS = 30, 10, 3.0, 60.0
 _SECONDS_FOR_ONE = 1.0  # of timing, on a GPU
 _MOST_CONFIGS = 3  # of a backend, on a GPU: the likeliest
+_HEAD_START_S = 5.0  # of the first process of a group
 _WAIT_S = 180.0  # for another process that measures
 
 Tune = Union[str, bool, float]
+
+
+class Tuning(NamedTuple):
+    """What may be measured for a plan: as `freeze` takes it, or "check", which times nothing. progress: is told which
+    fraction is done, and what is being done."""
+
+    tune: Tune = False
+    progress: Progress = silent
+
+
+MEASURE, NOTHING = Tuning("auto"), Tuning()
 Outcomes = dict[ConvProblem, dict[str, dict[str, Any]]]
 
 log = logging.getLogger("fused_resnet")
@@ -70,30 +83,33 @@ def is_on() -> bool:
     return is_allowed and not is_watched
 
 
-def decide(
-    problems: Sequence[ConvProblem], device: torch.device, tune: Tune = "auto", progress: Progress = silent
-) -> None:
+def decide(problems: Sequence[ConvProblem], device: torch.device, tuning: Tuning = MEASURE) -> None:
     """Find out, and keep, what `select` should say of these problems of one plan. Does nothing where all is known."""
+    tune, progress = tuning
     if tune is False or not is_on() or winners.device_id(device.type) is None:
         return
+    if tune == "check":
+        return _check_choices(problems, device)
     if not _unknown(problems):
         return
-    with _measuring, _alone(device.type):
+    with _measuring, _alone(problems, device.type):
         wanted = _unknown(problems)  # another thread or process may have found out meanwhile
         if not wanted:
             return
-        seconds = None if isinstance(tune, str) else float(tune)
+        begun = time.monotonic()
         log.info("measuring %d convolutions on %s, once for this machine", len(wanted), device)
+        seconds = None if isinstance(tune, str) else float(tune)
         if device.type == "cpu":
             _decide_on_cpu(wanted, seconds, progress)
         else:
             _decide_on_gpu(wanted, str(device), GPU_SECONDS if seconds is None else seconds, progress)
+        progress(1.0, "done")
+        left = len(_unknown(wanted))
+        log.info("measured in %.1f s%s", time.monotonic() - begun, f"; {left} are left for the next time" * bool(left))
 
 
-def check_choices(problems: Sequence[ConvProblem], device: torch.device) -> None:
+def _check_choices(problems: Sequence[ConvProblem], device: torch.device) -> None:
     """For a shape that a served model has not seen: check what `select` says, until it is right. Times nothing."""
-    if not is_on() or winners.device_id(device.type) is None:
-        return
     todo = {problem: select(problem, in_plan=True) for problem in dict.fromkeys(problems)}
     while todo := {problem: one for problem, one in todo.items() if _is_unchecked(problem, one)}:
         outcomes = _checked({problem: [one] for problem, one in todo.items()}, str(device))
@@ -129,13 +145,38 @@ def _is_known(problem: ConvProblem) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(device: str) -> Iterator[None]:
-    """The only process that measures on this machine, if the others end in time: then they have what it finds."""
+def _alone(problems: Sequence[ConvProblem], device: str) -> Iterator[None]:
+    """The only process that measures on this machine, if the others end in time: then they have what it finds.
+
+    Of a group of processes that torch.distributed or torchrun has started, the first has a head start.
+    """
+    path = winners.user_folder() / f"measuring_{device}"
+    until = time.monotonic() + (0.0 if _is_first() else _HEAD_START_S)
+    while time.monotonic() < until and not _is_held(path) and _unknown(problems):
+        time.sleep(0.05)
+        winners.forget()
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            stack.enter_context(files.locked(winners.user_folder() / f"measuring_{device}", _WAIT_S))
+            stack.enter_context(files.locked(path, _WAIT_S))
             winners.forget()
         yield
+
+
+def _is_first() -> bool:
+    """Whether this is the first process of its group on this machine, or of none."""
+    if rank := os.environ.get("LOCAL_RANK"):
+        return rank == "0"
+    return not (
+        torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()
+    )
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with files.locked(path, 0.0):
+            return False
+    except OSError:
+        return True
 
 
 def _decide_on_cpu(wanted: Sequence[ConvProblem], seconds: Optional[float], progress: Progress) -> None:

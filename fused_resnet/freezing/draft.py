@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_resnet.choosing import Selection
-from fused_resnet.choosing.decide import Tune
+from fused_resnet.choosing.decide import NOTHING, Tuning
 from fused_resnet.choosing.planned import Placed
 from fused_resnet.freezing.dtypes import Conversion
 from fused_resnet.freezing.modules import PackedWeights
@@ -38,7 +38,7 @@ class Draft(NamedTuple):
     convs: the nodes that are lowered convolutions, each called with x and perhaps a residual. Passes decide by
     replacing what is kept there. backend: "auto", or the one that every convolution must use. device: where the plan
     will run. conversion: of the caller's dtypes, if there is one. packed: the weights that the model's plans share.
-    tune: whether to measure what is not known (`choosing.decide`), or "check": to check it alone.
+    tuning: what may be measured of what is not known (`choosing.decide`).
     """
 
     module: fx.GraphModule
@@ -48,7 +48,7 @@ class Draft(NamedTuple):
     device: torch.device
     conversion: Optional[Conversion]
     packed: PackedWeights
-    tune: Tune = False
+    tuning: Tuning = NOTHING
 
     @property
     def graph(self) -> fx.Graph:

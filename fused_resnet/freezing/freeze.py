@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fused_resnet import backends
-from fused_resnet.choosing.decide import Tune, check_tune
+from fused_resnet.choosing.decide import Tune, Tuning, check_tune
+from fused_resnet.choosing.timing import Progress, silent
 from fused_resnet.freezing.copies import unwrapped
 from fused_resnet.freezing.dtypes import is_floating
 from fused_resnet.freezing.frozen import Frozen, FrozenModel, FrozenParts, NothingToFreeze
@@ -32,6 +33,7 @@ def freeze(
     dtype: Optional[torch.dtype] = None,
     backend: str = "auto",
     tune: Tune = "auto",
+    progress: Progress = silent,
 ) -> Union["FrozenModel", "FrozenParts"]:
     """An inference-only copy of `model`: BN folded, weights packed, one plan per input shape, a CUDA graph on GPUs.
 
@@ -45,6 +47,7 @@ def freeze(
     cache: 3 s of timing on a CPU or 10 to 30 calls of the model, 60 s on a GPU, and the checks beside. A number allows
     so many seconds instead. False measures nothing, and neither does FUSED_RESNET_TUNE=0: then rules decide. The next
     freeze of the model on this machine measures nothing. Shapes that are first seen in a call are checked alone.
+    progress: while measuring, is told which fraction is done, and what is being done.
 
     With a dtype, the input and what most of the model is in are converted, as by `model.to(dtype)`, and the rest is as
     under autocast: products (convolutions, linear layers, matmul, attention) cast what arrives, a step with an explicit
@@ -92,17 +95,20 @@ def freeze(
         raise TypeError(f"freeze: dtype must be float32, bfloat16, float16 or float64, got {dtype}.")
     backends.check_name("freeze", backend)
     check_tune("freeze", tune)
+    tuning = Tuning(tune, progress)
     frozen = [name for name, module in model.named_modules() if isinstance(module, Frozen)]
     if frozen:
         raise ValueError(f"freeze: {frozen[0] or 'the model'} is frozen already. Freeze what it was made from.")
     with torch.inference_mode(False), torch.no_grad():  # copies made in inference mode could not be written to outside
         if not isinstance(example_input, Tensor):
-            return FrozenParts(model, example_input, dtype, backend, tune, f"it takes a {type(example_input).__name__}")
+            return FrozenParts(
+                model, example_input, dtype, backend, tuning, f"it takes a {type(example_input).__name__}"
+            )
         try:
-            return FrozenModel(model, example_input, dtype, backend, tune)
+            return FrozenModel(model, example_input, dtype, backend, tuning)
         except Untraceable as error:
             try:
-                return FrozenParts(model, example_input, dtype, backend, tune, str(error))
+                return FrozenParts(model, example_input, dtype, backend, tuning, str(error))
             except NothingToFreeze:
                 raise error from None
 

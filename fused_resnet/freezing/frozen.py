@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fused_resnet.choosing.decide import Tune
+from fused_resnet.choosing.decide import NOTHING, Tuning
 from fused_resnet.freezing.copies import copy_of, copy_tensors, copy_with_parameters
 from fused_resnet.freezing.dtypes import conversion, is_floating, main_dtype
 from fused_resnet.freezing.make import make_plan
@@ -75,7 +75,7 @@ class FrozenModel(Frozen):
     _making: threading.Lock  # while a plan is made
     _plans: collections.OrderedDict[tuple, Plan]
     _packed: PackedWeights
-    _tune: Tune
+    _tuning: Tuning
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class FrozenModel(Frozen):
         example_input: Tensor,
         dtype: Optional[torch.dtype],
         backend: str,
-        tune: Tune = "auto",
+        tuning: Tuning = NOTHING,
         main: Optional[torch.dtype] = None,  # of the whole, where the model is a part
     ) -> None:
         super().__init__(model)
@@ -94,9 +94,9 @@ class FrozenModel(Frozen):
             self.__dict__["_traced"] = trace(model)
             self._conversion = conversion(self._traced, example_input.detach(), main or own, dtype)
         self._reset_plans()
-        self.__dict__["_tune"] = tune  # for the first plan
+        self.__dict__["_tuning"] = tuning  # for the first plan
         self._plan_for(example_input)
-        self.__dict__["_tune"] = tune and "check"
+        self.__dict__["_tuning"] = Tuning(tuning.tune and "check")
 
     def forward(self, x: Tensor) -> Any:
         if torch.compiler.is_dynamo_compiling():  # asked first: torch 2.11's says that it is exporting too
@@ -147,7 +147,9 @@ class FrozenModel(Frozen):
             plan = self._known_plan(x)  # another thread may have made it meanwhile
             if plan is None:
                 with plainly(self.device):
-                    made = make_plan(self._traced, x.detach(), self._conversion, self.backend, self._packed, self._tune)
+                    made = make_plan(
+                        self._traced, x.detach(), self._conversion, self.backend, self._packed, self._tuning
+                    )
                     plan = warmed(made, x.detach())
                 with self._lock:
                     self._plans[tuple(x.shape)] = plan
@@ -187,10 +189,10 @@ class _FrozenPart(FrozenModel):
     """A FrozenModel inside a model, which may ask it for its attributes, as they were, but not set them."""
 
     def __init__(
-        self, part: nn.Module, x: Tensor, dtype: Optional[torch.dtype], backend: str, tune: Tune, main: torch.dtype
+        self, part: nn.Module, x: Tensor, dtype: Optional[torch.dtype], backend: str, tuning: Tuning, main: torch.dtype
     ) -> None:
         # what the model computes in another dtype than its main one stays in it
-        super().__init__(part, x, dtype if x.dtype == main else None, backend, tune, main)
+        super().__init__(part, x, dtype if x.dtype == main else None, backend, tuning, main)
         if self._traced.meta["writes_input"]:
             raise ValueError("freeze: it writes into its input, which a frozen part does not.")
         try:
@@ -236,7 +238,7 @@ class FrozenParts(Frozen):
         example_input: Any,
         dtype: Optional[torch.dtype],
         backend: str,
-        tune: Tune,
+        tuning: Tuning,
         reason: str,
     ) -> None:
         super().__init__(model)
@@ -251,7 +253,7 @@ class FrozenParts(Frozen):
             except Exception as error:
                 raise NothingToFreeze(f"freeze: {type(model).__name__} cannot be copied: {error}") from error
             parts, expected, self._writes_input = freeze_parts(
-                plain, example_input, lambda part, x: _FrozenPart(part, x, dtype, backend, tune, main)
+                plain, example_input, lambda part, x: _FrozenPart(part, x, dtype, backend, tuning, main)
             )
         if not parts:
             raise NothingToFreeze(f"freeze: no part of {type(model).__name__} can be frozen, and {reason}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_resnet.choosing import winners
-from fused_resnet.choosing.decide import Tune
+from fused_resnet.choosing.decide import NOTHING, Tuning
 from fused_resnet.freezing import dtypes
 from fused_resnet.freezing.biases import move_biases
 from fused_resnet.freezing.draft import Draft
@@ -55,11 +55,11 @@ def make_plan(
     conversion: Optional[Conversion],
     backend: str,
     packed: PackedWeights,
-    tune: Tune = False,
+    tuning: Tuning = NOTHING,
 ) -> Plan:
     """The plan for inputs like x: as the model computes, or with its dtypes converted. packed: of its other plans.
-    tune: as `Draft` says."""
-    draft = _draft_of(traced, x, conversion, backend, x.device, packed)._replace(tune=tune)
+    tuning: what may be measured for it."""
+    draft = _draft_of(traced, x, conversion, backend, x.device, packed)._replace(tuning=tuning)
     for run in PASSES:
         run(draft)
     draft.module.delete_all_unused_submodules()

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fused_resnet import choosing
-from fused_resnet.choosing.decide import check_choices, decide
+from fused_resnet.choosing.decide import decide
 from fused_resnet.choosing.planned import Placed
 from fused_resnet.freezing import layouts
 from fused_resnet.freezing.draft import Draft
@@ -18,13 +18,9 @@ from fused_resnet.nn.stock import has_stock_call
 
 def choose_measured(draft: Draft) -> None:
     """Have measured what is not known of the plan's convolutions, and take what is right and fastest here."""
-    if draft.backend != "auto" or draft.tune is False:
+    if draft.backend != "auto":
         return
-    problems = [conv.problem for conv in draft.convs.values()]
-    if draft.tune == "check":
-        check_choices(problems, draft.device)
-    else:
-        decide(problems, draft.device, draft.tune)
+    decide([conv.problem for conv in draft.convs.values()], draft.device, draft.tuning)
     for node, conv in list(draft.convs.items()):
         draft.decide(node, selection=choosing.select(conv.problem, in_plan=True))
 

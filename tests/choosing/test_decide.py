@@ -17,7 +17,7 @@ from fused_resnet.choosing import decide, process, timing, winners
 from fused_resnet.choosing.candidates import candidates
 from fused_resnet.choosing.choice import FIXED_ORDER
 from fused_resnet.kernels import compiled
-from fused_resnet.machine import files
+from fused_resnet.machine import devices, files
 from tests.support import networks
 from tests.support.plans import convolutions, full
 from tests.support.tuned_files import problem
@@ -242,7 +242,7 @@ def test_checks_are_kept_though_the_timing_is_interrupted(measuring, no_child, m
 
 
 def test_nothing_is_measured_where_it_must_not_be(measuring, no_child, timed, monkeypatch):
-    decide.decide([EVEN], CPU, False)
+    decide.decide([EVEN], CPU, decide.Tuning(False))
     with torch._subclasses.FakeTensorMode():
         decide.decide([EVEN], CPU)
     torch.func.vmap(lambda x: decide.decide([EVEN], CPU) or x)(torch.ones(2))
@@ -276,7 +276,7 @@ def test_what_the_rules_would_take_is_checked_before_a_new_shape_runs(measuring,
     others = {name: one for name, one in REGISTRY["conv_bn_act"].items() if name != "broken"}
     monkeypatch.setitem(REGISTRY, "conv_bn_act", {"broken": first, **others})
     assert chosen(ODD) == chosen(EVEN) == "broken"
-    decide.check_choices([ODD, EVEN], CPU)
+    decide.decide([ODD, EVEN], CPU, decide.Tuning("check"))
     assert chosen(EVEN) == "broken" and chosen(ODD) != "broken"
 
 
@@ -337,6 +337,40 @@ def test_two_processes_that_freeze_at_once_lose_nothing(measuring):
         assert again[1] == names and again[0] < took
 
 
+def test_the_first_process_of_a_group_measures_and_the_others_wait(measuring, no_child, timed, monkeypatch):
+    monkeypatch.setattr(decide, "_HEAD_START_S", 30.0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    waiting = threading.Thread(target=decide.decide, args=([EVEN], CPU))
+    with monkeypatch.context() as first:
+        slept = threading.Event()
+        first.setattr(decide.time, "sleep", lambda seconds: slept.set() or threading.Event().wait(0.01))
+        waiting.start()
+        assert slept.wait(20) and not timed
+    found = decide.measured_entry(
+        decide.fixed(EVEN), {decide.fixed(EVEN): timing.Stats(1, 1, 1, 1, 1)},
+        {str(decide.fixed(EVEN)): {"error_ratio": 0.5}}, "first",
+    )  # fmt: skip
+    names = {str(one): {"why": "left out"} for one in candidates(EVEN)[0] if one != decide.fixed(EVEN)}
+    winners.keep(
+        winners.Table.empty(winners.device_id("cpu"))._replace(
+            entries={winners.key(EVEN): {EVEN.N: found}}, checks=winners.checks_of(EVEN, names),
+            runs={"first": {"kernels": winners.kernel_digests()}},
+        )
+    )  # fmt: skip
+    waiting.join(30)
+    assert not waiting.is_alive() and not timed
+
+
+def test_progress_is_told(measuring, no_child, timed):
+    torch.manual_seed(0)
+    told = []
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU()).eval()
+    fused_resnet.freeze(model, torch.randn(1, 3, 8, 8), progress=lambda fraction, text: told.append((fraction, text)))
+    fractions = [fraction for fraction, _ in told]
+    assert fractions == sorted(fractions) and told[-1] == (1.0, "done")
+    assert any("checking" in text for _, text in told) and any("round" in text for _, text in told)
+
+
 def test_a_lock_that_another_process_holds_is_not_waited_for_for_ever(measuring, no_child, timed, monkeypatch):
     monkeypatch.setattr(decide, "_WAIT_S", 0.2)
     held, done = threading.Event(), threading.Event()
@@ -354,3 +388,119 @@ def test_a_lock_that_another_process_holds_is_not_waited_for_for_ever(measuring,
     done.set()
     thread.join()
     assert timed == [EVEN] and time.monotonic() - begun < 30
+
+
+# ------------------------------------------------------------------------------------------------------- on a fake GPU
+
+CUDA = torch.device("cuda", 0)
+SMALL, LARGE = (problem(64, C=C, H=56, W=56, dtype=torch.float16, device="cuda") for C in (16, 512))
+
+
+class Gpu:
+    """Of a GPU that is not here: the child's part. times: microseconds by candidate. deadly: by problem, the candidates
+    that end the child. most: of jobs until the deadline."""
+
+    def __init__(self):
+        self.asked, self.options, self.times, self.deadly, self.most = [], {}, {}, {}, 99
+
+    def run(self, jobs, device, **options):
+        assert device == "cuda:0"
+        self.options = options
+        for index, job in enumerate(jobs[: self.most]):
+            self.asked.append((job.problem, [name for name in job.names if name not in job.known]))
+            right = [name for name in job.names if "error_ratio" in job.known.get(name, {})]
+            for name in job.names:
+                if name in job.known:
+                    continue
+                if name in self.deadly.get(job.problem, ()):
+                    yield process.Event(index, name, {"why": "it ended the process (exit status 1)"}, has_ended=True)
+                    continue
+                yield process.Event(index, name, {"error_ratio": 0.5})
+                right.append(name)
+            us = {name: self.times.get(name, 50.0) for name in right}
+            yield process.Event(index, times={name: timing.Stats(t, t, t, t, 9) for name, t in us.items()})
+
+
+@pytest.fixture
+def gpu(measuring, monkeypatch):
+    fake, real = Gpu(), winners.device_id
+    run = backends.known("conv_bn_act")["eager"].run
+    on_gpu = lambda p: None if p.device == "cuda" else "it runs on GPUs"  # noqa: E731
+    configs = backends.Configs(lambda p: [backends.EagerConfig(f"tile{n}") for n in range(9)])
+    for backend in (
+        backends.Backend("library", on_gpu, run, backends.Auto(("cuda",))),
+        backends.Backend("ours", on_gpu, run, configs=configs),
+    ):
+        monkeypatch.setitem(REGISTRY["conv_bn_act"], backend.name, backend)
+    monkeypatch.setattr(process, "run", fake.run)
+    monkeypatch.setattr(winners, "device_id", lambda device: "A GPU" if device == "cuda" else real(device))
+    winners.forget()
+    return fake
+
+
+def test_on_a_gpu_the_largest_comes_first_with_the_likeliest_few_of_each_backend(gpu):
+    gpu.times = {"library": 40.0, "ours layout=tile1": 20.0}
+    decide.decide([SMALL, LARGE], CUDA)
+    (first, names), (second, _) = gpu.asked
+    assert (first, second) == (str(LARGE), str(SMALL))
+    ours = [name for name in names if name.startswith("ours")]
+    assert ours == ["ours", "ours layout=tile0", "ours layout=tile1", "ours layout=tile2"] and "library" in names
+    assert gpu.options["deadline"] <= time.monotonic() + decide.GPU_SECONDS and gpu.options["seconds"] > 0
+    for one in (SMALL, LARGE):
+        selection = choosing.select(one, in_plan=True)
+        assert str(selection) == "ours layout=tile1" and "tuned here, A_GPU.json" in selection.source
+    gpu.asked.clear()
+    decide.decide([SMALL, LARGE], CUDA)
+    assert not gpu.asked
+
+
+def test_what_time_does_not_allow_is_left_to_the_next_freeze(gpu):
+    gpu.most = 1
+    decide.decide([SMALL, LARGE], CUDA, decide.Tuning(5.0))
+    assert gpu.options["deadline"] <= time.monotonic() + 5.0
+    assert winners.entry_of(LARGE) is not None and winners.entry_of(SMALL) is None
+    assert choosing.select(SMALL, in_plan=True).source == FIXED_ORDER
+    gpu.asked.clear()
+    decide.decide([SMALL, LARGE], CUDA)
+    assert [problem for problem, _ in gpu.asked] == [str(SMALL)]
+
+
+def test_a_kernel_that_ends_the_child_is_never_chosen_and_costs_nobody_else(gpu):
+    gpu.times, gpu.deadly = {"ours": 1.0, "library": 40.0}, {str(LARGE): {"ours"}}
+    decide.decide([SMALL, LARGE], CUDA)
+    assert str(choosing.select(SMALL, in_plan=True)) == "ours"
+    assert str(choosing.select(LARGE, in_plan=True)) != "ours"
+    assert winners.outcome(LARGE, "ours")["why"].startswith("it ended the process")
+
+
+def test_checks_that_were_kept_are_not_repeated(gpu, monkeypatch):
+    with monkeypatch.context() as late:
+        late.setattr(decide, "_keep_times", lambda *args: None)  # the process ended before that
+        decide.decide([SMALL], CUDA)
+    gpu.asked.clear()
+    decide.decide([SMALL], CUDA)
+    assert gpu.asked == [(str(SMALL), [])] and winners.entry_of(SMALL) is not None
+
+
+def test_without_a_child_nothing_is_measured_on_a_gpu(gpu, no_child):
+    decide.decide([SMALL], CUDA)
+    assert choosing.select(SMALL, in_plan=True).source == FIXED_ORDER and winners.entry_of(SMALL) is None
+
+
+def test_a_batch_near_a_measured_one_is_known_and_a_far_one_is_not(gpu):
+    decide.decide([SMALL], CUDA)
+    gpu.asked.clear()
+    for N, is_known in ((32, True), (128, True), (31, False), (129, False), (1, False)):
+        decide.decide([SMALL._replace(N=N)], CUDA) if is_known else None
+        assert (winners.lookup(SMALL._replace(N=N)) is not None) == is_known
+    assert not gpu.asked
+
+
+def test_whether_tf32_is_allowed_is_part_of_what_is_known(gpu, monkeypatch):
+    one = SMALL._replace(dtype=torch.float32)
+    decide.decide([one, SMALL], CUDA)
+    gpu.asked.clear()
+    monkeypatch.setattr(devices, "allows_tf32", lambda: False)
+    assert winners.entry_of(one) is None and winners.entry_of(SMALL) is not None
+    decide.decide([one, SMALL], CUDA)
+    assert [problem for problem, _ in gpu.asked] == [str(one)]
