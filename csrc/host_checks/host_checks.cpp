@@ -244,7 +244,7 @@ PYBIND11_MODULE(_host_checks, m) {
     d["block_m"] = t.block_m, d["block_n"] = t.block_n, d["warps_m"] = t.warps_m, d["warps_n"] = t.warps_n;
     d["stages"] = t.stages, d["any_alignment"] = t.any_alignment, d["resident_blocks"] = t.resident_blocks;
     d["threads"] = num_threads(t), d["smem_bytes"] = smem_bytes(t), d["live_registers"] = live_registers(t);
-    d["registers"] = registers_per_thread(t), d["staging_pitch"] = t.block_n + kStagingPad;
+    d["registers"] = registers_per_thread(t), d["staging_pitch"] = staging_pitch(t);
     return d;
   });
   py::class_<DeviceLimits>(m, "DeviceLimits")

@@ -223,14 +223,15 @@ def test_staging_is_a_permutation_without_conflicts_on_writes(tile):
         assert sorted(banks) == list(range(BANKS))
 
 
-@pytest.mark.parametrize("tile", [tile for tile in TILES if checks.tile(tile)["block_n"] >= 64])
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("per_thread", [4, 8])
 def test_staging_has_no_conflicts_on_reads(tile, per_thread):
-    """Eight threads read 16 bytes each, neighbours `per_thread` columns apart, as the store of fp32 and half does."""
+    """A warp reads 16 bytes a thread, eight threads at once, as the stores of fp32 and of half precision do."""
     t = checks.tile(tile)
-    for first, quad in itertools.product(range(0, t["block_n"], 8 * per_thread), range(0, per_thread, 4)):
-        columns = [first + thread * per_thread + quad for thread in range(8)]
-        starts = [checks.staging_position(3, column, t["staging_pitch"]) for column in columns]
+    chunks = t["block_n"] // per_thread
+    for first, quad in itertools.product(range(0, t["threads"], 8), range(0, per_thread, 4)):
+        places = [(thread // chunks, thread % chunks * per_thread + quad) for thread in range(first, first + 8)]
+        starts = [checks.staging_position(row, column, t["staging_pitch"]) for row, column in places]
         assert all(start % 4 == 0 for start in starts)
         assert sorted(start % BANKS for start in starts) == list(range(0, BANKS, 4))
 

@@ -174,6 +174,19 @@ def test_conv_kernels_use_tensor_cores_and_wide_accesses(compiled, arch):
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHS)
+def test_conv_kernels_stage_their_output_in_wide_accesses(compiled, arch):
+    """Sums go to shared memory in pairs and come back four at a time, with splits and with any activation too."""
+    for name, instructions in sass(compiled("cuda/sm80/conv_bn_act.cu", arch).cubin).items():
+        if (key := conv_key(name)) is None:
+            continue
+        # ptxas fills in `@!PT LDS`, which never runs; the unaligned loader stores words
+        loads, stores = (set(re.findall(rf"(?<!@!PT )\b{access}\b\.?(\w*)", instructions)) for access in ("LDS", "STS"))
+        assert loads == {"128"}, (key, loads)
+        assert stores - ({""} if not key[2] else set()) == {"64"}, (key, stores)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHS)
 def test_conv_kernels_have_eight_residual_loads_in_flight(compiled, arch):
     """Or as many rows as a thread has, before it stores the first one; for ReLU and for no activation."""
     checks = pytest.importorskip("fused_resnet._host_checks", reason="_host_checks is not built")

@@ -27,7 +27,7 @@ struct TileTraits {
   static constexpr int kBlockK = kChunk * kChunksPerRow;
   static constexpr int kRowsPerCopy = kThreads / kChunksPerRow;
   static constexpr int kCopiesA = kBlockM / kRowsPerCopy, kCopiesB = kBlockN / kRowsPerCopy;
-  static constexpr int kPitch = kBlockN + kStagingPad;
+  static constexpr int kPitch = staging_pitch(kTile);
   static_assert(kBlockM % kRowsPerCopy == 0 && kBlockN % kRowsPerCopy == 0, "every thread copies as many chunks");
   static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "ldmatrix.x4 loads 16 rows or columns");
   static_assert(kRowsPerCopy % 8 == 0, "a thread's rows share row % 8, and with it their swizzle");
@@ -161,8 +161,6 @@ __device__ __forceinline__ void multiply_stage(
   }
 }
 
-// The fast end: 16-byte rows, no splits; the activation and whether there is a residual are known at compile time, so
-// that the loop over rows has no branches and all of a thread's residual is on its way at once.
 struct alignas(8) Pair {
   float first, second;
 };
@@ -170,6 +168,19 @@ struct alignas(16) Quad {
   float values[4];
 };
 
+// A row's next Traits::kChunk staged sums, sixteen bytes at a time.
+template <class Traits>
+__device__ __forceinline__ void load_staged(const float* staged, int row, int column, float (&sums)[Traits::kChunk]) {
+#pragma unroll
+  for (int q = 0; q < Traits::kChunk; q += 4) {
+    const Quad quad = *reinterpret_cast<const Quad*>(staged + staging_position(row, column + q, Traits::kPitch));
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sums[q + e] = quad.values[e];
+  }
+}
+
+// The fast end: 16-byte rows, no splits; the activation and whether there is a residual are known at compile time, so
+// that the loop over rows has no branches and all of a thread's residual is on its way at once.
 template <class Element, int kTileIndex>
 struct RowWriter {
   using Traits = TileTraits<Element, kTileIndex>;
@@ -195,17 +206,14 @@ struct RowWriter {
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         if (row + j * kStep >= num_rows) break;
+        float sums[kChunk];
+        load_staged<Traits>(staged, row + j * kStep, column, sums);
         Packed<Element> result;
 #pragma unroll
-        for (int q = 0; q < kChunk; q += 4) {
-          const Quad sums =
-              *reinterpret_cast<const Quad*>(staged + staging_position(row + j * kStep, column + q, Traits::kPitch));
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float v = fmaf(sums.values[e], affine[q + e].scale, affine[q + e].shift);
-            if constexpr (kHasResidual) v += skip[j].get(q + e);
-            result.put(q + e, activate(v, kActivation));
-          }
+        for (int e = 0; e < kChunk; ++e) {
+          float v = fmaf(sums[e], affine[e].scale, affine[e].shift);
+          if constexpr (kHasResidual) v += skip[j].get(e);
+          result.put(e, activate(v, kActivation));
         }
         *reinterpret_cast<Chunk*>(out + j * pitch) = result.chunk;
       }
@@ -264,8 +272,7 @@ __device__ __forceinline__ void store_output(const ConvArguments& args, const Bl
   for (int row = thread / kChunks; row < num_tile_rows; row += Traits::kThreads / kChunks) {
     const int64_t offset = (origin.m + row) * shape.K + first_channel;
     float sums[kChunk];
-#pragma unroll
-    for (int e = 0; e < kChunk; ++e) sums[e] = staged[staging_position(row, column + e, Traits::kPitch)];
+    load_staged<Traits>(staged, row, column, sums);
     if (partials == nullptr) {
       store_chunk<Element>(args, offset, num_columns, affine, sums);
     } else {

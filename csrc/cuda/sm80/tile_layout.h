@@ -47,11 +47,12 @@ FUSED_RESNET_HD int accumulator_column(int lane, int i) {
   return 2 * (lane % 4) + i % 2;
 }
 
-// Float index of (row, column) in the staged output, `pitch` floats per row. Reading eight floats per thread would
-// meet every bank twice; exchanging neighbouring quads in every other group of 32 columns prevents that.
+// Float index of (row, column) in the staged output, `pitch` floats per row: staging_pitch() of a tile. Reading eight
+// floats per thread would meet every bank twice; exchanging neighbouring quads in every other group of 32 columns
+// prevents that. Narrow rows lie two in a line of 32 banks: there the quads of every other line run backwards.
 FUSED_RESNET_HD int staging_position(int row, int column, int pitch) {
-  const int quad = column / 4;
-  return row * pitch + (quad ^ ((quad >> 3) & 1)) * 4 + column % 4;
+  const int swizzle = pitch < 32 ? 3 * ((row >> 1) & 1) : (column >> 5) & 1;
+  return row * pitch + (column ^ (4 * swizzle));
 }
 
 // Which part of the output a block computes. Columns run fastest, so that blocks in flight share their rows in L2.

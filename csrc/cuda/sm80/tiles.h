@@ -27,17 +27,19 @@ constexpr Tile kTiles[] = {
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
 constexpr int kStageRowBytes = 128;
-// 8 floats of padding: the rows of an accumulator fragment then start 8 banks apart
-constexpr int kStagingPad = 8;
-
 constexpr int num_threads(const Tile& t) {
   return 32 * t.warps_m * t.warps_n;
 }
 constexpr int stage_bytes(const Tile& t) {
   return (t.block_m + t.block_n) * kStageRowBytes;
 }
+// Floats from one staged row of the output to the next. 8 of padding: the rows of an accumulator fragment then start 8
+// banks apart. Rows of 16 have none, or 16 bytes of each of two fp32 rows would share their banks.
+constexpr int staging_pitch(const Tile& t) {
+  return t.block_n < 32 ? t.block_n : t.block_n + 8;
+}
 constexpr int staging_bytes(const Tile& t) {
-  return t.block_m * (t.block_n + kStagingPad) * 4;
+  return t.block_m * staging_pitch(t) * 4;
 }
 constexpr int smem_bytes(const Tile& t) {
   return t.stages * stage_bytes(t) > staging_bytes(t) ? t.stages * stage_bytes(t) : staging_bytes(t);
