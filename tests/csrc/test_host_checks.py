@@ -165,6 +165,8 @@ def test_blocks_cover_the_output_once(window, tile):
         range(0, shape.num_rows, t["block_m"]), range(0, columns, t["block_n"]), range(window.groups)
     )
     assert sorted(origins) == sorted(expected)
+    rows = [m for m, _, _ in origins]
+    assert rows == sorted(rows), "groups that read the same lines of x run next to each other"
 
 
 # ------------------------------------------------------------------------------------------ layouts, conflicts, tiles
@@ -409,6 +411,7 @@ WINDOWS = {
     "several row and column tiles": Window(3, 16, 12, 11, 144, 3, 3, padding=(1, 1)),
     "dilated": Window(1, 24, 9, 9, 40, 3, 3, padding=(2, 2), dilation=(2, 2)),
     "resnext groups": Window(1, 64, 6, 6, 64, 3, 3, padding=(1, 1), groups=8),
+    "resnext groups of 4 channels": Window(2, 32, 6, 6, 32, 3, 3, padding=(1, 1), groups=8),
     "depthwise": Window(1, 12, 6, 5, 12, 3, 3, padding=(1, 1), groups=12),
     "asymmetric": Window(1, 8, 9, 6, 8, 1, 4, stride=(3, 1), padding=(0, 3), dilation=(1, 2)),
     "one pixel": Window(1, 8, 1, 1, 8, 1, 1),
