@@ -302,6 +302,7 @@ PYBIND11_MODULE(_host_checks, m) {
       },
       py::arg("rows"), py::arg("columns"), py::arg("reduction_bytes"), py::arg("groups"), py::arg("device"),
       py::arg("is_aligned"));
+  m.def("blocks_per_sm", [](int tile, const DeviceLimits& device) { return blocks_per_sm(tile_at(tile), device); });
   m.attr("MOST_SPLITS") = kMostSplits;
   m.attr("MOST_PARTIAL_BYTES") = kMostPartialBytes;
   m.def("stage_range", [](int num_stages, int splits, int split) {

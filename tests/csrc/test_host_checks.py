@@ -306,6 +306,18 @@ def test_small_batches_are_split_over_the_device():
     assert likeliest(49, 2048, 2 * 512, 1, gpu, True)[1] == 1, "too short to pay for a second kernel"
 
 
+@pytest.mark.parametrize("arch", SMEM_KB)
+def test_two_stages_come_before_three_where_only_they_leave_room_for_a_second_block(arch):
+    gpu = device(arch)
+    deep, shallow = 1, next(t for t in TILES if checks.tile(t) == checks.tile(1) | {
+        "stages": 2, "any_alignment": False, "smem_bytes": checks.tile(t)["smem_bytes"]})  # fmt: skip
+    is_small = SMEM_KB[arch][1] == 100
+    assert [checks.blocks_per_sm(tile, gpu) for tile in (deep, shallow)] == [1 if is_small else 2, 2]
+    for rows, columns, reduction in ((256 * 3136, 64, 576), (256 * 784, 128, 1152), (8 * 49, 512, 4608)):
+        configs = checks.legal_configs(rows, columns, 2 * reduction, 1, gpu, True)
+        assert (configs.index((shallow, 1)) < configs.index((deep, 1))) == is_small
+
+
 @given(st.integers(1, 5000), st.integers(1, 40))
 def test_splits_cover_the_reduction_once(num_stages, splits):
     ranges = [checks.stage_range(num_stages, splits, split) for split in range(splits)]

@@ -18,11 +18,14 @@ struct Tile {
   bool any_alignment;   // also compiled for channels that are not a multiple of 16 bytes
 };
 
+// A tile's index is in saved configs: new ones come last.
 constexpr Tile kTiles[] = {
     {128, 128, 2, 4, 3, 1, false},  // enough rows and filters to fill the device
     {128, 64, 2, 2, 3, 2, true},    // 64 filters: layer1
     {64, 64, 2, 2, 3, 4, false},    // few rows: small maps, small batches
     {128, 16, 4, 1, 3, 4, true},    // few filters per group
+    // tile 1 where a multiprocessor has 100 KB: two blocks, not one of 4 warps. Tile 0 has 8, and registers for no more
+    {128, 64, 2, 2, 2, 2, false},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -135,13 +138,16 @@ inline double estimated_cycles(const Tile& t, const GemmSize& size, const Device
   const double arithmetic = t.block_m * t.block_n / 16.0;
   const double shared = static_cast<double>(t.block_m * t.warps_n + t.block_n * t.warps_m);
   const double from_l2 = kStageRowBytes / kBytesFromL2 * (t.block_m + t.block_n);
-  // the three overlap, but never quite: a quarter of what is hidden still shows, which prefers larger tiles
+  // the three overlap, but never quite: of what is hidden a quarter still shows, which prefers larger tiles, and more
+  // where there are fewer than 8 warps to take turns
   const double longest = std::max({arithmetic, shared, from_l2});
-  const double per_stage = longest + (arithmetic + shared + from_l2 - longest) / 4.0;
+  const int resident = blocks_per_sm(t, device);
+  const double shown = std::max(0.25, 2.0 / (resident * t.warps_m * t.warps_n));
+  const double per_stage = longest + (arithmetic + shared + from_l2 - longest) * shown;
   const double stages = static_cast<double>(ceil_div(num_stages(size), splits));
   const double epilogue = t.block_m * t.block_n / 8.0;
-  const double fill = 600.0;  // latency of the first loads, hidden only by other resident blocks
-  const int resident = blocks_per_sm(t, device);
+  // latency of the first loads, hidden only by other resident blocks; twice that where half as many are on their way
+  const double fill = 1200.0 / (t.stages - 1);
   const int64_t blocks_on_busiest_sm = ceil_div(num_blocks(t, size) * splits, device.num_sms);
   const double rounds = static_cast<double>(ceil_div(blocks_on_busiest_sm, resident));
   const double first = static_cast<double>(blocks_on_busiest_sm) * (stages * per_stage + epilogue) + rounds * fill;
