@@ -285,7 +285,8 @@ PYBIND11_MODULE(_host_checks, m) {
     return d;
   });
   py::class_<DeviceLimits>(m, "DeviceLimits")
-      .def(py::init<int, int, int>(), py::arg("num_sms"), py::arg("smem_per_block"), py::arg("smem_per_sm"));
+      .def(py::init<int, int, int, int>(), py::arg("num_sms"), py::arg("smem_per_block"), py::arg("smem_per_sm"),
+           py::arg("capability"));
   m.def("why_illegal", [](int tile, const DeviceLimits& device, bool is_aligned) -> std::optional<std::string> {
     const char* reason = why_illegal(tile_at(tile), device, is_aligned);
     return reason ? std::optional<std::string>(reason) : std::nullopt;

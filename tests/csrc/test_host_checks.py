@@ -44,7 +44,7 @@ BANKS = 32
 
 def device(arch: str, num_sms: int = 108):
     per_block, per_sm = SMEM_KB[arch]
-    return checks.DeviceLimits(num_sms, per_block * 1024, per_sm * 1024)
+    return checks.DeviceLimits(num_sms, per_block * 1024, per_sm * 1024, int(arch.replace(".", "")))
 
 
 # ---------------------------------------------------------------------------------------------------- index maths
@@ -253,7 +253,7 @@ def test_legal_tiles_fit_the_device(arch):
 
 
 def test_an_illegal_tile_names_the_hardware():
-    small = checks.DeviceLimits(10, 48 * 1024, 64 * 1024)
+    small = checks.DeviceLimits(10, 48 * 1024, 64 * 1024, 80)
     reasons = [checks.why_illegal(tile, small, True) for tile in TILES]
     for tile, reason in zip(TILES, reasons):
         assert (reason is None) == (checks.tile(tile)["smem_bytes"] <= 48 * 1024)
@@ -304,6 +304,61 @@ def test_small_batches_are_split_over_the_device():
     assert 66 <= blocks <= 132, "half of the multiprocessors at least, and in one round"
     assert splits[1] >= splits[2] >= splits[4] > 1
     assert likeliest(49, 2048, 2 * 512, 1, gpu, True)[1] == 1, "too short to pay for a second kernel"
+
+
+# (rows of an image, filters of a group, reduction, groups) -> (tile, splits) of batches 1, 8, 32 and 256 in half
+# precision on an A100. So they were ranked when its rates were the only ones.
+FIRST_ON_AN_A100 = {
+    (3136, 64, 64, 1): ((3, 1), (1, 1), (1, 1), (1, 1)),
+    (3136, 64, 576, 1): ((3, 1), (1, 1), (1, 1), (1, 1)),
+    (3136, 256, 64, 1): ((1, 1), (0, 1), (0, 1), (0, 1)),
+    (3136, 64, 256, 1): ((3, 1), (1, 1), (1, 1), (1, 1)),
+    (784, 128, 1152, 1): ((2, 4), (1, 1), (0, 1), (0, 1)),
+    (784, 128, 512, 1): ((3, 1), (1, 1), (0, 1), (0, 1)),
+    (196, 256, 2304, 1): ((2, 6), (2, 1), (0, 1), (1, 1)),
+    (196, 1024, 256, 1): ((2, 1), (0, 1), (0, 1), (0, 1)),
+    (196, 256, 1024, 1): ((2, 6), (2, 1), (0, 1), (1, 1)),
+    (49, 512, 4608, 1): ((2, 12), (1, 3), (1, 1), (0, 1)),
+    (49, 2048, 512, 1): ((2, 1), (2, 1), (0, 1), (0, 1)),
+    (49, 512, 2048, 1): ((2, 11), (1, 3), (1, 1), (0, 1)),
+    (12544, 64, 147, 1): ((1, 1), (1, 1), (1, 1), (1, 1)),
+    (3136, 4, 36, 32): ((3, 1), (3, 1), (3, 1), (3, 1)),
+    (49, 32, 288, 32): ((3, 1), (3, 1), (3, 1), (3, 1)),
+}
+
+
+@pytest.mark.parametrize("size", FIRST_ON_AN_A100)
+def test_what_is_first_on_an_a100(size):
+    rows, columns, reduction, groups = size
+    gpu = device("8.0", 108)
+    first = [likeliest(n * rows, columns, 2 * reduction, groups, gpu, True) for n in (1, 8, 32, 256)]
+    assert tuple(first) == FIRST_ON_AN_A100[size]
+
+
+# RTX 3090, RTX 4090, H200, B200, RTX 5090
+GPUS = [("8.6", 82), ("8.9", 128), ("9.0", 132), ("10.0", 148), ("12.0", 170)]
+
+
+def test_larger_gpus_split_small_batches_more():
+    """ResNet-50's 3x3 in layer4, one image; and on twice as large ones of the same kind."""
+    splits = [likeliest(49, 512, 2 * 4608, 1, device(*gpu), True)[1] for gpu in GPUS]
+    assert splits == sorted(splits) and splits[0] < splits[-1]
+    for arch, num_sms in GPUS:
+        some, twice = (likeliest(49, 512, 2 * 4608, 1, device(arch, n), True) for n in (num_sms, 2 * num_sms))
+        assert twice[1] > some[1] or twice[1] == checks.MOST_SPLITS
+
+
+@pytest.mark.parametrize("arch, other", [("8.0", "10.0"), ("8.6", "8.9"), ("8.6", "12.0")])
+def test_the_rates_of_a_gpu_depend_on_its_capability_alone(arch, other):
+    """Those of 8.0 and 10.0 and those of 8.6, 8.9 and 12.0 are alike, with memory and multiprocessors as they are."""
+    per_block, per_sm = SMEM_KB[arch]
+    limits = [per_block * 1024, per_sm * 1024]
+    rank = lambda capability: checks.legal_configs(  # noqa: E731
+        784, 128, 2 * 1152, 1, checks.DeviceLimits(100, *limits, capability), True
+    )
+    assert rank(int(arch.replace(".", ""))) == rank(int(other.replace(".", "")))
+    assert rank(80) != rank(86) and rank(80) != rank(90)
+    assert rank(87) == rank(86) and rank(103) == rank(100) and rank(121) == rank(120), "the row before"
 
 
 @pytest.mark.parametrize("arch", SMEM_KB)

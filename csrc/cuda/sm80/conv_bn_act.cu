@@ -21,9 +21,14 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+int capability(int device) {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+
 DeviceLimits device_limits(int device) {
   return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), capability(device)};
 }
 
 uintptr_t address(const void* pointer) {
@@ -101,7 +106,7 @@ std::vector<ConvConfig> conv_bn_act_configs(const ConvShape& shape, int element_
 }
 
 void launch_conv_bn_act(const ConvArguments& args, int tile, Dtype dtype, int device, void* stream) {
-  if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 8) {
+  if (capability(device) < 80) {
     throw std::runtime_error("cuda_conv_bn_act: compute capability 8.0 or later is needed.");
   }
   if (num_rows(args.shape) == 0) return;
