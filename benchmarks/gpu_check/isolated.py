@@ -18,6 +18,7 @@ from fused_resnet.kernels import sources
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 CLOSING_CHARACTERS = 300
 PATIENCE_S = 10.0  # between interrupting a process and killing it
+LOGGED_CHARACTERS = 100_000  # of a command at most: a hundred of them stay below the 16 MiB that may be brought back
 
 
 class Result(NamedTuple):
@@ -71,12 +72,16 @@ def executed(
 
 
 def _echo(stream: Any, lines: list[str], log: Optional[Path]) -> None:
+    room = LOGGED_CHARACTERS
     with contextlib.nullcontext() if log is None else open(log, "a", errors="replace") as file:
         for line in stream:
             lines.append(line)
             print(line, end="", flush=True)
-            if file is not None:
-                file.write(line)
+            if file is not None and room > 0:
+                file.write(line[:room])
+                room -= len(line)
+                if room <= 0:
+                    file.write("\n[the rest of this command is left out]\n")
                 file.flush()
 
 

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
 
+import torch
+
 from benchmarks.gpu_check.budget import OURS, Step
 from benchmarks.gpu_check.isolated import FAILED, NOT_RUN, PASSED, Result, execute, executed
 from fused_resnet.choosing import winners, winners_file
@@ -85,14 +87,23 @@ def all_steps(setup: Setup) -> list[Step]:
     frozen = [argument for name in (("auto", *OURS) if setup.is_gpu else ("auto",)) for argument in ("--backend", name)]
     rivals = ("--baseline", "compile", "--baseline", "cudnn")
     dtype = dtypes.split(",")[0]
+
+    def sanitizer(tool: str) -> Step:
+        return Step(tool, 20, 100, 0, lambda seconds: sanitize_forms(setup, tool, seconds))
+
     return [
         Step("environment", 45, 120, 0, lambda seconds: environment(setup, seconds)),
         Step("build", 5, 400, 0, lambda seconds: build(setup, seconds)),
         Step("smoke", 60, 200, 0, lambda seconds: smoke(setup, smoked, seconds)),
+        Step("forms", 60, 200, 0, lambda seconds: every_form(setup, seconds)),
+        Step("nan-stays", 15, 60, 0, lambda seconds: nan_stays(setup, seconds)),
         Step("tests", 60, 300, 0, lambda seconds: gpu_tests(setup, seconds)),
         *map(random_problems, smoked),
         Step("sanitizer", 20, 100, 0, lambda seconds: sanitize(setup, seconds)),
+        *map(sanitizer, ("racecheck", "synccheck", "initcheck")),
         Step("tune", 90 * setup.is_gpu, 1200, 6, lambda seconds: tune(setup, batches, dtypes, seconds)),
+        Step("tune-live-bn", 90 * setup.is_gpu, 600, 2,
+             lambda seconds: tune(setup, large, dtype, seconds, "--live-bn")),
         bench("ops", 60, 400, 5, "ops", "--batch", batches, "--dtype", dtypes),
         # a network's first row takes its compilation by torch.compile and a reference in fp64: with less time than
         # that nothing is written. How much that is on a GPU is a guess
@@ -128,11 +139,18 @@ def build(setup: Setup, limit_s: float) -> Result:
     command = (PYTHON, "setup.py", "build_ext", "--inplace")
     if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
         return Result(NOT_RUN, f"{result.detail}; and there is no nvcc to build it with")
-    built = execute(command, limit_s, setup.log, FUSED_RESNET_CUDA="1")
+    built = execute(command, limit_s, setup.log, FUSED_RESNET_CUDA="1", **arch_of_this_gpu())
     if built.outcome == FAILED:
         return built
     loaded = execute(load, limit_s, setup.log)
     return loaded if loaded.outcome == FAILED else Result(PASSED, "built, and it loads")
+
+
+def arch_of_this_gpu() -> dict[str, str]:
+    """TORCH_CUDA_ARCH_LIST for it alone, which takes a sixth of the time of all; none where the caller has set one."""
+    if "TORCH_CUDA_ARCH_LIST" in os.environ or not torch.cuda.is_available():
+        return {}
+    return {"TORCH_CUDA_ARCH_LIST": "{}.{}".format(*torch.cuda.get_device_capability())}
 
 
 def why_not_this_library() -> Optional[str]:
@@ -150,6 +168,35 @@ def smoke(setup: Setup, backends: Sequence[str], limit_s: float) -> Result:
     results = {name: verify(setup, name, 2, limit_s / len(backends)) for name in backends}
     broken = [f"{name}: {result.detail}" for name, result in results.items() if result.outcome != PASSED]
     return Result(FAILED, "; ".join(broken)) if broken else Result(PASSED, f"{', '.join(backends)} ran")
+
+
+def every_form(setup: Setup, limit_s: float) -> Result:
+    """Each form of our kernels in each dtype, several at once, each in a process of its own."""
+    if not setup.is_gpu:
+        return Result(NOT_RUN, "it needs a GPU")
+    command = (PYTHON, "-m", "benchmarks.gpu_check.run_forms")
+    deadline = time.monotonic() + limit_s
+    listed, output = executed((*command, "--list"), limit_s, setup.log)
+    found = [words for line in output.splitlines() if (words := line.split()) and words[0] in OURS and len(words) == 3]
+    if listed.outcome == FAILED or not found:
+        return Result(FAILED, f"no forms: {listed.detail}")
+
+    def one(words: Sequence[str]) -> Result:
+        named = [word for pair in zip(("--backend", "--form", "--dtype"), words) for word in pair]
+        left_s = max(1.0, deadline - time.monotonic())
+        return execute((*command, *named), left_s, setup.log, OMP_NUM_THREADS="2")
+
+    with concurrent.futures.ThreadPoolExecutor(min(8, max(1, (os.cpu_count() or 1) // 2))) as pool:
+        results = list(pool.map(one, found))
+    broken = [f"{' '.join(words)}: {result.detail}"
+              for words, result in zip(found, results) if result.outcome != PASSED]  # fmt: skip
+    return Result(FAILED, "; ".join(broken)) if broken else Result(PASSED, f"{len(found)} forms are right")
+
+
+def nan_stays(setup: Setup, limit_s: float) -> Result:
+    if not setup.is_gpu:
+        return Result(NOT_RUN, "it needs a GPU")
+    return execute((PYTHON, "-m", "benchmarks.gpu_check.nan_stays"), limit_s, setup.log)
 
 
 def verify(setup: Setup, backend: str, problems: int, limit_s: float, *kind: str) -> Result:
@@ -185,37 +232,45 @@ def gpu_tests(setup: Setup, limit_s: float) -> Result:
 def sanitize(setup: Setup, limit_s: float) -> Result:
     """memcheck over a few problems of our kernels."""
     backends = [argument for name in OURS for argument in ("--backend", name)]
-    return memcheck(setup, limit_s, *CLI, "verify", "--device", "cuda", "--problems", "8", *backends)
+    return sanitized(setup, "memcheck", limit_s, *CLI, "verify", "--device", "cuda", "--problems", "8", *backends)
+
+
+def sanitize_forms(setup: Setup, tool: str, limit_s: float) -> Result:
+    """Another of compute-sanitizer's tools over every form of our kernels in fp16."""
+    forms = (PYTHON, "-m", "benchmarks.gpu_check.run_forms", "--dtype", "float16")
+    return sanitized(setup, tool, limit_s, *forms)
 
 
 def sanitize_configs(setup: Setup, limit_s: float) -> Result:
     """memcheck over every config that the tuner has kept, each once."""
     if not (setup.out / "configs.json").exists():
         return Result(NOT_RUN, "nothing is tuned")
-    return memcheck(setup, limit_s, PYTHON, "-m", "benchmarks.gpu_check.run_configs", str(setup.out / "configs.json"))
+    configs = (PYTHON, "-m", "benchmarks.gpu_check.run_configs", str(setup.out / "configs.json"))
+    return sanitized(setup, "memcheck", limit_s, *configs)
 
 
-def memcheck(setup: Setup, limit_s: float, *command: str) -> Result:
-    """A command under compute-sanitizer; NOT_RUN where that is missing or cannot attach to the GPU."""
+def sanitized(setup: Setup, tool: str, limit_s: float, *command: str) -> Result:
+    """A command under one of compute-sanitizer's tools; NOT_RUN where it is missing or cannot attach to the GPU."""
     if not setup.is_gpu:
         return Result(NOT_RUN, "it needs a GPU")
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if tool is None:
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if program is None:
         return Result(NOT_RUN, "compute-sanitizer is not installed")
     # torch and Triton ask the driver for functions that it may lack, which would be counted as errors
-    checked = (tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9", *command)
+    api_errors = ("--report-api-errors", "no") if tool == "memcheck" else ()
+    checked = (program, "--tool", tool, *api_errors, "--error-exitcode", "9", *command)
     # torch's allocator hands out parts of large blocks, inside which an overrun would go unseen
     return judge_sanitizer(*executed(checked, limit_s, setup.log, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
 
 
 def judge_sanitizer(result: Result, output: str) -> Result:
-    summaries = [line.strip() for line in output.splitlines() if "ERROR SUMMARY" in line]
+    summaries = [line.strip() for line in output.splitlines() if re.search(r"(ERROR|RACECHECK) SUMMARY", line)]
     if not summaries:
         return Result(NOT_RUN, f"compute-sanitizer did not come to a summary: {result.detail}")
     return Result(result.outcome, summaries[-1])
 
 
-def tune(setup: Setup, batches: str, dtypes: str, limit_s: float) -> Result:
+def tune(setup: Setup, batches: str, dtypes: str, limit_s: float, *more: str) -> Result:
     """The tuner goes on where it stopped; its winners come back as configs.json, and all else it has found out as
     journal.jsonl.
 
@@ -226,7 +281,7 @@ def tune(setup: Setup, batches: str, dtypes: str, limit_s: float) -> Result:
     if file is None:
         return Result(FAILED, "GPUs of different kinds are visible")
     command = (*CLI, "tune", "--device", setup.device, "--model", setup.model, "--batch", batches, "--dtype", dtypes,
-               "--configs", str(file.parent), "--budget-minutes")  # fmt: skip
+               "--configs", str(file.parent), *more, "--budget-minutes")  # fmt: skip
     deadline = time.monotonic() + limit_s
     result = Result(NOT_RUN, "there was no time")
     for _ in range(_ATTEMPTS):

@@ -107,10 +107,18 @@ inline std::string why_span_too_long(const ConvShape& s, int unit) {
   return text;
 }
 
-// Elements of x whose offsets the kernel keeps as one: a chunk of 16 bytes where a group's channels are whole chunks.
-inline int offset_unit(int64_t group_channels, int element_bytes) {
-  const int chunk = 16 / element_bytes;
-  return group_channels % chunk == 0 ? chunk : 1;
+// How many bytes of x and of the weight are copied at once: 16 or 8, where a group's channels are whole copies, so that
+// one lies within one tap, and the addresses (x | weight) are multiples. 0: element by element.
+inline int copy_bytes(int64_t group_channels, int element_bytes, uintptr_t addresses) {
+  for (const int bytes : {16, 8}) {
+    if (group_channels * element_bytes % bytes == 0 && addresses % bytes == 0) return bytes;
+  }
+  return 0;
+}
+
+// Elements of x whose offsets the kernel keeps as one: those of a copy.
+constexpr int offset_unit(int copy_bytes, int element_bytes) {
+  return copy_bytes > 0 ? copy_bytes / element_bytes : 1;
 }
 
 // All of the above, where x and the weight start at multiples of 16 bytes; tensors do that are not views into the
@@ -118,7 +126,8 @@ inline int offset_unit(int64_t group_channels, int element_bytes) {
 inline std::string conv_why_not(const ConvSizes& sizes, int element_bytes) {
   ConvShape shape{};
   const std::string reason = derive(sizes, &shape);
-  return reason.empty() ? why_span_too_long(shape, offset_unit(shape.group_channels, element_bytes)) : reason;
+  if (!reason.empty()) return reason;
+  return why_span_too_long(shape, offset_unit(copy_bytes(shape.group_channels, element_bytes, 0), element_bytes));
 }
 
 FUSED_RESNET_HD int64_t num_rows(const ConvShape& s) {

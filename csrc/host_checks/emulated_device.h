@@ -53,10 +53,11 @@ class EmulatedBlock {
     return block;
   }
 
-  // Runs kernel() in every thread of every block. Throws what the kernel throws, or if it deadlocks.
-  template <class Kernel>
+  // Runs kernel() in every thread of every block, and after_block() after each. Throws what the kernel throws, or if it
+  // deadlocks.
+  template <class Kernel, class AfterBlock>
   static void run_grid(int64_t blocks, int threads, size_t shared_bytes, Schedule schedule,
-                       const std::vector<Range>& readable, const Kernel& kernel) {
+                       const std::vector<Range>& readable, const Kernel& kernel, const AfterBlock& after_block) {
     for (int64_t i = 0; i < blocks; ++i) {
       EmulatedBlock block(threads, shared_bytes, schedule);
       block.block = i;
@@ -65,6 +66,7 @@ class EmulatedBlock {
       block.entry_ = [](void* k) { (*static_cast<const Kernel*>(k))(); };
       block.kernel_ = const_cast<Kernel*>(&kernel);
       block.run();
+      after_block();
     }
   }
 
@@ -75,11 +77,11 @@ class EmulatedBlock {
     if (!is_fine && failure_ == nullptr) failure_ = what;
   }
 
-  // [p, p + 16) must be an aligned part of shared memory
-  void require_shared_chunk(const void* p) {
+  // [p, p + bytes) must be an aligned part of shared memory
+  void require_shared(const void* p, size_t bytes) {
     const auto* byte = static_cast<const unsigned char*>(p);
-    require(byte >= shared_ && byte + 16 <= shared_ + shared_bytes_, "access outside shared memory");
-    require(reinterpret_cast<uintptr_t>(p) % 16 == 0, "misaligned shared memory access");
+    require(byte >= shared_ && byte + bytes <= shared_ + shared_bytes_, "access outside shared memory");
+    require(reinterpret_cast<uintptr_t>(p) % bytes == 0, "misaligned shared memory access");
   }
 
   void sync_block() { wait(++fibers_[running_]->block_arrivals, &Fiber::block_arrivals, 0, num_threads); }
@@ -97,17 +99,17 @@ class EmulatedBlock {
     return slots;
   }
 
-  void copy_async(void* shared, const void* global, bool is_valid) {
-    require_shared_chunk(shared);
+  void copy_async(void* shared, const void* global, bool is_valid, size_t bytes) {
+    require_shared(shared, bytes);
     if (is_valid) {
       const auto* byte = static_cast<const unsigned char*>(global);
       const bool is_inside = std::any_of(readable.begin(), readable.end(),
-                                         [&](const Range& r) { return byte >= r.first && byte + 16 <= r.last; });
+                                         [&](const Range& r) { return byte >= r.first && byte + bytes <= r.last; });
       require(is_inside, "asynchronous copy from outside the operands");
-      require(reinterpret_cast<uintptr_t>(global) % 16 == 0, "misaligned asynchronous copy");
+      require(reinterpret_cast<uintptr_t>(global) % bytes == 0, "misaligned asynchronous copy");
     }
     Fiber& fiber = *fibers_[running_];
-    fiber.open.push_back({shared, is_valid ? global : nullptr});
+    fiber.open.push_back({shared, is_valid ? global : nullptr, bytes});
     if (schedule_.copies_land_early) land(fiber.open.back());
   }
   void commit() {
@@ -129,6 +131,7 @@ class EmulatedBlock {
   struct Copy {
     void* shared;
     const void* global;  // null: zeros
+    size_t bytes;
   };
   struct Fiber {
     ucontext_t context;
@@ -149,9 +152,9 @@ class EmulatedBlock {
 
   static void land(const Copy& copy) {
     if (copy.global != nullptr) {
-      std::memcpy(copy.shared, copy.global, 16);
+      std::memcpy(copy.shared, copy.global, copy.bytes);
     } else {
-      std::memset(copy.shared, 0, 16);
+      std::memset(copy.shared, 0, copy.bytes);
     }
   }
 
@@ -269,8 +272,9 @@ inline void sync_block() {
 inline unsigned char* shared_memory() {
   return EmulatedBlock::current()->shared();
 }
-inline void copy_async(void* shared, const void* global, bool is_valid) {
-  EmulatedBlock::current()->copy_async(shared, global, is_valid);
+template <int kBytes>
+void copy_async(void* shared, const void* global, bool is_valid) {
+  EmulatedBlock::current()->copy_async(shared, global, is_valid, kBytes);
 }
 inline void commit_copies() {
   EmulatedBlock::current()->commit();
@@ -283,7 +287,7 @@ void wait_copies() {
 // ldmatrix .x4: lanes 8j .. 8j+7 hold the row addresses of matrix j; lane l receives word l % 4 of row l / 4 of each.
 inline void load_matrices(uint32_t (&r)[4], const void* shared) {
   EmulatedBlock* block = EmulatedBlock::current();
-  block->require_shared_chunk(shared);
+  block->require_shared(shared, 16);
   const int lane = block->thread() % 32;
   const void* const* addresses = block->exchange(shared);
   for (int j = 0; j < 4; ++j) {

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -35,6 +36,23 @@ class GuardedBuffer {
   Element* data() { return data_; }
   EmulatedBlock::Range range() const { return {data_, data_ + size_}; }
 
+  // Takes away what a block has written, so that another one is seen to write in the same place.
+  void take_written() {
+    taken_.resize(size_, {});
+    for (int64_t i = 0; i < size_; ++i) {
+      if (is_untouched(data_ + i)) continue;
+      if (taken_[i].has_value()) throw std::runtime_error("two blocks write one output");
+      taken_[i] = data_[i];
+      std::memset(static_cast<void*>(data_ + i), 0xff, sizeof(Element));
+    }
+  }
+
+  void give_back() {
+    for (size_t i = 0; i < taken_.size(); ++i) {
+      if (taken_[i].has_value()) data_[i] = *taken_[i];
+    }
+  }
+
   void copy_to(FloatArray& values) const {
     for (int64_t i = 0; i < size_; ++i) values.mutable_data()[i] = static_cast<float>(data_[i]);
     check();
@@ -50,7 +68,14 @@ class GuardedBuffer {
 
  private:
   static constexpr int64_t kGuard = 4096;
+
+  static bool is_untouched(const Element* element) {
+    const auto* byte = reinterpret_cast<const unsigned char*>(element);
+    return std::all_of(byte, byte + sizeof(Element), [](unsigned char b) { return b == 0xff; });
+  }
+
   int64_t size_;
+  std::vector<std::optional<Element>> taken_;
   std::vector<unsigned char> bytes_;
   Element* data_;
 };
@@ -113,21 +138,21 @@ const Tile& tile_at(int index) {
   return kTiles[index];
 }
 
-template <class Element, int kTileIndex = 0>
-void run_conv(int tile, bool is_aligned, const ConvArguments& args, int64_t blocks, Schedule schedule,
-              const std::vector<EmulatedBlock::Range>& readable) {
+// run(threads, shared_bytes, kernel) of the tile's kernel for copies of so many bytes.
+template <class Element, int kTileIndex = 0, class Run>
+void run_conv(int tile, int bytes, const ConvArguments& args, const Run& run) {
   if constexpr (kTileIndex < kNumTiles) {
     constexpr const Tile& t = kTiles[kTileIndex];
     if (tile != kTileIndex) {
-      run_conv<Element, kTileIndex + 1>(tile, is_aligned, args, blocks, schedule, readable);
-    } else if (is_aligned) {
-      EmulatedBlock::run_grid(blocks, num_threads(t), smem_bytes(t), schedule, readable,
-                              [&] { conv_bn_act_kernel<Element, kTileIndex, true>(args); });
-    } else if constexpr (t.any_alignment) {
-      EmulatedBlock::run_grid(blocks, num_threads(t), smem_bytes(t), schedule, readable,
-                              [&] { conv_bn_act_kernel<Element, kTileIndex, false>(args); });
-    } else {
+      run_conv<Element, kTileIndex + 1>(tile, bytes, args, run);
+    } else if (bytes == kChunkBytes) {
+      run(num_threads(t), smem_bytes(t), [&] { conv_bn_act_kernel<Element, kTileIndex, kChunkBytes>(args); });
+    } else if constexpr (!t.any_alignment) {
       throw py::value_error("this tile is compiled for aligned channels only");
+    } else if (bytes == 8) {
+      run(num_threads(t), smem_bytes(t), [&] { conv_bn_act_kernel<Element, kTileIndex, 8>(args); });
+    } else {
+      run(num_threads(t), smem_bytes(t), [&] { conv_bn_act_kernel<Element, kTileIndex, 0>(args); });
     }
   }
 }
@@ -182,17 +207,27 @@ FloatArray emulate_conv_bn_act(const FloatArray& x, const FloatArray& weight, co
     args.x = x_buffer.data();
     args.weight = weight_buffer.data();
     args.out = out.data();
-    const bool pointers_aligned = misalignment % kChunk == 0;
-    const bool is_aligned = pointers_aligned && shape.group_channels % kChunk == 0;
-    args.has_vector_rows = pointers_aligned && shape.group_filters % kChunk == 0;
+    const auto addresses = reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.weight);
+    args.has_vector_rows = misalignment % kChunk == 0 && shape.group_filters % kChunk == 0;
     const int64_t blocks = num_blocks(t, gemm_size(shape, sizeof(Element))) * splits;
     const Schedule schedule{copies_land_early, last_warp_first};
-    run_conv<Element>(tile, is_aligned, args, blocks, schedule, {x_buffer.range(), weight_buffer.range()});
+    const auto after_block = [&] {
+      out.take_written();
+      partials.take_written();
+    };
+    run_conv<Element>(tile, copy_bytes(shape.group_channels, sizeof(Element), addresses), args,
+                      [&](int threads, int shared_bytes, const auto& kernel) {
+                        EmulatedBlock::run_grid(blocks, threads, shared_bytes, schedule,
+                                                {x_buffer.range(), weight_buffer.range()}, kernel, after_block);
+                      });
     if (splits > 1) {
       partials.check();
-      EmulatedBlock::run_grid(num_sum_blocks(shape, kChunk), kSumThreads, 0, schedule, {},
-                              [&] { sum_splits_kernel<Element>(args); });
+      partials.give_back();
+      EmulatedBlock::run_grid(
+          num_sum_blocks(shape, kChunk), kSumThreads, 0, schedule, {}, [&] { sum_splits_kernel<Element>(args); },
+          [&] { out.take_written(); });
     }
+    out.give_back();
     out.copy_to(result);
   });
   return result;
@@ -206,13 +241,15 @@ FloatArray emulate_add_relu(const FloatArray& a, const FloatArray& b, const std:
     using Element = decltype(zero);
     GuardedBuffer<Element> from_a(a, std::get<0>(misalignment)), from_b(b, std::get<1>(misalignment));
     GuardedBuffer<Element> out(a.size(), std::get<2>(misalignment));
-    EmulatedBlock::run_grid(blocks, kPointwiseThreads, 0, {}, {}, [&] {
+    const auto kernel = [&] {
       if (backward) {
         pointwise_kernel<Element, AddReluBackward>(from_a.data(), from_b.data(), out.data(), a.size());
       } else {
         pointwise_kernel<Element, AddRelu>(from_a.data(), from_b.data(), out.data(), a.size());
       }
-    });
+    };
+    EmulatedBlock::run_grid(blocks, kPointwiseThreads, 0, {}, {}, kernel, [&] { out.take_written(); });
+    out.give_back();
     out.copy_to(result);
   });
   return result;
@@ -244,11 +281,12 @@ PYBIND11_MODULE(_host_checks, m) {
     d["block_m"] = t.block_m, d["block_n"] = t.block_n, d["warps_m"] = t.warps_m, d["warps_n"] = t.warps_n;
     d["stages"] = t.stages, d["any_alignment"] = t.any_alignment, d["resident_blocks"] = t.resident_blocks;
     d["threads"] = num_threads(t), d["smem_bytes"] = smem_bytes(t), d["live_registers"] = live_registers(t);
-    d["registers"] = registers_per_thread(t), d["staging_pitch"] = t.block_n + kStagingPad;
+    d["registers"] = registers_per_thread(t), d["staging_pitch"] = staging_pitch(t);
     return d;
   });
   py::class_<DeviceLimits>(m, "DeviceLimits")
-      .def(py::init<int, int, int>(), py::arg("num_sms"), py::arg("smem_per_block"), py::arg("smem_per_sm"));
+      .def(py::init<int, int, int, int>(), py::arg("num_sms"), py::arg("smem_per_block"), py::arg("smem_per_sm"),
+           py::arg("capability"));
   m.def("why_illegal", [](int tile, const DeviceLimits& device, bool is_aligned) -> std::optional<std::string> {
     const char* reason = why_illegal(tile_at(tile), device, is_aligned);
     return reason ? std::optional<std::string>(reason) : std::nullopt;
@@ -265,6 +303,7 @@ PYBIND11_MODULE(_host_checks, m) {
       },
       py::arg("rows"), py::arg("columns"), py::arg("reduction_bytes"), py::arg("groups"), py::arg("device"),
       py::arg("is_aligned"));
+  m.def("blocks_per_sm", [](int tile, const DeviceLimits& device) { return blocks_per_sm(tile_at(tile), device); });
   m.attr("MOST_SPLITS") = kMostSplits;
   m.attr("MOST_PARTIAL_BYTES") = kMostPartialBytes;
   m.def("stage_range", [](int num_stages, int splits, int split) {

@@ -129,8 +129,8 @@ def test_the_limits_of_csrc_are_exact(data):
     assume(p.P > 0 and p.Q > 0)
     windows = [d * (taps - 1) for d, taps in zip(dilation, (R, S))]
     fits = max(H, W, *padding, *windows) < 2**28 and max(p.P * p.Q, R * S * channels) < 2**31 - 1025
-    chunk = 16 // dtype.itemsize
+    unit = next((size // dtype.itemsize for size in (16, 8) if channels * dtype.itemsize % size == 0), 1)
     span = (((256 // (p.P * p.Q) + 2) * H + 2 * padding[0] + 2) * W + 2 * padding[1]) * p.C
-    fits = fits and span < 2**31 * (1 if channels % chunk else chunk)
+    fits = fits and span < 2**31 * unit
     reason = checks.cuda_conv_why_not(*cuda._sizes(p), dtype.itemsize)
     assert (reason == "") == fits, reason

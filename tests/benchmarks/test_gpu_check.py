@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
-from benchmarks.gpu_check import budget, isolated, run_configs, steps
+from benchmarks.gpu_check import budget, isolated, nan_stays, run_configs, steps
 from fused_resnet import backends
 from fused_resnet.backends.record import REGISTRY
 from fused_resnet.choosing import winners, winners_file
@@ -48,6 +49,18 @@ def test_a_command_passes_by_its_exit_code(tmp_path, code, limit_s, outcome, det
     assert result.detail.startswith(detail) if detail.endswith(": ") else result.detail.splitlines()[0] == detail
 
 
+def test_a_noisy_command_does_not_fill_the_log(tmp_path):
+    log = tmp_path / "log.txt"
+    for text in (
+        "print('x' * 99 + chr(10), end='', flush=True)\nfor _ in range(5000): print('y' * 99)",
+        "print('next')",
+    ):
+        assert isolated.execute(python(text), 60, log).outcome == isolated.PASSED
+    lines = log.read_text().splitlines()
+    assert isolated.LOGGED_CHARACTERS <= log.stat().st_size < isolated.LOGGED_CHARACTERS + 1000
+    assert lines[0] == "x" * 99 and "[the rest of this command is left out]" in lines and lines[-1] == "next"
+
+
 STUBBORN = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -76,6 +89,7 @@ def test_a_hanging_step_is_killed_with_all_that_it_started(monkeypatch, capfd):
     [
         ("= ERROR SUMMARY: 0 errors", isolated.PASSED, isolated.PASSED),
         ("= ERROR SUMMARY: 2 errors", isolated.FAILED, isolated.FAILED),
+        ("= RACECHECK SUMMARY: 1 hazard displayed", isolated.FAILED, isolated.FAILED),
         ("device not supported", isolated.FAILED, isolated.NOT_RUN),
     ],
 )
@@ -210,10 +224,67 @@ def test_every_command_that_is_no_verb_of_ours_finds_its_module(setup, monkeypat
     (setup.out / "configs.json").write_text("{}")
     steps.build(setup, 60)
     steps.sanitize_configs(setup, 60)
-    load, _, configs = commands
+    steps.sanitize_forms(setup, "racecheck", 60)
+    steps.every_form(setup, 60)
+    steps.nan_stays(setup, 60)
+    load, _, *ours = commands
     done = script(*load[1:])
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
-    assert importlib.util.find_spec(configs[configs.index("-m") + 1])
+    modules = {command[command.index("-m") + 1] for command in ours}
+    assert modules == {f"benchmarks.gpu_check.{name}" for name in ("run_configs", "run_forms", "nan_stays")}
+    assert all(importlib.util.find_spec(module) for module in modules)
+
+
+def test_each_form_runs_in_a_process_of_its_own_and_one_failure_counts(setup, monkeypatch):
+    commands, listed, said = [], ["triton rows_tma float16", "cuda tile0 float32"], {}
+
+    def answered(command, seconds, log=None, **_):
+        commands.append(command)
+        if "--list" in command:
+            return isolated.Result(isolated.PASSED, "listed"), "a warning\n" + "\n".join(listed)
+        form = command[command.index("--form") + 1]
+        return isolated.Result(said.get(form, isolated.PASSED), "1 of 1 right"), ""
+
+    monkeypatch.setattr(steps, "executed", answered)
+    monkeypatch.setattr(steps, "execute", lambda *arguments, **variables: answered(*arguments, **variables)[0])
+    assert steps.every_form(setup, 60) == isolated.Result(isolated.PASSED, "2 forms are right")
+    assert ("--backend", "cuda", "--form", "tile0", "--dtype", "float32") in [command[3:] for command in commands]
+    said["rows_tma"] = isolated.FAILED
+    result = steps.every_form(setup, 60)
+    assert result == isolated.Result(isolated.FAILED, "triton rows_tma float16: 1 of 1 right")
+    listed.clear()
+    assert steps.every_form(setup, 60).outcome == isolated.FAILED  # nothing of ours ran
+
+
+def test_a_form_of_triton_is_held_against_the_reference():
+    """In Triton's interpreter, where legal configs are those of an H200."""
+    module = ("-m", "benchmarks.gpu_check.run_forms", "--device", "cpu", "--backend", "triton")
+    listed = script(*module, "--list", TRITON_INTERPRET="1")
+    forms = {tuple(line.split()[1:]) for line in listed.stdout.splitlines()}
+    assert {(form, dtype) for form in ("pointer", "gemm_tma", "rows_tma", "lines_tma")
+            for dtype in ("float16", "bfloat16")} | {("pointer", "float32")} == forms  # fmt: skip
+    ran = script(*module, "--form", "gemm_tma", "--dtype", "float16", TRITON_INTERPRET="1")
+    assert ran.returncode == 0 and ran.stdout.splitlines()[-1] == "1 of 1 right", ran.stdout + ran.stderr
+    assert script(*module, "--form", "no_such_form", TRITON_INTERPRET="1").returncode == 1
+
+
+@pytest.mark.parametrize("adds_what_was_there, wrong", [(False, 0), (True, 8)])
+def test_a_nan_that_outlives_its_image_is_counted(adds_what_was_there, wrong):
+    x, out = torch.zeros(8), torch.zeros(8)
+
+    def replay():
+        return out.copy_(x + 0 * out if adds_what_was_there else x)
+
+    assert nan_stays.remaining(x, replay) == wrong
+
+
+def test_a_build_is_for_the_gpu_that_is_there(monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert steps.arch_of_this_gpu() == {"TORCH_CUDA_ARCH_LIST": "9.0"}
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert steps.arch_of_this_gpu() == {}
 
 
 def test_a_benchmark_goes_on_with_its_file_and_replaces_another_measurement(setup, monkeypatch):

@@ -74,15 +74,15 @@ def compiled(tmp_path_factory):
     return compile_once
 
 
-def conv_kernels(compiled: Compiled) -> dict[tuple[str, int, bool], Kernel]:
-    """(element, tile, is_aligned) -> kernel, from the mangled template arguments."""
+def conv_kernels(compiled: Compiled) -> dict[tuple[str, int, int], Kernel]:
+    """(element, tile, bytes of a copy) -> kernel, from the mangled template arguments."""
     return {key: kernel for kernel in compiled.kernels if (key := conv_key(kernel.name)) is not None}
 
 
-def conv_key(name: str) -> Optional[tuple[str, int, bool]]:
-    """(element, tile, is_aligned) of a convolution kernel's mangled name; None for others."""
-    found = re.search(r"conv_bn_act_kernelI(\w+?)Li(\d+)ELb(\d)E", name)
-    return found and (ELEMENTS[found[1]], int(found[2]), found[3] == "1")
+def conv_key(name: str) -> Optional[tuple[str, int, int]]:
+    """(element, tile, bytes of a copy) of a convolution kernel's mangled name; None for others."""
+    found = re.search(r"conv_bn_act_kernelI(\w+?)Li(\d+)ELi(\d+)E", name)
+    return found and (ELEMENTS[found[1]], int(found[2]), int(found[3]))
 
 
 def sum_kernels(compiled: Compiled) -> dict[str, Kernel]:
@@ -98,8 +98,9 @@ def test_conv_kernels_compile_without_spills(compiled, arch):
     tiles = {tile for _, tile, _ in kernels}
     assert set(ELEMENTS.values()) == {element for element, _, _ in kernels}
     for element in ELEMENTS.values():
-        assert {tile for e, tile, is_aligned in kernels if e == element and is_aligned} == tiles
-        assert any(e == element and not is_aligned for e, _, is_aligned in kernels), "a path for any channel count"
+        assert {tile for e, tile, copied in kernels if e == element and copied == 16} == tiles
+        some = {copied: {tile for e, tile, c in kernels if e == element and c == copied} for copied in (0, 8)}
+        assert some[0] == some[8] != set(), "a path for any channel count"
     for key, kernel in kernels.items():
         assert (kernel.stack_bytes, kernel.spill_store_bytes, kernel.spill_load_bytes) == (0, 0, 0), (key, kernel)
 
@@ -110,8 +111,8 @@ def test_conv_kernels_keep_to_the_registers_the_heuristics_count_on(compiled, ar
     checks = pytest.importorskip("fused_resnet._host_checks", reason="_host_checks is not built")
     kernels = conv_kernels(compiled("cuda/sm80/conv_bn_act.cu", arch))
     assert {tile for _, tile, _ in kernels} == set(range(checks.NUM_TILES))
-    for (element, tile, is_aligned), kernel in kernels.items():
-        if is_aligned:
+    for (element, tile, copied), kernel in kernels.items():
+        if copied == 16:
             assert kernel.registers <= checks.tile(tile)["registers"], (element, tile, kernel)
 
 
@@ -164,12 +165,27 @@ def test_conv_kernels_use_tensor_cores_and_wide_accesses(compiled, arch):
         "BFloat16": r"HMMA\.16816\.F32\.BF16",
         "float": r"HMMA\.1688\.F32\.TF32",
     }
-    for (element, _, is_aligned), instructions in code.items():
+    for (element, _, copied), instructions in code.items():
         assert re.search(mma[element], instructions)
         assert re.search(r"LDSM\.16\.M88\.4", instructions), "ldmatrix.x4"
         assert re.search(r"STG\.E\.128", instructions), "16-byte stores"
-        assert bool(re.search(r"LDGSTS\.E\.BYPASS\.LTC128B\.128|LDGSTS\.E\.BYPASS\.128", instructions)) == is_aligned
+        copies = set(re.findall(r"LDGSTS\.E[\w.]*?(?:\.(128|64))?\s", instructions))
+        assert copies == {16: {"128"}, 8: {"64"}, 0: set()}[copied], copies
+        assert ("BYPASS" in instructions) == (copied == 16)
         assert not re.search(r"\b(LDL|STL)\b", instructions), "no local memory"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHS)
+def test_conv_kernels_stage_their_output_in_wide_accesses(compiled, arch):
+    """Sums go to shared memory in pairs and come back four at a time, with splits and with any activation too."""
+    for name, instructions in sass(compiled("cuda/sm80/conv_bn_act.cu", arch).cubin).items():
+        if (key := conv_key(name)) is None:
+            continue
+        # ptxas fills in `@!PT LDS`, which never runs; the unaligned loader stores words
+        loads, stores = (set(re.findall(rf"(?<!@!PT )\b{access}\b\.?(\w*)", instructions)) for access in ("LDS", "STS"))
+        assert loads == {"128"}, (key, loads)
+        assert stores - ({""} if key[2] == 0 else set()) == {"64"}, (key, stores)
 
 
 @needs_nvcc

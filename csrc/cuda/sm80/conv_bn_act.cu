@@ -21,19 +21,24 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+int capability(int device) {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+
 DeviceLimits device_limits(int device) {
   return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), capability(device)};
 }
 
-bool is_aligned_to_chunk(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % kChunkBytes == 0;
+uintptr_t address(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer);
 }
 
-template <class Element, int kTileIndex, bool kIsAligned>
+template <class Element, int kTileIndex, int kCopyBytes>
 void launch(const ConvArguments& args, int device, cudaStream_t stream, int64_t blocks) {
   constexpr int kSmemBytes = smem_bytes(kTiles[kTileIndex]);
-  const auto kernel = conv_bn_act_kernel<Element, kTileIndex, kIsAligned>;
+  const auto kernel = conv_bn_act_kernel<Element, kTileIndex, kCopyBytes>;
   // more than 48 KB must be asked for, once per kernel and device
   static std::atomic<uint64_t> devices_done{0};
   const uint64_t bit = uint64_t{1} << (device % 64);
@@ -48,15 +53,18 @@ void launch(const ConvArguments& args, int device, cudaStream_t stream, int64_t 
 
 // The kernel of run-time index `tile`, counting up to it at compile time.
 template <class Element, int kTileIndex = 0>
-void launch_tile(int tile, bool is_aligned, const ConvArguments& args, int device, cudaStream_t stream,
-                 int64_t blocks) {
+void launch_tile(int tile, int bytes, const ConvArguments& args, int device, cudaStream_t stream, int64_t blocks) {
   if constexpr (kTileIndex < kNumTiles) {
     if (tile != kTileIndex) {
-      launch_tile<Element, kTileIndex + 1>(tile, is_aligned, args, device, stream, blocks);
-    } else if (is_aligned) {
-      launch<Element, kTileIndex, true>(args, device, stream, blocks);
+      launch_tile<Element, kTileIndex + 1>(tile, bytes, args, device, stream, blocks);
+    } else if (bytes == kChunkBytes) {
+      launch<Element, kTileIndex, kChunkBytes>(args, device, stream, blocks);
     } else if constexpr (kTiles[kTileIndex].any_alignment) {
-      launch<Element, kTileIndex, false>(args, device, stream, blocks);
+      if (bytes == 8) {
+        launch<Element, kTileIndex, 8>(args, device, stream, blocks);
+      } else {
+        launch<Element, kTileIndex, 0>(args, device, stream, blocks);
+      }
     }
   }
 }
@@ -65,15 +73,14 @@ template <class Element>
 void launch_element(ConvArguments args, int tile, int device, cudaStream_t stream) {
   constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(Element));
   const ConvShape& s = args.shape;
-  const bool is_aligned =
-      s.group_channels % kChunk == 0 && is_aligned_to_chunk(args.x) && is_aligned_to_chunk(args.weight);
-  args.has_vector_rows = s.group_filters % kChunk == 0 && is_aligned_to_chunk(args.out) &&
-                         is_aligned_to_chunk(args.epilogue.residual) && is_aligned_to_chunk(args.partials);
+  const int bytes = copy_bytes(s.group_channels, sizeof(Element), address(args.x) | address(args.weight));
+  const uintptr_t written = address(args.out) | address(args.epilogue.residual) | address(args.partials);
+  args.has_vector_rows = s.group_filters % kChunk == 0 && written % kChunkBytes == 0;
 
-  const std::string reason = why_span_too_long(s, is_aligned ? kChunk : 1);
+  const std::string reason = why_span_too_long(s, offset_unit(bytes, sizeof(Element)));
   if (!reason.empty()) throw std::runtime_error("cuda_conv_bn_act: " + reason + ".");
   const GemmSize size = gemm_size(s, sizeof(Element));
-  if (const char* reason = why_illegal(kTiles[tile], device_limits(device), is_aligned)) {
+  if (const char* reason = why_illegal(kTiles[tile], device_limits(device), bytes == kChunkBytes)) {
     throw std::runtime_error("cuda_conv_bn_act: tile " + std::to_string(tile) + " cannot run this: " + reason + ".");
   }
   const int64_t blocks = num_blocks(kTiles[tile], size) * args.splits;
@@ -82,7 +89,7 @@ void launch_element(ConvArguments args, int tile, int device, cudaStream_t strea
   if (sum_blocks > INT32_MAX / kSumThreads) {
     throw std::runtime_error("cuda_conv_bn_act: the output has too many values for split sums.");
   }
-  launch_tile<Element>(tile, is_aligned, args, device, stream, blocks);
+  launch_tile<Element>(tile, bytes, args, device, stream, blocks);
   if (sum_blocks > 0) {
     sum_splits_kernel<Element><<<static_cast<unsigned>(sum_blocks), kSumThreads, 0, stream>>>(args);
     check(cudaGetLastError(), "launch failed");
@@ -99,7 +106,7 @@ std::vector<ConvConfig> conv_bn_act_configs(const ConvShape& shape, int element_
 }
 
 void launch_conv_bn_act(const ConvArguments& args, int tile, Dtype dtype, int device, void* stream) {
-  if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 8) {
+  if (capability(device) < 80) {
     throw std::runtime_error("cuda_conv_bn_act: compute capability 8.0 or later is needed.");
   }
   if (num_rows(args.shape) == 0) return;

@@ -27,20 +27,20 @@ struct TileTraits {
   static constexpr int kBlockK = kChunk * kChunksPerRow;
   static constexpr int kRowsPerCopy = kThreads / kChunksPerRow;
   static constexpr int kCopiesA = kBlockM / kRowsPerCopy, kCopiesB = kBlockN / kRowsPerCopy;
-  static constexpr int kPitch = kBlockN + kStagingPad;
+  static constexpr int kPitch = staging_pitch(kTile);
   static_assert(kBlockM % kRowsPerCopy == 0 && kBlockN % kRowsPerCopy == 0, "every thread copies as many chunks");
   static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "ldmatrix.x4 loads 16 rows or columns");
   static_assert(kRowsPerCopy % 8 == 0, "a thread's rows share row % 8, and with it their swizzle");
 };
 
-// One thread's part of filling a stage. kIsAligned: C / groups is a multiple of kChunk and the pointers of 16 bytes,
-// so that a chunk lies within one tap; otherwise each element is looked up by itself.
-template <class Element, int kTileIndex, bool kIsAligned>
+// One thread's part of filling a stage. kCopyBytes: what copy_bytes() says of the shape and the pointers. A chunk is
+// one copy or several, each within one tap; with 0 each element is looked up by itself.
+template <class Element, int kTileIndex, int kCopyBytes>
 struct StageLoader {
   using Traits = TileTraits<Element, kTileIndex>;
 
-  // Rows keep 32-bit offsets from the tile's first row; in chunks where they can be, which is the wider range.
-  static constexpr int kUnit = kIsAligned ? Traits::kChunk : 1;
+  // Rows keep 32-bit offsets from the tile's first row; in copies where they can be, which is the wider range.
+  static constexpr int kUnit = offset_unit(kCopyBytes, sizeof(Element));
 
   const ConvShape& shape;
   const Element* x;       // the window's corner of the tile's first row
@@ -79,20 +79,29 @@ struct StageLoader {
     // rows of one thread are a multiple of eight apart, so their swizzled chunk is the same
     Chunk* a = reinterpret_cast<Chunk*>(stage) + chunk_position(row, chunk);
     Chunk* b = a + Traits::kBlockM * kChunksPerRow;
-    constexpr int kNext = Traits::kRowsPerCopy * kChunksPerRow;
-    if constexpr (kIsAligned) {
-      const Tap tap = filter_tap(shape, k);
-#pragma unroll
-      for (int i = 0; i < Traits::kCopiesA; ++i) {
-        copy_async(a + i * kNext, source(i, tap), is_valid(i, tap));
-      }
-#pragma unroll
-      for (int i = 0; i < Traits::kCopiesB; ++i) {
-        const Element* filter = weight + static_cast<int64_t>(i) * Traits::kRowsPerCopy * shape.reduction + k;
-        copy_async(b + i * kNext, filter, i < num_filters && k < shape.reduction);
-      }
-    } else {
+    if constexpr (kCopyBytes == 0) {
       load_elements(a, b, k);
+    } else {
+#pragma unroll
+      for (int at = 0; at < Traits::kChunk; at += kUnit) copy(a, b, k, at);
+    }
+  }
+
+  // kCopyBytes of each of the chunks, from their element `at` on.
+  __device__ __forceinline__ void copy(Chunk* a, Chunk* b, int first_k, int at) const {
+    constexpr int kNext = Traits::kRowsPerCopy * Traits::kBlockK;
+    Element* to_a = reinterpret_cast<Element*>(a) + at;
+    Element* to_b = reinterpret_cast<Element*>(b) + at;
+    const int k = first_k + at;
+    const Tap tap = filter_tap(shape, k);
+#pragma unroll
+    for (int i = 0; i < Traits::kCopiesA; ++i) {
+      copy_async<kCopyBytes>(to_a + i * kNext, source(i, tap), is_valid(i, tap));
+    }
+#pragma unroll
+    for (int i = 0; i < Traits::kCopiesB; ++i) {
+      const Element* filter = weight + static_cast<int64_t>(i) * Traits::kRowsPerCopy * shape.reduction + k;
+      copy_async<kCopyBytes>(to_b + i * kNext, filter, i < num_filters && k < shape.reduction);
     }
   }
 
@@ -161,8 +170,6 @@ __device__ __forceinline__ void multiply_stage(
   }
 }
 
-// The fast end: 16-byte rows, no splits; the activation and whether there is a residual are known at compile time, so
-// that the loop over rows has no branches and all of a thread's residual is on its way at once.
 struct alignas(8) Pair {
   float first, second;
 };
@@ -170,6 +177,19 @@ struct alignas(16) Quad {
   float values[4];
 };
 
+// A row's next Traits::kChunk staged sums, sixteen bytes at a time.
+template <class Traits>
+__device__ __forceinline__ void load_staged(const float* staged, int row, int column, float (&sums)[Traits::kChunk]) {
+#pragma unroll
+  for (int q = 0; q < Traits::kChunk; q += 4) {
+    const Quad quad = *reinterpret_cast<const Quad*>(staged + staging_position(row, column + q, Traits::kPitch));
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sums[q + e] = quad.values[e];
+  }
+}
+
+// The fast end: 16-byte rows, no splits; the activation and whether there is a residual are known at compile time, so
+// that the loop over rows has no branches and all of a thread's residual is on its way at once.
 template <class Element, int kTileIndex>
 struct RowWriter {
   using Traits = TileTraits<Element, kTileIndex>;
@@ -195,17 +215,14 @@ struct RowWriter {
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         if (row + j * kStep >= num_rows) break;
+        float sums[kChunk];
+        load_staged<Traits>(staged, row + j * kStep, column, sums);
         Packed<Element> result;
 #pragma unroll
-        for (int q = 0; q < kChunk; q += 4) {
-          const Quad sums =
-              *reinterpret_cast<const Quad*>(staged + staging_position(row + j * kStep, column + q, Traits::kPitch));
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float v = fmaf(sums.values[e], affine[q + e].scale, affine[q + e].shift);
-            if constexpr (kHasResidual) v += skip[j].get(q + e);
-            result.put(q + e, activate(v, kActivation));
-          }
+        for (int e = 0; e < kChunk; ++e) {
+          float v = fmaf(sums[e], affine[e].scale, affine[e].shift);
+          if constexpr (kHasResidual) v += skip[j].get(e);
+          result.put(e, activate(v, kActivation));
         }
         *reinterpret_cast<Chunk*>(out + j * pitch) = result.chunk;
       }
@@ -264,8 +281,7 @@ __device__ __forceinline__ void store_output(const ConvArguments& args, const Bl
   for (int row = thread / kChunks; row < num_tile_rows; row += Traits::kThreads / kChunks) {
     const int64_t offset = (origin.m + row) * shape.K + first_channel;
     float sums[kChunk];
-#pragma unroll
-    for (int e = 0; e < kChunk; ++e) sums[e] = staged[staging_position(row, column + e, Traits::kPitch)];
+    load_staged<Traits>(staged, row, column, sums);
     if (partials == nullptr) {
       store_chunk<Element>(args, offset, num_columns, affine, sums);
     } else {
@@ -275,9 +291,9 @@ __device__ __forceinline__ void store_output(const ConvArguments& args, const Bl
 }
 
 // One block per tile and split, kTile.stages - 1 stages in flight; smem_bytes(kTile) of dynamic shared memory.
-template <class Element, int kTileIndex, bool kIsAligned>
+template <class Element, int kTileIndex, int kCopyBytes>
 __global__ void __launch_bounds__(TileTraits<Element, kTileIndex>::kThreads,
-                                  kIsAligned ? kTiles[kTileIndex].resident_blocks : 1)
+                                  kCopyBytes == kChunkBytes ? kTiles[kTileIndex].resident_blocks : 1)
     conv_bn_act_kernel(const __grid_constant__ ConvArguments args) {
   // Prologue: where this thread works, and the first stages on their way.
   using Traits = TileTraits<Element, kTileIndex>;
@@ -288,7 +304,7 @@ __global__ void __launch_bounds__(TileTraits<Element, kTileIndex>::kThreads,
   const uint32_t block = static_cast<uint32_t>(block_index()), splits = static_cast<uint32_t>(args.splits);
   const int split = static_cast<int>(block % splits);
   const BlockOrigin origin = block_origin(args.shape, block / splits, Traits::kBlockM, Traits::kBlockN);
-  const StageLoader<Element, kTileIndex, kIsAligned> loader(args, origin, thread);
+  const StageLoader<Element, kTileIndex, kCopyBytes> loader(args, origin, thread);
   unsigned char* smem = shared_memory();
 
   const int num_steps = (args.shape.reduction + Traits::kBlockK - 1) / Traits::kBlockK;

@@ -12,11 +12,21 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Sixteen bytes from global to shared memory past the registers; zeros, and no read, when !is_valid.
+// 16 or 8 bytes from global to shared memory past the registers; zeros, and no read, when !is_valid. Eight leave the
+// rest of their line in L1, where the next tap or group finds it; past L1 the instruction takes only sixteen.
+template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool is_valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(is_valid ? 16 : 0)
-               : "memory");
+  static_assert(kBytes == 16 || kBytes == 8);
+  const int num_bytes = is_valid ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(num_bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(num_bytes)
+                 : "memory");
+  }
 }
 
 __device__ __forceinline__ void commit_copies() {

@@ -47,14 +47,16 @@ FUSED_RESNET_HD int accumulator_column(int lane, int i) {
   return 2 * (lane % 4) + i % 2;
 }
 
-// Float index of (row, column) in the staged output, `pitch` floats per row. Reading eight floats per thread would
-// meet every bank twice; exchanging neighbouring quads in every other group of 32 columns prevents that.
+// Float index of (row, column) in the staged output, `pitch` floats per row: staging_pitch() of a tile. Reading eight
+// floats per thread would meet every bank twice; exchanging neighbouring quads in every other group of 32 columns
+// prevents that. Narrow rows lie two in a line of 32 banks: there the quads of every other line run backwards.
 FUSED_RESNET_HD int staging_position(int row, int column, int pitch) {
-  const int quad = column / 4;
-  return row * pitch + (quad ^ ((quad >> 3) & 1)) * 4 + column % 4;
+  const int swizzle = pitch < 32 ? 3 * ((row >> 1) & 1) : (column >> 5) & 1;
+  return row * pitch + (column ^ (4 * swizzle));
 }
 
-// Which part of the output a block computes. Columns run fastest, so that blocks in flight share their rows in L2.
+// Which part of the output a block computes. Columns run fastest, then groups, so that blocks in flight share their
+// rows in L2: a group reads a few bytes of each line of x, and its neighbours the rest of it.
 struct BlockOrigin {
   int64_t m;
   int k;  // within the group
@@ -63,11 +65,10 @@ struct BlockOrigin {
 
 FUSED_RESNET_HD BlockOrigin block_origin(const ConvShape& s, int64_t block, int block_m, int block_n) {
   const int64_t tiles_n = (s.group_filters + block_n - 1) / block_n;
-  const int64_t tiles_m = (num_rows(s) + block_m - 1) / block_m;
-  const int64_t row_tile = block / tiles_n;
-  const int64_t group = row_tile / tiles_m;
-  return {(row_tile - group * tiles_m) * block_m, static_cast<int>(block - row_tile * tiles_n) * block_n,
-          static_cast<int>(group)};
+  const int64_t slab = block / tiles_n;  // the columns of one group, in one tile's rows
+  const int64_t row_tile = slab / s.groups;
+  return {row_tile * block_m, static_cast<int>(block - slab * tiles_n) * block_n,
+          static_cast<int>(slab - row_tile * s.groups)};
 }
 
 }  // namespace fused_resnet
