@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from fused_resnet.kernels.triton import max_pool, runtime
-from fused_resnet.kernels.triton.max_pool import MaxPoolProblem
 from fused_resnet.operators.composites import activate
+from fused_resnet.operators.problem import MaxPoolProblem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

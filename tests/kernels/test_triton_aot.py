@@ -75,7 +75,7 @@ def test_default_configs(compiler_environment, arch):
 _POOLINGS = """
 import json, sys, torch
 from fused_resnet.kernels.triton import aot
-from fused_resnet.kernels.triton.max_pool import MaxPoolProblem
+from fused_resnet.operators.problem import MaxPoolProblem
 
 stem = MaxPoolProblem(32, 64, 112, 112, 3, 3, (2, 2), (1, 1), "relu", True, torch.bfloat16, "cuda")
 problems = (

@@ -22,9 +22,8 @@ import torch
 from fused_resnet.kernels.triton import add_relu, max_pool, runtime
 from fused_resnet.kernels.triton.conv.configs import TritonConfig, configs, default_config
 from fused_resnet.kernels.triton.conv.launch import launches
-from fused_resnet.kernels.triton.max_pool import MaxPoolProblem
 from fused_resnet.kernels.triton.runtime import triton
-from fused_resnet.operators.problem import AddReluProblem, ConvProblem
+from fused_resnet.operators.problem import AddReluProblem, ConvProblem, MaxPoolProblem
 
 ARCHITECTURES = (80, 90, 100)
 # What each kind of instruction looks like, and where. tcgen05 is Blackwell's tensor core, HGMMA Hopper's.

@@ -6,48 +6,19 @@ bit, for a finite bias. That takes a bias and an activation from every pixel of 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
-import torch
 from torch import Tensor
 
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.runtime import jit, tl
-from fused_resnet.operators.problem import dtype_name, output_size, pair_text
+from fused_resnet.operators.problem import MaxPoolProblem
 
 ACTIVATIONS = ("none", "relu", "relu6")  # the monotone ones
 BLOCK = 1024  # 16 bytes per thread and load in 16-bit types with 4 warps
 MOST_CHANNELS = 64  # of a program: whole lines of the cache in 16-bit types
 NUM_WARPS = 4
 _LIMIT = 2**31
-
-
-class MaxPoolProblem(NamedTuple):
-    """What is pooled: (N, C, H, W) in windows of R x S, then the epilogue. Letters as in `ConvProblem`."""
-
-    N: int
-    C: int
-    H: int
-    W: int
-    R: int
-    S: int
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    activation: str
-    has_bias: bool
-    dtype: torch.dtype
-    device: str
-
-    @property
-    def output_shape(self) -> tuple[int, int, int, int]:
-        P = output_size(self.H, self.R, self.stride[0], self.padding[0], 1)
-        Q = output_size(self.W, self.S, self.stride[1], self.padding[1], 1)
-        return (self.N, self.C, P, Q)
-
-    def __str__(self) -> str:
-        window = f"{self.R}x{self.S} s{pair_text(self.stride)} p{pair_text(self.padding)}"
-        epilogue = f"{'bias' if self.has_bias else 'plain'} {self.activation}"
-        return f"{self.N}x{self.C}x{self.H}x{self.W} max {window} {dtype_name(self.dtype)} {epilogue}"
 
 
 @jit
