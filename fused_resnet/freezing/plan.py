@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from fused_resnet.freezing.dtypes import Conversion
 from fused_resnet.freezing.modules import LOWERED
 from fused_resnet.graphs.nodes import function_of, module_of
-from fused_resnet.machine.cuda_graphs import capturing
+from fused_resnet.machine.cuda_graphs import capture
 from fused_resnet.machine.locks import new_lock
 
 
@@ -74,18 +74,10 @@ class GraphedPlan(Plan):
         super().__init__(plan.module, plan.conversion)
         self._lock = new_lock()
         # a normal tensor can be written in and out of inference mode
-        with capturing(), torch.inference_mode(False), torch.no_grad(), torch.cuda.device(example.device):
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(example.device):
             self._finished = torch.cuda.Event()
             self._input = torch.empty_like(example).copy_(example)
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # kernels are compiled, and workspaces made, before the capture
-                for _ in range(3):
-                    plan(self._input)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                self._output = plan(self._input)
+            self._graph, self._output = capture(lambda: plan(self._input))
 
     def __call__(self, x: Tensor) -> Any:
         with self._lock, torch.cuda.device(x.device):

@@ -1,0 +1,63 @@
+"""Frozen plans as CUDA graphs, on a machine without a GPU: what is called in which order, and on what.
+
+`tests.support.cuda` stands for torch.cuda. tests/freezing/test_warm.py replays real graphs.
+"""
+
+import pytest
+import torch
+
+import fused_resnet
+from fused_resnet.freezing import warm
+from tests.support import networks
+from tests.support.cuda import FakeCuda
+
+X = (2, 3, 16, 16)
+_RUN = warm.Plan.__call__
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """As if the CPU captured graphs: a replay computes again what was captured, where it was."""
+    cuda = FakeCuda(monkeypatch)
+    monkeypatch.setattr(warm, "_has_graphs", lambda device: True)
+    make = warm.GraphedPlan
+
+    def made(plan, *arguments):
+        graphed = make(plan, *arguments)
+        cuda.graphs[-1].replays = lambda: graphed._output.copy_(_RUN(plan, graphed._input))
+        return graphed
+
+    monkeypatch.setattr(warm, "GraphedPlan", made)
+    return cuda
+
+
+def noting(monkeypatch, seen):
+    """Have every run of a plan that is not replayed noted: whether cuDNN would take the fastest."""
+
+    def noted(plan, x):
+        seen.append(torch.backends.cudnn.benchmark)
+        return _RUN(plan, x)
+
+    monkeypatch.setattr(warm.Plan, "__call__", noted)
+
+
+def test_a_graph_holds_the_fastest_algorithms(cuda, monkeypatch):
+    """cuDNN keeps what a convolution's first run took, so that one counts, too."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    seen = []
+    noting(monkeypatch, seen)
+    frozen = fused_resnet.freeze(networks.small(), torch.randn(X))
+    assert seen == [True] * 5 and not torch.backends.cudnn.benchmark  # a first run, three to warm up, the capture
+    frozen(torch.randn(X))
+    assert len(seen) == 5 and cuda.calls.count("replay") == 1
+
+
+def test_a_plan_without_a_graph_runs_with_what_the_process_has(cuda, monkeypatch, caplog):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: (_ for _ in ()).throw(RuntimeError("no graphs here")))
+    model, x = networks.small(), torch.randn(X)
+    frozen = fused_resnet.freeze(model, x)
+    assert not frozen.is_graphed(x) and "no graphs here" in caplog.text and not torch.backends.cudnn.benchmark
+    seen = []
+    noting(monkeypatch, seen)
+    assert frozen(x).shape == model(x).shape and seen == [False]
