@@ -76,7 +76,8 @@ class GraphedPlan(Plan):
         # a normal tensor can be written in and out of inference mode
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(example.device):
             self._finished = torch.cuda.Event()
-            self._input = torch.empty_like(example).copy_(example)
+            # as the graph takes it, so that writing it converts at once, and the graph need not
+            self._input = torch.empty_like(plan.taken(example)).copy_(example)
             self._graph, self._output = capture(lambda: plan(self._input))
 
     def __call__(self, x: Tensor) -> Any:

@@ -61,3 +61,29 @@ def test_a_plan_without_a_graph_runs_with_what_the_process_has(cuda, monkeypatch
     seen = []
     noting(monkeypatch, seen)
     assert frozen(x).shape == model(x).shape and seen == [False]
+
+
+@pytest.mark.parametrize("dtype", (None, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("strides", ("NCHW", "NHWC", "a slice"))
+def test_the_input_is_converted_where_it_is_copied(cuda, dtype, strides):
+    """By one copy: what the graph holds begins with the convolutions."""
+    model, x = networks.small(), torch.randn(X)
+    if strides == "NHWC":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif strides == "a slice":
+        x = torch.randn(2, 3, 16, 32)[..., ::2]
+    frozen = fused_resnet.freeze(model, x, dtype=dtype)
+    (graphed,) = frozen._plans.values()
+    held = graphed._input
+    assert held.dtype == (dtype or torch.float32) and held.is_contiguous(memory_format=torch.channels_last)
+    assert held.shape == x.shape and graphed.taken(held) is held
+    other = torch.randn(X)
+    assert torch.equal(frozen(other), _RUN(graphed, other)) and cuda.calls.count("replay") == 1
+    assert torch.equal(held, graphed.taken(other)) and frozen(other).dtype == torch.float32
+
+
+def test_inputs_that_are_no_images_are_held_as_they_come(cuda):
+    x = torch.randn(4, 6)[:, ::2]
+    frozen = fused_resnet.freeze(torch.nn.Linear(3, 2), x, dtype=torch.bfloat16)
+    (graphed,) = frozen._plans.values()
+    assert graphed._input.dtype == torch.bfloat16 and graphed.taken(graphed._input) is graphed._input
