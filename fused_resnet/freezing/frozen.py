@@ -20,6 +20,7 @@ from fused_resnet.freezing.parts import freeze_parts
 from fused_resnet.freezing.plan import Plan, plainly
 from fused_resnet.freezing.trace import trace
 from fused_resnet.freezing.warm import warmed
+from fused_resnet.machine.cuda_graphs import is_captured
 from fused_resnet.machine.locks import new_lock
 from fused_resnet.nn.scripting import NotScriptable
 from fused_resnet.operators.problem import dtype_name
@@ -138,6 +139,11 @@ class FrozenModel(Frozen):
         plan = self._known_plan(x)
         if plan is not None:
             return plan
+        if is_captured(self.device):
+            raise RuntimeError(
+                f"a frozen model has no plan yet for inputs of shape {tuple(x.shape)}, and cannot make one while a "
+                "CUDA graph is captured: call it once with that shape before."
+            )
         with self._making:
             plan = self._known_plan(x)  # another thread may have made it meanwhile
             if plan is None:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from fused_resnet.freezing.dtypes import Conversion
 from fused_resnet.freezing.modules import LOWERED
 from fused_resnet.graphs.nodes import function_of, module_of
-from fused_resnet.machine.cuda_graphs import capture
+from fused_resnet.machine.cuda_graphs import capture, is_captured
 from fused_resnet.machine.locks import new_lock
 
 
@@ -66,7 +66,11 @@ def _bound(module: fx.GraphModule) -> Callable[[Tensor], Any]:
 
 
 class GraphedPlan(Plan):
-    """The same, captured once as a CUDA graph. Replays share static buffers, so they take turns."""
+    """The same, captured once as a CUDA graph. Replays share static buffers, so they take turns.
+
+    Called inside a capture of the caller's, it is no replay: its kernels go into the caller's graph, with memory of
+    that graph's own. An event of another stream would end that capture.
+    """
 
     is_graphed = True
 
@@ -81,6 +85,8 @@ class GraphedPlan(Plan):
             self._graph, self._output = capture(lambda: plan(self._input))
 
     def __call__(self, x: Tensor) -> Any:
+        if is_captured(x.device):
+            return super().__call__(x)
         with self._lock, torch.cuda.device(x.device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self._finished)  # another stream may still be reading the buffers

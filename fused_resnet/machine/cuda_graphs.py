@@ -56,6 +56,14 @@ def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, out
 
 
+def is_captured(device: torch.device) -> bool:
+    """Whether what this thread launches on a device goes into a graph that somebody is capturing."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     """The callable as one CUDA graph: a replay costs a single launch. It returns what the capture returned."""
     graph, out = capture(call)

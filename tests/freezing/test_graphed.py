@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import fused_resnet
+from fused_resnet.freezing import frozen as frozen_module
+from fused_resnet.freezing import plan as plan_module
 from fused_resnet.freezing import warm
 from tests.support import networks
 from tests.support.cuda import FakeCuda
@@ -20,6 +22,8 @@ def cuda(monkeypatch):
     """As if the CPU captured graphs: a replay computes again what was captured, where it was."""
     cuda = FakeCuda(monkeypatch)
     monkeypatch.setattr(warm, "_has_graphs", lambda device: True)
+    for module in (frozen_module, plan_module):
+        monkeypatch.setattr(module, "is_captured", lambda device: torch.cuda.is_current_stream_capturing())
     make = warm.GraphedPlan
 
     def made(plan, *arguments):
@@ -87,3 +91,31 @@ def test_inputs_that_are_no_images_are_held_as_they_come(cuda):
     frozen = fused_resnet.freeze(torch.nn.Linear(3, 2), x, dtype=torch.bfloat16)
     (graphed,) = frozen._plans.values()
     assert graphed._input.dtype == torch.bfloat16 and graphed.taken(graphed._input) is graphed._input
+
+
+def test_a_capture_of_the_callers_takes_the_kernels_and_not_the_graph(cuda):
+    model, x = networks.small(), torch.randn(X)
+    frozen = fused_resnet.freeze(model, x)
+    cuda.calls.clear()
+    cuda.is_capturing, other = True, torch.randn(X)
+    inside = frozen(other)
+    assert not cuda.calls  # no event, no stream, no replay
+    cuda.is_capturing = False
+    assert torch.equal(inside, frozen(other)) and cuda.calls.count("replay") == 1
+
+
+def test_no_plan_is_made_inside_a_capture_of_the_callers(cuda):
+    model, x, new = networks.small(), torch.randn(X), torch.randn(1, 3, 8, 8)
+    frozen = fused_resnet.freeze(model, x)
+    cuda.calls.clear()
+    cuda.is_capturing = True
+    for call in (frozen, frozen.plan, frozen.is_graphed):
+        with pytest.raises(
+            RuntimeError, match=r"no plan yet for inputs of shape \(1, 3, 8, 8\).*call it once with that"
+        ):
+            call(new)
+    assert not cuda.calls and len(frozen.plans()) == 1
+    cuda.is_capturing = False
+    assert frozen(new).shape == (1, 10)
+    cuda.is_capturing = True
+    assert torch.equal(frozen(new), _RUN(frozen._plans[1, 3, 8, 8], new))

@@ -85,3 +85,10 @@ def test_cudnn_takes_the_fastest_inside_and_what_it_took_outside(cuda, before, m
     with cuda_graphs.best_algorithms(), cuda_graphs.capturing():
         assert torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.benchmark is before
+
+
+def test_whether_a_graph_is_being_captured_is_asked_of_cuda_alone(cuda):
+    """torch.cuda's own question raises in builds without CUDA."""
+    for cuda.is_capturing in (False, True):
+        assert cuda_graphs.is_captured(torch.device("cuda", 0)) is cuda.is_capturing
+        assert not cuda_graphs.is_captured(torch.device("cpu"))
