@@ -17,7 +17,7 @@ from fused_resnet.freezing.dtypes import conversion, is_floating, main_dtype
 from fused_resnet.freezing.make import make_plan
 from fused_resnet.freezing.modules import PackedWeights
 from fused_resnet.freezing.parts import freeze_parts
-from fused_resnet.freezing.plan import Plan, plainly
+from fused_resnet.freezing.plan import Plan, Turns, plainly
 from fused_resnet.freezing.trace import trace
 from fused_resnet.freezing.warm import warmed
 from fused_resnet.machine.cuda_graphs import is_captured
@@ -75,6 +75,7 @@ class FrozenModel(Frozen):
     _making: threading.Lock  # while a plan is made
     _plans: collections.OrderedDict[tuple, Plan]
     _packed: PackedWeights
+    _turns: Turns
 
     def __init__(
         self,
@@ -149,7 +150,7 @@ class FrozenModel(Frozen):
             if plan is None:
                 with plainly(self.device):
                     made = make_plan(self._traced, x.detach(), self._conversion, self.backend, self._packed)
-                    plan = warmed(made, x.detach())
+                    plan = warmed(made, x.detach(), self._turns)
                 with self._lock:
                     self._plans[tuple(x.shape)] = plan
                     if len(self._plans) > MAX_PLANS:
@@ -168,15 +169,11 @@ class FrozenModel(Frozen):
 
     def _reset_plans(self) -> None:
         self.__dict__.update(_lock=new_lock(), _making=new_lock())
-        self.__dict__.update(_plans=collections.OrderedDict(), _packed=PackedWeights())
+        self.__dict__.update(_plans=collections.OrderedDict(), _packed=PackedWeights(), _turns=Turns())
 
     def __getstate__(self) -> dict:
-        rebuilt = (
-            "_lock",
-            "_making",
-            "_plans",
-            "_packed",
-        )  # weights and graphs are packed and made where they are needed
+        # weights and graphs are packed and made where they are needed
+        rebuilt = ("_lock", "_making", "_plans", "_packed", "_turns")
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict) -> None:

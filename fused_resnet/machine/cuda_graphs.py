@@ -40,10 +40,13 @@ def capturing() -> Iterator[None]:
         yield
 
 
-def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """(the callable as a CUDA graph, what it returned in the capture: the memory that replays write)."""
+def capture(call: Callable[[], Any], stream: Any = None, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """(the callable as a CUDA graph, what it returned in the capture: the memory that replays write).
+
+    stream, pool: on which it is captured, and where its memory lies; by default a graph has memory of its own.
+    """
     with capturing():
-        stream = torch.cuda.Stream()
+        stream = stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # tuning, compilation and lazy initialisation must not happen during capture
@@ -51,7 +54,7 @@ def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with _without_collection(), _own_workspaces():
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 out = call()
     return graph, out
 

@@ -3,6 +3,9 @@
 `tests.support.cuda` stands for torch.cuda. tests/freezing/test_warm.py replays real graphs.
 """
 
+import copy
+import threading
+
 import pytest
 import torch
 
@@ -119,3 +122,57 @@ def test_no_plan_is_made_inside_a_capture_of_the_callers(cuda):
     assert frozen(new).shape == (1, 10)
     cuda.is_capturing = True
     assert torch.equal(frozen(new), _RUN(frozen._plans[1, 3, 8, 8], new))
+
+
+def test_the_graphs_of_a_model_share_memory(cuda):
+    """And the stream of their captures, without which torch would not give one what another has freed."""
+    first, second = (fused_resnet.freeze(networks.small(), torch.randn(X)) for _ in range(2))
+    rooms = []
+    for frozen in (first, first, second, copy.deepcopy(second)):
+        frozen(torch.randn(len(rooms) + 3, 3, 8, 8))
+        rooms.append((cuda.options["pool"], cuda.options["stream"]))
+    assert rooms[0] == rooms[1] and len(set(rooms)) == 3 and None not in rooms[0]
+
+
+def test_replays_of_one_model_take_turns(cuda):
+    """Whatever their shapes: on the host by a lock, on the GPU by an event."""
+    x, other = torch.randn(X), torch.randn(1, 3, 8, 8)
+    frozen = fused_resnet.freeze(networks.small(), x)
+    expected = frozen(other)
+    cuda.calls.clear()
+    frozen(x), frozen(other)
+    waits, replay, records = cuda.calls[:3]
+    event = waits.removeprefix("current stream waits for ")
+    assert event.startswith("event") and (replay, records) == ("replay", f"current stream records {event}")
+    assert cuda.calls == [waits, replay, records] * 2
+
+    replays, started, go_on, answers = cuda.graphs[0].replays, threading.Event(), threading.Event(), []
+    cuda.graphs[0].replays = lambda: (started.set(), go_on.wait(60), replays())
+    threads = [threading.Thread(target=lambda x=x: answers.append(frozen(x))) for x in (x, other)]
+    threads[0].start()
+    assert started.wait(60)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert threads[1].is_alive() and not answers
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert [len(answer) for answer in answers] == [2, 1] and torch.equal(answers[1], expected)
+
+
+def test_after_a_capture_that_failed_the_next_one_has_other_memory(cuda, monkeypatch):
+    frozen = fused_resnet.freeze(networks.small(), torch.randn(X))
+    first, make = cuda.options["pool"], torch.cuda.CUDAGraph
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: (_ for _ in ()).throw(RuntimeError("no graphs here")))
+    assert not frozen.is_graphed(torch.randn(1, 3, 8, 8))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
+    assert frozen.is_graphed(torch.randn(3, 3, 8, 8)) and cuda.options["pool"] != first
+
+
+def test_a_graph_is_dropped_when_it_has_run_to_its_end(cuda):
+    frozen = fused_resnet.freeze(networks.small(), torch.randn(X))
+    frozen(torch.randn(X))
+    event = frozen._turns.finished.name
+    cuda.graphs[0].replays = None  # which holds the plan
+    frozen._plans.clear()
+    assert cuda.calls[-1] == f"{event} is waited for"

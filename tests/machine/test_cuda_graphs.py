@@ -66,7 +66,7 @@ def test_a_graph_has_workspaces_of_its_own(cuda, fails):
         f"current stream waits for {stream}", "workspaces cleared",
         f"capture begins on {stream}", "call", "capture ends", "workspaces cleared",
     ]  # fmt: skip
-    assert cuda.options["capture_error_mode"] == "thread_local"
+    assert cuda.options["capture_error_mode"] == "thread_local" and cuda.options["pool"] is None
 
 
 @pytest.mark.parametrize("before", (False, True))
