@@ -86,7 +86,7 @@ class Turns:
 
     @functools.cached_property
     def stream(self) -> torch.cuda.Stream:
-        """Of all captures: what is freed in a pool is given again only to the stream that had it."""
+        """All captures run on it: what is freed in a pool is given again only to the stream that had it."""
         return torch.cuda.Stream()
 
     @functools.cached_property

@@ -98,7 +98,7 @@ def _own_workspaces() -> Iterator[None]:
     torch keeps a workspace for each (handle, stream), and its streams come from a pool of 32. Two graphs whose streams
     are the same would work in the same workspace, also when they are replayed at once. Those of the calls before are
     dropped, so that the capture makes its own. They are dropped afterwards too, before the stream comes up again.
-    torch.compile captures its graphs so (`torch._inductor.cudagraph_trees`).
+    torch.compile captures its graphs so, too (cudagraph_trees.py of Inductor).
     """
     torch._C._cuda_clearCublasWorkspaces()
     try:
