@@ -14,6 +14,7 @@ import torch
 
 from fused_resnet import measuring, models
 from fused_resnet.choosing import timing
+from fused_resnet.machine.cuda_graphs import best_algorithms
 from fused_resnet.operators.problem import SHORT_DTYPES
 
 _SECONDS_BETWEEN_LINES = 2.0
@@ -110,12 +111,13 @@ measuring_options = options(
 
 
 def prepare(device: str, threads: Optional[int]) -> None:
+    """Settle the seed, the threads and the device of a command; on CUDA rivals run their best algorithms in it, too."""
     torch.manual_seed(0)
     if threads is not None:
         torch.set_num_threads(threads)
     if device != "cpu":
         torch.cuda.set_device(torch.device(device).index or 0)  # takes no "cuda"
-        torch.backends.cudnn.benchmark = True  # the competitor's best algorithm, not its first guess
+        click.get_current_context().with_resource(best_algorithms())
 
 
 def image_shape(model: str, image: Optional[int]) -> tuple[int, int, int]:

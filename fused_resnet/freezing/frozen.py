@@ -18,9 +18,10 @@ from fused_resnet.freezing.dtypes import conversion, is_floating, main_dtype
 from fused_resnet.freezing.make import make_plan
 from fused_resnet.freezing.modules import PackedWeights
 from fused_resnet.freezing.parts import freeze_parts
-from fused_resnet.freezing.plan import Plan, plainly
+from fused_resnet.freezing.plan import Plan, Turns, plainly
 from fused_resnet.freezing.trace import trace
 from fused_resnet.freezing.warm import warmed
+from fused_resnet.machine.cuda_graphs import is_captured
 from fused_resnet.machine.locks import new_lock
 from fused_resnet.nn.scripting import NotScriptable
 from fused_resnet.operators.problem import dtype_name
@@ -76,6 +77,7 @@ class FrozenModel(Frozen):
     _plans: collections.OrderedDict[tuple, Plan]
     _packed: PackedWeights
     _tuning: Tuning
+    _turns: Turns
 
     def __init__(
         self,
@@ -143,6 +145,11 @@ class FrozenModel(Frozen):
         plan = self._known_plan(x)
         if plan is not None:
             return plan
+        if is_captured(self.device):
+            raise RuntimeError(
+                f"a frozen model has no plan yet for inputs of shape {tuple(x.shape)}, and cannot make one while a "
+                "CUDA graph is captured: call it once with that shape before."
+            )
         with self._making:
             plan = self._known_plan(x)  # another thread may have made it meanwhile
             if plan is None:
@@ -150,7 +157,7 @@ class FrozenModel(Frozen):
                     made = make_plan(
                         self._traced, x.detach(), self._conversion, self.backend, self._packed, self._tuning
                     )
-                    plan = warmed(made, x.detach())
+                    plan = warmed(made, x.detach(), self._turns)
                 with self._lock:
                     self._plans[tuple(x.shape)] = plan
                     if len(self._plans) > MAX_PLANS:
@@ -169,15 +176,11 @@ class FrozenModel(Frozen):
 
     def _reset_plans(self) -> None:
         self.__dict__.update(_lock=new_lock(), _making=new_lock())
-        self.__dict__.update(_plans=collections.OrderedDict(), _packed=PackedWeights())
+        self.__dict__.update(_plans=collections.OrderedDict(), _packed=PackedWeights(), _turns=Turns())
 
     def __getstate__(self) -> dict:
-        rebuilt = (
-            "_lock",
-            "_making",
-            "_plans",
-            "_packed",
-        )  # weights and graphs are packed and made where they are needed
+        # weights and graphs are packed and made where they are needed
+        rebuilt = ("_lock", "_making", "_plans", "_packed", "_turns")
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict) -> None:

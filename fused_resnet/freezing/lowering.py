@@ -12,10 +12,9 @@ from fused_resnet import backends, choosing
 from fused_resnet.freezing import dtypes
 from fused_resnet.freezing.draft import Decision, Draft, lowered
 from fused_resnet.freezing.dtypes import facts_of
-from fused_resnet.freezing.modules import LOWERED, FrozenConv, FrozenLinear, FrozenMaxPool, WideConv
+from fused_resnet.freezing.modules import LOWERED, FrozenConv, FrozenLinear, WideConv
 from fused_resnet.graphs.matching import Match, activation_of, matches, norm_at
 from fused_resnet.graphs.spelling import CONVOLUTIONS, arguments_of
-from fused_resnet.kernels import compiled
 from fused_resnet.nn.norms import Norm, norm_of
 from fused_resnet.nn.stock import has_stock_call
 from fused_resnet.operators import affine, detours
@@ -101,19 +100,6 @@ def pack_linears(draft: Draft) -> None:
             packed = FrozenLinear(linear, facts.dtype, facts.shape[0])
             packed.weight = draft.packed.shared(node.name, "linear", packed.weight)
             node.target = draft.add(f"packed_{node.name}", packed)
-
-
-def replace_max_pools(draft: Draft) -> None:
-    """On a CPU, by the one that writes no indices."""
-    if draft.device.type != "cpu" or compiled.load("cpu") is not None:
-        return
-    for node in draft.graph.nodes:
-        pool, facts = draft.called_by(node), facts_of(node)
-        if type(pool) is not nn.MaxPool2d or not has_stock_call(pool) or node.kwargs or facts is None:
-            continue
-        is_plain = pair("pooling", pool.dilation) == (1, 1) and not pool.ceil_mode and not pool.return_indices
-        if is_plain and len(facts.shape) == 4 and facts.dtype in FLOAT_DTYPES:
-            node.target = draft.add(f"frozen_{node.name}", FrozenMaxPool(pool, facts.shape))
 
 
 def widen_what_is_wrong(draft: Draft) -> None:

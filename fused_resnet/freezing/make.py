@@ -22,12 +22,12 @@ from fused_resnet.freezing.lowering import (
     lower_convolutions,
     make_convolutions,
     pack_linears,
-    replace_max_pools,
     widen_what_is_wrong,
 )
 from fused_resnet.freezing.modules import PackedWeights
 from fused_resnet.freezing.placing import choose_measured, mark_sums_in_place, place_in_row_space, reselect_stranded
 from fused_resnet.freezing.plan import Plan, plainly
+from fused_resnet.freezing.pooling import pool_after_convolutions, replace_max_pools
 from fused_resnet.freezing.trace import trace
 from fused_resnet.operators.problem import ConvProblem
 
@@ -41,6 +41,7 @@ PASSES: tuple[Callable[[Draft], None], ...] = (
     reselect_stranded,
     mark_sums_in_place,
     place_in_row_space,
+    pool_after_convolutions,
     make_convolutions,
     pack_linears,
     replace_max_pools,

@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet import backends, choosing
 from fused_resnet.choosing import planned
-from fused_resnet.operators.describe import pair
-from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.operators.layout import channels_last, empty_output
+from fused_resnet.operators.problem import ConvProblem, MaxPoolProblem
 
 
 class FrozenConv(nn.Module):
@@ -74,25 +74,35 @@ class FrozenLinear(nn.Module):
 
 
 class FrozenMaxPool(nn.Module):
-    """A max-pooling on a CPU that writes no indices. x: (N, C, H, W), channels_last or copied into it."""
+    """A max-pooling that writes no indices, perhaps with what the convolution before it left to it.
 
-    def __init__(self, pool: nn.MaxPool2d, output_shape: tuple[int, ...]) -> None:
+    kernel: called with (problem, x, bias, output), the images in NHWC.
+    """
+
+    def __init__(
+        self,
+        problem: MaxPoolProblem,
+        bias: Optional[Tensor],
+        kernel: Callable[[MaxPoolProblem, Tensor, Optional[Tensor], Tensor], None],
+    ) -> None:
         super().__init__()
-        self.window = tuple(pair("pooling", value) for value in (pool.kernel_size, pool.stride, pool.padding))
-        self.output_shape = output_shape
+        self.problem, self.bias, self.kernel = problem, bias, kernel
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bound()(x)
 
     def bound(self) -> Callable[[Tensor], Tensor]:
-        max_pool, window, shape = torch.ops.fused_resnet.cpu_max_pool2d.default, self.window, self.output_shape
+        problem, bias, kernel = self.problem, self.bias, self.kernel
 
         def run(x: Tensor) -> Tensor:
-            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-            max_pool(x.contiguous(memory_format=torch.channels_last), *window, out)
+            out = empty_output(problem, x)
+            kernel(problem, channels_last(x), bias, out)
             return out
 
         return run
+
+    def extra_repr(self) -> str:
+        return str(self.problem)
 
 
 class WideConv(nn.Module):

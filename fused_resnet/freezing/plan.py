@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from fused_resnet.freezing.dtypes import Conversion
 from fused_resnet.freezing.modules import LOWERED
 from fused_resnet.graphs.nodes import function_of, module_of
-from fused_resnet.machine.cuda_graphs import capturing
+from fused_resnet.machine.cuda_graphs import capture, is_captured
 from fused_resnet.machine.locks import new_lock
 
 
@@ -65,42 +65,82 @@ def _bound(module: fx.GraphModule) -> Callable[[Tensor], Any]:
     return functools.partial(function_of(graph), module)
 
 
+class Turns:
+    """What the CUDA graphs of one frozen model share, because they are replayed one after another: memory above all.
+
+    Each would hold the activations of its shape; in one pool they hold little more than those of the largest. What one
+    capture has freed the next one takes, so no two replays may overlap. `lock` keeps their launches apart, and the GPU
+    waits for `finished` before the next one. Their order does not matter: no graph keeps anything between replays, and
+    outputs are copied before the next turn.
+
+    Without sharing, replays of two shapes could overlap. That gains little: they would share one GPU, which a large
+    batch fills.
+    """
+
+    def __init__(self) -> None:
+        self.lock = new_lock()
+
+    @functools.cached_property
+    def finished(self) -> torch.cuda.Event:
+        return torch.cuda.Event()
+
+    @functools.cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """All captures run on it: what is freed in a pool is given again only to the stream that had it."""
+        return torch.cuda.Stream()
+
+    @functools.cached_property
+    def pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def leave_pool(self) -> None:
+        """Have the next capture begin another one: torch may take this one for one that is still captured into."""
+        self.__dict__.pop("pool", None)
+
+    def end(self) -> None:
+        """Wait until the GPU has run all replays."""
+        if finished := self.__dict__.get("finished"):
+            finished.synchronize()
+
+
 class GraphedPlan(Plan):
-    """The same, captured once as a CUDA graph. Replays share static buffers, so they take turns."""
+    """The same, captured once as a CUDA graph. Replays share static buffers, so they take turns.
+
+    Called inside a capture of the caller's, it is no replay: its kernels go into the caller's graph, with memory of
+    that graph's own. An event of another stream would end that capture.
+    """
 
     is_graphed = True
 
-    def __init__(self, plan: Plan, example: Tensor) -> None:
+    def __init__(self, plan: Plan, example: Tensor, turns: Turns) -> None:
+        self._turns = turns
         super().__init__(plan.module, plan.conversion)
-        self._lock = new_lock()
         # a normal tensor can be written in and out of inference mode
-        with capturing(), torch.inference_mode(False), torch.no_grad(), torch.cuda.device(example.device):
-            self._finished = torch.cuda.Event()
-            self._input = torch.empty_like(example).copy_(example)
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # kernels are compiled, and workspaces made, before the capture
-                for _ in range(3):
-                    plan(self._input)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                self._output = plan(self._input)
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(example.device):
+            # as the graph takes it, so that writing it converts at once, and the graph need not
+            self._input = torch.empty_like(plan.taken(example)).copy_(example)
+            try:
+                self._graph, self._output = capture(lambda: plan(self._input), turns.stream, turns.pool)
+            except RuntimeError:
+                turns.leave_pool()
+                raise
 
     def __call__(self, x: Tensor) -> Any:
-        with self._lock, torch.cuda.device(x.device):
+        if is_captured(x.device):
+            return super().__call__(x)
+        turns = self._turns
+        with turns.lock, torch.cuda.device(x.device):
             stream = torch.cuda.current_stream()
-            stream.wait_event(self._finished)  # another stream may still be reading the buffers
+            stream.wait_event(turns.finished)  # another stream may still be using the memory
             self._input.copy_(x)
             self._graph.replay()
             out = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, self._output)
-            self._finished.record(stream)
+            turns.finished.record(stream)
             return out
 
     def __del__(self) -> None:
         # the plan may be dropped while another stream still replays it
-        if finished := self.__dict__.get("_finished"):
-            finished.synchronize()
+        self._turns.end()
 
 
 @contextlib.contextmanager

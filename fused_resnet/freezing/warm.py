@@ -10,27 +10,37 @@ import torch
 from torch import Tensor, fx
 
 from fused_resnet.freezing.dtypes import facts_of
-from fused_resnet.freezing.plan import GraphedPlan, Plan
+from fused_resnet.freezing.plan import GraphedPlan, Plan, Turns
 from fused_resnet.freezing.state import content_of_tensor, keeps_state
 from fused_resnet.machine import malloc
+from fused_resnet.machine.cuda_graphs import capturing
 from fused_resnet.machine.errors import first_line
 from fused_resnet.operators.problem import dtype_name
 
 log = logging.getLogger("fused_resnet")
 
 
-def warmed(plan: Plan, x: Tensor) -> Plan:
-    """The plan, run once on x, with malloc told what it needs; on CUDA, captured as a graph if it can be."""
+def warmed(plan: Plan, x: Tensor, turns: Turns) -> Plan:
+    """The plan, run once on x, with malloc told what it needs; on CUDA, captured as a graph if it can be.
+
+    turns: of the graphs of the model's other plans.
+    """
     if x.device.type == "cpu":
         malloc.keep(*_workspace_of(plan.module.graph))
-    _try_once(plan, x)
-    if x.device.type != "cuda" or torch.version.hip:
+    if not _has_graphs(x.device):
+        _try_once(plan, x)
         return plan
-    try:
-        return GraphedPlan(plan, x)
-    except RuntimeError as error:
-        log.warning("frozen without a CUDA graph: %s cannot be captured (%s)", _shown(x), error)
-        return plan
+    with capturing():  # from the first run on, which is when cuDNN takes its algorithms
+        _try_once(plan, x)
+        try:
+            return GraphedPlan(plan, x, turns)
+        except RuntimeError as error:
+            log.warning("frozen without a CUDA graph: %s cannot be captured (%s)", _shown(x), error)
+            return plan
+
+
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def _try_once(plan: Plan, x: Tensor) -> None:

@@ -154,6 +154,34 @@ class AddReluProblem(NamedTuple):
         return f"{'x'.join(map(str, self.shape))} {dtype_name(self.dtype)}"
 
 
+class MaxPoolProblem(NamedTuple):
+    """act(max_pool(x) + bias) in windows of R x S, of the plans alone: no operator of torch's registry."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    R: int
+    S: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    activation: str
+    has_bias: bool
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        P = output_size(self.H, self.R, self.stride[0], self.padding[0], 1)
+        Q = output_size(self.W, self.S, self.stride[1], self.padding[1], 1)
+        return (self.N, self.C, P, Q)
+
+    def __str__(self) -> str:
+        window = f"{self.R}x{self.S} s{pair_text(self.stride)} p{pair_text(self.padding)}"
+        epilogue = f"{'bias' if self.has_bias else 'plain'} {self.activation}"
+        return f"{self.N}x{self.C}x{self.H}x{self.W} max {window} {dtype_name(self.dtype)} {epilogue}"
+
+
 Problem = Union[ConvProblem, AddReluProblem]
 
 

@@ -426,12 +426,13 @@ def test_a_device_is_one_of_those_torch_finds(device, why, monkeypatch):
 
 @pytest.mark.parametrize("device, index", (("cuda", 0), ("cuda:1", 1)))
 def test_benchmarks_run_on_the_device_asked_for(device, index, monkeypatch):
-    """torch.cuda.set_device refuses a plain "cuda"."""
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
-    chosen = []
+    """torch.cuda.set_device refuses a plain "cuda". Until the command ends cuDNN takes what is fastest."""
+    chosen, before = [], torch.backends.cudnn.benchmark
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
-    console.prepare(device, threads=None)
-    assert chosen == [index]
+    with click.Context(click.Command("bench")):
+        console.prepare(device, threads=None)
+        assert chosen == [index] and torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark is before
 
 
 def test_interrupted_is_130_and_leaves_no_file(tmp_path, monkeypatch, capsys):

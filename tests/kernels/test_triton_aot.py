@@ -62,13 +62,36 @@ def check(report: dict, dtype: str) -> None:
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_default_configs(compiler_environment, arch):
-    """ResNet-50's, ResNeXt's and CIFAR's convolutions in fp16, and both add_relu kernels."""
+    """ResNet-50's, ResNeXt's and CIFAR's convolutions in fp16, both add_relu kernels, and a stem's pooling."""
     reports = compiled(compiler_environment, "--arch", str(arch), "--dtype", "float16")
     assert {report["kernel"] for report in reports} == {
         "_pointwise_bn_act_kernel", "_conv_bn_act_kernel", "_add_relu_kernel", "_add_relu_backward_kernel",
+        "_max_pool_kernel",
     }  # fmt: skip
     for report in reports:
         check(report, "float16")
+
+
+_POOLINGS = """
+import json, sys, torch
+from fused_resnet.kernels.triton import aot
+from fused_resnet.operators.problem import MaxPoolProblem
+
+stem = MaxPoolProblem(32, 64, 112, 112, 3, 3, (2, 2), (1, 1), "relu", True, torch.bfloat16, "cuda")
+problems = (
+    stem, stem._replace(dtype=torch.float32), stem._replace(R=13, S=13, stride=(1, 1), padding=(6, 6)),
+    stem._replace(N=2**15, activation="relu6"), stem._replace(H=7, W=7, R=7, S=7, padding=(0, 0), has_bias=False),
+)
+print(json.dumps([aot.compile_max_pool(problem, int(sys.argv[1]))._asdict() for problem in problems]))
+"""
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_poolings(compiler_environment, arch):
+    """In other dtypes, with large windows, one output for an image, and more than 2**31 elements."""
+    for report in json.loads(python(compiler_environment, "-c", _POOLINGS, str(arch))):
+        check(report, report["problem"].split()[4])
+        assert report["stack_bytes"] == 0 and report["registers"] <= 64, report
 
 
 _OTHER_DTYPES = """

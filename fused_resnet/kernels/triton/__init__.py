@@ -1,1 +1,4 @@
-"""Triton's kernels: `add_relu`, `conv`; `runtime` guards the import; `aot`, `precompile` and `carried` need no GPU."""
+"""Triton's kernels: `add_relu`, `conv`, `max_pool`.
+
+`runtime` guards the import; `aot`, `precompile` and `carried` need no GPU.
+"""

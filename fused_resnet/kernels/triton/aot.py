@@ -19,11 +19,11 @@ from typing import Any, Iterator, NamedTuple, Optional
 
 import torch
 
-from fused_resnet.kernels.triton import add_relu, runtime
+from fused_resnet.kernels.triton import add_relu, max_pool, runtime
 from fused_resnet.kernels.triton.conv.configs import TritonConfig, configs, default_config
 from fused_resnet.kernels.triton.conv.launch import launches
 from fused_resnet.kernels.triton.runtime import triton
-from fused_resnet.operators.problem import AddReluProblem, ConvProblem
+from fused_resnet.operators.problem import AddReluProblem, ConvProblem, MaxPoolProblem
 
 ARCHITECTURES = (80, 90, 100)
 # What each kind of instruction looks like, and where. tcgen05 is Blackwell's tensor core, HGMMA Hopper's.
@@ -89,6 +89,14 @@ def compile_add_relu(problem: AddReluProblem, arch: int, *, backward: bool = Fal
     kernel = add_relu._add_relu_backward_kernel if backward else add_relu._add_relu_kernel
     _, arguments, options = add_relu.flat_arguments(problem, tensor, tensor, tensor)
     return _compile(kernel, arguments, options, arch, str(problem), None)
+
+
+def compile_max_pool(problem: MaxPoolProblem, arch: int) -> Compiled:
+    """The kernel `max_pool.launch` would start for this problem."""
+    x = torch.empty(problem.N, problem.C, problem.H, problem.W, dtype=problem.dtype, device="meta")
+    bias = torch.empty(problem.C, dtype=problem.dtype, device="meta") if problem.has_bias else None
+    _, arguments, options = max_pool.arguments_of(problem, x, bias, x)
+    return _compile(max_pool._max_pool_kernel, arguments, options, arch, str(problem), None)
 
 
 def specialise(kernel, arguments: tuple, options: dict) -> tuple[dict, dict, dict, dict]:
@@ -189,6 +197,9 @@ def _compile_all(arch: int, dtype: torch.dtype, only: str, all_configs: bool) ->
     for backward in (False, True):
         if only in str(addition):
             yield compile_add_relu(addition, arch, backward=backward)
+    stem = MaxPoolProblem(32, 64, 112, 112, 3, 3, (2, 2), (1, 1), "relu", True, dtype, "cuda")
+    if only in str(stem):
+        yield compile_max_pool(stem, arch)
 
 
 def _compile(kernel, arguments: tuple, options: dict, arch: int, problem: str, config: Optional[Any]) -> Compiled:
