@@ -48,10 +48,13 @@ PASSES: tuple[Callable[[Draft], None], ...] = (
 
 
 def make_plan(
-    traced: fx.GraphModule, x: Tensor, conversion: Optional[Conversion], backend: str, packed: PackedWeights
+    graph: fx.GraphModule, x: Tensor, conversion: Optional[Conversion], backend: str, packed: PackedWeights
 ) -> Plan:
-    """The plan for inputs like x: as the model computes, or with its dtypes converted. packed: of its other plans."""
-    draft = _draft_of(traced, x, conversion, backend, x.device, packed)
+    """The plan for inputs like x: as the model computes, or with its dtypes converted. packed: of its other plans.
+
+    graph: what `propagated` returned for x; it becomes the plan's.
+    """
+    draft = _draft_of(graph, conversion, backend, x.device, packed)
     for run in PASSES:
         run(draft)
     draft.module.delete_all_unused_submodules()
@@ -67,19 +70,17 @@ def planned_problems(model: nn.Module, x: Tensor, dtype: torch.dtype, device: to
     with plainly(x.device), winners.ignored():
         traced = trace(model)
         to = dtypes.conversion(traced, x, dtypes.main_dtype(model, x.dtype), dtype)
-        draft = _draft_of(traced, x, to, "auto", device, PackedWeights())
+        draft = _draft_of(dtypes.propagated(traced, x, to), to, "auto", device, PackedWeights())
         for settle in SETTLE_PROBLEMS:
             settle(draft)
     return [draft.convs[node].problem for node in draft.graph.nodes if node in draft.convs]
 
 
 def _draft_of(
-    traced: fx.GraphModule,
-    x: Tensor,
+    graph: fx.GraphModule,
     conversion: Optional[Conversion],
     backend: str,
     device: torch.device,
     packed: PackedWeights,
 ) -> Draft:
-    module = dtypes.propagated(traced, x, conversion)
-    return Draft(module, dict(module.named_modules()), {}, backend, device, conversion, packed)
+    return Draft(graph, dict(graph.named_modules()), {}, backend, device, conversion, packed)
