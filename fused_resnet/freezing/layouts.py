@@ -15,8 +15,7 @@ from typing import Mapping, NamedTuple, Optional
 import torch
 from torch import Tensor, fx
 
-from fused_resnet.kernels.triton import runtime
-from fused_resnet.kernels.triton.conv import configs, cost, launch, row_space
+from fused_resnet.kernels.triton.conv import configs, cost, row_space
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.operators import layout
 from fused_resnet.operators.operands import ConvOperands
@@ -37,6 +36,8 @@ class Placed(NamedTuple):
 
     def run(self, operands: ConvOperands) -> Tensor:
         """x and the residual are NHWC or in row space, as whoever made them decided."""
+        from fused_resnet.kernels.triton.conv import launch  # Triton itself
+
         p = self.problem
         if self.writes_row_space:
             out = operands.x.new_empty(row_space.num_rows(p.N, p.P, p.Q), p.K)
@@ -54,6 +55,10 @@ def assign(convs: Mapping[fx.Node, Placed], device: torch.device, *, is_replayed
     replay the launches, and encoding descriptors costs nothing: those without a config, which nobody measured, take the
     likely fastest.
     """
+    if not convs:
+        return {}
+    from fused_resnet.kernels.triton import runtime  # Triton itself
+
     target = runtime.arch(device), runtime.num_sms(device)
     chosen = dict(convs)
     if is_replayed:
