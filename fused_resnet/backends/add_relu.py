@@ -11,8 +11,7 @@ from torch import Tensor
 from fused_resnet.backends import cuda
 from fused_resnet.backends.record import Auto, Backend, why_not_cpu
 from fused_resnet.kernels import compiled, sources
-from fused_resnet.kernels.triton import add_relu as triton_add_relu
-from fused_resnet.kernels.triton import runtime
+from fused_resnet.kernels.triton import is_interpreted
 from fused_resnet.operators.describe import add_relu_problem
 from fused_resnet.operators.problem import AddReluProblem
 
@@ -58,10 +57,18 @@ def _cpu_why_not(problem: AddReluProblem) -> Optional[str]:
     return why_not_cpu(problem) or compiled.load("cpu")
 
 
+def _triton_why_not(problem: AddReluProblem) -> Optional[str]:
+    from fused_resnet.kernels.triton import add_relu  # Triton itself
+
+    return add_relu.why_not(problem)
+
+
 def _triton_backward(grad: Tensor, out: Tensor) -> Tensor:
+    from fused_resnet.kernels.triton import add_relu
+
     grad_input = torch.empty_like(out)
     problem = add_relu_problem(out, grad)
-    triton_add_relu.launch_backward(problem, _laid_out_as(grad, out), out, grad_input)
+    add_relu.launch_backward(problem, _laid_out_as(grad, out), out, grad_input)
     return grad_input
 
 
@@ -80,7 +87,9 @@ def _on_cuda(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _in_triton(a: Tensor, b: Tensor, out: Tensor) -> None:
-    triton_add_relu.launch(add_relu_problem(a, b), a, b, out)
+    from fused_resnet.kernels.triton import add_relu
+
+    add_relu.launch(add_relu_problem(a, b), a, b, out)
 
 
 # In the order in which auto tries them.
@@ -89,9 +98,9 @@ ADD_RELU = (
     Backend("cuda", cuda.why_not_here, AddRelu(_flat_kernel(_on_cuda), _cuda_backward), sources=sources.CUDA),
     Backend(
         "triton",
-        triton_add_relu.why_not,
+        _triton_why_not,
         AddRelu(_flat_kernel(_in_triton), _triton_backward),
-        origin="interpreted" if runtime.INTERPRETED else "ours",
+        origin="interpreted" if is_interpreted() else "ours",
         sources=sources.TRITON,
     ),
     Backend(

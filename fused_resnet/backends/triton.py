@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fused_resnet.backends.record import Backend, Configs, InPlan
 from fused_resnet.kernels import sources
-from fused_resnet.kernels.triton import runtime
-from fused_resnet.kernels.triton.conv import configs, cost, launch
+from fused_resnet.kernels.triton import is_interpreted
+from fused_resnet.kernels.triton.conv import configs, cost
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.operators import layout
 from fused_resnet.operators.layout import all_channels_last
@@ -18,14 +18,22 @@ from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 
 
+def why_not(problem: ConvProblem) -> Optional[str]:
+    from fused_resnet.kernels.triton.conv import launch  # Triton itself
+
+    return launch.why_not(problem)
+
+
 def run(problem: ConvProblem, operands: ConvOperands, config: Optional[TritonConfig] = None) -> Tensor:
+    from fused_resnet.kernels.triton.conv import launch
+
     out = layout.empty_output(problem, operands.x)
     launch.launch(problem, all_channels_last(operands), out, config)
     return out
 
 
 def worth(problem: ConvProblem) -> Sequence[TritonConfig]:
-    return () if runtime.INTERPRETED else cost.promising(problem, *_target())
+    return () if is_interpreted() else cost.promising(problem, *_target())
 
 
 def legal(problem: ConvProblem) -> Sequence[TritonConfig]:
@@ -43,15 +51,17 @@ def launch_us(config: Optional[TritonConfig]) -> float:
 
 def _target() -> tuple[int, int]:
     """(compute capability times ten, multiprocessors) of the current GPU; those of an H200 without one."""
+    from fused_resnet.kernels.triton import runtime
+
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     return runtime.arch(device), runtime.num_sms(device)
 
 
 BACKEND = Backend(
     "triton",
-    launch.why_not,
+    why_not,
     run,
-    origin="interpreted" if runtime.INTERPRETED else "ours",
+    origin="interpreted" if is_interpreted() else "ours",
     sources=sources.TRITON,
     plan=InPlan(placed=True),
     configs=Configs(

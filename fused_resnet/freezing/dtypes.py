@@ -24,9 +24,11 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from fused_resnet.freezing import shapes
 from fused_resnet.graphs.memory import writes_in_place, written
 from fused_resnet.graphs.nodes import free_name, is_made_in_forward, module_of
 from fused_resnet.machine.errors import first_line
+from fused_resnet.machine.locks import new_lock
 from fused_resnet.nn.stock import has_stock_call
 from fused_resnet.operators.describe import Facts
 from fused_resnet.operators.problem import dtype_name
@@ -54,6 +56,9 @@ _NO_16_BITS = frozenset(
 _NO_16_BIT_MODULES = (nn.LocalResponseNorm, nn.AvgPool3d)
 _DYNAMICALLY_QUANTIZED = "torch.ao.nn.quantized.dynamic."
 _CASTS = frozenset("to type type_as float double half bfloat16".split())
+
+# Torch notes for the process that such a mode is on, and two that overlap leave it noted: torch.compile then gives up.
+_FAKES = new_lock()
 
 
 class Conversion(NamedTuple):
@@ -117,29 +122,40 @@ def propagated(traced: fx.GraphModule, x: Tensor, to: Optional[Conversion] = Non
     meta["facts"]: the `Facts` of a tensor; of the output node, meta["leaves"]. meta["arrives_in"]: the dtype that a
     module computes in. Raises ValueError when the model does not take inputs like x.
     """
+    propagation = _Propagation(traced, to, lambda tensor: tensor.to("meta"))
     try:
-        return _Propagation(traced, to, lambda tensor: tensor.to("meta")).run_on(x)
+        with shapes.Rules():
+            return propagation.run_on(x)
+    except shapes.Refused as error:
+        raise _refusal(traced, x, to, propagation.node, error) from error
     except Exception:
         pass  # meta tensors are quick, but do not know of devices and of operators without a meta kernel
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, without_torchs_log():
+        with _FAKES, FakeTensorMode(allow_non_fake_inputs=True) as mode, without_torchs_log():
             mode.cache_enabled = False  # it compares arguments, which the packed weights of torch.ao refuse
             propagation = _Propagation(traced, to, mode.from_tensor)
             return propagation.run_on(x)
     except Exception as error:
-        name, message = _spelled(propagation.node), first_line(error)
-        if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
-            raise ValueError(
-                f"freeze: what {name} returns has no shape or value before it runs, and a plan needs it. "
-                "Freeze the modules around it by themselves, or use fused_resnet.fuse."
-            ) from error
-        if to is not None and to.wanted not in (None, to.main):
-            propagated(traced, x, _to_its_own(to.main))  # says what is wrong with x, if anything is
-            raise ValueError(
-                f"freeze: the model cannot be computed in {dtype_name(to.wanted)}, because {name} cannot: {message}. "
-                "Cast its input to float32 in the model, or freeze without dtype."
-            ) from error
-        raise ValueError(f"freeze: the model cannot take an input of shape {tuple(x.shape)}: {message}") from error
+        raise _refusal(traced, x, to, propagation.node, error) from error
+
+
+def _refusal(
+    traced: fx.GraphModule, x: Tensor, to: Optional[Conversion], node: fx.Node, error: Exception
+) -> ValueError:
+    """What an error at a node says about the model, or about x."""
+    name, message = _spelled(node), first_line(error)
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return ValueError(
+            f"freeze: what {name} returns has no shape or value before it runs, and a plan needs it. "
+            "Freeze the modules around it by themselves, or use fused_resnet.fuse."
+        )
+    if to is not None and to.wanted not in (None, to.main):
+        propagated(traced, x, _to_its_own(to.main))  # says what is wrong with x, if anything is
+        return ValueError(
+            f"freeze: the model cannot be computed in {dtype_name(to.wanted)}, because {name} cannot: {message}. "
+            "Cast its input to float32 in the model, or freeze without dtype."
+        )
+    return ValueError(f"freeze: the model cannot take an input of shape {tuple(x.shape)}: {message}")
 
 
 @contextlib.contextmanager
@@ -216,7 +232,9 @@ class _Propagation(fx.Interpreter):
         """Converted modules are not made for this: theirs is what the module returns in its own dtype."""
         module = self.fetch_attr(target)
         if type(module) is nn.BatchNorm2d and has_stock_call(module) and _takes(module, *args, **kwargs):
-            return torch.empty_like(args[0])  # on meta tensors torch takes longer than for all else together
+            known = shapes.like(args[0])
+            if known is not None:
+                return known
         held = (*module.parameters(), *module.buffers())
         self._ghosts.update({id(tensor): self._ghost(tensor) for tensor in held if id(tensor) not in self._ghosts})
         if held:  # packed weights of quantized layers are none, and have no ghosts

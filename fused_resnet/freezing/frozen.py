@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet.choosing.decide import NOTHING, Tuning
 from fused_resnet.freezing.copies import copy_of, copy_tensors, copy_with_parameters
-from fused_resnet.freezing.dtypes import conversion, is_floating, main_dtype
+from fused_resnet.freezing.dtypes import conversion, is_floating, main_dtype, propagated
 from fused_resnet.freezing.make import make_plan
 from fused_resnet.freezing.modules import PackedWeights
 from fused_resnet.freezing.parts import freeze_parts
@@ -29,6 +29,7 @@ from fused_resnet.operators.problem import dtype_name
 log = logging.getLogger("fused_resnet")
 
 MAX_PLANS = 8
+MAX_REFUSALS = 64
 
 
 class Frozen(NotScriptable, nn.Module):
@@ -72,9 +73,10 @@ class Frozen(NotScriptable, nn.Module):
 class FrozenModel(Frozen):
     """What `freeze` returns. Callable like the model; `unfreeze()` gives the model back."""
 
-    _lock: threading.Lock  # for a moment, while `_plans` is read or changed
+    _lock: threading.Lock  # for a moment, while `_plans` or `_refusals` is read or changed
     _making: threading.Lock  # while a plan is made
     _plans: collections.OrderedDict[tuple, Plan]
+    _refusals: collections.OrderedDict[tuple, str]  # of wrong shapes
     _packed: PackedWeights
     _tuning: Tuning
     _turns: Turns
@@ -141,7 +143,7 @@ class FrozenModel(Frozen):
             raise RuntimeError("a frozen model has no gradients: use fused_resnet.fuse, or call it under no_grad.")
 
     def _plan_for(self, x: Tensor) -> "Plan":
-        """Calls of shapes that have a plan do not wait for one that is being made."""
+        """Calls do not wait for a plan that is being made, where their shape has a plan or the model refuses it."""
         plan = self._known_plan(x)
         if plan is not None:
             return plan
@@ -150,19 +152,35 @@ class FrozenModel(Frozen):
                 f"a frozen model has no plan yet for inputs of shape {tuple(x.shape)}, and cannot make one while a "
                 "CUDA graph is captured: call it once with that shape before."
             )
+        graph = self._graph_for(x)
         with self._making:
             plan = self._known_plan(x)  # another thread may have made it meanwhile
             if plan is None:
                 with plainly(self.device):
-                    made = make_plan(
-                        self._traced, x.detach(), self._conversion, self.backend, self._packed, self._tuning
-                    )
+                    made = make_plan(graph, x.detach(), self._conversion, self.backend, self._packed, self._tuning)
                     plan = warmed(made, x.detach(), self._turns)
                 with self._lock:
                     self._plans[tuple(x.shape)] = plan
                     if len(self._plans) > MAX_PLANS:
                         self._plans.popitem(last=False)
         return plan
+
+    def _graph_for(self, x: Tensor) -> fx.GraphModule:
+        """The traced graph with all shapes for x, or the refusal of a wrong one, which is remembered."""
+        key = tuple(x.shape), x.stride() if x.layout is torch.strided else None
+        with self._lock:
+            refusal = self._refusals.get(key)
+        if refusal is not None:
+            raise ValueError(refusal)
+        try:
+            with plainly(self.device):
+                return propagated(self._traced, x.detach(), self._conversion)
+        except ValueError as error:
+            with self._lock:
+                self._refusals[key] = str(error)
+                if len(self._refusals) > MAX_REFUSALS:
+                    self._refusals.popitem(last=False)
+            raise
 
     def _known_plan(self, x: Tensor) -> Optional[Plan]:
         key = tuple(x.shape)
@@ -176,11 +194,12 @@ class FrozenModel(Frozen):
 
     def _reset_plans(self) -> None:
         self.__dict__.update(_lock=new_lock(), _making=new_lock())
-        self.__dict__.update(_plans=collections.OrderedDict(), _packed=PackedWeights(), _turns=Turns())
+        self.__dict__.update(_plans=collections.OrderedDict(), _refusals=collections.OrderedDict())
+        self.__dict__.update(_packed=PackedWeights(), _turns=Turns())
 
     def __getstate__(self) -> dict:
         # weights and graphs are packed and made where they are needed
-        rebuilt = ("_lock", "_making", "_plans", "_packed", "_turns")
+        rebuilt = ("_lock", "_making", "_plans", "_refusals", "_packed", "_turns")
         return {name: value for name, value in self.__dict__.items() if name not in rebuilt}
 
     def __setstate__(self, state: dict) -> None:

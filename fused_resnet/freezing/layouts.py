@@ -16,7 +16,6 @@ import torch
 from torch import fx
 
 from fused_resnet.choosing.planned import Placed
-from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv import configs, cost
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 
@@ -28,6 +27,10 @@ def assign(convs: Mapping[fx.Node, Placed], device: torch.device, *, is_replayed
     replay the launches, and encoding descriptors costs nothing: those without a config, which nobody measured, take the
     likely fastest.
     """
+    if not convs:
+        return {}
+    from fused_resnet.kernels.triton import runtime  # Triton itself
+
     target = runtime.arch(device), runtime.num_sms(device)
     chosen = dict(convs)
     if is_replayed:

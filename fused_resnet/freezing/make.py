@@ -51,7 +51,7 @@ PASSES: tuple[Callable[[Draft], None], ...] = (
 
 
 def make_plan(
-    traced: fx.GraphModule,
+    graph: fx.GraphModule,
     x: Tensor,
     conversion: Optional[Conversion],
     backend: str,
@@ -59,8 +59,10 @@ def make_plan(
     tuning: Tuning = NOTHING,
 ) -> Plan:
     """The plan for inputs like x: as the model computes, or with its dtypes converted. packed: of its other plans.
-    tuning: what may be measured for it."""
-    draft = _draft_of(traced, x, conversion, backend, x.device, packed)._replace(tuning=tuning)
+
+    graph: what `propagated` returned for x; it becomes the plan's. tuning: what may be measured for it.
+    """
+    draft = _draft_of(graph, conversion, backend, x.device, packed)._replace(tuning=tuning)
     for run in PASSES:
         run(draft)
     draft.module.delete_all_unused_submodules()
@@ -76,19 +78,17 @@ def planned_problems(model: nn.Module, x: Tensor, dtype: torch.dtype, device: to
     with plainly(x.device), winners.ignored():
         traced = trace(model)
         to = dtypes.conversion(traced, x, dtypes.main_dtype(model, x.dtype), dtype)
-        draft = _draft_of(traced, x, to, "auto", device, PackedWeights())
+        draft = _draft_of(dtypes.propagated(traced, x, to), to, "auto", device, PackedWeights())
         for settle in SETTLE_PROBLEMS:
             settle(draft)
     return [draft.convs[node].problem for node in draft.graph.nodes if node in draft.convs]
 
 
 def _draft_of(
-    traced: fx.GraphModule,
-    x: Tensor,
+    graph: fx.GraphModule,
     conversion: Optional[Conversion],
     backend: str,
     device: torch.device,
     packed: PackedWeights,
 ) -> Draft:
-    module = dtypes.propagated(traced, x, conversion)
-    return Draft(module, dict(module.named_modules()), {}, backend, device, conversion, packed)
+    return Draft(graph, dict(graph.named_modules()), {}, backend, device, conversion, packed)

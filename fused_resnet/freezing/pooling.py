@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, cast
+from typing import Optional, Sequence, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,7 +11,6 @@ from fused_resnet.freezing.draft import Decision, Draft
 from fused_resnet.freezing.dtypes import facts_of
 from fused_resnet.freezing.modules import FrozenMaxPool
 from fused_resnet.kernels import compiled
-from fused_resnet.kernels.triton import max_pool
 from fused_resnet.nn.stock import has_stock_call
 from fused_resnet.operators.describe import pair
 from fused_resnet.operators.problem import FLOAT_DTYPES, MaxPoolProblem
@@ -31,13 +30,15 @@ def pool_after_convolutions(draft: Draft) -> None:
     """
     if draft.device.type not in _BY_TRITON:
         return
+    from fused_resnet.kernels.triton import max_pool  # Triton itself
+
     for node in draft.graph.nodes:
         problem = _problem_of(draft, node)
         source = cast(fx.Node, node.args[0]) if problem is not None else node
         if problem is None or source not in draft.convs or len(source.users) != 1:
             continue
         conv, bias = draft.convs[source], None
-        takes_over = _makes_passes(conv)
+        takes_over = _makes_passes(conv, max_pool.ACTIVATIONS)
         if takes_over:
             bias = conv.bias
             problem = problem._replace(activation=conv.problem.activation, has_bias=bias is not None)
@@ -63,12 +64,12 @@ def _by_cpu(problem: MaxPoolProblem, x: Tensor, bias: Optional[Tensor], out: Ten
     torch.ops.fused_resnet.cpu_max_pool2d.default(x, (p.R, p.S), p.stride, p.padding, out)
 
 
-def _makes_passes(conv: Decision) -> bool:
+def _makes_passes(conv: Decision, activations: Sequence[str]) -> bool:
     """Whether its backend makes passes of its bias and activation, and they may come after a pooling.
 
     An infinite bias may not: of -infinity and it the sum is NaN, which a larger neighbour would hide.
     """
-    is_monotone = conv.problem.activation in max_pool.ACTIVATIONS and not conv.problem.has_residual
+    is_monotone = conv.problem.activation in activations and not conv.problem.has_residual
     is_apart = conv.selection.backend.origin == "torch"
     return is_apart and is_monotone and (conv.bias is None or bool(conv.bias.isfinite().all()))
 

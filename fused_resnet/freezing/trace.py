@@ -5,10 +5,9 @@ The graph has one input, and leaf modules of its own.
 
 from __future__ import annotations
 
-import copy
 import functools
 from types import FunctionType
-from typing import Any, Callable
+from typing import Any, Callable, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fused_resnet.freezing.copies import copy_with_parameters, unwrapped
+from fused_resnet.freezing.copies import copy_of, copy_with_parameters, unwrapped
 from fused_resnet.freezing.memory import leave_input_alone, let_views_copy, renew_made_tensors, return_new_memory
 from fused_resnet.freezing.respelling import call_functions, call_modules
 from fused_resnet.freezing.state import changes, forget_constants, keeps_state, names_in, state_of
@@ -121,7 +120,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
         if node.meta.pop("is_of_buffers", False):
             setattr(root, f"_of_buffers{node.target}", getattr(root, node.target))
             node.target = f"_of_buffers{node.target}"
-    traced = copy.deepcopy(fx.GraphModule(root, graph)).eval()
+    traced = cast(fx.GraphModule, copy_of(fx.GraphModule(root, graph)).eval())
     traced.meta["writes_input"] = writes_input
     return traced
 

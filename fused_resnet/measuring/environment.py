@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from fused_resnet.kernels.triton import runtime
 from fused_resnet.machine.devices import allows_tf32, cpu_flags, cpu_name
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
     """What a number depends on: processor, GPU and clocks, versions, threads, date, commit. No host name, no path."""
+    from fused_resnet.kernels.triton import runtime  # Triton itself
+
     record: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_name(),

@@ -8,7 +8,6 @@ from typing import NamedTuple, Optional, Union
 import torch
 
 from fused_resnet.choosing.timing import Variants, interleaved
-from fused_resnet.kernels.triton import cache_read, runtime
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem
 
 
@@ -40,6 +39,8 @@ class Roofline(NamedTuple):
 @functools.lru_cache(maxsize=None)
 def roofline(device: str, dtype: torch.dtype) -> Roofline:
     """Measured once in a process: best of several, about two seconds. Small problems, in caches, can exceed 100 %."""
+    from fused_resnet.kernels.triton import cache_read, runtime  # Triton itself
+
     on_cuda = torch.device(device).type == "cuda"
     source = torch.randn(2**28 if on_cuda else 2**25, device=device)
     n = 8192 if on_cuda else 1536

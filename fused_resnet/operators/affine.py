@@ -34,5 +34,6 @@ def fold(operands: ConvOperands, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(weight * scale, shift), computed in fp64 and rounded to `dtype` once; the weight in channels_last."""
     with torch.no_grad():
         scale, shift = scale_and_shift(operands, torch.float64)
-        weight = operands.weight.double() * scale.view(-1, 1, 1, 1)
+        weight = operands.weight.to(torch.float64, copy=True, memory_format=torch.channels_last)
+        weight *= scale.view(-1, 1, 1, 1)
     return weight.to(dtype, memory_format=torch.channels_last), shift.to(dtype)

@@ -10,8 +10,8 @@ from typing import Any, Callable
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from fused_resnet.machine.imports import when_imported
 from fused_resnet.operators import composites, gradients, schemas
 from fused_resnet.operators.describe import add_relu_problem, conv_problem
 from fused_resnet.operators.layout import empty_output
@@ -122,12 +122,19 @@ for _device, _key in AUTOCAST_DEVICES.items():
     _register_autocast(_device, _key)
 
 
-@register_flop_formula(torch.ops.fused_resnet.conv_bn_act)
 def _conv_bn_act_flops(x_shape, w_shape, *args, out_shape=None, **kwargs) -> int:
     """2 * outputs * reduction, as torch counts a convolution; the epilogue is not counted."""
     return 2 * math.prod(out_shape) * math.prod(w_shape[1:])
 
 
-@register_flop_formula([torch.ops.fused_resnet.add_relu, torch.ops.fused_resnet.add_relu_backward])
 def _add_relu_flops(*args, **kwargs) -> int:
     return 0
+
+
+def _register_flops(flop_counter: Any) -> None:
+    ops, register = torch.ops.fused_resnet, flop_counter.register_flop_formula
+    register(ops.conv_bn_act)(_conv_bn_act_flops)
+    register([ops.add_relu, ops.add_relu_backward])(_add_relu_flops)
+
+
+when_imported("torch.utils.flop_counter", _register_flops)  # which imports Triton

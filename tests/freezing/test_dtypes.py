@@ -2,12 +2,14 @@
 
 import logging
 import random
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import fused_resnet
 from fused_resnet import backends, models
@@ -497,6 +499,25 @@ def test_what_meta_tensors_cannot_do_is_inferred_nevertheless():
         model, x = Steps(function).eval(), torch.randn(X)
         for dtype in (None, torch.bfloat16):
             torch.testing.assert_close(fused_resnet.freeze(model, x, dtype=dtype)(x), model(x), rtol=0.05, atol=0.05)
+
+
+def test_threads_that_ask_for_shapes_leave_no_mode_behind():
+    """What meta tensors cannot do is asked of fake ones, whose mode torch notes for the whole process."""
+    model = Steps(lambda m, x: m.conv(x).cpu() + torch.ones(1, 8, 8, 8)).eval()
+    frozen, shown = fused_resnet.freeze(model, torch.randn(1, 4, 8, 8)), []
+
+    def ask(thread):
+        for width in range(6):
+            with pytest.raises(ValueError, match="cannot take"):
+                frozen(torch.randn(1, 4, 9 + thread, 9 + width))
+        shown.append(thread)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(shown) == 4 and not is_in_torch_dispatch_mode()
 
 
 @pytest.mark.parametrize("norm", [

@@ -167,6 +167,45 @@ def test_calls_that_have_a_plan_do_not_wait_for_one_that_is_made(monkeypatch):
     assert shapes == [(2, 3, 8, 8)] and torch.equal(*answers)  # the second thread took the first one's plan
 
 
+def test_a_wrong_shape_is_refused_while_a_plan_is_made(monkeypatch):
+    """It neither takes nor waits for the lock that planning holds."""
+    frozen = fused_resnet.freeze(networks.small(), torch.randn(1, 3, 8, 8))
+    started, go_on, _ = slow_make_plan(monkeypatch)
+    planning = threading.Thread(target=frozen, args=(torch.randn(2, 3, 8, 8),))
+    planning.start()
+    assert started.wait(60)
+    refused = []
+
+    def send():
+        for wrong in (torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), torch.randn(3, 8)):
+            with pytest.raises(ValueError, match="cannot take an input of shape"):
+                frozen(wrong)
+            refused.append(frozen._making.locked())
+
+    sending = threading.Thread(target=send, daemon=True)
+    sending.start()
+    sending.join(20)
+    go_on.set()
+    planning.join()
+    assert refused == [True] * 3
+
+
+def test_a_wrong_shape_is_refused_again_without_work(monkeypatch):
+    frozen, wrong = fused_resnet.freeze(networks.small(), torch.randn(1, 3, 8, 8)), torch.randn(1, 4, 8, 8)
+    with pytest.raises(ValueError) as first:
+        frozen(wrong)
+    with monkeypatch.context() as patch:
+        patch.setattr(frozen_module, "propagated", None)
+        with pytest.raises(ValueError) as again:
+            frozen(wrong)
+    assert str(again.value) == str(first.value)
+    for width in range(frozen_module.MAX_REFUSALS + 3):
+        with pytest.raises(ValueError, match="cannot take"):
+            frozen(torch.randn(1, 5, 1, 1 + width))
+    assert len(frozen._refusals) == frozen_module.MAX_REFUSALS
+    assert frozen(torch.randn(3, 3, 8, 8)).shape == (3, 10)
+
+
 def test_what_fails_while_a_plan_is_made_keeps_no_lock():
     frozen = fused_resnet.freeze(networks.small(), torch.randn(1, 3, 8, 8))
     for _ in range(2):
