@@ -38,7 +38,8 @@ def pool_after_convolutions(draft: Draft) -> None:
         if problem is None or source not in draft.convs or len(source.users) != 1:
             continue
         conv, bias = draft.convs[source], None
-        takes_over = _makes_passes(conv, max_pool.ACTIVATIONS)
+        left = conv.problem._replace(has_bias=False, activation="none")
+        takes_over = _makes_passes(conv, max_pool.ACTIVATIONS) and conv.selection.backend.why_not(left) is None
         if takes_over:
             bias = conv.bias
             problem = problem._replace(activation=conv.problem.activation, has_bias=bias is not None)
@@ -46,7 +47,7 @@ def pool_after_convolutions(draft: Draft) -> None:
             continue
         node.target = draft.add(f"frozen_{node.name}", FrozenMaxPool(problem, bias, max_pool.launch))
         if takes_over:
-            draft.decide(source, problem=conv.problem._replace(has_bias=False, activation="none"), bias=None)
+            draft.decide(source, problem=left, bias=None)
 
 
 def replace_max_pools(draft: Draft) -> None:

@@ -45,6 +45,7 @@ def compiled(model: nn.Module, x: Tensor, **options: Any) -> Callable[[], Any]:
 
 
 def stitched_cudnn(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
+    """A plan whose convolutions are cuDNN's where that fits, else ATen's; its poolings are every plan's."""
     if x.device.type != "cuda":
         raise RuntimeError("it needs an NVIDIA GPU")
     folded = FrozenModel(model, x, dtype, "eager").plan(x)

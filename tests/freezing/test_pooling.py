@@ -12,6 +12,7 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet import models
+from fused_resnet.backends import record
 from fused_resnet.freezing import pooling
 from fused_resnet.freezing.modules import FrozenMaxPool
 from fused_resnet.kernels.triton import max_pool, runtime
@@ -140,3 +141,10 @@ def test_what_the_kernel_cannot_do_stays_as_it_was(monkeypatch):
     monkeypatch.setattr(max_pool, "why_not", lambda problem: "no")
     assert frozen_pools(stem()) == []
     assert frozen_pools(stem(), backend="triton") == []
+
+
+def test_a_backend_that_needs_the_activation_keeps_it(monkeypatch):
+    eager = record.REGISTRY["conv_bn_act"]["eager"]
+    picky = eager._replace(why_not=lambda problem: "no" if problem.activation == "none" and problem.C == 3 else None)
+    monkeypatch.setitem(record.REGISTRY["conv_bn_act"], "eager", picky)
+    assert frozen_pools(stem()) == [(False, "none")]
