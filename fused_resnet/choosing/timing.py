@@ -114,8 +114,8 @@ def in_network_order(
     """Time what stands for one another, group by group, in rounds over all groups: as a network calls its layers.
 
     How caches are treated, and why that predicts a network: a call's input has just been written, so it is as hot as a
-    layer leaves it to the next. Its weights were last used a round ago. Since then all other groups' have been, and at
-    the beginning of a round 64 MiB of other memory, so they are as cold as from one image to the next.
+    layer leaves it to the next. Its weights were last used a round ago. Since then all other groups' have been, and 64
+    MiB of other memory. So they are as cold as from one image to the next.
 
     Each is called once before. After the first and third round a group goes on with those within LAST_HOPES of its
     fastest. There are at most `rounds`, and after `least_rounds` none is begun later than `budget_s` seconds.
