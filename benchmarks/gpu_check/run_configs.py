@@ -23,7 +23,7 @@ from fused_resnet.machine.errors import why_missing
 from fused_resnet.operators.problem import ConvProblem, parsed_problem
 
 IMAGES = 2
-_ON_THREADS = re.compile(r", \d+ threads$")  # which the keys of a CPU's file end with
+_PROBLEM = re.compile(r"[^,]*, [^,]*")  # a key's threads, TF32 and versions come after it (`winners.key`)
 
 
 def main() -> int:
@@ -51,7 +51,8 @@ def configs_of(
     """Each (problem, backend, config) of the table once, whatever batch it was tuned for."""
     seen = set()
     for key, by_batch in table.entries.items():
-        problem = parsed_problem(f"{IMAGES}x{_ON_THREADS.sub('', key)}", device)
+        shown = _PROBLEM.match(key)
+        problem = parsed_problem(f"{IMAGES}x{shown.group() if shown else key}", device)
         for entry in by_batch.values():
             for name, measured in entry.candidates.items():
                 place = (key, name, json.dumps(measured.config, sort_keys=True))

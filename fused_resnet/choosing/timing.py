@@ -51,7 +51,6 @@ def interleaved(
     budget_s: Optional[float] = None,
     warmup: int = 2,
     graphs: bool = False,
-    cold: bool = False,
     progress: Progress = silent,
 ) -> dict[Name, Stats]:
     """Time callables round-robin, so that a drift of clocks or a busy neighbour meets all of them alike.
@@ -59,8 +58,7 @@ def interleaved(
     Each is called `warmup` times. Then come rounds, each starting one variant later than the last. They end when
     `rounds` are done or, after at least MIN_ROUNDS, `budget_s` seconds have passed. At least one of the two
     must be given.
-    CPU: wall time around each call; cold=True empties the caches before it, as the layers between two calls of one
-    do in a network. CUDA: events around each call, after the L2 cache was overwritten; that write also
+    CPU: wall time around each call. CUDA: events around each call, after the L2 cache was overwritten; that write also
     gives the launches a head start. graphs=True captures each callable as a CUDA graph and replays it, so that only
     device time counts.
 
@@ -74,7 +72,7 @@ def interleaved(
         raise ValueError(f"interleaved: limits must be positive, got rounds={rounds}, budget_s={budget_s}.")
     on_cuda = torch.device(device).type == "cuda"
     calls = {name: captured(call) if on_cuda and graphs else call for name, call in variants.items()}
-    measure = _cuda_clock(device) if on_cuda else _cold_wall_clock() if cold else _wall_clock
+    measure = _cuda_clock(device) if on_cuda else _wall_clock
     for call in calls.values():
         for _ in range(warmup):
             call()
@@ -116,8 +114,8 @@ def in_network_order(
     """Time what stands for one another, group by group, in rounds over all groups: as a network calls its layers.
 
     How caches are treated, and why that predicts a network: a call's input has just been written, so it is as hot as a
-    layer leaves it to the next. Its weights were last used a round ago. Since then all other groups' have been, and at
-    the beginning of a round 64 MiB of other memory, so they are as cold as from one image to the next.
+    layer leaves it to the next. Its weights were last used a round ago. Since then all other groups' have been, and 64
+    MiB of other memory. So they are as cold as from one image to the next.
 
     Each is called once before. After the first and third round a group goes on with those within LAST_HOPES of its
     fastest. There are at most `rounds`, and after `least_rounds` none is begun later than `budget_s` seconds.
@@ -164,16 +162,6 @@ def _wall_clock(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - started) * 1e6
 
 
-def _cold_wall_clock() -> Callable[[Callable[[], Any]], float]:
-    scratch = torch.zeros(2**24)  # 64 MiB
-
-    def measure(call: Callable[[], Any]) -> float:
-        scratch.add_(1.0)  # reads too: writing alone may pass the caches by
-        return _wall_clock(call)
-
-    return measure
-
-
 def _sweeper(device: str) -> Callable[[], Any]:
     """What leaves nothing of earlier rounds in the caches."""
     if torch.device(device).type == "cpu":
@@ -181,7 +169,7 @@ def _sweeper(device: str) -> Callable[[], Any]:
     else:
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         scratch = torch.zeros(max(l2_bytes, 2**24), device=device)
-    return lambda: scratch.add_(1.0)
+    return lambda: scratch.add_(1.0)  # reads too: writing alone may pass the caches by
 
 
 def _events(call: Callable[[], Any]) -> float:

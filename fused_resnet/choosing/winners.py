@@ -65,7 +65,7 @@ def key(problem) -> str:
 
 @functools.lru_cache(maxsize=None)
 def versions(device: str) -> str:
-    """Of everything besides our kernels that computes on a kind of device, and the instructions it is limited to."""
+    """Those of all that computes on a kind of device besides our kernels, and the instructions it is limited to."""
     if device == "cpu":
         ours, (variable, limit) = compiled.instruction_set(), onednn.isa_limit()
         limits = [f"{variable}={limit}"] if variable else []
@@ -101,8 +101,8 @@ def lookup(problem, backend: Optional[str] = None, in_nhwc: bool = False) -> Opt
     """What was measured fastest for this problem or its nearest batch; with `backend`, that backend's best config.
 
     in_nhwc: of those that read x in NHWC, if the entry tells them apart (`Entry`). None without a measurement of a
-    batch between half and twice this one, for another operator than conv_bn_act, and for a kernel of ours whose sources
-    have changed since. Never raises because of a file.
+    batch between half and twice this one, and for another operator than conv_bn_act. None too for a kernel of ours
+    whose sources have changed since. Never raises because of a file.
     """
     if not _counts(problem):
         return None

@@ -122,10 +122,15 @@ class Table(NamedTuple):
 
 
 def _understood_check(one: dict) -> dict:
+    kernel = one["kernel"]
+    if not (kernel is None or isinstance(kernel, str)):
+        raise ValueError(f"the digest of a checked kernel is {kernel!r}")
     if "why" in one:
-        return {"why": str(one["why"]), "kernel": one["kernel"]}
-    ratio = one["error_ratio"]
-    return {"error_ratio": None if ratio is None else float(ratio), "kernel": one["kernel"]}
+        return {"why": str(one["why"]), "kernel": kernel}
+    ratio = None if one["error_ratio"] is None else float(one["error_ratio"])
+    if ratio is not None and not 0 <= ratio < math.inf:
+        raise ValueError(f"the error of a check is {ratio}")
+    return {"error_ratio": ratio, "kernel": kernel}
 
 
 def file_name(device: str) -> str:

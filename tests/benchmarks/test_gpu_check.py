@@ -410,12 +410,12 @@ def test_gpu_check_from_end_to_end_on_a_cpu(tmp_path):
 GROUPED = "32x8x8 -> 32, 3x3 p1 g8 float32 bias relu"
 
 
-def tuned_table(config, threads=", 3 threads"):
+def tuned_table(config, settings=", 3 threads, torch 2.13.0+cpu, oneDNN 3.11.2"):
     measured = winners_file.Measured(config, 5.0, 0.1)
     entry = winners_file.Entry(
         "stub", "eager", "today", {"stub": measured, "eager": winners_file.Measured(None, 9.0, 0.1)}
     )
-    return winners_file.Table("a device", {GROUPED + threads: {1: entry, 32: entry}}, {"today": {}})
+    return winners_file.Table("a device", {GROUPED + settings: {1: entry, 32: entry}}, {"today": {}}, {}, {})
 
 
 class StubConfig(NamedTuple):
@@ -450,7 +450,7 @@ def test_each_tuned_config_is_run_once(stub, scale, outcome, why):
 @pytest.mark.parametrize("scale, exit_code", [(1, 0), (2, 1), (4, 0)])
 def test_a_wrong_config_is_the_exit_code(stub, scale, exit_code, tmp_path, monkeypatch, capsys):
     file = tmp_path / "configs.json"
-    file.write_text(json.dumps(tuned_table({"scale": scale}, threads="").as_json()))
+    file.write_text(json.dumps(tuned_table({"scale": scale}, settings="").as_json()))
     monkeypatch.setattr(sys, "argv", ["run_configs", str(file), "--device", "cpu", "--backend", "stub"])
     assert run_configs.main() == exit_code
     assert f"{int(exit_code)} wrong" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import fused_resnet
 from fused_resnet import backends, choosing, freeze, functional, models, testing
 from fused_resnet.backends import cudnn
 from fused_resnet.backends.record import REGISTRY
-from fused_resnet.choosing import choice, winners
+from fused_resnet.choosing import choice, winners, winners_file
 from fused_resnet.freezing import modules
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.machine import devices
@@ -46,6 +46,24 @@ def test_auto_takes_the_first_that_can_and_may(monkeypatch):
     assert calls == ["first"]
     with pytest.raises(backends.BackendError, match="'cannot' cannot run this: it is broken"):
         functional.conv_bn_act(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), backend="cannot")
+
+
+def test_what_was_found_wrong_here_is_not_in_the_fixed_order(tuned_files):
+    """For exactly this problem. It can still be had by name."""
+
+    def found(**outcomes):
+        checks = winners.checks_of(problem(), outcomes)
+        winners.keep(winners_file.Table.empty(tuned_files.device)._replace(checks=checks))
+        return choosing.select(problem()).backend.name
+
+    onednn = choosing.Selection(backends.known("conv_bn_act")["onednn"])
+    assert found(onednn={"error_ratio": 1.0}) == "onednn" and choice.why_rejected(problem(), onednn) is None
+    assert found(onednn={"error_ratio": 1.01}) == "eager"
+    assert choice.why_rejected(problem(), onednn) == "its error is 1.01 times what is allowed"
+    assert choosing.select(problem(N=9)).backend.name == choosing.select(problem(), "onednn").backend.name == "onednn"
+    assert found(onednn={"error_ratio": None}) == found(onednn={"why": "no luck"}) == "eager"
+    assert found(eager={"error_ratio": None}) == "eager"  # there is nothing behind it
+    assert found(onednn={"error_ratio": 0.5}) == "onednn"
 
 
 def test_auto_on_the_cpu():

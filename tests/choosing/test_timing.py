@@ -79,6 +79,95 @@ def test_interleaved_refuses(variants, limits, message):
         timing.interleaved(variants, **limits)
 
 
+# --------------------------------------------------------------------------------------------------- in network order
+
+
+def fed(clock, name, *seconds):
+    """A call of known duration. Its input takes 7 s to write, and is named by the capital letter."""
+    return timing.Fed(clock.taking(name.upper(), 7.0), clock.taking(name, *seconds))
+
+
+@pytest.fixture
+def swept(clock, monkeypatch):
+    """A clock whose calls hold "|" where the caches are emptied."""
+    monkeypatch.setattr(timing, "_sweeper", lambda device: clock.taking("|", 5.0))
+    return clock
+
+
+def test_a_round_goes_through_all_groups_as_a_network_through_its_layers(swept):
+    groups = {group: {name: fed(swept, name, 0.001) for name in group} for group in ("ab", "xyz")}
+    timing.in_network_order(groups, rounds=3)
+    warm_up, *rounds = "".join(swept.calls).split("|")
+    assert warm_up == "AaBb" + "XxYyZz"
+    assert rounds == ["AaBb" + "XxYyZz", "BbAa" + "YyZzXx", "AaBb" + "ZzXxYy"]
+
+
+def test_neither_the_input_nor_the_sweep_is_timed(swept):
+    """Nor is the first call, which takes 50 s."""
+    groups = {1: {"a": fed(swept, "a", 50.0, 0.002, 0.004, 0.003)}, 2: {"a": fed(swept, "b", 50.0, 0.001)}}
+    stats = timing.in_network_order(groups, rounds=3)
+    assert stats[1]["a"].median_us == pytest.approx(3000) and stats[1]["a"].min_us == pytest.approx(2000)
+    assert stats[2]["a"].p90 == pytest.approx(1000)
+
+
+def test_the_slow_are_dropped_after_the_first_and_the_third_round(swept):
+    """Within their group alone: "d" is slower than all. What was measured of them until then is kept."""
+    seconds = dict(a=1.0, b=3.1, c=1.35, e=1.25)
+    groups = {
+        "many": {name: fed(swept, name, took) for name, took in seconds.items()},
+        "one": {"d": fed(swept, "d", 9)},
+    }
+    stats = timing.in_network_order(groups, rounds=6)
+    assert {name: one.samples for name, one in stats["many"].items()} == dict(a=6, b=1, c=3, e=6)
+    assert stats["one"]["d"].samples == 6
+    assert stats["many"]["b"].median_us == pytest.approx(3.1e6)
+
+
+def test_one_slow_call_drops_nobody_who_was_fast_before(swept):
+    """The least time counts: a disturbed round is not held against a candidate."""
+    groups = {1: {"a": fed(swept, "a", 1.0), "b": fed(swept, "b", 1.0, 1.1, 9.0, 9.0, 1.1)}}
+    assert timing.in_network_order(groups, rounds=5)[1]["b"].samples == 5
+
+
+def test_the_budget_counts_all_that_a_round_takes_and_leaves_the_least_rounds(swept):
+    def rounds_within(**limits):
+        return timing.in_network_order({1: {"a": fed(swept, "a", 8.0)}}, **limits)[1]["a"].samples  # 20 s a round
+
+    assert rounds_within(budget_s=100.0) == 5
+    assert rounds_within(budget_s=101.0) == 6
+    assert rounds_within(budget_s=100.0, rounds=4) == 4
+    assert rounds_within(budget_s=1.0) == timing.MIN_ROUNDS
+    assert rounds_within(budget_s=1.0, least_rounds=7) == 7
+    assert rounds_within() == 30
+
+
+def test_progress_in_network_order_rises_to_one(swept):
+    seen = []
+    groups = {1: {"a": fed(swept, "a", 8.0)}}
+    timing.in_network_order(groups, rounds=5, progress=lambda fraction, text: seen.append((fraction, text)))
+    assert seen == [*((n / 5, f"round {n + 1}") for n in range(5)), (1.0, "done")]
+    seen.clear()
+    timing.in_network_order(groups, budget_s=80.0, progress=lambda fraction, text: seen.append(fraction))
+    assert seen == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_group_without_calls_has_no_times(swept):
+    """All of its candidates were wrong."""
+    assert timing.in_network_order({1: {}, 2: {"a": fed(swept, "a", 1.0)}}, rounds=1)[1] == {}
+    assert timing.in_network_order({}) == {}
+
+
+def test_in_network_order_for_real():
+    x = torch.zeros(4)
+    small, large = (torch.randn(n, n) for n in (8, 512))
+    calls = {
+        "small": timing.Fed(lambda: x.add_(1), lambda: small @ small),
+        "large": timing.Fed(int, lambda: large @ large),
+    }
+    stats = timing.in_network_order({1: calls}, rounds=3)[1]
+    assert 0 < stats["small"].min_us < stats["large"].min_us and x.tolist() == [4.0] * 4
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("graphs", [False, True])
 def test_interleaved_on_cuda_sees_the_longer_kernel(graphs):

@@ -17,6 +17,23 @@ from tests.support.tuned_files import entry, problem
 NCHW = {"layout": "NCHW"}
 
 
+RIGHT, WRONG, NO_NUMBER, FAILED = {"error_ratio": 0.5}, {"error_ratio": 1.5}, {"error_ratio": None}, {"why": "no luck"}
+
+
+def table(**fields):
+    return winners_file.Table.empty(winners.device_id("cpu"))._replace(**fields)
+
+
+def keep_checks(outcomes, one=problem()):  # noqa: B008
+    winners.keep(table(checks=winners.checks_of(one, outcomes))._replace(device=winners.device_id(one.device)))
+
+
+def found_of_onednn():
+    """Whether a winner, an entry, a check and trust are found."""
+    found = winner_of(), winners.entry_of(problem()), winners.outcome(problem(), "onednn")
+    return *(one is not None for one in found), winners.is_trusted("onednn", "cpu")
+
+
 def winner_of(N=8, backend=None, **changes):
     return winners.lookup(problem(N, **changes), backend)
 
@@ -29,14 +46,23 @@ def test_nothing_measured(tuned_files):
     assert winner_of(device="meta") is None
 
 
-def test_the_nearest_batch_in_log_space_answers(tuned_files):
+def test_a_measurement_answers_for_batches_from_half_to_twice_its_own(tuned_files):
     for batch, winner in ((1, "eager"), (32, "onednn"), (256, "eager")):
         tuned_files.add(tuned_files.user, problem(batch), entry(winner))
     name = tuned_files.path(tuned_files.user).name
-    for N, batch in ((0, 1), (1, 1), (5, 1), (6, 32), (32, 32), (90, 32), (91, 256), (5000, 256)):
+    for N, batch in ((0, 1), (1, 1), (2, 1), (16, 32), (32, 32), (64, 32), (128, 256), (256, 256), (512, 256)):
         found = winner_of(N)
         assert found.source == f"tuned here, {name}, batch {batch}", N
         assert found.backend == ("onednn" if batch == 32 else "eager")
+    for N in (3, 15, 65, 127, 513, 5000):
+        assert winner_of(N) is None, N
+
+
+def test_the_nearest_batch_in_log_space_answers(tuned_files):
+    for batch in (10, 16):
+        tuned_files.add(tuned_files.user, problem(batch), entry("eager"))
+    for N, batch in ((9, 10), (12, 10), (13, 16), (20, 16)):  # 12.65 is halfway
+        assert winner_of(N).source.endswith(f"batch {batch}"), N
 
 
 def test_the_larger_batch_answers_halfway(tuned_files):
@@ -70,6 +96,44 @@ def test_threads_are_told_apart(tuned_files):
         torch.set_num_threads(before)
 
 
+def test_versions_are_told_apart(tuned_files, monkeypatch):
+    """Another version of what computes may be faster, or wrong."""
+    tuned_files.add(tuned_files.user, problem(), entry("eager"))
+    keep_checks({"onednn": RIGHT})
+    winners.keep(table(trusted=winners.trust(["onednn"], "cpu")))
+    assert torch.__version__ in winners.key(problem()) and found_of_onednn() == (True, True, True, True)
+    monkeypatch.setattr(winners, "versions", lambda device: "torch 3.0")
+    winners.forget()
+    assert found_of_onednn() == (False, False, False, False)
+
+
+def test_the_instructions_that_onednn_is_limited_to_are_told_apart(monkeypatch):
+    limited = [("ONEDNN_MAX_CPU_ISA", "AVX2"), ("ONEDNN_MAX_CPU_ISA", "SSE41"), (None, None)]
+    found = set()
+    for limit in limited:
+        monkeypatch.setattr(winners.onednn, "isa_limit", lambda limit=limit: limit)
+        winners.versions.cache_clear()
+        found.add(winners.key(problem()))
+    winners.versions.cache_clear()
+    assert len(found) == 3
+
+
+def test_tf32_is_told_apart_on_a_gpu(tuned_files, monkeypatch):
+    """For fp32 alone. Whether it is allowed may change at any time in a process."""
+    monkeypatch.setattr(winners, "device_id", lambda device: "NVIDIA H200")
+    tuned_files.device = "NVIDIA H200"
+    found = lambda one: (winners.entry_of(one), winners.outcome(one, "eager"), winners.lookup(one))  # noqa: E731
+    some = [problem(device="cuda"), problem(dtype=torch.float16, device="cuda")]
+    for allowed in (True, False, True):
+        monkeypatch.setattr(winners.devices, "allows_tf32", lambda allowed=allowed: allowed)
+        if not any(found(some[1])):
+            for one in some:
+                tuned_files.add(tuned_files.user, one, entry("eager"))
+                keep_checks({"eager": RIGHT}, one)
+        assert all(found(some[0])) if allowed else not any(found(some[0]))
+        assert all(found(some[1]))
+
+
 def test_what_was_tuned_here_comes_before_what_ships_batch_by_batch(tuned_files):
     tuned_files.add(tuned_files.shipped, problem(8), entry("eager"))
     tuned_files.add(tuned_files.shipped, problem(64), entry("eager"))
@@ -87,18 +151,29 @@ def test_the_best_config_of_each_backend_is_kept(tuned_files):
     assert winner_of(backend="triton") is None
 
 
+def test_an_entry_is_of_exactly_this_batch(tuned_files):
+    """What answers for batches near by is not measured there."""
+    tuned_files.add(tuned_files.user, problem(8), entry("eager"))
+    assert winners.entry_of(problem(8)) == entry("eager")
+    assert winners.entry_of(problem(9)) is None and winner_of(9).backend == "eager"
+
+
 def test_switched_off(tuned_files, monkeypatch):
     tuned_files.add(tuned_files.user, problem(), entry("eager"))
+    keep_checks({"onednn": RIGHT})
     monkeypatch.setenv("FUSED_RESNET_TUNED", "0")
     winners.forget()
-    assert winner_of() is None
+    assert winner_of() is winners.entry_of(problem()) is winners.outcome(problem(), "onednn") is None
 
 
 def test_ignored_for_a_comparison(tuned_files):
     tuned_files.add(tuned_files.user, problem(), entry("eager"))
+    keep_checks({"onednn": WRONG})
     with winners.ignored():
-        assert winner_of() is None and choosing.select(problem()).source == choice.FIXED_ORDER
-    assert winner_of().backend == "eager"
+        assert winner_of() is winners.entry_of(problem()) is winners.outcome(problem(), "onednn") is None
+        assert choosing.select(problem()).source == choice.FIXED_ORDER
+        assert choosing.fixed_order(problem()).backend.name == "onednn"
+    assert winner_of().backend == "eager" and winners.outcome(problem(), "onednn") is not None
 
 
 def test_a_second_lookup_reads_nothing(tuned_files, monkeypatch):
@@ -123,6 +198,70 @@ def test_what_ships_can_be_read():
                 assert one.winner in backends.known("conv_bn_act") and table.runs[one.run]["torch"]
 
 
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def test_checks_are_found_again(tuned_files):
+    """Through the file, of exactly this problem and candidate, later ones in place of earlier ones."""
+    kept = {"onednn": RIGHT, "eager layout=NCHW": WRONG, "eager": NO_NUMBER, "winograd": FAILED}
+    keep_checks({**kept, "onednn": WRONG})
+    keep_checks({"onednn": RIGHT})
+    winners.forget()
+    for name, outcome in kept.items():
+        found = winners.outcome(problem(), name)
+        assert {key: value for key, value in found.items() if key != "kernel"} == outcome
+        assert choice.why_wrong(found) == choice.why_wrong(outcome)
+    assert winners.outcome(problem(), "grouped") is winners.outcome(problem(), "eager layout=x") is None
+    for other in (problem(9), problem(C=32), problem(dtype=torch.bfloat16)):
+        assert winners.outcome(other, "onednn") is None
+
+
+def test_checks_say_what_is_wrong():
+    assert choice.why_wrong(RIGHT) is choice.why_wrong({"error_ratio": 1.0}) is None
+    assert choice.why_wrong(WRONG) == "its error is 1.5 times what is allowed"
+    assert choice.why_wrong(NO_NUMBER) == "its result is no number"
+    assert choice.why_wrong(FAILED) == "no luck"
+
+
+def test_checks_and_entries_go_stale_with_their_kernels(tuned_files, monkeypatch):
+    digests = {sources.WINOGRAD: "0123"}
+    monkeypatch.setattr(compiled, "built_digest", lambda patterns: digests.get(patterns))
+    both = entry("winograd", winograd=(None, 1.0), onednn=(None, 2.0))
+    tuned_files.add(tuned_files.user, problem(), both)
+    keep_checks({"winograd": WRONG, "onednn": RIGHT})
+    winners.keep(table(trusted=winners.trust(["winograd", "onednn"], "cpu")))
+    assert winners.entry_of(problem()) == both and winners.outcome(problem(), "winograd") is not None
+    assert winners.is_trusted("winograd", "cpu") and not winners.is_trusted("grouped", "cpu")
+    digests[sources.WINOGRAD] = "4567"
+    winners.forget()
+    assert winners.entry_of(problem()) is winners.outcome(problem(), "winograd") is None
+    assert not winners.is_trusted("winograd", "cpu")
+    assert winners.outcome(problem(), "onednn") is not None and winners.is_trusted("onednn", "cpu")
+
+
+def test_a_table_comes_back_from_its_file(tuned_files):
+    whole = table(
+        entries={winners.key(problem()): {8: entry("eager")}},
+        runs={entry("eager").run: {"kernels": {}}},
+        checks=winners.checks_of(problem(), {"onednn": RIGHT, "eager": FAILED}),
+        trusted=winners.trust(["onednn"], "cpu"),
+    )
+    winners.keep(whole)
+    assert winners_file.read(tuned_files.path(tuned_files.user), tuned_files.device) == whole
+
+
+def test_a_folder_that_cannot_be_written_is_kept_for_this_process(tuned_files, caplog, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FUSED_RESNET_CACHE_DIR", str(tmp_path / "file"))
+    keep_checks({"onednn": WRONG})
+    one = entry("eager")
+    winners.keep(table(entries={winners.key(problem()): {8: one}}, runs={one.run: {"kernels": {}}}))
+    assert winners.outcome(problem(), "onednn") is not None and winners.entry_of(problem()) == one
+    assert winner_of().source == "tuned in this process, batch 8"
+    assert sum("is kept for this process alone" in message for message in caplog.messages) == 1
+    assert (tmp_path / "file").read_text() == ""
+
+
 # --------------------------------------------------------------------------------------------------------- bad files
 
 
@@ -145,6 +284,10 @@ def _in_entry(**changes):
     return damaged(change)
 
 
+def _with_check(one):
+    return damaged(lambda record: record["checks"].update({"a problem": {"onednn": one}}))
+
+
 BAD = {
     "empty": lambda path: path.write_bytes(b""),
     "cut short": lambda path: path.write_bytes(path.read_bytes()[:-20]),
@@ -165,6 +308,18 @@ BAD = {
         lambda record: [by_batch.update({"1" * 400: by_batch["8"]}) for by_batch in record["entries"].values()] and None
     ),
     "no digests": damaged(lambda record: [run.update(kernels=None) for run in record["runs"].values()] and None),
+    "checks in a list": damaged(lambda record: record.update(checks=[])),
+    "an error without a kernel": _with_check({"error_ratio": 0.5}),
+    "a reason without a kernel": _with_check({"why": "no luck"}),
+    "a check without an error": _with_check({"kernel": ""}),
+    "a check in words": _with_check("why"),
+    "an error in words": _with_check({"error_ratio": "small", "kernel": ""}),
+    "an error that is no number": _with_check({"error_ratio": float("nan"), "kernel": ""}),
+    "an error without end": _with_check({"error_ratio": float("inf"), "kernel": ""}),
+    "a digest that is a number": _with_check({"error_ratio": 0.5, "kernel": float("nan")}),
+    "an error below nothing": _with_check({"error_ratio": -1.0, "kernel": ""}),
+    "an error beyond floats": _with_check({"error_ratio": 10**400, "kernel": ""}),
+    "trust in a list": damaged(lambda record: record.update(trusted=["onednn"])),
     "a nested config": _in_entry(candidates={"onednn": {"config": {"a": []}, "time_us": 1.0, "error_ratio": 0.1}}),
 }
 
@@ -173,10 +328,12 @@ BAD = {
 def test_a_bad_file_is_reported_once_and_ignored(tuned_files, caplog, spoil):
     tuned_files.add(tuned_files.shipped, problem(), entry("eager"))
     tuned_files.add(tuned_files.user, problem(), entry("onednn"))
+    keep_checks({"onednn": RIGHT})
     spoil(tuned_files.path(tuned_files.user))
     for _ in range(2):
         winners.forget()
         assert winner_of().backend == "eager"  # the shipped file still counts
+        assert winners.outcome(problem(), "onednn") is None and not winners.is_trusted("onednn", "cpu")
     assert sum("ignored" in message for message in caplog.messages) == 1
 
 
@@ -213,6 +370,31 @@ def test_two_processes_that_tune_at_once_keep_each_others_entries(tuned_files):
     assert sorted(by_batch) == [*range(1, 30), 1000]
 
 
+def _keep_checks_of_batches(batches):
+    for batch in batches:
+        keep_checks({"onednn": RIGHT}, problem(batch))
+        keep_checks({f"eager layout={batch}": WRONG})
+        winners.keep(table(trusted=winners.trust([f"backend {batch}"], "cpu")))
+
+
+def test_two_processes_that_merge_at_once_lose_nothing(tuned_files):
+    """Checks of different problems, of different candidates of one problem, and trust."""
+    fork = multiprocessing.get_context("fork")
+    keep_checks({"eager": RIGHT}, problem(1000))  # digests and threads are known before the fork
+    writers = [fork.Process(target=_keep_checks_of_batches, args=(range(n, 20, 2),)) for n in (1, 2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    winners.forget()
+    for batch in range(1, 20):
+        assert winners.outcome(problem(batch), "onednn")["error_ratio"] == RIGHT["error_ratio"]
+        assert winners.outcome(problem(), f"eager layout={batch}")["error_ratio"] == WRONG["error_ratio"]
+        assert winners.is_trusted(f"backend {batch}", "cpu")
+    assert winners.outcome(problem(1000), "eager") is not None
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -225,6 +407,7 @@ json_values = st.recursive(
 def test_no_change_of_a_file_makes_lookup_raise(tuned_files, data):
     """One value anywhere in a good file is replaced by another: it is understood, or ignored."""
     path = tuned_files.add(tuned_files.user, problem(), entry("eager", eager=(NCHW, 3.0)))
+    keep_checks({"onednn": RIGHT, "eager": FAILED})
     record = json.loads(path.read_text())
     place = record
     while isinstance(place, dict) and place:
@@ -237,6 +420,11 @@ def test_no_change_of_a_file_makes_lookup_raise(tuned_files, data):
     winners.forget()
     found = winner_of()
     assert found is None or isinstance(found, winners.Winner)
+    assert winners.entry_of(problem()) is None or found is not None
+    for name in ("onednn", "eager"):
+        outcome = winners.outcome(problem(), name)
+        assert outcome is None or choice.why_wrong(outcome) is None or isinstance(choice.why_wrong(outcome), str)
+    assert winners.is_trusted("onednn", "cpu") in (True, False)
     for name in ("auto", "eager"):
         assert isinstance(choosing.select(problem(), name), choosing.Selection)
     path.unlink()

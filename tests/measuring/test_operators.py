@@ -5,7 +5,7 @@ import math
 import torch
 
 from fused_resnet import backends, measuring, models
-from fused_resnet.freezing import modules
+from fused_resnet.choosing import planned
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem
 
 SMALL = ConvProblem(4, 8, 6, 5, 16, 3, 3, (1, 1), (1, 1), (1, 1), 1, "relu", False, True, True, torch.float32, "cpu")
@@ -26,14 +26,14 @@ def measured(problem=SMALL):
 
 
 def with_bound(monkeypatch, change):
-    """FrozenConv's calls, changed by change(output); eager is not a FrozenConv."""
-    bound = modules.FrozenConv.bound
+    """A plan's calls, changed by change(output); the baselines by ATen are not made for a plan."""
+    bound = planned.bound
 
-    def changed(self):
-        call = bound(self)
+    def changed(*arguments, **options):
+        call = bound(*arguments, **options)
         return lambda x, residual=None: change(call(x, residual))
 
-    monkeypatch.setattr(modules.FrozenConv, "bound", changed)
+    monkeypatch.setattr(planned, "bound", changed)
 
 
 def test_a_wrong_kernel_is_found_and_not_timed(monkeypatch):

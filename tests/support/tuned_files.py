@@ -31,6 +31,7 @@ def own_files(tmp_path, monkeypatch):
     monkeypatch.setenv("FUSED_RESNET_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(winners, "SHIPPED", tmp_path / "configs")
     monkeypatch.setattr(winners, "warned", set())
+    monkeypatch.setattr(winners, "_SESSION", {})
     files.report_once.cache_clear()
     winners.forget()
     yield TunedFiles(tmp_path)

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from fused_resnet import backends, choosing, measuring, models
 from fused_resnet.backends.record import REGISTRY
-from fused_resnet.choosing import candidates, planned, timing, winners, winners_file
+from fused_resnet.choosing import candidates, checking, choice, decide, planned, timing, winners, winners_file
 from fused_resnet.cli import main
 from fused_resnet.kernels import sources
 from fused_resnet.kernels.triton import runtime
@@ -24,6 +24,7 @@ from tests.support.tuned_files import problem
 
 EAGER = backends.known("conv_bn_act")["eager"]
 PROBLEMS = [problem(2), problem(1, C=32)]
+CHECKS = 4  # calls for one check: NaN, values, NaN, other values
 
 
 class Fake:
@@ -42,19 +43,20 @@ class Fake:
 
 @pytest.fixture
 def times(monkeypatch):
-    """Microseconds by backend name instead of a clock (1 for those not named); the calls are made, once each."""
+    """Microseconds by backend name instead of a clock (100 for those not named); the calls are made, once each."""
     given = {}
 
-    def interleaved(calls, **options):
-        assert options["device"] == "cpu" and options["cold"]
-        stats = {}
-        for candidate, call in calls.items():
-            call()
-            time_us = float(given.get(str(candidate), given.get(candidate.backend.name, 100.0)))
-            stats[candidate] = timing.Stats(time_us, time_us, time_us, time_us, 1)
-        return stats
+    def timed(candidate, fed):
+        fed.feed()
+        fed.call()
+        time_us = float(given.get(str(candidate), given.get(candidate.backend.name, 100.0)))
+        return timing.Stats(time_us, time_us, time_us, time_us, 1)
 
-    monkeypatch.setattr(timing, "interleaved", interleaved)
+    def in_network_order(groups, **options):
+        assert options["device"] == "cpu" and options["rounds"] > 0 and options["budget_s"] > 0
+        return {group: {one: timed(one, fed) for one, fed in calls.items()} for group, calls in groups.items()}
+
+    monkeypatch.setattr(timing, "in_network_order", in_network_order)
     return given
 
 
@@ -102,7 +104,8 @@ def test_the_fastest_right_candidate_is_what_auto_takes_from_then_on(tuned_files
     result = tune()
     for one, row in zip(PROBLEMS, result["rows"]):
         assert row["problem"] == str(one) and row["winner"] == {"backend": "quick", "config": {"layout": "y"}}
-        selection = choosing.select(one._replace(N=17))
+        assert choosing.select(one._replace(N=17)).source == choice.FIXED_ORDER  # too far from what was measured
+        selection = choosing.select(one._replace(N=2 * one.N))
         assert (selection.backend.name, selection.config) == ("quick", backends.EagerConfig("y"))
         assert selection.source == f"tuned here, {result['file']}, batch {one.N}"
     record = json.loads((winners.user_folder() / result["file"]).read_text())
@@ -116,41 +119,28 @@ def test_the_fastest_right_candidate_is_what_auto_takes_from_then_on(tuned_files
 def test_the_fixed_order_keeps_its_place_unless_it_is_clearly_beaten(median, least, wins):
     own, other = (choosing.Selection(EAGER._replace(name=name), None) for name in ("own", "other"))
     stats = {own: timing.Stats(100.0, 100.0, 0, 0, 9), other: timing.Stats(median, least, 0, 0, 9)}
-    assert convolution._winner(own, stats) is (other if wins else own)
+    assert decide.winner_of(own, stats) is (other if wins else own)
 
 
 def test_without_the_fixed_order_the_fastest_wins():
     other = choosing.Selection(EAGER, None)
-    assert (
-        convolution._winner(choosing.Selection(EAGER._replace(name="own"), None), {other: timing.Stats(1, 1, 1, 1, 1)})
-        is other
-    )
-
-
-def test_screening_keeps_the_default_and_the_best_of_each_backend():
-    fake = EAGER._replace(name="fake")
-    some = [choosing.Selection(fake, backends.EagerConfig(str(n))) for n in range(9)]
-    default, rest = (
-        choosing.Selection(EAGER, None),
-        [choosing.Selection(EAGER, backends.EagerConfig(str(n))) for n in range(6)],
-    )
-    calls = dict.fromkeys([*some, default, *rest])
-    stats = {one: timing.Stats(0, float(n), 0, 0, 0) for n, one in enumerate([*some, *rest, default])}
-    kept = convolution._fastest(calls, stats, default)
-    assert list(kept) == [*some[: convolution._FINALISTS], default, *rest[: convolution._FINALISTS]]
+    own = choosing.Selection(EAGER._replace(name="own"), None)
+    assert decide.winner_of(own, {other: timing.Stats(1, 1, 1, 1, 1)}) is other
 
 
 def test_an_entry_keeps_the_best_of_each_backend_and_the_winner_itself():
     """The winner may be a default within the margin of a faster config of its own backend."""
-    rows = [("a", None, 10.0), ("a", {"layout": "x"}, 9.9), ("b", {"layout": "x"}, 12.0), ("b", None, 11.0)]
-    timed = [dict(backend=b, config=c, median_us=us, error_ratio=0.5) for b, c, us in rows]
-    described = {"backend": "a", "config": None}
-    entry = convolution.entry_of({"timed": timed, "winner": described, "default": described}, "run")
+    x = backends.EagerConfig("x")
+    rows = [("a", None, 10.0), ("a", x, 9.9), ("b", x, 12.0), ("b", None, 11.0)]
+    made = {name: EAGER._replace(name=name) for name in "ab"}
+    stats = {choosing.Selection(made[name], config): timing.Stats(us, us, us, us, 9) for name, config, us in rows}
+    outcomes = {str(one): {"error_ratio": 0.5 if one.config is None else 0.25} for one in stats}
+    entry = decide.measured_entry(choosing.Selection(made["a"], None), stats, outcomes, "run")
     assert entry.candidates == {
         "a": winners_file.Measured(None, 10.0, 0.5),
         "b": winners_file.Measured(None, 11.0, 0.5),
     }
-    assert (entry.winner, entry.default, entry.run) == ("a", "a", "run")
+    assert (entry.winner, entry.default, entry.run, entry.in_nhwc) == ("a", "a", "run", None)
 
 
 def test_a_default_that_a_plan_would_replace_is_measured_by_its_name(monkeypatch):
@@ -160,7 +150,7 @@ def test_a_default_that_a_plan_would_replace_is_measured_by_its_name(monkeypatch
     found, _ = candidates.candidates(one)
     assert [found_one.config for found_one in found if found_one.backend.name == "named"] == [config]
     triton = backends.known("conv_bn_act")["triton"]
-    assert candidates._default(one, triton) == default_config(one)
+    assert candidates.default_config(one, triton) == default_config(one)
 
 
 def test_an_entry_keeps_a_second_winner_for_where_x_cannot_lie_in_row_space():
@@ -173,18 +163,10 @@ def test_an_entry_keeps_a_second_winner_for_where_x_cannot_lie_in_row_space():
         row = convolution._row(problem(), "cpu", default, dict.fromkeys(stats, {"error_ratio": 0.5}), stats, {})
         entry = convolution.entry_of(json.loads(json.dumps(row)), "run")
         assert (entry.winner, entry.candidates["ours"].config) == ("ours", {"layout": "rows"})
+        assert entry.run == entry.in_nhwc.run == "run"
         assert (entry.in_nhwc.winner, entry.in_nhwc.candidates["ours"].config) == (winner, {"layout": "other"})
         assert entry.in_nhwc.candidates["cudnn"].time_us == 10.0
         assert winners_file.Entry.from_json(json.loads(json.dumps(entry.as_json()))) == entry
-
-
-def test_screening_keeps_the_best_without_row_space():
-    reads = EAGER.configs._replace(reads_row_space=lambda config: config.layout != "other")
-    ours = EAGER._replace(name="ours", configs=reads)
-    some = [choosing.Selection(ours, backends.EagerConfig(layout)) for layout in (*"abcdef", "other")]
-    stats = {one: timing.Stats(0, float(n), 0, 0, 0) for n, one in enumerate(some)}
-    kept = convolution._fastest(dict.fromkeys(some), stats, choosing.Selection(EAGER, None))
-    assert list(kept) == [*some[: convolution._FINALISTS], some[-1]]
 
 
 @pytest.fixture
@@ -203,20 +185,22 @@ needs_interpreter = pytest.mark.skipif(not runtime.INTERPRETED, reason="needs Tr
 @pytest.mark.parametrize("has_residual", (False, True))
 def test_a_time_in_row_space_holds_no_conversion(packed, has_residual):
     """x lies there before the call, as a plan has it. The output is NHWC, and checked as any other."""
-    subject = convolution._Subject(problem(2, has_residual=has_residual), "cpu")
-    candidate = choosing.Selection(backends.known("conv_bn_act")["triton"], ROWS)
-    call = subject.call(candidate)
-    assert packed == [subject.operands.x.shape]
-    assert 0 < subject.error_ratio(candidate, call) <= 1 and call().shape == subject.problem.output_shape
-    assert len(packed) == 1
+    subject = checking.Subject(problem(2, has_residual=has_residual), "cpu")
+    one = checking.checked(subject, choosing.Selection(backends.known("conv_bn_act")["triton"], ROWS))
+    assert 0 < one.outcome["error_ratio"] <= 1
+    assert packed == [subject.operands.x.shape] * (1 + CHECKS)  # when planned, and as each input is written
+    fed = subject.fed(one.planned, one.call)
+    assert fed.call().shape == subject.problem.output_shape and len(packed) == 1 + CHECKS
+    fed.feed()
+    assert len(packed) == 2 + CHECKS
 
 
 @needs_interpreter
 @pytest.mark.parametrize("form", (None, "pointer", "lines_tma"))
 def test_other_forms_are_timed_on_what_everybody_reads(packed, form):
-    subject = convolution._Subject(problem(2), "cpu")
     candidate = choosing.Selection(backends.known("conv_bn_act")["triton"], form and ROWS._replace(form=form))
-    assert subject.error_ratio(candidate, subject.call(candidate)) <= 1 and not packed
+    one = checking.checked(checking.Subject(problem(2), "cpu"), candidate)
+    assert 0 < one.outcome["error_ratio"] <= 1 and not packed
 
 
 # ------------------------------------------------------------------------------------------------- wrong, failing, slow
@@ -233,7 +217,7 @@ def test_a_wrong_candidate_is_recorded_and_never_chosen(tuned_files, times, monk
     (row, _) = tune()["rows"]
     assert names(row["wrong"]) == ["wrong"] and "wrong" not in names(row["timed"])
     assert row["wrong"][0]["error_ratio"] is None if ratio is None else row["wrong"][0]["error_ratio"] > ratio
-    assert len(wrong.calls) == len(PROBLEMS)  # checked, not timed
+    assert len(wrong.calls) == CHECKS * len(PROBLEMS)  # checked, not timed
     assert winners.lookup(PROBLEMS[0]).backend != "wrong" and winners.lookup(PROBLEMS[0], "wrong") is None
 
 
@@ -259,12 +243,12 @@ def test_a_candidate_that_raises_costs_itself_alone(tuned_files, times, monkeypa
 def test_where_nothing_runs_there_is_no_winner(tuned_files, times, monkeypatch):
     """The others are tuned all the same."""
 
-    def too_large(problem, device, seed=0, real=measuring.random_operands):
+    def too_large(problem, device, real=checking.random_operands, **options):
         if problem == PROBLEMS[0]:
             raise torch.OutOfMemoryError("out of memory")
-        return real(problem, device, seed)
+        return real(problem, device, **options)
 
-    monkeypatch.setattr(measuring, "random_operands", too_large)
+    monkeypatch.setattr(checking, "random_operands", too_large)
     result = run("--conv", PROBLEMS[0], "--conv", PROBLEMS[1], "--threads", torch.get_num_threads(), "--batch", 1)
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())
@@ -307,7 +291,7 @@ def test_interrupted_and_resumed_with_nothing_lost(tuned_files, times, monkeypat
     assert [row["problem"] for row in result["rows"]] == list(map(str, PROBLEMS))
     assert not any(row["failed"] for row in result["rows"])
     assert {one for one, _ in early.calls + late.calls} == {PROBLEMS[1]}
-    assert len(late.calls) == 1 + len(early.calls)  # both are timed, and one is checked
+    assert len(late.calls) == CHECKS + len(early.calls)  # both are timed, and one is checked
     calls = len(late.calls)
     assert tune()["rows"] == result["rows"] and len(late.calls) == calls  # nothing is left to measure
 
@@ -336,7 +320,7 @@ def test_a_candidate_that_killed_the_process_twice_is_left_out(tuned_files, time
 def test_the_budget_ends_it_and_the_next_call_goes_on(tuned_files, times, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(tuner.time, "monotonic", lambda: now[0])
-    Fake(monkeypatch, "slow", lambda p, out: now.__setitem__(0, now[0] + 30.0) or out)
+    Fake(monkeypatch, "slow", lambda p, out: now.__setitem__(0, now[0] + 60.0 / (CHECKS + 1)) or out)
     problems = [problem(N) for N in (1, 2, 3)]
     first = tune(problems, budget_s=61.0)
     assert [row["problem"] for row in first["rows"]] == [str(one) for one in problems[:2]]
@@ -482,11 +466,12 @@ def pretended_gpu(monkeypatch):
     def run(problem, operands, config=None):
         return EAGER.run(problem, operands)
 
-    def interleaved(calls, **options):
+    def in_network_order(groups, **options):
+        ((group, calls),) = groups.items()
         configs = [one for one in calls if one.backend.name == "triton" and one.config is not None]
         fastest[:] = fastest or configs[1:2]
         us = {one: 10.0 if [one] == fastest else 20.0 for one in calls}
-        return {one: timing.Stats(us[one], us[one], 0, 0, call() is None) for one, call in calls.items()}
+        return {group: {one: timing.Stats(us[one], us[one], 0, 0, fed.call() is None) for one, fed in calls.items()}}
 
     def run_placed(placed, operands):
         p, x = placed.problem, operands.x
@@ -508,9 +493,9 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(tuner, "environment_of", lambda device: {"date": "2026-11-20", "torch": torch.__version__})
     monkeypatch.setattr(environment, "gpu_state", dict)
     monkeypatch.setattr(cuda_graphs, "captured", lambda call: call)
-    monkeypatch.setattr(timing, "interleaved", interleaved)
-    real = measuring.random_operands
-    monkeypatch.setattr(measuring, "random_operands", lambda problem, device: real(problem, "cpu"))
+    monkeypatch.setattr(timing, "in_network_order", in_network_order)
+    real = checking.random_operands
+    monkeypatch.setattr(checking, "random_operands", lambda problem, device, **options: real(problem, "cpu", **options))
     return fastest
 
 
