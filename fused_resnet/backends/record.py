@@ -22,7 +22,8 @@ class BackendError(RuntimeError):
 class Auto(NamedTuple):
     """Where `auto` may choose a backend unmeasured: on these devices, for what it can run and that pays.
 
-    A kernel of ours is chosen on a GPU where a measurement says that it is right there (`winners`).
+    A kernel of ours is chosen on a GPU where a measurement says that it is right there (`winners`). The one of
+    `cudnn_pass` is chosen where its own check says so.
     """
 
     devices: tuple[str, ...] = ()
