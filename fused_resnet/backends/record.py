@@ -120,7 +120,7 @@ NEEDS_FOLDED_BN = "it takes only a bias, so it needs folded BN: use fused_resnet
 
 def register(op: str, backend: Backend) -> None:
     """Add a backend for an operator. `auto` tries backends in the order of registration."""
-    REGISTRY[op][backend.name] = backend
+    REGISTRY[op] = {**REGISTRY[op], backend.name: backend}  # a new one, by which `repeated` knows
 
 
 def known(op: str) -> dict[str, Backend]:
