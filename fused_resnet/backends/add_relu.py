@@ -63,6 +63,18 @@ def _triton_why_not(problem: AddReluProblem) -> Optional[str]:
     return add_relu.why_not(problem)
 
 
+def settled() -> Callable[[Tensor, Tensor], Tensor]:
+    """The first of ADD_RELU for tensors that lie in memory alike, as a function of them."""
+    kernel, empty_like = torch.ops.fused_resnet.cpu_add_relu.default, torch.empty_like
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        out = empty_like(a)
+        kernel(a, b, out)
+        return out
+
+    return run
+
+
 def _triton_backward(grad: Tensor, out: Tensor) -> Tensor:
     from fused_resnet.kernels.triton import add_relu
 

@@ -22,7 +22,8 @@ class BackendError(RuntimeError):
 class Auto(NamedTuple):
     """Where `auto` may choose a backend unmeasured: on these devices, for what it can run and that pays.
 
-    A kernel of ours is chosen on a GPU where a measurement says that it is right there (`winners`).
+    A kernel of ours is chosen on a GPU where a measurement says that it is right there (`winners`). The one of
+    `cudnn_pass` is chosen where its own check says so.
     """
 
     devices: tuple[str, ...] = ()
@@ -119,7 +120,7 @@ NEEDS_FOLDED_BN = "it takes only a bias, so it needs folded BN: use fused_resnet
 
 def register(op: str, backend: Backend) -> None:
     """Add a backend for an operator. `auto` tries backends in the order of registration."""
-    REGISTRY[op][backend.name] = backend
+    REGISTRY[op] = {**REGISTRY[op], backend.name: backend}  # a new one, by which `repeated` knows
 
 
 def known(op: str) -> dict[str, Backend]:

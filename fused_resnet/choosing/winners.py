@@ -121,7 +121,7 @@ def entry_of(problem) -> Optional[Entry]:
     """What was measured for exactly this problem by the kernels that are here; None if one of them has changed."""
     if not _counts(problem):
         return None
-    found = _tables(problem.device).entries.get(key(problem), {}).get(problem.N)
+    found = known(problem.device).entries.get(key(problem), {}).get(problem.N)
     if found is None or not all(_is_current(name, found.kernels) for name in found.entry.candidates):
         return None
     return found.entry
@@ -142,7 +142,7 @@ def measurement_of(problem) -> Optional[Measurement]:
     """What `lookup` decides by, and what was found wrong; None where neither is known."""
     if not _counts(problem):
         return None
-    checks = _tables(problem.device).checks.get(_check_key(problem), {})
+    checks = known(problem.device).checks.get(_check_key(problem), {})
     wrong = {name: why for name in checks if (why := why_wrong(outcome(problem, name))) is not None}
     found = _nearest(problem)
     if found is None:
@@ -164,9 +164,16 @@ def why_wrong(outcome: Optional[dict]) -> Optional[str]:
     return f"its error is {ratio:.3g} times what is allowed" if ratio > 1 else None
 
 
+def knows(problem) -> bool:
+    """Whether anything was measured or found of a problem, at any batch, number of threads or version."""
+    text = str(problem).partition("x")[2]
+    found = known(problem.device)
+    return any(text in name for names in (found.entries, found.checks) for name in names)
+
+
 def is_trusted(backend: str, device: str) -> bool:
     """Whether a backend has been checked in a process of its own here, with these versions, and did not end it."""
-    return _tables(device).trusted.get(backend) == _stamp(backend, device)
+    return known(device).trusted.get(backend) == _stamp(backend, device)
 
 
 def _counts(problem) -> bool:
@@ -194,7 +201,7 @@ def _lookup(problem, backend: Optional[str], in_nhwc: bool, settings: tuple) -> 
 
 def _nearest(problem) -> Optional[tuple[int, "_Found"]]:
     """The batch nearest in log space that was measured, if it is near enough, and what was found there."""
-    entries = _tables(problem.device).entries.get(key(problem), {})
+    entries = known(problem.device).entries.get(key(problem), {})
     distances = {batch: abs(math.log2(batch / max(problem.N, 1))) for batch in entries}
     near = [batch for batch, distance in distances.items() if distance <= NEAR]
     if not near:
@@ -205,7 +212,7 @@ def _nearest(problem) -> Optional[tuple[int, "_Found"]]:
 
 @functools.lru_cache(maxsize=8192)
 def _outcome(problem, candidate: str, settings: tuple) -> Optional[dict]:
-    found = _tables(problem.device).checks.get(_check_key(problem), {}).get(candidate)
+    found = known(problem.device).checks.get(_check_key(problem), {}).get(candidate)
     if found is None or found["kernel"] != kernel_digest(candidate.partition(" ")[0]):
         return None
     return found
@@ -223,7 +230,7 @@ class _Found(NamedTuple):
     kernels: dict
 
 
-class _Tables(NamedTuple):
+class Known(NamedTuple):
     """All tables of a device as one: later ones replace what earlier ones say."""
 
     entries: dict[str, dict[int, _Found]]
@@ -232,9 +239,9 @@ class _Tables(NamedTuple):
 
 
 @functools.lru_cache(maxsize=None)
-def _tables(device: str) -> _Tables:
+def known(device: str) -> Known:
     """What ships, the user's file, and what this process has measured and could not write."""
-    merged = _Tables({}, {}, {})
+    merged = Known({}, {}, {})
     name = device_id(device)
     if not are_used() or name is None:
         return merged
@@ -329,7 +336,7 @@ _is_ignored = contextvars.ContextVar("fused_resnet measurements are ignored", de
 
 def forget() -> None:
     """Read the files again at the next lookup."""
-    for cached in (_lookup, _outcome, _tables):
+    for cached in (_lookup, _outcome, known):
         cached.cache_clear()
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, fx, nn
 
 from fused_resnet import functional
+from fused_resnet.choosing import repeated
 from fused_resnet.nn.bypass import why_not_fused
 from fused_resnet.nn.norms import Norm, norm_of
 from fused_resnet.nn.stock import ACTIVATION_OF
@@ -60,6 +61,9 @@ def fused_conv_bn_act(
     They are called where the operator computes something else, and for what it refuses: they take it, or raise torch's
     own error.
     """
+    before = _as_before(x, conv, bn, act, residual, backend, sum) if type(bn) is nn.BatchNorm2d else None
+    if before is not None:
+        return before
     norm, acts = norm_of(bn), act
     then: tuple[nn.Module, ...] = ()
     activation = act if isinstance(act, str) else "none" if act is None else ACTIVATION_OF[type(act)]
@@ -87,6 +91,8 @@ def fused_conv_bn_act(
             if fits:
                 is_last = _gives_channels_last(x, weight, shape, norm, acts, residual, sum)
                 out = functional.conv_bn_act(*operands, **options, backend=backend, channels_last=is_last)
+                if type(bn) is nn.BatchNorm2d and cast_to is None and not torch.compiler.is_compiling():
+                    _keep(operands, options, sum, is_last, shape)
         except (TypeError, ValueError):
             if functional.why_refused(*operands, **options) is None:
                 raise  # not over what it was given
@@ -99,6 +105,69 @@ def fused_conv_bn_act(
     if is_training and activation == "relu" and _is_alike(residual, out):
         return functional.add_relu(*((residual, out) if sum == "residual += out" else (out, residual)))
     return _activated(out if residual is None else _SUMS[sum](out, residual), act)
+
+
+class _Known(NamedTuple):
+    """Operands that the operator took, without a bias, and what was found of them: the layout of the result."""
+
+    check: Callable[..., bool]
+    needs_grad: bool
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+    sum: str
+    channels_last: bool
+
+
+# by id(weight), and whether there is no residual
+_known: dict[tuple[int, bool], tuple[_Known, ...]] = {}
+
+
+def _as_before(
+    x: Tensor, conv: Any, bn: Any, act: Any, residual: Optional[Tensor], backend: str, sum: str
+) -> Optional[Tensor]:
+    """fused_conv_bn_act of operands like some before, whose answers still hold; else None."""
+    if torch.compiler.is_compiling():
+        return None
+    own, norm = conv.__dict__, bn.__dict__
+    weight = own["_parameters"].get("weight")
+    known = _known.get((id(weight), residual is None))
+    if known is None or norm["training"] or own["_parameters"].get("bias") is not None:
+        return None
+    affine, statistics = norm["_parameters"], norm["_buffers"]
+    vectors = affine.get("weight"), affine.get("bias"), statistics.get("running_mean"), statistics.get("running_var")
+    tensors = (x, weight, *vectors) if residual is None else (x, weight, *vectors, residual)
+    stride, padding, dilation, groups = own["stride"], own["padding"], own["dilation"], own["groups"]
+    for check, needs_grad, u, pad, d, g, added, is_last in known:
+        is_asked = stride is u and padding is pad and dilation is d and groups is g and sum == added
+        if not (is_asked and check(*tensors)) or needs_grad and torch.is_grad_enabled():
+            continue
+        activation = act if isinstance(act, str) else "none" if act is None else ACTIVATION_OF[type(act)]
+        return functional.conv_bn_act(
+            x, weight, *vectors, eps=norm["eps"], residual=residual, stride=stride, padding=padding, dilation=dilation,
+            groups=groups, activation=activation, backend=backend, channels_last=is_last,
+        )  # fmt: skip
+    return None
+
+
+def _keep(operands: tuple, options: dict[str, Any], sum: str, channels_last: bool, shape: tuple) -> None:
+    """Keep for `_as_before` what was found of operands that the operator took. shape: the result's."""
+    if shape[1] == 1 or shape[2] == shape[3] == 1:
+        return  # where the layout depends on the activation, too (`_gives_channels_last`)
+    residual, key = options["residual"], (id(operands[1]), options["residual"] is None)
+    tensors, known = operands if residual is None else (*operands, residual), _known.get(key, ())
+    window = tuple(options[name] for name in ("stride", "padding", "dilation", "groups"))
+    is_plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    if options["bias"] is not None or len(known) >= repeated.MOST_EACH or not is_plain:
+        return
+    check = repeated.guard(tensors)
+    if check is None or not all(map(repeated.is_immutable, window)):
+        return
+    if len(_known) >= repeated.MOST_WEIGHTS:
+        _known.clear()
+    needs_grad = any(tensor.requires_grad for tensor in tensors)
+    _known[key] = (*known, _Known(check, needs_grad, *window, sum, channels_last))  # type: ignore[call-arg]
 
 
 def _activated(out: Tensor, act: Union[nn.Module, str, None]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, NamedTuple, Optional, cast
 
+import torch
 from torch import Tensor, fx, nn
 
 from fused_resnet.nn.blocks import BasicBlock, Bottleneck
@@ -96,15 +97,20 @@ class FusedBlock(Fused):
     def fused_forward(self, x: Tensor) -> Any:
         if isinstance(x, fx.Proxy):  # a symbolic trace is the plain block's; reading a parameter here would be in it
             return NotImplemented
-        stages = [(getattr(self, conv), getattr(self, bn)) for conv, bn in self.stage_names]
-        if why_not_fused(self.relu, stages) is not None:
+        stages, relu = [(self._child(conv), self._child(bn)) for conv, bn in self.stage_names], self._child("relu")
+        if why_not_fused(relu, stages) is not None:
             return NotImplemented
         out = x
         for conv, bn in stages[:-1]:
-            out = fused_conv_bn_act(out, conv, bn, self.relu, None, self.backend)
+            out = fused_conv_bn_act(out, conv, bn, relu, None, self.backend)
         # after the main path has read x, as in the plain block: a shortcut of somebody's own may write to it
         identity = x if self.downsample is None else self._shortcut(self.downsample, x)
-        return fused_conv_bn_act(out, *stages[-1], self.relu, identity, self.backend, "out += residual")
+        return fused_conv_bn_act(out, *stages[-1], relu, identity, self.backend, "out += residual")
+
+    def _child(self, name: str) -> Any:
+        """getattr, which in an nn.Module looks a child up where all else was looked up in vain."""
+        child = None if torch.compiler.is_compiling() else self.__dict__["_modules"].get(name)
+        return getattr(self, name) if child is None else child
 
     def fused_convs(self) -> list[str]:
         return [conv for conv, _ in self.stage_names] + (["downsample.0"] if self.fused_shortcut() else [])

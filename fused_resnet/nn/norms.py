@@ -111,6 +111,10 @@ def _attributes(module: nn.Module, names: tuple[str, ...]) -> list:
 
 def why_not_bn(bn: Any) -> Optional[str]:
     """None of a norm that has a value in eval mode, else the reason."""
+    if type(bn) is nn.BatchNorm2d and not torch.compiler.is_compiling():  # at once: this runs at every call
+        statistics = bn._buffers
+        if statistics.get("running_mean") is not None and statistics.get("running_var") is not None:
+            return None
     norm = norm_of(bn)
     if norm is None:
         return f"the norm is {type(bn).__name__}, not nn.BatchNorm2d"

@@ -52,7 +52,8 @@ def check(case: Case, backend: str) -> Outcome:
         return Outcome(backend, "cannot run", reason)
     before = {name: tensor.clone() for name, tensor in case.tensors.items()}
     try:
-        like = torch.empty(case.expected.shape, dtype=case.problem.dtype, device=case.problem.device)
+        shape = case.problem.shape if isinstance(case.problem, AddReluProblem) else case.problem.output_shape
+        like = torch.empty(shape, dtype=case.problem.dtype, device=case.problem.device)
         with poisoned_memory(like):
             actual = run(case, backend)
             is_addition = isinstance(case.problem, AddReluProblem)

@@ -210,17 +210,17 @@ def test_checks_are_found_again(tuned_files):
     for name, outcome in kept.items():
         found = winners.outcome(problem(), name)
         assert {key: value for key, value in found.items() if key != "kernel"} == outcome
-        assert choice.why_wrong(found) == choice.why_wrong(outcome)
+        assert winners.why_wrong(found) == winners.why_wrong(outcome)
     assert winners.outcome(problem(), "grouped") is winners.outcome(problem(), "eager layout=x") is None
     for other in (problem(9), problem(C=32), problem(dtype=torch.bfloat16)):
         assert winners.outcome(other, "onednn") is None
 
 
 def test_checks_say_what_is_wrong():
-    assert choice.why_wrong(RIGHT) is choice.why_wrong({"error_ratio": 1.0}) is None
-    assert choice.why_wrong(WRONG) == "its error is 1.5 times what is allowed"
-    assert choice.why_wrong(NO_NUMBER) == "its result is no number"
-    assert choice.why_wrong(FAILED) == "no luck"
+    assert winners.why_wrong(RIGHT) is winners.why_wrong({"error_ratio": 1.0}) is None
+    assert winners.why_wrong(WRONG) == "its error is 1.5 times what is allowed"
+    assert winners.why_wrong(NO_NUMBER) == "its result is no number"
+    assert winners.why_wrong(FAILED) == "no luck"
 
 
 def test_checks_and_entries_go_stale_with_their_kernels(tuned_files, monkeypatch):
@@ -423,7 +423,7 @@ def test_no_change_of_a_file_makes_lookup_raise(tuned_files, data):
     assert winners.entry_of(problem()) is None or found is not None
     for name in ("onednn", "eager"):
         outcome = winners.outcome(problem(), name)
-        assert outcome is None or choice.why_wrong(outcome) is None or isinstance(choice.why_wrong(outcome), str)
+        assert outcome is None or winners.why_wrong(outcome) is None or isinstance(winners.why_wrong(outcome), str)
     assert winners.is_trusted("onednn", "cpu") in (True, False)
     for name in ("auto", "eager"):
         assert isinstance(choosing.select(problem(), name), choosing.Selection)

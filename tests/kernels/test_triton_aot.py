@@ -49,6 +49,8 @@ def check(report: dict, dtype: str) -> None:
         assert "max.NaN" in found, label
     if "relu6" in name:
         assert "min.NaN" in found, label
+    if report["kernel"] == "_affine_act_kernel" and "-> 52" in name:
+        return  # rows of 52 channels or 196 pixels begin where no vector may
     if report["config"] is None:
         assert "LDG.128" in found and "STG.128" in found, label
         return
@@ -67,6 +69,7 @@ def test_default_configs(compiler_environment, arch):
     assert {report["kernel"] for report in reports} == {
         "_pointwise_bn_act_kernel", "_conv_bn_act_kernel", "_add_relu_kernel", "_add_relu_backward_kernel",
         "_max_pool_kernel",
+        "_affine_act_kernel",
     }  # fmt: skip
     for report in reports:
         check(report, "float16")

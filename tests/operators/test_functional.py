@@ -281,11 +281,12 @@ def test_a_second_call_describes_nothing_again():
     convolution = lambda: functional.conv_bn_act(x, weight, *vectors, backend="eager")  # noqa: E731
     total = lambda: functional.add_relu(x, x, backend="eager")  # noqa: E731
     for function, describe, most in ((convolution, _describe_conv, 40), (total, _describe_sum, 20)):
-        function()
+        for _ in range(2):  # the second is kept
+            function()
         before = describe.cache_info()
         called = _python_calls(function)
         after = describe.cache_info()
-        assert (after.hits - before.hits, after.misses) == (1, before.misses)
+        assert after.hits - before.hits <= 1 and after.misses == before.misses
         assert torch._ops.__file__ not in called
         assert len(called) <= most, called
 

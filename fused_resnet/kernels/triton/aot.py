@@ -19,10 +19,11 @@ from typing import Any, Iterator, NamedTuple, Optional
 
 import torch
 
-from fused_resnet.kernels.triton import add_relu, max_pool, runtime
+from fused_resnet.kernels.triton import add_relu, affine_act, max_pool, runtime
 from fused_resnet.kernels.triton.conv.configs import TritonConfig, configs, default_config
 from fused_resnet.kernels.triton.conv.launch import launches
 from fused_resnet.kernels.triton.runtime import triton
+from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem, MaxPoolProblem
 
 ARCHITECTURES = (80, 90, 100)
@@ -97,6 +98,17 @@ def compile_max_pool(problem: MaxPoolProblem, arch: int) -> Compiled:
     bias = torch.empty(problem.C, dtype=problem.dtype, device="meta") if problem.has_bias else None
     _, arguments, options = max_pool.arguments_of(problem, x, bias, x)
     return _compile(max_pool._max_pool_kernel, arguments, options, arch, str(problem), None)
+
+
+def compile_affine_act(problem: ConvProblem, arch: int, *, in_nchw: bool = False) -> Compiled:
+    """The kernel `affine_act.launch` would start behind this convolution, for fp32 vectors."""
+    memory_format = torch.contiguous_format if in_nchw else torch.channels_last
+    y = torch.empty(problem.output_shape, dtype=problem.dtype, device="meta", memory_format=memory_format)
+    vector = torch.empty(problem.K, device="meta")
+    residual = y if problem.has_residual else None
+    operands = ConvOperands(y, y, *(vector if problem.has_bn else None,) * 4, 1e-5, None, residual)
+    _, arguments, options = affine_act.arguments(y, operands, problem.activation)
+    return _compile(affine_act._affine_act_kernel, arguments, options, arch, str(problem), None)
 
 
 def specialise(kernel, arguments: tuple, options: dict) -> tuple[dict, dict, dict, dict]:
@@ -193,6 +205,8 @@ def _compile_all(arch: int, dtype: torch.dtype, only: str, all_configs: bool) ->
         if only in str(problem):
             for config in configs(problem, arch) if all_configs else [None]:
                 yield from compile_launches(problem, arch, config)
+            if problem.has_residual or problem.activation == "relu6":  # all kinds of arithmetic, and of widths
+                yield from (compile_affine_act(problem, arch, in_nchw=in_nchw) for in_nchw in (False, True))
     addition = AddReluProblem((32, 256, 56, 56), True, dtype, "cuda")
     for backward in (False, True):
         if only in str(addition):

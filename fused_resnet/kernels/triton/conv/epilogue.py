@@ -94,25 +94,48 @@ def _write_halo(out, offsets, stored, rows, column, K, P, Q, ROWS: tl.constexpr)
 
 
 @jit
+def normalised(y, channels, live_channels, epilogue, AXIS: tl.constexpr):
+    """BN and bias of a tile. AXIS: the one that the channels' vectors lack, 0 of (rows, channels)."""
+    # One vector at a time, and not as y * scale + shift: where a thread holds whole rows of the tile (sm_100) each
+    # live vector costs it BLOCK_N registers. Subtracting the mean before scaling also loses less to cancellation.
+    if epilogue.bias is not None:
+        bias = tl.load(epilogue.bias + channels, mask=live_channels, other=0.0).to(tl.float32)
+        y += tl.expand_dims(bias, AXIS)
+    if epilogue.bn_mean is not None:
+        mean = tl.load(epilogue.bn_mean + channels, mask=live_channels, other=0.0).to(tl.float32)
+        y -= tl.expand_dims(mean, AXIS)
+    if epilogue.bn_var is not None:
+        variance = tl.load(epilogue.bn_var + channels, mask=live_channels, other=1.0).to(tl.float32)
+        y *= tl.expand_dims(tl.rsqrt(variance + tl.cast(epilogue.eps, tl.float32)), AXIS)
+    if epilogue.bn_weight is not None:
+        weight = tl.load(epilogue.bn_weight + channels, mask=live_channels, other=0.0).to(tl.float32)
+        y *= tl.expand_dims(weight, AXIS)
+    if epilogue.bn_bias is not None:
+        bias = tl.load(epilogue.bn_bias + channels, mask=live_channels, other=0.0).to(tl.float32)
+        y += tl.expand_dims(bias, AXIS)
+    return y
+
+
+@jit
+def activated(y, ACTIVATION: tl.constexpr):
+    """One of the activations. NaN stays NaN."""
+    if ACTIVATION == "relu":
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "relu6":
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = tl.minimum(y, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "silu":
+        y = y * tl.sigmoid(y)
+    return y
+
+
+@jit
 def apply_epilogue(
     acc, first_row, channels, live_channels, column, epilogue, M, K, P, Q,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Finish a tile of sums and store it. M: how many rows there are in ROWS."""
-    # One vector at a time, and not as acc * scale + shift: where a thread holds whole rows of the tile (sm_100) each
-    # live vector costs it BLOCK_N registers. Subtracting the mean before scaling also loses less to cancellation.
-    y = acc
-    if epilogue.bias is not None:
-        y += tl.load(epilogue.bias + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
-    if epilogue.bn_mean is not None:
-        y -= tl.load(epilogue.bn_mean + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
-    if epilogue.bn_var is not None:
-        variance = tl.load(epilogue.bn_var + channels, mask=live_channels, other=1.0).to(tl.float32)
-        y *= tl.rsqrt(variance + tl.cast(epilogue.eps, tl.float32))[None, :]
-    if epilogue.bn_weight is not None:
-        y *= tl.load(epilogue.bn_weight + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
-    if epilogue.bn_bias is not None:
-        y += tl.load(epilogue.bn_bias + channels, mask=live_channels, other=0.0).to(tl.float32)[None, :]
+    y = normalised(acc, channels, live_channels, epilogue, AXIS=0)
 
     rows = first_row + tl.arange(0, BLOCK_M)
     live_rows = rows < M
@@ -126,13 +149,7 @@ def apply_epilogue(
         offsets = (_row_in(rows, column, P, Q, ROWS, RESIDUAL) - first)[:, None] * K + channels[None, :]
         mask = live_residual[:, None] & live_channels[None, :]
         y += tl.load(epilogue.residual + first.to(tl.int64) * K + offsets, mask=mask, other=0.0).to(tl.float32)
-    if ACTIVATION == "relu":
-        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "relu6":
-        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        y = tl.minimum(y, 6.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "silu":
-        y = y * tl.sigmoid(y)
+    y = activated(y, ACTIVATION)
 
     if ROWS == "halo" and OUT == "halo":
         y = tl.where(is_inside[:, None], y, 0.0)
