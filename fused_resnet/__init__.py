@@ -16,8 +16,20 @@ from fused_resnet.freezing.freeze import freeze
 from fused_resnet.fusing import adapters as adapters
 from fused_resnet.fusing import convert as convert
 from fused_resnet.fusing.convert import fuse, unfuse
+from fused_resnet.fusing.warm_up import warm_up
 from fused_resnet.operators import reference as reference
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "explain", "freeze", "functional", "fuse", "models", "nn", "unfuse", "__version__"]
+__all__ = [
+    "BackendError",
+    "explain",
+    "freeze",
+    "functional",
+    "fuse",
+    "models",
+    "nn",
+    "unfuse",
+    "warm_up",
+    "__version__",
+]

@@ -128,8 +128,10 @@ def entry_of(problem) -> Optional[Entry]:
 
 
 class Measurement(NamedTuple):
-    """What is known of a problem: `when` and at which batch it was measured, the best time of each backend there, and
-    of those candidates that are wrong for exactly this problem, why."""
+    """What is known of a problem: `when` and at which batch it was measured, and the best time of each backend there.
+
+    wrong: why, by candidate, of those that are wrong for exactly this problem.
+    """
 
     place: str
     when: str
@@ -173,7 +175,7 @@ def knows(problem) -> bool:
 
 def is_trusted(backend: str, device: str) -> bool:
     """Whether a backend has been checked in a process of its own here, with these versions, and did not end it."""
-    return known(device).trusted.get(backend) == _stamp(backend, device)
+    return kernel_digest(backend) is not None and known(device).trusted.get(backend) == _stamp(backend, device)
 
 
 def _counts(problem) -> bool:
@@ -213,9 +215,8 @@ def _nearest(problem) -> Optional[tuple[int, "_Found"]]:
 @functools.lru_cache(maxsize=8192)
 def _outcome(problem, candidate: str, settings: tuple) -> Optional[dict]:
     found = known(problem.device).checks.get(_check_key(problem), {}).get(candidate)
-    if found is None or found["kernel"] != kernel_digest(candidate.partition(" ")[0]):
-        return None
-    return found
+    digest = kernel_digest(candidate.partition(" ")[0])
+    return None if found is None or digest is None or found["kernel"] != digest else found
 
 
 def _check_key(problem) -> str:

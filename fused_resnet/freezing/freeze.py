@@ -33,7 +33,7 @@ def freeze(
     dtype: Optional[torch.dtype] = None,
     backend: str = "auto",
     tune: Tune = "auto",
-    progress: Progress = silent,
+    progress: Optional[Progress] = None,
 ) -> Union["FrozenModel", "FrozenParts"]:
     """An inference-only copy of `model`: BN folded, weights packed, one plan per input shape, a CUDA graph on GPUs.
 
@@ -95,7 +95,7 @@ def freeze(
         raise TypeError(f"freeze: dtype must be float32, bfloat16, float16 or float64, got {dtype}.")
     backends.check_name("freeze", backend)
     check_tune("freeze", tune)
-    tuning = Tuning(tune, progress)
+    tuning = Tuning(tune, progress or silent)
     frozen = [name for name, module in model.named_modules() if isinstance(module, Frozen)]
     if frozen:
         raise ValueError(f"freeze: {frozen[0] or 'the model'} is frozen already. Freeze what it was made from.")

@@ -397,8 +397,11 @@ SMALL, LARGE = (problem(64, C=C, H=56, W=56, dtype=torch.float16, device="cuda")
 
 
 class Gpu:
-    """Of a GPU that is not here: the child's part. times: microseconds by candidate. deadly: by problem, the candidates
-    that end the child. most: of jobs until the deadline."""
+    """The child's part on a GPU that is not here.
+
+    times: microseconds by candidate. deadly: by problem, the candidates that end the child. most: so many jobs are done
+    until the deadline.
+    """
 
     def __init__(self):
         self.asked, self.options, self.times, self.deadly, self.most = [], {}, {}, {}, 99
@@ -504,3 +507,31 @@ def test_whether_tf32_is_allowed_is_part_of_what_is_known(gpu, monkeypatch):
     assert winners.entry_of(one) is None and winners.entry_of(SMALL) is not None
     decide.decide([one, SMALL], CUDA)
     assert [problem for problem, _ in gpu.asked] == [str(one)]
+
+
+# ------------------------------------------------------------------------------------------------------- fused models
+
+
+def test_warm_up_measures_what_a_fused_model_runs(measuring, no_child, timed):
+    torch.manual_seed(0)
+    model, x = models.create("resnet20").eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        plain = model(x)
+        assert fused_resnet.warm_up(fused_resnet.fuse(model), x) is model
+        assert timed and all(one.has_bn and not one.has_bias for one in timed) and len(timed) == len(set(timed))
+        assert all(winners.entry_of(one) is not None for one in timed)
+        assert all("tuned here" in choosing.select(one).source for one in timed)
+        torch.testing.assert_close(model(x), plain, rtol=1e-4, atol=1e-4)
+        timed.clear()
+        fused_resnet.warm_up(model, x)
+        assert not timed
+
+
+def test_what_warm_up_refuses():
+    model = fused_resnet.fuse(models.create("resnet20"))
+    with pytest.raises(RuntimeError, match="training mode"):
+        fused_resnet.warm_up(model.train(), torch.randn(1, 3, 32, 32))
+    with pytest.raises(TypeError, match="expected an nn.Module, got function"):
+        fused_resnet.warm_up(lambda x: x, torch.randn(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="warm_up: tune must be"):
+        fused_resnet.warm_up(model.eval(), torch.randn(1, 3, 32, 32), tune="later")
