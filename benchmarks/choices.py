@@ -1,9 +1,9 @@
 """What freeze chooses by measuring, against every single backend: python -m benchmarks.choices --out choices.json
 
-Frozen models of each network, dtype, batch and number of threads take turns in one process: as freeze makes them by
-default, the same once more as a control (A/A), by the rules alone (tune=False), and with each backend that can run all
-of the network. "of the best" is the time of the fastest single backend as a fraction of the default's. Above 0.95,
-freeze is within 5 % of it.
+Frozen models of each network, dtype, batch and number of threads take turns in one process. There is one as freeze
+makes it by default, and once more as a control (A/A). There is one by the rules alone (tune=False), and one with each
+backend that can run all of the network. "of the best" is the time of the fastest single backend as a fraction of the
+default's. Above 0.95, freeze is within 5 % of it.
 """
 
 from __future__ import annotations
