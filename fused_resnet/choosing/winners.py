@@ -20,7 +20,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 
@@ -298,6 +298,13 @@ def keep(found: Table) -> None:
         )
         _SESSION.setdefault(found.device, Table.empty(found.device)).merge(found)
         forget()
+
+
+def keep_refusals(refusals: Mapping[Any, tuple[Any, str]]) -> None:
+    """Keep that these candidates cannot run these problems: {problem: (selection, why)}."""
+    for problem, (selection, why) in refusals.items():
+        if (name := device_id(problem.device)) is not None:
+            keep(Table.empty(name)._replace(checks=checks_of(problem, {str(selection): {"why": why}})))
 
 
 def checks_of(problem, outcomes: Mapping[str, dict]) -> dict[str, dict[str, dict]]:

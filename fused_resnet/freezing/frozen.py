@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fused_resnet.choosing import winners
 from fused_resnet.choosing.decide import NOTHING, Tuning
 from fused_resnet.freezing.copies import copy_of, copy_tensors, copy_with_parameters
 from fused_resnet.freezing.dtypes import conversion, is_floating, main_dtype, propagated
@@ -20,7 +21,7 @@ from fused_resnet.freezing.modules import PackedWeights
 from fused_resnet.freezing.parts import freeze_parts
 from fused_resnet.freezing.plan import Plan, Turns, plainly
 from fused_resnet.freezing.trace import trace
-from fused_resnet.freezing.warm import warmed
+from fused_resnet.freezing.warm import refused, warmed
 from fused_resnet.machine.cuda_graphs import is_captured
 from fused_resnet.machine.locks import new_lock
 from fused_resnet.nn.scripting import NotScriptable
@@ -157,13 +158,26 @@ class FrozenModel(Frozen):
             plan = self._known_plan(x)  # another thread may have made it meanwhile
             if plan is None:
                 with plainly(self.device):
-                    made = make_plan(graph, x.detach(), self._conversion, self.backend, self._packed, self._tuning)
-                    plan = warmed(made, x.detach(), self._turns)
+                    plan = self._made(graph, x.detach())
                 with self._lock:
                     self._plans[tuple(x.shape)] = plan
                     if len(self._plans) > MAX_PLANS:
                         self._plans.popitem(last=False)
         return plan
+
+    def _made(self, graph: fx.GraphModule, x: Tensor) -> Plan:
+        """A new plan, warmed up. Convolutions that a library refuses, which shows when they run, go to another."""
+        made = make_plan(graph, x, self._conversion, self.backend, self._packed, self._tuning)
+        try:
+            return warmed(made, x, self._turns)
+        except ValueError:
+            if self.backend != "auto" or not (refusals := refused(made)):
+                raise
+        for problem, (selection, why) in refusals.items():
+            log.info("%s refuses %s, which goes to another backend: %s", selection, problem, why)
+        winners.keep_refusals(refusals)
+        made = make_plan(self._graph_for(x), x, self._conversion, self.backend, self._packed, self._tuning)
+        return warmed(made, x, self._turns)
 
     def _graph_for(self, x: Tensor) -> fx.GraphModule:
         """The traced graph with all shapes for x, or the refusal of a wrong one, which is remembered."""

@@ -9,13 +9,17 @@ import math
 import torch
 from torch import Tensor, fx
 
+from fused_resnet import choosing
+from fused_resnet.choosing.case import synchronize
 from fused_resnet.freezing.dtypes import facts_of
+from fused_resnet.freezing.modules import FrozenConv
 from fused_resnet.freezing.plan import GraphedPlan, Plan, Turns
 from fused_resnet.freezing.state import content_of_tensor, keeps_state
 from fused_resnet.machine import malloc
 from fused_resnet.machine.cuda_graphs import capturing
-from fused_resnet.machine.errors import first_line
-from fused_resnet.operators.problem import dtype_name
+from fused_resnet.machine.errors import first_line, one_line
+from fused_resnet.operators import layout
+from fused_resnet.operators.problem import ConvProblem, dtype_name
 
 log = logging.getLogger("fused_resnet")
 
@@ -37,6 +41,23 @@ def warmed(plan: Plan, x: Tensor, turns: Turns) -> Plan:
         except RuntimeError as error:
             log.warning("frozen without a CUDA graph: %s cannot be captured (%s)", _shown(x), error)
             return plan
+
+
+def refused(plan: Plan) -> dict[ConvProblem, tuple[choosing.Selection, str]]:
+    """Of a plan that does not run: the convolutions that their backend refuses, each run alone, and what it says."""
+    found = {}
+    for module in plan.module.modules():
+        if not isinstance(module, FrozenConv) or module.placed is not None:
+            continue
+        p, device = module.problem, module.weight.device
+        x = torch.zeros(p.N, p.C, p.H, p.W, dtype=p.dtype, device=device)
+        residual = torch.zeros(p.output_shape, dtype=p.dtype, device=device) if p.has_residual else None
+        try:
+            module(layout.channels_last(x), None if residual is None else layout.channels_last(residual))
+            synchronize(device)
+        except Exception as error:  # whatever a library raises
+            found[p] = module.selection, one_line(error)
+    return found
 
 
 def _has_graphs(device: torch.device) -> bool:

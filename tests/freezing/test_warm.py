@@ -7,11 +7,14 @@ import threading
 
 import pytest
 import torch
+from torch import nn
 
 import fused_resnet
+from fused_resnet import backends
+from fused_resnet.backends.record import REGISTRY
 from fused_resnet.machine import malloc
 from tests.support import networks
-from tests.support.plans import X
+from tests.support.plans import X, convolutions
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -69,3 +72,25 @@ def test_freed_memory_stays_with_the_process():
 
     assert page_faults() < 1000
     assert page_faults(MALLOC_MMAP_THRESHOLD_=str(32 * 2**20)) > 10_000  # the environment's word is the last
+
+
+def test_a_convolution_that_a_library_refuses_goes_to_another_alone(tuned_files, monkeypatch):
+    """It said that it can run it, and raises when it does: as cuDNN where it has no fused engine."""
+    eager = backends.known("conv_bn_act")["eager"]
+
+    def run(problem, operands):
+        if problem.C == 16:
+            raise RuntimeError("no engine\nmore")
+        return eager.run(problem, operands)
+
+    library = backends.Backend("library", lambda problem: None, run, backends.Auto(("cpu",)))
+    monkeypatch.setitem(REGISTRY, "conv_bn_act", {"library": library, **REGISTRY["conv_bn_act"]})
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(2, 3, 9, 9)
+    frozen = fused_resnet.freeze(model, x)
+    names = [conv.backend.name for conv in convolutions(frozen, x)]
+    assert names[0] == names[2] == "library" != names[1]
+    torch.testing.assert_close(frozen(x), model(x))
+    with pytest.raises(ValueError, match="does not run on an input .* no engine"):
+        fused_resnet.freeze(model, x, backend="library")
