@@ -1,4 +1,8 @@
-"""cuDNN's fused convolutions: bias, residual and ReLU in one call."""
+"""cuDNN's fused convolutions: bias, residual and ReLU in one call.
+
+There is no config for cuDNN's algorithm. Torch keeps, in a thread, the one that a convolution's first call took. Where
+plans are captured and measured that call times them all (`cuda_graphs.best_algorithms`), cuDNN's first guess too.
+"""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ from fused_resnet.machine import files
 from fused_resnet.machine.locks import new_lock
 from fused_resnet.operators.problem import ConvProblem
 
+CLOSE = 1.1  # times the best: the second best is tried in its place in a captured plan
 MARGIN = 0.03  # by which a winner must beat what the fixed order takes, or noise would decide between equals
 ROUNDS, LEAST_ROUNDS, CPU_SECONDS, GPU_SECONDS = 30, 10, 3.0, 60.0
 _SECONDS_FOR_ONE = 1.0  # of timing, on a GPU
@@ -336,6 +337,22 @@ def _keep_times(times: Mapping[ConvProblem, Mapping[Selection, Stats]], outcomes
         table.entries.setdefault(winners.key(problem), {})[problem.N] = entry
     if table.entries:
         winners.keep(table)
+
+
+def rivals(problems: Sequence[ConvProblem]) -> list[tuple[ConvProblem, Selection]]:
+    """The second best of each problem that was measured here, where it is close and not yet tried in a captured plan.
+    Those whose time is longest come first."""
+    found = []
+    for problem in dict.fromkeys(problems):
+        entry = winners.entry_of(problem)
+        if entry is None or entry.is_swapped:
+            continue
+        times = {name: one.time_us for name, one in entry.candidates.items()}
+        own = times.pop(entry.winner)
+        second = min(times, key=times.__getitem__, default=None)
+        if second is not None and times[second] <= CLOSE * own:
+            found.append((own, problem, select(problem, second, in_plan=True)))
+    return [(problem, selection) for _, problem, selection in sorted(found, key=lambda one: -one[0])]
 
 
 def fixed(problem: ConvProblem) -> Selection:

@@ -307,6 +307,17 @@ def keep_refusals(refusals: Mapping[Any, tuple[Any, str]]) -> None:
             keep(Table.empty(name)._replace(checks=checks_of(problem, {str(selection): {"why": why}})))
 
 
+def keep_swaps(better: Mapping[Any, Optional[Any]]) -> None:
+    """Keep what a captured plan has shown of problems that were measured here: the selection that is better in place of
+    the winner, None where the winner is."""
+    for problem, selection in better.items():
+        name = str(device_id(problem.device))
+        entry, _, kernels = known(problem.device).entries[key(problem)][problem.N]
+        winner = entry.winner if selection is None else selection.backend.name
+        entries = {key(problem): {problem.N: entry._replace(winner=winner, is_swapped=True)}}
+        keep(Table(name, entries, {entry.run: {"date": entry.run, "kernels": kernels}}, {}, {}))
+
+
 def checks_of(problem, outcomes: Mapping[str, dict]) -> dict[str, dict[str, dict]]:
     """Outcomes by candidate, as a table keeps them."""
     found = {name: {**one, "kernel": kernel_digest(name.partition(" ")[0])} for name, one in outcomes.items()}

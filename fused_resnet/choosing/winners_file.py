@@ -29,7 +29,8 @@ class Entry(NamedTuple):
 
     default: the backend `auto` takes without tuning. run: key of the file's "runs", which hold the environments.
     in_nhwc: the same among the candidates that read x in NHWC, for where it cannot lie in row space. None where no
-    candidate reads row space, and in entries that older versions wrote.
+    candidate reads row space, and in entries that older versions wrote. is_swapped: whether the two best were compared
+    inside a captured plan, and the winner is the better of them there.
     """
 
     winner: str
@@ -37,6 +38,7 @@ class Entry(NamedTuple):
     run: str
     candidates: dict[str, Measured]
     in_nhwc: Optional["Entry"] = None
+    is_swapped: bool = False
 
     @classmethod
     def from_json(cls, record: dict) -> "Entry":
@@ -52,7 +54,8 @@ class Entry(NamedTuple):
             raise ValueError(f"the winner {record['winner']!r} was not measured")
         in_nhwc = record.get("in_nhwc")
         nested = None if in_nhwc is None else cls.from_json(in_nhwc)
-        return cls(record["winner"], str(record["default"]), str(record["run"]), candidates, nested)
+        is_swapped = bool(record.get("is_swapped", False))
+        return cls(record["winner"], str(record["default"]), str(record["run"]), candidates, nested, is_swapped)
 
     def as_json(self) -> dict:
         record = dict(self._asdict(), candidates={name: one._asdict() for name, one in self.candidates.items()})

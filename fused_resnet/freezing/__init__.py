@@ -5,5 +5,6 @@
 - `state`: what a forward keeps; `copies` of models
 - `make`: the passes over a `draft`; `lowering`, `biases`, `placing` and `layouts`: the passes; `dtypes` of all values,
   with `shapes` that need not be asked of torch
-- `plan`: what runs; `modules`: what it is made of; `warm`: its first run, and its capture on a GPU
+- `plan`: what runs; `modules`: what it is made of; `warm`: its first run, and its capture on a GPU,
+  in which `swapping` tries the second best
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Mapping, NamedTuple, Optional
 
 import torch
 from torch import Tensor, fx, nn
@@ -38,7 +38,8 @@ class Draft(NamedTuple):
     convs: the nodes that are lowered convolutions, each called with x and perhaps a residual. Passes decide by
     replacing what is kept there. backend: "auto", or the one that every convolution must use. device: where the plan
     will run. conversion: of the caller's dtypes, if there is one. packed: the weights that the model's plans share.
-    tuning: what may be measured of what is not known (`choosing.decide`).
+    tuning: what may be measured of what is not known (`choosing.decide`). overrides: who computes some problems,
+    whatever is known of them.
     """
 
     module: fx.GraphModule
@@ -49,6 +50,7 @@ class Draft(NamedTuple):
     conversion: Optional[Conversion]
     packed: PackedWeights
     tuning: Tuning = NOTHING
+    overrides: Mapping[ConvProblem, Selection] = {}
 
     @property
     def graph(self) -> fx.Graph:

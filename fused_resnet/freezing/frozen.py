@@ -17,9 +17,10 @@ from fused_resnet.choosing.decide import NOTHING, Tuning
 from fused_resnet.freezing.copies import copy_of, copy_tensors, copy_with_parameters
 from fused_resnet.freezing.dtypes import conversion, is_floating, main_dtype, propagated
 from fused_resnet.freezing.make import make_plan
-from fused_resnet.freezing.modules import PackedWeights
+from fused_resnet.freezing.modules import FrozenConv, PackedWeights
 from fused_resnet.freezing.parts import freeze_parts
 from fused_resnet.freezing.plan import Plan, Turns, plainly
+from fused_resnet.freezing.swapping import Overrides, swapped
 from fused_resnet.freezing.trace import trace
 from fused_resnet.freezing.warm import refused, warmed
 from fused_resnet.machine.cuda_graphs import is_captured
@@ -169,15 +170,26 @@ class FrozenModel(Frozen):
         """A new plan, warmed up. Convolutions that a library refuses, which shows when they run, go to another."""
         made = make_plan(graph, x, self._conversion, self.backend, self._packed, self._tuning)
         try:
-            return warmed(made, x, self._turns)
+            plan = warmed(made, x, self._turns)
+            return self._swapped(plan, x) if plan.is_graphed else plan
         except ValueError:
             if self.backend != "auto" or not (refusals := refused(made)):
                 raise
         for problem, (selection, why) in refusals.items():
             log.info("%s refuses %s, which goes to another backend: %s", selection, problem, why)
         winners.keep_refusals(refusals)
-        made = make_plan(self._graph_for(x), x, self._conversion, self.backend, self._packed, self._tuning)
-        return warmed(made, x, self._turns)
+        return self._remade(x, {})
+
+    def _swapped(self, plan: Plan, x: Tensor) -> Plan:
+        """A captured plan, with the second best of some convolutions where that is faster."""
+        if self.backend != "auto" or self._tuning.tune in (False, "check"):
+            return plan
+        problems = [module.problem for module in plan.module.modules() if isinstance(module, FrozenConv)]
+        return swapped(plan, lambda overrides: self._remade(x, overrides), problems, x)
+
+    def _remade(self, x: Tensor, overrides: Overrides) -> Plan:
+        options = (self._conversion, self.backend, self._packed, self._tuning, overrides)
+        return warmed(make_plan(self._graph_for(x), x, *options), x, self._turns)
 
     def _graph_for(self, x: Tensor) -> fx.GraphModule:
         """The traced graph with all shapes for x, or the refusal of a wrong one, which is remembered."""

@@ -6,12 +6,12 @@ passes decide about these calls, then their modules are made. Everything else st
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from typing import Callable, Mapping, Optional
 
 import torch
 from torch import Tensor, fx, nn
 
-from fused_resnet.choosing import winners
+from fused_resnet.choosing import Selection, winners
 from fused_resnet.choosing.decide import NOTHING, Tuning
 from fused_resnet.freezing import dtypes
 from fused_resnet.freezing.biases import move_biases
@@ -57,12 +57,14 @@ def make_plan(
     backend: str,
     packed: PackedWeights,
     tuning: Tuning = NOTHING,
+    overrides: Mapping[ConvProblem, Selection] = {},
 ) -> Plan:
     """The plan for inputs like x: as the model computes, or with its dtypes converted. packed: of its other plans.
 
-    graph: what `propagated` returned for x; it becomes the plan's. tuning: what may be measured for it.
+    graph: what `propagated` returned for x; it becomes the plan's. tuning: what may be measured for it. overrides: as
+    `Draft` says.
     """
-    draft = _draft_of(graph, conversion, backend, x.device, packed)._replace(tuning=tuning)
+    draft = _draft_of(graph, conversion, backend, x.device, packed)._replace(tuning=tuning, overrides=overrides)
     for run in PASSES:
         run(draft)
     draft.module.delete_all_unused_submodules()

@@ -22,7 +22,8 @@ def choose_measured(draft: Draft) -> None:
         return
     decide([conv.problem for conv in draft.convs.values()], draft.device, draft.tuning)
     for node, conv in list(draft.convs.items()):
-        draft.decide(node, selection=choosing.select(conv.problem, in_plan=True))
+        selection = draft.overrides.get(conv.problem) or choosing.select(conv.problem, in_plan=True)
+        draft.decide(node, selection=selection)
 
 
 def mark_sums_in_place(draft: Draft) -> None:

@@ -1,0 +1,93 @@
+"""The two best of a convolution against each other inside a captured plan: which are tried, what is taken and kept."""
+
+import pytest
+import torch
+from torch import nn
+
+import fused_resnet
+from fused_resnet.choosing import timing, winners
+from fused_resnet.freezing import plan as plans
+from fused_resnet.freezing.swapping import swapped
+from tests.support.plans import convolutions, needs_onednn
+from tests.support.tuned_files import entry, problem
+
+FIRST, SECOND, FAR = (problem(2, C=C) for C in (16, 32, 48))
+
+
+class Fake:
+    """A captured plan that takes `us` to replay."""
+
+    def __init__(self, us, overrides):
+        self.us, self.overrides = us, overrides
+
+    def __call__(self, x):
+        return self.us
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Times are what the fakes say."""
+
+    def interleaved(calls, **options):
+        assert options["rounds"] > 3
+        return {name: timing.Stats(*(float(call()),) * 4, 9) for name, call in calls.items()}
+
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+
+
+@pytest.fixture
+def measured(tuned_files):
+    """Two problems whose second best are close, and one whose is not. SECOND takes longest."""
+    for one, own, other in ((FIRST, 10.0, 10.9), (SECOND, 20.0, 21.0), (FAR, 90.0, 100.0)):
+        found = entry("eager", eager=(None, own), onednn=(None, other))
+        tuned_files.add(tuned_files.user, one, found)
+
+
+@needs_onednn
+def test_what_is_faster_in_place_is_taken_and_kept(measured, replays):
+    made = []
+
+    def make(overrides):
+        made.append(dict(overrides))
+        return Fake(100.0 - 5 * (SECOND in overrides) + 5 * (FIRST in overrides), overrides)
+
+    best = swapped(Fake(100.0, {}), make, [FIRST, SECOND, FAR, FIRST], torch.zeros(1))
+    assert best.us == 95.0 and {one: s.backend.name for one, s in best.overrides.items()} == {SECOND: "onednn"}
+    assert [list(overrides) for overrides in made] == [[SECOND], [SECOND, FIRST]]
+    kept = {one: winners.entry_of(one) for one in (FIRST, SECOND, FAR)}
+    assert {one: found.winner for one, found in kept.items()} == {FIRST: "eager", SECOND: "onednn", FAR: "eager"}
+    assert [found.is_swapped for found in kept.values()] == [True, True, False]
+    assert swapped(best, make, [FIRST, SECOND, FAR], torch.zeros(1)) is best and len(made) == 2  # not tried again
+
+
+@needs_onednn
+def test_a_gain_within_noise_changes_nothing(measured, replays):
+    plan = Fake(100.0, {})
+    assert swapped(plan, lambda overrides: Fake(99.8, overrides), [FIRST, SECOND], torch.zeros(1)) is plan
+    assert winners.entry_of(SECOND).winner == "eager" and winners.entry_of(SECOND).is_swapped
+
+
+@needs_onednn
+def test_what_time_does_not_allow_is_tried_the_next_time(measured, replays):
+    plan = Fake(100.0, {})
+    assert swapped(plan, lambda overrides: Fake(1.0, overrides), [FIRST], torch.zeros(1), seconds=0.0) is plan
+    assert not winners.entry_of(FIRST).is_swapped
+
+
+@needs_onednn
+def test_a_captured_plan_is_made_anew_with_the_second_best(tuned_files, monkeypatch):
+    """As on a GPU; the plan of the second best is said to be twice as fast."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval(), torch.randn(2, 3, 9, 9)
+    (first, second) = (conv.problem for conv in convolutions(fused_resnet.freeze(model, x), x))
+    tuned_files.add(tuned_files.user, first, entry("eager", eager=(None, 10.0), onednn=(None, 10.5)))
+    tuned_files.add(tuned_files.user, second, entry("eager", eager=(None, 10.0), onednn=(None, 20.0)))
+    monkeypatch.setattr(plans.Plan, "is_graphed", True)
+    fast, slow = (timing.Stats(us, us, us, us, 9) for us in (10.0, 20.0))
+    monkeypatch.setattr(timing, "interleaved", lambda calls, **options: {"own": slow, "other": fast})
+    frozen = fused_resnet.freeze(model, x)
+    assert [conv.backend.name for conv in convolutions(frozen, x)] == ["onednn", "eager"]
+    torch.testing.assert_close(frozen(x), model(x))
+    assert winners.entry_of(first).winner == "onednn"
+    forced = fused_resnet.freeze(model, x, tune=False)
+    assert [conv.backend.name for conv in convolutions(forced, x)] == ["onednn", "eager"]
