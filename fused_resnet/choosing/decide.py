@@ -270,7 +270,8 @@ class _Memory:
             alike = [problem for problem in problems if problem.dtype == dtype]
             x = max(p.N * p.C * p.H * p.W for p in alike)
             residual = max(math.prod(p.output_shape) * p.has_residual for p in alike)
-            values = torch.randn(max(x, residual)).to(dtype)
+            generator = torch.Generator().manual_seed(0)  # the process's own is the caller's
+            values = torch.randn(max(x, residual), generator=generator).to(dtype)
             self._tensors[dtype] = (values, torch.empty(x, dtype=dtype), torch.empty(residual, dtype=dtype))
 
     def fed(self, planned: Planned, problem: ConvProblem) -> Fed:

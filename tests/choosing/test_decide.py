@@ -231,6 +231,18 @@ def test_a_backend_that_is_new_since_is_measured(measuring, no_child, timed, mon
     assert timed == [EVEN]
 
 
+def test_measuring_leaves_the_process_as_it_was(measuring, no_child, timed):
+    """Its random numbers, threads and modes."""
+
+    def state():
+        modes = torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled(), torch.get_num_threads()
+        return torch.get_rng_state().tolist(), modes
+
+    before = state()
+    decide.decide([EVEN, ODD._replace(has_residual=True)], CPU)
+    assert timed and state() == before
+
+
 def test_checks_are_kept_though_the_timing_is_interrupted(measuring, no_child, monkeypatch):
     def interrupted(groups, **options):
         raise KeyboardInterrupt
