@@ -7,7 +7,6 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import kept_weights
 from fused_resnet.backends.record import Auto, Backend, Rounding
 from fused_resnet.kernels import sources
 from fused_resnet.kernels.triton import is_interpreted
@@ -33,7 +32,7 @@ def run(problem: ConvProblem, operands: ConvOperands, in_nchw: bool = False) -> 
     placed = layout.nchw if in_nchw else layout.channels_last
     x, weight = operands.x, operands.weight
     if not (in_nchw and x.is_contiguous() and weight.is_contiguous()):
-        weight = kept_weights.in_channels_last(weight)
+        weight = layout.channels_last(weight)
     y = placed(detours.convolution(problem, x, weight))
     o = operands.map(lambda tensor: tensor if tensor.dim() == 4 else tensor.contiguous())
     residual = None if o.residual is None else placed(o.residual)

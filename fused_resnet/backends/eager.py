@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.backends import kept_weights
 from fused_resnet.backends.record import Auto, Backend, Configs, InPlan, Rounding
 from fused_resnet.operators import affine, detours
 from fused_resnet.operators.composites import activate_
@@ -35,10 +34,7 @@ def run(
     has_late_bias = o.bias is not None and o.bias.dtype != o.x.dtype
     bias = None if has_late_bias else o.bias
     x = o.x.contiguous() if config is not None or _weight_is_dearer_to_convert(problem, o) else o.x
-    weight = o.weight
-    if problem.device == "cuda" and problem.dtype != torch.float64 and not x.is_contiguous():
-        weight = kept_weights.in_channels_last(weight)
-    y = detours.convolution(problem, x, weight, bias)
+    y = detours.convolution(problem, x, o.weight, bias)
     if o.residual is not None:  # which as a rule has the output's layout
         y = placed(y)
     if not has_late_bias and _is_stock_batch_norm(o):

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from fused_resnet import backends
 from fused_resnet.machine.devices import allows_tf32
+from fused_resnet.machine.locks import new_rlock
 from fused_resnet.operators import reference
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, Problem, dtype_name
+
+_POISONING = new_rlock()
 
 
 class AddReluOperands(NamedTuple):
@@ -97,9 +100,10 @@ def poisoned_memory(like: Tensor) -> Iterator[None]:
         del poison
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # makes torch.empty fill with NaN
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    with _POISONING:  # the switch is the process's: two threads would put it back in the wrong order
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)  # makes torch.empty fill with NaN
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -14,8 +14,8 @@ from fused_resnet.choosing.cases import finite, folded_operands, in_order, order
 from fused_resnet.choosing.choice import Selection
 from fused_resnet.choosing.planned import Planned, planned_call
 from fused_resnet.choosing.timing import Fed
-from fused_resnet.machine import cuda_graphs
-from fused_resnet.machine.errors import one_line
+from fused_resnet.machine import cuda_graphs, devices
+from fused_resnet.machine.errors import is_out_of_memory, one_line
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 
@@ -61,7 +61,7 @@ class Checked(NamedTuple):
     """What came of a check. call: the candidate as it may be timed, if it is right.
 
     outcome: {"error_ratio": the worst error as a fraction of what is allowed, None if that is no number}, or {"why"} it
-    could not be run.
+    could not be run. "is_passing": that says something of the moment, and not of the candidate.
     """
 
     outcome: dict[str, Any]
@@ -80,12 +80,13 @@ def checked(subject: Subject, candidate: Selection, known: Optional[dict[str, An
     if known is not None and winners.why_wrong(known) is not None:
         return Checked(known)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), devices.on(subject.device):
             planned = subject.planned(candidate)
             call = planned.call if subject.device == "cpu" else cuda_graphs.captured(planned.call)
             outcome = known or {"error_ratio": finite(_worst_of_two(subject, candidate, planned, call))}
     except Exception as error:
-        return Checked({"why": one_line(error)})
+        passes = {"is_passing": True} if is_out_of_memory(error) else {}
+        return Checked({"why": one_line(error), **passes})
     return Checked(outcome, planned, call) if winners.why_wrong(outcome) is None else Checked(outcome)
 
 

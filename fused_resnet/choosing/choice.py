@@ -103,7 +103,8 @@ def _measured_winner(problem: Problem, in_plan: bool, in_nhwc: bool) -> Optional
         reason = "it has no such config any more"
     if reason is None and backend is not None:
         measured = Selection(backend, config, winner.source)
-        reason = _why_not_here(measured, winner, in_plan, in_nhwc)
+        wrong = why_rejected(problem, measured)
+        reason = f"it is wrong here: {wrong}" if wrong else _why_not_here(measured, winner, in_plan, in_nhwc)
         if reason is None:
             return measured
     source = f"{FIXED_ORDER}; {winner.source}: {winner.backend}, but {reason}"

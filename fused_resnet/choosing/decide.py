@@ -20,6 +20,7 @@ import datetime
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,17 @@ Outcomes = dict[ConvProblem, dict[str, dict[str, Any]]]
 
 log = logging.getLogger("fused_resnet")
 _measuring = new_lock()
+_measuring_thread: Optional[int] = None
+
+
+@contextlib.contextmanager
+def _noted() -> Iterator[None]:
+    global _measuring_thread
+    _measuring_thread = threading.get_ident()
+    try:
+        yield
+    finally:
+        _measuring_thread = None
 
 
 def check_tune(caller: str, tune: Tune) -> None:
@@ -77,10 +89,12 @@ def is_on() -> bool:
     is_watched = (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.maybe_current_level() is not None
     )
+    if is_allowed and not is_watched and torch._C._len_torch_function_stack() > 0:
+        files.report_once("Nothing is measured under a torch function mode, such as torch.set_default_device sets.")
+        return False
     return is_allowed and not is_watched
 
 
@@ -91,9 +105,9 @@ def decide(problems: Sequence[ConvProblem], device: torch.device, tuning: Tuning
         return
     if tune == "check":
         return _check_choices(problems, device)
-    if not _unknown(problems):
+    if _measuring_thread == threading.get_ident() or not _unknown(problems):  # a callback of `progress` that freezes
         return
-    with _measuring, _alone(problems, device.type):
+    with _measuring, _noted(), _alone(problems, device.type):
         wanted = _unknown(problems)  # another thread or process may have found out meanwhile
         if not wanted:
             return
@@ -296,7 +310,7 @@ def _decide_on_gpu(wanted: Sequence[ConvProblem], device: str, seconds: float, p
     wanted = sorted(wanted, key=lambda problem: -_least_us(problem))
     found = {problem: candidates(problem, most=_MOST_CONFIGS)[0] for problem in wanted}
     outcomes: Outcomes = {problem: {} for problem in wanted}
-    jobs = []
+    jobs, failed = [], set()
     for problem, some in found.items():
         known = {str(one): winners.outcome(problem, str(one)) for one in some}
         outcomes[problem] = {name: outcome for name, outcome in known.items() if outcome is not None}
@@ -309,12 +323,18 @@ def _decide_on_gpu(wanted: Sequence[ConvProblem], device: str, seconds: float, p
             if event.times is not None:
                 by_name = {str(one): one for one in found[problem]}
                 times = {by_name[name]: stats for name, stats in event.times.items()}
+                _keep_checks({problem: outcomes[problem]}, "cuda")
                 _keep_times({problem: times}, outcomes, "cuda")
             elif event.outcome is not None:
                 outcomes[problem][event.name] = event.outcome
-                _keep_checks({problem: {event.name: event.outcome}}, "cuda")
+                if event.has_ended:
+                    failed.add(_backend_of(event.name))
+                    _keep_checks({problem: outcomes[problem]}, "cuda")
     except process.NoChild as error:
         files.report_once(f"No process can be started to measure kernels in, so nothing is measured ({error}).")
+        return
+    passed = {_backend_of(name) for by_name in outcomes.values() for name in by_name} - failed
+    winners.keep(Table.empty(str(winners.device_id("cuda")))._replace(trusted=winners.trust(passed, "cuda")))
 
 
 def _least_us(problem: ConvProblem) -> float:
@@ -323,10 +343,15 @@ def _least_us(problem: ConvProblem) -> float:
 
 
 def _keep_checks(outcomes: Outcomes, kind: str) -> None:
-    checks: dict[str, dict[str, dict]] = {}
-    for problem, found in outcomes.items():
-        checks.update(winners.checks_of(problem, found))
-    winners.keep(Table.empty(str(winners.device_id(kind)))._replace(checks=checks))
+    """In the user's file; what says something of the moment alone, for this process."""
+    name = str(winners.device_id(kind))
+    for is_passing, keep in ((False, winners.keep), (True, winners.keep_here)):
+        checks: dict[str, dict[str, dict]] = {}
+        for problem, found in outcomes.items():
+            some = {name: one for name, one in found.items() if one.get("is_passing", False) == is_passing}
+            checks.update(winners.checks_of(problem, some) if some else {})
+        if checks:
+            keep(Table.empty(name)._replace(checks=checks))
 
 
 def _keep_times(times: Mapping[ConvProblem, Mapping[Selection, Stats]], outcomes: Outcomes, kind: str) -> None:
@@ -343,8 +368,8 @@ def _keep_times(times: Mapping[ConvProblem, Mapping[Selection, Stats]], outcomes
 def rivals(problems: Sequence[ConvProblem]) -> list[tuple[ConvProblem, Selection]]:
     """The second best of each problem that was measured here, where it is close and not yet tried in a captured plan.
     Those whose time is longest come first."""
-    found = []
-    for problem in dict.fromkeys(problems):
+    found: list[tuple[float, ConvProblem, Selection]] = []
+    for problem in dict.fromkeys(problems) if is_on() else ():
         entry = winners.entry_of(problem)
         if entry is None or entry.is_swapped:
             continue

@@ -8,6 +8,8 @@ with the rest.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import json
 import math
@@ -29,10 +31,18 @@ from fused_resnet.choosing import timing
 from fused_resnet.choosing.candidates import candidates
 from fused_resnet.choosing.case import synchronize
 from fused_resnet.choosing.checking import Subject, checked
+from fused_resnet.machine import devices
 from fused_resnet.machine.errors import one_line
 from fused_resnet.operators.problem import parsed_problem
 
-LIMIT_S = 60.0  # for one candidate: the reference of a large problem takes seconds, too
+LIMIT_S = 60.0  # for one candidate of a small problem
+_FLOPS_PER_S = 0.25e9  # what a candidate reaches at least, in its four calls: bf16 where no instruction has it
+_PASSING = {
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGKILL,
+}  # of somebody else's doing, or of too little memory
 _START_S = 120.0  # until a child says its first word
 _MODULE = "fused_resnet.choosing.process"
 
@@ -72,7 +82,7 @@ def run(
     while left:
         request = {
             "device": device, "threads": torch.get_num_threads(), "seconds": seconds, "modules": _modules(),
-            "jobs": left,
+            "precision": _precision(), "jobs": left,
         }  # fmt: skip
         begun: Optional[tuple[str, str]] = None
         has_begun = is_over = False
@@ -81,6 +91,7 @@ def run(
                 has_begun, job = True, said["job"]
                 if said["is"] == "begun":
                     begun = (job, said["name"])
+                    child.limit = _limit_of(left[job]["problem"], device)
                 elif said["is"] == "checked":
                     begun = None
                     left[job]["known"][said["name"]] = said["outcome"]
@@ -104,25 +115,35 @@ def run(
             del left[min(left, key=int)]
             continue
         job, name = begun
-        outcome = {"why": child.why_ended()}
+        outcome = child.why_ended()
         left[job]["known"][name] = outcome
         yield Event(int(job), name, outcome, has_ended=True)
+
+
+def _limit_of(problem: str, device: str) -> float:
+    """How long a candidate may take: its four calls of a large problem take long."""
+    return LIMIT_S + 4 * parsed_problem(problem, torch.device(device).type).flops / _FLOPS_PER_S
 
 
 class _Child:
     """A child with its request written; ended when it is left."""
 
     def __init__(self, request: dict[str, Any]) -> None:
+        if not sys.executable or getattr(sys, "frozen", False):
+            raise NoChild("this program is no Python interpreter")
         self._stderr = tempfile.TemporaryFile()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # the same modules as here, and none that only happens to lie in the current folder; and no child of its own
+        path = os.pathsep.join(one or os.getcwd() for one in sys.path if isinstance(one, str))
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "FUSED_RESNET_TUNE": "0"}
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
-                env=environment,
+                env=environment, start_new_session=True,
             )  # fmt: skip
         except (OSError, TypeError) as error:  # no interpreter, no memory
             raise NoChild(str(error)) from error
         self._is_late = self._has_ended = False
+        self.limit = _START_S
         self._lines: queue.SimpleQueue[Optional[bytes]] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
         try:
@@ -139,19 +160,20 @@ class _Child:
         self._lines.put(None)
 
     def events(self, deadline: float) -> Iterator[dict[str, Any]]:
-        """What it says, until it ends, says nothing for LIMIT_S, or the deadline is there."""
-        patience = _START_S
+        """What it says, until it ends, says nothing for longer than its limit, or the deadline is there."""
         while True:
             try:
-                line = self._lines.get(timeout=max(0.0, min(patience, deadline - time.monotonic())))
+                line = self._lines.get(timeout=max(0.0, min(self.limit, deadline - time.monotonic())))
             except queue.Empty:
                 self._is_late = True
                 return
             if line is None:
                 self._has_ended = True
                 return
-            patience = LIMIT_S
-            yield json.loads(line)
+            with contextlib.suppress(ValueError):  # what a sitecustomize prints before `main` runs
+                said = json.loads(line)
+                if isinstance(said, dict) and "is" in said:
+                    yield said
 
     def __enter__(self) -> "_Child":
         return self
@@ -161,17 +183,20 @@ class _Child:
             self._process.kill()
         self._code = self._process.wait()
 
-    def why_ended(self) -> str:
+    def why_ended(self) -> dict[str, Any]:
+        """The outcome of the candidate that it was at."""
         if self._is_late:
-            return f"it had not ended after {LIMIT_S:.0f} s"
-        if self._code < 0:
-            return f"it ended the process ({signal.Signals(-self._code).name})"
-        return f"it ended the process (exit status {self._code})"
+            return {"why": f"it had not ended after {self.limit:.0f} s"}
+        if self._code >= 0:
+            return {"why": f"it ended the process (exit status {self._code})"}
+        name = signal.Signals(-self._code)
+        passes = {"is_passing": True} if name in _PASSING else {}
+        return {"why": f"it ended the process ({name.name})", **passes}
 
     def last_words(self) -> str:
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else self.why_ended()
+        return lines[-1] if lines else self.why_ended()["why"]
 
 
 def can_know(backend: backends.Backend) -> bool:
@@ -185,6 +210,25 @@ def _modules() -> list[str]:
     return sorted(name for name in made if name not in (None, "__main__") and not name.startswith("fused_resnet."))
 
 
+def _precision() -> dict[str, Any]:
+    """What this process allows fp32 to be computed in, and by whom."""
+    conv = getattr(torch.backends.mkldnn, "conv", None)
+    return {
+        "allows_tf32": devices.allows_tf32(),
+        "mkldnn": torch.backends.mkldnn.enabled,
+        "mkldnn_conv": getattr(conv, "fp32_precision", None),
+    }
+
+
+def _set_precision(allows_tf32: bool, mkldnn: bool, mkldnn_conv: Optional[str]) -> None:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allows_tf32
+    if mkldnn != torch.backends.mkldnn.enabled:
+        torch.backends.mkldnn.set_flags(mkldnn)
+    conv: Any = getattr(torch.backends.mkldnn, "conv", None)
+    if mkldnn_conv is not None and mkldnn_conv != conv.fp32_precision:
+        conv.fp32_precision = mkldnn_conv
+
+
 def main() -> None:
     events = os.fdopen(os.dup(1), "w")  # for events alone: what libraries print goes where errors go
     os.dup2(2, 1)
@@ -192,13 +236,16 @@ def main() -> None:
     for name in request["modules"]:
         importlib.import_module(name)
     torch.set_num_threads(request["threads"])
+    _set_precision(**request["precision"])
 
     def say(job: str, what: str, **more: Any) -> None:
         print(json.dumps({"job": job, "is": what, **more}), file=events, flush=True)
 
-    for index, job in request["jobs"].items():
-        _work(Job(**job), request["device"], request["seconds"], lambda what, **more: say(index, what, **more))  # noqa: B023
-        say(index, "done")
+    with devices.on(request["device"]):
+        for index, job in request["jobs"].items():
+            told = functools.partial(say, index)
+            _work(Job(**job), request["device"], request["seconds"], told)
+            told("done")
 
 
 def _work(job: Job, device: str, seconds: Optional[float], say: Any) -> None:

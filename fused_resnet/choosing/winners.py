@@ -52,12 +52,12 @@ class Winner(NamedTuple):
 def key(problem) -> str:
     """The problem without its batch, as people read it, and what else decides how fast it is and whether it is right.
 
-    That is the number of threads on a CPU, for fp32 on a GPU whether TF32 is allowed, and the versions of what computes
-    (`versions`).
+    On a CPU that is the number of threads, and what the process has set of oneDNN; for fp32 on a GPU, whether TF32 is
+    allowed; on both the versions of what computes (`versions`).
     """
     parts = [str(problem).partition("x")[2]]
     if problem.device == "cpu":
-        parts.append(f"{torch.get_num_threads()} threads")
+        parts += [f"{torch.get_num_threads()} threads", *onednn.switches()]
     elif problem.dtype == torch.float32:
         parts.append("tf32" if devices.allows_tf32() else "no tf32")
     return ", ".join((*parts, versions(problem.device)))
@@ -184,7 +184,9 @@ def _counts(problem) -> bool:
 
 def _settings(problem) -> tuple:
     """What is looked up anew when it changes, beside the problem."""
-    return (torch.get_num_threads() if problem.device == "cpu" else devices.allows_tf32(),)
+    if problem.device == "cpu":
+        return (torch.get_num_threads(), *onednn.switches())
+    return (devices.allows_tf32(),)
 
 
 @functools.lru_cache(maxsize=8192)
@@ -296,8 +298,13 @@ def keep(found: Table) -> None:
             f"{user_folder()} cannot be written, so what is measured is kept for this process alone "
             f"({one_line(error)})."
         )
-        _SESSION.setdefault(found.device, Table.empty(found.device)).merge(found)
-        forget()
+        keep_here(found)
+
+
+def keep_here(found: Table) -> None:
+    """Merge what was found into what this process knows."""
+    _SESSION.setdefault(found.device, Table.empty(found.device)).merge(found)
+    forget()
 
 
 def keep_refusals(refusals: Mapping[Any, tuple[Any, str]]) -> None:

@@ -20,7 +20,7 @@ from fused_resnet.freezing.make import make_plan
 from fused_resnet.freezing.modules import FrozenConv, PackedWeights
 from fused_resnet.freezing.parts import freeze_parts
 from fused_resnet.freezing.plan import Plan, Turns, plainly
-from fused_resnet.freezing.swapping import Overrides, swapped
+from fused_resnet.freezing.swapping import SECONDS, Overrides, swapped
 from fused_resnet.freezing.trace import trace
 from fused_resnet.freezing.warm import refused, warmed
 from fused_resnet.machine.cuda_graphs import is_captured
@@ -185,7 +185,8 @@ class FrozenModel(Frozen):
         if self.backend != "auto" or self._tuning.tune in (False, "check"):
             return plan
         problems = [module.problem for module in plan.module.modules() if isinstance(module, FrozenConv)]
-        return swapped(plan, lambda overrides: self._remade(x, overrides), problems, x)
+        seconds = SECONDS if isinstance(self._tuning.tune, str) else min(SECONDS, float(self._tuning.tune))
+        return swapped(plan, lambda overrides: self._remade(x, overrides), problems, x, seconds)
 
     def _remade(self, x: Tensor, overrides: Overrides) -> Plan:
         options = (self._conversion, self.backend, self._packed, self._tuning, overrides)

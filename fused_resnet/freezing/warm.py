@@ -17,7 +17,7 @@ from fused_resnet.freezing.plan import GraphedPlan, Plan, Turns
 from fused_resnet.freezing.state import content_of_tensor, keeps_state
 from fused_resnet.machine import malloc
 from fused_resnet.machine.cuda_graphs import capturing
-from fused_resnet.machine.errors import first_line, one_line
+from fused_resnet.machine.errors import first_line, is_out_of_memory, one_line
 from fused_resnet.operators import layout
 from fused_resnet.operators.problem import ConvProblem, dtype_name
 
@@ -56,7 +56,8 @@ def refused(plan: Plan) -> dict[ConvProblem, tuple[choosing.Selection, str]]:
             module(layout.channels_last(x), None if residual is None else layout.channels_last(residual))
             synchronize(device)
         except Exception as error:  # whatever a library raises
-            found[p] = module.selection, one_line(error)
+            if not is_out_of_memory(error):
+                found[p] = module.selection, one_line(error)
     return found
 
 

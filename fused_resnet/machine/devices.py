@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
 
@@ -12,6 +13,13 @@ import torch
 
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16")
 _MIN_CAPABILITY = (8, 0)  # below, GPUs have no bfloat16, and Triton spills thousands of bytes
+
+
+@contextlib.contextmanager
+def on(device: str) -> Iterator[None]:
+    """Inside, this is the current device, where it is a GPU: streams and graphs are made there."""
+    with torch.cuda.device(device) if torch.device(device).type == "cuda" else contextlib.nullcontext():
+        yield
 
 
 def device_name(device: str) -> str:

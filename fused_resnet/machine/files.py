@@ -29,7 +29,7 @@ log = logging.getLogger("fused_resnet")
 def cache_dir() -> Path:
     """The user's folder for what is kept, which need not exist yet."""
     if chosen := os.environ.get("FUSED_RESNET_CACHE_DIR"):
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))  # which leaves an unknown user's ~ as it is
     import platformdirs
 
     return platformdirs.user_cache_path("fused_resnet", appauthor=False)

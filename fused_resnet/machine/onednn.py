@@ -27,6 +27,13 @@ def isa_limit() -> tuple[str, str]:
     return next(((name, os.environ[name]) for name in names if os.environ.get(name)), ("", ""))
 
 
+def switches() -> list[str]:
+    """What the process has set of it: nothing by default. fp32 convolutions may be allowed to compute in less."""
+    found = [] if torch.backends.mkldnn.enabled else ["oneDNN off"]
+    precision = getattr(getattr(torch.backends.mkldnn, "conv", None), "fp32_precision", "none")
+    return found if precision in ("none", "ieee") else [*found, f"fp32 as {precision}"]
+
+
 @functools.lru_cache(maxsize=None)
 def has_amx() -> bool:
     """Whether oneDNN computes bf16 convolutions with AMX tiles: the processor has them, and no variable forbids it."""

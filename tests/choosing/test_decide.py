@@ -1,6 +1,10 @@
 """Deciding by measuring: what is checked and timed, what is kept, what is never chosen, when nothing is measured."""
 
+import io
+import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,12 +19,13 @@ from fused_resnet import backends, choosing, models
 from fused_resnet.backends.record import REGISTRY
 from fused_resnet.choosing import decide, process, timing, winners
 from fused_resnet.choosing.candidates import candidates
+from fused_resnet.choosing.case import poisoned_memory
 from fused_resnet.choosing.choice import FIXED_ORDER
 from fused_resnet.kernels import compiled
 from fused_resnet.machine import devices, files
 from tests.support import networks
 from tests.support.plans import convolutions, full
-from tests.support.tuned_files import problem
+from tests.support.tuned_files import entry, problem
 
 CPU = torch.device("cpu")
 ODD, EVEN = problem(2, C=32), problem(2, C=16)
@@ -400,6 +405,185 @@ def test_a_lock_that_another_process_holds_is_not_waited_for_for_ever(measuring,
     done.set()
     thread.join()
     assert timed == [EVEN] and time.monotonic() - begun < 30
+
+
+def test_too_little_memory_is_held_against_nobody_for_ever(measuring, no_child, timed, monkeypatch):
+    """Whoever had none then is tried again by the next process."""
+
+    def run(problem, operands):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "large", backends.Backend("large", lambda problem: None, run))
+    decide.decide([EVEN], CPU)
+    assert winners.outcome(EVEN, "large")["is_passing"] and chosen(EVEN) != "large"
+    timed.clear()
+    decide.decide([EVEN], CPU)
+    assert not timed
+    winners._SESSION.clear()
+    winners.forget()
+    assert winners.outcome(EVEN, "large") is None and winners.outcome(EVEN, "eager") is not None
+    decide.decide([EVEN], CPU)
+    assert timed == [EVEN]
+
+
+def test_a_wrong_winner_of_a_near_batch_is_not_chosen(measuring):
+    """A batch of 4 has been measured, and for 8 the winner is known to be wrong."""
+    near, one = EVEN._replace(N=4), EVEN._replace(N=8)
+    measuring.add(measuring.user, near, entry("eager"))
+    assert chosen(one) == "eager" and "batch 4" in choosing.select(one, in_plan=True).source
+    winners.keep(
+        winners.Table.empty(winners.device_id("cpu"))._replace(
+            checks=winners.checks_of(one, {"eager": {"error_ratio": 7.0}})
+        )
+    )
+    assert chosen(near) == "eager" and chosen(one) == choosing.fixed_order(one, in_plan=True).backend.name != "eager"
+    assert "wrong here: its error is 7 times" in choosing.select(one, in_plan=True).source
+
+
+def test_a_progress_callback_may_freeze(measuring, no_child, timed):
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), torch.randn(1, 3, 8, 8)
+    frozen = []
+
+    def progress(fraction, text):
+        if not frozen:
+            frozen.append(None)
+            frozen.append(fused_resnet.freeze(nn.Conv2d(3, 4, 1).eval(), x))
+
+    torch.testing.assert_close(fused_resnet.freeze(model, x, progress=progress)(x), model(x))
+    assert len(frozen) == 2
+
+
+def test_under_a_default_device_it_is_said_that_nothing_is_measured(measuring, no_child, timed, caplog):
+    with torch.device("cpu"):
+        decide.decide([EVEN], CPU)
+    assert not timed and "torch function mode" in caplog.text
+
+
+def test_one_thread_at_a_time_has_memory_poisoned():
+    """Its switch is the process's, and is put back as it was."""
+    inside, leave, entered = threading.Event(), threading.Event(), threading.Event()
+
+    def first():
+        with poisoned_memory(torch.empty(1)):
+            inside.set()
+            leave.wait(20)
+
+    def second():
+        with poisoned_memory(torch.empty(1)):
+            entered.set()
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    assert inside.wait(20) and torch.are_deterministic_algorithms_enabled()
+    threads[1].start()
+    assert not entered.wait(0.2)
+    leave.set()
+    for thread in threads:
+        thread.join(20)
+    assert entered.is_set() and not torch.are_deterministic_algorithms_enabled()
+
+
+# ------------------------------------------------------------------------------------------------------------ the child
+
+
+class Process:
+    """A child that has said `lines` and ended with `code`."""
+
+    def __init__(self, monkeypatch, *lines, code=0):
+        self.lines, self.code = lines, code
+        monkeypatch.setattr(process.subprocess, "Popen", self.popen)
+
+    def popen(self, command, *, env, **options):
+        self.command, self.env, self.options = command, env, options
+        self.stdin, self.stdout = io.BytesIO(), iter(line.encode() for line in self.lines)
+        return self
+
+    def wait(self):
+        return self.code
+
+    def kill(self):
+        pass
+
+
+JOB = process.Job(str(EVEN), ["eager"], {})
+BEGUN, CHECKED, DONE = (
+    json.dumps({"job": "0", **said}) + "\n"
+    for said in ({"is": "begun", "name": "eager"}, {"is": "checked", "name": "eager", "outcome": {"error_ratio": 0.5}},
+                 {"is": "done"})
+)  # fmt: skip
+
+
+def test_the_child_has_the_parents_modules_and_no_child_of_its_own(monkeypatch, tmp_path):
+    child = Process(monkeypatch, BEGUN, CHECKED, DONE)
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), tmp_path, 7])
+    assert [event.outcome for event in process.run([JOB], "cpu")] == [{"error_ratio": 0.5}]
+    assert child.env["PYTHONPATH"].split(os.pathsep) == [os.getcwd(), str(tmp_path)]
+    assert child.env["PYTHONSAFEPATH"] == "1" and child.env["FUSED_RESNET_TUNE"] == "0"
+    assert child.options["start_new_session"]  # Ctrl-C is the parent's
+
+
+def test_what_others_print_into_the_childs_events_is_passed_over(monkeypatch):
+    Process(monkeypatch, "welcome!\n", "[1, 2]\n", '{"a": 1}\n', BEGUN, CHECKED, DONE)
+    assert [event.outcome for event in process.run([JOB], "cpu")] == [{"error_ratio": 0.5}]
+
+
+@pytest.mark.parametrize(
+    "name, is_passing", (("SIGSEGV", False), ("SIGILL", False), ("SIGTERM", True), ("SIGKILL", True))
+)
+def test_a_signal_from_outside_says_nothing_of_a_candidate(monkeypatch, name, is_passing):
+    Process(monkeypatch, BEGUN, code=-getattr(signal, name))
+    (event,) = itertools.islice(process.run([JOB], "cpu"), 1)
+    assert event.has_ended and event.outcome["why"] == f"it ended the process ({name})"
+    assert event.outcome.get("is_passing", False) == is_passing
+
+
+def test_without_an_interpreter_there_is_no_child(monkeypatch):
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(process.NoChild, match="no Python interpreter"):
+        list(process.run([JOB], "cpu"))
+    monkeypatch.delattr(sys, "frozen")
+    Process(monkeypatch, code=1)
+    with pytest.raises(process.NoChild, match="exit status 1"):
+        list(process.run([JOB], "cpu"))
+
+
+def test_a_large_problem_has_more_time():
+    large = problem(24, C=64, K=64, H=224, W=224, dtype=torch.bfloat16)
+    assert process._limit_of(str(EVEN), "cpu") < process.LIMIT_S + 1 < 1000 < process._limit_of(str(large), "cpu")
+
+
+def test_the_child_computes_fp32_as_the_parent_may():
+    before = process._precision()
+    try:
+        process._set_precision(allows_tf32=False, mkldnn=False, mkldnn_conv=before["mkldnn_conv"])
+        assert process._precision() == {**before, "allows_tf32": False, "mkldnn": False}
+        assert "oneDNN off" in winners.key(EVEN)
+    finally:
+        process._set_precision(**before)
+    assert process._precision() == before and "oneDNN off" not in winners.key(EVEN)
+
+
+def test_a_child_that_cannot_compute_any_more_says_so_and_ends(monkeypatch):
+    """A GPU that a kernel has ruined: the others are checked by another child."""
+    said = []
+
+    def ends(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(process, "_why_unusable", lambda device: "an illegal address")
+    monkeypatch.setattr(process.os, "_exit", ends)
+    failing = lambda p, o: (_ for _ in ()).throw(RuntimeError("an illegal address"))  # noqa: E731
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "deadly", backends.Backend("deadly", lambda problem: None, failing))
+    with pytest.raises(SystemExit):
+        process._work(
+            JOB._replace(names=["deadly", "eager"]), "cpu", None, lambda what, **more: said.append((what, more))
+        )
+    assert [what for what, _ in said] == ["begun", "fatal"]
+    assert said[1][1] == {"name": "deadly", "outcome": {"why": "RuntimeError: an illegal address"}}
+    fatal = json.dumps({"job": "0", "is": "fatal", **said[1][1]}) + "\n"
+    child = Process(monkeypatch, BEGUN, fatal, code=1)
+    (event,) = itertools.islice(process.run([JOB], "cpu"), 1)
+    assert event.has_ended and event.outcome == {"why": "RuntimeError: an illegal address"} and child.env
 
 
 # ------------------------------------------------------------------------------------------------------- on a fake GPU

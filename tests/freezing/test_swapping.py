@@ -6,6 +6,7 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet.choosing import timing, winners
+from fused_resnet.freezing import placing
 from fused_resnet.freezing import plan as plans
 from fused_resnet.freezing.swapping import swapped
 from tests.support.plans import convolutions, needs_onednn
@@ -36,11 +37,18 @@ def replays(monkeypatch):
 
 
 @pytest.fixture
-def measured(tuned_files):
+def tuned(tuned_files, monkeypatch):
+    monkeypatch.setenv("FUSED_RESNET_TUNE", "1")
+    monkeypatch.setattr(placing, "decide", lambda *args: None)  # all is known
+    return tuned_files
+
+
+@pytest.fixture
+def measured(tuned):
     """Two problems whose second best are close, and one whose is not. SECOND takes longest."""
     for one, own, other in ((FIRST, 10.0, 10.9), (SECOND, 20.0, 21.0), (FAR, 90.0, 100.0)):
         found = entry("eager", eager=(None, own), onednn=(None, other))
-        tuned_files.add(tuned_files.user, one, found)
+        tuned.add(tuned.user, one, found)
 
 
 @needs_onednn
@@ -75,13 +83,23 @@ def test_what_time_does_not_allow_is_tried_the_next_time(measured, replays):
 
 
 @needs_onednn
-def test_a_captured_plan_is_made_anew_with_the_second_best(tuned_files, monkeypatch):
+@pytest.mark.parametrize("variable", ("FUSED_RESNET_TUNE", "FUSED_RESNET_TUNED"))
+def test_nothing_is_tried_where_nothing_may_be_measured(measured, monkeypatch, variable):
+    monkeypatch.setenv(variable, "0")
+    winners.forget()
+    plan = Fake(100.0, {})
+    assert swapped(plan, pytest.fail, [FIRST, SECOND], torch.zeros(1)) is plan
+    winners.forget()
+
+
+@needs_onednn
+def test_a_captured_plan_is_made_anew_with_the_second_best(tuned, monkeypatch):
     """As on a GPU; the plan of the second best is said to be twice as fast."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval(), torch.randn(2, 3, 9, 9)
     (first, second) = (conv.problem for conv in convolutions(fused_resnet.freeze(model, x), x))
-    tuned_files.add(tuned_files.user, first, entry("eager", eager=(None, 10.0), onednn=(None, 10.5)))
-    tuned_files.add(tuned_files.user, second, entry("eager", eager=(None, 10.0), onednn=(None, 20.0)))
+    tuned.add(tuned.user, first, entry("eager", eager=(None, 10.0), onednn=(None, 10.5)))
+    tuned.add(tuned.user, second, entry("eager", eager=(None, 10.0), onednn=(None, 20.0)))
     monkeypatch.setattr(plans.Plan, "is_graphed", True)
     fast, slow = (timing.Stats(us, us, us, us, 9) for us in (10.0, 20.0))
     monkeypatch.setattr(timing, "interleaved", lambda calls, **options: {"own": slow, "other": fast})
