@@ -52,8 +52,8 @@ class Winner(NamedTuple):
 def key(problem) -> str:
     """The problem without its batch, as people read it, and what else decides how fast it is and whether it is right.
 
-    On a CPU that is the number of threads, and what the process has set of oneDNN; for fp32 on a GPU, whether TF32 is
-    allowed; on both the versions of what computes (`versions`).
+    On a CPU that is the number of threads, and what the process has set of oneDNN. For fp32 on a GPU it is whether TF32
+    is allowed. On both it is the versions of what computes (`versions`).
     """
     parts = [str(problem).partition("x")[2]]
     if problem.device == "cpu":

@@ -44,7 +44,7 @@ def warmed(plan: Plan, x: Tensor, turns: Turns) -> Plan:
 
 
 def refused(plan: Plan) -> dict[ConvProblem, tuple[choosing.Selection, str]]:
-    """Of a plan that does not run: the convolutions that their backend refuses, each run alone, and what it says."""
+    """The convolutions of a plan that does not run which their backend refuses, each run alone, and what it says."""
     found = {}
     for module in plan.module.modules():
         if not isinstance(module, FrozenConv) or module.placed is not None:
