@@ -121,7 +121,7 @@ def test_records_of_earlier_versions_are_read(earlier_file):
 def test_tuned_configs_are_shown_with_what_they_gain():
     found = {"stub": winners_file.Measured({"tile": 64}, 5.0, 0.1), "eager": winners_file.Measured(None, 10.0, 0.1)}
     entries = {"64x56x56 -> 64, 1x1 float32 bias relu": {8: winners_file.Entry("stub", "eager", "2026-11-20", found)}}
-    table = winners_file.Table("Test GPU", entries, {"2026-11-20": {**ENVIRONMENT, "kernels": {}}})
+    table = winners_file.Table("Test GPU", entries, {"2026-11-20": {**ENVIRONMENT, "kernels": {}}}, {}, {})
     section = report.section_of(table.as_json(), "configs.json")
     (shown,) = section.tables
     row = dict(zip(shown.columns, (cell.text for cell in shown.rows[0])))
