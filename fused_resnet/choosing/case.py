@@ -62,6 +62,15 @@ def synchronize(device: Union[str, torch.device]) -> None:
         torch.cuda.synchronize(device)
 
 
+def why_unusable(device: str) -> Optional[str]:
+    """What keeps this process from computing there since a kernel has failed, or None."""
+    try:
+        synchronize(device)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def bound_of(case: Case, backend: str) -> Tensor:
     """The error that this backend may make, per element: reference.error_bound with the roundings it documents."""
     p, o = case.problem, case.operands

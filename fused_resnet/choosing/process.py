@@ -29,10 +29,9 @@ import torch
 from fused_resnet import backends
 from fused_resnet.choosing import timing
 from fused_resnet.choosing.candidates import candidates
-from fused_resnet.choosing.case import synchronize
+from fused_resnet.choosing.case import why_unusable
 from fused_resnet.choosing.checking import Subject, checked
 from fused_resnet.machine import devices
-from fused_resnet.machine.errors import one_line
 from fused_resnet.operators.problem import parsed_problem
 
 LIMIT_S = 60.0  # for one candidate of a small problem
@@ -258,7 +257,7 @@ def _work(job: Job, device: str, seconds: Optional[float], say: Any) -> None:
             say("checked", name=name, outcome=None)
             continue
         one = checked(subject, known[name], job.known.get(name))
-        if "why" in one.outcome and _why_unusable(device):
+        if "why" in one.outcome and why_unusable(device):
             say("fatal", name=name, outcome=one.outcome)
             os._exit(1)
         say("checked", name=name, outcome=one.outcome)
@@ -268,15 +267,6 @@ def _work(job: Job, device: str, seconds: Optional[float], say: Any) -> None:
         with torch.no_grad():
             times = timing.in_network_order({job.problem: calls}, device=device, budget_s=seconds)
         say("timed", times=times[job.problem])
-
-
-def _why_unusable(device: str) -> Optional[str]:
-    """What keeps this process from computing on the device since a kernel has failed, or None."""
-    try:
-        synchronize(device)
-    except RuntimeError as error:
-        return one_line(error)
-    return None
 
 
 if __name__ == "__main__":

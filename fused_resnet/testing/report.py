@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Callable, Optional, Sequence, Union
 
 from fused_resnet import backends
-from fused_resnet.choosing.case import Case, synchronize
+from fused_resnet.choosing.case import Case, why_unusable
 from fused_resnet.testing.compare import Outcome, check
 from fused_resnet.testing.draw import case_at
 
@@ -73,22 +73,13 @@ def verify(
                 drawn = "" if kind == "any" else f", kind={kind!r}"
                 call = f"check(case_at({seed}, {index}, {device!r}{drawn}), {name!r})"
                 _record(report, case, call, check(case, name))
-                if (why := _why_unusable(device)) is not None:
+                if (why := why_unusable(device)) is not None:
                     _record(report, case, call, Outcome(name, "mismatch", f"has left the device unusable: {why}"))
                     return report
         report.problems += 1
         if progress is not None:
             progress(index)
     return report
-
-
-def _why_unusable(device: str) -> Optional[str]:
-    """What keeps this process from computing there since a kernel has failed, or None."""
-    try:
-        synchronize(device)
-    except RuntimeError as error:
-        return str(error)
-    return None
 
 
 def known_backends(op: str) -> tuple[str, ...]:

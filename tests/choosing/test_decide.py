@@ -570,7 +570,7 @@ def test_a_child_that_cannot_compute_any_more_says_so_and_ends(monkeypatch):
     def ends(status):
         raise SystemExit(status)
 
-    monkeypatch.setattr(process, "_why_unusable", lambda device: "an illegal address")
+    monkeypatch.setattr(process, "why_unusable", lambda device: "an illegal address")
     monkeypatch.setattr(process.os, "_exit", ends)
     failing = lambda p, o: (_ for _ in ()).throw(RuntimeError("an illegal address"))  # noqa: E731
     monkeypatch.setitem(REGISTRY["conv_bn_act"], "deadly", backends.Backend("deadly", lambda problem: None, failing))

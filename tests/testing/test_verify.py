@@ -9,6 +9,7 @@ import torch
 
 from fused_resnet import backends, testing
 from fused_resnet.backends.record import REGISTRY
+from fused_resnet.choosing import case as choosing_case
 from fused_resnet.kernels import compiled
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.operators.describe import conv_problem
@@ -221,7 +222,7 @@ def test_a_kernel_that_breaks_the_gpu_ends_the_report_and_is_in_it(monkeypatch):
     on_cpu = lambda seed, index, device, **kind: testing.case_at(seed, index, "cpu", **kind)  # noqa: E731
     monkeypatch.setattr(testing.report, "case_at", on_cpu)
     monkeypatch.setattr(compare, "synchronize", synchronize)
-    monkeypatch.setattr(testing.report, "synchronize", synchronize)
+    monkeypatch.setattr(choosing_case, "synchronize", synchronize)
     report = testing.verify(5, seed=SEED, device="cuda", backends=["eager"])
     (entry,) = report.backends.values()
     raised, ended = entry.mismatches
