@@ -162,5 +162,5 @@ def allowed(plain: Tensor, exact: Tensor, *, winograd: bool = False) -> float:
 
 def has_winograd(plan: nn.Module) -> bool:
     """Whether a plan has a convolution in fp32 by Winograd."""
-    convs = [module for module in plan.modules() if hasattr(module, "problem")]
+    convs = [module for module in plan.modules() if hasattr(module, "backend")]
     return any(conv.backend.rounding.winograd and conv.problem.dtype == torch.float32 for conv in convs)
