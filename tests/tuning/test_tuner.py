@@ -17,7 +17,7 @@ from fused_resnet.kernels import sources
 from fused_resnet.kernels.triton import runtime
 from fused_resnet.kernels.triton.conv import row_space
 from fused_resnet.kernels.triton.conv.configs import TritonConfig, default_config
-from fused_resnet.machine import cuda_graphs
+from fused_resnet.machine import cuda_graphs, devices
 from fused_resnet.measuring import environment
 from fused_resnet.tuning import convolution, tuner
 from tests.support.tuned_files import problem
@@ -477,6 +477,7 @@ def pretended_gpu(monkeypatch):
         p, x = placed.problem, operands.x
         return run(p, operands if x.dim() == 4 else operands._replace(x=row_space.unpack(x, p.N, p.H, p.W)))
 
+    monkeypatch.setattr(devices, "on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(planned.Placed, "run", run_placed)
     triton = backends.known("conv_bn_act")["triton"]
     pretended = triton._replace(why_not=lambda problem: None, run=run, origin="ours")
