@@ -128,8 +128,8 @@ def _as_before(
     x: Tensor, conv: Any, bn: Any, act: Any, residual: Optional[Tensor], backend: str, sum: str
 ) -> Optional[Tensor]:
     """fused_conv_bn_act of operands like some before, whose answers still hold; else None."""
-    if torch.compiler.is_compiling():
-        return None
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return None  # a trace holds what is read of the modules, which must not depend on calls before
     own, norm = conv.__dict__, bn.__dict__
     weight = own["_parameters"].get("weight")
     known = _known.get((id(weight), residual is None))
