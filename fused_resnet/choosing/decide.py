@@ -31,7 +31,7 @@ import torch
 from fused_resnet.choosing import process, timing, winners
 from fused_resnet.choosing.candidates import candidates, default_config
 from fused_resnet.choosing.checking import Subject, checked
-from fused_resnet.choosing.choice import Selection, fixed_order, select, why_rejected
+from fused_resnet.choosing.choice import Selection, fixed_order, select
 from fused_resnet.choosing.planned import Planned, planned_call
 from fused_resnet.choosing.timing import Fed, Progress, Stats, silent
 from fused_resnet.choosing.winners_file import Entry, Measured, Table
@@ -125,17 +125,16 @@ def decide(problems: Sequence[ConvProblem], device: torch.device, tuning: Tuning
 
 def _check_choices(problems: Sequence[ConvProblem], device: torch.device) -> None:
     """For a shape that a served model has not seen: check what `select` says, until it is right. Times nothing."""
-    todo = {problem: select(problem, in_plan=True) for problem in dict.fromkeys(problems)}
-    while todo := {problem: one for problem, one in todo.items() if _is_unchecked(problem, one)}:
-        outcomes = _checked({problem: [one] for problem, one in todo.items()}, str(device))
-        _keep_checks(outcomes, device.type)
-        wrong = {problem: one for problem, one in todo.items() if why_rejected(problem, one) is not None}
-        todo = {problem: select(problem, in_plan=True) for problem in wrong}
-
-
-def _is_unchecked(problem: ConvProblem, selection: Selection) -> bool:
-    is_measured = winners.lookup(problem) is not None
-    return not is_measured and winners.outcome(problem, str(selection)) is None
+    tried: set[tuple[ConvProblem, str]] = set()  # each once, also where what was found cannot be kept
+    wanted = [problem for problem in dict.fromkeys(problems) if winners.lookup(problem) is None]
+    while True:
+        chosen = {problem: select(problem, in_plan=True) for problem in wanted}
+        todo = {problem: [one] for problem, one in chosen.items() if winners.outcome(problem, str(one)) is None}
+        todo = {problem: some for problem, some in todo.items() if (problem, str(some[0])) not in tried}
+        if not todo:
+            return
+        tried.update((problem, str(some[0])) for problem, some in todo.items())
+        _keep_checks(_checked(todo, str(device)), device.type)
 
 
 def _unknown(problems: Sequence[ConvProblem]) -> list[ConvProblem]:

@@ -270,11 +270,6 @@ def are_used() -> bool:
     return os.environ.get("FUSED_RESNET_TUNED") != "0"
 
 
-def add(folder: Path, device: str, entries: dict[str, dict[int, Entry]], run: str, environment: dict) -> Path:
-    """Merge entries of one run into the folder's file for a device (`merge`)."""
-    return merge(folder, Table(device, entries, {run: environment}, {}, {}))
-
-
 def merge(folder: Path, found: Table) -> Path:
     """Merge what was found into the folder's file for its device, whole or not at all, beside other writers.
 
@@ -318,11 +313,12 @@ def keep_swaps(better: Mapping[Any, Optional[Any]]) -> None:
     """Keep what a captured plan has shown of problems that were measured here: the selection that is better in place of
     the winner, None where the winner is."""
     for problem, selection in better.items():
-        name = str(device_id(problem.device))
         entry, _, kernels = known(problem.device).entries[key(problem)][problem.N]
         winner = entry.winner if selection is None else selection.backend.name
-        entries = {key(problem): {problem.N: entry._replace(winner=winner, is_swapped=True)}}
-        keep(Table(name, entries, {entry.run: {"date": entry.run, "kernels": kernels}}, {}, {}))
+        table = Table.empty(str(device_id(problem.device)))
+        table.runs[entry.run] = {"date": entry.run, "kernels": kernels}
+        table.entries[key(problem)] = {problem.N: entry._replace(winner=winner, is_swapped=True)}
+        keep(table)
 
 
 def checks_of(problem, outcomes: Mapping[str, dict]) -> dict[str, dict[str, dict]]:

@@ -297,6 +297,15 @@ def test_what_the_rules_would_take_is_checked_before_a_new_shape_runs(measuring,
     assert chosen(EVEN) == "broken" and chosen(ODD) != "broken"
 
 
+def test_a_new_shape_is_checked_once_though_the_kernels_are_unknown(measuring, no_child, timed, monkeypatch):
+    """What is found of a library that does not say what it was built from cannot be kept."""
+    checked, real = [], decide._checked
+    monkeypatch.setattr(decide, "_checked", lambda found, device: checked.extend(found) or real(found, device))
+    monkeypatch.setattr(winners, "kernel_digest", lambda backend: None)
+    decide.decide([ODD, EVEN], CPU, decide.Tuning("check"))
+    assert sorted(checked) == sorted([ODD, EVEN]) and not timed
+
+
 @pytest.mark.parametrize("tune", (True, 0, -1.0, "now", float("nan"), float("inf"), None))
 def test_what_tune_may_be(tune):
     with pytest.raises(ValueError, match='tune must be "auto", False or a number of seconds'):

@@ -66,7 +66,8 @@ def test_info_holds_what_a_bug_report_needs(tmp_path, monkeypatch):
     winners.forget()
     entry = winners_file.Entry("eager", "onednn", "today", {"eager": winners_file.Measured(None, 5.0, 0.1)})
     name = winners.device_id("cpu")
-    winners.add(tmp_path / "tuning", name, {"64x56x56 -> 64, 1x1 float32 bias relu": {1: entry, 8: entry}}, "today", {})
+    entries = {"64x56x56 -> 64, 1x1 float32 bias relu": {1: entry, 8: entry}}
+    winners.merge(tmp_path / "tuning", winners_file.Table(name, entries, {"today": {}}, {}, {}))
     record = json_of("info")
     user = record["tuning"]["cpu"]["files"][-1]
     assert record["tuning"]["cpu"]["device"] == name and record["tuning"]["cpu"]["used"] is True

@@ -39,7 +39,9 @@ def replays(monkeypatch):
 @pytest.fixture
 def tuned(tuned_files, monkeypatch):
     monkeypatch.setenv("FUSED_RESNET_TUNE", "1")
-    monkeypatch.setattr(placing, "decide", lambda *args: None)  # all is known
+    asked = []  # all is known; and with what may be measured each plan is made
+    monkeypatch.setattr(placing, "decide", lambda problems, device, tuning: asked.append(tuning.tune))
+    tuned_files.asked = asked
     return tuned_files
 
 
@@ -105,6 +107,7 @@ def test_a_captured_plan_is_made_anew_with_the_second_best(tuned, monkeypatch):
     monkeypatch.setattr(timing, "interleaved", lambda calls, **options: {"own": slow, "other": fast})
     frozen = fused_resnet.freeze(model, x)
     assert [conv.backend.name for conv in convolutions(frozen, x)] == ["onednn", "eager"]
+    assert tuned.asked[-2:] == ["auto", False]  # what time has not allowed is not measured for each swap
     torch.testing.assert_close(frozen(x), model(x))
     assert winners.entry_of(first).winner == "onednn"
     forced = fused_resnet.freeze(model, x, tune=False)

@@ -22,7 +22,8 @@ class TunedFiles:
     def add(self, folder, problem, entry, *, kernels=None):
         """Write one entry, as measured by kernels of these digests (default: those that are here)."""
         run = {"date": entry.run, "kernels": winners.kernel_digests() if kernels is None else kernels}
-        return winners.add(folder, self.device, {winners.key(problem): {problem.N: entry}}, entry.run, run)
+        entries = {winners.key(problem): {problem.N: entry}}
+        return winners.merge(folder, winners_file.Table(self.device, entries, {entry.run: run}, {}, {}))
 
 
 def own_files(tmp_path, monkeypatch):
