@@ -57,10 +57,17 @@ def key(problem) -> str:
     """
     parts = [str(problem).partition("x")[2]]
     if problem.device == "cpu":
-        parts += [f"{torch.get_num_threads()} threads", *onednn.switches()]
+        parts += [f"{torch.get_num_threads()} threads", *_switched()]
     elif problem.dtype == torch.float32:
         parts.append("tf32" if devices.allows_tf32() else "no tf32")
     return ", ".join((*parts, versions(problem.device)))
+
+
+def _switched() -> list[str]:
+    """What the process has set of oneDNN, in words: nothing by default."""
+    is_enabled, precision = onednn.switches()
+    found = [] if is_enabled else ["oneDNN off"]
+    return found if precision in ("none", "ieee") else [*found, f"fp32 as {precision}"]
 
 
 @functools.lru_cache(maxsize=None)
