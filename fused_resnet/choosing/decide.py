@@ -8,6 +8,7 @@ found is kept, also of those that are wrong, which are never chosen.
 | --- | --- | --- | --- |
 | CPU | backends that never were on this machine: in a child process | here | 10 rounds, or up to 30 in 3 s |
 | GPU | in a child process | there | 60 s, the largest share of the roofline first; the next freeze goes on |
+| GPU, a fused model's first calls | there | there | 60 s of a process in all |
 
 Checks are outside that time. While one process measures, others that want to wait for what it finds.
 FUSED_RESNET_TUNE=0 turns all this off; so does FUSED_RESNET_TUNED=0, with which nothing measured counts.
@@ -35,7 +36,7 @@ from fused_resnet.choosing.choice import Selection, fixed_order, select
 from fused_resnet.choosing.planned import Planned, planned_call
 from fused_resnet.choosing.timing import Fed, Progress, Stats, silent
 from fused_resnet.choosing.winners_file import Entry, Measured, Table
-from fused_resnet.machine import files
+from fused_resnet.machine import cuda_graphs, files
 from fused_resnet.machine.locks import new_lock
 from fused_resnet.operators.problem import ConvProblem
 
@@ -121,6 +122,38 @@ def decide(problems: Sequence[ConvProblem], device: torch.device, tuning: Tuning
         progress(1.0, "done")
         left = len(_unknown(wanted))
         log.info("measured in %.1f s%s", time.monotonic() - begun, f"; {left} are left for the next time" * bool(left))
+
+
+_asked_at_calls: set[ConvProblem] = set()
+_seconds_for_calls = GPU_SECONDS
+
+
+def leave_to_rules(problems: Sequence[ConvProblem]) -> None:
+    """What is not known of these by now is not measured at their first call either."""
+    _asked_at_calls.update(problems)
+
+
+def decide_at_call(problem: ConvProblem, device: torch.device) -> None:
+    """Decide at the first eager call of a problem on a GPU that no plan holds: a fused model's.
+
+    GPU_SECONDS in all in a process, child's start included; `warm_up` measures the rest, and all of a model at once.
+    Nothing is done while a CUDA graph is captured, nor where bits must not depend on a measurement.
+    """
+    global _seconds_for_calls
+    if problem in _asked_at_calls or not problem.N or not is_on() or cuda_graphs.is_captured(device):
+        return
+    if torch.are_deterministic_algorithms_enabled():
+        return
+    _asked_at_calls.add(problem)
+    if _seconds_for_calls <= 0:
+        files.report_once(
+            "No more convolutions are measured at their first call in this process; "
+            "fused_resnet.warm_up(model, x) measures all of a model."
+        )
+        return
+    begun = time.monotonic()
+    decide([problem], device, Tuning(_seconds_for_calls))
+    _seconds_for_calls -= time.monotonic() - begun
 
 
 def _check_choices(problems: Sequence[ConvProblem], device: torch.device) -> None:

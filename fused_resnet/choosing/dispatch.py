@@ -17,6 +17,10 @@ from fused_resnet.operators.operands import ConvOperands, split_arguments
 def conv_bn_act(operands: ConvOperands, window: tuple, backend: str, channels_last: bool = True) -> Tensor:
     """conv_bn_act as a function. window: from stride to activation."""
     problem = conv_problem(operands, *window)
+    if problem.device == "cuda" and backend == "auto":
+        from fused_resnet.choosing.decide import decide_at_call  # all that measuring needs
+
+        decide_at_call(problem, operands.x.device)
     chosen = select(problem, backend)
     if problem.N == 0:
         return layout.empty_output(problem, operands.x, channels_last)

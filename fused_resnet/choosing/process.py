@@ -1,9 +1,10 @@
 """Checks and timings in a process of their own: what crashes or hangs there costs the caller one candidate.
 
-    python -m fused_resnet.choosing.process     reads one request from standard input, writes an event a line
+    python -m fused_resnet.choosing.process     reads a request a line from standard input, writes an event a line
 
 A candidate that ends the child, or of which it says nothing for too long (`_limit_of`), is recorded as wrong. Another
-child goes on with the rest.
+child goes on with the rest. On a GPU a child whose work is done waits a while for more. The first calls of a network
+come one after the other.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import Any, Callable, NamedTuple, Optional, Sequence, TextIO
 
 import torch
 
@@ -32,6 +33,7 @@ from fused_resnet.choosing.candidates import candidates
 from fused_resnet.choosing.case import why_unusable
 from fused_resnet.choosing.checking import Subject, checked
 from fused_resnet.machine import devices
+from fused_resnet.machine.locks import new_lock
 from fused_resnet.operators.problem import parsed_problem
 
 LIMIT_S = 60.0  # for one candidate of a small problem
@@ -40,6 +42,7 @@ _MOST_S = 1800.0
 # of somebody else's doing, or of too little memory
 _PASSING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 _START_S = 120.0  # until a child says its first word
+_IDLE_S = 20.0  # that a child on a GPU waits for another request; it holds memory there
 _MODULE = "fused_resnet.choosing.process"
 
 
@@ -82,7 +85,8 @@ def run(
         }  # fmt: skip
         begun: Optional[tuple[str, str]] = None
         has_begun = is_over = False
-        with _Child(request) as child:
+        with _child_on(device) as child:
+            child.ask(request)
             for said in child.events(deadline):
                 has_begun, job = True, said["job"]
                 if said["is"] == "begun":
@@ -122,15 +126,12 @@ def _limit_of(problem: str, device: str) -> float:
 
 
 class _Child:
-    """A child with its request written; ended when it is left."""
+    """A child that takes requests."""
 
-    def __init__(self, request: dict[str, Any]) -> None:
+    def __init__(self, environment: dict[str, str]) -> None:
         if not sys.executable or getattr(sys, "frozen", False):
             raise NoChild("this program is no Python interpreter")
         self._stderr = tempfile.TemporaryFile()
-        # the same modules as here, and none that only happens to lie in the current folder; and no child of its own
-        path = os.pathsep.join(one or os.getcwd() for one in sys.path if isinstance(one, str))
-        environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "FUSED_RESNET_TUNE": "0"}
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
@@ -138,16 +139,18 @@ class _Child:
             )  # fmt: skip
         except (OSError, TypeError) as error:  # no interpreter, no memory
             raise NoChild(str(error)) from error
-        self._is_late = self._has_ended = False
+        self.environment = environment
+        self.is_free = self._is_late = self._has_ended = False
         self.limit = _START_S
         self._lines: queue.SimpleQueue[Optional[bytes]] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
-        try:
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(request).encode())
-            self._process.stdin.close()
-        except OSError:  # it is gone already, which its silence shows
-            pass
+
+    def ask(self, request: dict[str, Any]) -> None:
+        self.is_free, self.limit = False, _START_S
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it is gone already, which its silence shows
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -156,7 +159,7 @@ class _Child:
         self._lines.put(None)
 
     def events(self, deadline: float) -> Iterator[dict[str, Any]]:
-        """What it says, until it ends, says nothing for longer than its limit, or the deadline is there."""
+        """What it says, until all is done, it ends, is silent for longer than its limit, or the deadline is there."""
         while True:
             try:
                 line = self._lines.get(timeout=max(0.0, min(self.limit, deadline - time.monotonic())))
@@ -168,13 +171,13 @@ class _Child:
                 return
             with contextlib.suppress(ValueError):  # what a sitecustomize prints before `main` runs
                 said = json.loads(line)
+                if isinstance(said, dict) and said.get("is") == "free":
+                    self.is_free = True
+                    return
                 if isinstance(said, dict) and "is" in said:
                     yield said
 
-    def __enter__(self) -> "_Child":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def end(self) -> None:
         if not self._has_ended:
             self._process.kill()
         self._code = self._process.wait()
@@ -193,6 +196,76 @@ class _Child:
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else self.why_ended()["why"]
+
+
+class _Idle(NamedTuple):
+    """A child that waits, whose it is, and what ends it."""
+
+    child: _Child
+    parent: int
+    timer: threading.Timer
+
+
+_idle: dict[str, _Idle] = {}
+_idle_lock = new_lock()
+
+
+@contextlib.contextmanager
+def _child_on(device: str) -> Iterator[_Child]:
+    """One that waits for more, or a new one. It waits again if it is free at the end and on a GPU; else it is ended."""
+    environment = _environment()
+    child = _taken(device)
+    if child is not None and child.environment != environment:
+        child.end()
+        child = None
+    child = child or _Child(environment)
+    try:
+        yield child
+    finally:
+        if child.is_free and _stays(device):
+            _put_aside(device, child)
+        else:
+            child.end()
+
+
+def _stays(device: str) -> bool:
+    return torch.device(device).type != "cpu"
+
+
+def _environment() -> dict[str, str]:
+    """The same modules as here, and none that only happens to lie in the current folder; and no child of its own."""
+    path = os.pathsep.join(one or os.getcwd() for one in sys.path if isinstance(one, str))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "FUSED_RESNET_TUNE": "0"}
+
+
+def _taken(device: str) -> Optional[_Child]:
+    with _idle_lock:
+        idle = _idle.pop(device, None)
+    if idle is None or idle.parent != os.getpid():  # a forked process has no child yet
+        return None
+    idle.timer.cancel()
+    return idle.child
+
+
+def _put_aside(device: str, child: _Child) -> None:
+    def end() -> None:
+        with _idle_lock:
+            is_waiting = _idle.get(device) is idle
+            if is_waiting:
+                del _idle[device]
+        if is_waiting:
+            child.end()
+
+    timer = threading.Timer(_IDLE_S, end)
+    timer.daemon = True
+    idle = _Idle(child, os.getpid(), timer)
+    with _idle_lock:
+        other = _idle.get(device)
+        _idle[device] = idle
+    if other is not None and other.parent == os.getpid():  # of another thread
+        other.timer.cancel()
+        other.child.end()
+    timer.start()
 
 
 def can_know(backend: backends.Backend) -> bool:
@@ -228,20 +301,27 @@ def _set_precision(allows_tf32: bool, mkldnn: bool, mkldnn_conv: Optional[str]) 
 def main() -> None:
     events = os.fdopen(os.dup(1), "w")  # for events alone: what libraries print goes where errors go
     os.dup2(2, 1)
-    request = json.load(sys.stdin)
+    for line in sys.stdin:
+        _answer(json.loads(line), functools.partial(_say, events))
+
+
+def _say(events: TextIO, what: str, **more: Any) -> None:
+    print(json.dumps({"is": what, **more}), file=events, flush=True)
+
+
+def _answer(request: dict[str, Any], say: Callable[..., None]) -> None:
     for name in request["modules"]:
         importlib.import_module(name)
     torch.set_num_threads(request["threads"])
     _set_precision(**request["precision"])
-
-    def say(job: str, what: str, **more: Any) -> None:
-        print(json.dumps({"job": job, "is": what, **more}), file=events, flush=True)
-
     with devices.on(request["device"]):
         for index, job in request["jobs"].items():
-            told = functools.partial(say, index)
+            told = functools.partial(say, job=index)
             _work(Job(**job), request["device"], request["seconds"], told)
             told("done")
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # the parent's model needs it
+    say("free")
 
 
 def _work(job: Job, device: str, seconds: Optional[float], say: Any) -> None:

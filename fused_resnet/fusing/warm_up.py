@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_resnet.choosing.decide import Tune, Tuning, check_tune, decide
+from fused_resnet.choosing.decide import Tune, Tuning, check_tune, decide, leave_to_rules
 from fused_resnet.choosing.timing import Progress, silent
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import split_arguments
@@ -40,8 +40,9 @@ def warm_up(
     gradients: once to see what it asks for, and once with what was chosen, so that kernels are compiled. Give it each
     shape that will be served, before DistributedDataParallel wraps the model and before a CUDA graph captures it.
 
-    Without this a fused model goes by what is known of its convolutions, else by rules. Raises TypeError for what is no
-    module, ValueError for another `tune`, RuntimeError for a model in training mode, which runs its plain modules.
+    Without this a fused model goes by what is known of its convolutions, else by rules. On a GPU its first calls
+    measure what is not known, for 60 s in all. Raises TypeError for what is no module, ValueError for another `tune`,
+    RuntimeError for a model in training mode, which runs its plain modules.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"warm_up: expected an nn.Module, got {type(model).__name__}.")
@@ -55,5 +56,6 @@ def warm_up(
         for device in by_device:
             wanted = [problem for problem in asked.problems if problem.device == device.type]
             decide(wanted, device, Tuning(tune, progress or silent))
+            leave_to_rules(wanted)
         model(example_input)
     return model

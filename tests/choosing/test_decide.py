@@ -17,18 +17,21 @@ from torch import nn
 import fused_resnet
 from fused_resnet import backends, choosing, models
 from fused_resnet.backends.record import REGISTRY
-from fused_resnet.choosing import decide, process, timing, winners
+from fused_resnet.choosing import decide, dispatch, process, timing, winners
 from fused_resnet.choosing.candidates import candidates
 from fused_resnet.choosing.case import poisoned_memory
 from fused_resnet.choosing.choice import FIXED_ORDER
 from fused_resnet.kernels import compiled
-from fused_resnet.machine import devices, files
+from fused_resnet.machine import cuda_graphs, devices, files
+from fused_resnet.operators import ConvOperands
 from tests.support import networks
 from tests.support.plans import convolutions, full
 from tests.support.tuned_files import entry, problem
 
 CPU = torch.device("cpu")
 ODD, EVEN = problem(2, C=32), problem(2, C=16)
+CUDA = torch.device("cuda", 0)
+SMALL, LARGE = (problem(64, C=C, H=56, W=56, dtype=torch.float16, device="cuda") for C in (16, 512))
 
 
 @pytest.fixture
@@ -499,19 +502,20 @@ class Process:
     """A child that has said `lines` and ended with `code`."""
 
     def __init__(self, monkeypatch, *lines, code=0):
-        self.lines, self.code = lines, code
+        self.lines, self.code, self.started, self.is_killed = lines, code, 0, False
         monkeypatch.setattr(process.subprocess, "Popen", self.popen)
 
     def popen(self, command, *, env, **options):
         self.command, self.env, self.options = command, env, options
         self.stdin, self.stdout = io.BytesIO(), iter(line.encode() for line in self.lines)
+        self.started += 1
         return self
 
     def wait(self):
         return self.code
 
     def kill(self):
-        pass
+        self.is_killed = True
 
 
 JOB = process.Job(str(EVEN), ["eager"], {})
@@ -520,6 +524,7 @@ BEGUN, CHECKED, DONE = (
     for said in ({"is": "begun", "name": "eager"}, {"is": "checked", "name": "eager", "outcome": {"error_ratio": 0.5}},
                  {"is": "done"})
 )  # fmt: skip
+FREE = '{"is": "free"}\n'
 
 
 def test_the_child_has_the_parents_modules_and_no_child_of_its_own(monkeypatch, tmp_path):
@@ -529,6 +534,45 @@ def test_the_child_has_the_parents_modules_and_no_child_of_its_own(monkeypatch, 
     assert child.env["PYTHONPATH"].split(os.pathsep) == [os.getcwd(), str(tmp_path)]
     assert child.env["PYTHONSAFEPATH"] == "1" and child.env["FUSED_RESNET_TUNE"] == "0"
     assert child.options["start_new_session"]  # Ctrl-C is the parent's
+
+
+def test_a_child_on_a_gpu_waits_for_more_and_ends(monkeypatch):
+    monkeypatch.setattr(process, "_IDLE_S", 0.3)
+    job = process.Job(str(SMALL), ["eager"], {})
+    child = Process(monkeypatch, *[BEGUN, CHECKED, DONE, FREE] * 3, code=-9)
+    for _ in range(2):
+        assert len(list(process.run([job], "cuda:0"))) == 1
+    assert child.started == 1 and not child.is_killed
+    requests = child.stdin.getvalue().decode().splitlines()
+    assert [json.loads(line)["jobs"]["0"]["problem"] for line in requests] == [str(SMALL)] * 2
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # it would not know
+    assert len(list(process.run([job], "cuda:0"))) == 1
+    assert child.started == 2 and child.is_killed
+    child.is_killed = False
+    waited = time.monotonic() + 20
+    while not child.is_killed and time.monotonic() < waited:
+        time.sleep(0.05)
+    assert child.is_killed and not process._idle
+
+
+def test_a_child_on_a_cpu_waits_for_nothing(monkeypatch):
+    child = Process(monkeypatch, BEGUN, CHECKED, DONE, FREE, code=-9)
+    assert len(list(process.run([JOB], "cpu"))) == 1
+    assert child.is_killed and not process._idle
+
+
+def test_a_real_child_answers_two_requests(monkeypatch):
+    monkeypatch.setattr(process, "_put_aside", lambda device, child: kept.append(child))
+    monkeypatch.setattr(process, "_taken", lambda device: kept.pop() if kept else None)
+    monkeypatch.setattr(process, "_stays", lambda device: True)
+    kept = []
+    pids = set()
+    for _ in range(2):
+        (event,) = process.run([JOB], "cpu")
+        assert event.outcome["error_ratio"] <= 1
+        pids.add(kept[0]._process.pid)
+    assert len(pids) == 1
+    kept.pop().end()
 
 
 def test_what_others_print_into_the_childs_events_is_passed_over(monkeypatch):
@@ -596,9 +640,6 @@ def test_a_child_that_cannot_compute_any_more_says_so_and_ends(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------- on a fake GPU
-
-CUDA = torch.device("cuda", 0)
-SMALL, LARGE = (problem(64, C=C, H=56, W=56, dtype=torch.float16, device="cuda") for C in (16, 512))
 
 
 class Gpu:
@@ -701,6 +742,73 @@ def test_a_batch_near_a_measured_one_is_known_and_a_far_one_is_not(gpu):
     for N, is_known in ((32, True), (128, True), (31, False), (129, False), (1, False)):
         decide.decide([SMALL._replace(N=N)], CUDA) if is_known else None
         assert (winners.lookup(SMALL._replace(N=N)) is not None) == is_known
+    assert not gpu.asked
+
+
+@pytest.fixture
+def at_calls(gpu, monkeypatch):
+    """Calls of conv_bn_act whose problems are said to be on the GPU. It takes the number of images."""
+    real = dispatch.conv_problem
+    monkeypatch.setattr(dispatch, "conv_problem", lambda *args: real(*args)._replace(device="cuda"))
+    monkeypatch.setattr(cuda_graphs, "is_captured", lambda device: False)
+    monkeypatch.setattr(decide, "_asked_at_calls", set())
+    monkeypatch.setattr(decide, "_seconds_for_calls", 60.0)
+    decided, decide_it = [], decide.decide_at_call
+
+    def on_the_gpu(problem, device):
+        decided.append(problem)
+        decide_it(problem, CUDA)
+
+    monkeypatch.setattr(decide, "decide_at_call", on_the_gpu)
+    weight = torch.randn(8, 4, 3, 3)
+
+    def call(images, backend="auto"):
+        vectors = (torch.ones(8), torch.zeros(8), torch.zeros(8), torch.ones(8))
+        operands = ConvOperands(torch.randn(images, 4, 6, 6), weight, *vectors)
+        return dispatch.conv_bn_act(operands, ((1, 1), (1, 1), (1, 1), 1, "relu"), backend)
+
+    call.decided = decided
+    return call
+
+
+def test_a_fused_models_first_call_on_a_gpu_decides(gpu, at_calls, monkeypatch):
+    gpu.times = {"library": 40.0, "ours layout=tile1": 20.0}
+    at_calls(64)
+    (asked, _), *others = gpu.asked
+    assert asked == str(at_calls.decided[0]) and not others
+    assert str(choosing.select(at_calls.decided[0])) == "ours layout=tile1"
+    at_calls(64), at_calls(64, "library"), at_calls(0)
+    assert len(gpu.asked) == 1
+    assert gpu.options["deadline"] <= time.monotonic() + 60.0
+
+
+@pytest.mark.parametrize("why", ("the environment", "a capture", "deterministic algorithms"))
+def test_a_first_call_decides_nothing_where_nothing_may_be_timed(gpu, at_calls, monkeypatch, why):
+    with monkeypatch.context() as forbidden:
+        if why == "the environment":
+            forbidden.setenv("FUSED_RESNET_TUNE", "0")
+        elif why == "a capture":
+            forbidden.setattr(cuda_graphs, "is_captured", lambda device: True)
+        else:
+            forbidden.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        decide.decide_at_call(LARGE, CUDA)
+        assert not gpu.asked
+    decide.decide_at_call(LARGE, CUDA)
+    assert len(gpu.asked) == 1
+
+
+def test_first_calls_measure_for_a_minute_in_all(gpu, at_calls, monkeypatch, caplog):
+    monkeypatch.setattr(decide, "_seconds_for_calls", 1e-9)
+    decide.decide_at_call(LARGE, CUDA)
+    assert len(gpu.asked) == 1 and decide._seconds_for_calls < 0
+    with caplog.at_level("WARNING", logger="fused_resnet"):
+        decide.decide_at_call(SMALL, CUDA)
+    assert len(gpu.asked) == 1 and "warm_up(model, x) measures all of a model" in caplog.text
+
+
+def test_what_warm_up_left_is_not_measured_at_the_first_call(gpu, at_calls):
+    decide.leave_to_rules([LARGE])
+    decide.decide_at_call(LARGE, CUDA)
     assert not gpu.asked
 
 
