@@ -76,8 +76,10 @@ def _activation(input: Any, *numbers: Any, inplace: bool = False, **named: Any) 
 
 
 def _softmax(input: Any, dim: Any, *numbers: Any, **named: Any) -> Optional[Tensor]:
+    """In NCHW memory, whatever x's."""
     is_there = type(dim) is int and _are_plain(input) and -input.dim() <= dim < input.dim()
-    return _activation(input, *numbers, **named) if is_there else None
+    ruled = _activation(input, *numbers, **named) if is_there else None
+    return None if ruled is None else ruled.contiguous()
 
 
 def _sum(input: Any, other: Any, *, alpha: Any = 1, inplace: bool = False) -> Optional[Tensor]:
@@ -207,7 +209,7 @@ def _mean(input: Any, dim: Any = None, keepdim: bool = False, *, dtype: None = N
     if len(gone) != len(dims) or not gone:
         return None
     kept = [1 if index in gone else size for index, size in enumerate(input.shape) if keepdim or index not in gone]
-    return _new(kept, input)
+    return torch.empty(kept, dtype=input.dtype, device=input.device)  # in NCHW memory, whatever x's
 
 
 def _cat(tensors: Any, dim: int = 0) -> Optional[Tensor]:
