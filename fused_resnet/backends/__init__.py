@@ -39,6 +39,7 @@ for _name in (
     "cublaslt",
     "triton",
     "cudnn_pass",
+    "cpu_pass",
     "eager",
 ):
     register("conv_bn_act", importlib.import_module(f"fused_resnet.backends.{_name}").BACKEND)

@@ -113,4 +113,5 @@ BACKEND = Backend(
     rounding=Rounding(lambda problem, operands: True, spreads_nan=True),  # the convolution's output is rounded
     origin="interpreted" if is_interpreted() else "ours",
     sources=sources.PASS,
+    after_aten=True,
 )

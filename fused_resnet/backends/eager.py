@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_resnet.backends.record import Auto, Backend, Configs, InPlan, Rounding
 from fused_resnet.operators import affine, detours
 from fused_resnet.operators.composites import activate_
-from fused_resnet.operators.layout import channels_last, empty_output, nchw
+from fused_resnet.operators.layout import channels_last, nchw
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 
@@ -33,8 +33,7 @@ def run(
     o, placed = operands, nchw if in_nchw else channels_last
     has_late_bias = o.bias is not None and o.bias.dtype != o.x.dtype
     bias = None if has_late_bias else o.bias
-    x = o.x.contiguous() if config is not None or _weight_is_dearer_to_convert(problem, o) else o.x
-    y = detours.convolution(problem, x, o.weight, bias)
+    y = convolution(problem, o, bias, in_nchw=config is not None)
     if o.residual is not None:  # which as a rule has the output's layout
         y = placed(y)
     if not has_late_bias and _is_stock_batch_norm(o):
@@ -48,35 +47,15 @@ def run(
     return placed(activate_(y, problem.activation))
 
 
-def settled(problem: ConvProblem, operands: ConvOperands, in_nchw: bool) -> Optional[Callable[..., Tensor]]:
-    """`run` without its questions, for operands in a row with the facts of these: x to bn_var, eps, bias, residual.
+def convolution(problem: ConvProblem, operands: ConvOperands, bias: Optional[Tensor], in_nchw: bool = False) -> Tensor:
+    """ATen's convolution alone, in the layout that ATen gives it. in_nchw: of x in NCHW memory."""
+    x = operands.x.contiguous() if in_nchw or _weight_is_dearer_to_convert(problem, operands) else operands.x
+    return detours.convolution(problem, x, operands.weight, bias)
 
-    None where an answer may be another one at the next call, and off the usual path.
-    """
-    p, o, placed = problem, operands, nchw if in_nchw else channels_last
-    if p.device != "cpu" or p.dtype not in (torch.float32, torch.float64) or detours.forward_detour(p) is not None:
-        return None
-    if not _is_stock_batch_norm(o) or o.bias is not None and o.bias.dtype != p.dtype:
-        return None
-    conv2d, batch_norm, groups = torch.conv2d, torch.native_batch_norm, p.groups
-    # one number is read faster than a pair
-    stride, padding, dilation = (one[0] if one[0] == one[1] else one for one in (p.stride, p.padding, p.dilation))
-    is_brought, activation = _weight_is_dearer_to_convert(p, o) and not o.x.is_contiguous(), p.activation
-    no_mean = no_var = torch.empty(0, dtype=p.dtype)  # of the batch, which in eval mode is not asked
-    strides = empty_output(p, torch.empty(0, device="meta"), not in_nchw).stride()
 
-    def run(x, weight, gamma, beta, mean, var, eps, bias, residual) -> Tensor:
-        y = conv2d(x.contiguous() if is_brought else x, weight, bias, stride, padding, dilation, groups)
-        if residual is not None and y.stride() != strides:
-            y = placed(y)
-        # in place: 0.6 ms of 8x64x56x56 where a new tensor takes 0.9 (one thread, torch 2.13, 2026-11)
-        batch_norm(y, gamma, beta, mean, var, False, 0.0, eps, out=(y, no_mean, no_var))
-        if residual is not None:
-            y.add_(residual)
-        y = y.relu_() if activation == "relu" else activate_(y, activation)
-        return y if y.stride() == strides else placed(y)
-
-    return run
+def is_brought_into_nchw(problem: ConvProblem, operands: ConvOperands) -> bool:
+    """Whether `convolution` copies x."""
+    return _weight_is_dearer_to_convert(problem, operands) and not operands.x.is_contiguous()
 
 
 def pack(problem: ConvProblem, weight: Tensor, config: Optional[EagerConfig]) -> Tensor:
@@ -114,4 +93,5 @@ BACKEND = Backend(
     origin="torch",
     plan=InPlan(pack),
     configs=Configs(worth),
+    after_aten=True,
 )

@@ -100,6 +100,8 @@ class Backend(NamedTuple):
     origin: whose kernels these are: "ours", a "library"'s, or "torch"'s own, a pass over memory for each step. Or they
     are "interpreted" in this process, and their time says nothing.
     sources: patterns of the files that kernels of ours are made from (`kernels.sources`).
+    after_aten: whether it computes what follows ATen's convolution, in a pass of its own or more. `run` then takes
+    in_nchw=, with which the output is in NCHW memory without a conversion.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Backend(NamedTuple):
     sources: tuple[str, ...] = ()
     plan: InPlan = InPlan()
     configs: Optional[Configs] = None
+    after_aten: bool = False
 
 
 REGISTRY: dict[str, dict[str, Backend]] = {"conv_bn_act": {}, "add_relu": {}}

@@ -6,7 +6,6 @@ from typing import cast
 
 from torch import Tensor
 
-from fused_resnet.backends import cudnn_pass, eager
 from fused_resnet.backends.add_relu import AddRelu
 from fused_resnet.choosing.choice import select
 from fused_resnet.operators import layout, library
@@ -26,7 +25,7 @@ def conv_bn_act(operands: ConvOperands, window: tuple, backend: str, channels_la
         return layout.empty_output(problem, operands.x, channels_last)
     if channels_last:
         return chosen.run(problem, operands)
-    if chosen.backend in (eager.BACKEND, cudnn_pass.BACKEND):
+    if chosen.backend.after_aten:
         return chosen.backend.run(problem, operands, in_nchw=True)
     return layout.nchw(chosen.run(problem, operands))
 

@@ -15,7 +15,7 @@ from typing import Any, Callable, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import add_relu, cudnn_pass, eager, record
+from fused_resnet.backends import add_relu, cpu_pass, eager, record
 from fused_resnet.choosing import winners
 from fused_resnet.choosing.choice import select
 from fused_resnet.operators import layout
@@ -91,7 +91,7 @@ def learn(operands: ConvOperands, window: tuple, asked: tuple, channels_last: bo
     if check is None or problem.N == 0:
         return
     needs_grad = any(tensor.requires_grad for tensor in tensors)
-    run = eager.settled(problem, o, in_nchw=not channels_last) if _is_settled(problem, backend) else None
+    run = cpu_pass.settled(problem, o, in_nchw=not channels_last) if _is_settled(problem, backend) else None
     rests_on: tuple = (None, None) if run is None else (record.REGISTRY["conv_bn_act"], measured("cpu"))
     run = run or _selected_anew(problem, backend, channels_last)
     calls[key] = (*known, Call(check, needs_grad, *asked, channels_last, *rests_on, run))  # type: ignore[call-arg]
@@ -133,15 +133,17 @@ def is_immutable(value: Any) -> bool:
 
 
 def _is_settled(problem: ConvProblem, backend: str) -> bool:
-    """Whether eager is chosen while the records are these and nothing is known of the problem: no other may take live
-    BN here."""
-    if winners.knows(problem) or select(problem, backend).backend is not eager.BACKEND or not problem.has_bn:
+    """Whether cpu_pass is chosen while the records are these and nothing is known of the problem: no other kernel may
+    take live BN here."""
+    if winners.knows(problem) or select(problem, backend).backend is not cpu_pass.BACKEND:
         return False
-    if backend == eager.BACKEND.name:
+    if backend == cpu_pass.BACKEND.name:
         return True
     others = record.REGISTRY["conv_bn_act"].values()
     return not any(
-        other.takes_bn and problem.device in other.auto.devices for other in others if other is not eager.BACKEND
+        other.takes_bn and problem.device in other.auto.devices
+        for other in others
+        if other not in (cpu_pass.BACKEND, eager.BACKEND)
     )
 
 
@@ -149,7 +151,7 @@ def _selected_anew(problem: ConvProblem, backend: str, channels_last: bool) -> C
     def run(x, weight, gamma, beta, mean, var, eps, bias, residual) -> Tensor:
         o = ConvOperands(x, weight, gamma, beta, mean, var, eps, bias, residual)
         chosen = select(problem, backend)
-        if not channels_last and chosen.backend in (eager.BACKEND, cudnn_pass.BACKEND):
+        if not channels_last and chosen.backend.after_aten:
             return chosen.backend.run(problem, o, in_nchw=True)
         out = chosen.run(problem, o)
         return out if channels_last else layout.nchw(out)

@@ -43,8 +43,10 @@ class Row(NamedTuple):
 
     @property
     def bytes_moved(self) -> int:
-        is_one_pass = self.backend is not None and backends.known("conv_bn_act")[self.backend].origin != "torch"
-        return self.problem.bytes_moved if is_one_pass else self.problem.bytes_unfused
+        backend = None if self.backend is None else backends.known("conv_bn_act")[self.backend]
+        if backend is None or backend.origin == "torch":
+            return self.problem.bytes_unfused
+        return self.problem.bytes_of_two_passes if backend.after_aten else self.problem.bytes_moved
 
 
 class Explanation(NamedTuple):

@@ -97,6 +97,11 @@ class ConvProblem(NamedTuple):
         return element * (inputs + outputs * (2 if self.has_residual else 1))
 
     @property
+    def bytes_of_two_passes(self) -> int:
+        """With one pass for the convolution and one for all that follows."""
+        return self.bytes_moved + 2 * self.N * self.K * self.P * self.Q * self.dtype.itemsize
+
+    @property
     def bytes_unfused(self) -> int:
         """With conv, BN, addition and activation as a pass over memory each, which reads and writes its tensors."""
         extra_passes = self.has_bn + self.has_residual + (self.activation != "none")

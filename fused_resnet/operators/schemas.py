@@ -29,6 +29,8 @@ KERNELS = {
         "cpu_grouped_conv": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, "
         "str activation, Tensor(a!) out) -> ()",
         "cpu_max_pool2d": "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, Tensor(a!) out) -> ()",
+        "cpu_affine_act": "(Tensor(a!) y, Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, "
+        "float eps, Tensor? residual, str activation) -> ()",
         # its name, why that one, and what to warn of, if anything
         "cpu_instruction_set": "() -> (str, str, str)",
     },

@@ -67,9 +67,10 @@ def test_what_was_found_wrong_here_is_not_in_the_fixed_order(tuned_files):
 
 
 def test_auto_on_the_cpu():
-    """Folded: oneDNN. Live BN, and fp64: ATen. Nothing that runs in an interpreter."""
+    """Folded: oneDNN. Live BN: ATen's convolution and one pass. fp64: ATen. Nothing that runs in an interpreter."""
     assert choosing.select(STEM).backend.name == "onednn"
-    assert choosing.select(STEM._replace(has_bn=True)).backend.name == "eager"
+    assert choosing.select(STEM._replace(has_bn=True)).backend.name == "cpu_pass"
+    assert choosing.select(STEM._replace(has_bn=True, activation="silu")).backend.name == "eager"
     assert choosing.select(STEM._replace(dtype=torch.float64)).backend.name == "eager"
 
 

@@ -152,6 +152,82 @@ def test_cpu_max_pool2d_refuses_what_would_leave_its_memory(change, message):
         cpu_max_pool2d(torch.randn(1, 8, 5, 5), **call)
 
 
+def cpu_affine_act(y, vectors, eps=1e-5, residual=None, activation="relu"):
+    if compiled.load("cpu") is not None:
+        pytest.skip(compiled.load("cpu"))
+    out = y.clone()
+    torch.ops.fused_resnet.cpu_affine_act(out, *vectors, eps, residual, activation)
+    return out
+
+
+def batch_norm_act(y, vectors, eps, residual, activation):
+    """In fp64, rounded once."""
+    weight, bias, mean, var = (None if v is None else v.double() for v in vectors)
+    mean = torch.zeros(y.shape[1], dtype=torch.float64) if mean is None else mean
+    var, eps = (torch.ones_like(mean), 0.0) if var is None else (var, eps)
+    out = F.batch_norm(y.double(), mean, var, weight, bias, False, 0.0, eps)
+    out = out if residual is None else out + residual.double()
+    return {"none": lambda v: v, "relu": torch.relu, "relu6": F.relu6}[activation](out).to(y.dtype)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=("nchw", "nhwc"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 64, 7, 7), (1, 37, 5, 9), (3, 5, 1, 1), (2, 1, 3, 3), (1, 17, 1, 40)])
+def test_cpu_affine_act_equals_batch_norm(shape, dtype, layout):
+    """Sizes around every vector width; each vector missing once; vectors in the dtype of y too."""
+    C, tolerance = shape[1], 4 * torch.finfo(dtype).eps
+    y = torch.randn(shape).mul(3).to(dtype).contiguous(memory_format=layout)
+    residual = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+    vectors = [torch.randn(C), torch.randn(C), torch.randn(C), torch.rand(C) + 0.1]
+    for missing, activation in itertools.product(range(5), ("none", "relu", "relu6")):
+        some = [None if i == missing else v.to(dtype) if i == 2 else v for i, v in enumerate(vectors)]
+        for added in (None, residual):
+            out = cpu_affine_act(y, some, residual=added, activation=activation)
+            expected = batch_norm_act(y, some, 1e-5, added, activation)
+            assert out.stride() == y.stride()
+            torch.testing.assert_close(out, expected, rtol=tolerance, atol=8 * tolerance)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=("nchw", "nhwc"))
+def test_cpu_affine_act_keeps_nan_and_infinities_where_they_are(layout):
+    y = torch.randn(2, 19, 3, 5).contiguous(memory_format=layout)
+    y[0, 3, 1, 2], y[1, 18, 2, 4], y[0, 0, 0, 0] = float("nan"), float("inf"), -float("inf")
+    vectors = [torch.rand(19) + 0.5, torch.randn(19), torch.randn(19), torch.rand(19) + 0.1]
+    out = cpu_affine_act(y, vectors)
+    assert (
+        out.isnan().nonzero().tolist() == [[0, 3, 1, 2]] and out[1, 18, 2, 4] == float("inf") and out[0, 0, 0, 0] == 0
+    )
+
+
+def test_cpu_affine_act_in_parallel_and_empty():
+    vectors = [torch.rand(64) + 0.5, torch.randn(64), torch.randn(64), torch.rand(64) + 0.1]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = torch.randn(3, 64, 56, 56).contiguous(memory_format=layout)
+        torch.testing.assert_close(cpu_affine_act(y, vectors), batch_norm_act(y, vectors, 1e-5, None, "relu"))
+        assert cpu_affine_act(y[:0], vectors).shape == (0, 64, 56, 56)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(y=torch.ones(2, 8, 6)), "y must have 4 dimensions, not 3"),
+    (dict(y=torch.ones(1, 8, 5, 10)[..., ::2]), r"y must be channels_last in memory, not \(1, 8, 5, 5\) with"),
+    (dict(y=torch.ones(1, 8, 5, 5, dtype=torch.float64)), "dtype must be float32 or bfloat16, not Double"),
+    (dict(vectors=[torch.ones(7), None, None, None]), r"weight must be .* 8 channels, not \(7\)"),
+    (dict(vectors=[None, None, torch.ones(16)[::2], None]), "mean must be a contiguous vector"),
+    (dict(vectors=[None, None, None, torch.ones(8, dtype=torch.float64)]), "var must be float32, not Double"),
+    (dict(residual=torch.ones(1, 8, 5, 4)), "residual must have y's shape, layout and dtype"),
+    (dict(residual=torch.ones(1, 8, 5, 5).bfloat16()), "residual must have y's shape, layout and dtype"),
+    (dict(residual=torch.ones(1, 8, 5, 5).to(memory_format=torch.channels_last)), "y's shape, layout and dtype"),
+    (dict(activation="silu"), "unknown activation silu; known ones are none, relu, relu6"),
+])  # fmt: skip
+def test_cpu_affine_act_refuses_what_would_leave_its_memory(change, message):
+    call = dict(y=torch.ones(1, 8, 5, 5), vectors=[None, None, None, None]) | change
+    if compiled.load("cpu") is not None:
+        pytest.skip(compiled.load("cpu"))
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fused_resnet.cpu_affine_act(call["y"], *call["vectors"], 1e-5, call.get("residual"),
+                                              call.get("activation", "relu"))  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -50,7 +50,7 @@ def test_rows_of_a_block(form):
     found = explain(block, torch.randn(2, 16, 9, 9))
     assert (found.model, found.form, found.example) == ("BasicBlock", form, "2x16x9x9 float32 on cpu")
     assert [(row.name, row.problem) for row in found.rows] == list(BLOCK)
-    assert {row.backend for row in found.rows} == {"eager"} and found.left_alone == ()
+    assert {row.backend for row in found.rows} == {"cpu_pass"} and found.left_alone == ()
     assert {row.source for row in found.rows} == {choice.FIXED_ORDER}
     assert [type(module) for module in block.modules()] == kinds
     assert all(torch.equal(value, block.state_dict()[key]) for key, value in state.items())
@@ -60,10 +60,9 @@ def test_rows_are_what_runs(monkeypatch):
     """The problems that a real forward asks the backends for, one after the other."""
     model, x = fused_resnet.fuse(networks.small(Bottleneck)), torch.randn(2, 3, 20, 20)
     rows = explain(model, x).rows
-    asked, eager = [], backends.known("conv_bn_act")["eager"]
-    run = lambda problem, operands: asked.append(problem) or eager.run(problem, operands)  # noqa: E731
-    record = eager._replace(run=run)
-    monkeypatch.setitem(REGISTRY["conv_bn_act"], "eager", record)
+    asked, real = [], backends.known("conv_bn_act")["cpu_pass"]
+    run = lambda problem, *rest, **options: asked.append(problem) or real.run(problem, *rest, **options)  # noqa: E731
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "cpu_pass", real._replace(run=run))
     with torch.no_grad():
         model(x)
     assert [row.problem for row in rows] == asked and len(asked) == 16
@@ -93,12 +92,17 @@ def test_nothing_is_computed_and_no_statistic_moves():
 
 
 def test_bytes_flops_and_roofline_by_hand():
-    row = explain(networks.single(), torch.randn(2, 16, 9, 9)).rows[2]
+    row, eager = (
+        explain(fused_resnet.fuse(networks.single(), backend=backend), torch.randn(2, 16, 9, 9)).rows[2]
+        for backend in ("auto", "eager")
+    )
     x = residual = out = 2 * 8 * 5 * 5
     weight = 8 * 8 * 9
     assert row.problem.bytes_moved == 4 * (x + weight + residual + out)
     # conv: x, w, out; BN: out twice; add: out, residual, out; ReLU: out twice
-    assert row.bytes_moved == row.problem.bytes_unfused == 4 * (x + weight + out + 2 * out + 3 * out + 2 * out)
+    assert eager.bytes_moved == row.problem.bytes_unfused == 4 * (x + weight + out + 2 * out + 3 * out + 2 * out)
+    # conv: x, w, out; all that follows: out, residual, out
+    assert row.bytes_moved == 4 * (x + weight + out + 3 * out)
     assert row.problem.flops == 2 * out * 72
     assert row.least_us == pytest.approx(max(1e6 * row.problem.bytes_moved / 1e10, 1e6 * row.problem.flops / 1e11))
 
@@ -121,23 +125,23 @@ def test_frozen_rows_are_the_plans():
 def test_measured_times_are_those_of_the_calls(monkeypatch):
     """A clock that only the slow backend moves."""
     now = [0.0]
-    eager = backends.known("conv_bn_act")["eager"]
+    real = backends.known("conv_bn_act")["cpu_pass"]
 
-    def run(problem, operands):
+    def run(problem, operands, **options):
         now[0] += 7.0 if problem.has_residual else 3.0
-        return eager.run(problem, operands)
+        return real.run(problem, operands, **options)
 
     monkeypatch.setattr("fused_resnet.explaining.calls._now_us", lambda device: now[0])
-    monkeypatch.setitem(REGISTRY["conv_bn_act"], "eager", eager._replace(run=run))
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "cpu_pass", real._replace(run=run))
     found = explain(networks.single(), torch.randn(2, 16, 9, 9), measure=True)
     assert [row.time_us for row in found.rows] == [3.0, 3.0, 7.0] and found.totals["time_us"] == 13.0
 
 
 def test_why_not_is_the_backends_own_sentence():
-    for model in (networks.single(), fused_resnet.fuse(networks.single(), backend="eager")):
-        for row in explain(model, torch.randn(2, 16, 9, 9)).rows:
+    for chosen in ("cpu_pass", "eager"):
+        for row in explain(fused_resnet.fuse(networks.single(), backend=chosen), torch.randn(2, 16, 9, 9)).rows:
             others = backends.known("conv_bn_act")
-            assert set(row.why_not) == set(others) - {"eager"}
+            assert set(row.why_not) == set(others) - {chosen}
             for name, why in row.why_not.items():
                 reason = others[name].why_not(row.problem)
                 assert why == reason or reason is None and why.startswith("it could run this, but")
@@ -263,7 +267,7 @@ def test_printed_and_as_json():
     lines = str(found).splitlines()
     assert "plain, shown as fused_resnet.fuse would make it; input 2x16x9x9 float32 on cpu; 3 convolutions" in lines[0]
     assert [line.split()[0] for line in lines[4:8]] == ["conv1", "downsample.0", "conv2", "all"]
-    assert f"eager: 3 of 3: {choice.FIXED_ORDER}" in lines
+    assert f"cpu_pass: 3 of 3: {choice.FIXED_ORDER}" in lines
     assert any(line.startswith("not onednn: 3 of 3: it takes only a bias") for line in lines)
 
 
