@@ -27,8 +27,9 @@ BUILT :=
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 
-# Tests run in $(WORKERS) processes of one thread each, so that they do not fight over the cores.
-PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
+# Tests run in $(WORKERS) processes of one thread each, so that they do not fight over the cores. tests/conftest.py
+# says which files they begin with.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-full lint gpu-check clean
 

@@ -1,5 +1,6 @@
 """Set before anything imports Triton: without a GPU its kernels run in the interpreter. Seeds, devices, markers."""
 
+import collections
 import os
 import random
 import tempfile
@@ -26,6 +27,36 @@ def pytest_configure(config):
     if "OMP_NUM_THREADS" not in os.environ:
         workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+# What takes minutes in either tier, the longest first.
+LONGEST = (
+    "processors/test_amx.py",
+    "processors/test_instruction_sets.py",
+    "testing/test_verify.py",
+    "kernels/test_triton_aot.py",
+    "csrc/test_nvcc.py",
+    "interop/test_wild.py",
+    "models/test_models.py",
+    "packaging/test_build.py",
+    "tuning/test_tuner.py",
+    "choosing/test_rebuilt_kernel.py",
+    "choosing/test_decide.py",
+    "benchmarks/test_benchmarks.py",
+    "benchmarks/test_gpu_check.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, then those of many tests, so that no worker is alone with a long one at the end.
+
+    xdist hands files out in this order with `--no-loadscope-reorder`.
+    """
+    files = [item.nodeid.split("::")[0].removeprefix("tests/") for item in items]
+    counts = collections.Counter(files)
+    places = {file: place for place, file in enumerate(LONGEST)}
+    keys = {id(item): (places.get(file, len(LONGEST)), -counts[file], file) for item, file in zip(items, files)}
+    items.sort(key=lambda item: keys[id(item)])
 
 
 @pytest.fixture(autouse=True)

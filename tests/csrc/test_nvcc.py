@@ -3,6 +3,7 @@
 No GPU is needed. ptxas reports registers and spills; cuobjdump, from the triton wheel, shows the instructions.
 """
 
+import functools
 import re
 import shutil
 import subprocess
@@ -141,8 +142,9 @@ def test_pointwise_kernels_compile_without_spills(compiled, arch):
         assert kernel.registers * 1280 <= 65536, kernel
 
 
+@functools.lru_cache(maxsize=None)
 def sass(cubin: Path) -> dict[str, str]:
-    """Kernel name -> instructions."""
+    """Kernel name -> instructions. Read once: five tests ask."""
     triton = pytest.importorskip("triton", reason="needs cuobjdump, which the triton wheel brings")
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not cuobjdump.exists():

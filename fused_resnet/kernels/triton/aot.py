@@ -223,13 +223,13 @@ def _compile(kernel, arguments: tuple, options: dict, arch: int, problem: str, c
     signature, constants, attributes, compiler_options = specialise(kernel, arguments, options)
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=compiler_options)
-    usage, sass = _dump(compiled.asm["cubin"], "--dump-resource-usage"), _dump(compiled.asm["cubin"], "-sass")
-    text = {"sass": sass, "ptx": compiled.asm["ptx"]}
+    dump = _dump(compiled.asm["cubin"], "--dump-resource-usage", "-sass")
+    text = {"sass": dump, "ptx": compiled.asm["ptx"]}
     counts = {kind: len(re.findall(pattern, text[where])) for kind, (where, pattern) in _KINDS.items()}
     return Compiled(
         kernel.__name__, problem, config, arch,
-        registers=int(re.findall(r"REG:(\d+)", usage)[0]),
-        stack_bytes=int(re.findall(r"STACK:(\d+)", usage)[0]),
+        registers=int(re.findall(r"REG:(\d+)", dump)[0]),
+        stack_bytes=int(re.findall(r"STACK:(\d+)", dump)[0]),
         shared_bytes=compiled.metadata.shared,
         instructions={kind: count for kind, count in counts.items() if count},
         loops=loop_facts(compiled.asm["ttgir"]),
@@ -259,13 +259,13 @@ def loop_facts(ttgir: str) -> LoopFacts:
     )
 
 
-def _dump(cubin: bytes, option: str) -> str:
+def _dump(cubin: bytes, *options: str) -> str:
     """What the cuobjdump inside the Triton wheel says about a cubin."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run([tool, *options, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def _row(report: Compiled) -> str:

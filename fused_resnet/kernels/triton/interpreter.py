@@ -2,11 +2,15 @@
 
 The interpreter keeps bfloat16 in numpy as its 16 bits. Triton 3.7.1 then multiplies those bits as integers in
 `tl.dot`, and cuts fp32 off to bfloat16 where the GPU rounds to nearest even. Both are put right for one launch.
+
+It also spends more than half of its time in vain, which `_without_waste` spares it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 
 import numpy as np
 import torch
@@ -39,10 +43,37 @@ def gpu_arithmetic():
 
     builder.cast_impl, builder.create_dot = cast, dot
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), _without_waste():
             yield
     finally:
         del builder.cast_impl, builder.create_dot  # the class's own show again
+
+
+@contextlib.contextmanager
+def _without_waste():
+    """For one launch. A call of a jit function replaces the language's functions only the first time.
+
+    The interpreter computes whether integers overflow and asserts it in debug mode alone: elsewhere it need not
+    compute it. It asks for numpy's dtypes again and again, each time by a new dictionary of them all.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    stock = interpreter._patch_lang, interpreter._get_np_dtype, builder.options
+    np_dtypes: dict[str, np.dtype] = {}
+
+    def np_dtype(dtype):
+        name = dtype.scalar.name
+        if name not in np_dtypes:
+            np_dtypes[name] = stock[1](dtype)
+        return np_dtypes[name]
+
+    interpreter._patch_lang, interpreter._get_np_dtype = functools.cache(stock[0]), np_dtype
+    builder.options = dataclasses.replace(stock[2], sanitize_overflow=stock[2].debug)
+    try:
+        yield
+    finally:
+        interpreter._patch_lang, interpreter._get_np_dtype, builder.options = stock
 
 
 def _to_bits(values: np.ndarray) -> np.ndarray:
