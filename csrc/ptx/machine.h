@@ -1,0 +1,256 @@
+// The state of the machine: resident blocks, their warps and shared memory; global memory; what is pending.
+#pragma once
+
+#include <cstdarg>
+#include <deque>
+#include <map>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+#include "ptx/clocks.h"
+#include "ptx/program.h"
+
+namespace fused_resnet::ptx {
+
+constexpr int kLanes = 32, kMaxWarps = 32, kNamedBarriers = 16;
+constexpr u64 kSharedWindow = 0x0100000000ull;  // generic addresses of shared memory; 16 MiB a block of a cluster
+constexpr u64 kLocalWindow = 0x0200000000ull;   // no host pointer is that low
+constexpr u32 kSharedBase = 1024;               // a block's first KiB belongs to the system, sm_80 and later
+
+std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
+
+struct Fault : std::runtime_error {  // ends the launch
+  using std::runtime_error::runtime_error;
+};
+
+enum class Proxy : u8 { kGeneric, kAsync };  // PTX ISA 8.6
+
+struct Block;
+struct Grid;
+
+// One thread's cp.async copies (PTX ISA 9.7.9.25.3); they write through the generic proxy.
+struct Copy {
+  u32 to;
+  u64 from;
+  u8 bytes, valid;
+  bool landed;
+  int pc;
+};
+struct CopyGroups {
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> committed;
+};
+
+// A wgmma.mma_async that was issued (PTX ISA 9.7.15). wgmma.cpp alone knows more.
+struct Wgmma {
+  const Instruction* instruction;
+  int pc;
+  u64 a, b;
+  bool scale_d, done;
+  std::vector<u32> reads;  // 16-byte rows of shared memory
+};
+
+// A bulk or tensor copy that was issued (PTX ISA 9.7.9.25.4 to 9.7.9.27). copies.cpp alone knows more.
+struct BulkCopy;
+
+enum class State : u8 { kRunning, kAtBarrier, kAtMbarrier, kAtCluster, kAtGrid, kDone };
+
+struct Warp {
+  Block* block;
+  int id;
+  Lanes alive = 0;    // lanes that have not exited
+  Lanes blocked = 0;  // of a diverged warp: lanes that wait for others at an .aligned or .sync instruction
+  bool diverged = false;
+  u32 pc = 0, pcs[kLanes] = {};
+  Lanes branching = 0;  // set by a branch: the lanes that take it
+  State state = State::kRunning;
+  int waiting_at = -1;  // the instruction
+  u32 wait_address = 0, wait_parity = 0;
+
+  u64* registers;     // [register][lane]
+  Lanes* predicates;  // [predicate]
+  std::vector<u8> local;
+  u64* of(int index) { return registers + u64(index) * kLanes; }
+
+  // Lanes of a warp are threads of their own: only bar.warp.sync, barriers and the like order them.
+  Views views[kLanes];
+  Time own[kLanes] = {};  // when each lane last published; what it does from now on is later
+  CopyGroups copies[kLanes];
+
+  // wgmma: registers in flight, and when each register was last accessed, counted in instructions of this warp
+  std::vector<Wgmma> wgmma_open;
+  std::deque<std::vector<Wgmma>> wgmma_committed;
+  int wgmma_pending = 0;
+  std::vector<u16> in_flight;       // by register: how many wgmmas write it, or read it as A
+  std::vector<u64> last_access;     // by register
+  u64 fenced_at = 0, executed = 0;  // of wgmma.fence; instructions
+
+  Agent agent(int lane) const;
+};
+
+// Shared memory of one block. Every byte knows who wrote it, who read it since, and what is in flight.
+class SharedMemory {
+ public:
+  void reset(Machine& machine, Block& block, u32 bytes, int warps);
+  u32 end() const { return end_; }
+  // The bytes, after a check of bounds and of alignment to `alignment` (0: to the size, at most 16).
+  u8* at(u32 address, u32 bytes, u32 alignment = 0);
+  // Checks an access for races, proxies and things in flight, and marks it. A lane of -1: the warp as a whole.
+  void read(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy = Proxy::kGeneric);
+  void write(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy = Proxy::kGeneric);
+  // Asynchronous writes: checked as a write when they begin, then in flight; when they end they are `agent`'s at
+  // `time`.
+  void begin_write(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy);
+  void end_write(u32 address, u32 bytes, Agent agent, Time time, Proxy proxy, int pc);
+  // Asynchronous reads: checked as a read when they begin, in flight until they end, then read by warp and lane.
+  void begin_read(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy);
+  void end_read(Warp& warp, int lane, u32 address, u32 bytes);
+  void poison();  // when the block has exited
+
+ private:
+  friend class Machine;
+  struct Writer {
+    Time time = 0;
+    int pc = -1;
+    Agent agent = kNobody;
+    Proxy proxy = Proxy::kGeneric;
+    u8 writes_in_flight = 0, reads_in_flight = 0;
+  };
+  struct Reader {  // of one warp: its last read
+    Time time = 0;
+    u8 lane = 0;
+  };
+  Machine* machine_ = nullptr;
+  Block* block_ = nullptr;
+  int warps_ = 0;
+  u32 end_ = 0;
+  std::vector<u8> bytes_;
+  std::vector<Writer> writers_;
+  std::vector<Reader> readers_;  // [byte][warp]
+};
+
+struct Region {
+  u64 base, size;
+  bool writable;
+  std::string name;
+  struct Access {
+    u32 grid_block = 0;  // which block of which grid, plus 1; 0: nobody
+    u16 thread = 0;
+    Time time = 0;
+  };
+  std::vector<Access> writers, readers;  // by byte, of writable regions
+  std::vector<bool> sectors_read, sectors_written;
+};
+
+struct Mbarrier {  // PTX ISA 9.7.13.15
+  u32 address = 0;
+  Agent agent = kNobody;  // in whose name copies that complete here write
+  u32 count = 0;
+  s64 pending = 0, bytes = 0;
+  u32 phase = 0;  // completed phases
+  bool alive = false;
+  Views arriving, complete;  // what the arrivals of this phase hand on; what those of complete phases did
+  Agent made_by = kNobody;
+  Time made_at = 0;
+};
+
+struct NamedBarrier {  // PTX ISA 9.7.13.1
+  u32 arrived = 0, expected = 0;
+  Views arriving;
+  std::vector<int> waiting;
+};
+
+// A block while it is resident. Blocks of a cluster are resident together.
+struct Block {
+  Grid* grid;
+  u32 index;  // in the grid
+  u32 id[3];
+  u32 rank;         // in its cluster
+  u32 first_agent;  // of its threads
+  int num_threads, num_warps, warps_done = 0;
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<u64> registers;
+  std::vector<Lanes> predicates;
+  SharedMemory shared;
+  std::map<u32, Mbarrier> mbarriers;
+  NamedBarrier barriers[kNamedBarriers];
+  std::vector<std::shared_ptr<BulkCopy>> bulk_groups_open[kMaxWarps * kLanes];  // by thread
+  std::deque<std::vector<std::shared_ptr<BulkCopy>>> bulk_groups[kMaxWarps * kLanes];
+};
+
+struct Cluster {  // the blocks that are resident together, and barrier.cluster
+  std::vector<std::unique_ptr<Block>> blocks;
+  u32 arrived = 0, expected = 0;
+  Views arriving;
+};
+
+struct Grid {  // a launch
+  const PtxLaunch* launch;
+  const Program* program;
+  u8* parameters;  // 64-byte aligned, ours
+  int number;
+  u32 blocks_done = 0, launched_dependents = 0;
+};
+
+class Machine {
+ public:
+  Machine(const PtxLaunch* launches, int num_launches, const PtxRegion* regions, int num_regions, const PtxOptions&);
+  ~Machine();
+  void run();  // all launches; throws Fault
+
+  PtxOptions options;
+  PtxCounts counts{};
+  std::vector<std::string> reports;
+  std::vector<Region> regions;
+  std::vector<std::unique_ptr<Grid>> grids;
+  std::vector<std::unique_ptr<Cluster>> resident;
+  std::vector<std::shared_ptr<BulkCopy>> pending;  // bulk copies that have not landed
+  int pc = 0;                                      // the instruction being executed
+  Warp* warp = nullptr;                            // whose
+
+  u32 random();
+  u32 random(u32 below) { return random() % below; }
+  bool chance(u32 one_in) { return random() % one_in == 0; }
+
+  // A report, once for each kind and instruction. `pc` -1: the instruction being executed.
+  void report(const char* kind, const std::string& what, int pc = -1);
+  [[noreturn]] void fault(const char* kind, const std::string& what, int pc = -1);
+  std::string where(int pc) const;  // "line 12: <text>"
+
+  // Publication: all that the lane did is at or before the time returned; what it does later is after.
+  Time publish(Warp& warp, int lane);
+  Agent new_agent();  // for an mbarrier
+
+  // Global memory. Checks bounds, alignment (0: to the size) and races, and counts no sectors.
+  u8* global(Warp& warp, int lane, u64 address, u32 bytes, bool is_write, const u8* value = nullptr, u32 alignment = 0);
+  Region* region_of(u64 address, u64 bytes);
+  void count_global(const u64* addresses, Lanes mask, u32 bytes, bool is_write);  // sectors of one request of a warp
+  void count_shared(const u32* addresses, Lanes mask, u32 bytes, bool is_write);  // wavefronts of one request of a warp
+
+  Block* block_of_rank(Warp& warp, u32 rank);  // in the warp's cluster; null if there is none
+
+ private:
+  void step(Warp& warp);
+  bool can_go_on(Warp& warp);
+  void start_cluster(Grid& grid, u32 first_block);
+  bool land_one();  // a pending bulk copy; false if there is none
+  u64 random_state_;
+  Time now_ = 0;
+  u64 steps_ = 0;
+  u32 next_agent_ = 0;
+  Region* last_region_ = nullptr;
+  std::map<std::pair<std::string, int>, int> reported_;
+};
+
+// In their files:
+void land(Machine& machine, BulkCopy& copy);               // copies.cpp: the data, and whoever waits for it
+void try_release(Machine& machine, Block& block, int id);  // barriers.cpp: after an arrival, or when a warp has exited
+void try_release_cluster(Machine& machine, Cluster& cluster);
+void complete_if_due(Machine& machine, Mbarrier& barrier);  // mbarriers.cpp
+void check_exit(Machine& machine, Warp& warp);  // matrices of what a warp leaves pending: wgmma.cpp, copies.cpp
+
+}  // namespace fused_resnet::ptx

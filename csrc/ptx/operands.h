@@ -1,0 +1,30 @@
+// Operands of a whole warp.
+#pragma once
+
+#include "ptx/machine.h"
+
+namespace fused_resnet::ptx {
+
+#define FOR_LANES for (int l = 0; l < kLanes; ++l)
+#define FOR_ACTIVE(mask)           \
+  for (int l = 0; l < kLanes; ++l) \
+    if ((mask) >> l & 1)
+
+// A source's 32 values. `room` holds them where they are not a register's.
+const u64* read(Machine& machine, Warp& warp, const PtxOperand& operand, u64* room);
+// Where a destination's values go. `sink` takes those of `_`.
+u64* destination(Warp& warp, const PtxOperand& operand, u64* sink);
+Lanes read_predicate(Warp& warp, const PtxOperand& operand);
+void write_predicate(Warp& warp, const PtxOperand& operand, Lanes value, Lanes mask);
+u64 address(Warp& warp, const PtxOperand& operand, int lane);  // of a memory operand
+
+template <class F>
+void store(u64* to, Lanes mask, F value) {
+  if (mask == kAllLanes) {
+    FOR_LANES to[l] = value(l);
+  } else {
+    FOR_ACTIVE(mask) to[l] = value(l);
+  }
+}
+
+}  // namespace fused_resnet::ptx
