@@ -20,6 +20,7 @@ constexpr int kLanes = 32, kMaxWarps = 32, kNamedBarriers = 16;
 constexpr u64 kSharedWindow = 0x0100000000ull;  // generic addresses of shared memory; 16 MiB a block of a cluster
 constexpr u64 kLocalWindow = 0x0200000000ull;   // no host pointer is that low
 constexpr u32 kSharedBase = 1024;               // a block's first KiB belongs to the system, sm_80 and later
+constexpr int kRankShift = 24;  // of an address of .shared::cluster, from here on: the block's rank plus 1; 0: our own
 
 std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
 
@@ -39,8 +40,12 @@ struct Copy {
   u8 bytes, valid;
   bool landed;
   int pc;
+  u32 number = 0;         // of this thread's copies
+  Agent agent = kNobody;  // once it is over: in whose name it wrote, and when
+  Time time = 0;
 };
 struct CopyGroups {
+  u32 issued = 0;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> committed;
 };
@@ -211,6 +216,7 @@ class Machine {
   std::vector<std::shared_ptr<BulkCopy>> pending;  // bulk copies that have not landed
   int pc = 0;                                      // the instruction being executed
   Warp* warp = nullptr;                            // whose
+  bool yields = false;                             // set by a handler that polls in vain: the warp's turn ends
 
   u32 random();
   u32 random(u32 below) { return random() % below; }
@@ -232,12 +238,12 @@ class Machine {
   void count_shared(const u32* addresses, Lanes mask, u32 bytes, bool is_write);  // wavefronts of one request of a warp
 
   Block* block_of_rank(Warp& warp, u32 rank);  // in the warp's cluster; null if there is none
+  bool land_one();                             // a pending bulk copy; false if there is none
 
  private:
   void step(Warp& warp);
   bool can_go_on(Warp& warp);
   void start_cluster(Grid& grid, u32 first_block);
-  bool land_one();  // a pending bulk copy; false if there is none
   u64 random_state_;
   Time now_ = 0;
   u64 steps_ = 0;
@@ -245,6 +251,19 @@ class Machine {
   Region* last_region_ = nullptr;
   std::map<std::pair<std::string, int>, int> reported_;
 };
+
+// An address of .shared::cluster, or a generic one less kSharedWindow: whose shared memory, and where in it.
+struct SharedPlace {
+  Block* block;
+  u32 address;
+};
+inline SharedPlace shared_place(Machine& machine, Warp& warp, u32 address) {
+  const u32 rank = address >> kRankShift, offset = address & ((1u << kRankShift) - 1);
+  if (rank == 0) return {warp.block, offset};
+  Block* block = machine.block_of_rank(warp, rank - 1);
+  if (block == nullptr) machine.fault("out of bounds", format("no block of rank %u in the cluster", rank - 1));
+  return {block, offset};
+}
 
 // In their files:
 void land(Machine& machine, BulkCopy& copy);               // copies.cpp: the data, and whoever waits for it
