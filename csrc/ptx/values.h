@@ -70,9 +70,24 @@ inline float canonical_nan() {
   return as<float>(0x7fffffff);
 }
 
+// Directions of rounding, .rn .rz .rm .rp .rna (PTX ISA, Rounding Modifiers).
+enum class Rounding : u8 { kNearestEven, kToZero, kDown, kUp, kNearestAway };
+
 // Sixteen and eight bits to fp32, exactly, and back, to nearest even. NaN becomes the canonical one.
 float float_of(Type type, u32 value);                          // kF16, kBF16, kE4M3, kE5M2, kTF32, kF32
 u32 rounded(Type type, double value);                          // once, from an exact value
 void widen(Type type, const u16* from, float* to, int count);  // kF16, kBF16, many at once
+
+// As `rounded`, in any direction. What is too large for an 8-bit type becomes its largest value, as .satfinite demands;
+// `saturate` asks for the same of the others.
+u32 rounded(Type type, double value, Rounding rounding, bool saturate = false);
+// a + b, and a * b + c of factors of at most 24 bits, to 53 bits and to odd: may be rounded once more to any narrower
+// type as if it were exact.
+double add_to_odd(double a, double b);
+double fma_to_odd(double a, double b, double c);
+
+float flush(float value);  // .ftz: a subnormal becomes a zero of its sign
+// The low bytes of a register as the type, extended to 64 bits: by sign of signed types, else by zero.
+u64 extended(Type type, u64 value);
 
 }  // namespace fused_resnet::ptx
