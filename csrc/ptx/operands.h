@@ -18,6 +18,12 @@ Lanes read_predicate(Warp& warp, const PtxOperand& operand);
 void write_predicate(Warp& warp, const PtxOperand& operand, Lanes value, Lanes mask);
 u64 address(Warp& warp, const PtxOperand& operand, int lane);  // of a memory operand
 
+// At load: refuses the instruction unless its operands are, one letter each:
+// d a destination register (or `_`), s a source (register, immediate, special register), D and S vectors of those,
+// q a destination predicate (or `_`), p a source predicate or a constant, i an immediate, m memory.
+// Operands of several parts, as in `d|p`, have their letters in brackets: "(dq)ss".
+void expect_operands(const Modifiers& modifiers, const Instruction& instruction, const char* shape);
+
 template <class F>
 void store(u64* to, Lanes mask, F value) {
   if (mask == kAllLanes) {
