@@ -115,6 +115,8 @@ class SharedMemory {
   void begin_read(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy);
   void end_read(Warp& warp, int lane, u32 address, u32 bytes);
   void poison();  // when the block has exited
+  // An mbarrier lives here, or no longer does: while it lives, any access is reported (PTX ISA 9.7.13.15.1).
+  void guard(u32 address, u32 bytes, bool is_live);
 
  private:
   friend class Machine;
@@ -161,6 +163,8 @@ struct Mbarrier {  // PTX ISA 9.7.13.15
   Views arriving, complete;  // what the arrivals of this phase hand on; what those of complete phases did
   Agent made_by = kNobody;
   Time made_at = 0;
+  bool waited = true;                           // somebody's wait for the last complete phase came true
+  bool has_remote = false, had_remote = false;  // arrivals from other blocks, in this phase and in complete ones
 };
 
 struct NamedBarrier {  // PTX ISA 9.7.13.1
@@ -216,6 +220,7 @@ class Machine {
   std::vector<std::shared_ptr<BulkCopy>> pending;  // bulk copies that have not landed
   int pc = 0;                                      // the instruction being executed
   Warp* warp = nullptr;                            // whose
+  int copies_in_global = 0;                        // asynchronous copies in flight from or to writable regions
   bool yields = false;                             // set by a handler that polls in vain: the warp's turn ends
 
   u32 random();
@@ -266,6 +271,10 @@ inline SharedPlace shared_place(Machine& machine, Warp& warp, u32 address) {
 }
 
 // In their files:
+void finish_copies(Machine& machine, Cluster& cluster);  // copies.cpp: before its blocks go, all that is pending
+// Of an access to a writable region: reports what meets an asynchronous copy in flight. Call if copies_in_global > 0.
+void check_copies_in_global(Machine& machine, u64 address, u32 bytes, bool is_write);  // copies.cpp
+void check_copies_at_exit(Machine& machine, Warp& warp, Lanes exiting);                // copies.cpp
 void land(Machine& machine, BulkCopy& copy);               // copies.cpp: the data, and whoever waits for it
 void try_release(Machine& machine, Block& block, int id);  // barriers.cpp: after an arrival, or when a warp has exited
 void try_release_cluster(Machine& machine, Cluster& cluster);
