@@ -56,8 +56,13 @@ struct Wgmma {
   int pc;
   u64 a, b;
   bool scale_d, done;
-  std::vector<u32> reads;  // 16-byte rows of shared memory
+  struct Range {
+    u32 address, bytes;
+  };
+  std::vector<Range> reads;  // of shared memory
 };
+struct WgmmaRegisters;  // wgmma.cpp: of a warp, what was last done to its registers and what they will be
+struct Warpgroup;       // wgmma.cpp: what its four warps have issued
 
 // A bulk or tensor copy that was issued (PTX ISA 9.7.9.25.4 to 9.7.9.27). copies.cpp alone knows more.
 struct BulkCopy;
@@ -93,6 +98,8 @@ struct Warp {
   std::vector<u16> in_flight;       // by register: how many wgmmas write it, or read it as A
   std::vector<u64> last_access;     // by register
   u64 fenced_at = 0, executed = 0;  // of wgmma.fence; instructions
+  std::shared_ptr<WgmmaRegisters> wgmma_registers;
+  u64 wgmma_issued = 0;  // instructions of wgmma, waits and fences too
 
   Agent agent(int lane) const;
 };
@@ -187,6 +194,7 @@ struct Block {
   SharedMemory shared;
   std::map<u32, Mbarrier> mbarriers;
   NamedBarrier barriers[kNamedBarriers];
+  std::shared_ptr<Warpgroup> warpgroups[kMaxWarps / 4];
   std::vector<std::shared_ptr<BulkCopy>> bulk_groups_open[kMaxWarps * kLanes];  // by thread
   std::deque<std::vector<std::shared_ptr<BulkCopy>>> bulk_groups[kMaxWarps * kLanes];
 };
