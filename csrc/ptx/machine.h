@@ -8,6 +8,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
@@ -76,7 +77,11 @@ struct Warp {
   Lanes blocked = 0;  // of a diverged warp: lanes that wait for others at an .aligned or .sync instruction
   bool diverged = false;
   u32 pc = 0, pcs[kLanes] = {};
-  Lanes branching = 0;  // set by a branch: the lanes that take it
+  Lanes branching = 0;           // set by a branch: the lanes that take it
+  Lanes at_barrier = 0;          // lanes that have arrived at a barrier and wait for it
+  const u32* targets = nullptr;  // of brx.idx: where each branching lane goes
+  Lanes threads = 0;             // lanes that the warp began with
+  int failed_waits = 0;          // test_wait and try_wait in vain since the warp last did anything else of note
   State state = State::kRunning;
   int waiting_at = -1;  // the instruction
   u32 wait_address = 0, wait_parity = 0;
@@ -90,6 +95,9 @@ struct Warp {
   Views views[kLanes];
   Time own[kLanes] = {};  // when each lane last published; what it does from now on is later
   CopyGroups copies[kLanes];
+  Views fenced[kLanes];           // what a fence of the lane made ready for its next strong write (PTX ISA 8.7)
+  Views observed[kLanes];         // what its strong reads have found, for its next fence to take over
+  Time fence_times[kLanes] = {};  // of that fence, for other blocks
 
   // wgmma: registers in flight, and when each register was last accessed, counted in instructions of this warp
   std::vector<Wgmma> wgmma_open;
@@ -107,13 +115,18 @@ struct Warp {
 // Shared memory of one block. Every byte knows who wrote it, who read it since, and what is in flight.
 class SharedMemory {
  public:
+  SharedMemory();
+  ~SharedMemory();
   void reset(Machine& machine, Block& block, u32 bytes, int warps);
   u32 end() const { return end_; }
   // The bytes, after a check of bounds and of alignment to `alignment` (0: to the size, at most 16).
   u8* at(u32 address, u32 bytes, u32 alignment = 0);
-  // Checks an access for races, proxies and things in flight, and marks it. A lane of -1: the warp as a whole.
-  void read(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy = Proxy::kGeneric);
-  void write(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy = Proxy::kGeneric);
+  // Checks an access for races, proxies and things in flight, and marks it. A lane of -1: the warp as a whole, and as a
+  // reader its warpgroup. `strong`: atomics, .relaxed and stronger, .volatile; they race with weak accesses only (8.7).
+  // `value`: what is written, if known; threads that write one value over each other are reported in strict mode only.
+  void read(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy = Proxy::kGeneric, bool strong = false);
+  void write(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy = Proxy::kGeneric, bool strong = false,
+             const u8* value = nullptr);
   // Asynchronous writes: checked as a write when they begin, then in flight; when they end they are `agent`'s at
   // `time`.
   void begin_write(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy);
@@ -126,38 +139,35 @@ class SharedMemory {
   void guard(u32 address, u32 bytes, bool is_live);
 
  private:
-  friend class Machine;
-  struct Writer {
-    Time time = 0;
-    int pc = -1;
-    Agent agent = kNobody;
-    Proxy proxy = Proxy::kGeneric;
-    u8 writes_in_flight = 0, reads_in_flight = 0;
-  };
-  struct Reader {  // of one warp: its last read
-    Time time = 0;
-    u8 lane = 0;
-  };
-  Machine* machine_ = nullptr;
-  Block* block_ = nullptr;
-  int warps_ = 0;
-  u32 end_ = 0;
-  std::vector<u8> bytes_;
-  std::vector<Writer> writers_;
-  std::vector<Reader> readers_;  // [byte][warp]
+  struct Cell;    // who wrote a word of 4 bytes, or one byte of a word whose bytes differ
+  struct Reader;  // the last read of a cell by a warp
+  struct Access;
+  struct State;
+  std::unique_ptr<State> state_;
 };
 
+// Global memory that the kernel may touch. Who accessed what is kept for writable regions, in words like shared memory.
 struct Region {
   u64 base, size;
   bool writable;
   std::string name;
   struct Access {
-    u32 grid_block = 0;  // which block of which grid, plus 1; 0: nobody
-    u16 thread = 0;
+    u32 block = 0;  // which block of which grid, plus 1; 0: nobody
     Time time = 0;
+    u16 thread = 0;
+    s32 pc = -1;
+    bool strong = false;
+    Proxy proxy = Proxy::kGeneric;
   };
-  std::vector<Access> writers, readers;  // by byte, of writable regions
+  struct Cell {
+    Access writer, reader;
+    bool has_more_readers = false;
+  };
+  std::vector<Cell> words;
+  std::unordered_map<u64, std::vector<Cell>> split;           // words whose bytes differ
+  std::unordered_map<u64, std::vector<Access>> more_readers;  // by byte, of whom none has seen the other
   std::vector<bool> sectors_read, sectors_written;
+  std::vector<u16> reads_in_flight, writes_in_flight;  // by byte, of asynchronous copies; empty: never any
 };
 
 struct Mbarrier {  // PTX ISA 9.7.13.15
@@ -170,14 +180,23 @@ struct Mbarrier {  // PTX ISA 9.7.13.15
   Views arriving, complete;  // what the arrivals of this phase hand on; what those of complete phases did
   Agent made_by = kNobody;
   Time made_at = 0;
+  bool is_fenced = false;                       // by fence.mbarrier_init of its maker
   bool waited = true;                           // somebody's wait for the last complete phase came true
   bool has_remote = false, had_remote = false;  // arrivals from other blocks, in this phase and in complete ones
 };
 
-struct NamedBarrier {  // PTX ISA 9.7.13.1
-  u32 arrived = 0, expected = 0;
+struct NamedBarrier {             // PTX ISA 9.7.13.1
+  u32 arrived = 0, expected = 0;  // threads; 0 expected: all of the block
+  int pc = -1;                    // of the first arrival
   Views arriving;
-  std::vector<int> waiting;
+  struct Waiting {
+    Warp* warp;
+    Lanes lanes;
+    const Instruction* instruction;
+  };
+  std::vector<Waiting> waiting;
+  u32 num_true = 0, num_asked = 0;  // of bar.red
+  int reduction = -1;
 };
 
 // A block while it is resident. Blocks of a cluster are resident together.
@@ -187,6 +206,10 @@ struct Block {
   u32 id[3];
   u32 rank;         // in its cluster
   u32 first_agent;  // of its threads
+  Cluster* cluster = nullptr;
+  bool has_exited = false, launched_dependents = false;
+  std::vector<u32> cluster_phase;  // by thread: twice the phase it arrived in, plus 1; even: it has not arrived
+  std::unordered_map<u32, Time> seen_blocks;  // of other blocks, through atomics in global memory: up to when
   int num_threads, num_warps, warps_done = 0;
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<u64> registers;
@@ -200,9 +223,12 @@ struct Block {
 };
 
 struct Cluster {  // the blocks that are resident together, and barrier.cluster
+  Grid* grid;
   std::vector<std::unique_ptr<Block>> blocks;
-  u32 arrived = 0, expected = 0;
-  Views arriving;
+  u32 arrived = 0;  // threads, at barrier.cluster
+  u32 phase = 0;    // how often it has completed
+  Views arriving, complete;
+  u32 first_agent;
 };
 
 struct Grid {  // a launch
@@ -211,6 +237,9 @@ struct Grid {  // a launch
   u8* parameters;  // 64-byte aligned, ours
   int number;
   u32 blocks_done = 0, launched_dependents = 0;
+  std::vector<u32> blocks;  // those to run, in order
+  size_t next_block = 0;
+  Agent agent = kNobody;  // whoever waited for the grid has seen this agent
 };
 
 class Machine {
@@ -240,12 +269,30 @@ class Machine {
   [[noreturn]] void fault(const char* kind, const std::string& what, int pc = -1);
   std::string where(int pc) const;  // "line 12: <text>"
 
+  // An instruction of the program whose instruction is being executed.
+  const Program& program() const { return *program_; }
+
   // Publication: all that the lane did is at or before the time returned; what it does later is after.
   Time publish(Warp& warp, int lane);
   Agent new_agent();  // for an mbarrier
+  // The same for several lanes at once: they publish, and `to` learns what they have seen and done.
+  void hand_on(Warp& warp, Lanes lanes, Views& to);
+  // The lanes learn what `from` has.
+  void take_over(Warp& warp, Lanes lanes, const Views& from);
+
+  // Order through memory (PTX ISA 8.7 to 8.9). The key is the address of a location: in global memory, or kSharedWindow
+  // + (rank + 1) << 24 + offset. A strong write releases: all that the lane has seen and done, or, if it is `relaxed`,
+  // what a fence of the lane covers. A strong read acquires: at once, or, if it is `relaxed`, with the lane's next
+  // fence.
+  void release(Warp& warp, int lane, u64 key, bool relaxed = false);
+  void acquire(Warp& warp, int lane, u64 key, bool relaxed = false);
+  void fence(Warp& warp, int lane, bool other_blocks);
 
   // Global memory. Checks bounds, alignment (0: to the size) and races, and counts no sectors.
-  u8* global(Warp& warp, int lane, u64 address, u32 bytes, bool is_write, const u8* value = nullptr, u32 alignment = 0);
+  // `value`: what is written, if known. `strong` as in SharedMemory.
+  u8* global(Warp& warp, int lane, u64 address, u32 bytes, bool is_write, const u8* value = nullptr, u32 alignment = 0,
+             bool strong = false, Proxy proxy = Proxy::kGeneric);
+  bool is_written_by_grid(Warp& warp, u64 address, u32 bytes);  // for ld.global.nc
   Region* region_of(u64 address, u64 bytes);
   void count_global(const u64* addresses, Lanes mask, u32 bytes, bool is_write);  // sectors of one request of a warp
   void count_shared(const u32* addresses, Lanes mask, u32 bytes, bool is_write);  // wavefronts of one request of a warp
@@ -253,15 +300,46 @@ class Machine {
   Block* block_of_rank(Warp& warp, u32 rank);  // in the warp's cluster; null if there is none
   bool land_one();                             // a pending bulk copy; false if there is none
 
+  std::string name_of(Agent agent) const;  // "warp 1 lane 3"
+
  private:
+  friend class SharedMemory;
+  void start();  // clusters, as far as they may be resident
+  bool start_cluster(Grid& grid);
+  bool may_start(const Grid& grid) const;
+  void retire(size_t cluster);
+  void finish(Grid& grid);
+  Warp* choose();
+  void run(Warp& warp);
   void step(Warp& warp);
+  bool execute(Warp& warp, const Instruction& instruction, Lanes group);
+  void exited(Warp& warp, Lanes before);
   bool can_go_on(Warp& warp);
-  void start_cluster(Grid& grid, u32 first_block);
+  void land_some();
+  [[noreturn]] void deadlock();
+  Lanes select(Warp& warp, u32* pc);
+  Lanes gather(Warp& warp, const Instruction& instruction, u32 pc, Lanes group);
+  void advance(Warp& warp, const Instruction& instruction, u32 pc, Lanes group);
+  void note_wait(Warp& warp, const Instruction& instruction, Lanes mask);
+
+  struct Location {  // what strong writes left at an address
+    Views views;
+    u32 cluster = 0;                       // whose agents these are; of others nothing is known but:
+    std::unordered_map<u32, Time> blocks;  // by block of a grid: all that it did up to this time
+  };
+  Location& location(Warp& warp, u64 key);
+
+  const Program* program_ = nullptr;
   u64 random_state_;
-  Time now_ = 0;
+  Time now_ = 1;
   u64 steps_ = 0;
-  u32 next_agent_ = 0;
+  u64 last_landing_ = 0;
+  u32 next_agent_ = 0, first_thread_agent_ = 0;
+  u32 cluster_number_ = 0;
+  std::vector<Warp*> warps_;  // of all resident clusters
+  size_t turn_ = 0;
   Region* last_region_ = nullptr;
+  std::unordered_map<u64, Location> locations_;
   std::map<std::pair<std::string, int>, int> reported_;
 };
 
@@ -286,7 +364,7 @@ void check_copies_at_exit(Machine& machine, Warp& warp, Lanes exiting);         
 void land(Machine& machine, BulkCopy& copy);               // copies.cpp: the data, and whoever waits for it
 void try_release(Machine& machine, Block& block, int id);  // barriers.cpp: after an arrival, or when a warp has exited
 void try_release_cluster(Machine& machine, Cluster& cluster);
-void complete_if_due(Machine& machine, Mbarrier& barrier);  // mbarriers.cpp
-void check_exit(Machine& machine, Warp& warp);  // matrices of what a warp leaves pending: wgmma.cpp, copies.cpp
+void complete_if_due(Machine& machine, Mbarrier& barrier);     // mbarriers.cpp
+void check_exit(Machine& machine, Warp& warp, Lanes exiting);  // scheduler.cpp: reports what they leave pending
 
 }  // namespace fused_resnet::ptx
