@@ -33,8 +33,7 @@ SPECIAL_REGISTERS = (
     "dynamic_smem_size total_smem_size nwarpid zero"
 ).split()
 _ALIASES = {"clock64": "clock", "globaltimer": "clock", "clock_hi": "zero", "gridid": "zero"}
-# As in csrc/ptx/machine.h.
-SHARED_BASE, LOCAL_WINDOW = 1024, 0x0200000000
+SHARED_BASE = 1024  # as in csrc/ptx/machine.h
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)")
 _HEAD_WORDS = re.compile(r"(?:\.(?:visible|weak|extern|common)\s+)*\.(\w+)")
@@ -274,7 +273,7 @@ class _Parser:
     def local_variable(self, scope: _Scope, match: re.Match) -> None:
         one, count, alignment = self.layout(match)
         begin = align(self.entry.local_bytes, alignment)
-        scope.names[match["name"]] = Operand(IMMEDIATE, 0, LOCAL_WINDOW + begin)
+        scope.names[match["name"]] = Operand(IMMEDIATE, 0, begin)
         self.entry.local_bytes = begin + one * count
 
     def host_variable(self, statement: Statement, match: re.Match) -> None:
@@ -478,8 +477,9 @@ class _Parser:
             return Operand(PREDICATE, found.index, 1) if word[0] == "!" else found
         if word[:1] == "%":
             name = _ALIASES.get(word[1:], word[1:])
-            if name in SPECIAL_REGISTERS:
-                return Operand(SPECIAL, SPECIAL_REGISTERS.index(name))
+            if name in SPECIAL_REGISTERS:  # a block's dynamic shared memory is what is not static
+                static = self.entry.static_shared_bytes if name == "dynamic_smem_size" else 0
+                return Operand(SPECIAL, SPECIAL_REGISTERS.index(name), static)
         if word == "WARP_SZ":
             return Operand(IMMEDIATE, 0, 32)
         value = floating(word, is_double)
