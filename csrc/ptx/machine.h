@@ -32,7 +32,9 @@ struct Fault : std::runtime_error {  // ends the launch
 enum class Proxy : u8 { kGeneric, kAsync };  // PTX ISA 8.6
 
 struct Block;
+struct Cluster;
 struct Grid;
+class Shadow;
 
 // One thread's cp.async copies (PTX ISA 9.7.9.25.3); they write through the generic proxy.
 struct Copy {
@@ -139,11 +141,13 @@ class SharedMemory {
   void guard(u32 address, u32 bytes, bool is_live);
 
  private:
-  struct Cell;    // who wrote a word of 4 bytes, or one byte of a word whose bytes differ
-  struct Reader;  // the last read of a cell by a warp
-  struct Access;
-  struct State;
-  std::unique_ptr<State> state_;
+  friend class ShadowAccess;
+  Machine* machine_ = nullptr;
+  Block* block_ = nullptr;
+  u32 end_ = 0;
+  bool is_gone_ = false;  // the block has exited
+  std::vector<u8> bytes_;
+  std::unique_ptr<Shadow> shadow_;  // who accessed what
 };
 
 // Global memory that the kernel may touch. Who accessed what is kept for writable regions, in words like shared memory.
