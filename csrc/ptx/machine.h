@@ -90,6 +90,7 @@ struct Warp {
 
   u64* registers;     // [register][lane]
   Lanes* predicates;  // [predicate]
+  Lanes carry = 0;    // CC.CF (PTX ISA 9.7.2)
   std::vector<u8> local;
   u64* of(int index) { return registers + u64(index) * kLanes; }
 

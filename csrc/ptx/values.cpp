@@ -10,13 +10,13 @@ struct TypeFacts {
   bool is_signed, is_float;
 };
 const TypeFacts kTypes[] = {
-    {"pred", 0, false, false},   {"b8", 1, false, false},      {"u8", 1, false, false},    {"s8", 1, true, false},
-    {"e4m3", 1, false, true},    {"e5m2", 1, false, true},     {"b16", 2, false, false},   {"u16", 2, false, false},
-    {"s16", 2, true, false},     {"f16", 2, false, true},      {"bf16", 2, false, true},   {"e4m3x2", 2, false, false},
-    {"e5m2x2", 2, false, false}, {"b32", 4, false, false},     {"u32", 4, false, false},   {"s32", 4, true, false},
-    {"f32", 4, false, true},     {"tf32", 4, false, true},     {"f16x2", 4, false, false}, {"bf16x2", 4, false, false},
-    {"b64", 8, false, false},    {"u64", 8, false, false},     {"s64", 8, true, false},    {"f64", 8, false, true},
-    {"b128", 16, false, false},  {"no type", 0, false, false},
+    {"pred", 0, false, false},   {"b8", 1, false, false},    {"u8", 1, false, false},    {"s8", 1, true, false},
+    {"e4m3", 1, false, true},    {"e5m2", 1, false, true},   {"b16", 2, false, false},   {"u16", 2, false, false},
+    {"s16", 2, true, false},     {"f16", 2, false, true},    {"bf16", 2, false, true},   {"e4m3x2", 2, false, false},
+    {"e5m2x2", 2, false, false}, {"b32", 4, false, false},   {"u32", 4, false, false},   {"s32", 4, true, false},
+    {"f32", 4, false, true},     {"tf32", 4, false, true},   {"f16x2", 4, false, false}, {"bf16x2", 4, false, false},
+    {"b64", 8, false, false},    {"u64", 8, false, false},   {"s64", 8, true, false},    {"f64", 8, false, true},
+    {"b128", 16, false, false},  {"u16x2", 4, false, false}, {"s16x2", 4, false, false}, {"no type", 0, false, false},
 };
 static_assert(sizeof kTypes / sizeof kTypes[0] == kNoType + 1, "one row a type");
 

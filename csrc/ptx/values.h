@@ -44,6 +44,8 @@ enum Type : u8 {
   kS64,
   kF64,
   kB128,
+  kU16x2,
+  kS16x2,
   kNoType,
 };
 
