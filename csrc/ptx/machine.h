@@ -59,6 +59,7 @@ struct Wgmma {
   int pc;
   u64 a, b;
   bool scale_d, done;
+  u64 number;  // among the wgmma instructions of its warp, the same in all warps of the warpgroup
   struct Range {
     u32 address, bytes;
   };
@@ -70,7 +71,8 @@ struct Warpgroup;       // wgmma.cpp: what its four warps have issued
 // A bulk or tensor copy that was issued (PTX ISA 9.7.9.25.4 to 9.7.9.27). copies.cpp alone knows more.
 struct BulkCopy;
 
-enum class State : u8 { kRunning, kAtBarrier, kAtMbarrier, kAtCluster, kAtGrid, kDone };
+// kAtWarpgroup: wgmma.wait_group waits for the other warps to issue; warpgroups.cpp wakes it.
+enum class State : u8 { kRunning, kAtBarrier, kAtMbarrier, kAtCluster, kAtGrid, kAtWarpgroup, kDone };
 
 struct Warp {
   Block* block;
@@ -142,7 +144,6 @@ class SharedMemory {
   void guard(u32 address, u32 bytes, bool is_live);
 
  private:
-  friend class ShadowAccess;
   Machine* machine_ = nullptr;
   Block* block_ = nullptr;
   u32 end_ = 0;
@@ -213,7 +214,9 @@ struct Block {
   u32 first_agent;  // of its threads
   Cluster* cluster = nullptr;
   bool has_exited = false, launched_dependents = false;
-  std::vector<u32> cluster_phase;  // by thread: twice the phase it arrived in, plus 1; even: it has not arrived
+  // barrier.cluster by thread: how often it arrived without having waited, and the phase it arrived in
+  std::vector<u32> cluster_arrivals;
+  Agent warpgroup_agents[kMaxWarps / 4];      // in whose name wgmma reads
   std::unordered_map<u32, Time> seen_blocks;  // of other blocks, through atomics in global memory: up to when
   int num_threads, num_warps, warps_done = 0;
   std::vector<std::unique_ptr<Warp>> warps;
@@ -232,17 +235,20 @@ struct Cluster {  // the blocks that are resident together, and barrier.cluster
   std::vector<std::unique_ptr<Block>> blocks;
   u32 arrived = 0;  // threads, at barrier.cluster
   u32 phase = 0;    // how often it has completed
+  u32 number = 0;   // of all that were started, from 1
   Views arriving, complete;
   u32 first_agent;
 };
 
-struct Grid {  // a launch
+struct Grid {           // a launch
+  u32 first_block = 0;  // blocks of the grids before it
   const PtxLaunch* launch;
   const Program* program;
   u8* parameters;  // 64-byte aligned, ours
   int number;
   u32 blocks_done = 0, launched_dependents = 0;
-  std::vector<u32> blocks;  // those to run, in order
+  std::vector<u32> clusters;  // those to run, in order
+  u32 num_blocks = 0;         // in those
   size_t next_block = 0;
   Agent agent = kNobody;  // whoever waited for the grid has seen this agent
 };
@@ -274,9 +280,6 @@ class Machine {
   [[noreturn]] void fault(const char* kind, const std::string& what, int pc = -1);
   std::string where(int pc) const;  // "line 12: <text>"
 
-  // An instruction of the program whose instruction is being executed.
-  const Program& program() const { return *program_; }
-
   // Publication: all that the lane did is at or before the time returned; what it does later is after.
   Time publish(Warp& warp, int lane);
   Agent new_agent();  // for an mbarrier
@@ -292,6 +295,7 @@ class Machine {
   void release(Warp& warp, int lane, u64 key, bool relaxed = false);
   void acquire(Warp& warp, int lane, u64 key, bool relaxed = false);
   void fence(Warp& warp, int lane, bool other_blocks);
+  u32 block_number(const Block& block) const;  // of all grids, from 1
 
   // Global memory. Checks bounds, alignment (0: to the size) and races, and counts no sectors.
   // `value`: what is written, if known. `strong` as in SharedMemory.
@@ -309,23 +313,28 @@ class Machine {
 
  private:
   friend class SharedMemory;
-  void start();  // clusters, as far as they may be resident
-  bool start_cluster(Grid& grid);
+  // residents.cpp
+  void order_blocks(Grid& grid);
+  void start();  // clusters, as many as may be resident
   bool may_start(const Grid& grid) const;
-  void retire(size_t cluster);
-  void finish(Grid& grid);
+  void start_cluster(Grid& grid);
+  void retire_finished();
+  void block_exited(Block& block);
+
+  // scheduler.cpp
   Warp* choose();
-  void run(Warp& warp);
-  void step(Warp& warp);
-  bool execute(Warp& warp, const Instruction& instruction, Lanes group);
-  void exited(Warp& warp, Lanes before);
   bool can_go_on(Warp& warp);
-  void land_some();
+  void take_turn(Warp& warp);
+  bool land_in_time();
   [[noreturn]] void deadlock();
-  Lanes select(Warp& warp, u32* pc);
-  Lanes gather(Warp& warp, const Instruction& instruction, u32 pc, Lanes group);
-  void advance(Warp& warp, const Instruction& instruction, u32 pc, Lanes group);
-  void note_wait(Warp& warp, const Instruction& instruction, Lanes mask);
+
+  // steps.cpp
+  void step(Warp& warp);
+  Lanes select(Warp& warp);
+  Lanes gather(Warp& warp, const Instruction& instruction, Lanes group);
+  void execute(Warp& warp, const Instruction& instruction, Lanes group);
+  void advance(Warp& warp, const Instruction& instruction, u32 from, Lanes group);
+  void exited(Warp& warp, Lanes exiting);
 
   struct Location {  // what strong writes left at an address
     Views views;
@@ -334,11 +343,10 @@ class Machine {
   };
   Location& location(Warp& warp, u64 key);
 
-  const Program* program_ = nullptr;
   u64 random_state_;
   Time now_ = 1;
   u64 steps_ = 0;
-  u64 last_landing_ = 0;
+  bool any_block_exited_ = false;
   u32 next_agent_ = 0, first_thread_agent_ = 0;
   u32 cluster_number_ = 0;
   std::vector<Warp*> warps_;  // of all resident clusters
