@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+// The only names that the library shows.
+#pragma GCC visibility push(default)
 extern "C" {
 
 // One operand, or one element of a vector operand.
@@ -83,3 +85,4 @@ const char* ptx_add(void* program, const char* op, int32_t predicate, int32_t ne
 int32_t ptx_launch(const PtxLaunch* launches, int32_t num_launches, const PtxRegion* regions, int32_t num_regions,
                    const PtxOptions* options, PtxOutcome* outcome, char* reports, int32_t size);
 }
+#pragma GCC visibility pop

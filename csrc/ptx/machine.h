@@ -288,6 +288,9 @@ class Machine {
   // The lanes learn what `from` has.
   void take_over(Warp& warp, Lanes lanes, const Views& from);
 
+  // All lanes of the warp have seen what its warpgroup has read so far: to be called by wgmma.wait_group.
+  void see_warpgroup(Warp& warp);
+
   // Order through memory (PTX ISA 8.7 to 8.9). The key is the address of a location: in global memory, or kSharedWindow
   // + (rank + 1) << 24 + offset. A strong write releases: all that the lane has seen and done, or, if it is `relaxed`,
   // what a fence of the lane covers. A strong read acquires: at once, or, if it is `relaxed`, with the lane's next
@@ -325,7 +328,7 @@ class Machine {
   Warp* choose();
   bool can_go_on(Warp& warp);
   void take_turn(Warp& warp);
-  bool land_in_time();
+  void land_in_time();
   [[noreturn]] void deadlock();
 
   // steps.cpp
@@ -336,7 +339,8 @@ class Machine {
   void advance(Warp& warp, const Instruction& instruction, u32 from, Lanes group);
   void exited(Warp& warp, Lanes exiting);
 
-  struct Location {  // what strong writes left at an address
+  static constexpr u64 kSharedLocation = 1ull << 63;  // keys of locations in shared memory, with the cluster's number
+  struct Location {                                   // what strong writes left at an address
     Views views;
     u32 cluster = 0;                       // whose agents these are; of others nothing is known but:
     std::unordered_map<u32, Time> blocks;  // by block of a grid: all that it did up to this time
@@ -377,6 +381,7 @@ void check_copies_at_exit(Machine& machine, Warp& warp, Lanes exiting);         
 void land(Machine& machine, BulkCopy& copy);               // copies.cpp: the data, and whoever waits for it
 void try_release(Machine& machine, Block& block, int id);  // barriers.cpp: after an arrival, or when a warp has exited
 void try_release_cluster(Machine& machine, Cluster& cluster);
+bool grid_wait_is_over(Machine& machine, Warp& warp);          // control.cpp: of griddepcontrol.wait
 void complete_if_due(Machine& machine, Mbarrier& barrier);     // mbarriers.cpp
 void check_exit(Machine& machine, Warp& warp, Lanes exiting);  // scheduler.cpp: reports what they leave pending
 

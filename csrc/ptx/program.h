@@ -120,6 +120,7 @@ struct Instruction {
 struct Program {
   std::vector<Instruction> instructions;
   int num_registers = 0, num_predicates = 0, local_bytes = 0;
+  bool has_wgmma = false;
 };
 
 // The parts of an opcode behind its name, taken one by one. What is left over is refused: nothing is ignored silently.
@@ -128,6 +129,7 @@ class Modifiers {
   Modifiers(const std::string& op, const std::string& text);
   const std::string& name() const { return name_; }
   bool take(const char* modifier);
+  bool peek(const char* modifier) const;  // whether it is there
   int any(std::initializer_list<const char*> modifiers);  // the first one's index, or -1
   std::vector<Type> types();                              // all types, in order
   Type type();                                            // the only one
