@@ -141,6 +141,10 @@ bool Modifiers::take(const char* modifier) {
   return true;
 }
 
+bool Modifiers::peek(const char* modifier) const {
+  return std::find(parts_.begin(), parts_.end(), modifier) != parts_.end();
+}
+
 int Modifiers::any(std::initializer_list<const char*> modifiers) {
   int index = 0;
   for (const char* modifier : modifiers) {

@@ -116,15 +116,6 @@ float float_of_byte(const Format& format, u32 value) {
   return value & 0x80 ? -result : result;
 }
 
-// `sum` is a + b or a * b + c to nearest, and `error` has the sign of what is lacking.
-double to_odd(double sum, double error) {
-  if (error == 0 || !std::isfinite(sum)) return sum;
-  const u64 code = bits(sum);
-  if (code & 1) return sum;
-  const bool away = (error > 0) == (sum > 0);
-  return as<double>(away ? code + 1 : code - 1);
-}
-
 }  // namespace
 
 Type type_of(const std::string& name) {
@@ -190,11 +181,18 @@ void widen(Type type, const u16* from, float* to, int count) {
   }
 }
 
+double with_odd_rest(double nearest, double rest) {
+  const u64 code = bits(nearest);
+  if (rest == 0 || !std::isfinite(nearest) || (code & 1)) return nearest;
+  const bool away = (rest > 0) == (nearest > 0);
+  return as<double>(away ? code + 1 : code - 1);
+}
+
 // The error of a sum is exact in the same format (Knuth 1969, TwoSum); the sum to odd follows from its sign
 // (Boldo and Melquiond 2008).
 double add_to_odd(double a, double b) {
   const double sum = a + b, part = sum - a;
-  return to_odd(sum, (a - (sum - part)) + (b - part));
+  return with_odd_rest(sum, (a - (sum - part)) + (b - part));
 }
 
 double fma_to_odd(double a, double b, double c) {

@@ -87,6 +87,8 @@ u32 rounded(Type type, double value, Rounding rounding, bool saturate = false);
 // type as if it were exact.
 double add_to_odd(double a, double b);
 double fma_to_odd(double a, double b, double c);
+// A result to nearest of which the exact one differs by something of the sign of `rest`: the same to odd.
+double with_odd_rest(double nearest, double rest);
 
 float flush(float value);  // .ftz: a subnormal becomes a zero of its sign
 // The low bytes of a register as the type, extended to 64 bits: by sign of signed types, else by zero.
