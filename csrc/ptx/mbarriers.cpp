@@ -96,10 +96,13 @@ void check_waited(Machine& machine, Mbarrier& barrier) {
   barrier.waited = true;
 }
 
-// What the lane has seen goes to whoever waits. With .relaxed nothing does.
-void hand_on(Machine& machine, Warp& warp, int lane, Mbarrier& barrier) {
-  const Time time = machine.publish(warp, lane);
-  barrier.arriving.generic.add(warp.agent(lane), time);
+// The active lanes at the mbarrier that the first of them means. Takes them out of `left`.
+Lanes at_the_same(Mbarrier* const* barriers, Lanes& left) {
+  const Mbarrier* first = barriers[__builtin_ctz(left)];
+  Lanes same = 0;
+  FOR_ACTIVE(left) if (barriers[l] == first) same |= 1u << l;
+  left &= ~same;
+  return same;
 }
 
 void note_scope(Machine& machine, Warp& warp, const Instruction& i, const SharedPlace& place, Mbarrier& barrier) {
@@ -131,11 +134,15 @@ void arrive(Machine& machine, Warp& warp, const Instruction& i, Lanes mask) {
       machine.fault("mbarrier", "an arrival at another block's mbarrier returns no state");
     barriers[l] = &live_mbarrier(machine, warp, l, place);
     note_scope(machine, warp, i, place, *barriers[l]);
-    if (!(i.a & kRelaxed)) barriers[l]->arriving.join(warp.views[l]);
+  }
+  if (!(i.a & kRelaxed)) {  // what a lane has seen goes to whoever waits
+    for (Lanes left = mask; left != 0;) {
+      Mbarrier& barrier = *barriers[__builtin_ctz(left)];
+      machine.hand_on(warp, at_the_same(barriers, left), barrier.arriving);
+    }
   }
   FOR_ACTIVE(mask) {
     Mbarrier& barrier = *barriers[l];
-    if (!(i.a & kRelaxed)) hand_on(machine, warp, l, barrier);
     check_waited(machine, barrier);
     states[l] = state_of(barrier);
     if (i.a & kExpects) {
@@ -177,12 +184,13 @@ bool is_complete(Machine& machine, const Instruction& i, const Mbarrier& barrier
   return phase_of(asked) < barrier.phase;
 }
 
-void acquire(Machine& machine, Warp& warp, int lane, const Instruction& i, Mbarrier& barrier) {
+// The waits of these lanes at one mbarrier came true.
+void acquire(Machine& machine, Warp& warp, Lanes lanes, const Instruction& i, Mbarrier& barrier) {
   barrier.waited = true;
   if (i.a & kRelaxed) return;
   if (machine.options.races > 1 && barrier.had_remote && !(i.a & kCluster))
     machine.report("mbarrier scope", "a wait for arrivals from other blocks needs .cluster to acquire");
-  warp.views[lane].join(barrier.complete);
+  machine.take_over(warp, lanes, barrier.complete);
 }
 
 // Somebody asks in vain. The warp blocks if no lane of it could do anything else, and only then: a lane that is
@@ -225,7 +233,10 @@ void wait(Machine& machine, Warp& warp, const Instruction& i, Lanes mask) {
     wait_in_vain(machine, warp, i, failed, addresses, parities);
   else if (i.a & kTry && machine.chance(8))
     passed = 0;
-  FOR_ACTIVE(passed) acquire(machine, warp, l, i, *barriers[l]);
+  for (Lanes left = passed; left != 0;) {
+    Mbarrier& barrier = *barriers[__builtin_ctz(left)];
+    acquire(machine, warp, at_the_same(barriers, left), i, barrier);
+  }
   write_predicate(warp, i.at(0), passed, mask);
 }
 
@@ -328,6 +339,7 @@ void complete_if_due(Machine& machine, Mbarrier& barrier) {
   barrier.complete.join(barrier.arriving);
   barrier.complete.generic.add(barrier.agent, barrier.phase);
   barrier.complete.async.add(barrier.agent, barrier.phase);
+  barrier.complete.async_global.add(barrier.agent, barrier.phase);
   barrier.arriving = Views();
   barrier.waited = false;
   barrier.had_remote |= barrier.has_remote;
