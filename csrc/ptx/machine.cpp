@@ -166,6 +166,8 @@ void Machine::take_over(Warp& of, Lanes lanes, const Views& from) {
 }
 
 void Machine::see_warpgroup(Warp& of) {
+  if (of.saw_warpgroup == now_) return;
+  of.saw_warpgroup = now_;
   Views seen;
   seen.generic.add(of.block->warpgroup_agents[of.id / 4], now_);
   take_over(of, of.alive, seen);

@@ -85,6 +85,7 @@ struct Warp {
   Lanes at_barrier = 0;          // lanes that have arrived at a barrier and wait for it
   const u32* targets = nullptr;  // of brx.idx: where each branching lane goes
   Lanes threads = 0;             // lanes that the warp began with
+  Time saw_warpgroup = 0;        // when its lanes last came to know what their warpgroup has read
   int failed_waits = 0;          // test_wait and try_wait in vain since the warp last did anything else of note
   State state = State::kRunning;
   int waiting_at = -1;  // the instruction
@@ -144,6 +145,7 @@ class SharedMemory {
   void guard(u32 address, u32 bytes, bool is_live);
 
  private:
+  void mark(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy, bool strong);  // as read
   Machine* machine_ = nullptr;
   Block* block_ = nullptr;
   u32 end_ = 0;
@@ -160,8 +162,8 @@ struct Region {
   struct Access {
     u32 block = 0;  // which block of which grid, plus 1; 0: nobody
     Time time = 0;
+    s32 pc = 0;
     u16 thread = 0;
-    s32 pc = -1;
     bool strong = false;
     Proxy proxy = Proxy::kGeneric;
   };
@@ -282,6 +284,7 @@ class Machine {
 
   // Publication: all that the lane did is at or before the time returned; what it does later is after.
   Time publish(Warp& warp, int lane);
+  Time now() const { return now_; }
   Agent new_agent();  // for an mbarrier
   // The same for several lanes at once: they publish, and `to` learns what they have seen and done.
   void hand_on(Warp& warp, Lanes lanes, Views& to);
@@ -316,6 +319,16 @@ class Machine {
 
  private:
   friend class SharedMemory;
+  // global_memory.cpp
+  struct GlobalAccess;
+  void check_global(const GlobalAccess& who, Region& region, u64 address, u32 bytes, const u8* value);
+  bool is_ordered(const GlobalAccess& who, const Region::Access& before) const;
+  void note_global(const GlobalAccess& who, Region& region, Region::Cell& cell, u64 address);
+  const Block* resident_block(u32 number) const;
+  const Grid& grid_of(u32 block_number) const;
+  void report_global(const GlobalAccess& who, const Region& region, u64 address, const Region::Access& before,
+                     const char* what);
+
   // residents.cpp
   void order_blocks(Grid& grid);
   void start();  // clusters, as many as may be resident
