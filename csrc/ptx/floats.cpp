@@ -167,23 +167,18 @@ T with_sign_of(T sign, T magnitude) {  // 9.7.3.2, copysign
   return std::copysign(magnitude, sign);
 }
 
-// 9.7.3.11, 9.7.3.12: -0 is less than +0; one NaN counts only with .NaN, two always.
-template <bool largest, bool propagates_nan, class T>
-T extremum(T a, T b) {
-  if (std::isnan(a) || std::isnan(b)) {
-    if (propagates_nan || (std::isnan(a) && std::isnan(b))) return canonical(std::isnan(a) ? a : b);
-    return std::isnan(a) ? b : a;
-  }
-  if (a == b) return std::signbit(a) == largest ? b : a;
-  return (a > b) == largest ? a : b;
+// 9.7.3.11, 9.7.3.12
+template <bool largest>
+double extremum_f64(double a, double b) {
+  return extremum(a, b, largest, false);
 }
 template <bool largest, bool propagates_nan, bool flushes>
 float extremum_f32(float a, float b) {
-  return extremum<largest, propagates_nan>(flushed(a, flushes), flushed(b, flushes));
+  return extremum(flushed(a, flushes), flushed(b, flushes), largest, propagates_nan);
 }
 template <bool largest>
 Handler extremum_of(Modifiers& modifiers, Type type) {
-  if (type == kF64) return Lanewise<extremum<largest, false, double>>::run;
+  if (type == kF64) return Lanewise<extremum_f64<largest>>::run;
   const bool nan = modifiers.take("NaN");
   if (modifiers.take("ftz"))
     return nan ? Lanewise<extremum_f32<largest, true, true>>::run : Lanewise<extremum_f32<largest, false, true>>::run;

@@ -9,15 +9,6 @@ namespace {
 
 enum Operation : int { kAdd, kSub, kMul, kFma, kMin, kMax, kMinNan, kMaxNan, kNeg, kAbs, kEx2, kTanh };
 
-float extremum(float a, float b, bool largest, bool propagates_nan) {
-  if (std::isnan(a) || std::isnan(b)) {
-    if (propagates_nan || (std::isnan(a) && std::isnan(b))) return canonical_nan();
-    return std::isnan(a) ? b : a;
-  }
-  if (a == b) return std::signbit(a) == largest ? b : a;
-  return (a > b) == largest ? a : b;
-}
-
 double evaluate(Operation operation, float a, float b, float c) {
   switch (operation) {
     case kAdd:
@@ -43,8 +34,8 @@ double evaluate(Operation operation, float a, float b, float c) {
   }
 }
 
-u16 flushed(Type type, u16 value) {  // .ftz is for f16 only
-  return type == kF16 && (value & 0x7c00) == 0 ? value & 0x8000 : value;
+u16 flushed(Type type, u16 value) {
+  return (value & (type == kF16 ? 0x7c00 : 0x7f80)) == 0 ? value & 0x8000 : value;
 }
 
 // `type`: of one element, `third`: as written. `a`: the operation, `b`: .sat, `c`: .relu.
@@ -108,7 +99,8 @@ void decode_half(Modifiers& modifiers, Instruction& instruction, Type type) {
   const bool has_rounding = rounds && modifiers.take("rn");
   if (operation == kFma && !has_rounding) modifiers.refuse("no rounding");
   if (operation == kEx2 && is_bf16) {
-    if (!modifiers.take("ftz")) return;  // the only form of ex2 with .ftz; a bf16 has the range of f32
+    instruction.flush = modifiers.take("ftz");
+    if (!instruction.flush) return;  // 9.7.4.11: bf16 has this form only
   } else if (operation != kEx2 && operation != kTanh && !is_bf16) {
     instruction.flush = modifiers.take("ftz");
   }

@@ -93,12 +93,25 @@ Handler for_bits(Type type) {
   }
 }
 
+// The smaller or larger of two floats (PTX ISA 9.7.3.11, 9.7.3.12, 9.7.4.8): -0 is less than +0, one NaN counts only if
+// NaNs propagate, and of two the canonical one results.
+template <class T>
+T extremum(T a, T b, bool largest, bool propagates_nan) {
+  if (std::isnan(a) || std::isnan(b)) {
+    if (propagates_nan || (std::isnan(a) && std::isnan(b))) return sizeof(T) == 4 ? canonical_nan() : T(NAN);
+    return std::isnan(a) ? b : a;
+  }
+  if (a == b) return std::signbit(a) == largest ? b : a;
+  return (a > b) == largest ? a : b;
+}
+
 // The parts of decode_arithmetic(). An instruction that none of them gives a handler is refused.
 void decode_integer(Modifiers&, Instruction&, Type type);   // integers.cpp
 void decode_carry(Modifiers&, Instruction&);                // integers.cpp: with CC.CF
 bool decode_bits(Modifiers&, Instruction&);                 // bits.cpp; false if it is no instruction on bits
 void decode_floating(Modifiers&, Instruction&, Type type);  // floats.cpp: f32, f64
 void decode_half(Modifiers&, Instruction&, Type type);      // halves.cpp: f16, bf16, and pairs of them
+void decode_comparison(Modifiers&, Instruction&);           // comparisons.cpp: setp set selp slct testp
 void decode_predicate_logic(Modifiers&, Instruction&);      // moves.cpp
 
 }  // namespace fused_resnet::ptx
