@@ -4,13 +4,6 @@
 namespace fused_resnet::ptx {
 namespace {
 
-u32 of_seed(u64 seed, u32 salt) {  // splitmix64
-  u64 z = seed + (salt + 1) * 0x9e3779b97f4a7c15ull;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-  return static_cast<u32>(z ^ (z >> 31));
-}
-
 u64 coordinate(u32 index, const u32* sizes, int axis) {
   return axis == 0 ? index % sizes[0] : axis == 1 ? index / sizes[0] % sizes[1] : index / sizes[0] / sizes[1];
 }
@@ -116,6 +109,13 @@ bool fits(char letter, const PtxOperand& operand) {
 }
 
 }  // namespace
+
+u32 of_seed(u64 seed, u64 salt) {  // splitmix64
+  u64 z = seed + (salt + 1) * 0x9e3779b97f4a7c15ull;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return static_cast<u32>(z ^ (z >> 31));
+}
 
 const u64* read(Machine& machine, Warp& warp, const PtxOperand& operand, u64* room) {
   switch (operand.kind) {

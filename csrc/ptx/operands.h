@@ -24,6 +24,9 @@ u64 address(Warp& warp, const PtxOperand& operand, int lane);  // of a memory op
 // Operands of several parts, as in `d|p`, have their letters in brackets: "(dq)ss".
 void expect_operands(const Modifiers& modifiers, const Instruction& instruction, const char* shape);
 
+// A number that depends on these alone, for what PTX leaves open but lets not change.
+u32 of_seed(u64 seed, u64 salt);
+
 template <class F>
 void store(u64* to, Lanes mask, F value) {
   if (mask == kAllLanes) {
