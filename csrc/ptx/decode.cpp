@@ -95,6 +95,7 @@ const std::map<std::string, Entry>& table() {
       {"activemask", {decode_warp, 1, 1, Class::kExchange}},
       // 9.7.12, 9.7.19: control
       {"bra", {decode_control, 0, 1, Class::kControl}},
+      {"brx", {decode_control, 2, 2, Class::kControl}},
       {"ret", {decode_control, 0, 0, Class::kControl}},
       {"exit", {decode_control, 0, 0, Class::kControl}},
       {"trap", {decode_control, 0, 0, Class::kControl}},

@@ -190,9 +190,9 @@ Machine::Location& Machine::location(Warp& of, u64 key) {
 void Machine::release(Warp& of, int lane, u64 key, bool relaxed) {
   if (options.races == 0) return;
   if (!relaxed) fence(of, lane, true);
-  if (of.fence_times[lane] == 0) return;  // nothing was ever fenced
   Location& to = location(of, key);
   to.views.join(of.fenced[lane]);
+  if (of.fence_times[lane] == 0) return;  // no fence ever reached other blocks
   const Block& block = *of.block;
   Time& time = to.blocks[block_number(block)];
   time = std::max(time, of.fence_times[lane]);
@@ -207,11 +207,12 @@ void Machine::acquire(Warp& of, int lane, u64 key, bool relaxed) {
   (relaxed ? of.observed[lane] : of.views[lane]).join(from.views);
 }
 
-void Machine::fence(Warp& of, int lane, bool) {
+void Machine::fence(Warp& of, int lane, bool other_blocks) {
   of.views[lane].join(of.observed[lane]);
+  const Time time = publish(of, lane);
   of.fenced[lane] = of.views[lane];
-  of.fence_times[lane] = publish(of, lane);
-  of.fenced[lane].generic.add(of.agent(lane), of.fence_times[lane]);
+  of.fenced[lane].generic.add(of.agent(lane), time);
+  if (other_blocks) of.fence_times[lane] = time;
 }
 
 }  // namespace fused_resnet::ptx

@@ -83,10 +83,12 @@ struct Warp {
   u32 pc = 0, pcs[kLanes] = {};
   Lanes branching = 0;           // set by a branch: the lanes that take it
   Lanes at_barrier = 0;          // lanes that have arrived at a barrier and wait for it
-  const u32* targets = nullptr;  // of brx.idx: where each branching lane goes
-  Lanes threads = 0;             // lanes that the warp began with
-  Time saw_warpgroup = 0;        // when its lanes last came to know what their warpgroup has read
-  int failed_waits = 0;          // test_wait and try_wait in vain since the warp last did anything else of note
+  const u32* targets = nullptr;  // of brx.idx: where each branching lane goes, in label_targets
+  u32 label_targets[kLanes];
+  Lanes at_grid = 0;       // lanes that wait for the grid before
+  Lanes threads = 0;       // lanes that the warp began with
+  Time saw_warpgroup = 0;  // when its lanes last came to know what their warpgroup has read
+  int failed_waits = 0;    // test_wait and try_wait in vain since the warp last did anything else of note
   State state = State::kRunning;
   int waiting_at = -1;  // the instruction
   u32 wait_address = 0, wait_parity = 0;
@@ -204,7 +206,7 @@ struct NamedBarrier {             // PTX ISA 9.7.13.1
   };
   std::vector<Waiting> waiting;
   u32 num_true = 0, num_asked = 0;  // of bar.red
-  int reduction = -1;
+  Lanes lanes[kMaxWarps] = {};      // who has arrived
 };
 
 // A block while it is resident. Blocks of a cluster are resident together.
@@ -239,7 +241,7 @@ struct Cluster {  // the blocks that are resident together, and barrier.cluster
   u32 phase = 0;    // how often it has completed
   u32 number = 0;   // of all that were started, from 1
   Views arriving, complete;
-  u32 first_agent;
+  std::vector<NamedBarrier::Waiting> waiting;
 };
 
 struct Grid {           // a launch
@@ -253,6 +255,7 @@ struct Grid {           // a launch
   u32 num_blocks = 0;         // in those
   size_t next_block = 0;
   Agent agent = kNobody;  // whoever waited for the grid has seen this agent
+  u32 waited_for = 0;     // grids that it has waited for itself, by number
 };
 
 class Machine {
@@ -313,6 +316,7 @@ class Machine {
   void count_shared(const u32* addresses, Lanes mask, u32 bytes, bool is_write);  // wavefronts of one request of a warp
 
   Block* block_of_rank(Warp& warp, u32 rank);  // in the warp's cluster; null if there is none
+  void launch_dependents(Block& block);        // the grid after this one may start, once all blocks have said so
   bool land_one();                             // a pending bulk copy; false if there is none
 
   std::string name_of(Agent agent) const;  // "warp 1 lane 3"
@@ -363,7 +367,7 @@ class Machine {
   u64 random_state_;
   Time now_ = 1;
   u64 steps_ = 0;
-  bool any_block_exited_ = false;
+  bool residents_change_ = false;
   u32 next_agent_ = 0, first_thread_agent_ = 0;
   u32 cluster_number_ = 0;
   std::vector<Warp*> warps_;  // of all resident clusters

@@ -147,13 +147,18 @@ void Machine::retire_finished() {
   }
 }
 
+void Machine::launch_dependents(Block& block) {
+  if (!block.launched_dependents) ++block.grid->launched_dependents;
+  block.launched_dependents = true;
+  residents_change_ = true;
+}
+
 // A block whose last warp has exited. Others of its cluster may live on, and must leave its shared memory alone.
 void Machine::block_exited(Block& block) {
   block.has_exited = true;
-  if (!block.launched_dependents) ++block.grid->launched_dependents;
-  block.launched_dependents = true;
+  launch_dependents(block);
   if (block.cluster->blocks.size() > 1) block.shared.poison();
-  any_block_exited_ = true;
+  residents_change_ = true;
 }
 
 }  // namespace fused_resnet::ptx

@@ -76,8 +76,8 @@ void Machine::run() {
     } else if (!land_one()) {
       deadlock();
     }
-    if (!any_block_exited_) continue;
-    any_block_exited_ = false;
+    if (!residents_change_) continue;
+    residents_change_ = false;
     retire_finished();
     start();
   }
