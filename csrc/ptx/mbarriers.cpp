@@ -208,9 +208,7 @@ void wait_in_vain(Machine& machine, Warp& warp, const Instruction& i, Lanes fail
     warp.wait_parity = parities[first];
     return;
   }
-  // who polls must see copies land even if no warp ever blocks
   machine.yields = true;
-  if (machine.chance(256)) machine.land_one();
 }
 
 // 9.7.13.15.16: test_wait, and try_wait, which may block, and may give up before the phase is complete.
