@@ -11,13 +11,14 @@ import subprocess
 import tempfile
 from ctypes import c_float, c_int32, c_int64, c_uint8, c_void_p
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from fused_resnet.emulation import library
 from fused_resnet.emulation.kernel import Kernel, Outcome
+from fused_resnet.emulation.parser import kernel_names
 from fused_resnet.kernels.sources import ROOT
 from fused_resnet.operators.operands import VECTORS, ConvOperands
 from fused_resnet.operators.problem import ConvProblem
@@ -26,6 +27,9 @@ NUM_TILES, ANY_ALIGNMENT = 5, (1, 3)  # csrc/cuda/sm80/tiles.h
 _CSRC = ROOT / "csrc"
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common/dtype.h
 _ACTIVATIONS = ("none", "relu", "relu6", "silu")  # csrc/common/activation.h
+# (tile, bytes of a copy) of every instance that csrc/cuda/sm80/conv_bn_act.cu compiles
+INSTANCES = (*((tile, 16) for tile in range(NUM_TILES)), *((tile, copy) for tile in ANY_ALIGNMENT for copy in (8, 0)))
+_MANGLED = {torch.float16: "N3c104HalfE", torch.bfloat16: "NS_8BFloat16E", torch.float32: "f"}
 _ELEMENTS = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 _SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block's, CUDA C++ programming guide
 _MOST_POINTWISE_BLOCKS, _POINTWISE_THREADS = 1 << 14, 256  # csrc/cuda/add_relu.cu and .cuh
@@ -100,36 +104,31 @@ def _project(source: str, arch: int) -> str:
 
 
 @functools.cache
-def conv_text(dtype: torch.dtype, tile: int, copy_bytes: int, arch: int) -> str:
-    """The PTX of one instance of the convolution."""
-    kernel = f"conv_bn_act_kernel<{_ELEMENTS[dtype]}, {tile}, {copy_bytes}>"
-    return _project(
-        _instance("cuda/sm80/conv_bn_act.cuh", f"void {kernel}(const __grid_constant__ ConvArguments)"), arch
-    )
-
-
-@functools.cache
-def sum_text(dtype: torch.dtype, arch: int) -> str:
-    kernel = f"sum_splits_kernel<{_ELEMENTS[dtype]}>"
-    return _project(
-        _instance("cuda/sm80/conv_bn_act.cuh", f"void {kernel}(const __grid_constant__ ConvArguments)"), arch
-    )
+def conv_text(dtype: torch.dtype, arch: int, instances: tuple[tuple[int, int], ...]) -> str:
+    """The PTX of the convolution, of each (tile, bytes of a copy), and of the kernel that adds split sums up."""
+    element = _ELEMENTS[dtype]
+    kernels = [f"conv_bn_act_kernel<{element}, {tile}, {copy}>" for tile, copy in instances]
+    kernels.append(f"sum_splits_kernel<{element}>")
+    declared = [f"{kernel}(const __grid_constant__ ConvArguments)" for kernel in kernels]
+    return _project(_instances("cuda/sm80/conv_bn_act.cuh", declared), arch)
 
 
 @functools.cache
 def add_relu_text(dtype: torch.dtype, arch: int, backward: bool) -> str:
     element, op = _ELEMENTS[dtype], "AddReluBackward" if backward else "AddRelu"
     kernel = f"pointwise_kernel<{element}, {op}>(const {element}*, const {element}*, {element}*, int64_t)"
-    return _project(_instance("cuda/add_relu.cuh", f"void {kernel}"), arch)
+    return _project(_instances("cuda/add_relu.cuh", [kernel]), arch)
 
 
-def _instance(header: str, declaration: str) -> str:
-    return f'#include "{header}"\nnamespace fused_resnet {{\ntemplate __global__ {declaration};\n}}\n'
+def _instances(header: str, kernels: Sequence[str]) -> str:
+    lines = "\n".join(f"template __global__ void {kernel};" for kernel in kernels)
+    return f'#include "{header}"\nnamespace fused_resnet {{\n{lines}\n}}\n'
 
 
 @functools.lru_cache(maxsize=16)
-def _kernel(text: str) -> Kernel:
-    return Kernel(text)
+def _kernel(text: str, part: str = "") -> Kernel:
+    """The kernel whose mangled name has this part."""
+    return Kernel(text, next(name for name in kernel_names(text) if part in name))
 
 
 # -------------------------------------------------------------------------------------------------------- convolution
@@ -164,11 +163,13 @@ def _pointer(tensor: Optional[Tensor]) -> Optional[int]:
 
 
 def conv_bn_act(
-    problem: ConvProblem, operands: ConvOperands, arch: int, tile: int, splits: int = 1, **how
-) -> tuple[Tensor, list[Outcome]]:
+    problem: ConvProblem, operands: ConvOperands, arch: int, tile: int, splits: int = 1, *,
+    instances: tuple[tuple[int, int], ...] = (), **how,
+) -> tuple[Tensor, list[Outcome]]:  # fmt: skip
     """The output, poisoned with NaN before, and the outcomes: of the convolution, and of what adds split sums up.
 
     The operands are as csrc's operator wants them: channels_last, vectors contiguous. how: as `Kernel.run` takes it.
+    instances: those to compile together, which takes a second each; by default all.
     """
     p = problem
     out = torch.full(p.output_shape, torch.nan, dtype=p.dtype).contiguous(memory_format=torch.channels_last)
@@ -179,12 +180,13 @@ def conv_bn_act(
     if partials is not None:
         memory["partials"] = partials
     given = [bytes(launch.arguments[: launch.argument_bytes])]
-    kernel = _kernel(conv_text(p.dtype, tile, launch.copy_bytes, arch))
+    text = conv_text(p.dtype, arch, instances or INSTANCES)
+    kernel = _kernel(text, f"conv_bn_act_kernelI{_MANGLED[p.dtype]}Li{tile}ELi{launch.copy_bytes}E")
     written = out if partials is None else partials
     outcomes = [kernel.run(launch.blocks, launch.threads, given, shared_bytes=launch.shared_bytes, memory=memory,
                            writable=[written], **how)]  # fmt: skip
     if launch.sum_blocks and not outcomes[0].faulted:
-        kernel = _kernel(sum_text(p.dtype, arch))
+        kernel = _kernel(text, "sum_splits_kernel")
         outcomes.append(kernel.run(launch.sum_blocks, launch.sum_threads, given, memory=memory, writable=[out], **how))
     return out, outcomes
 

@@ -1,4 +1,6 @@
-"""A pytest fixture for whoever adds a kernel. In a conftest.py or a test: from fused_resnet.emulation.fixture import emulated
+"""A pytest fixture for whoever adds a kernel. A test imports it, or its conftest.py does.
+
+from fused_resnet.emulation.fixture import emulated
 
 def test_mine(emulated):
     emulated(ptx, grid, block, [x, y, n], writable=[y])
