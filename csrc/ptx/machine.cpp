@@ -178,11 +178,11 @@ void Machine::see_warpgroup(Warp& of) {
 Machine::Location& Machine::location(Warp& of, u64 key) {
   // shared memory of different clusters lies at the same addresses
   const bool is_shared = key >= kSharedWindow && key < kLocalWindow;
-  if (is_shared) key += kSharedLocation + (u64(of.block->cluster->number) << 32);
+  if (is_shared) key = key - kSharedWindow + kSharedLocation + (u64(of.block->cluster->number) << 32);
   Location& found = locations_[key];
-  if (found.cluster != of.block->cluster->number) {
+  if (found.agents_epoch != agents_epoch_) {
     found.views = Views();
-    found.cluster = of.block->cluster->number;
+    found.agents_epoch = agents_epoch_;
   }
   return found;
 }

@@ -337,6 +337,7 @@ class Machine {
   void order_blocks(Grid& grid);
   void start();  // clusters, as many as may be resident
   bool may_start(const Grid& grid) const;
+  bool start_another();
   void start_cluster(Grid& grid);
   void retire_finished();
   void block_exited(Block& block);
@@ -359,7 +360,7 @@ class Machine {
   static constexpr u64 kSharedLocation = 1ull << 63;  // keys of locations in shared memory, with the cluster's number
   struct Location {                                   // what strong writes left at an address
     Views views;
-    u32 cluster = 0;                       // whose agents these are; of others nothing is known but:
+    u32 agents_epoch = 0;                  // whose agents these are; of others nothing is known but:
     std::unordered_map<u32, Time> blocks;  // by block of a grid: all that it did up to this time
   };
   Location& location(Warp& warp, u64 key);
@@ -369,8 +370,8 @@ class Machine {
   u64 steps_ = 0;
   bool residents_change_ = false;
   u32 next_agent_ = 0, first_thread_agent_ = 0;
-  u32 cluster_number_ = 0;
-  std::vector<Warp*> warps_;  // of all resident clusters
+  u32 cluster_number_ = 0, agents_epoch_ = 0;  // an epoch: agents are numbered anew
+  std::vector<Warp*> warps_;                   // of all resident clusters
   size_t turn_ = 0;
   Region* last_region_ = nullptr;
   std::unordered_map<u64, Location> locations_;

@@ -101,9 +101,27 @@ void Machine::start() {
   }
 }
 
+// Blocks that wait for each other: there may be more of them resident than one cluster.
+bool Machine::start_another() {
+  for (auto& grid : grids) {
+    const u32 threads = volume(grid->launch->block) * volume(grid->launch->cluster);
+    if (grid->next_block >= grid->clusters.size() || next_agent_ + 2 * threads > kMostThreads) continue;
+    if (grid->number > 0 && grids[grid->number - 1]->next_block < grids[grid->number - 1]->clusters.size())
+      return false;
+    if (resident.empty() || &*grid != resident[0]->grid) return false;
+    for (Warp* one : warps_) one->failed_waits = 0;
+    start_cluster(*grid);
+    return true;
+  }
+  return false;
+}
+
 void Machine::start_cluster(Grid& grid) {
   const PtxLaunch& launch = *grid.launch;
-  if (resident.empty()) next_agent_ = first_thread_agent_;
+  if (resident.empty()) {
+    next_agent_ = first_thread_agent_;
+    ++agents_epoch_;
+  }
   auto cluster = std::make_unique<Cluster>();
   cluster->grid = &grid;
   cluster->number = ++cluster_number_;
@@ -137,9 +155,9 @@ void Machine::retire_finished() {
     finish_copies(*this, cluster);
     const auto is_of_it = [&](Warp* one) { return one->block->cluster == &cluster; };
     warps_.erase(std::remove_if(warps_.begin(), warps_.end(), is_of_it), warps_.end());
+    const auto is_in_it = [&](u64 key) { return key >> 32 == (kSharedLocation >> 32) + cluster.number; };
     for (auto entry = locations_.begin(); entry != locations_.end();)
-      entry = entry->first >= kSharedLocation && entry->second.cluster == cluster.number ? locations_.erase(entry)
-                                                                                         : std::next(entry);
+      entry = is_in_it(entry->first) ? locations_.erase(entry) : std::next(entry);
     warp = nullptr;
     cluster.grid->blocks_done += static_cast<u32>(blocks.size());
     resident.erase(resident.begin() + static_cast<long>(k));

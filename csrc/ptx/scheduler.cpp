@@ -42,7 +42,8 @@ std::string state_of(const Warp& warp) {
       text += format(" waits for the grid before, line %d", line);
       break;
     case State::kAtWarpgroup:
-      text += format(" waits at wgmma.wait_group for warps of its warpgroup that have not issued the same, line %d", line);
+      text +=
+          format(" waits at wgmma.wait_group for warps of its warpgroup that have not issued the same, line %d", line);
       break;
     case State::kAtMbarrier: {
       text += format(" waits at the mbarrier at shared %u for parity %u, line %d", warp.wait_address, warp.wait_parity,
@@ -73,7 +74,7 @@ void Machine::run() {
     Warp* next = choose();
     if (next != nullptr) {
       take_turn(*next);
-    } else if (!land_one()) {
+    } else if (!land_one() && !start_another()) {
       deadlock();
     }
     if (!residents_change_) continue;

@@ -52,6 +52,24 @@ Lanes same_pc(const Warp& warp, u32 pc) {
   return lanes;
 }
 
+bool is_warp_barrier(const Instruction& instruction) {
+  return instruction.counted == Class::kBarrier && instruction.convergence == Convergence::kMembers;
+}
+
+// Lanes that wait at any bar.warp.sync for these members: it need not be the same one (PTX ISA 9.7.13.2).
+Lanes at_warp_barriers(Machine& machine, Warp& warp, Lanes members) {
+  if (!warp.diverged) return 0;
+  const auto& program = warp.block->grid->program->instructions;
+  Lanes lanes = 0;
+  u64 room[kLanes];
+  FOR_ACTIVE(warp.blocked & warp.alive) {
+    const Instruction& other = program[warp.pcs[l]];
+    if (is_warp_barrier(other) && Lanes(read(machine, warp, other.at(other.members), room)[l]) == members)
+      lanes |= 1u << l;
+  }
+  return lanes;
+}
+
 // PTX ISA on .aligned and .sync: with lanes missing, whatever happens is not defined.
 void check_guard(Machine& machine, const Instruction& instruction, Lanes mask, Lanes group) {
   if (instruction.convergence == Convergence::kAligned)
@@ -149,6 +167,7 @@ Lanes Machine::gather(Warp& one, const Instruction& instruction, Lanes group) {
     report("membermask", format("lanes %#x execute it and are not in its mask %#x", together & ~members, members));
     return group;
   }
+  if (is_warp_barrier(instruction)) together |= at_warp_barriers(*this, one, members);
   if ((members & one.alive & ~together) == 0) {
     one.blocked &= ~together;
     if (!one.diverged && together != one.alive) {
@@ -177,11 +196,11 @@ void Machine::execute(Warp& one, const Instruction& instruction, Lanes group) {
   one.branching = 0;
   if (mask == 0) return;
   if (const Counter counter = counter_of(instruction.counted)) ++(counts.*counter);
-  if (one.failed_waits > 0 && is_progress(instruction)) one.failed_waits = 0;
   if (instruction.convergence != Convergence::kFree && mask != group) check_guard(*this, instruction, mask, group);
   if (one.alive != kAllLanes && instruction.convergence == Convergence::kAligned) check_whole(*this, one, instruction);
   if (one.wgmma_pending > 0) check_registers(*this, one, instruction);
   instruction.handler(*this, one, instruction, mask);
+  if (one.failed_waits > 0 && !yields && is_progress(instruction)) one.failed_waits = 0;
   if (one.block->grid->program->has_wgmma && instruction.counted != Class::kWgmma)
     for (const PtxOperand& operand : instruction.flat)
       if (is_register(operand)) one.last_access[operand.index] = one.executed;
@@ -202,7 +221,7 @@ void Machine::advance(Warp& one, const Instruction& instruction, u32 from, Lanes
     one.blocked = 0;
   }
   FOR_ACTIVE(group)
-  one.pcs[l] = !(taken >> l & 1) ? from + 1 : targets != nullptr ? targets[l] : u32(instruction.target);
+  one.pcs[l] = !(taken >> l & 1) ? one.pcs[l] + 1 : targets != nullptr ? targets[l] : u32(instruction.target);
   one.blocked &= ~group;
   const u32 first = one.pcs[__builtin_ctz(one.alive)];
   if (same_pc(one, first) == one.alive && (one.at_barrier == 0 || one.at_barrier == one.alive)) {
