@@ -20,7 +20,7 @@ Warpgroup& group_of(Machine& machine, Warp& warp) {
 u64 issued_by_all(Warp& warp) {
   u64 least = ~u64(0);
   for_warpgroup(warp, [&least](Warp& other) {
-    if (other.state != State::kDone) least = std::min(least, other.wgmma_issued);
+    if (other.alive != 0) least = std::min(least, other.wgmma_issued);
   });
   return least;
 }
@@ -54,7 +54,7 @@ void issue(Machine& machine, Warp& warp, const Issue& what) {
   const u64 position = warp.wgmma_issued - group.first;
   if (position >= group.issues.size()) {
     for_warpgroup(warp, [&](Warp& other) {
-      if (other.state == State::kDone) machine.report("warpgroup", format("warp %d has exited without it", other.id));
+      if (other.alive == 0) machine.report("warpgroup", format("warp %d has exited without it", other.id));
     });
     group.issues.push_back(what);
   } else {

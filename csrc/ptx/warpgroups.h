@@ -36,7 +36,7 @@ void for_warpgroup(Warp& warp, F f) {
 void issue(Machine& machine, Warp& warp, const Issue& what);
 // Does `then` once all four warps have issued that many instructions of wgmma, and lets the warp wait till then.
 void when_issued(Machine& machine, Warp& warp, u64 issues, std::function<void()> then);
-// A warp has exited, and its state says so: the others need not wait for it.
+// All lanes of a warp have exited: the others need not wait for it.
 void leave_warpgroup(Machine& machine, Warp& warp);
 
 }  // namespace fused_resnet::ptx

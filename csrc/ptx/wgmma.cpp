@@ -213,7 +213,7 @@ bool is_legal(Type d, Type a, Type b, int n, int k) {
   if (a == kF16) return b == a && (d == kF32 || d == kF16);
   if (a == kBF16 || a == kTF32) return b == a && d == kF32;
   if (is_byte_float(a)) return is_byte_float(b) && (d == kF32 || d == kF16);
-  return is_byte_integer(a) && is_byte_integer(b) && d == kS32 && (n <= 32 || n % 16 == 0) && n != 40;
+  return is_byte_integer(a) && is_byte_integer(b) && d == kS32 && (n <= 32 || n % 16 == 0);
 }
 
 int choice(const Modifiers& modifiers, const Instruction& instruction, int operand, int usual, int other) {
