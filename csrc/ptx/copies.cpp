@@ -262,8 +262,8 @@ void finish_copies(Machine& machine, Cluster& cluster) {
     const Issuer issuer(machine, *copy);
     if (copy->route == Route::kSharedToGlobal) {
       land(machine, *copy);
-    } else if (copy->route != Route::kArrival) {
-      machine.report("exit", "the block ends with a bulk copy that nobody has waited for");
+    } else if (copy->route != Route::kArrival || has_copies_in_flight(*copy)) {
+      machine.report("exit", "the block ends with copies that nobody has waited for");
       if (is_load(*copy)) mark_pieces(machine, *copy, -1);
     }
   }

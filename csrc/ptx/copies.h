@@ -67,6 +67,7 @@ void decode_cp_async(Modifiers&, Instruction&);       // cp_async.cpp
 void decode_bulk_copy(Modifiers&, Instruction&);      // bulk_copies.cpp
 void decode_tensor_copy(Modifiers&, Instruction&);    // tensor_copies.cpp
 void land_arrival(Machine& machine, BulkCopy& copy);  // cp_async.cpp
+bool has_copies_in_flight(const BulkCopy& arrival);
 void check_cp_async_at_exit(Machine& machine, Warp& warp, Lanes exiting);
 // In the byte counts of writable regions: from here to the copy's end, or no longer.
 void mark_in_global(Machine& machine, u64 address, u32 bytes, bool is_write, int change);

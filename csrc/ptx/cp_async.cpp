@@ -3,6 +3,8 @@
 // A copy writes through the generic proxy. Its data come as late as the thread's waits allow, or earlier; whenever they
 // come, they are in flight until the thread has waited, or until an mbarrier has that the copies arrive at. After
 // wait_group the thread itself sees what was written, and others only what a barrier or the like hands on.
+#include <algorithm>
+
 #include "ptx/copies.h"
 
 namespace fused_resnet::ptx {
@@ -111,7 +113,7 @@ void finish(Machine& machine, Warp& warp, int lane, std::vector<Copy>& group) {
   for (Copy& copy : group) {
     if (copy.agent == kNobody)
       end(machine, warp, copy, warp.agent(lane), warp.own[lane] + 1);
-    else  // an mbarrier ended it; the thread sees it too now
+    else  // an mbarrier ended it: the thread sees it too now, and, leniently, the phase's copies by other threads
       warp.views[lane].generic.add(copy.agent, copy.time);
   }
   group.clear();
@@ -203,6 +205,14 @@ void land_arrival(Machine& machine, BulkCopy& arrival) {
   for (auto& group : copies.committed) finish(group);
   finish(copies.open);
   arrive_alone(machine, found->second);
+}
+
+bool has_copies_in_flight(const BulkCopy& arrival) {
+  const CopyGroups& copies = arrival.warp->copies[arrival.lane];
+  const auto is_left = [&](const Copy& copy) { return copy.agent == kNobody && copy.number < arrival.num_copies; };
+  bool left = std::any_of(copies.open.begin(), copies.open.end(), is_left);
+  for (const auto& group : copies.committed) left = left || std::any_of(group.begin(), group.end(), is_left);
+  return left;
 }
 
 void check_cp_async_at_exit(Machine& machine, Warp& warp, Lanes exiting) {

@@ -240,7 +240,8 @@ def test_no_mbarrier_there():
 def test_invalidated_under_a_waiting_warp():
     body = (
         init()
-        + "setp.ge.u32 %p2, %r0, 32;\n@%p2 bra WAITS;\n{}@%p0 mbarrier.inval.shared::cta.b64 [full];\nbra END;\nWAITS:\n"
+        + "setp.ge.u32 %p2, %r0, 32;\n@%p2 bra WAITS;\n{}"
+        + "@%p0 mbarrier.inval.shared::cta.b64 [full];\nbra END;\nWAITS:\n"
         + wait(0)
         + "END:"
     )
