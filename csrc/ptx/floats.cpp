@@ -172,17 +172,28 @@ template <bool largest>
 double extremum_f64(double a, double b) {
   return extremum(a, b, largest, false);
 }
-template <bool largest, bool propagates_nan, bool flushes>
-float extremum_f32(float a, float b) {
-  return extremum(flushed(a, flushes), flushed(b, flushes), largest, propagates_nan);
+// `a`: the largest, `b`: .NaN, `c`: .xorsign.abs.
+void extremum_f32(Machine& machine, Warp& warp, const Instruction& instruction, Lanes mask) {
+  const Sources sources(machine, warp, instruction);
+  u64 sink[kLanes];
+  store(destination(warp, instruction.at(0), sink), mask, [&](int l) {
+    const float a = flushed(as<float>(sources.at(0, l)), instruction.flush);
+    const float b = flushed(as<float>(sources.at(1, l)), instruction.flush);
+    return bits(instruction.c ? extremum_of_magnitudes(a, b, instruction.a, instruction.b)
+                              : extremum(a, b, instruction.a, instruction.b));
+  });
 }
-template <bool largest>
-Handler extremum_of(Modifiers& modifiers, Type type) {
-  if (type == kF64) return Lanewise<extremum_f64<largest>>::run;
-  const bool nan = modifiers.take("NaN");
-  if (modifiers.take("ftz"))
-    return nan ? Lanewise<extremum_f32<largest, true, true>>::run : Lanewise<extremum_f32<largest, false, true>>::run;
-  return nan ? Lanewise<extremum_f32<largest, true, false>>::run : Lanewise<extremum_f32<largest, false, false>>::run;
+void decode_extremum(Modifiers& modifiers, Instruction& instruction, Type type) {
+  const bool largest = modifiers.name() == "max";
+  if (type == kF64) {
+    instruction.handler = largest ? Lanewise<extremum_f64<true>>::run : Lanewise<extremum_f64<false>>::run;
+    return;
+  }
+  instruction.a = largest;
+  instruction.b = modifiers.take("NaN");
+  instruction.c = take_xorsign(modifiers);
+  instruction.flush = modifiers.take("ftz");
+  instruction.handler = extremum_f32;
 }
 
 // 9.7.3.8: div.approx is a * (1 / b), and 1 / b is too small for it if |b| is above 2^126.
@@ -312,10 +323,8 @@ void decode_floating(Modifiers& modifiers, Instruction& instruction, Type type) 
                            : Lanewise<negative<false>>::run;
   } else if (name == "copysign") {
     handler = type == kF64 ? Lanewise<with_sign_of<double>>::run : Lanewise<with_sign_of<float>>::run;
-  } else if (name == "min") {
-    handler = extremum_of<false>(modifiers, type);
-  } else if (name == "max") {
-    handler = extremum_of<true>(modifiers, type);
+  } else if (name == "min" || name == "max") {
+    decode_extremum(modifiers, instruction, type);
   } else if (name == "div" && type == kF32 && modifiers.take("full")) {
     handler = modifiers.take("ftz") ? Lanewise<div_full<true>>::run : Lanewise<div_full<false>>::run;
   } else {

@@ -9,7 +9,14 @@ namespace {
 
 enum Operation : int { kAdd, kSub, kMul, kFma, kMin, kMax, kMinNan, kMaxNan, kNeg, kAbs, kEx2, kTanh };
 
-double evaluate(Operation operation, float a, float b, float c) {
+// `d`: .xorsign.abs.
+float extremum_of(const Instruction& instruction, Operation operation, float a, float b) {
+  const bool largest = operation == kMax || operation == kMaxNan, nan = operation == kMinNan || operation == kMaxNan;
+  return instruction.d ? extremum_of_magnitudes(a, b, largest, nan) : extremum(a, b, largest, nan);
+}
+
+double evaluate(const Instruction& instruction, float a, float b, float c) {
+  const auto operation = static_cast<Operation>(instruction.a);
   switch (operation) {
     case kAdd:
       return add_to_odd(a, b);
@@ -20,11 +27,10 @@ double evaluate(Operation operation, float a, float b, float c) {
     case kFma:
       return fma_to_odd(a, b, c);
     case kMin:
-    case kMinNan:
-      return extremum(a, b, false, operation == kMinNan);
     case kMax:
+    case kMinNan:
     case kMaxNan:
-      return extremum(a, b, true, operation == kMaxNan);
+      return extremum_of(instruction, operation, a, b);
     case kEx2:
       return std::exp2(double(a));
     case kTanh:
@@ -45,7 +51,7 @@ u16 of_element(const Instruction& instruction, u16 a, u16 b, u16 c) {
   if (instruction.flush) a = flushed(type, a), b = flushed(type, b), c = flushed(type, c);
   if (operation == kNeg) return a ^ 0x8000;
   if (operation == kAbs) return a & 0x7fff;
-  double value = evaluate(operation, float_of(type, a), float_of(type, b), float_of(type, c));
+  double value = evaluate(instruction, float_of(type, a), float_of(type, b), float_of(type, c));
   if (instruction.b) value = value > 0 ? std::fmin(value, 1) : 0;
   u16 result = static_cast<u16>(rounded(type, value));
   if (instruction.c && (result & 0x8000)) result = 0;  // a NaN, which is positive here, stays
@@ -68,7 +74,7 @@ void elements(Machine& machine, Warp& warp, const Instruction& instruction, Lane
   });
 }
 
-int extremum_of(Modifiers& modifiers, bool largest) {
+int take_extremum(Modifiers& modifiers, bool largest) {
   const bool nan = modifiers.take("NaN");
   return largest ? (nan ? kMaxNan : kMax) : (nan ? kMinNan : kMin);
 }
@@ -79,7 +85,7 @@ int operation_of(Modifiers& modifiers) {
   if (name == "sub") return kSub;
   if (name == "mul") return kMul;
   if (name == "fma") return kFma;
-  if (name == "min" || name == "max") return extremum_of(modifiers, name == "max");
+  if (name == "min" || name == "max") return take_extremum(modifiers, name == "max");
   if (name == "neg") return kNeg;
   if (name == "abs") return kAbs;
   if (!modifiers.take("approx")) return -1;
@@ -104,6 +110,7 @@ void decode_half(Modifiers& modifiers, Instruction& instruction, Type type) {
   } else if (operation != kEx2 && operation != kTanh && !is_bf16) {
     instruction.flush = modifiers.take("ftz");
   }
+  instruction.d = operation >= kMin && operation <= kMaxNan && take_xorsign(modifiers);
   instruction.b = rounds && !is_bf16 && modifiers.take("sat");
   instruction.c = operation == kFma && !instruction.b && modifiers.take("relu");
   instruction.handler = paired ? elements<2> : elements<1>;

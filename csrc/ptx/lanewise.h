@@ -105,6 +105,18 @@ T extremum(T a, T b, bool largest, bool propagates_nan) {
   return (a > b) == largest ? a : b;
 }
 
+// .xorsign.abs: of the magnitudes, with the product's sign.
+template <class T>
+T extremum_of_magnitudes(T a, T b, bool largest, bool propagates_nan) {
+  const T magnitude = extremum(std::fabs(a), std::fabs(b), largest, propagates_nan);
+  return std::isnan(magnitude) || std::signbit(a) == std::signbit(b) ? magnitude : -magnitude;
+}
+inline bool take_xorsign(Modifiers& modifiers) {
+  const bool xorsign = modifiers.take("xorsign");
+  if (xorsign && !modifiers.take("abs")) modifiers.refuse(".xorsign without .abs");
+  return xorsign;
+}
+
 // The parts of decode_arithmetic(). An instruction that none of them gives a handler is refused.
 void decode_integer(Modifiers&, Instruction&, Type type);   // integers.cpp
 void decode_carry(Modifiers&, Instruction&);                // integers.cpp: with CC.CF
