@@ -132,6 +132,7 @@ void decode_bulk_copy(Modifiers& m, Instruction& i) {
   }
   if (m.take("commit_group")) {
     i.handler = commit;
+    i.counted = Class::kWait;
     return expect_operands(m, i, "");
   }
   if (m.take("wait_group")) {

@@ -231,6 +231,7 @@ void check_cp_async_at_exit(Machine& machine, Warp& warp, Lanes exiting) {
 void decode_cp_async(Modifiers& m, Instruction& i) {
   if (m.take("commit_group")) {
     i.handler = commit;
+    i.counted = Class::kWait;
     return expect_operands(m, i, "");
   }
   const bool waits_for_all = m.take("wait_all");

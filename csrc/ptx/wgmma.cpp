@@ -297,6 +297,7 @@ void decode_wgmma(Modifiers& modifiers, Instruction& instruction) {
   static const Handler handlers[] = {nullptr, fence, commit_group, wait_group};
   if (what < 0) modifiers.refuse("form");
   instruction.handler = handlers[what];
+  instruction.counted = what == 1 ? Class::kFence : Class::kWait;
   expect_operands(modifiers, instruction, what == 3 ? "i" : "");
   if (what == 3 && instruction.at(0).value < 0) modifiers.refuse("a negative number of groups");
 }
