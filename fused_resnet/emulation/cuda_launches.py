@@ -114,10 +114,11 @@ def conv_text(dtype: torch.dtype, arch: int, instances: tuple[tuple[int, int], .
 
 
 @functools.cache
-def add_relu_text(dtype: torch.dtype, arch: int, backward: bool) -> str:
-    element, op = _ELEMENTS[dtype], "AddReluBackward" if backward else "AddRelu"
-    kernel = f"pointwise_kernel<{element}, {op}>(const {element}*, const {element}*, {element}*, int64_t)"
-    return _project(_instances("cuda/add_relu.cuh", [kernel]), arch)
+def add_relu_text(arch: int) -> str:
+    """The PTX of the addition and of its gradient, for every dtype."""
+    pairs = [(element, op) for element in _ELEMENTS.values() for op in ("AddRelu", "AddReluBackward")]
+    kernels = [f"pointwise_kernel<{e}, {op}>(const {e}*, const {e}*, {e}*, int64_t)" for e, op in pairs]
+    return _project(_instances("cuda/add_relu.cuh", kernels), arch)
 
 
 def _instances(header: str, kernels: Sequence[str]) -> str:
@@ -196,5 +197,6 @@ def run_add_relu(first: Tensor, second: Tensor, out: Tensor, arch: int, *, backw
     chunk = 16 // out.element_size()
     chunks = -(-out.numel() // chunk)
     blocks = min(-(-chunks // _POINTWISE_THREADS), _MOST_POINTWISE_BLOCKS)
-    kernel = _kernel(add_relu_text(out.dtype, arch, backward))
+    op = "NS_15AddReluBackwardE" if backward else "NS_7AddReluE"
+    kernel = _kernel(add_relu_text(arch), f"pointwise_kernelI{_MANGLED[out.dtype]}{op}")
     return kernel.run(blocks, _POINTWISE_THREADS, [first, second, out, out.numel()], writable=[out], **how)

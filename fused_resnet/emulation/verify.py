@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.choosing.case import Case
+from fused_resnet.emulation import library
 from fused_resnet.emulation.kernel import LANDINGS, SCHEDULES, Outcome
 from fused_resnet.kernels.triton.conv import configs
 from fused_resnet.operators import layout
@@ -62,6 +63,29 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, for json.dumps."""
         return dict(asdict(self), passed=self.passed)
+
+
+def why_not(kernels: Sequence[str] = ()) -> Optional[str]:
+    """Why none of these kernels can be emulated in this process, or None."""
+    if reason := library.why_missing():
+        return reason
+    reasons = [_WHY_NOT[maker]() for maker in dict.fromkeys(name.split("/")[0] for name in chosen_kernels(kernels))]
+    return None if None in reasons else "; ".join(filter(None, reasons)) + "."
+
+
+def _why_no_triton() -> Optional[str]:
+    from fused_resnet.kernels.triton import aot
+
+    return aot.cannot_compile()
+
+
+def _why_no_cuda() -> Optional[str]:
+    from fused_resnet.emulation import cuda_launches
+
+    return cuda_launches.why_not()
+
+
+_WHY_NOT = {"triton": _why_no_triton, "cuda": _why_no_cuda}
 
 
 def chosen_kernels(names: Sequence[str]) -> tuple[str, ...]:
@@ -135,8 +159,9 @@ def _check_conv(case: Case, arch: int, kernel: str, rng: random.Random, how: dic
     if not p.N:
         return Result(kernel, "cannot run", "an output without elements launches nothing")
     maker, form = kernel.split("/")
-    draw = _DRAWN[maker]
-    config, reason = draw(p, arch, form, rng)
+    if reason := _WHY_NOT[maker]():
+        return Result(kernel, "cannot run", reason)
+    config, reason = _DRAWN[maker](p, arch, form, rng)
     if config is None:
         return Result(kernel, "cannot run", reason)
     label = f"{tuple(config)} {how}"
@@ -153,8 +178,7 @@ def _check_conv(case: Case, arch: int, kernel: str, rng: random.Random, how: dic
 
 
 def _is_same(was: Tensor, now: Tensor) -> bool:
-    """To the last bit, NaN included."""
-    return torch.equal(was.view(torch.uint8), now.view(torch.uint8))
+    return bool(((was == now) | (was.isnan() & now.isnan())).all())
 
 
 def _judged(kernel: str, label: str, outcomes: Sequence[Outcome], compared: Any) -> Result:
@@ -192,8 +216,6 @@ class _CudaConfig(NamedTuple):
 def _draw_cuda(p: ConvProblem, arch: int, form: str, rng: random.Random) -> tuple[Optional[Any], str]:
     from fused_resnet.emulation import cuda_launches
 
-    if reason := cuda_launches.why_not():
-        return None, reason
     aligned = p.C // p.groups * p.dtype.itemsize % 16 == 0
     tile = rng.randrange(cuda_launches.NUM_TILES) if aligned else rng.choice(cuda_launches.ANY_ALIGNMENT)
     steps = -(-p.reduction * p.dtype.itemsize // 128)
@@ -221,22 +243,19 @@ def _check_add_relu(case: Case, arch: int, kernel: str, how: dict[str, Any]) -> 
     assert isinstance(p, AddReluProblem)
     if not p.same_dense_layout or not p.numel:
         return Result(kernel, "cannot run", "no elements, or tensors that are not dense and alike")
-    maker = kernel.split("/")[0]
-    label = str(how)
+    maker, label = kernel.split("/")[0], str(how)
+    if reason := _WHY_NOT[maker]():
+        return Result(kernel, "cannot run", reason)
     out, grad_input = torch.full_like(o.a, torch.nan), torch.full_like(o.a, torch.nan)
     grad = torch.empty_like(o.a).copy_(o.grad)
     try:
         outcomes = _ADD_RELU[maker](p, (o.a, o.b, out), (grad, out, grad_input), arch, how)
-    except ImportError:
-        raise
     except Exception as error:
         return Result(kernel, "mismatch", f"{label}: {type(error).__name__}: {error}")
-    if outcomes is None:
-        return Result(kernel, "cannot run", "nvcc was not found")
     return _judged(kernel, label, outcomes, _exact(case, maker, out, grad_input))
 
 
-def _add_relu_triton(p, forward, backward, arch, how) -> Optional[list[Outcome]]:
+def _add_relu_triton(p, forward, backward, arch, how) -> list[Outcome]:
     from fused_resnet.emulation import launches
 
     return [
@@ -245,11 +264,9 @@ def _add_relu_triton(p, forward, backward, arch, how) -> Optional[list[Outcome]]
     ]
 
 
-def _add_relu_cuda(p, forward, backward, arch, how) -> Optional[list[Outcome]]:
+def _add_relu_cuda(p, forward, backward, arch, how) -> list[Outcome]:
     from fused_resnet.emulation import cuda_launches
 
-    if cuda_launches.why_not():
-        return None
     run = cuda_launches.run_add_relu
     return [run(*forward, arch, **how), run(*backward, arch, backward=True, **how)]
 

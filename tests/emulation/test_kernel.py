@@ -181,8 +181,8 @@ def test_an_endless_kernel_ends():
 
 def test_module_variables_are_memory():
     shared = ".const .align 4 .u32 table[2] = {5, 7};"
-    kernel = Kernel(kernel_text("ld.param.u64 %d0, [out];\n ld.const.u32 %r0, [table+4];\n st.global.u32 [%d0], %r0;\n ret;",
-                                shared=shared))  # fmt: skip
+    body = "ld.param.u64 %d0, [out];\n ld.const.u32 %r0, [table+4];\n st.global.u32 [%d0], %r0;\n ret;"
+    kernel = Kernel(kernel_text(body, shared=shared))
     out = torch.zeros(1, dtype=torch.int32)
     assert kernel.run(1, 1, [out], writable=[out]).reports == [] and out.item() == 7
 

