@@ -33,8 +33,10 @@ void fence_async(Machine& machine, Warp& warp, const Instruction& i, Lanes mask)
 // Orders the thread's own mbarrier.init before what other threads of the cluster do with the mbarrier, and nothing
 // else.
 void fence_mbarrier_init(Machine&, Warp& warp, const Instruction&, Lanes mask) {
-  for (auto& entry : warp.block->mbarriers)
-    FOR_ACTIVE(mask) if (entry.second.made_by == warp.agent(l)) entry.second.is_fenced = true;
+  for (auto& [address, barrier] : warp.block->mbarriers) {
+    FOR_ACTIVE(mask) if (barrier.made_by == warp.agent(l)) barrier.is_fenced = true;
+    barrier.fenced_in = warp.block->cluster->phase;
+  }
 }
 
 void nothing(Machine&, Warp&, const Instruction&, Lanes) {}

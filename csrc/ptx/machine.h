@@ -191,6 +191,7 @@ struct Mbarrier {  // PTX ISA 9.7.13.15
   Agent made_by = kNobody;
   Time made_at = 0;
   bool is_fenced = false;                       // by fence.mbarrier_init of its maker
+  u32 fenced_in = 0;                            // in that phase of barrier.cluster
   bool waited = true;                           // somebody's wait for the last complete phase came true
   bool has_remote = false, had_remote = false;  // arrivals from other blocks, in this phase and in complete ones
 };

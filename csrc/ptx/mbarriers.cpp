@@ -297,6 +297,18 @@ void decode_transaction(Modifiers& m, Instruction& i, int sign) {
   expect_operands(m, i, "ms");
 }
 
+// Whether the lane's use of the mbarrier comes after its making. fence.mbarrier_init and any barrier.cluster behind it
+// do, even a relaxed one. So does, on hardware, the order of instructions of a warp that has not diverged: Triton lets
+// one lane make it and another use it.
+bool knows_of(const Machine& machine, const Warp& warp, int lane, const Mbarrier& barrier) {
+  const Agent first = warp.agent(0);
+  if (barrier.made_by == warp.agent(lane)) return true;
+  if (warp.views[lane].generic.has_seen(barrier.made_by, barrier.made_at)) return true;
+  if (barrier.is_fenced && warp.block->cluster->phase > barrier.fenced_in) return true;
+  const bool is_same_warp = barrier.made_by >= first && barrier.made_by < first + kLanes;
+  return is_same_warp && !warp.diverged && machine.options.races < 2;
+}
+
 }  // namespace
 
 Space take_shared_space(Modifiers& modifiers) {
@@ -321,9 +333,7 @@ Mbarrier& live_mbarrier(Machine& machine, Warp& warp, int lane, const SharedPlac
   place.block->shared.at(place.address, 8);
   Mbarrier* barrier = find(*place.block, place.address);
   if (barrier == nullptr) machine.fault("mbarrier", format("there is no mbarrier at shared %u", place.address));
-  const Agent self = warp.agent(lane);
-  if (machine.options.races > 0 && !barrier->is_fenced && barrier->made_by != self &&
-      !warp.views[lane].generic.has_seen(barrier->made_by, barrier->made_at))
+  if (machine.options.races > 0 && !knows_of(machine, warp, lane, *barrier))
     machine.report("race", format("the mbarrier at shared %u is used without synchronisation with its mbarrier.init",
                                   place.address));
   return *barrier;

@@ -249,9 +249,25 @@ def test_invalidated_under_a_waiting_warp():
 
 
 def test_used_without_synchronisation_with_its_init():
+    body = "@%p0 mbarrier.init.shared::cta.b64 [full], 64;\n{}\n" + ARRIVE
+    everyone = dict(threads=64, schedule="in_turn", seeds=8)
+    assert_reported(body.format("fence.mbarrier_init.release.cluster;"), "race", "mbarrier.init", **everyone)
+    assert_clean(body.format("bar.sync 0;"), threads=64)
+    relaxed = "fence.mbarrier_init.release.cluster;\nbarrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;\n"
+    assert_clean(body.format(relaxed), threads=64)
+    unfenced = relaxed.split("\n", 1)[1]
+    assert_reported(body.format(unfenced), "race", "mbarrier.init", threads=64)
+
+
+def test_one_lane_s_init_is_known_to_its_converged_warp():
+    """Instructions of a warp that has not diverged are issued in order: only the strict mode wants a barrier."""
     body = "@%p0 mbarrier.init.shared::cta.b64 [full], 32;\n{}\n" + ARRIVE
-    assert_reported(body.format(""), "race", "mbarrier.init")
-    assert_clean(body.format("bar.warp.sync 0xffffffff;"))
+    assert_clean(body.format(""))
+    assert_reported(body.format(""), "race", "mbarrier.init", races=2)
+    assert_clean(body.format("bar.warp.sync 0xffffffff;"), races=2)
+    apart = body.format("@%p0 bra AHEAD;") + "\nAHEAD:"
+    assert_reported(apart, "race", "mbarrier.init")
+    assert_clean(apart.replace("@%p0 bra", "bar.warp.sync 0xffffffff;\n@%p0 bra"))
 
 
 def test_its_bytes_are_its_own():
