@@ -162,7 +162,7 @@ void decode_address(Modifiers& modifiers, Instruction& instruction) {
   const std::string& name = modifiers.name();
   instruction.b = name == "cvta" && modifiers.take("to");
   const Space space = space_of(modifiers);
-  instruction.type = modifiers.type();
+  instruction.type = name == "isspacep" ? kU64 : modifiers.type();
   if (instruction.type != kU32 && instruction.type != kU64) modifiers.refuse("an address is .u32 or .u64");
   if (name == "cvta") {
     expect_operands(modifiers, instruction, "ds");

@@ -14,6 +14,7 @@ def outcome_of(instructions, *inputs, out, target="sm_90a", **options):
     inputs: arrays of one length, a thread an element; bf16 and fp8 as their codes. out: the type of $d, or of $d and $e.
     """
     outs = out if isinstance(out, tuple) else (out,)
+    inputs = [numpy.ascontiguousarray(array) for array in inputs]
     length = len(inputs[0])
     results = [numpy.zeros(length, kind) for kind in outs]
     names = {}
@@ -47,10 +48,3 @@ def lanes(instructions, *inputs, out, **options):
 def _address(parameter, size):
     return [f"  ld.param.u64 %d2, [{parameter}];", f"  mad.wide.u32 %d3, %r0, {size}, %d2;"]
 
-
-def codes(array):
-    """The bits of an array of floats, to be compared exactly; NaNs of any payload are one."""
-    bits = array.view(f"u{array.dtype.itemsize}").copy()
-    if array.dtype.kind == "f":
-        bits[numpy.isnan(array)] = 2 ** (8 * array.dtype.itemsize) - 1
-    return bits
