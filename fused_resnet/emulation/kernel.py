@@ -168,7 +168,9 @@ class _Memory:
                 self._merge(merged[-1], begin, size, name, is_writable)
             elif size:
                 merged.append([begin, size, is_writable, name])
-        return (library.PtxRegion * len(merged))(*[(b, s, int(w), n.encode()) for b, s, w, n in merged])
+        return (library.PtxRegion * len(merged))(
+            *[library.PtxRegion(b, s, int(w), n.encode()) for b, s, w, n in merged]
+        )
 
     @staticmethod
     def _merge(before: list, begin: int, size: int, name: str, is_writable: bool) -> None:
@@ -201,7 +203,7 @@ def _prepare(launch: Launch, memory: _Memory) -> _Prepared:
             memory.add(parameter.name, value.array)
             continue
         data = _bytes_of(parameter, value, memory)
-        buffer[parameter.offset : parameter.offset + parameter.size] = data
+        buffer[parameter.offset : parameter.offset + parameter.size] = list(data)
     offsets = (ctypes.c_uint32 * max(len(maps), 1))(*[offset for offset, _ in maps])
     pointers = (ctypes.POINTER(library.PtxTensorMap) * max(len(maps), 1))(
         *[ctypes.pointer(m.structure) for _, m in maps]

@@ -126,7 +126,7 @@ def run_conv(
 
     num_programs: of a persistent kernel, few, so that each walks several tiles.
     """
-    outcomes = []
+    outcomes: list[Outcome] = []
     for each in conv.prepare(problem, operands, out, config):
         epilogue = next(value for value in each.arguments if isinstance(value, Epilogue))
         is_first = not outcomes

@@ -12,11 +12,12 @@ from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
 import torch
 from torch import Tensor
 
-from fused_resnet.choosing.case import Case
+from fused_resnet.choosing.case import AddReluOperands, Case
 from fused_resnet.emulation import library
 from fused_resnet.emulation.kernel import LANDINGS, SCHEDULES, Outcome
 from fused_resnet.kernels.triton.conv import configs
 from fused_resnet.operators import layout
+from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem
 from fused_resnet.testing import case_at
 from fused_resnet.testing.compare import _exact, _within_bound
@@ -154,8 +155,9 @@ def check(seed: int, index: int, arch: int, kernel: str, *, kind: str = "any") -
 
 
 def _check_conv(case: Case, arch: int, kernel: str, rng: random.Random, how: dict[str, Any]) -> Result:
-    p, operands = case.problem, layout.all_channels_last(case.operands)
-    assert isinstance(p, ConvProblem)
+    p = case.problem
+    assert isinstance(p, ConvProblem) and isinstance(case.operands, ConvOperands)
+    operands = layout.all_channels_last(case.operands)
     if not p.N:
         return Result(kernel, "cannot run", "an output without elements launches nothing")
     maker, form = kernel.split("/")
@@ -171,13 +173,15 @@ def _check_conv(case: Case, arch: int, kernel: str, rng: random.Random, how: dic
     except Exception as error:  # whatever compiles, parses or runs
         return Result(kernel, "mismatch", f"{label}: {type(error).__name__}: {error}")
     pairs = zip(operands._fields, before, operands)
-    changed = [name for name, was, now in pairs if isinstance(was, Tensor) and not _is_same(was, now)]
+    changed = [name for name, was, now in pairs if not _is_same(was, now)]
     if changed:
         return Result(kernel, "mismatch", f"{label}: {', '.join(changed)} written to")
     return _judged(kernel, label, outcomes, _within_bound(case, maker, out.double()))
 
 
-def _is_same(was: Tensor, now: Tensor) -> bool:
+def _is_same(was: Any, now: Any) -> bool:
+    if not isinstance(was, Tensor):
+        return True
     return bool(((was == now) | (was.isnan() & now.isnan())).all())
 
 
@@ -240,7 +244,7 @@ _RUN_CONV = {"triton": _run_triton, "cuda": _run_cuda}
 
 def _check_add_relu(case: Case, arch: int, kernel: str, how: dict[str, Any]) -> Result:
     p, o = case.problem, case.operands
-    assert isinstance(p, AddReluProblem)
+    assert isinstance(p, AddReluProblem) and isinstance(o, AddReluOperands)
     if not p.same_dense_layout or not p.numel:
         return Result(kernel, "cannot run", "no elements, or tensors that are not dense and alike")
     maker, label = kernel.split("/")[0], str(how)
@@ -258,17 +262,15 @@ def _check_add_relu(case: Case, arch: int, kernel: str, how: dict[str, Any]) -> 
 def _add_relu_triton(p, forward, backward, arch, how) -> list[Outcome]:
     from fused_resnet.emulation import launches
 
-    return [
-        launches.run_add_relu(p, *forward, arch, **how),
-        launches.run_add_relu(p, *backward, arch, backward=True, **how),
-    ]
+    first = launches.run_add_relu(p, *forward, arch=arch, **how)
+    return [first, launches.run_add_relu(p, *backward, arch=arch, backward=True, **how)]
 
 
 def _add_relu_cuda(p, forward, backward, arch, how) -> list[Outcome]:
     from fused_resnet.emulation import cuda_launches
 
-    run = cuda_launches.run_add_relu
-    return [run(*forward, arch, **how), run(*backward, arch, backward=True, **how)]
+    first = cuda_launches.run_add_relu(*forward, arch=arch, **how)
+    return [first, cuda_launches.run_add_relu(*backward, arch=arch, backward=True, **how)]
 
 
 _ADD_RELU = {"triton": _add_relu_triton, "cuda": _add_relu_cuda}
