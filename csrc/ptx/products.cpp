@@ -2,48 +2,92 @@
 #include "ptx/products.h"
 
 #include <algorithm>
+#include <array>
 #include <limits>
+
+#include "ptx/clones.h"
 
 namespace fused_resnet::ptx {
 namespace {
 
 // ---- values
 
-void widen_bytes(Type type, const u8* from, float* to, int count) {
-  for (int i = 0; i < count; ++i) to[i] = float_of(type, from[i]);
+const float* byte_table(Type type) {
+  static const auto tables = [] {
+    std::array<std::array<float, 256>, 2> values;
+    for (u32 code = 0; code < 256; ++code) {
+      values[0][code] = float_of(kE4M3, code);
+      values[1][code] = float_of(kE5M2, code);
+    }
+    return values;
+  }();
+  return tables[type == kE5M2].data();
+}
+
+// As values.h's widen, for multiples of eight.
+CLONES void widen_halves(const u16* from, float* to, int count) {
+  for (int i = 0; i < count; i += 8) {
+    for (int c = 0; c < 8; ++c) {
+      const u32 code = from[i + c], magnitude = code & 0x7fff;
+      float scaled;  // a multiplication rebiases the exponent, and makes subnormal numbers normal
+      const u32 shifted = magnitude << 13;
+      std::memcpy(&scaled, &shifted, sizeof scaled);
+      scaled *= 0x1p112f;
+      u32 result;
+      std::memcpy(&result, &scaled, sizeof result);
+      result = magnitude >= 0x7c00 ? 0x7f800000 | shifted : result;
+      result |= (code & 0x8000) << 16;
+      std::memcpy(to + i + c, &result, sizeof result);
+    }
+  }
+}
+
+CLONES void widen_bfloats(const u16* from, float* to, int count) {
+  for (int i = 0; i < count; i += 8) {
+    for (int c = 0; c < 8; ++c) {
+      const u32 result = static_cast<u32>(from[i + c]) << 16;
+      std::memcpy(to + i + c, &result, sizeof result);
+    }
+  }
+}
+
+void widen_pairs(Type type, const Tile* tiles, int count, int k, float* to) {
+  u16 values[kMaxColumns * kDepthBytes / 2];
+  for (int row = 0; row < count; ++row) std::memcpy(values + row * k, tiles[row], 2 * k);
+  (type == kF16 ? widen_halves : widen_bfloats)(values, to, count * k);
 }
 
 // The tensor core ignores the low 13 bits of .tf32 (PTX ISA 9.7.15.5.2; so it is measured for mma.sync).
-void widen_words(const u8* from, float* to, int count) {
-  for (int i = 0; i < count; ++i) {
-    u32 word;
-    std::memcpy(&word, from + 4 * i, sizeof word);
-    to[i] = as<float>(word & 0xffffe000u);
+void widen_words(const Tile* tiles, int count, int k, float* to) {
+  for (int row = 0; row < count; ++row) {
+    u32 words[kDepthBytes / 4];
+    std::memcpy(words, tiles[row], sizeof words);
+    for (int i = 0; i < k; ++i) to[row * k + i] = as<float>(words[i] & 0xffffe000u);
   }
 }
 
-void widen_row(Type type, const Tile& row, float* to, int k) {
-  if (type == kF16 || type == kBF16) {
-    u16 halves[kDepthBytes / 2];
-    std::memcpy(halves, row, sizeof halves);
-    widen(type, halves, to, k);
-  } else if (type == kTF32) {
-    widen_words(row, to, k);
-  } else {
-    widen_bytes(type, row, to, k);
-  }
+// Rows of A, or columns of B, as fp32, one after the other.
+void widen(Type type, const Tile* tiles, int count, int k, float* to) {
+  if (size_of(type) == 2) return widen_pairs(type, tiles, count, k, to);
+  if (type == kTF32) return widen_words(tiles, count, k, to);
+  const float* table = byte_table(type);
+  for (int row = 0; row < count; ++row)
+    for (int i = 0; i < k; ++i) to[row * k + i] = table[tiles[row][i]];
+}
+
+void transpose(const float* rows, int n, int k, float* to) {  // (n, k) to (k, n)
+  for (int i = 0; i < k; ++i)
+    for (int c = 0; c < n; ++c) to[i * n + c] = rows[c * k + i];
 }
 
 void multiply_add_floats(const Product& product, int rounding, const Tile* a, const Tile* b, u32* d) {
-  alignas(64) float wide_a[kTileRows * kMaxDepth], wide_b[kMaxDepth * kMaxColumns], column[kMaxDepth];
+  alignas(64) float wide_a[kTileRows * kMaxDepth], columns[kMaxDepth * kMaxColumns], wide_b[kMaxDepth * kMaxColumns];
   const int n = product.n, k = product.k;
-  for (int row = 0; row < kTileRows; ++row) widen_row(product.a, a[row], wide_a + row * k, k);
+  widen(product.a, a, kTileRows, k, wide_a);
   if (product.negated)
     for (int i = 0; i < kTileRows * k; ++i) wide_a[i] = -wide_a[i];
-  for (int c = 0; c < n; ++c) {
-    widen_row(product.b, b[c], column, k);
-    for (int i = 0; i < k; ++i) wide_b[i * n + c] = column[i];
-  }
+  widen(product.b, b, n, k, columns);
+  transpose(columns, n, k, wide_b);
   const Factors factors{product.a, product.b, product.result, n, k, wide_a, wide_b};
   float* sums = reinterpret_cast<float*>(d);
   if (rounding == 0) {

@@ -3,43 +3,60 @@
 
 #include <algorithm>
 
-// One function compiled for several processors, the best is taken when the library is loaded.
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CLONES
-#endif
+#include "ptx/clones.h"
 
 namespace fused_resnet::ptx {
 namespace {
 
-constexpr int kLane = 8;                                  // columns that are computed together
-typedef double Columns __attribute__((vector_size(64)));  // one number of each
-typedef double UnalignedColumns __attribute__((vector_size(64), aligned(8), may_alias));
+constexpr int kTogether = 8;  // columns that are computed together
 
-// Four rows by eight columns at a time. Products of factors of at most 24 bits are exact in fp64.
-CLONES void multiply(const float* a, const double* b, double* d, int n, int k) {
-  for (int column = 0; column < n; column += kLane) {
+typedef double Four __attribute__((vector_size(32)));
+typedef double UnalignedFour __attribute__((vector_size(32), aligned(8), may_alias));
+
+inline Four load(const double* from) {
+  return *reinterpret_cast<const UnalignedFour*>(from);
+}
+inline void keep(double* to, Four low, Four high) {
+  *reinterpret_cast<UnalignedFour*>(to) = low;
+  *reinterpret_cast<UnalignedFour*>(to + 4) = high;
+}
+
+// Four rows by eight columns at a time, all sums in registers. Products of factors of at most 24 bits are exact.
+CLONES void multiply(const double* a, const double* b, double* d, int n, int k) {
+  for (int column = 0; column < n; column += kTogether) {
     for (int row = 0; row < kTileRows; row += 4) {
-      Columns sums[4] = {};
+      const double *a0 = a + row * k, *a1 = a0 + k, *a2 = a1 + k, *a3 = a2 + k;
+      Four low0 = {}, low1 = {}, low2 = {}, low3 = {}, high0 = {}, high1 = {}, high2 = {}, high3 = {};
       for (int i = 0; i < k; ++i) {
-        const Columns factor = *reinterpret_cast<const UnalignedColumns*>(b + i * n + column);
-        for (int r = 0; r < 4; ++r) sums[r] += static_cast<double>(a[(row + r) * k + i]) * factor;
+        const double* factors = b + i * n + column;
+        const Four low = load(factors), high = load(factors + 4);
+        low0 += a0[i] * low;
+        low1 += a1[i] * low;
+        low2 += a2[i] * low;
+        low3 += a3[i] * low;
+        high0 += a0[i] * high;
+        high1 += a1[i] * high;
+        high2 += a2[i] * high;
+        high3 += a3[i] * high;
       }
-      for (int r = 0; r < 4; ++r) *reinterpret_cast<UnalignedColumns*>(d + (row + r) * n + column) = sums[r];
+      double* sums = d + row * n + column;
+      keep(sums, low0, high0);
+      keep(sums + n, low1, high1);
+      keep(sums + 2 * n, low2, high2);
+      keep(sums + 3 * n, low3, high3);
     }
   }
 }
 
 CLONES void widen_to_fp64(const float* from, double* to, int count) {
-  for (int i = 0; i < count; i += kLane)
-    for (int c = 0; c < kLane; ++c) to[i + c] = static_cast<double>(from[i + c]);
+  for (int i = 0; i < count; i += kTogether)
+    for (int c = 0; c < kTogether; ++c) to[i + c] = static_cast<double>(from[i + c]);
 }
 
 CLONES void add_in_fp32(const double* sums, float* d, int count) {
   const float nan = canonical_nan();
-  for (int i = 0; i < count; i += kLane) {
-    for (int c = 0; c < kLane; ++c) {
+  for (int i = 0; i < count; i += kTogether) {
+    for (int c = 0; c < kTogether; ++c) {
       const float sum = static_cast<float>(static_cast<double>(d[i + c]) + sums[i + c]);
       d[i + c] = sum == sum ? sum : nan;
     }
@@ -87,10 +104,10 @@ void find_exponents(const Factors& factors, Exponents* exponents) {
 // One step of one row and eight columns: d += the products of k from `first` to `end`.
 CLONES void add_products(const Summation& summation, const Factors& factors, const Exponents& exponents, int row,
                          int column, int first, int end, float* d) {
-  double plain[kLane];
-  int largest[kLane];
+  double plain[kTogether];
+  int largest[kTogether];
   const int smallest_d = min_exponent(factors.result);
-  for (int c = 0; c < kLane; ++c) {
+  for (int c = 0; c < kTogether; ++c) {
     plain[c] = static_cast<double>(d[c]);
     largest[c] = d[c] != 0 ? exponent_of(d[c], smallest_d) : summation.zero_exponent;
   }
@@ -99,16 +116,16 @@ CLONES void add_products(const Summation& summation, const Factors& factors, con
     const int exponent = exponents.a[row * factors.k + i];
     const float* b = factors.b + i * factors.n + column;
     const int* exponents_b = exponents.b + i * factors.n + column;
-    for (int c = 0; c < kLane; ++c) {
+    for (int c = 0; c < kTogether; ++c) {
       const double product = x * static_cast<double>(b[c]);
       plain[c] += product;
       const int sum = product != 0 ? exponent + exponents_b[c] : summation.zero_exponent;
       largest[c] = std::max(largest[c], sum);
     }
   }
-  double scale[kLane], sum[kLane];
-  bool finite[kLane];
-  for (int c = 0; c < kLane; ++c) {
+  double scale[kTogether], sum[kTogether];
+  bool finite[kTogether];
+  for (int c = 0; c < kTogether; ++c) {
     scale[c] = power_of_two(summation.fraction_bits - largest[c]);
     finite[c] = std::isfinite(plain[c]);
     sum[c] = finite[c] ? std::trunc(static_cast<double>(d[c]) * scale[c]) : 0;
@@ -116,18 +133,52 @@ CLONES void add_products(const Summation& summation, const Factors& factors, con
   for (int i = first; i < end; ++i) {
     const double x = static_cast<double>(factors.a[row * factors.k + i]);
     const float* b = factors.b + i * factors.n + column;
-    for (int c = 0; c < kLane; ++c) {  // below 2^(fraction_bits + 2): fits 32 bits
+    for (int c = 0; c < kTogether; ++c) {  // below 2^(fraction_bits + 2): fits 32 bits
       const double product = finite[c] ? x * static_cast<double>(b[c]) * scale[c] : 0;
       sum[c] += static_cast<double>(static_cast<s32>(product));
     }
   }
-  for (int c = 0; c < kLane; ++c) {
+  for (int c = 0; c < kTogether; ++c) {
     const double value = sum[c] * power_of_two(largest[c] - summation.fraction_bits);
     if (!finite[c]) {
       d[c] = std::isnan(plain[c]) ? canonical_nan() : static_cast<float>(plain[c]);
     } else {
       d[c] = factors.result == kF16 ? to_half(value) + 0.0f : truncated(value, summation.keeps_13_bits);
     }
+  }
+}
+
+void add_all_products(const Summation& summation, const Factors& factors, float* d) {
+  Exponents exponents;
+  find_exponents(factors, &exponents);
+  for (int row = 0; row < kTileRows; ++row) {
+    for (int column = 0; column < factors.n; column += kTogether) {
+      float* sums = d + row * factors.n + column;
+      for (int first = 0; first < factors.k; first += summation.products) {
+        const int end = std::min(first + summation.products, factors.k);
+        add_products(summation, factors, exponents, row, column, first, end, sums);
+      }
+    }
+  }
+}
+
+// sm_90 has no mma of bytes. ptxas 13.0 makes of it two of f16: the first of k % 4 < 2, to zero, the second of the
+// others. Then it adds the accumulator, to nearest.
+void multiply_add_widened(const Summation& summation, const Factors& factors, float* d) {
+  const int n = factors.n, k = factors.k, count = kTileRows * n;
+  float a[kTileRows * kMaxDepth], b[kMaxDepth * kTogether], sums[kTileRows * kTogether] = {};
+  for (int i = 0; i < k; ++i) {
+    const int place = i / 4 * 2 + i % 2 + (i % 4 < 2 ? 0 : k / 2);
+    for (int row = 0; row < kTileRows; ++row) a[row * k + place] = factors.a[row * k + i];
+    std::copy(factors.b + i * n, factors.b + (i + 1) * n, b + place * n);
+  }
+  Summation halves = summation;
+  halves.products = k / 2;
+  add_all_products(halves, {kF16, kF16, factors.result, n, k, a, b}, sums);
+  for (int i = 0; i < count; ++i) {
+    const double exact = static_cast<double>(d[i]) + static_cast<double>(sums[i]);
+    const float sum = factors.result == kF16 ? to_half(exact) : static_cast<float>(exact);
+    d[i] = std::isnan(sum) ? canonical_nan() : sum;
   }
 }
 
@@ -140,7 +191,7 @@ Summation summation_of(int gpu, bool is_wgmma, Type a, Type result) {
   rules.fraction_bits = is_hopper ? 25 : 24;
   rules.zero_exponent = (result == kF16 ? -20 : -132) - is_hopper;
   if (is_byte && is_hopper && !is_wgmma) {
-    rules.products = 16;  // sm_90 has no mma of bytes: they are widened to f16
+    rules.widens_bytes = true;
   } else if (is_byte) {
     rules.fraction_bits = 13;
     rules.keeps_13_bits = true;
@@ -149,10 +200,11 @@ Summation summation_of(int gpu, bool is_wgmma, Type a, Type result) {
 }
 
 void multiply_add_in_fp64(const Factors& factors, float* d) {
-  alignas(64) double b[kMaxDepth * kMaxColumns], sums[kTileRows * kMaxColumns];
+  alignas(64) double a[kTileRows * kMaxDepth], b[kMaxDepth * kMaxColumns], sums[kTileRows * kMaxColumns];
   const int count = kTileRows * factors.n;
+  widen_to_fp64(factors.a, a, kTileRows * factors.k);
   widen_to_fp64(factors.b, b, factors.k * factors.n);
-  multiply(factors.a, b, sums, factors.n, factors.k);
+  multiply(a, b, sums, factors.n, factors.k);
   if (factors.result == kF16) {
     for (int i = 0; i < count; ++i) d[i] = to_half(static_cast<double>(d[i]) + sums[i]);
   } else {
@@ -161,17 +213,8 @@ void multiply_add_in_fp64(const Factors& factors, float* d) {
 }
 
 void multiply_add_as(const Summation& summation, const Factors& factors, float* d) {
-  Exponents exponents;
-  find_exponents(factors, &exponents);
-  for (int row = 0; row < kTileRows; ++row) {
-    for (int column = 0; column < factors.n; column += kLane) {
-      float* sums = d + row * factors.n + column;
-      for (int first = 0; first < factors.k; first += summation.products) {
-        const int end = std::min(first + summation.products, factors.k);
-        add_products(summation, factors, exponents, row, column, first, end, sums);
-      }
-    }
-  }
+  if (summation.widens_bytes) return multiply_add_widened(summation, factors, d);
+  add_all_products(summation, factors, d);
 }
 
 }  // namespace fused_resnet::ptx

@@ -17,6 +17,7 @@ struct Summation {
   int fraction_bits;   // of each addend, behind the point of the largest one
   int zero_exponent;   // what an addend of zero counts as where the largest exponent is sought
   bool keeps_13_bits;  // an fp32 result has 13 bits of fraction, not 23
+  bool widens_bytes;   // an mma.sync of bytes where there is none: see multiply_add_widened
 };
 Summation summation_of(int gpu, bool is_wgmma, Type a, Type result);
 

@@ -114,15 +114,25 @@ bool scale_of_d(Machine& machine, Warp& warp, const PtxOperand& operand) {
   return scale != 0;
 }
 
+// All four warps read all of B. Each checks a quarter of it, another one each time, unless the mode is strict.
+MatrixPart checked_part_of_b(Machine& machine, const Warp& warp, const Wgmma& wgmma) {
+  MatrixPart part = part_b(machine, wgmma);
+  const int blocks = part.rows / 8, quarter = static_cast<int>((warp.id + wgmma.number) % 4);
+  if (machine.options.races > 1 || blocks < 4) return part;
+  part.first = quarter * blocks / 4 * 8;
+  part.rows = (quarter + 1) * blocks / 4 * 8 - part.first;
+  return part;
+}
+
 void begin_reads(Machine& machine, Warp& warp, Wgmma* wgmma) {
   const int element_bytes = size_of(wgmma->instruction->type);
-  const auto begin = [&](const MatrixPart& part) {
-    check_start(machine, part, element_bytes);
+  const auto begin = [&](const MatrixPart& whole, const MatrixPart& part) {
+    check_start(machine, whole, element_bytes);
     const std::vector<Wgmma::Range> ranges = ranges_of(part);
     wgmma->reads.insert(wgmma->reads.end(), ranges.begin(), ranges.end());
   };
-  if (!(wgmma->instruction->b & kRegistersA)) begin(part_a(machine, warp, *wgmma));
-  begin(part_b(machine, *wgmma));
+  if (!(wgmma->instruction->b & kRegistersA)) begin(part_a(machine, warp, *wgmma), part_a(machine, warp, *wgmma));
+  begin(part_b(machine, *wgmma), checked_part_of_b(machine, warp, *wgmma));
   SharedMemory& shared = warp.block->shared;
   for (const Wgmma::Range& range : wgmma->reads) {
     shared.at(range.address, range.bytes, 16);

@@ -8,7 +8,6 @@ from tests.emulation import cute
 from tests.emulation.test_mma import DTYPES, draw
 from tests.emulation.wgmma_programs import Operands, descriptor, kinds, layout_for, names, program, run
 
-SUFFIX = {2: ", {a}, {b}", 1: "", 4: ""}
 COMMIT = "wgmma.commit_group.sync.aligned;"
 
 
@@ -23,7 +22,7 @@ def matrices(types, n, seed=0):
     return a, b, torch.cat([torch.cat(row, dim=1) for row in halves])
 
 
-def op(types, n, operands, *, a="%d20", scale_d="%p1", tail=None):
+def op(types, n, *, a="%d20", scale_d="%p1", tail=None):
     d_type, a_type, b_type = types.split(".")
     size = DTYPES[a_type].itemsize
     if tail is None:
@@ -40,10 +39,9 @@ def load_sums(sums):
     return "\n".join([*lines, *(f"ld.global.b32 %f{j}, [%d5+{2048 + 4 * j}];" for j in range(sums))])
 
 
-def product(types, n, a_layout, b_layout, *, tail=None, registers_a=False, scale_d=True, seed=0, **options):
-    """D and what it should be."""
-    a, b, d = matrices(types, n, seed)
-    operands = Operands(a, b, a_layout, b_layout)
+def multiply(types, a, b, d, a_layout, b_layout, *, tail=None, registers_a=False, scale_d=True, **options):
+    """A (64, k) times the transpose of B (n, k), plus D (64, n), by one wgmma; and the outcome."""
+    n, operands = len(b), Operands(a, b, a_layout, b_layout)
     sums = cute.registers_of(d, cute.wgmma_d(n))
     fragments = cute.registers_of(a, cute.WGMMA_A[a.element_size()])
     given = torch.cat([fragments.reshape(-1), sums.reshape(-1)])
@@ -52,13 +50,19 @@ def product(types, n, a_layout, b_layout, *, tail=None, registers_a=False, scale
     setp.eq.u32 %p1, {int(scale_d)}, 1;
     {load_sums(sums.shape[1])}
     wgmma.fence.sync.aligned;
-    {op(types, n, operands, a=names("r", 0, 4) if registers_a else "%d20", tail=tail)}
+    {op(types, n, a=names("r", 0, 4) if registers_a else "%d20", tail=tail)}
     {COMMIT}"""
     out, outcome = run(program(body, operands.size, sums.shape[1]), operands.image, given, sums.shape[1], **options)
-    start = d.double() if scale_d else 0
-    exact = a.double() @ b.double().T + start
+    return cute.matrix_of(out, cute.wgmma_d(n), 64, d.dtype), outcome
+
+
+def product(types, n, a_layout, b_layout, *, scale_d=True, seed=0, **options):
+    """D of random matrices, what it should be, and the outcome."""
+    a, b, d = matrices(types, n, seed)
+    exact = a.double() @ b.double().T + (d.double() if scale_d else 0)
     wanted = torch.from_numpy(exact.numpy().astype(torch.empty(0, dtype=d.dtype).numpy().dtype))
-    return cute.matrix_of(out, cute.wgmma_d(n), 64, d.dtype), wanted, outcome
+    got, outcome = multiply(types, a, b, d, a_layout, b_layout, scale_d=scale_d, **options)
+    return got, wanted, outcome
 
 
 def check(types, n, a_layout, b_layout, **options):
@@ -131,7 +135,7 @@ def test_a_tile_is_walked_along_k_within_the_pattern():
     bits = cute.Canonical("128B", False, 2, 16, 1024).descriptor()
     steps = "\n".join(
         descriptor("%d20", bits, 32 * step) + descriptor("%d21", bits, 8192 + 32 * step)
-        + op("f32.bf16.bf16", 8, None, scale_d="1") for step in range(4)
+        + op("f32.bf16.bf16", 8, scale_d="1") for step in range(4)
     )  # fmt: skip
     out, outcome = run(program(f"wgmma.fence.sync.aligned; {steps} {COMMIT}", 9216), torch.cat(tiles))
     assert outcome.reports == []
@@ -190,7 +194,7 @@ def test_descriptors_are_checked(change, kind):
     {descriptor("%d20", layout.descriptor())} sub.s64 %d22, %d20, %d10; mov.b64 %d23, {change(layout.descriptor()):#x};
     sub.s64 %d23, %d23, %d22; add.s64 %d20, %d20, %d23;
     wgmma.fence.sync.aligned;
-    {op("f32.f16.f16", 8, operands, scale_d="1")}
+    {op("f32.f16.f16", 8, scale_d="1")}
     {COMMIT}"""
     outcome = run(program(body, operands.size), operands.image)[1]
     assert kind in kinds(outcome) if kind else outcome.reports == []

@@ -17,9 +17,9 @@ FRAGMENTS = cute.registers_of(A, cute.WGMMA_A[2])
 WANTED = (A.double() @ B.double().T).float()
 FENCE = "wgmma.fence.sync.aligned;"
 WAIT = "wgmma.wait_group.sync.aligned 0;"
-MMA = op(TYPES, N, OPERANDS, scale_d="1")
-FROM_REGISTERS = op(TYPES, N, OPERANDS, a=names("r", 0, 4), scale_d="1", tail=", 1, 1, 0")
-WIDER = op(TYPES, 16, OPERANDS, scale_d="1")
+MMA = op(TYPES, N, scale_d="1")
+FROM_REGISTERS = op(TYPES, N, a=names("r", 0, 4), scale_d="1", tail=", 1, 1, 0")
+WIDER = op(TYPES, 16, scale_d="1")
 WARP = "shr.u32 %r200, %r250, 5;"
 
 
@@ -47,7 +47,7 @@ def test_a_fence_comes_first():
 @pytest.mark.parametrize("scale_d", ["0", "1"])
 @pytest.mark.parametrize("access", ["mov.b32 %f1, 0f00000000;", "mov.b32 %f99, %f2;"], ids=["written", "read"])
 def test_a_fence_comes_between_an_access_of_d_and_a_product(access, scale_d):
-    mma = op(TYPES, N, OPERANDS, scale_d=scale_d)
+    mma = op(TYPES, N, scale_d=scale_d)
     check_twins(f"{FENCE} {access} {mma} {COMMIT}", f"{access} {FENCE} {mma} {COMMIT}", "wgmma fence")
 
 
@@ -59,10 +59,10 @@ def test_a_fence_comes_between_an_access_of_a_and_a_product():
 
 def test_products_of_one_shape_follow_each_other_without_a_fence():
     """Their accesses of D are ordered; those of another shape are not, waited for or not."""
-    other = op("f32.tf32.tf32", N, OPERANDS, scale_d="0", tail=", 1, 1")
+    other = op("f32.tf32.tf32", N, scale_d="0", tail=", 1, 1")
     check_twins(f"{FENCE} {other} {MMA} {COMMIT}", f"{FENCE} {MMA} {MMA} {COMMIT}", "wgmma wait", factor=2)
     waited = f"{FENCE} {other} {COMMIT} {WAIT}"
-    zero = op(TYPES, N, OPERANDS, scale_d="0")
+    zero = op(TYPES, N, scale_d="0")
     check_twins(f"{waited} {zero} {COMMIT}", f"{waited} {FENCE} {zero} {COMMIT}", "wgmma fence")
 
 
@@ -157,7 +157,7 @@ def test_a_warp_that_never_comes_is_a_deadlock():
 def test_warps_agree(change):
     """The descriptors and scale-d are the same in all four warps (a start that differs by one warp's rows is not)."""
     begin = f"{WARP} setp.eq.u32 %p1, %r200, %r200; cvt.u64.u32 %d30, %r200; shl.b64 %d30, %d30, 1;"
-    product = f"{FENCE} {op(TYPES, N, OPERANDS)} {COMMIT}"
+    product = f"{FENCE} {op(TYPES, N)} {COMMIT}"
     assert "warpgroup" in kinds(execute(f"{begin} {change} {product}")[1])
     d, outcome = execute(f"{begin} mov.b64 %d30, 0; {change if 'd30' in change else ''} {product}")
     assert outcome.reports == [] and torch.equal(d, WANTED)
