@@ -4,6 +4,8 @@
 // copies wrote whose bytes it counted. Only a wait with .acquire that comes true takes this over.
 #include "ptx/mbarriers.h"
 
+#include <cstdlib>
+
 namespace fused_resnet::ptx {
 namespace {
 
@@ -35,6 +37,14 @@ void check_count(Machine& machine, const char* what, s64 count, s64 least) {
   if (count < least || count > kMaxMbarrierCount)
     machine.fault("mbarrier count", format("%s of %lld, not of %lld to %lld", what, static_cast<long long>(count),
                                            static_cast<long long>(least), static_cast<long long>(kMaxMbarrierCount)));
+}
+
+// The bytes that are still to come, or came before they were expected (PTX ISA 9.7.13.15.2).
+void add_bytes(Machine& machine, Mbarrier& barrier, s64 bytes) {
+  barrier.bytes += bytes;
+  if (std::abs(barrier.bytes) > kMaxMbarrierCount)
+    machine.fault("mbarrier count", format("%lld bytes are pending at the mbarrier at shared %u",
+                                           static_cast<long long>(barrier.bytes), barrier.address));
 }
 
 // 9.7.13.15.9. The object is the block's own.
@@ -147,7 +157,7 @@ void arrive(Machine& machine, Warp& warp, const Instruction& i, Lanes mask) {
     states[l] = state_of(barrier);
     if (i.a & kExpects) {
       check_count(machine, "expect-tx", u32(values[l]), 0);
-      barrier.bytes += u32(values[l]);
+      add_bytes(machine, barrier, u32(values[l]));
     }
     const s64 arrivals = values == nullptr || i.a & kExpects ? 1 : s64(u32(values[l]));
     check_count(machine, "an arrival with a count", arrivals, 1);
@@ -167,7 +177,7 @@ void transact(Machine& machine, Warp& warp, const Instruction& i, Lanes mask) {
   FOR_ACTIVE(mask) {
     Mbarrier& barrier = live_mbarrier(machine, warp, l, operand_place(machine, warp, i, 0, l));
     check_count(machine, i.d > 0 ? "expect-tx" : "complete-tx", u32(bytes[l]), 0);
-    barrier.bytes += i.d * s64(u32(bytes[l]));
+    add_bytes(machine, barrier, i.d * s64(u32(bytes[l])));
     complete_if_due(machine, barrier);
   }
 }
@@ -355,7 +365,7 @@ void complete_if_due(Machine& machine, Mbarrier& barrier) {
 }
 
 void complete_bytes(Machine& machine, Mbarrier& barrier, s64 bytes) {
-  barrier.bytes -= bytes;
+  add_bytes(machine, barrier, -bytes);
   complete_if_due(machine, barrier);
 }
 

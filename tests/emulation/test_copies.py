@@ -353,6 +353,59 @@ barrier.cluster.wait.aligned;
     assert_reported(body.format(**{**right, "mbarrier": "full"}), "mbarrier", "different blocks", grid=2, cluster=2)
 
 
+def test_blocks_reduce_into_one_of_them():
+    """Both blocks of a pair add their rows into block 1, whose mbarrier counts the bytes of both."""
+    body = """
+mov.u32 %r20, %cluster_ctarank;
+@%p0 mbarrier.init.shared::cta.b64 [full], 1;
+@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [full], 1024;
+add.u32 %r6, %r4, 1024;
+st.shared.v4.u32 [%r6], {one, one, one, one};
+fill
+fence.proxy.async.shared::cta;
+barrier.cluster.arrive;
+barrier.cluster.wait;
+mapa.shared::cluster.u32 %r21, %r2, 1;
+mov.u32 %r23, full;
+mapa.shared::cluster.u32 %r22, %r23, 1;
+@%p0 cp.reduce.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes.add.u32 [%r21], [%r1], 512, [%r22];
+setp.ne.u32 %p2, %r20, 1;
+@%p2 bra END;
+wait
+ld.shared.v4.u32 {%r10, %r11, %r12, %r13}, [%r6];
+st.global.v4.u32 [%d1], {%r10, %r11, %r12, %r13};
+END:
+barrier.cluster.arrive;
+barrier.cluster.wait;
+"""
+    body = body.replace("one", "%r30").replace("@%p0 mbarrier.init", "mov.u32 %r30, 1;\n@%p0 mbarrier.init", 1)
+    body = body.replace("fill", FILL)
+    assert_clean(body.replace("wait\nld", FULL + "ld"), 2 * ROWS + 1, grid=2, cluster=2)
+    for kind, landing in (("exit", "late"), ("race", "early")):
+        assert_reported(body.replace("wait\nld", "ld"), kind, grid=2, cluster=2, seeds=8, landings=(landing,))
+
+
+def test_a_copy_to_a_block_that_has_exited():
+    body = """
+mov.u32 %r20, %cluster_ctarank;
+@%p0 mbarrier.init.shared::cta.b64 [full], 1;
+@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [full], 512;
+barrier.cluster.arrive;
+barrier.cluster.wait;
+setp.ne.u32 %p2, %r20, 0;
+@%p2 bra OTHER;
+mov.u16 %h0, 3;
+mov.u32 %r7, full;
+@%p0 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r1], [%d8], 512, [%r7], %h0;
+{wait}
+OTHER:
+{other}
+"""
+    everyone = FULL.replace("W", "V")
+    assert_clean(body.format(wait=FULL, other=everyone), grid=2, cluster=2)
+    assert_reported(body.format(wait=FULL, other=""), "exit", "has exited", grid=2, cluster=2, landings=("late",))
+
+
 def test_multicast_writes_and_counts_in_each_block():
     body = """
 mov.u32 %r20, %cluster_ctarank;

@@ -205,6 +205,9 @@ def test_bytes_hold_the_phase_back():
     assert_reported(init() + expect.format(64) + complete.format(48) + wait(0), "deadlock", "16 bytes are missing")
     assert_reported(init() + expect.format(1 << 20), "mbarrier count", "expect-tx")
     assert_reported(init() + complete.format(1 << 20), "mbarrier count", "complete-tx")
+    assert_reported(
+        init() + 2 * expect.format(1 << 19).replace("arrive.", "").replace("_, ", ""), "mbarrier count", "1048576 bytes"
+    )
     alone = "@%p0 mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [full], 32;\n"
     assert_clean(init() + alone + ONE_ARRIVES + complete.format(32) + wait(0))
 
