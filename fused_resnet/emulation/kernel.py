@@ -63,7 +63,7 @@ class Kernel:
 
     def _add(self, lib, instruction: parser.Instruction) -> None:
         flat = [element for operand in instruction.operands for element in operand]
-        operands = (library.PtxOperand * max(len(flat), 1))(*flat)
+        operands = (library.PtxOperand * max(len(flat), 1))(*[library.PtxOperand(*element) for element in flat])
         counts = (ctypes.c_int32 * max(len(instruction.operands), 1))(*map(len, instruction.operands))
         error = lib.ptx_add(
             self._program, instruction.op.encode(), instruction.predicate, instruction.negated, operands, counts,

@@ -58,7 +58,7 @@ class Operand(NamedTuple):
     """As PtxOperand in csrc/ptx/interface.h."""
 
     kind: int
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]
     value: int = 0
 
 

@@ -253,24 +253,24 @@ def _check_add_relu(case: Case, arch: int, kernel: str, how: dict[str, Any]) -> 
     out, grad_input = torch.full_like(o.a, torch.nan), torch.full_like(o.a, torch.nan)
     grad = torch.empty_like(o.a).copy_(o.grad)
     try:
-        outcomes = _ADD_RELU[maker](p, (o.a, o.b, out), (grad, out, grad_input), arch, how)
+        outcomes = _ADD_RELU[maker](p, o.a, o.b, grad, out, grad_input, arch, how)
     except Exception as error:
         return Result(kernel, "mismatch", f"{label}: {type(error).__name__}: {error}")
     return _judged(kernel, label, outcomes, _exact(case, maker, out, grad_input))
 
 
-def _add_relu_triton(p, forward, backward, arch, how) -> list[Outcome]:
+def _add_relu_triton(p, a, b, grad, out, grad_input, arch, how) -> list[Outcome]:
     from fused_resnet.emulation import launches
 
-    first = launches.run_add_relu(p, *forward, arch=arch, **how)
-    return [first, launches.run_add_relu(p, *backward, arch=arch, backward=True, **how)]
+    first = launches.run_add_relu(p, a, b, out, arch, **how)
+    return [first, launches.run_add_relu(p, grad, out, grad_input, arch, backward=True, **how)]
 
 
-def _add_relu_cuda(p, forward, backward, arch, how) -> list[Outcome]:
+def _add_relu_cuda(p, a, b, grad, out, grad_input, arch, how) -> list[Outcome]:
     from fused_resnet.emulation import cuda_launches
 
-    first = cuda_launches.run_add_relu(*forward, arch=arch, **how)
-    return [first, cuda_launches.run_add_relu(*backward, arch=arch, backward=True, **how)]
+    first = cuda_launches.run_add_relu(a, b, out, arch, **how)
+    return [first, cuda_launches.run_add_relu(grad, out, grad_input, arch, backward=True, **how)]
 
 
 _ADD_RELU = {"triton": _add_relu_triton, "cuda": _add_relu_cuda}
