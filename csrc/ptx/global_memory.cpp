@@ -154,6 +154,7 @@ void Machine::note_global(const GlobalAccess& who, Region& region, Region::Cell&
     return !(reader.strong && who.mark.strong) && !is_ordered(who, reader);
   };
   if (!who.is_write) {
+    if (who.mark.proxy == Proxy::kAsync) return;  // copies.cpp knows how long it is in flight
     if (cell.reader.block == 0 || is_ordered(who, cell.reader)) {
       cell.reader = who.mark;
       return;
