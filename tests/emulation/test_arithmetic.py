@@ -234,7 +234,14 @@ def test_byte_permutations():
     selectors = numpy.array([0x3210, 0x7654, 0xC840, 0xFB07], numpy.uint32)
     got = lanes("prmt.b32 $d, $a, $b, $c;", a, b, selectors, out=numpy.uint32)
     assert got.tolist() == [0x33221100, 0xF7E6D5C4, 0xFF00C400, 0xFF0000F7]
-    modes = {"f4e": 0xC4332211, "b4e": 0xE6F70011, "rc8": 0x11111111, "ecl": 0x33221111, "ecr": 0x11111100, "rc16": 0x33223322}
+    modes = {
+        "f4e": 0xC4332211,
+        "b4e": 0xE6F70011,
+        "rc8": 0x11111111,
+        "ecl": 0x33221111,
+        "ecr": 0x11111100,
+        "rc16": 0x33223322,
+    }
     one = numpy.array([1], numpy.uint32)
     for mode, wanted in modes.items():
         assert lanes(f"prmt.b32.{mode} $d, $a, $b, $c;", a[:1], b[:1], one, out=numpy.uint32)[0] == wanted, mode
@@ -289,7 +296,9 @@ def test_dot_products_of_bytes(first, second):
         return words.view(("i" if ptx_type[0] == "s" else "u") + str(size)).reshape(len(words), -1).astype(numpy.int64)
 
     four = (pick(a, first, 1) * pick(b, second, 1)).sum(1) + c
-    assert lanes(f"dp4a.{first}.{second} $d, $a, $b, $c;", a, b, c, out=numpy.uint32).tolist() == (four % 2**32).tolist()
+    assert (
+        lanes(f"dp4a.{first}.{second} $d, $a, $b, $c;", a, b, c, out=numpy.uint32).tolist() == (four % 2**32).tolist()
+    )
     for half, where in (("lo", slice(0, 2)), ("hi", slice(2, 4))):
         two = (pick(a, first, 2) * pick(b, second, 1)[:, where]).sum(1) + c
         got = lanes(f"dp2a.{half}.{first}.{second} $d, $a, $b, $c;", a, b, c, out=numpy.uint32)
@@ -496,21 +505,22 @@ def test_gross_f64_approximations_have_20_bits():
     assert lanes("rsqrt.approx.f64 $d, $a;", a[:1], out=numpy.float64)[0] == pytest.approx(3**-0.5, rel=2**-52)
 
 
-@pytest.mark.parametrize(
-    "instruction",
-    [
-        "add.b32 %r0, %r1, %r2", "add.sat.u32 %r0, %r1, %r2", "add.s32 %r0, %r1", "add.s32 %r0, %r1, %r2, %r3",
-        "add.f32 %p0, %f1, %f2", "add.rna.f32 %f0, %f1, %f2", "add.s32 %r0, {%r1, %r2}, %r3", "add.relu.f32 %f0, %f1, %f2",
-        "mul.s32 %r0, %r1, %r2", "mul.wide.s64 %d0, %d1, %d2", "mad.s32 %r0, %r1, %r2, %r3", "fma.f32 %f0, %f1, %f2, %f3",
-        "fma.rn.sat.bf16 %h0, %h1, %h2, %h3", "fma.rn.sat.f64 %fd0, %fd1, %fd2, %fd3", "fma.rz.f16 %h0, %h1, %h2, %h3",
-        "div.f32 %f0, %f1, %f2", "div.rn.f16 %h0, %h1, %h2", "sqrt.f32 %f0, %f1", "ex2.f32 %f0, %f1", "ex2.approx.f64 %fd0, %fd1",
-        "sin.approx.f64 %fd0, %fd1", "shl.s32 %r0, %r1, %r2", "shr.f32 %f0, %f1, %r2", "shf.l.b32 %r0, %r1, %r2, %r3",
-        "shf.l.clamp.b64 %d0, %d1, %d2, %r3", "lop3.b32 %r0, %r1, %r2, %r3, 256", "lop3.b32 %r0, %r1, %r2, %r3, %r4",
-        "prmt.b64 %d0, %d1, %d2, %r3", "popc.u32 %r0, %r1", "bfe.b32 %r0, %r1, %r2, %r3", "dp4a.u32 %r0, %r1, %r2, %r3",
-        "and.u32 %r0, %r1, %r2", "not.f32 %f0, %f1", "abs.u32 %r0, %r1", "neg.b16 %h0, %h1", "min.NaN.f64 %fd0, %fd1, %fd2",
-        "min.NaN.s32 %r0, %r1, %r2", "addd.s32 %r0, %r1, %r2", "tanh.f32 %f0, %f1", "copysign.f16 %h0, %h1, %h2",
-    ],
-)  # fmt: skip
+REFUSED = """
+  add.b32 %r0, %r1, %r2; add.sat.u32 %r0, %r1, %r2; add.s32 %r0, %r1; add.s32 %r0, %r1, %r2, %r3;
+  add.f32 %p0, %f1, %f2; add.rna.f32 %f0, %f1, %f2; add.s32 %r0, {%r1, %r2}, %r3; add.relu.f32 %f0, %f1, %f2;
+  mul.s32 %r0, %r1, %r2; mul.wide.s64 %d0, %d1, %d2; mad.s32 %r0, %r1, %r2, %r3; fma.f32 %f0, %f1, %f2, %f3;
+  fma.rn.sat.bf16 %h0, %h1, %h2, %h3; fma.rn.sat.f64 %fd0, %fd1, %fd2, %fd3; fma.rz.f16 %h0, %h1, %h2, %h3;
+  div.f32 %f0, %f1, %f2; div.rn.f16 %h0, %h1, %h2; sqrt.f32 %f0, %f1; ex2.f32 %f0, %f1;
+  ex2.approx.f64 %fd0, %fd1; sin.approx.f64 %fd0, %fd1; shl.s32 %r0, %r1, %r2; shr.f32 %f0, %f1, %r2;
+  shf.l.b32 %r0, %r1, %r2, %r3; shf.l.clamp.b64 %d0, %d1, %d2, %r3; lop3.b32 %r0, %r1, %r2, %r3, 256;
+  lop3.b32 %r0, %r1, %r2, %r3, %r4; prmt.b64 %d0, %d1, %d2, %r3; popc.u32 %r0, %r1; bfe.b32 %r0, %r1, %r2, %r3;
+  dp4a.u32 %r0, %r1, %r2, %r3; and.u32 %r0, %r1, %r2; not.f32 %f0, %f1; abs.u32 %r0, %r1; neg.b16 %h0, %h1;
+  min.NaN.f64 %fd0, %fd1, %fd2; min.NaN.s32 %r0, %r1, %r2; addd.s32 %r0, %r1, %r2; tanh.f32 %f0, %f1;
+  copysign.f16 %h0, %h1, %h2;
+"""
+
+
+@pytest.mark.parametrize("instruction", REFUSED.strip().rstrip(";").split(";"))
 def test_what_the_isa_does_not_have_is_refused(instruction):
     name = instruction.split()[0]
     with pytest.raises(PtxError, match=name.replace(".", r"\.")):

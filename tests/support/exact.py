@@ -46,7 +46,7 @@ def rounded(value, kind, mode="rn", saturate=False):
 
 
 def root(value):
-    """The square root of a Fraction, right to far more bits than any format has, and never equal to a tie by mistake."""
+    """The square root of a Fraction, to far more bits than any format has; never a tie unless it is one."""
     scale = 2 ** (2 * 1200)
     scaled = value * scale
     whole = isqrt(floor(scaled))
@@ -95,7 +95,9 @@ def draw(generator, kind, count):
     precision, _, width, _ = FORMATS[kind]
     shift = 13 if kind == "tf32" else 0
     anything = generator.integers(0, 2**width, count, dtype=numpy.uint64)
-    near_one = (2 ** (width - 2) - 2 ** (precision - 1)) + generator.integers(0, 2 ** (precision + 1), count, dtype=numpy.uint64)
+    near_one = (2 ** (width - 2) - 2 ** (precision - 1)) + generator.integers(
+        0, 2 ** (precision + 1), count, dtype=numpy.uint64
+    )
     small = generator.integers(0, 2**precision, count, dtype=numpy.uint64)
     codes = numpy.choose(generator.integers(0, 3, count), [anything, near_one, small])
     codes |= generator.integers(0, 2, count, dtype=numpy.uint64) << numpy.uint64(width - 1)

@@ -11,7 +11,7 @@ _REGISTER = {1: "%h", 2: "%h", 4: "%r", 8: "%d"}
 def outcome_of(instructions, *inputs, out, target="sm_90a", **options):
     """(results, outcome) of instructions that name their sources $a $b $c $f and their results $d $e.
 
-    inputs: arrays of one length, a thread an element; bf16 and fp8 as their codes. out: the type of $d, or of $d and $e.
+    inputs: arrays of one length, a thread an element; bf16 and fp8 as codes. out: the type of $d, or of $d and $e.
     """
     outs = out if isinstance(out, tuple) else (out,)
     inputs = [numpy.ascontiguousarray(array) for array in inputs]
@@ -33,7 +33,8 @@ def outcome_of(instructions, *inputs, out, target="sm_90a", **options):
         instructions = instructions.replace("$" + letter, register)
     body = "\n".join(["  mov.u32 %r0, %tid.x;", *load, instructions, *save, "  ret;"])
     parameters = [f".param .u64 in{k}" for k in range(len(inputs))] + [f".param .u64 out{k}" for k in range(len(outs))]
-    kernel = Kernel(kernel_text(body, ", ".join(parameters), target=target))
+    text = kernel_text(body, ", ".join(parameters), target=target).replace("<256>", "<32>")  # registers, to be quick
+    kernel = Kernel(text)
     outcome = kernel.run(1, length, [*inputs, *results], writable=results, **options)
     return results if isinstance(out, tuple) else results[0], outcome
 
@@ -47,4 +48,3 @@ def lanes(instructions, *inputs, out, **options):
 
 def _address(parameter, size):
     return [f"  ld.param.u64 %d2, [{parameter}];", f"  mad.wide.u32 %d3, %r0, {size}, %d2;"]
-
