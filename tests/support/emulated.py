@@ -209,13 +209,13 @@ def max_pool(
     return dict(exact=bool(same.all()), reports=outcome.reports[:3])
 
 
-def random_problem(seed: int, index: int, arch: int, name: str) -> dict:
+def random_problem(seed: int, index: int, arch: int, name: str, kind: str) -> dict:
     from fused_resnet.emulation import verify
     from fused_resnet.testing import case_at
 
-    if not verify.is_for(name, case_at(seed, index)):
+    if not verify.is_for(name, case_at(seed, index, kind=kind)):
         return dict(status="cannot run", detail="another operator's")
-    return verify.check(seed, index, arch, name)._asdict()
+    return verify.check(seed, index, arch, name, kind=kind)._asdict()
 
 
 def gemm(arch: int, number: int, dtype: str, a_is_k_major: bool, b_is_k_major: bool, block_k: int) -> dict:
