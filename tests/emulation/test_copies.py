@@ -84,8 +84,8 @@ def test_without_a_wait():
     assert_reported(COPY + COMMIT + STORE, "read in flight")
     assert_reported(COPY + COMMIT + "cp.async.wait_group 1;\n" + STORE, "read in flight")
     assert_reported(COPY + WAIT + STORE, "read in flight")  # never committed
-    late = run(COPY + COMMIT + STORE, source(), 32, 128, landing="late")[1]
-    assert (late == -1).all(), "poisoned until it lands"
+    late = run(FILL + COPY + COMMIT + STORE, source(), 32, 128, landing="late")[1]
+    assert (late == -1).all(), "what was there before is gone until the copy lands"
 
 
 def test_another_thread_needs_a_barrier_too():
