@@ -57,12 +57,15 @@ u32 decoded(u64 encoded, int shift) {  // matrix-descriptor-encode(x) = (x & 0x3
 
 }  // namespace
 
-Descriptor descriptor_of(Machine& machine, u64 encoded) {
-  constexpr u64 kReserved = 0x3ffull << 52 | 7ull << 46 | 3ull << 30 | 3ull << 14;
+Descriptor descriptor_of(u64 encoded) {
   static const int spans[] = {16, 128, 64, 32};
+  return {decoded(encoded, 0), decoded(encoded, 16), decoded(encoded, 32), spans[encoded >> 62]};
+}
+
+void check_descriptor(Machine& machine, u64 encoded) {
+  constexpr u64 kReserved = 0x3ffull << 52 | 7ull << 46 | 3ull << 30 | 3ull << 14;
   if (encoded & kReserved) machine.report("descriptor", format("reserved bits of %#llx", (unsigned long long)encoded));
   if (encoded >> 49 & 7) machine.fault("descriptor", "a base offset other than 0 is not supported");
-  return {decoded(encoded, 0), decoded(encoded, 16), decoded(encoded, 32), spans[encoded >> 62]};
 }
 
 // With a base offset of 0, the pattern of eight rows begins at a multiple of its size. A matrix may begin further on
@@ -98,7 +101,7 @@ std::vector<Wgmma::Range> ranges_of(const MatrixPart& part) {
   return ranges;
 }
 
-void load(Machine&, Warp& warp, const MatrixPart& part, Tile* rows) {
+void load(Warp& warp, const MatrixPart& part, Tile* rows) {
   SharedMemory& shared = warp.block->shared;
   for_chunks(part, [&](u32 address, int row, int k) {
     const u8* chunk = shared.at(address, kChunk);

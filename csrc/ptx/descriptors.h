@@ -19,10 +19,11 @@ struct MatrixPart {
   int first, rows;  // multiples of 8
 };
 
-// Takes a descriptor apart. Reports reserved bits, a base offset, and a start that is not where the pattern allows it.
-Descriptor descriptor_of(Machine& machine, u64 encoded);
+Descriptor descriptor_of(u64 encoded);
+// Report reserved bits, a base offset, and a start that is not where the swizzle's pattern allows it.
+void check_descriptor(Machine& machine, u64 encoded);
 void check_start(Machine& machine, const MatrixPart& part, int element_bytes);
 std::vector<Wgmma::Range> ranges_of(const MatrixPart& part);  // all that is read, in few pieces
-void load(Machine& machine, Warp& warp, const MatrixPart& part, Tile* rows);
+void load(Warp& warp, const MatrixPart& part, Tile* rows);
 
 }  // namespace fused_resnet::ptx

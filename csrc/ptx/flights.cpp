@@ -11,8 +11,7 @@
 namespace fused_resnet::ptx {
 namespace {
 
-constexpr u16 kOneWriter = 1, kOneReader = 1 << 8;  // of Warp::in_flight
-constexpr u64 kPoison = 0x7fff7fff;                 // NaN of .f32 and of .f16x2, and a large .s32
+constexpr u64 kPoison = 0x7fff7fff;  // NaN of .f32 and of .f16x2, and a large .s32
 
 WgmmaRegisters& registers_of(Warp& warp) {
   if (!warp.wgmma_registers) {
@@ -41,9 +40,23 @@ bool is_ordered(const Warp& warp, const WgmmaRegisters& registers, int index, u3
 }
 
 // A register's writers in flight all have one shape: that of its last use as D.
-bool may_write(const Warp& warp, const WgmmaRegisters& registers, int index, u32 shape) {
-  const u16 flights = warp.in_flight[index];
-  return flights == 0 || (flights < kOneReader && registers.uses[index].shape == shape);
+bool may_write(const WgmmaRegisters::Use& use, u32 shape) {
+  return use.readers == 0 && (use.writers == 0 || use.shape == shape);
+}
+
+void use(Warp& warp, int index, u32 shape) {
+  WgmmaRegisters::Use& use = warp.wgmma_registers->uses[index];
+  use.time = warp.executed;
+  use.shape = shape;
+  ++(shape == 0 ? use.readers : use.writers);
+  warp.in_flight[index] = 1;
+}
+
+bool release(Warp& warp, int index, bool as_a) {  // whether nothing writes the register any more
+  WgmmaRegisters::Use& use = warp.wgmma_registers->uses[index];
+  --(as_a ? use.readers : use.writers);
+  warp.in_flight[index] = use.readers + use.writers > 0;
+  return use.writers == 0;
 }
 
 }  // namespace
@@ -53,13 +66,13 @@ void check_flight(Machine& machine, Warp& warp, const Flight& flight) {
   if (warp.fenced_at == 0) machine.report("wgmma fence", "no wgmma.fence before the first wgmma.mma_async");
   bool ordered = true, free_d = true, free_a = true;
   for_operand(*flight.instruction, 0, [&](int index) {
-    const bool is_free = may_write(warp, registers, index, flight.shape);
+    const bool is_free = may_write(registers.uses[index], flight.shape);
     free_d = free_d && is_free;
     ordered = ordered && (!is_free || is_ordered(warp, registers, index, flight.shape));
   });
   if (flight.has_a) {
     for_operand(*flight.instruction, 1, [&](int index) {
-      const bool is_free = warp.in_flight[index] % kOneReader == 0;
+      const bool is_free = registers.uses[index].writers == 0;
       free_a = free_a && is_free;
       ordered = ordered && (!is_free || is_ordered(warp, registers, index, 0));
     });
@@ -71,15 +84,9 @@ void check_flight(Machine& machine, Warp& warp, const Flight& flight) {
 
 void take_off(Warp& warp, const Flight& flight, bool apart) {
   WgmmaRegisters& registers = registers_of(warp);
-  if (flight.has_a) {
-    for_operand(*flight.instruction, 1, [&](int index) {
-      warp.in_flight[index] += kOneReader;
-      registers.uses[index] = {warp.executed, 0};
-    });
-  }
+  if (flight.has_a) for_operand(*flight.instruction, 1, [&](int index) { use(warp, index, 0); });
   for_operand(*flight.instruction, 0, [&](int index) {
-    warp.in_flight[index] += kOneWriter;
-    registers.uses[index] = {warp.executed, flight.shape};
+    use(warp, index, flight.shape);
     if (!apart || registers.is_apart[index]) return;
     u64* values = warp.of(index);
     std::copy(values, values + kLanes, &registers.values[index * kLanes]);
@@ -90,10 +97,9 @@ void take_off(Warp& warp, const Flight& flight, bool apart) {
 
 void land_registers(Warp& warp, const Flight& flight) {
   WgmmaRegisters& registers = registers_of(warp);
-  if (flight.has_a) for_operand(*flight.instruction, 1, [&](int index) { warp.in_flight[index] -= kOneReader; });
+  if (flight.has_a) for_operand(*flight.instruction, 1, [&](int index) { release(warp, index, true); });
   for_operand(*flight.instruction, 0, [&](int index) {
-    warp.in_flight[index] -= kOneWriter;
-    if (warp.in_flight[index] % kOneReader != 0 || !registers.is_apart[index]) return;
+    if (!release(warp, index, false) || !registers.is_apart[index]) return;
     const u64* values = &registers.values[index * kLanes];
     std::copy(values, values + kLanes, warp.of(index));
     registers.is_apart[index] = false;

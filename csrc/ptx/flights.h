@@ -8,10 +8,11 @@ namespace fused_resnet::ptx {
 // What wgmma did to the registers of a warp, and what it will have done to those in flight.
 struct WgmmaRegisters {
   struct Use {
-    u64 time = 0;   // Warp::executed
-    u32 shape = 0;  // 0: as A
+    u64 time = 0;                  // Warp::executed, of the last one
+    u32 shape = 0;                 // of the last one; 0: as A
+    u32 writers = 0, readers = 0;  // in flight, as D and as A
   };
-  std::vector<Use> uses;       // by register, the last one
+  std::vector<Use> uses;       // by register
   std::vector<u64> values;     // [register][lane] of those in flight; the registers themselves are poisoned
   std::vector<bool> is_apart;  // whether a register's value is there
 };

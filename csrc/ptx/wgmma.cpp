@@ -31,13 +31,12 @@ Flight flight_of(const Instruction& instruction) {
   return {&instruction, (instruction.b & kRegistersA) != 0, shape};
 }
 
-MatrixPart part_a(Machine& machine, const Warp& warp, const Wgmma& wgmma) {
-  return {descriptor_of(machine, wgmma.a), (wgmma.instruction->b & kTransposedA) != 0, warp.id % 4 * kTileRows,
-          kTileRows};
+MatrixPart part_a(const Warp& warp, const Wgmma& wgmma) {
+  return {descriptor_of(wgmma.a), (wgmma.instruction->b & kTransposedA) != 0, warp.id % 4 * kTileRows, kTileRows};
 }
 
-MatrixPart part_b(Machine& machine, const Wgmma& wgmma) {
-  return {descriptor_of(machine, wgmma.b), (wgmma.instruction->b & kTransposedB) != 0, 0, wgmma.instruction->a};
+MatrixPart part_b(const Wgmma& wgmma) {
+  return {descriptor_of(wgmma.b), (wgmma.instruction->b & kTransposedB) != 0, 0, wgmma.instruction->a};
 }
 
 // ---- the product
@@ -51,9 +50,9 @@ void compute(Machine& machine, Warp& warp, Wgmma& wgmma) {
   if (instruction.b & kRegistersA) {
     gather_a(machine, warp, instruction, 1, a);
   } else {
-    load(machine, warp, part_a(machine, warp, wgmma), a);
+    load(warp, part_a(warp, wgmma), a);
   }
-  load(machine, warp, part_b(machine, wgmma), b);
+  load(warp, part_b(wgmma), b);
   u64* registers[kMaxColumns / 2];
   alignas(64) Accumulators d = {};
   for (int j = 0; j < instruction.count(0); ++j) registers[j] = accumulator(warp, instruction.at(0, j).index);
@@ -104,6 +103,7 @@ u64 descriptor(Machine& machine, Warp& warp, const PtxOperand& operand) {
   u64 room[kLanes];
   const u64* values = read(machine, warp, operand, room);
   FOR_LANES if (values[l] != values[0]) machine.fault("warpgroup", "the lanes of a warp have different descriptors");
+  check_descriptor(machine, values[0]);
   return values[0];
 }
 
@@ -114,10 +114,11 @@ bool scale_of_d(Machine& machine, Warp& warp, const PtxOperand& operand) {
   return scale != 0;
 }
 
-// All four warps read all of B. Each checks a quarter of it, another one each time, unless the mode is strict.
+// All four warps read all of B. Each checks a quarter of it, now this one and now that, unless the mode is strict.
 MatrixPart checked_part_of_b(Machine& machine, const Warp& warp, const Wgmma& wgmma) {
-  MatrixPart part = part_b(machine, wgmma);
-  const int blocks = part.rows / 8, quarter = static_cast<int>((warp.id + wgmma.number) % 4);
+  MatrixPart part = part_b(wgmma);
+  const u32 drawn = static_cast<u32>(wgmma.number) * 2654435761u >> 16;  // a loop has the same number of instructions
+  const int blocks = part.rows / 8, quarter = static_cast<int>((warp.id + drawn) % 4);
   if (machine.options.races > 1 || blocks < 4) return part;
   part.first = quarter * blocks / 4 * 8;
   part.rows = (quarter + 1) * blocks / 4 * 8 - part.first;
@@ -131,8 +132,8 @@ void begin_reads(Machine& machine, Warp& warp, Wgmma* wgmma) {
     const std::vector<Wgmma::Range> ranges = ranges_of(part);
     wgmma->reads.insert(wgmma->reads.end(), ranges.begin(), ranges.end());
   };
-  if (!(wgmma->instruction->b & kRegistersA)) begin(part_a(machine, warp, *wgmma), part_a(machine, warp, *wgmma));
-  begin(part_b(machine, *wgmma), checked_part_of_b(machine, warp, *wgmma));
+  if (!(wgmma->instruction->b & kRegistersA)) begin(part_a(warp, *wgmma), part_a(warp, *wgmma));
+  begin(part_b(*wgmma), checked_part_of_b(machine, warp, *wgmma));
   SharedMemory& shared = warp.block->shared;
   for (const Wgmma::Range& range : wgmma->reads) {
     shared.at(range.address, range.bytes, 16);
