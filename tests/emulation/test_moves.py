@@ -155,6 +155,19 @@ def test_pairs_compare_each_half():
 
 
 @pytest.mark.parametrize(
+    "combination, wanted",
+    [("and", [[0, 0], [0, 1]]), ("or", [[0, 1], [1, 1]]), ("xor", [[0, 1], [1, 0]])],
+)
+def test_pairs_with_another_predicate(combination, wanted):
+    a = numpy.array([[1, 2], [3, NAN]], numpy.float16).view(numpy.uint32).ravel()
+    b = numpy.array([[1, 1], [3, 2]], numpy.float16).view(numpy.uint32).ravel()  # the high halves differ
+    text = f"""setp.ne.u32 %p3, $c, 0; setp.neu.{combination}.f16x2 %p1|%p2, $a, $b, %p3;
+      selp.b32 $d, 1, 0, %p1; selp.b32 $e, 1, 0, %p2;"""
+    got = lanes(text, a, b, numpy.array([0, 1], numpy.uint32), out=(numpy.uint32, numpy.uint32))
+    assert [each.tolist() for each in got] == wanted
+
+
+@pytest.mark.parametrize(
     "text, a, b, wanted",
     [
         ("set.lt.u32.s32 $d, $a, $b;", 0xFFFFFFFF, 1, 0xFFFFFFFF),
