@@ -140,7 +140,7 @@ def registers_of(text: str, kernel: str, arch: int, ptxas: Path) -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(text)
         file.flush()
-        command = [ptxas, "-v", f"--gpu-name={target}", "-o", "/dev/null", file.name]
+        command = [str(ptxas), "-v", f"--gpu-name={target}", "-o", "/dev/null", file.name]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     for part in said.split("Compiling entry function '")[1:]:
         if kernel in part.split("'")[0]:

@@ -113,7 +113,7 @@ def predict(
     resident = resident_blocks(gpu, shape)
     if resident == 0:
         raise ValueError(f"timing model: a block of {shape} does not fit on an {gpu.name}'s multiprocessor")
-    each = Counts(*(count / sampled for count in counts))
+    each = Counts._make(count / sampled for count in counts)
     on_busiest = -(-shape.blocks // gpu.num_sms)
     waves = -(-on_busiest // resident)
     cycles = {name: on_busiest * cost for name, cost in _cycles(gpu, each, element_bytes).items()}
