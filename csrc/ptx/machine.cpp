@@ -202,13 +202,17 @@ void Machine::release(Warp& of, int lane, u64 key, bool relaxed) {
 void Machine::acquire(Warp& of, int lane, u64 key, bool relaxed) {
   if (options.races == 0) return;
   const Location& from = location(of, key);
-  for (const auto& [block, until] : from.blocks)
-    of.block->seen_blocks[block] = std::max(of.block->seen_blocks[block], until);
+  // without a fence hardware still orders a block's later loads after its atomic: PTX alone asks for one
+  auto& blocks = relaxed && options.races > 1 ? of.observed_blocks : of.block->seen_blocks;
+  for (const auto& [block, until] : from.blocks) blocks[block] = std::max(blocks[block], until);
   (relaxed ? of.observed[lane] : of.views[lane]).join(from.views);
 }
 
 void Machine::fence(Warp& of, int lane, bool other_blocks) {
   of.views[lane].join(of.observed[lane]);
+  for (const auto& [block, until] : of.observed_blocks)
+    of.block->seen_blocks[block] = std::max(of.block->seen_blocks[block], until);
+  of.observed_blocks.clear();
   const Time time = publish(of, lane);
   of.fenced[lane] = of.views[lane];
   of.fenced[lane].generic.add(of.agent(lane), time);

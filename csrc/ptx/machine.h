@@ -103,7 +103,8 @@ struct Warp {
   Views views[kLanes];
   Time own[kLanes] = {};  // when each lane last published; what it does from now on is later
   CopyGroups copies[kLanes];
-  Views fenced[kLanes];           // what a fence of the lane made ready for its next strong write (PTX ISA 8.7)
+  Views fenced[kLanes];  // what a fence of the lane made ready for its next strong write (PTX ISA 8.7)
+  std::unordered_map<u32, Time> observed_blocks;
   Views observed[kLanes];         // what its strong reads have found, for its next fence to take over
   Time fence_times[kLanes] = {};  // of that fence, for other blocks
 
