@@ -49,13 +49,16 @@ class Launch(NamedTuple):
 class Kernel:
     """One kernel of a PTX text, ready to run.
 
-    name: which, when the text has several. Raises PtxError for whatever is unknown in it, with its line.
+    name: which, when the text has several.
+    shared_shift: moves dynamic shared memory by so many bytes, or to the next place that its alignment allows. Without it
+    and without static variables it begins at a multiple of 1024, on which kernels come to rely.
+    Raises PtxError for whatever is unknown in it, with its line.
     """
 
-    def __init__(self, text: str, name: Optional[str] = None):
+    def __init__(self, text: str, name: Optional[str] = None, *, shared_shift: int = 0):
         self._program = None
         lib = library.library()
-        self.entry = parser.parse(text, name)
+        self.entry = parser.parse(text, name, shared_shift)
         entry = self.entry
         self._program = ctypes.c_void_p(lib.ptx_program(entry.num_registers, entry.num_predicates, entry.local_bytes))
         for instruction in entry.instructions:

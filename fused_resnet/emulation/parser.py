@@ -131,20 +131,21 @@ def kernel_names(text: str) -> list[str]:
     return _ENTRY.findall(Source(text).text)
 
 
-def parse(text: str, name: Optional[str] = None) -> Entry:
-    """The kernel of this name. None: the only one."""
+def parse(text: str, name: Optional[str] = None, shared_shift: int = 0) -> Entry:
+    """The kernel of this name. None: the only one. shared_shift: bytes before dynamic shared memory, at least."""
     source = Source(text)
     names = _ENTRY.findall(source.text)
     if name is None and len(names) != 1:
         raise PtxError(f"the PTX has {len(names)} kernels, name one of them: {', '.join(names) or 'none'}")
     if name is not None and name not in names:
         raise PtxError(f"the PTX has no kernel {name!r}; it has {', '.join(names) or 'none'}")
-    return _Parser(source, name or names[0]).parse()
+    return _Parser(source, name or names[0], shared_shift).parse()
 
 
 class _Parser:
-    def __init__(self, source: Source, name: str):
+    def __init__(self, source: Source, name: str, shared_shift: int):
         self.source, self.entry, self.module = source, Entry(name), _Scope()
+        self.shared_shift = shared_shift
         self.dynamic: list[tuple[_Scope, str, int]] = []  # .extern .shared variables: scope, name, alignment
         self.pending: list[tuple[_Scope, Statement]] = []  # instructions, until all labels and variables are known
         self.cache: dict[tuple[int, str, bool], tuple[Operand, ...]] = {}
@@ -266,7 +267,7 @@ class _Parser:
         if not self.dynamic:
             return
         alignment = max(each for _, _, each in self.dynamic)
-        self.entry.static_shared_bytes = align(self.entry.static_shared_bytes, alignment)
+        self.entry.static_shared_bytes = align(self.entry.static_shared_bytes + self.shared_shift, alignment)
         for scope, name, _ in self.dynamic:
             scope.names[name] = Operand(IMMEDIATE, 0, SHARED_BASE + self.entry.static_shared_bytes)
 

@@ -187,6 +187,14 @@ def test_module_variables_are_memory():
     assert kernel.run(1, 1, [out], writable=[out]).reports == [] and out.item() == 7
 
 
+def test_alignment_that_is_not_declared_shows():
+    """st.shared.v4 needs 16 bytes, the variable has 4."""
+    shared = ".extern .shared .align 4 .b8 room[];"
+    text = kernel_text("mov.b32 %r0, 1;\n st.shared.v4.b32 [room], {%r0, %r0, %r0, %r0};\n ret;", "", shared)
+    assert Kernel(text).run(1, 1, [], shared_bytes=16).reports == []
+    assert "misaligned" in Kernel(text, shared_shift=4).run(1, 1, [], shared_bytes=16).reports[0]
+
+
 def test_two_launches_in_order(add):
     x, y, z = torch.arange(32.0), torch.full((32,), torch.nan), torch.full((32,), torch.nan)
     outcome = run_together([Launch(add, 1, 32, [x, y, 1.0]), Launch(add, 1, 32, [y, z, 2.0])], writable=[y, z])

@@ -175,6 +175,12 @@ def test_dynamic_shared_memory_alone_begins_at_the_base():
     assert entry.static_shared_bytes == 0
 
 
+def test_dynamic_shared_memory_may_begin_anywhere_its_alignment_allows():
+    text = kernel_text("mov.b32 %r0, c;", shared=".extern .shared .align 16 .b8 c[];")
+    starts = [parse(text, shared_shift=shift).instructions[0].operands[1][0].value for shift in (0, 16, 40)]
+    assert starts == [SHARED_BASE, SHARED_BASE + 16, SHARED_BASE + 48]
+
+
 def test_shared_memory_of_other_kernels_takes_no_room():
     assert parse(kernel_text("ret;", shared=".shared .b8 theirs[4096];")).static_shared_bytes == 0
 
