@@ -1,7 +1,7 @@
 // Rules for the registers of wgmma (PTX ISA 9.7.15.7.1, wgmma.fence; 9.7.15.7.3, wgmma.wait_group).
 //
-// A register that a wgmma in flight writes or reads as A may be touched only as D of another wgmma of the same shape,
-// or as A once more. Any other access is undefined until wgmma.wait_group, and a wgmma after it needs a wgmma.fence.
+// A register is in flight if a wgmma writes it, or reads it as A. It may be touched only as D of another wgmma of the
+// same shape, or as A once more. Any other access is undefined until wgmma.wait_group; then it is as any register.
 #include "ptx/flights.h"
 
 #include <algorithm>

@@ -1,8 +1,6 @@
 // mma.sync.aligned (PTX ISA 9.7.14.5.14): D = A B + C of one warp, m16n8.
 #include "ptx/mma.h"
 
-#include <cstdio>
-
 #include "ptx/products.h"
 
 namespace fused_resnet::ptx {

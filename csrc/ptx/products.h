@@ -21,12 +21,12 @@ struct Product {
 // d = a b + d. `rounding` as in PtxOptions.
 void multiply_add(const Product& product, int rounding, const Tile* a, const Tile* b, u32* d);
 
-// Fragments in registers (PTX ISA 9.7.14.5, 9.7.15.5.1). For all types, four bytes along k are in one register:
-// register j of lane l has bytes 4 (l % 4) + 16 (j / 2) of row l / 4 + 8 (j % 2) of A; and bytes 4 (l % 4) + 16 j of
-// column l / 4 of B. `operand` counts the instruction's operands.
+// Fragments in registers (PTX ISA 9.7.14.5, 9.7.15.5.1). For all types, a register has four bytes along k, from byte
+// 4 (l % 4) on in lane l. Register j of A: row l / 4 + 8 (j % 2), and 16 (j / 2) bytes further. Register j of B: column
+// l / 4, and 16 j bytes further. `operand` counts the instruction's operands.
 void gather_a(Machine& machine, Warp& warp, const Instruction& instruction, int operand, Tile* a);
 void gather_b(Machine& machine, Warp& warp, const Instruction& instruction, int operand, Tile* b);
-// Where an accumulator's register j has column 8 (j / 4) + 2 (l % 4) + j % 2 of row l / 4 + 8 (j / 2 % 2); of .f16, two
+// Register j of an accumulator: row l / 4 + 8 (j / 2 % 2), column 8 (j / 4) + 2 (l % 4) + j % 2. Of .f16, two
 // neighbouring columns share a register.
 void gather_accumulators(const u64* const* registers, Type type, int n, u32* d);
 void scatter_accumulators(u64* const* registers, Type type, int n, const u32* d);

@@ -1,8 +1,9 @@
 // How tensor cores sum the products of one instruction: in fp64 with one rounding, or as a GPU does.
 //
-// A GPU cuts every addend to a number of bits below the largest addend's exponent, adds what is left exactly, and
-// rounds the sum once for every few products. The numbers are those that the package mmasim 2.1.1 (Xie et al., MMA-Sim:
-// Bit-Accurate Reference Model of Tensor Cores and Matrix Cores, arXiv 2511.10909) found by measurement.
+// A GPU takes a few products at a time, and the accumulator. It cuts each of them off a number of bits below the
+// largest one's exponent, adds what is left exactly, and rounds that sum. The numbers are those of the package
+// mmasim 2.1.1: Xie, Wang, Yang, Yang, MMA-Sim: Bit-Accurate Reference Model of Tensor Cores and Matrix Cores, arXiv
+// 2511.10909. Its authors found them by measurement.
 #pragma once
 
 #include "ptx/values.h"

@@ -140,7 +140,7 @@ def test_a_tile_is_walked_along_k_within_the_pattern():
     out, outcome = run(program(f"wgmma.fence.sync.aligned; {steps} {COMMIT}", 9216), torch.cat(tiles))
     assert outcome.reports == []
     d = cute.matrix_of(out, cute.wgmma_d(8), 64, torch.float32)
-    torch.testing.assert_close(d, (a.double() @ b.double().T).float(), rtol=0, atol=4 * 2**-20)
+    assert torch.allclose(d, (a.double() @ b.double().T).float(), rtol=0, atol=4 * 2**-20)
 
 
 A_DESCRIPTOR = "%d20, %d21, %p1"

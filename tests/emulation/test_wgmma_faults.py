@@ -117,6 +117,13 @@ def test_a_warp_does_not_end_before_its_products():
     assert kinds(execute(f"{FENCE} {MMA}", after=f"{WAIT} ret;")[1]) == {"exit"}  # not committed
 
 
+def test_many_products_may_be_in_flight():
+    """Three hundred into one D, more than eight bits can count."""
+    d, outcome = execute(f"{FENCE} {MMA * 300} {COMMIT}")
+    assert outcome.reports == []
+    assert torch.allclose(d, 300 * WANTED, rtol=1e-4, atol=1e-3)
+
+
 def test_wait_group_leaves_the_last_groups():
     """Of three groups, a wait that allows one makes the first two's D ready."""
     second = MMA.replace("%f0, %f1, %f2, %f3", "%f10, %f11, %f12, %f13")
