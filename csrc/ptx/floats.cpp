@@ -227,7 +227,7 @@ Handler approximate_of(Modifiers& modifiers) {
   return modifiers.take("ftz") ? Lanewise<approximate<function, true>>::run
                                : Lanewise<approximate<function, false>>::run;
 }
-// 9.7.3.14, 9.7.3.18: the upper 32 bits only; subnormal operands and results are zero.
+// 9.7.3.14, 9.7.3.17: the upper 32 bits only; subnormal operands and results are zero.
 template <double (*function)(double)>
 double gross(double a) {
   const auto flush_f64 = [](double x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0, x) : x; };

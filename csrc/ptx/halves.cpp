@@ -106,7 +106,7 @@ void decode_half(Modifiers& modifiers, Instruction& instruction, Type type) {
   if (operation == kFma && !has_rounding) modifiers.refuse("no rounding");
   if (operation == kEx2 && is_bf16) {
     instruction.flush = modifiers.take("ftz");
-    if (!instruction.flush) return;  // 9.7.4.11: bf16 has this form only
+    if (!instruction.flush) return;  // 9.7.4.10: bf16 has this form only
   } else if (operation != kEx2 && operation != kTanh && !is_bf16) {
     instruction.flush = modifiers.take("ftz");
   }

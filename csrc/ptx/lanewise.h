@@ -93,8 +93,8 @@ Handler for_bits(Type type) {
   }
 }
 
-// The smaller or larger of two floats (PTX ISA 9.7.3.11, 9.7.3.12, 9.7.4.8): -0 is less than +0, one NaN counts only if
-// NaNs propagate, and of two the canonical one results.
+// The smaller or larger of two floats (PTX ISA 9.7.3.11, 9.7.3.12, 9.7.4.7, 9.7.4.8): -0 is less than +0, one NaN
+// counts only if NaNs propagate, and of two the canonical one results.
 template <class T>
 T extremum(T a, T b, bool largest, bool propagates_nan) {
   if (std::isnan(a) || std::isnan(b)) {
