@@ -238,16 +238,13 @@ def _show_predictions(problems: Sequence[Any], name: str, as_json: bool) -> None
     if reason := predictions.why_not():
         raise click.UsageError(f"--predict: {reason}.")
     out = stdout_console()
-    table = new_table("convolution", "variant", "predicted us", "bound by",
-                      title=f"PREDICTIONS for an {name}: nothing was measured, and times are lower bounds")  # fmt: skip
+    out.print(f"PREDICTIONS for an {name}: nothing was measured, and times are lower bounds (docs/timing-model.md).")
     for problem in problems:
         if isinstance(problem, ConvProblem):
-            on_gpu = problem._replace(device="cuda")
-            for index, (way, found) in enumerate(predictions.ways(on_gpu, GPUS[name])):
-                cells = ("-", found) if isinstance(found, str) else (f"{found.us:.1f}", found.bound)
-                table.add_row(str(problem) if index == 0 else "", way, *cells)
-            table.add_section()
-    out.print(table)
+            table = new_table("variant", "predicted us", "bound by", title=str(problem))
+            for way, found in predictions.ways(problem._replace(device="cuda"), GPUS[name]):
+                table.add_row(way, *(("-", found) if isinstance(found, str) else (f"{found.us:.1f}", found.bound)))
+            out.print(table)  # one after the other: a minute each where nothing was compiled before
 
 
 def _show_end(out, record: Record) -> None:

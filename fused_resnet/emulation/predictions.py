@@ -91,8 +91,8 @@ def of_cuda(problem: ConvProblem, tile: int, gpu: Gpu, blocks: int = SAMPLED_BLO
     tiles = range(cuda_launches.NUM_TILES) if copy == 16 else (tile,)
     instances = tuple((each, copy) for each in tiles)  # compiled together: most of nvcc's time goes into headers
     sample = _sample(launch.blocks, blocks)
-    how = dict(instances=instances, races=0, blocks=sample)
-    _, outcomes = cuda_launches.conv_bn_act(problem, o, gpu.arch, tile, **how)
+    run = functools.partial(cuda_launches.conv_bn_act, instances=instances)
+    _, outcomes = run(problem, o, gpu.arch, tile, races=0, blocks=sample)
     text = cuda_launches.conv_text(problem.dtype, gpu.arch, instances)
     compiler = cuda_launches.nvcc()
     assert compiler is not None
