@@ -8,8 +8,8 @@ from typing import NamedTuple
 class Counts(NamedTuple):
     """Sums over all blocks that ran, as PtxCounts in csrc/ptx/interface.h. An instruction counts once a warp.
 
-    Sectors have 32 bytes. A wavefront is one pass of at most 128 bytes through shared memory's 32 banks; the
-    ideal is how many there would be without bank conflicts.
+    Sectors have 32 bytes. A wavefront is one pass of at most 128 bytes through shared memory's 32
+    banks. The ideal is how many there would be without bank conflicts.
     """
 
     warp_instructions: int = 0

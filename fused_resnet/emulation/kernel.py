@@ -50,8 +50,8 @@ class Kernel:
     """One kernel of a PTX text, ready to run.
 
     name: which, when the text has several.
-    shared_shift: moves dynamic shared memory by so many bytes, or to the next place that its alignment allows. Without it
-    and without static variables it begins at a multiple of 1024, on which kernels come to rely.
+    shared_shift: moves dynamic shared memory by so many bytes, or to the next place that its alignment allows. Else it
+    begins, without static variables, at a multiple of 1024, on which kernels come to rely.
     Raises PtxError for whatever is unknown in it, with its line.
     """
 
