@@ -44,7 +44,8 @@ def why_not() -> Optional[str]:
 
 def ways(problem: ConvProblem, gpu: Gpu) -> Iterator[tuple[str, Union[Expected, str]]]:
     """(way, what to expect or why it cannot run): Triton's default and likeliest config, and each CUDA tile."""
-    configs = {default_config(problem): "default", cost.likely_config(problem, gpu.arch, gpu.num_sms): "likely"}
+    configs = {default_config(problem): "default"}
+    configs.setdefault(cost.likely_config(problem, gpu.arch, gpu.num_sms), "likely")
     for config, name in configs.items():
         yield f"triton {name}, {described(config)}", of_triton(problem, config, gpu)
     for tile in range(cuda_launches.NUM_TILES):
