@@ -40,10 +40,6 @@ std::string format(const char* text, ...) {
   return room;
 }
 
-Agent Warp::agent(int lane) const {
-  return static_cast<Agent>(block->first_agent + id * kLanes + lane);
-}
-
 Machine::Machine(const PtxLaunch* launches, int num_launches, const PtxRegion* given, int num_regions,
                  const PtxOptions& wanted)
     : options(wanted), random_state_(wanted.seed * 0x9e3779b97f4a7c15ull + 0x1234567) {

@@ -118,7 +118,8 @@ struct Warp {
   std::shared_ptr<WgmmaRegisters> wgmma_registers;
   u64 wgmma_issued = 0;  // instructions of wgmma, waits and fences too
 
-  Agent agent(int lane) const;
+  Agent first_agent = 0;  // lane 0's
+  Agent agent(int lane) const { return static_cast<Agent>(first_agent + lane); }
 };
 
 // Shared memory of one block. Every byte knows who wrote it, who read it since, and what is in flight.

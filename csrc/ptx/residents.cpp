@@ -54,6 +54,7 @@ void start_warps(Machine& machine, Block& block) {
     auto warp = std::make_unique<Warp>();
     warp->block = &block;
     warp->id = k;
+    warp->first_agent = static_cast<Agent>(block.first_agent + u32(k) * kLanes);
     const int lanes = std::min(kLanes, block.num_threads - k * kLanes);
     warp->threads = warp->alive = lanes == kLanes ? kAllLanes : (1u << lanes) - 1;
     warp->registers = &block.registers[registers * k];

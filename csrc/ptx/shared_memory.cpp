@@ -26,7 +26,8 @@ struct Accessor {
 
   bool has_seen(Agent agent, Time time) const {
     const View* last = nullptr;
-    FOR_ACTIVE(lanes) {
+    for (Lanes left = lanes; left != 0; left &= left - 1) {
+      const int l = __builtin_ctz(left);
       const View& view = warp.views[l].generic;
       if (agent == warp.agent(l) || (last != nullptr && last->is_same(view))) continue;
       if (!view.has_seen(agent, time)) return false;
@@ -37,8 +38,8 @@ struct Accessor {
   // Whether a fence.proxy.async lies between what the agent did through the generic proxy and us (PTX ISA 8.9.1.1).
   bool is_fenced(Agent agent, Time time) const {
     const View* last = nullptr;
-    FOR_ACTIVE(lanes) {
-      const View& view = warp.views[l].async;
+    for (Lanes left = lanes; left != 0; left &= left - 1) {
+      const View& view = warp.views[__builtin_ctz(left)].async;
       if (last != nullptr && last->is_same(view)) continue;
       if (!view.has_seen(agent, time)) return false;
       last = &view;
@@ -150,8 +151,8 @@ void check_readers(const Accessor& who, Shadow& shadow, const Entry& entry, cons
       continue;
     }
     const Warp& warp = *who.owner.warps[slot];
-    FOR_ACTIVE(reader.lanes)
-    check_reader(who, entry.address, warp.agent(l), reader.time, reader.proxy, reader.strong);
+    for (Lanes left = reader.lanes; left != 0; left &= left - 1)
+      check_reader(who, entry.address, warp.agent(__builtin_ctz(left)), reader.time, reader.proxy, reader.strong);
   }
   if (entry.cell.has(Shadow::kHasMoreReaders))
     for (const auto& other : shadow.others(entry))
@@ -201,8 +202,8 @@ void add_other(Shadow& shadow, const Entry& entry, const Shadow::OtherReader& re
 }
 
 bool all_seen(const Warp& warp, int lane, const Reader& reader) {
-  FOR_ACTIVE(reader.lanes & ~(1u << lane))
-  if (!warp.views[lane].generic.has_seen(warp.agent(l), reader.time)) return false;
+  for (Lanes left = reader.lanes & ~(1u << lane); left != 0; left &= left - 1)
+    if (!warp.views[lane].generic.has_seen(warp.agent(__builtin_ctz(left)), reader.time)) return false;
   return true;
 }
 
