@@ -103,12 +103,11 @@ u64 from_integer(const Instruction& instruction, u64 source) {
     }
     return rounded_to(instruction, to_odd(magnitude, negative));
   }
-  if (instruction.c & kSaturates) {
-    const u64 largest = ~u64(0) >> (64 - 8 * size_of(type) + is_signed(type));
-    if (negative) return is_signed(type) && magnitude <= largest ? value : is_signed(type) ? ~largest : 0;
-    return std::min(magnitude, largest);
-  }
-  return extended(type, value);  // in a wider register: by its sign
+  // .sat; without it, resize() does it
+  const u64 largest = ~u64(0) >> (64 - 8 * size_of(type) + is_signed(type));
+  if (!negative) return std::min(magnitude, largest);
+  if (!is_signed(type)) return 0;
+  return magnitude <= largest ? value : ~largest;
 }
 
 void convert(Machine& machine, Warp& warp, const Instruction& instruction, Lanes mask) {
