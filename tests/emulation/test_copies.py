@@ -497,6 +497,9 @@ def test_increments_wrap():
 def test_additions_of_fp32_flush_subnormals():
     tiny = numpy.full(128, 2.0**-130, numpy.float32)
     assert (reduce_in_global("add.f32", tiny, tiny) == 0).all()
+    # normal numbers whose sum is subnormal: 2.5 - 1 - 1 times the least normal number
+    least = numpy.full(128, 2.0**-126, numpy.float32)
+    assert (reduce_in_global("add.f32", least * numpy.float32(2.5), -least) == 0).all()
     half = numpy.full(256, 2.0**-20, numpy.float16)
     numpy.testing.assert_array_equal(reduce_in_global("add.noftz.f16", half, half), half * 3)
 
