@@ -1,4 +1,5 @@
-"""Builds the compiled parts with ninja: _C_cpu.so, _C_cuda.so (LibTorch stable ABI, no Python.h) and _host_checks.
+"""Builds the compiled parts with ninja: _C_cpu.so, _C_cuda.so (LibTorch stable ABI, no Python.h), _ptx.so (the PTX
+emulator, plain C++) and _host_checks.
 
 Each part is optional. What cannot be built is skipped, said so at the end, and recorded in fused_resnet/_build.json,
 which `fused-resnet info` reads back. One environment variable is ours:
@@ -96,6 +97,7 @@ def plan(tools: Toolchain) -> list[Part]:
     parts = [
         _part(tools, "cpu", "_C_cpu.so"),
         _part(tools, "cuda", "_C_cuda.so", _why_no_cuda(tools, wish)),
+        _part(tools, "ptx", "_ptx.so"),
         _part(
             tools, "host_checks", "_host_checks" + sysconfig.get_config_var("EXT_SUFFIX"), _why_no_host_checks(tools)
         ),
@@ -186,6 +188,8 @@ def flags(part: Part, tools: Toolchain) -> Flags:
     if part.name == "host_checks":
         includes = ["-I" + tools.pybind11.get_include(), "-I" + sysconfig.get_path("include")]
         return Flags([*common, "-O2", *WARNINGS, *includes, "-isystem", tools.torch_include], [], [])
+    if part.name == "ptx":  # neither torch nor Python; fused multiply-adds only where PTX says so
+        return Flags([*common, "-O3", "-ffp-contract=off", "-fno-math-errno", *WARNINGS], [], [])
     schemas = _load_file("schemas", PACKAGE / "operators" / "schemas.py")
     defines = [
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",

@@ -24,9 +24,10 @@ from fused_resnet.cli.console import (
     speedup_cell,
     stdout_console,
 )
+from fused_resnet.emulation.timing_model import GPUS
 from fused_resnet.kernels import sources
 from fused_resnet.measuring import NetworkSubject, Record, Run
-from fused_resnet.operators.problem import SHORT_DTYPES
+from fused_resnet.operators.problem import SHORT_DTYPES, ConvProblem
 from fused_resnet.reporting import charts
 
 continuing_options = options(
@@ -74,11 +75,18 @@ def bench_group() -> None:
     """Measure: variants interleaved in one process, medians, each checked before it is timed."""
 
 
+predict_option = click.option(
+    "--predict", type=click.Choice(sorted(GPUS)), default=None,
+    help="Also print what the timing model expects of our kernels on this GPU, which need not be here.",
+)  # fmt: skip
+
+
 @bench_group.command("ops")
-@_measuring(batch="1", dtypes=op_dtypes_option)
+@_measuring(predict_option, batch="1", dtypes=op_dtypes_option)
 def bench_ops(
-    ctx, names, batches, dtypes, device, image, threads, budget_s, rounds, out, as_json, resume, stop_after_s, chart
-) -> None:
+    ctx, names, batches, dtypes, predict, device, image, threads, budget_s, rounds, out, as_json, resume, stop_after_s,
+    chart,
+) -> None:  # fmt: skip
     """Every distinct convolution and addition of these models on every backend that can run it, beside eager unfused.
 
     Exit code 1 when a kernel of ours misses the reference, or anything raises.
@@ -88,6 +96,10 @@ def bench_ops(
                 "rounds": rounds}  # fmt: skip
     subjects = measuring.op_subjects(networks_of(names, image), batches, _torch_dtypes(dtypes), device=device)
     run = Run(budget_s, rounds, stop_after_s, out, resume, chart)
+    if predict is not None:
+        _show_predictions([subject.problem for subject in subjects], predict, as_json)
+    elif device == "cpu" and not as_json:
+        click.echo("No GPU is measured. --predict h200 prints what the timing model expects of one.")
     _measure_and_show(ctx, "bench ops", settings, subjects, run, as_json)
 
 
@@ -215,6 +227,24 @@ def _show_networks(record: Record) -> None:
             )  # fmt: skip
         out.print(table)
     _show_end(out, record)
+
+
+def _show_predictions(problems: Sequence[Any], name: str, as_json: bool) -> None:
+    """Before anything is measured, and in no record: records hold measurements."""
+    if as_json:
+        raise click.UsageError("--predict prints a table; --json prints measurements alone.")
+    from fused_resnet.emulation import predictions
+
+    if reason := predictions.why_not():
+        raise click.UsageError(f"--predict: {reason}.")
+    out = stdout_console()
+    out.print(f"PREDICTIONS for an {name}: nothing was measured, and times are lower bounds (docs/timing-model.md).")
+    for problem in problems:
+        if isinstance(problem, ConvProblem):
+            table = new_table("variant", "predicted us", "bound by", title=str(problem))
+            for way, found in predictions.ways(problem._replace(device="cuda"), GPUS[name]):
+                table.add_row(way, *(("-", found) if isinstance(found, str) else (f"{found.us:.1f}", found.bound)))
+            out.print(table)  # one after the other: a minute each where nothing was compiled before
 
 
 def _show_end(out, record: Record) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Optional
+
 import click
 
 from fused_resnet import backends, testing
@@ -14,6 +16,7 @@ from fused_resnet.cli.console import (
     progress_on_stderr,
     stdout_console,
 )
+from fused_resnet.emulation import verify as emulated
 
 
 def _backend_names() -> list[str]:
@@ -30,13 +33,24 @@ def _backend_names() -> list[str]:
               help="Only 1x1 and 3x3 convolutions as plans of ResNets have them.")  # fmt: skip
 @click.option("--strided", "kind", flag_value="strided",
               help="Only bf16 convolutions with strides to 4 on maps of 1 to 33 columns.")  # fmt: skip
+@click.option("--emulate", type=click.Choice(["sm_80", "sm_90"]), default=None,
+              help="Run the compiled kernels in the PTX emulator, as this GPU would.")  # fmt: skip
+@click.option("--kernel", "kernels", multiple=True, type=Listed("kernel", lambda: emulated.known_names()),
+              help="With --emulate; repeat for several; default, all.")  # fmt: skip
 @as_json_option
 @click.pass_context
-def verify(ctx, problems: int, seed: int, device: str, chosen: tuple[str, ...], kind: str, as_json: bool) -> None:
+def verify(
+    ctx, problems: int, seed: int, device: str, chosen: tuple[str, ...], kind: str, emulate: Optional[str],
+    kernels: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
     """Random problems on every backend against the fp64 reference. Exit code 1 when one differs.
 
-    A backend asked for by name that could not run a single problem is a failure too.
+    A backend or kernel asked for by name that could not run a single problem is a failure too.
     """
+    if emulate is not None:
+        return _verify_emulated(ctx, emulate, problems, seed, chosen, kind or "any", kernels, as_json)
+    if kernels:
+        raise click.UsageError("--kernel names emulated kernels: it needs --emulate.")
     with progress_on_stderr(f"verify on {device}") as progress:
         report = testing.verify(
             problems, seed, device, chosen or None,
@@ -53,23 +67,51 @@ def verify(ctx, problems: int, seed: int, device: str, chosen: tuple[str, ...], 
     ctx.exit(0 if report.passed and not idle else 1)
 
 
-def _ran(entry: testing.BackendReport) -> int:
+def _verify_emulated(ctx, emulate, problems, seed, chosen, kind, kernels, as_json) -> None:
+    if chosen:
+        raise click.UsageError("--emulate runs kernels, not backends: name them with --kernel.")
+    if reason := emulated.why_not(kernels):
+        raise click.ClickException(reason)
+    arch = int(emulate.removeprefix("sm_"))
+    with progress_on_stderr(f"verify on an emulated {emulate}") as progress:
+        report = emulated.verify(
+            problems, seed, arch, kernels, kind=kind,
+            progress=lambda index: progress((index + 1) / problems, f"{index + 1}/{problems}"),
+        )  # fmt: skip
+    ran = {part for name, entry in report.kernels.items() if _ran(entry) for part in (name, *name.split("/"))}
+    idle = [name for name in kernels if name not in ran]
+    if as_json:
+        print_json({**report.as_dict(), "asked_for_but_never_ran": idle})
+    else:
+        title = f"{report.problems} problems, seed {report.seed}, emulated {emulate}"
+        _show_entries(report.kernels, title, "kernel", report.passed)
+        for name in idle:
+            click.echo(f"verify: kernel {name!r} could not run any of these problems.", err=True)
+    ctx.exit(0 if report.passed and not idle else 1)
+
+
+def _ran(entry: Any) -> int:
     return entry.ok + len(entry.mismatches)
 
 
 def _show_report(report: testing.Report) -> None:
+    title = f"{report.problems} problems, seed {report.seed}, {report.device}"
+    _show_entries(report.backends, title, "operator/backend", report.passed)
+
+
+def _show_entries(entries: dict[str, Any], title: str, column: str, passed: bool) -> None:
+    """entries: `testing.BackendReport` or `emulated.KernelReport` by name."""
     out = stdout_console()
-    table = new_table("operator/backend", "ok", "mismatches", "not run", "worst error / bound",
-                      title=f"{report.problems} problems, seed {report.seed}, {report.device}")  # fmt: skip
-    for name, entry in sorted(report.backends.items()):
+    table = new_table(column, "ok", "mismatches", "not run", "worst error / bound", title=title)
+    for name, entry in sorted(entries.items()):
         wrong = f"[bold red]{len(entry.mismatches)}[/]" if entry.mismatches else "0"
         worst = f"{entry.worst_error:.3f}" if entry.ok else "-"
         table.add_row(name, str(entry.ok), wrong, str(sum(entry.cannot_run.values())), worst)
     out.print(table)
-    for name, entry in sorted(report.backends.items()):
+    for name, entry in sorted(entries.items()):
         for reason, count in sorted(entry.cannot_run.items(), key=lambda item: -item[1]):
             out.print(f"{name}: {count} not run: {reason}", markup=False)
         for mismatch in entry.mismatches:
             lines = (f"MISMATCH {name}: {mismatch['call']}", mismatch["problem"], mismatch["detail"])
             out.print("\n  ".join(lines), markup=False)
-    out.print("no mismatch" if report.passed else "[bold red]some results differ from the reference[/]")
+    out.print("no mismatch" if passed else "[bold red]some results differ from the reference[/]")

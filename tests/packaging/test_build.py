@@ -59,9 +59,9 @@ def test_everything_is_built_where_everything_is_there(setup_py, tools):
 @pytest.mark.parametrize(
     "missing, parts, why",
     [
-        ("cxx", {"cpu", "cuda", "host_checks"}, "C++ compiler"),
-        ("ninja", {"cpu", "cuda", "host_checks"}, "ninja"),
-        ("torch", {"cpu", "cuda", "host_checks"}, "torch"),
+        ("cxx", {"cpu", "cuda", "ptx", "host_checks"}, "C++ compiler"),
+        ("ninja", {"cpu", "cuda", "ptx", "host_checks"}, "ninja"),
+        ("torch", {"cpu", "cuda", "ptx", "host_checks"}, "torch"),
         ("nvcc", {"cuda"}, "nvcc"),
     ],
 )
@@ -301,7 +301,13 @@ def test_an_edit_anywhere_in_csrc_builds_again(sources, ninja, make):
     assert make() == [] and ninja() == []
     files = [file for file in sorted((sources / "csrc").rglob("*")) if file.is_file()]
     assert {file.parent.relative_to(sources / "csrc").as_posix() for file in files} >= {"common", "cpu", "cuda/sm80"}
-    libraries = {"cpu": {"_C_cpu.so"}, "cuda": {"_C_cuda.so"}, "host_checks": set(), "common": set()}
+    libraries = {
+        "cpu": {"_C_cpu.so"},
+        "cuda": {"_C_cuda.so"},
+        "ptx": {"_ptx.so"},
+        "host_checks": set(),
+        "common": set(),
+    }
     for file in files:
         before = file.stat()
         os.utime(file, (before.st_atime, before.st_mtime + 1e6))

@@ -1,0 +1,30 @@
+// How csrc/cuda's convolution would be launched, for whoever runs its PTX: the argument's bytes, grids and sizes.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+struct PtxConv {
+  int64_t sizes[14];  // as ConvSizes of csrc/cuda/conv_shape.h
+  const void *x, *weight, *residual;
+  void* out;
+  const void* vectors[5];  // bn_weight, bn_bias, bn_mean, bn_var, bias; or null
+  int32_t vector_dtypes[5], dtype;
+  float eps;
+  int32_t activation, tile, splits;
+  float* partials;  // splits x N P Q K
+  int32_t capability, smem_per_block;
+};
+
+struct PtxConvLaunch {
+  int64_t blocks, sum_blocks;  // of the second kernel, which adds the parts up
+  int32_t threads, sum_threads, shared_bytes;
+  int32_t copy_bytes;  // the kernel's third template argument
+  int32_t argument_bytes;
+  uint8_t arguments[512];  // a ConvArguments, what both kernels are given
+};
+
+// Null, or why the launcher would refuse this; valid until this thread's next call.
+__attribute__((visibility("default"))) const char* ptx_conv_launch(const PtxConv* conv, PtxConvLaunch* launch);
+}

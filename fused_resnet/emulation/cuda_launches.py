@@ -1,0 +1,202 @@
+"""csrc/cuda's kernels: nvcc makes PTX of them, the emulator runs it on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from ctypes import c_float, c_int32, c_int64, c_uint8, c_void_p
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from fused_resnet.emulation import library
+from fused_resnet.emulation.kernel import Kernel, Outcome
+from fused_resnet.emulation.parser import kernel_names
+from fused_resnet.kernels.sources import ROOT
+from fused_resnet.operators.operands import VECTORS, ConvOperands
+from fused_resnet.operators.problem import ConvProblem
+
+NUM_TILES, ANY_ALIGNMENT = 5, (1, 3)  # csrc/cuda/sm80/tiles.h
+_CSRC = ROOT / "csrc"
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common/dtype.h
+_ACTIVATIONS = ("none", "relu", "relu6", "silu")  # csrc/common/activation.h
+# (tile, bytes of a copy) of every instance that csrc/cuda/sm80/conv_bn_act.cu compiles
+INSTANCES = (*((tile, 16) for tile in range(NUM_TILES)), *((tile, copy) for tile in ANY_ALIGNMENT for copy in (8, 0)))
+_MANGLED = {torch.float16: "N3c104HalfE", torch.bfloat16: "NS_8BFloat16E", torch.float32: "f"}
+_ELEMENTS = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
+_SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block's, CUDA C++ programming guide
+_MOST_POINTWISE_BLOCKS, _POINTWISE_THREADS = 1 << 14, 256  # csrc/cuda/add_relu.cu and .cuh
+
+
+class PtxConv(ctypes.Structure):
+    """As in csrc/ptx/conv_launch.h."""
+
+    _fields_ = [
+        ("sizes", c_int64 * 14), ("x", c_void_p), ("weight", c_void_p), ("residual", c_void_p), ("out", c_void_p),
+        ("vectors", c_void_p * 5), ("vector_dtypes", c_int32 * 5), ("dtype", c_int32), ("eps", c_float),
+        ("activation", c_int32), ("tile", c_int32), ("splits", c_int32), ("partials", c_void_p),
+        ("capability", c_int32), ("smem_per_block", c_int32),
+    ]  # fmt: skip
+
+
+class PtxConvLaunch(ctypes.Structure):
+    """As in csrc/ptx/conv_launch.h."""
+
+    _fields_ = [
+        ("blocks", c_int64), ("sum_blocks", c_int64), ("threads", c_int32), ("sum_threads", c_int32),
+        ("shared_bytes", c_int32), ("copy_bytes", c_int32), ("argument_bytes", c_int32), ("arguments", c_uint8 * 512),
+    ]  # fmt: skip
+
+
+def why_not() -> Optional[str]:
+    """Why none of csrc's CUDA kernels can be compiled here, or None."""
+    if nvcc() is None:
+        return "nvcc was not found, neither in PATH nor in /usr/local/cuda/bin"
+    if not (_CSRC / "cuda").exists():
+        return f"{_CSRC / 'cuda'} does not exist; a checkout has it"
+    return None
+
+
+def nvcc() -> Optional[str]:
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+@functools.cache
+def folder() -> Path:
+    """Where compiled PTX lies while this process lives."""
+    made = tempfile.TemporaryDirectory(prefix="fused_resnet_ptx_")
+    folder.made = made  # type: ignore[attr-defined]
+    return Path(made.name)
+
+
+def compile_cuda(source: str, arch: str, *, include: tuple[Path, ...] = (), cache: Optional[Path] = None) -> str:
+    """The PTX that nvcc makes of a source's text. arch: "sm_80", "sm_90a" and so on.
+
+    cache: a folder, by default one of this process's own, where the same text is compiled once.
+    """
+    compiler = nvcc()
+    if compiler is None:
+        raise RuntimeError("emulation: nvcc was not found, neither in PATH nor in /usr/local/cuda/bin.")
+    options = ["-ptx", "-std=c++17", "-O3", f"-arch={arch}", *[f"-I{path}" for path in include]]
+    key = hashlib.sha256("\n".join([source, *options]).encode()).hexdigest()[:16]
+    path = (cache or folder()) / f"{key}.ptx"
+    if not path.exists():
+        written = path.with_suffix(".cu")
+        written.write_text(source)
+        part = path.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([compiler, *options, str(written), "-o", str(part)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"emulation: nvcc failed: {done.stderr.strip()[-2000:]}")
+        part.rename(path)
+    return path.read_text()
+
+
+def _project(source: str, arch: int) -> str:
+    include = (_CSRC, Path(torch.__file__).parent / "include")
+    return compile_cuda(source, f"sm_{arch}", include=include)
+
+
+@functools.cache
+def conv_text(dtype: torch.dtype, arch: int, instances: tuple[tuple[int, int], ...]) -> str:
+    """The PTX of the convolution, of each (tile, bytes of a copy), and of the kernel that adds split sums up."""
+    element = _ELEMENTS[dtype]
+    kernels = [f"conv_bn_act_kernel<{element}, {tile}, {copy}>" for tile, copy in instances]
+    kernels.append(f"sum_splits_kernel<{element}>")
+    declared = [f"{kernel}(const __grid_constant__ ConvArguments)" for kernel in kernels]
+    return _project(_instances("cuda/sm80/conv_bn_act.cuh", declared), arch)
+
+
+@functools.cache
+def add_relu_text(arch: int) -> str:
+    """The PTX of the addition and of its gradient, for every dtype."""
+    pairs = [(element, op) for element in _ELEMENTS.values() for op in ("AddRelu", "AddReluBackward")]
+    kernels = [f"pointwise_kernel<{e}, {op}>(const {e}*, const {e}*, {e}*, int64_t)" for e, op in pairs]
+    return _project(_instances("cuda/add_relu.cuh", kernels), arch)
+
+
+def _instances(header: str, kernels: Sequence[str]) -> str:
+    lines = "\n".join(f"template __global__ void {kernel};" for kernel in kernels)
+    return f'#include "{header}"\nnamespace fused_resnet {{\n{lines}\n}}\n'
+
+
+@functools.lru_cache(maxsize=16)
+def _kernel(text: str, part: str = "") -> Kernel:
+    """The kernel whose mangled name has this part."""
+    return Kernel(text, next(name for name in kernel_names(text) if part in name))
+
+
+# -------------------------------------------------------------------------------------------------------- convolution
+
+
+def prepare(
+    problem: ConvProblem, operands: ConvOperands, out: Tensor, partials: Optional[Tensor], tile: int, splits: int,
+    arch: int,
+) -> PtxConvLaunch:  # fmt: skip
+    """How csrc's launcher would start this. Raises ValueError with its reason where it would refuse."""
+    p, o = problem, operands
+    conv = PtxConv(
+        x=o.x.data_ptr(), weight=o.weight.data_ptr(), residual=_pointer(o.residual), out=out.data_ptr(),
+        dtype=_DTYPES[p.dtype], eps=o.eps, activation=_ACTIVATIONS.index(p.activation), tile=tile, splits=splits,
+        partials=_pointer(partials), capability=arch, smem_per_block=1024 * _SHARED_KIB.get(arch, 99),
+    )  # fmt: skip
+    conv.sizes[:] = [p.N, p.C, p.H, p.W, p.K, p.R, p.S, *p.stride, *p.padding, *p.dilation, p.groups]
+    for i, name in enumerate(VECTORS):
+        vector = getattr(o, name)
+        conv.vectors[i] = _pointer(vector)
+        conv.vector_dtypes[i] = 0 if vector is None else _DTYPES[vector.dtype]
+    launch = PtxConvLaunch()
+    build = library.library().ptx_conv_launch
+    build.argtypes, build.restype = [ctypes.POINTER(PtxConv), ctypes.POINTER(PtxConvLaunch)], ctypes.c_char_p
+    if reason := build(ctypes.byref(conv), ctypes.byref(launch)):
+        raise ValueError(f"cuda_conv_bn_act: {reason.decode()}.")
+    return launch
+
+
+def _pointer(tensor: Optional[Tensor]) -> Optional[int]:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def conv_bn_act(
+    problem: ConvProblem, operands: ConvOperands, arch: int, tile: int, splits: int = 1, *,
+    instances: tuple[tuple[int, int], ...] = (), **how,
+) -> tuple[Tensor, list[Outcome]]:  # fmt: skip
+    """The output, poisoned with NaN before, and the outcomes: of the convolution, and of what adds split sums up.
+
+    The operands are as csrc's operator wants them: channels_last, vectors contiguous. how: as `Kernel.run` takes it.
+    instances: those to compile together, which takes a second each; by default all.
+    """
+    p = problem
+    out = torch.full(p.output_shape, torch.nan, dtype=p.dtype).contiguous(memory_format=torch.channels_last)
+    partials = torch.full((splits, out.numel()), torch.nan) if splits > 1 else None
+    launch = prepare(p, operands, out, partials, tile, splits, arch)
+    memory: dict[str, Any] = {name: t for name, t in operands._asdict().items() if isinstance(t, Tensor)}
+    memory["out"] = out
+    if partials is not None:
+        memory["partials"] = partials
+    given = [bytes(launch.arguments[: launch.argument_bytes])]
+    text = conv_text(p.dtype, arch, instances or INSTANCES)
+    kernel = _kernel(text, f"conv_bn_act_kernelI{_MANGLED[p.dtype]}Li{tile}ELi{launch.copy_bytes}E")
+    written = out if partials is None else partials
+    outcomes = [kernel.run(launch.blocks, launch.threads, given, shared_bytes=launch.shared_bytes, memory=memory,
+                           writable=[written], **how)]  # fmt: skip
+    if launch.sum_blocks and not outcomes[0].faulted:
+        kernel = _kernel(text, "sum_splits_kernel")
+        outcomes.append(kernel.run(launch.sum_blocks, launch.sum_threads, given, memory=memory, writable=[out], **how))
+    return out, outcomes
+
+
+def run_add_relu(first: Tensor, second: Tensor, out: Tensor, arch: int, *, backward: bool = False, **how) -> Outcome:
+    """As csrc/cuda/add_relu.cu launches it, over flat memory."""
+    chunk = 16 // out.element_size()
+    chunks = -(-out.numel() // chunk)
+    blocks = min(-(-chunks // _POINTWISE_THREADS), _MOST_POINTWISE_BLOCKS)
+    op = "NS_15AddReluBackwardE" if backward else "NS_7AddReluE"
+    kernel = _kernel(add_relu_text(arch), f"pointwise_kernelI{_MANGLED[out.dtype]}{op}")
+    return kernel.run(blocks, _POINTWISE_THREADS, [first, second, out, out.numel()], writable=[out], **how)

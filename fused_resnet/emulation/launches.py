@@ -1,0 +1,178 @@
+"""Launches of Triton kernels, compiled by Triton's own compiler and run by the emulator on CPU tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Iterator, NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from fused_resnet.emulation.kernel import Kernel, Outcome
+from fused_resnet.emulation.syntax import PtxError
+from fused_resnet.emulation.tensor_map import SWIZZLES, TensorMap
+from fused_resnet.kernels.triton import add_relu, affine_act, aot, max_pool
+from fused_resnet.kernels.triton.conv import launch as conv
+from fused_resnet.kernels.triton.conv import row_space
+from fused_resnet.kernels.triton.conv.configs import TritonConfig
+from fused_resnet.kernels.triton.conv.epilogue import Epilogue
+from fused_resnet.kernels.triton.conv.launch import Launch
+from fused_resnet.kernels.triton.runtime import triton
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import AddReluProblem, ConvProblem, MaxPoolProblem
+
+_SCRATCH = 2  # the last parameters of every kernel of Triton's: its scratch memory and its profiler's, unused by ours
+
+
+class Compiled(NamedTuple):
+    """A kernel as Triton compiled it: its PTX, how it is started, and what its tensor maps are to be."""
+
+    text: str
+    threads: int
+    shared_bytes: int
+    signature: dict[str, Any]  # parameter -> type, as Triton names them
+    maps: list[dict[str, Any]]
+
+
+def compiled(launch: Launch, arch: int) -> Compiled:
+    """arch: the compute capability times ten. Raises RuntimeError where this process cannot compile."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if reason := aot.cannot_compile():
+        raise RuntimeError(f"emulation: {reason}.")
+    signature, constants, attributes, options = aot.specialise(launch.kernel, launch.arguments, launch.options)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    with _without_ptxas():
+        made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    if getattr(made.metadata, "global_scratch_size", 0):
+        raise PtxError(f"{launch.kernel.__name__} wants scratch memory, which a launch here does not give it")
+    maps = [dict(each) for each in getattr(made.metadata, "tensordesc_meta", None) or []]
+    return Compiled(made.asm["ptx"], 32 * made.metadata.num_warps, made.metadata.shared, signature, maps)
+
+
+@contextlib.contextmanager
+def _without_ptxas() -> Iterator[None]:
+    """Nobody runs the machine code, which takes a third of the time. What is cached has a key of its own."""
+
+    def hook(*arguments: Any) -> Optional[tuple[str, str]]:
+        if not arguments:
+            return "without ptxas", "without ptxas"
+        arguments[1]["cubin"] = lambda source, metadata: b""
+        return None
+
+    runtime = triton.knobs.runtime
+    if not hasattr(runtime, "add_stages_inspection_hook"):
+        yield
+        return
+    before, runtime.add_stages_inspection_hook = runtime.add_stages_inspection_hook, hook
+    try:
+        yield
+    finally:
+        runtime.add_stages_inspection_hook = before
+
+
+def run(
+    launch: Launch, arch: int, writable: Sequence[Tensor], *, num_programs: Optional[int] = None, text: str = "", **how
+) -> Outcome:
+    """Compile and run a launch. num_programs: instead of the launch's own, for a persistent kernel.
+
+    text: instead of the PTX that the compiler makes, which it was made from. how: as `Kernel.run` takes it.
+    """
+    made = compiled(launch, arch)
+    kernel = Kernel(text or made.text)
+    return kernel.run(
+        num_programs or launch.num_programs, made.threads, arguments(launch, made), shared_bytes=made.shared_bytes,
+        writable=writable, **how,
+    )  # fmt: skip
+
+
+def arguments(launch: Launch, made: Compiled) -> list[Any]:
+    """One for each parameter of the PTX. What Triton took for a constant is none."""
+    values = {**dict(zip(launch.kernel.arg_names, launch.arguments)), **launch.options}
+    maps, found = iter(made.maps), []
+    for kind, value in zip(_flat(made.signature.values()), _flat(values.get(name) for name in made.signature)):
+        if kind == "constexpr":
+            continue
+        if kind.startswith("tensordesc"):  # the map, and then the sizes and strides that it was made from
+            found += [tensor_map(value, next(maps)), *value.shape, *value.strides]
+        else:
+            found.append(value)
+    return [*found, *[None] * _SCRATCH]
+
+
+def tensor_map(descriptor: Any, meta: dict[str, Any]) -> TensorMap:
+    """What Triton's launcher encodes for a descriptor: dimensions innermost first, strides in bytes."""
+    size = meta["elem_size"]
+    return TensorMap(
+        descriptor.base, list(descriptor.shape)[::-1], [stride * size for stride in descriptor.strides[:-1]][::-1],
+        list(meta["block_size"])[::-1], swizzle=SWIZZLES[meta["swizzle"]],
+    )  # fmt: skip
+
+
+def _flat(values) -> list[Any]:
+    """With the fields of a NamedTuple in its place, as the kernel's parameters lie."""
+    return [field for value in values for field in (value if isinstance(value, tuple) else [value])]
+
+
+# ------------------------------------------------------------------------------------------------- the kernels we have
+
+
+def run_conv(
+    problem: ConvProblem, operands: ConvOperands, out: Tensor, arch: int, config: TritonConfig, *,
+    num_programs: int = 2, **how,
+) -> list[Outcome]:  # fmt: skip
+    """`conv.launch.launch` on the emulator; an Outcome for each kernel. The operands and out are as it wants them.
+
+    num_programs: of a persistent kernel, few, so that each walks several tiles.
+    """
+    outcomes: list[Outcome] = []
+    for each in conv.prepare(problem, operands, out, config):
+        epilogue = next(value for value in each.arguments if isinstance(value, Epilogue))
+        is_first = not outcomes
+        written = out if epilogue.partial is None or not is_first else epilogue.partial
+        if is_first and epilogue.partial is not None:
+            epilogue.partial.fill_(torch.nan)
+        programs = num_programs if is_first and config.persistent else None
+        outcomes.append(run(each, arch, [written], num_programs=programs, **how))
+        if outcomes[-1].faulted:
+            break
+    return outcomes
+
+
+def conv_bn_act(
+    problem: ConvProblem, operands: ConvOperands, arch: int, config: TritonConfig, *, in_row_space: bool = False, **how
+) -> tuple[Tensor, list[Outcome]]:
+    """The output, poisoned with NaN before, and the outcomes.
+
+    in_row_space: the output and the residual lie there, as between two convolutions of a plan.
+    """
+    p = problem
+    if not in_row_space:
+        out = torch.full(p.output_shape, torch.nan, dtype=p.dtype).contiguous(memory_format=torch.channels_last)
+        return out, run_conv(p, operands, out, arch, config, **how)
+    rows = torch.full((row_space.num_rows(p.N, p.P, p.Q), p.K), torch.nan, dtype=p.dtype)
+    if operands.residual is not None:
+        operands = operands._replace(residual=row_space.pack(operands.residual))
+    outcomes = run_conv(p, operands, rows, arch, config, **how)
+    return row_space.unpack(rows, p.N, p.P, p.Q), outcomes
+
+
+def run_add_relu(
+    problem: AddReluProblem, first: Tensor, second: Tensor, out: Tensor, arch: int, *, backward: bool = False, **how
+) -> Outcome:
+    """`add_relu.launch`, or `launch_backward`."""
+    kernel = add_relu._add_relu_backward_kernel if backward else add_relu._add_relu_kernel
+    return run(Launch(kernel, *add_relu.flat_arguments(problem, first, second, out)), arch, [out], **how)
+
+
+def run_max_pool(problem: MaxPoolProblem, x: Tensor, bias: Optional[Tensor], out: Tensor, arch: int, **how) -> Outcome:
+    """`max_pool.launch`."""
+    launch = Launch(max_pool._max_pool_kernel, *max_pool.arguments_of(problem, x, bias, out))
+    return run(launch, arch, [out], **how)
+
+
+def run_affine_act(y: Tensor, operands: ConvOperands, activation: str, arch: int, **how) -> Outcome:
+    """`affine_act.launch`; y is changed in place."""
+    launch = Launch(affine_act._affine_act_kernel, *affine_act.arguments(y, operands, activation))
+    return run(launch, arch, [y], **how)

@@ -1,0 +1,93 @@
+"""`fused-resnet verify --emulate`: what it draws and reports, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from fused_resnet.cli import main
+from fused_resnet.emulation import cuda_launches, library
+from fused_resnet.emulation import verify as emulated
+from tests.support.scripts import ROOT
+
+needs_library = pytest.mark.skipif(library.why_missing() is not None, reason=library.why_missing() or "")
+
+
+def run(*arguments):
+    return CliRunner().invoke(main.cli, [str(argument) for argument in arguments])
+
+
+def stub(monkeypatch, result):
+    """Kernels answer at once."""
+    monkeypatch.setattr(emulated, "why_not", lambda kernels: None)
+    monkeypatch.setattr(emulated, "check", lambda seed, index, arch, name, kind: result._replace(kernel=name))
+
+
+def test_the_report_as_json(monkeypatch):
+    stub(monkeypatch, emulated.Result("", "ok", "", 0.25))
+    result = run("verify", "--emulate", "sm_80", "--problems", 8, "--seed", 1, "--kernel", "cuda", "--json")
+    record = json.loads(result.stdout)
+    assert result.exit_code == 0 and record["passed"] and (record["arch"], record["problems"]) == (80, 8)
+    kernels = record["kernels"]
+    assert set(kernels) == {"cuda/conv_bn_act", "cuda/add_relu"}
+    assert sum(entry["ok"] for entry in kernels.values()) == 8 and kernels["cuda/conv_bn_act"]["worst_error"] == 0.25
+
+
+def test_a_mismatch_fails_and_says_how_to_see_it_again(monkeypatch):
+    stub(monkeypatch, emulated.Result("", "mismatch", "a race"))
+    result = run("verify", "--emulate", "sm_90", "--problems", 1, "--seed", 1, "--kernel", "cuda/conv_bn_act")
+    assert result.exit_code == 1
+    assert (
+        "MISMATCH cuda/conv_bn_act: check(1, 0, 90, 'cuda/conv_bn_act'" in result.output and "a race" in result.output
+    )
+
+
+def test_a_kernel_that_never_ran_fails(monkeypatch):
+    stub(monkeypatch, emulated.Result("", "cannot run", "too large"))
+    result = run("verify", "--emulate", "sm_90", "--problems", 1, "--seed", 1, "--kernel", "gemm_tma")
+    assert result.exit_code == 1 and "'gemm_tma' could not run any" in result.output and "too large" in result.output
+
+
+@pytest.mark.parametrize("arguments, reason", (
+    (["--emulate", "sm_70"], "sm_80"),
+    (["--emulate", "sm_90", "--kernel", "gemm"], "unknown kernel 'gemm'"),
+    (["--kernel", "cuda"], "it needs --emulate"),
+    (["--emulate", "sm_90", "--backend", "triton"], "name them with --kernel"),
+))  # fmt: skip
+def test_what_is_refused(arguments, reason):
+    result = run("verify", *arguments)
+    assert result.exit_code == 2 and reason in result.output
+
+
+def test_without_the_library_it_says_how_to_build_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "PATH", tmp_path / "_ptx.so")
+    result = run("verify", "--emulate", "sm_90")
+    assert result.exit_code == 1 and "is not built" in result.output and "pip install" in result.output
+
+
+def test_names_of_kernels():
+    assert emulated.chosen_kernels(()) == emulated.KERNELS
+    assert emulated.chosen_kernels(("add_relu",)) == ("triton/add_relu", "cuda/add_relu")
+    assert emulated.chosen_kernels(("triton/pointer", "cuda/add_relu")) == ("triton/pointer", "cuda/add_relu")
+    assert len(emulated.chosen_kernels(("triton",))) == 5 and "gemm_tma" in emulated.known_names()
+
+
+@needs_library
+def test_interpreted_kernels_cannot_be_compiled():
+    """As in a process with TRITON_INTERPRET=1."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "fused_resnet", "verify", "--emulate", "sm_90", "--kernel", "triton"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 1 and "TRITON_INTERPRET" in done.stderr
+
+
+@needs_library
+@pytest.mark.skipif(cuda_launches.why_not() is not None, reason=cuda_launches.why_not() or "")
+def test_additions_by_nvcc():
+    """The one that compiles in seconds: in this process, which interprets Triton."""
+    report = emulated.verify(range(60), 3, 80, ("cuda/add_relu",))
+    entry = report.kernels["cuda/add_relu"]
+    assert report.passed and entry.ok > 0, report.as_dict()

@@ -1,0 +1,242 @@
+"""A process that compiles our kernels and runs them in the emulator, a line of JSON a case.
+
+TRITON_INTERPRET, which the tests' own process sets, turns kernels into interpreter objects: they cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+
+import torch
+
+from fused_resnet.emulation import kernel, parser
+from fused_resnet.emulation.kernel import LANDINGS, SCHEDULES
+from fused_resnet.operators import reference
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import AddReluProblem, MaxPoolProblem, parsed_problem
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Worker:
+    """The parent's side. Use it as a context manager; `ask` returns what the case's function returned."""
+
+    def __enter__(self):
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        self._errors = tempfile.TemporaryFile(mode="w+")
+        self._folder = tempfile.TemporaryDirectory(prefix="emulated_")
+        environment.setdefault("TRITON_CACHE_DIR", self._folder.name)
+        command = [sys.executable, "-m", "tests.support.emulated"]
+        self._process = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, stderr=self._errors)  # fmt: skip
+        return self
+
+    def __exit__(self, *_):
+        self._process.stdin.close()
+        self._process.wait(60)
+        self._folder.cleanup()
+
+    def ask(self, what: str, **arguments):
+        print(json.dumps([what, arguments]), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            raise RuntimeError(f"the worker ended: {self._errors.read()[-2000:]}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["result"]
+
+
+# --------------------------------------------------------------------------------------------------- the worker's side
+
+
+def mode(number: int) -> dict:
+    """One of the twelve ways of landing and scheduling, by number."""
+    return dict(landing=LANDINGS[number % 3], schedule=SCHEDULES[number // 3 % 4], seed=number)
+
+
+def operands_of(p, seed: int = 0) -> ConvOperands:
+    """Values of the size that networks have; channels_last."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    def image(*shape):
+        return draw(*shape).to(p.dtype).contiguous(memory_format=torch.channels_last)
+
+    bn = (draw(p.K), draw(p.K), draw(p.K), draw(p.K).abs() + 0.5) if p.has_bn else (None,) * 4
+    weight = draw(p.K, p.C // p.groups, p.R, p.S) * p.reduction**-0.5
+    return ConvOperands(
+        image(p.N, p.C, p.H, p.W), weight.to(p.dtype).contiguous(memory_format=torch.channels_last), *bn, 1e-5,
+        draw(p.K).to(p.dtype) if p.has_bias else None, image(p.N, p.K, p.P, p.Q) if p.has_residual else None,
+    )  # fmt: skip
+
+
+def answer_of(out, outcomes, expected, bound) -> dict:
+    """worst: the largest error as a part of the bound, infinite for NaN."""
+    error = ((out.double() - expected).abs() / bound).max().item()
+    reports = [report for outcome in outcomes for report in outcome.reports]
+    counts = {
+        name: sum(getattr(o.counts, name) for o in outcomes) for name in ("mma", "wgmma", "bulk_copies", "cp_async")
+    }
+    return dict(worst=error if error == error else float("inf"), reports=reports[:3], **counts)
+
+
+def conv_triton(problem: str, config: list, arch: int, number: int, in_row_space: bool = False) -> dict:
+    from fused_resnet.emulation import launches
+    from fused_resnet.kernels.triton.conv import configs
+
+    p = parsed_problem(problem, "cuda")
+    c = configs.TritonConfig(*config) if config else configs.default_config(p)
+    if reason := configs.why_illegal(p, c, arch):
+        raise ValueError(f"{c}: {reason}")
+    o, watched = operands_of(p), _Watched()
+    with watched:
+        out, outcomes = launches.conv_bn_act(p, o, arch, c, in_row_space=in_row_space, **mode(number))
+    expected, bound = _expected(p, o)
+    return dict(answer_of(out, outcomes, expected, bound), register_a=watched.register_a, kernels=watched.names)
+
+
+class _Watched:
+    """Looks at every kernel that is loaded: how many wgmma take A from registers."""
+
+    def __enter__(self):
+        self.register_a, self.names, self._parse = 0, [], parser.parse
+
+        def parse(*arguments):
+            entry = self._parse(*arguments)
+            self.register_a += wgmma_with_registers(entry)
+            self.names.append(entry.name)
+            return entry
+
+        kernel.parser.parse = parse
+
+    def __exit__(self, *_):
+        kernel.parser.parse = self._parse
+
+
+def wgmma_with_registers(entry) -> int:
+    """A is the second operand: a descriptor of one register, or the fragment's vector."""
+    products = [one for one in entry.instructions if one.op.startswith("wgmma.mma_async")]
+    return sum(len(one.operands[1]) > 1 for one in products)
+
+
+def _expected(p, o):
+    expected = reference.conv_bn_act(p, o)
+    stored = torch.float16 if p.dtype == torch.float32 else None  # products in TF32
+    return expected, reference.error_bound(p, o, expected=expected, stored=stored)
+
+
+def conv_cuda(problem: str, tile: int, splits: int, arch: int, number: int, instances: list) -> dict:
+    from fused_resnet.emulation import cuda_launches
+
+    p = parsed_problem(problem, "cuda")
+    o = operands_of(p)
+    chosen = tuple(map(tuple, instances)) or cuda_launches.INSTANCES
+    out, outcomes = cuda_launches.conv_bn_act(p, o, arch, tile, splits, instances=chosen, **mode(number))
+    return answer_of(out, outcomes, *_expected(p, o))
+
+
+def add_relu(maker: str, dtype: str, numel: int, arch: int, number: int) -> dict:
+    from fused_resnet.emulation import cuda_launches, launches
+
+    p = AddReluProblem((numel,), True, DTYPES[dtype], "cuda")
+    a, b, grad = (torch.randn(numel).to(p.dtype) for _ in range(3))
+    a[0], grad[1] = torch.nan, torch.inf
+    out, grad_input = (torch.full_like(a, torch.nan) for _ in range(2))
+    how = mode(number)
+    if maker == "triton":
+        outcomes = [launches.run_add_relu(p, a, b, out, arch, **how),
+                    launches.run_add_relu(p, grad, out, grad_input, arch, backward=True, **how)]  # fmt: skip
+    else:
+        outcomes = [cuda_launches.run_add_relu(a, b, out, arch, **how),
+                    cuda_launches.run_add_relu(grad, out, grad_input, arch, backward=True, **how)]  # fmt: skip
+    wanted = torch.relu((a.double() + b.double())).to(p.dtype)
+    exact = torch.equal(out.nan_to_num(7.0), wanted.nan_to_num(7.0)) and bool(out[0].isnan())
+    exact &= torch.equal(grad_input, grad.masked_fill(wanted <= 0, 0))
+    return dict(exact=exact, reports=[report for outcome in outcomes for report in outcome.reports][:3])
+
+
+def affine_act(
+    dtype: str, shape: list, activation: str, nchw: bool, has_residual: bool, arch: int, number: int
+) -> dict:
+    from fused_resnet.emulation import launches
+
+    memory = torch.contiguous_format if nchw else torch.channels_last
+    y = torch.randn(shape).to(DTYPES[dtype]).contiguous(memory_format=memory)
+    residual = torch.randn(shape).to(y.dtype).contiguous(memory_format=memory) if has_residual else None
+    K = shape[1]
+    bn = (torch.randn(K), torch.randn(K), torch.randn(K), torch.rand(K) + 0.5)
+    o = ConvOperands(y, y, *bn, 1e-5, None, residual)
+    # an affine map is a depthwise convolution with a weight of one
+    N, _, H, W = shape
+    epilogue = "bn+add" if has_residual else "bn"
+    p = parsed_problem(f"{N}x{K}x{H}x{W} -> {K}, 1x1 g{K} {dtype} {epilogue} {activation}", "cuda")
+    expected, bound = _expected(p, o._replace(x=y.clone(), weight=torch.ones(K, 1, 1, 1, dtype=y.dtype)))
+    return answer_of(y, [launches.run_affine_act(y, o, activation, arch, **mode(number))], expected, bound)
+
+
+def max_pool(
+    dtype: str,
+    shape: list,
+    window: int,
+    stride: int,
+    padding: int,
+    activation: str,
+    has_bias: bool,
+    arch: int,
+    number: int,
+) -> dict:
+    from fused_resnet.emulation import launches
+
+    x = torch.randn(shape).to(DTYPES[dtype]).contiguous(memory_format=torch.channels_last)
+    x[0, 0, 0, 0] = torch.nan
+    bias = torch.randn(shape[1]).to(x.dtype) if has_bias else None
+    p = MaxPoolProblem(*shape, window, window, (stride,) * 2, (padding,) * 2, activation, has_bias, x.dtype, "cuda")
+    out = torch.full(p.output_shape, torch.nan, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+    outcome = launches.run_max_pool(p, x, bias, out, arch, **mode(number))
+    y = x if bias is None else x + bias.view(1, -1, 1, 1)
+    wanted = torch.nn.functional.max_pool2d(y, window, stride, padding)
+    wanted = {"relu": torch.relu, "relu6": torch.nn.functional.relu6, "none": lambda v: v}[activation](wanted)
+    same = (out == wanted) | (out.isnan() & wanted.isnan())
+    return dict(exact=bool(same.all()), reports=outcome.reports[:3])
+
+
+def random_problem(seed: int, index: int, arch: int, name: str, kind: str) -> dict:
+    from fused_resnet.emulation import verify
+    from fused_resnet.testing import case_at
+
+    if not verify.is_for(name, case_at(seed, index, kind=kind)):
+        return dict(status="cannot run", detail="another operator's")
+    return verify.check(seed, index, arch, name, kind=kind)._asdict()
+
+
+def gemm(arch: int, number: int, dtype: str, a_is_k_major: bool, b_is_k_major: bool, block_k: int) -> dict:
+    from tests.emulation import layout_gemm
+
+    return layout_gemm.run(arch, DTYPES[dtype], a_is_k_major, b_is_k_major, block_k, **mode(number))
+
+
+ASKED = {one.__name__: one for one in (conv_triton, conv_cuda, add_relu, affine_act, max_pool, random_problem, gemm)}
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for line in sys.stdin:
+        what, arguments = json.loads(line)
+        try:
+            answer = {"result": ASKED[what](**arguments)}
+        except Exception:
+            answer = {"error": traceback.format_exc()[-3000:]}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
