@@ -13,7 +13,7 @@ SHARED = ".shared .align 1024 .b8 sm[32768];"
 
 
 def counts(body, grid=1, block=32, words=4096, shared="", **how):
-    """The counts of a kernel that finds its thread in %r0, an input at %d0 and an output at %d1, each of so many words."""
+    """The counts of a kernel: its thread is in %r0, an input at %d0, an output at %d1, each of so many words."""
     x, out = torch.arange(words, dtype=torch.int32), torch.zeros(words, dtype=torch.int32)
     text = kernel_text(f"{BEGIN}{body}\nret;", parameters=TWO, shared=shared)
     outcome = Kernel(text).run(grid, block, [x, out], writable=[out], races=0, **how)
