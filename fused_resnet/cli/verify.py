@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import click
+import torch
 
 from fused_resnet import backends, testing
 from fused_resnet.cli.console import (
@@ -30,9 +33,13 @@ def _backend_names() -> list[str]:
               help="Only 1x1 and 3x3 convolutions as plans of ResNets have them.")  # fmt: skip
 @click.option("--strided", "kind", flag_value="strided",
               help="Only bf16 convolutions with strides to 4 on maps of 1 to 33 columns.")  # fmt: skip
+@click.option("--large/--no-large", default=None,
+              help="Also convolutions beyond 2**31 elements and 4 GiB; default, on a GPU with the memory.")  # fmt: skip
 @as_json_option
 @click.pass_context
-def verify(ctx, problems: int, seed: int, device: str, chosen: tuple[str, ...], kind: str, as_json: bool) -> None:
+def verify(
+    ctx, problems: int, seed: int, device: str, chosen: tuple[str, ...], kind: str, large: Optional[bool], as_json: bool
+) -> None:
     """Random problems on every backend against the fp64 reference. Exit code 1 when one differs.
 
     A backend asked for by name that could not run a single problem is a failure too.
@@ -41,6 +48,7 @@ def verify(ctx, problems: int, seed: int, device: str, chosen: tuple[str, ...], 
         report = testing.verify(
             problems, seed, device, chosen or None,
             progress=lambda index: progress((index + 1) / problems, f"{index + 1}/{problems}"), kind=kind or "any",
+            large=torch.device(device).type == "cuda" if large is None else large,
         )  # fmt: skip
     idle = [name for name in chosen if not any(_ran(entry) for key, entry in report.backends.items()
                                                if key.split("/")[1] == name)]  # fmt: skip
