@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one call: python -m benchmarks.gpu_check [--out folder] [--only tests,ops].
 
-A first call of 540 s builds _C_cuda where there is none. Then come every form of our kernels, the golden kernels and
-racecheck; ResNet-50's convolutions and the whole network; what cuDNN reads, and whether a NaN outlives its image. Later
-calls go on with the tuner, the GPU tests, `verify`, the benchmarks and the rest of compute-sanitizer. Each step is a
+A first call of 540 s builds _C_cuda where there is none. It runs every form of our kernels, the golden kernels and
+racecheck. ResNet-50's convolutions and the whole network follow. Then it asks what cuDNN reads, and whether a NaN
+outlives its image. Later calls do the rest: the tuner, the GPU tests, `verify`, the benchmarks. Each step is a
 process group of its own, so that one that crashes or hangs costs only itself. Writes check.json, with what was
 verified, after each step. Beside it are log.txt, golden.json, the tuner's configs.json and journal.jsonl, and a file
 for each of four benchmarks, in benchmarks/results/<device>/.

@@ -50,9 +50,9 @@ def executed(
 ) -> tuple[Result, str]:  # fmt: skip
     """The result and everything the command printed, stderr included.
 
-    After limit_s, or when what is watched stands still, it and all that it started are interrupted, and killed if they
-    do not end within PATIENCE_S. What they leave behind is killed too, and a process that escaped with the output's
-    other end is not waited for.
+    After limit_s it and all that it started are interrupted, and killed if they do not end within PATIENCE_S. So they
+    are when what is watched stands still. What they leave behind is killed too, and a process that escaped with the
+    output's other end is not waited for.
     """
     lines: list[str] = []
     process = subprocess.Popen(

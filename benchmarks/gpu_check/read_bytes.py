@@ -18,7 +18,7 @@ _UNITS = {"byte": 1, "kbyte": 1e3, "mbyte": 1e6, "gbyte": 1e9, "kib": 2**10, "mi
 
 
 def tensor_bytes() -> int:
-    """Of x, and of the output: two bytes an element."""
+    """The size of x, and of the output: two bytes an element."""
     return 2 * torch.Size(_SHAPE).numel()
 
 
