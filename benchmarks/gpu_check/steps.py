@@ -215,7 +215,8 @@ def read_bytes_of_cudnn(setup: Setup, limit_s: float) -> Result:
     found = []
     for name in read_bytes.NAMES:
         command = (program, "--csv", "--metrics", read_bytes.METRICS, "--profile-from-start", "off",
-                   "--target-processes", "all", PYTHON, "-m", "benchmarks.gpu_check.read_bytes", name)  # fmt: skip
+                   "--clock-control", "none", "--target-processes", "all",
+                   PYTHON, "-m", "benchmarks.gpu_check.read_bytes", name)  # fmt: skip
         result, output = executed(command, limit_s / len(read_bytes.NAMES), setup.log)
         read = read_bytes.bytes_of(output)["dram__bytes_read.sum"]
         if not read:  # it may not count here, as ERR_NVGPUCTRPERM says

@@ -406,6 +406,36 @@ def test_without_an_ncu_that_may_count_nothing_is_said(setup, monkeypatch):
     assert result.outcome == isolated.NOT_RUN and "ERR_NVGPUCTRPERM" in result.detail
 
 
+DEADLY = """
+import os, signal
+from fused_resnet import backends
+from fused_resnet.backends.record import REGISTRY
+from fused_resnet.cli.main import cli
+
+def run(problem, operands):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+eager = backends.known("conv_bn_act")["eager"]
+why_not = lambda problem: None if problem.R == 1 and not problem.has_residual else "not this one"
+REGISTRY["conv_bn_act"]["deadly"] = eager._replace(name="deadly", run=run, why_not=why_not)
+cli()
+"""
+
+
+@pytest.mark.full
+def test_the_tuner_goes_on_after_a_candidate_that_kills_it(tmp_path, tuned_files, monkeypatch):
+    """Twice it may take its process with it; the third process leaves it out."""
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    monkeypatch.setattr(steps, "CLI", (sys.executable, str(tmp_path / "deadly.py")))
+    monkeypatch.setenv("PYTHONPATH", str(sources.ROOT))
+    on_cpu = steps.Setup(tmp_path, "cpu", "resnet20", 1, tmp_path / "configs")
+    result = steps.tune(on_cpu, "1", "fp32", 500, "--rounds", "1", "--conv", "2x16x8x8 -> 16, 1x1 float32 bias relu")
+    assert result.outcome == isolated.PASSED, result.detail
+    log, journal = ((tmp_path / name).read_text() for name in ("log.txt", "journal.jsonl"))
+    assert log.count("Fatal Python error: Segmentation fault") == 2
+    assert "the process ended twice while it ran" in journal and (tmp_path / "configs.json").exists()
+
+
 def test_what_the_tuner_found_out_goes_along_to_another_machine(setup, monkeypatch, tuned_files):
     journal = tuner.journal_path("cuda")
 
