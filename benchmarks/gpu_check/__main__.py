@@ -1,9 +1,11 @@
 """Everything that needs a GPU, in one call: python -m benchmarks.gpu_check [--out folder] [--only tests,ops].
 
-Builds _C_cuda where there is none, then by value: a smoke test, every form of our kernels, the GPU tests, `verify`,
-compute-sanitizer, the tuner, the benchmarks. Each step is a process group of its own, so that one that crashes or hangs
-costs only itself. Writes check.json, with what was verified, after each step, beside log.txt, the tuner's configs.json
-and journal.jsonl, and one file per benchmark: eight in all, in benchmarks/results/<device>/.
+A first call of 540 s builds _C_cuda where there is none. It runs every form of our kernels, the golden kernels and
+racecheck. ResNet-50's convolutions and the whole network follow. Then it asks what cuDNN reads, and whether a NaN
+outlives its image. Later calls do the rest: the tuner, the GPU tests, `verify`, the benchmarks. Each step is a
+process group of its own, so that one that crashes or hangs costs only itself. Writes check.json, with what was
+verified, after each step. Beside it are log.txt, golden.json, the tuner's configs.json and journal.jsonl, and a file
+for each of four benchmarks, in benchmarks/results/<device>/.
 
 --budget says how many seconds the call may take. A later call goes on: --only names steps, "rest" those that have not
 passed on these sources. check.json keeps the others with their dates. The tuner and the benchmarks go on in their

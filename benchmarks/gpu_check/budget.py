@@ -24,8 +24,9 @@ class Step(NamedTuple):
     """One step.
 
     needs_s: it is given at least so many seconds, and not begun with fewer. limit_s: at most so many. share: 0 for what
-    takes as long as it takes. Otherwise its weight when what is left is divided among it and the steps after it. run:
-    does it within the seconds it is given.
+    takes as long as it takes. Otherwise its weight when what is left is divided among it and the steps after it of its
+    part. run: does it within the seconds it is given. part: 1 for what a first call is for, which leaves nothing for
+    the others; 2 for those.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Step(NamedTuple):
     limit_s: float
     share: float
     run: Callable[[float], Result]
+    part: int = 2
 
 
 def chosen(steps: Sequence[Step], only: Optional[Sequence[str]], file: Path) -> list[Step]:
@@ -65,7 +67,7 @@ def run_steps(steps: Sequence[Step], file: Path, device: str, budget_s: float) -
     deadline = time.monotonic() + budget_s
     for index, step in enumerate(steps):
         left_s = deadline - time.monotonic()
-        given_s = given(step, steps[index + 1 :], left_s)
+        given_s = given(step, [later for later in steps[index + 1 :] if later.part == step.part], left_s)
         print(f"\n=== {index + 1}/{len(steps)} {step.name}: {given_s:.0f} s of the {left_s:.0f} s left", flush=True)
         started = time.monotonic()
         result = run_step(step, given_s)

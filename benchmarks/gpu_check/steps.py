@@ -15,8 +15,9 @@ from typing import NamedTuple, Optional, Sequence
 
 import torch
 
+from benchmarks.gpu_check import read_bytes
 from benchmarks.gpu_check.budget import OURS, Step
-from benchmarks.gpu_check.isolated import FAILED, NOT_RUN, PASSED, Result, execute, executed
+from benchmarks.gpu_check.isolated import FAILED, NOT_RUN, PASSED, Result, Watched, execute, executed
 from fused_resnet.choosing import winners, winners_file
 from fused_resnet.kernels import compiled, sources
 from fused_resnet.tuning import tuner
@@ -24,8 +25,9 @@ from fused_resnet.tuning import tuner
 PYTHON = sys.executable
 CLI = (PYTHON, "-m", "fused_resnet")
 NEEDED = ("click", "rich", "platformdirs", "filelock", "pytest", "xdist", "hypothesis", "expecttest", "numpy", "PIL")
-# The tuner's: time is split among the first, until so much is left, of which a quarter may go into starting.
-_ATTEMPTS, _ATTEMPT_S = 5, 120.0
+# The tuner's: how often it is begun at most, with how many seconds at least a fourth time over, and how long its
+# journal may stand still. It is written before and after each candidate
+_ATTEMPTS, _ATTEMPT_S, _STANDSTILL_S = 5, 120.0, 180.0
 
 
 class Setup(NamedTuple):
@@ -69,45 +71,51 @@ def bring_back(setup: Setup) -> None:
 
 
 def all_steps(setup: Setup) -> list[Step]:
-    """In the order in which they run: what later steps stand on first, then by value."""
+    """In the order in which they run: first what a first call of 540 s is for, then by value."""
 
-    def bench(name: str, needs_s: float, limit_s: float, share: float, *arguments: str) -> Step:
-        return Step(name, needs_s, limit_s, share, lambda seconds: benchmark(setup, name, arguments, seconds))
+    def bench(name: str, needs_s: float, limit_s: float, share: float, *arguments: str, part: int = 2) -> Step:
+        return Step(name, needs_s, limit_s, share, lambda seconds: benchmark(setup, name, arguments, seconds), part)
 
     def random_problems(name: str) -> Step:
         kind = ("--common",) if name in ("cudnn", "cublaslt") else ()  # they run too few of the others
         return Step(f"verify-{name}", 30, 200, 0, lambda seconds: verify(setup, name, setup.problems, seconds, *kind))
 
     if setup.is_gpu:
-        smoked, large, batches, dtypes = OURS, "256", "256,32,128,8,1", "fp16,bf16"
+        verified, large, batches, dtypes = OURS, "256", "256,32,128,8,1", "fp16,bf16"
         rivals_verified = ("cudnn", "cublaslt", "eager")
     else:
-        smoked, large, batches, dtypes = ("onednn", "eager"), "2", "2,1", "fp32"
+        verified, large, batches, dtypes = ("onednn", "eager"), "2", "2,1", "fp32"
         rivals_verified = ()
     frozen = [argument for name in (("auto", *OURS) if setup.is_gpu else ("auto",)) for argument in ("--backend", name)]
     rivals = ("--baseline", "compile", "--baseline", "cudnn")
     dtype = dtypes.split(",")[0]
 
-    def sanitizer(tool: str) -> Step:
-        return Step(tool, 20, 100, 0, lambda seconds: sanitize_forms(setup, tool, seconds))
+    def sanitizer(kind: str, part: int = 2) -> Step:
+        return Step(kind, 20, 100, 0, lambda seconds: sanitize_forms(setup, kind, seconds), part)
 
-    return [
-        Step("environment", 45, 120, 0, lambda seconds: environment(setup, seconds)),
-        Step("build", 5, 400, 0, lambda seconds: build(setup, seconds)),
-        Step("smoke", 60, 200, 0, lambda seconds: smoke(setup, smoked, seconds)),
-        Step("forms", 60, 200, 0, lambda seconds: every_form(setup, seconds)),
-        Step("nan-stays", 15, 60, 0, lambda seconds: nan_stays(setup, seconds)),
-        Step("tests", 60, 300, 0, lambda seconds: gpu_tests(setup, seconds)),
-        *map(random_problems, smoked),
-        Step("sanitizer", 20, 100, 0, lambda seconds: sanitize(setup, seconds)),
-        *map(sanitizer, ("racecheck", "synccheck", "initcheck")),
-        Step("tune", 90 * setup.is_gpu, 1200, 6, lambda seconds: tune(setup, batches, dtypes, seconds)),
-        Step("tune-live-bn", 90 * setup.is_gpu, 600, 2,
-             lambda seconds: tune(setup, large, dtype, seconds, "--live-bn")),
-        bench("ops", 60, 400, 5, "ops", "--batch", batches, "--dtype", dtypes),
+    first = [
+        Step("environment", 45, 120, 0, lambda seconds: environment(setup, seconds), 1),
+        Step("build", 5, 400, 0, lambda seconds: build(setup, seconds), 1),
+        Step("forms", 60, 200, 0, lambda seconds: every_form(setup, seconds), 1),
+        Step("golden", 15, 60, 0, lambda seconds: golden(setup, seconds), 1),
+        sanitizer("racecheck", 1),
+        # the tuner's first part: each convolution by every candidate, cuDNN by FIND among them; `tune` goes on with it
+        Step("convs", 90 * setup.is_gpu, 200, 3, lambda seconds: tune(setup, large, dtype, seconds), 1),
         # a network's first row takes its compilation by torch.compile and a reference in fp64: with less time than
         # that nothing is written. How much that is on a GPU is a guess
-        bench("model", 150, 400, 4, "model", "--batch", f"{large},1", "--dtype", dtypes, *rivals, *frozen),
+        bench("model", 120, 400, 2, "model", "--batch", f"{large},1", "--dtype", dtypes, *rivals, *frozen, part=1),
+        Step("read-bytes", 20, 60, 0, lambda seconds: read_bytes_of_cudnn(setup, seconds), 1),
+        Step("nan-stays", 20, 60, 0, lambda seconds: nan_stays(setup, seconds), 1),
+    ]
+    return first + [
+        Step("tune", 90 * setup.is_gpu, 1200, 6, lambda seconds: tune(setup, batches, dtypes, seconds)),
+        Step("tests", 60, 300, 0, lambda seconds: gpu_tests(setup, seconds)),
+        *map(random_problems, verified),
+        bench("ops", 60, 400, 5, "ops", "--batch", batches, "--dtype", dtypes),
+        Step("tune-live-bn", 90 * setup.is_gpu, 600, 2,
+             lambda seconds: tune(setup, large, dtype, seconds, "--live-bn")),
+        Step("sanitizer", 20, 100, 0, lambda seconds: sanitize(setup, seconds)),
+        *map(sanitizer, ("synccheck", "initcheck")),
         bench("autotune", 240, 500, 4, "model", "--batch", large, "--dtype", dtype, *rivals, "--baseline", "autotune",
               "--baseline", "tensorrt"),
         bench("blocks", 60, 200, 1, "blocks", "--batch", large, "--dtype", dtype, *rivals),
@@ -163,13 +171,6 @@ def why_not_this_library() -> Optional[str]:
     return why
 
 
-def smoke(setup: Setup, backends: Sequence[str], limit_s: float) -> Result:
-    """A few random problems on each backend, each in a process of its own."""
-    results = {name: verify(setup, name, 2, limit_s / len(backends)) for name in backends}
-    broken = [f"{name}: {result.detail}" for name, result in results.items() if result.outcome != PASSED]
-    return Result(FAILED, "; ".join(broken)) if broken else Result(PASSED, f"{', '.join(backends)} ran")
-
-
 def every_form(setup: Setup, limit_s: float) -> Result:
     """Each form of our kernels in each dtype, several at once, each in a process of its own."""
     if not setup.is_gpu:
@@ -199,13 +200,45 @@ def nan_stays(setup: Setup, limit_s: float) -> Result:
     return execute((PYTHON, "-m", "benchmarks.gpu_check.nan_stays"), limit_s, setup.log)
 
 
+def golden(setup: Setup, limit_s: float) -> Result:
+    """Each golden kernel on the GPU, into golden.json."""
+    if not setup.is_gpu:
+        return Result(NOT_RUN, "it needs a GPU")
+    return execute((PYTHON, "-m", "benchmarks.gpu_check.golden", str(setup.out / "golden.json")), limit_s, setup.log)
+
+
+def read_bytes_of_cudnn(setup: Setup, limit_s: float) -> Result:
+    """Whether cuDNN reads the summand that is multiplied by zero, by ncu's count of bytes."""
+    program = tool("ncu") if setup.is_gpu else None
+    if program is None:
+        return Result(NOT_RUN, "ncu is not installed" if setup.is_gpu else "it needs a GPU")
+    found = []
+    for name in read_bytes.NAMES:
+        command = (program, "--csv", "--metrics", read_bytes.METRICS, "--profile-from-start", "off",
+                   "--clock-control", "none", "--target-processes", "all",
+                   PYTHON, "-m", "benchmarks.gpu_check.read_bytes", name)  # fmt: skip
+        result, output = executed(command, limit_s / len(read_bytes.NAMES), setup.log)
+        read = read_bytes.bytes_of(output)["dram__bytes_read.sum"]
+        if not read:  # it may not count here, as ERR_NVGPUCTRPERM says
+            why = next((line.strip() for line in output.splitlines() if "==ERROR==" in line), result.detail)
+            return Result(NOT_RUN, f"ncu counted nothing: {why}")
+        found.append(read)
+    return Result(PASSED, read_bytes.verdict(*found))
+
+
+def tool(name: str) -> Optional[str]:
+    """Where a program of the CUDA toolkit is, or None."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
 def verify(setup: Setup, backend: str, problems: int, limit_s: float, *kind: str) -> Result:
     """Random problems against the reference, on a GPU in several processes: most of the time goes into compiling."""
     workers = min(8, max(1, (os.cpu_count() or 1) // 2), problems) if setup.is_gpu else 1
 
     def part(seed: int) -> Result:
+        large = ("--large" if setup.is_gpu and seed == 0 else "--no-large",)  # their memory is wanted once
         command = (*CLI, "verify", "--device", setup.device, "--backend", backend, "--seed", str(seed),
-                   "--problems", str(-(-problems // workers)), *kind)  # fmt: skip
+                   "--problems", str(-(-problems // workers)), *large, *kind)  # fmt: skip
         result, output = executed(command, limit_s, setup.log, OMP_NUM_THREADS="2")
         is_idle = result.outcome == FAILED and "could not run any of these problems" in output
         is_excused = is_idle and backend not in OURS and "MISMATCH" not in output
@@ -232,13 +265,14 @@ def gpu_tests(setup: Setup, limit_s: float) -> Result:
 def sanitize(setup: Setup, limit_s: float) -> Result:
     """memcheck over a few problems of our kernels."""
     backends = [argument for name in OURS for argument in ("--backend", name)]
-    return sanitized(setup, "memcheck", limit_s, *CLI, "verify", "--device", "cuda", "--problems", "8", *backends)
+    command = (*CLI, "verify", "--device", "cuda", "--problems", "8", "--no-large", *backends)
+    return sanitized(setup, "memcheck", limit_s, *command)
 
 
-def sanitize_forms(setup: Setup, tool: str, limit_s: float) -> Result:
+def sanitize_forms(setup: Setup, kind: str, limit_s: float) -> Result:
     """Another of compute-sanitizer's tools over every form of our kernels in fp16."""
     forms = (PYTHON, "-m", "benchmarks.gpu_check.run_forms", "--dtype", "float16")
-    return sanitized(setup, tool, limit_s, *forms)
+    return sanitized(setup, kind, limit_s, *forms)
 
 
 def sanitize_configs(setup: Setup, limit_s: float) -> Result:
@@ -249,16 +283,16 @@ def sanitize_configs(setup: Setup, limit_s: float) -> Result:
     return sanitized(setup, "memcheck", limit_s, *configs)
 
 
-def sanitized(setup: Setup, tool: str, limit_s: float, *command: str) -> Result:
+def sanitized(setup: Setup, kind: str, limit_s: float, *command: str) -> Result:
     """A command under one of compute-sanitizer's tools; NOT_RUN where it is missing or cannot attach to the GPU."""
     if not setup.is_gpu:
         return Result(NOT_RUN, "it needs a GPU")
-    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    program = tool("compute-sanitizer")
     if program is None:
         return Result(NOT_RUN, "compute-sanitizer is not installed")
     # torch and Triton ask the driver for functions that it may lack, which would be counted as errors
-    api_errors = ("--report-api-errors", "no") if tool == "memcheck" else ()
-    checked = (program, "--tool", tool, *api_errors, "--error-exitcode", "9", *command)
+    api_errors = ("--report-api-errors", "no") if kind == "memcheck" else ()
+    checked = (program, "--tool", kind, *api_errors, "--error-exitcode", "9", *command)
     # torch's allocator hands out parts of large blocks, inside which an overrun would go unseen
     return judge_sanitizer(*executed(checked, limit_s, setup.log, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
 
@@ -274,8 +308,8 @@ def tune(setup: Setup, batches: str, dtypes: str, limit_s: float, *more: str) ->
     """The tuner goes on where it stopped; its winners come back as configs.json, and all else it has found out as
     journal.jsonl.
 
-    Several attempts, each with half of what is left: a candidate that leaves the GPU unusable, or hangs, ends its
-    process, is recorded, and the next attempt goes on after it.
+    A candidate that leaves the GPU unusable ends its process, and one that hangs lets the journal stand still. Either
+    is recorded, and another attempt goes on after it.
     """
     file = setup.winners
     if file is None:
@@ -288,13 +322,13 @@ def tune(setup: Setup, batches: str, dtypes: str, limit_s: float, *more: str) ->
         left_s = deadline - time.monotonic()
         if left_s < _ATTEMPT_S / 4:
             break
-        given_s = left_s / 2 if left_s > _ATTEMPT_S else left_s
-        result, output = executed((*command, f"{0.85 * given_s / 60:.2f}"), given_s, setup.log)
-        unfinished = re.search(r"\d+ convolutions are left", output)
-        if result.outcome == PASSED and unfinished is None:
-            break
+        watched = Watched(tuner.journal_path(setup.device), _STANDSTILL_S)
+        result, output = executed((*command, f"{0.85 * left_s / 60:.2f}"), left_s, setup.log, watched)
         if result.outcome == PASSED:
-            result = Result(NOT_RUN, f"the time was up: {unfinished.group()}; --only tune goes on")
+            unfinished = re.search(r"\d+ convolutions are left", output)
+            if unfinished is not None:
+                result = Result(NOT_RUN, f"the time was up: {unfinished.group()}; --only tune goes on")
+            break
     for place, copy in setup.kept:
         if place.exists():
             shutil.copyfile(place, copy)

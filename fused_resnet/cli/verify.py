@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import click
+import torch
 
 from fused_resnet import backends, testing
 from fused_resnet.cli.console import (
@@ -37,11 +38,13 @@ def _backend_names() -> list[str]:
               help="Run the compiled kernels in the PTX emulator, as this GPU would.")  # fmt: skip
 @click.option("--kernel", "kernels", multiple=True, type=Listed("kernel", lambda: emulated.known_names()),
               help="With --emulate; repeat for several; default, all.")  # fmt: skip
+@click.option("--large/--no-large", default=None,
+              help="Also convolutions beyond 2**31 elements and 4 GiB; default, on a GPU with the memory.")  # fmt: skip
 @as_json_option
 @click.pass_context
 def verify(
     ctx, problems: int, seed: int, device: str, chosen: tuple[str, ...], kind: str, emulate: Optional[str],
-    kernels: tuple[str, ...], as_json: bool,
+    kernels: tuple[str, ...], large: Optional[bool], as_json: bool,
 ) -> None:  # fmt: skip
     """Random problems on every backend against the fp64 reference. Exit code 1 when one differs.
 
@@ -55,6 +58,7 @@ def verify(
         report = testing.verify(
             problems, seed, device, chosen or None,
             progress=lambda index: progress((index + 1) / problems, f"{index + 1}/{problems}"), kind=kind or "any",
+            large=torch.device(device).type == "cuda" if large is None else large,
         )  # fmt: skip
     idle = [name for name in chosen if not any(_ran(entry) for key, entry in report.backends.items()
                                                if key.split("/")[1] == name)]  # fmt: skip

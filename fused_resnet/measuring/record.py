@@ -38,7 +38,7 @@ class Record(NamedTuple):
 
     | field | what it is |
     | --- | --- |
-    | kind | the command: "bench ops", "bench blocks", "bench model", "tune", "demo", "verify" or "gpu-check" |
+    | kind | the command, such as "bench ops", "bench model", "tune", "demo", "verify", "golden" or "gpu-check" |
     | device, environment | the machine's name, and what else a number depends on |
     | settings | what was asked for |
     | kernels | the digest of all kernel sources |

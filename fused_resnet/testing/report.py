@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Callable, Optional, Sequence, Union
 
 from fused_resnet import backends
-from fused_resnet.choosing.case import Case, why_unusable
+from fused_resnet.choosing.case import why_unusable
 from fused_resnet.testing.compare import Outcome, check
 from fused_resnet.testing.draw import case_at
+from fused_resnet.testing.large import check_large, large_problems
 
 
 @dataclass
@@ -58,27 +59,32 @@ def verify(
     progress: Optional[Callable[[int], None]] = None,
     *,
     kind: str = "any",
+    large: bool = False,
 ) -> Report:
     """Run random problems on every backend of their operator and compare each result with the reference.
 
     problems: how many, or which indices (so that processes can share the work). backends: names; default, all.
     progress: called with the index of each finished problem. kind: as `random_case`.
+    large: also convolutions beyond 2**31 elements.
     """
     indices = range(problems) if isinstance(problems, int) else problems
     report = Report(seed, device)
     for index in indices:
         case = case_at(seed, index, device, kind=kind)
-        for name in known_backends(case.problem.op):
-            if backends is None or name in backends:
-                drawn = "" if kind == "any" else f", kind={kind!r}"
-                call = f"check(case_at({seed}, {index}, {device!r}{drawn}), {name!r})"
-                _record(report, case, call, check(case, name))
-                if (why := why_unusable(device)) is not None:
-                    _record(report, case, call, Outcome(name, "mismatch", f"has left the device unusable: {why}"))
-                    return report
+        for name in _asked_for(case.problem.op, backends):
+            drawn = "" if kind == "any" else f", kind={kind!r}"
+            call = f"check(case_at({seed}, {index}, {device!r}{drawn}), {name!r})"
+            if not _goes_on(report, case, call, case.problem.op, check(case, name)):
+                return report
         report.problems += 1
         if progress is not None:
             progress(index)
+    for problem in large_problems(seed, device) if large else ():
+        for name in _asked_for(problem.op, backends):
+            call = f"check_large(parsed_problem({str(problem)!r}, {problem.device!r}), {name!r}, {device!r})"
+            if not _goes_on(report, problem, call, problem.op, check_large(problem, name, device)):
+                return report
+        report.problems += 1
     return report
 
 
@@ -86,14 +92,27 @@ def known_backends(op: str) -> tuple[str, ...]:
     return tuple(backends.known(op))
 
 
-def _record(report: Report, case: Case, call: str, outcome: Outcome) -> None:
-    entry = report.backends.setdefault(f"{case.problem.op}/{outcome.backend}", BackendReport())
+def _asked_for(op: str, names: Optional[Sequence[str]]) -> list[str]:
+    return [name for name in known_backends(op) if names is None or name in names]
+
+
+def _goes_on(report: Report, shown: Any, call: str, op: str, outcome: Outcome) -> bool:
+    """Record an outcome. False where the backend has left the device unusable, which is a mismatch too."""
+    _record(report, shown, call, op, outcome)
+    why = why_unusable(report.device)
+    if why is not None:
+        _record(report, shown, call, op, Outcome(outcome.backend, "mismatch", f"has left the device unusable: {why}"))
+    return why is None
+
+
+def _record(report: Report, shown: Any, call: str, op: str, outcome: Outcome) -> None:
+    entry = report.backends.setdefault(f"{op}/{outcome.backend}", BackendReport())
     if outcome.status == "cannot run":
         entry.cannot_run[outcome.detail] = entry.cannot_run.get(outcome.detail, 0) + 1
     elif outcome.status == "mismatch":
-        entry.mismatches.append({"call": call, "problem": str(case), "detail": outcome.detail})
+        entry.mismatches.append({"call": call, "problem": str(shown), "detail": outcome.detail})
     else:
         entry.ok += 1
         worst_error = outcome.worst_error or 0.0
         if worst_error >= entry.worst_error:
-            entry.worst_error, entry.worst_case = worst_error, f"{call}: {case}"
+            entry.worst_error, entry.worst_case = worst_error, f"{call}: {shown}"

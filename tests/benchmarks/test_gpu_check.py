@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks.gpu_check import budget, isolated, nan_stays, run_configs, steps
+from benchmarks.gpu_check import budget, isolated, nan_stays, read_bytes, run_configs, steps
 from fused_resnet import backends
 from fused_resnet.backends.record import REGISTRY
 from fused_resnet.choosing import winners, winners_file
@@ -59,6 +59,18 @@ def test_a_noisy_command_does_not_fill_the_log(tmp_path):
     lines = log.read_text().splitlines()
     assert isolated.LOGGED_CHARACTERS <= log.stat().st_size < isolated.LOGGED_CHARACTERS + 1000
     assert lines[0] == "x" * 99 and "[the rest of this command is left out]" in lines and lines[-1] == "next"
+
+
+def test_a_command_whose_file_stands_still_is_stopped(tmp_path, monkeypatch):
+    """One that writes all the while is not, though it takes longer."""
+    monkeypatch.setattr(isolated, "PATIENCE_S", 0.5)
+    file = tmp_path / "journal.jsonl"
+    watched = isolated.Watched(file, 2.5)
+    write = f"import time\nfor _ in range(6): print('a', file=open({str(file)!r}, 'a')); time.sleep(0.7)\n"
+    assert isolated.executed(python(write), 60, watched=watched)[0].outcome == isolated.PASSED
+    result, _ = isolated.executed(python("import time; time.sleep(60)"), 60, watched=watched)
+    assert result.outcome == isolated.FAILED
+    assert result.detail.startswith("stopped: journal.jsonl stood still for 2 s")
 
 
 STUBBORN = """
@@ -179,13 +191,35 @@ def test_the_time_is_split_by_share_and_what_cannot_be_done_in_it_is_not_begun(t
     assert done["dear"]["detail"] == "it needs 500 s, and 100 s were left"
 
 
+def test_the_first_part_keeps_nothing_for_the_second(tmp_path):
+    given = {}
+
+    def step(name, needs_s, share, part):
+        note = lambda seconds: given.update({name: seconds}) or isolated.Result(isolated.PASSED, "")  # noqa: E731
+        return budget.Step(name, needs_s, 1000, share, note, part)
+
+    some = [step("convs", 10, 3, 1), step("model", 10, 2, 1), step("rigid", 20, 0, 1), step("tests", 90, 0, 2)]
+    budget.run_steps(some, tmp_path / "check.json", "NVIDIA Test", 120)
+    assert given["convs"] == pytest.approx(60, abs=1) and given["tests"] == pytest.approx(120, abs=2)
+
+
 @pytest.fixture
 def setup(tmp_path, monkeypatch):
     monkeypatch.setattr(winners, "device_id", lambda device: "NVIDIA Test")
     return steps.Setup(tmp_path, "cuda", "resnet50", 10, tmp_path / "configs")
 
 
-def test_gpu_check_writes_at_most_eight_files_and_every_command_parses(setup, monkeypatch):
+def test_a_first_call_does_what_only_a_gpu_can_say(setup):
+    """Its least fits into 540 s, with a slow start."""
+    first, rest = steps.all_steps(setup)[:9], steps.all_steps(setup)[9:]
+    assert [step.name for step in first] == [
+        "environment", "build", "forms", "golden", "racecheck", "convs", "model", "read-bytes", "nan-stays",
+    ]  # fmt: skip
+    assert {step.part for step in first} == {1} and {step.part for step in rest} == {2}
+    assert sum(step.needs_s for step in first) <= 420
+
+
+def test_gpu_check_writes_eight_files_beside_the_golden_one_and_every_command_parses(setup, monkeypatch):
     """Each command of ours is handed to the command line with --help, so that a renamed option shows here."""
     from click.testing import CliRunner
 
@@ -193,7 +227,7 @@ def test_gpu_check_writes_at_most_eight_files_and_every_command_parses(setup, mo
 
     commands = []
 
-    def noted(command, seconds, log=None, **_):
+    def noted(command, seconds, log=None, watched=None, **_):
         commands.append(command)
         return isolated.Result(isolated.PASSED, ""), ""
 
@@ -203,6 +237,8 @@ def test_gpu_check_writes_at_most_eight_files_and_every_command_parses(setup, mo
         step.run(100)
     files = {command[command.index("--out") + 1] for command in commands if "--out" in command}
     assert len(files) == 4  # beside check.json, log.txt, configs.json and journal.jsonl
+    (golden,) = [command for command in commands if "benchmarks.gpu_check.golden" in command]
+    assert golden[-1] == str(setup.out / "golden.json")
     ours = [command for command in commands if command[2] == "fused_resnet"]
     assert {command[3] for command in ours} == {"info", "verify", "tune", "bench"}
     for command in ours:
@@ -227,18 +263,21 @@ def test_every_command_that_is_no_verb_of_ours_finds_its_module(setup, monkeypat
     steps.sanitize_forms(setup, "racecheck", 60)
     steps.every_form(setup, 60)
     steps.nan_stays(setup, 60)
+    steps.golden(setup, 60)
+    steps.read_bytes_of_cudnn(setup, 60)
     load, _, *ours = commands
     done = script(*load[1:])
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
     modules = {command[command.index("-m") + 1] for command in ours}
-    assert modules == {f"benchmarks.gpu_check.{name}" for name in ("run_configs", "run_forms", "nan_stays")}
+    names = ("run_configs", "run_forms", "nan_stays", "golden", "read_bytes")
+    assert modules == {f"benchmarks.gpu_check.{name}" for name in names}
     assert all(importlib.util.find_spec(module) for module in modules)
 
 
 def test_each_form_runs_in_a_process_of_its_own_and_one_failure_counts(setup, monkeypatch):
     commands, listed, said = [], ["triton rows_tma float16", "cuda tile0 float32"], {}
 
-    def answered(command, seconds, log=None, **_):
+    def answered(command, seconds, log=None, watched=None, **_):
         commands.append(command)
         if "--list" in command:
             return isolated.Result(isolated.PASSED, "listed"), "a warning\n" + "\n".join(listed)
@@ -270,7 +309,7 @@ def test_a_form_of_triton_is_held_against_the_reference():
 
 @pytest.mark.parametrize("adds_what_was_there, wrong", [(False, 0), (True, 8)])
 def test_a_nan_that_outlives_its_image_is_counted(adds_what_was_there, wrong):
-    x, out = torch.zeros(8), torch.zeros(8)
+    x, out = torch.zeros(2, 4), torch.zeros(2, 4)
 
     def replay():
         return out.copy_(x + 0 * out if adds_what_was_there else x)
@@ -290,7 +329,7 @@ def test_a_build_is_for_the_gpu_that_is_there(monkeypatch):
 def test_a_benchmark_goes_on_with_its_file_and_replaces_another_measurement(setup, monkeypatch):
     commands, answers = [], []
 
-    def answered(command, seconds, log=None, **_):
+    def answered(command, seconds, log=None, watched=None, **_):
         commands.append(command)
         result, output, left = answers.pop(0)
         (setup.out / "ops.json").write_text(json.dumps({"left": left}))
@@ -308,29 +347,99 @@ def test_a_benchmark_goes_on_with_its_file_and_replaces_another_measurement(setu
 
 
 def test_the_tuner_is_begun_again_after_a_failure_and_unfinished_it_has_not_passed(setup, monkeypatch):
-    answers = ["has left the GPU unusable", "3 convolutions are left: give", "tuned"]
+    answers = ["has left the GPU unusable", "stopped: the journal stood still", "tuned"]
     given = []
 
-    def answered(command, seconds, log=None, **_):
+    def answered(command, seconds, log=None, watched=None, **_):
         given.append((seconds, float(command[-1])))
+        assert watched.file == tuner.journal_path("cuda")
         said = answers.pop(0)
-        return isolated.Result(isolated.FAILED if "unusable" in said else isolated.PASSED, said), said
+        failed = "unusable" in said or "stopped" in said
+        return isolated.Result(isolated.FAILED if failed else isolated.PASSED, said), said
 
     monkeypatch.setattr(steps, "executed", answered)
     assert steps.tune(setup, "1", "fp16", 400) == isolated.Result(isolated.PASSED, "tuned")
-    assert [seconds for seconds, _ in given] == pytest.approx([200, 200, 200], abs=1)  # half of what is left, each time
-    assert given[0][1] == pytest.approx(0.85 * 200 / 60, abs=0.1)
-    answers += ["3 convolutions are left: give"] * 5
+    assert [seconds for seconds, _ in given] == pytest.approx([400, 400, 400], abs=1)  # all that is left, each time
+    assert given[0][1] == pytest.approx(0.85 * 400 / 60, abs=0.1)
+    answers += ["3 convolutions are left: give"]  # a healthy process has had all the time
     assert steps.tune(setup, "1", "fp16", 100) == isolated.Result(
         isolated.NOT_RUN, "the time was up: 3 convolutions are left; --only tune goes on"
     )
+    assert not answers
+    answers += ["has left the GPU unusable"] * 9
+    assert steps.tune(setup, "1", "fp16", 400).outcome == isolated.FAILED and len(answers) == 4
     assert steps.tune(setup, "1", "fp16", 10).outcome == isolated.NOT_RUN  # not begun
+
+
+COUNTED = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","7","a kernel","dram__bytes_read.sum","Mbyte","{}"
+"0","7","a kernel","dram__bytes_write.sum","Mbyte","102.5"
+"1","7","another","dram__bytes_read.sum","byte","1,024"
+==PROF== Disconnected
+"""
+
+
+@pytest.mark.parametrize("fused_mb, said", [(105, "does not read z: 105 MB"), (206, "reads z: 206 MB")])
+def test_what_ncu_counts_says_whether_z_is_read(setup, monkeypatch, fused_mb, said):
+    megabytes = {"plain": 104, "fused": fused_mb}
+
+    def answered(command, seconds, log=None, **_):
+        return isolated.Result(isolated.PASSED, ""), COUNTED.format(megabytes[command[-1]])
+
+    monkeypatch.setattr(steps, "executed", answered)
+    monkeypatch.setattr(steps.shutil, "which", lambda *_, **__: "ncu")
+    result = steps.read_bytes_of_cudnn(setup, 60)
+    assert result.outcome == isolated.PASSED and said in result.detail
+    assert read_bytes.bytes_of(COUNTED.format("1.5")) == {
+        "dram__bytes_read.sum": 1501024.0, "dram__bytes_write.sum": 102.5e6,
+    }  # fmt: skip
+
+
+def test_without_an_ncu_that_may_count_nothing_is_said(setup, monkeypatch):
+    monkeypatch.setattr(steps.shutil, "which", lambda *_, **__: None)
+    assert steps.read_bytes_of_cudnn(setup, 60) == isolated.Result(isolated.NOT_RUN, "ncu is not installed")
+    monkeypatch.setattr(steps.shutil, "which", lambda *_, **__: "ncu")
+    output = "==ERROR== ERR_NVGPUCTRPERM - no permission to access NVIDIA GPU Performance Counters\nmore"
+    monkeypatch.setattr(steps, "executed", lambda *_, **__: (isolated.Result(isolated.FAILED, "more"), output))
+    result = steps.read_bytes_of_cudnn(setup, 60)
+    assert result.outcome == isolated.NOT_RUN and "ERR_NVGPUCTRPERM" in result.detail
+
+
+DEADLY = """
+import os, signal
+from fused_resnet import backends
+from fused_resnet.backends.record import REGISTRY
+from fused_resnet.cli.main import cli
+
+def run(problem, operands):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+eager = backends.known("conv_bn_act")["eager"]
+why_not = lambda problem: None if problem.R == 1 and not problem.has_residual else "not this one"
+REGISTRY["conv_bn_act"]["deadly"] = eager._replace(name="deadly", run=run, why_not=why_not)
+cli()
+"""
+
+
+@pytest.mark.full
+def test_the_tuner_goes_on_after_a_candidate_that_kills_it(tmp_path, tuned_files, monkeypatch):
+    """Twice it may take its process with it; the third process leaves it out."""
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    monkeypatch.setattr(steps, "CLI", (sys.executable, str(tmp_path / "deadly.py")))
+    monkeypatch.setenv("PYTHONPATH", str(sources.ROOT))
+    on_cpu = steps.Setup(tmp_path, "cpu", "resnet20", 1, tmp_path / "configs")
+    result = steps.tune(on_cpu, "1", "fp32", 500, "--rounds", "1", "--conv", "2x16x8x8 -> 16, 1x1 float32 bias relu")
+    assert result.outcome == isolated.PASSED, result.detail
+    log, journal = ((tmp_path / name).read_text() for name in ("log.txt", "journal.jsonl"))
+    assert log.count("Fatal Python error: Segmentation fault") == 2
+    assert "the process ended twice while it ran" in journal and (tmp_path / "configs.json").exists()
 
 
 def test_what_the_tuner_found_out_goes_along_to_another_machine(setup, monkeypatch, tuned_files):
     journal = tuner.journal_path("cuda")
 
-    def answered(command, seconds, log=None, **_):
+    def answered(command, seconds, log=None, watched=None, **_):
         journal.parent.mkdir(parents=True, exist_ok=True)
         with open(journal, "a") as file:
             file.write("found\n")
@@ -365,7 +474,7 @@ def test_random_problems_are_shared_between_processes_and_one_failure_counts(set
     """A share with nothing that the backend can run does not, unless all are such."""
     commands, said = [], {}
 
-    def answered(command, seconds, log=None, **_):
+    def answered(command, seconds, log=None, watched=None, **_):
         commands.append(command)
         closing = said.get(command[command.index("--seed") + 1], "no mismatch")
         return isolated.Result(isolated.PASSED if closing == "no mismatch" else isolated.FAILED, closing), closing
@@ -378,25 +487,25 @@ def test_random_problems_are_shared_between_processes_and_one_failure_counts(set
     assert result == isolated.Result(isolated.FAILED, "seed 1: MISMATCH")
     assert len(commands) == 4 and {command[command.index("--problems") + 1] for command in commands} == {"3"}
     assert all("--common" in command for command in commands)
+    assert [command[command.index("--seed") + 1] for command in commands if "--large" in command] == ["0"]
     said["1"] = "no mismatch"
     assert steps.verify(setup, "cublaslt", 10, 60) == isolated.Result(isolated.PASSED, "no mismatch")
     said.update(dict.fromkeys("0123", idle))
     assert steps.verify(setup, "cublaslt", 10, 60) == isolated.Result(isolated.NOT_RUN, idle)
     assert steps.verify(setup, "triton", 10, 60).outcome == isolated.FAILED  # our own must run
-    assert steps.smoke(setup, ["cublaslt"], 60).outcome == isolated.FAILED
 
 
 @pytest.mark.full
 def test_gpu_check_from_end_to_end_on_a_cpu(tmp_path):
     done = script(
         "-m", "benchmarks.gpu_check", "--device", "cpu", "--model", "resnet20", "--problems", 2, "--budget", 600,
-        "--only", "environment,build,smoke,tests,sanitizer,verify-eager,tune,ops", "--out", tmp_path,
+        "--only", "environment,build,golden,tests,sanitizer,verify-eager,tune,ops", "--out", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     record = json.loads((tmp_path / "check.json").read_text())
     outcomes = {name: step["outcome"] for name, step in record["steps"].items()}
     assert outcomes == {
-        "environment": "passed", "build": "not run", "smoke": "passed", "tests": "not run", "sanitizer": "not run",
+        "environment": "passed", "build": "not run", "golden": "not run", "tests": "not run", "sanitizer": "not run",
         "verify-eager": "passed", "tune": "passed", "ops": "passed",
     }  # fmt: skip
     assert record["verified"] is None

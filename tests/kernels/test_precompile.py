@@ -29,6 +29,54 @@ def test_a_config_that_ends_the_compiler_costs_itself_alone(monkeypatch):
     assert started == [3, 1]
 
 
+WORKER = """
+import json, os, sys, time
+for line in sys.stdin:
+    for config in json.loads(line)["configs"]:
+        if config["num_stages"] == 3:
+            print("ptxas fatal: no", file=sys.stderr)
+            os._exit(7)
+        if config["num_stages"] == 4:
+            time.sleep(60)
+        print("a library speaks")
+        print(json.dumps({"seconds": 1, "why": str(os.getpid())}), flush=True)
+"""
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Workers that compile nothing and say who they are: 3 stages end them, 4 take too long."""
+    popen, started = subprocess.Popen, []
+
+    def start(command, **how):
+        started.append(popen([sys.executable, "-c", WORKER], **how))
+        return started[-1]
+
+    monkeypatch.setattr(precompile.subprocess, "Popen", start)
+    monkeypatch.setattr(precompile, "_STARTUP_S", 20.0)
+    monkeypatch.setattr(precompile, "_CONFIG_S", 1.0)
+    return started
+
+
+def test_a_worker_serves_several_problems(pretended):
+    with precompile.Precompiler(90, workers=1) as compiler:
+        first, second = (compiler.submit(problem(device="cuda"), CONFIGS[:1]) for _ in range(2))
+        assert first.result() == second.result() == {CONFIGS[0]: str(pretended[0].pid)}
+    assert len(pretended) == 1 and pretended[0].wait(10) is not None
+
+
+def test_a_worker_that_ends_or_hangs_is_replaced(pretended):
+    again = CONFIGS[0]._replace(BLOCK_M=64)
+    with precompile.Precompiler(90, workers=1) as compiler:
+        results = compiler.submit(problem(device="cuda"), [*CONFIGS, again]).result()
+        after = compiler.submit(problem(device="cuda"), CONFIGS[:1]).result()
+    assert results[CONFIGS[1]] == "the compiler ended: ptxas fatal: no"
+    assert results[CONFIGS[2]] == "the compiler did not end"
+    pids = [str(process.pid) for process in pretended]
+    assert [results[CONFIGS[0]], results[again], after[CONFIGS[0]]] == [pids[0], pids[2], pids[2]]
+    assert len(pids) == 3 and all(process.wait(10) is not None for process in pretended)
+
+
 def test_what_still_compiles_is_ended(monkeypatch):
     """While the threads that wait for the processes take them off the list."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 
 import pytest
@@ -15,7 +16,7 @@ from fused_resnet.kernels.triton import runtime
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem
-from fused_resnet.testing import compare
+from fused_resnet.testing import compare, large
 
 SEED = 0
 FIRST_TIER, FULL, CHUNK = 150, 2000, 100
@@ -269,3 +270,50 @@ def test_drawing_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
     testing.random_case(random.Random(0))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------------------------------------------- large problems
+
+
+def test_a_large_problem_passes_what_32_bits_hold():
+    for problem in testing.large_problems(SEED, "cuda:0"):
+        assert problem.has_residual and problem.device == "cuda"
+        for shape in (problem.output_shape, (problem.N, problem.C, problem.H, problem.W)):
+            assert math.prod(shape) > 2**31 and 2 * math.prod(shape) > 2**32
+    drawn = {str(testing.large_problems(seed, "cuda")) for seed in range(20)}
+    assert len(drawn) == 2  # one for each dtype
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Large problems that a CPU computes in no time."""
+    monkeypatch.setattr(large, "_IMAGES", 7)
+    monkeypatch.setattr(large, "_SIDE", 5)
+
+
+def test_large_problems_are_verified_too(small):
+    report = testing.verify(0, SEED, backends=["eager"], large=True)
+    assert report.problems == 2 and report.passed
+    assert report.backends["conv_bn_act/eager"].ok == 2
+
+
+def test_an_image_in_the_middle_that_is_wrong_is_a_mismatch(small, monkeypatch):
+    eager = backends.known("conv_bn_act")["eager"]
+
+    def run(problem, operands):
+        out = eager.run(problem, operands)
+        out[4, 3, 2, 1] += 50
+        return out
+
+    monkeypatch.setitem(REGISTRY["conv_bn_act"], "broken", eager._replace(name="broken", run=run))
+    entry = testing.verify(0, SEED, backends=["broken"], large=True).backends["conv_bn_act/broken"]
+    assert len(entry.mismatches) == 2 and "times its bound" in entry.mismatches[0]["detail"]
+
+
+def test_a_large_problem_that_does_not_fit_is_not_run(monkeypatch):
+    problem = testing.large_problems(SEED, "cuda")[0]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 10**9, 0))
+    assert large.why_too_large(problem, "cuda") == "it needs 26 GB of memory, and 8 GB are free"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 10**9, 0))
+    assert large.why_too_large(problem, "cuda") is None

@@ -6,16 +6,20 @@ so a cache that is carried serves that version alone; `carried` lets both sides 
 
     echo '{"problem": "...", "configs": [{...}]}' | python -m fused_resnet.kernels.triton.precompile 90
 
-is a worker. One line comes out for each config, in order: {"seconds": ...} or {"why": ...}
+is a worker, which takes a line for each problem. One line comes out for each config, in order: {"seconds": ...} or
+{"why": ...}
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
+import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -43,7 +47,8 @@ class Precompiler:
         if cache is not None:
             self._environment["TRITON_CACHE_DIR"] = str(Path(cache).resolve())
         self._pool = concurrent.futures.ThreadPoolExecutor(workers or max(1, (os.cpu_count() or 2) - 1))
-        self._running: set[subprocess.Popen] = set()
+        self._own = threading.local()  # of a thread: its worker, since starting one takes longer than most configs
+        self._running: set[_Worker] = set()
         self._lock, self._is_closed = threading.Lock(), False
 
     def __enter__(self) -> "Precompiler":
@@ -53,9 +58,11 @@ class Precompiler:
         """Ends what still runs: nothing that was compiled is lost."""
         with self._lock:
             self._is_closed = True
-            for process in list(self._running):  # which the threads that wait for them empty meanwhile
-                process.kill()
+            for worker in list(self._running):  # which the threads that wait for them empty meanwhile
+                worker.kill()
         self._pool.shutdown(cancel_futures=True)
+        for worker in list(self._running):
+            worker.why_ended()
 
     def submit(self, problem: ConvProblem, configs: Sequence[TritonConfig]) -> concurrent.futures.Future:
         """The future result: by config None, or why it does not compile."""
@@ -73,25 +80,72 @@ class Precompiler:
         return results
 
     def _work(self, problem: ConvProblem, configs: list[TritonConfig]) -> tuple[list[Optional[str]], str]:
-        """(the reports of one worker, why there are no more of them)."""
+        """(this thread's worker's reports, why there are no more of them)."""
+        worker = getattr(self._own, "worker", None)
+        if worker is None:
+            with self._lock:
+                if self._is_closed:
+                    return [], "interrupted"
+                worker = self._own.worker = _Worker(self.arch, self._environment)
+                self._running.add(worker)
+        reports = worker.compile(problem, configs)
+        if len(reports) == len(configs):
+            return reports, ""
+        self._own.worker = None
+        self._running.discard(worker)
+        return reports, worker.why_ended()
+
+
+class _Worker:
+    """A process that compiles for one problem after the other."""
+
+    def __init__(self, arch: int, environment: dict[str, str]) -> None:
+        self._stderr = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fused_resnet.kernels.triton.precompile", str(arch)], env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True,
+        )  # fmt: skip
+        self._lines: queue.SimpleQueue[Optional[str]] = queue.SimpleQueue()
+        self._limit_s, self._is_late = _STARTUP_S + _CONFIG_S, False
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):  # no library's
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def compile(self, problem: ConvProblem, configs: Sequence[TritonConfig]) -> list[Optional[str]]:
+        """For each config None, or why it does not compile. Fewer where the process ends, or one takes too long."""
         job = json.dumps({"problem": str(problem), "configs": [config._asdict() for config in configs]})
-        command = [sys.executable, "-m", "fused_resnet.kernels.triton.precompile", str(self.arch)]
-        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        with self._lock:
-            if self._is_closed:
-                return [], "interrupted"
-            process = subprocess.Popen(command, env=self._environment, text=True, **pipes)
-            self._running.add(process)
-        try:
-            out, err = process.communicate(job, timeout=_STARTUP_S + _CONFIG_S * len(configs))
-            last = err.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-            why = f"the compiler ended: {last[0]}"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, why = process.communicate()[0], "the compiler did not end"
-        finally:
-            self._running.discard(process)
-        return [json.loads(line).get("why") for line in out.splitlines() if line.startswith("{")], why
+        reports: list[Optional[str]] = []
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it has ended, which its silence shows
+            self._process.stdin.write(job + "\n")
+            self._process.stdin.flush()
+        while len(reports) < len(configs):
+            try:
+                line = self._lines.get(timeout=self._limit_s)
+            except queue.Empty:
+                self._is_late, line = True, None
+            if line is None:
+                break
+            self._limit_s = _CONFIG_S
+            reports.append(json.loads(line).get("why"))
+        return reports
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def why_ended(self) -> str:
+        self.kill()
+        code = self._process.wait()
+        if self._is_late:
+            return "the compiler did not end"
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        return f"the compiler ended: {lines[-1] if lines else f'exit code {code}'}"
 
 
 # -------------------------------------------------------------------------------------------------------- the worker
@@ -125,16 +179,20 @@ def main(arch: int) -> None:
     from triton.runtime import driver
 
     driver.set_active(_Driver(arch))
-    job = json.load(sys.stdin)
-    problem = parsed_problem(job["problem"], "cuda")
-    for fields in job["configs"]:
-        started = time.monotonic()
-        try:
-            compile_config(problem, TritonConfig(**fields))
-            report: dict[str, Any] = {"seconds": round(time.monotonic() - started, 2)}
-        except Exception as error:  # whatever Triton, LLVM or ptxas raise
-            report = {"why": f"it does not compile: {one_line(error)}"}
-        print(json.dumps(report), flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        problem = parsed_problem(job["problem"], "cuda")
+        for fields in job["configs"]:
+            print(json.dumps(_report(problem, TritonConfig(**fields))), flush=True)
+
+
+def _report(problem: ConvProblem, config: TritonConfig) -> dict[str, Any]:
+    started = time.monotonic()
+    try:
+        compile_config(problem, config)
+    except Exception as error:  # whatever Triton, LLVM or ptxas raise
+        return {"why": f"it does not compile: {one_line(error)}"}
+    return {"seconds": round(time.monotonic() - started, 2)}
 
 
 if __name__ == "__main__":
