@@ -222,7 +222,7 @@ def test_one_thread_may_release_for_its_warpgroup(schedule):
     mbarrier.try_wait.parity.shared.b64 %p6, [%r220], 0;
     @!%p6 bra PRODUCER;
     sub.u32 %r250, %r250, 128;
-    {OVERWRITE}
+    {OVERWRITE.replace("%r250, 4", "%r250, 256")}
     ret;
     END:"""
     fill = "setp.ge.u32 %p7, %r250, 128;"
