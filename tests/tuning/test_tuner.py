@@ -79,7 +79,8 @@ def test_candidates_start_with_the_fixed_order_and_say_why_others_are_none(tuned
     assert len(set(map(str, found))) == len(found)
     live = problem(has_bn=True, has_bias=False)
     found, skipped = candidates.candidates(live)
-    assert found[0].backend is EAGER and "folded BN" in skipped["onednn"]
+    assert found[0].backend.name == "cpu_pass" and EAGER in [one.backend for one in found]
+    assert "folded BN" in skipped["onednn"]
 
 
 def test_the_convolutions_of_models_by_their_share_of_the_work():
@@ -395,8 +396,8 @@ def test_tuning_on_a_gpu(tuned_files, live_bn):
 
 def test_live_bn_is_tuned_as_the_operator_runs_it(tuned_files, times):
     (row,) = tune([problem(has_bn=True, has_bias=False)])["rows"]
-    assert row["default"] == {"backend": "eager", "config": None} and not row["wrong"] and not row["failed"]
-    assert {one["backend"] for one in row["timed"]} == {"eager"} and len(row["timed"]) == 2
+    assert row["default"] == {"backend": "cpu_pass", "config": None} and not row["wrong"] and not row["failed"]
+    assert sorted(one["backend"] for one in row["timed"]) == ["cpu_pass", "eager", "eager"]
 
 
 def test_configs_are_written_where_they_ship_without_measuring_again(tuned_files, times, monkeypatch, tmp_path):
