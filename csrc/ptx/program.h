@@ -129,7 +129,7 @@ class Modifiers {
   Modifiers(const std::string& op, const std::string& text);
   const std::string& name() const { return name_; }
   bool take(const char* modifier);
-  bool peek(const char* modifier) const;  // whether it is there
+  bool peek(const char* modifier) const;                  // whether it is there
   int any(std::initializer_list<const char*> modifiers);  // the first one's index, or -1
   std::vector<Type> types();                              // all types, in order
   Type type();                                            // the only one
