@@ -3,8 +3,8 @@
 Mutants are drawn by seed: waits, commits, fences, barriers, counts, parities, descriptors, swizzles, masks, addresses.
 They are edits of the PTX of Triton's and nvcc's kernels, and of csrc's CUDA source. Each runs in up to four ways of
 landing and turns on each of a kernel's problems. "report" counts those that a report gives away, "data" those whose
-output is wrong or unfinished, "data alone" those of which nothing but the output tells. What nobody notices is listed,
-to be explained. Lines of PTX that no problem reaches are counted apart: a trap in their place goes unnoticed too.
+output is wrong or unfinished. Nothing but the output tells of "data alone". What nobody notices is listed, to be
+explained. Lines of PTX that no problem reaches are counted apart: a trap in their place goes unnoticed too.
 """
 
 from __future__ import annotations
