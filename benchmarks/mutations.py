@@ -118,7 +118,7 @@ CUDA: tuple[tuple[int, tuple[str, ...], int], ...] = (
         4,
     ),
 )
-SOURCES = ("cuda/sm80/conv_bn_act.cuh", "cuda/sm80/tile_layout.h", "cuda/epilogue.cuh")
+SOURCES = ("cuda/sm80/conv_bn_act.cuh", "cuda/sm80/tile_layout.h")
 
 
 def operands_of(p: ConvProblem) -> ConvOperands:
