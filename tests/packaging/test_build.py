@@ -194,7 +194,15 @@ def status_of_installed(wheel, tmp_path) -> dict:
 def test_wheel_is_complete_and_works(build, tmp_path):
     files = set(zipfile.ZipFile(build.wheel).namelist())
     host_checks = "_host_checks" + sysconfig.get_config_var("EXT_SUFFIX")
-    for name in ("__init__.py", "py.typed", "_build.json", "configs/some_device.json", "_C_cpu.so", host_checks):
+    for name in (
+        "__init__.py",
+        "py.typed",
+        "_build.json",
+        "configs/some_device.json",
+        "_C_cpu.so",
+        "_ptx.so",
+        host_checks,
+    ):
         assert f"fused_resnet/{name}" in files
     assert not [name for name in files if name.startswith(("csrc", "tests", "build"))]
     status = status_of_installed(build.wheel, tmp_path)
@@ -229,7 +237,7 @@ def test_rebuilding_compiles_only_what_changed(build):
     assert list((build.sources / "build").rglob("*.o")) and not list(package.glob("*.so"))
     again = in_place()
     assert "no work to do" in again and "] compile" not in again
-    assert len(list(package.glob("*.so"))) == 2
+    assert len(list(package.glob("*.so"))) == 3
     header = build.sources / "csrc" / "common" / "checks.h"
     header.write_text(header.read_text() + "\n")
     touched = in_place()
