@@ -34,6 +34,7 @@ for _name in (
     "winograd",
     "grouped",
     "onednn",
+    "direct",
     "cudnn",
     "cuda",
     "cublaslt",

@@ -24,6 +24,7 @@ CPU_PASS = (*_CPU, "csrc/cpu/affine_act.cpp")
 PASS = (f"{_TRITON}/affine_act.py", f"{_TRITON}/conv/epilogue.py", f"{_TRITON}/runtime.py")
 WINOGRAD = (*_CPU, "csrc/cpu/winograd.*")
 GROUPED = (*_CPU, "csrc/cpu/grouped.*")
+DIRECT = (*_CPU, "csrc/cpu/direct.*")
 
 
 def is_source(file: str, patterns: Sequence[str]) -> bool:

@@ -28,6 +28,8 @@ KERNELS = {
         "Tensor(a!) out) -> ()",
         "cpu_grouped_conv": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, "
         "str activation, Tensor(a!) out) -> ()",
+        "cpu_direct_conv": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, "
+        "int[2] dilation, str activation, Tensor(a!) out) -> ()",
         "cpu_max_pool2d": "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, Tensor(a!) out) -> ()",
         "cpu_affine_act": "(Tensor(a!) y, Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, "
         "float eps, Tensor? residual, str activation) -> ()",

@@ -214,7 +214,7 @@ def test_pointwise_kernels_move_16_bytes_at_a_time(compiled):
 @pytest.mark.parametrize("header", [
     "common/activation.h", "common/divisor.h", "common/dtype.h", "common/inline.h", "cpu/dispatch.h",
     "cuda/conv_shape.h", "cuda/conv_arguments.h", "cuda/launchers.h", "cuda/sm80/tiles.h", "cuda/sm80/tile_layout.h",
-    "cpu/epilogue.h", "cpu/vectors.h", "cpu/winograd.h", "cpu/grouped.h",
+    "cpu/epilogue.h", "cpu/vectors.h", "cpu/winograd.h", "cpu/grouped.h", "cpu/direct.h",
 ])  # fmt: skip
 def test_headers_stand_alone_without_cuda_or_torch(header, tmp_path):
     """In C++17, with no include path but csrc's and the standard one."""

@@ -46,7 +46,7 @@ def test_models(create, dtype):
     frozen = fused_resnet.freeze(model, x, dtype=dtype)
     count = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     fused = [conv.backend.name for conv in convolutions(frozen, x)]
-    assert len(fused) == count and set(fused) <= {"onednn", "winograd", "grouped"}
+    assert len(fused) == count and set(fused) <= {"onednn", "winograd", "grouped", "direct"}
     assert not any(isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)) for module in frozen.plan(x).modules())
     as_good_as_plain(frozen, model, x)
 

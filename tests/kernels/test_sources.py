@@ -40,7 +40,9 @@ def test_the_build_says_what_the_cuda_kernels_were_compiled_from(monkeypatch):
     assert compiled.built_digest.__wrapped__(sources.CUDA) is None
 
 
-@pytest.mark.parametrize("name, file", [("winograd",) * 2, ("grouped",) * 2, ("cpu_pass", "affine_act")])
+@pytest.mark.parametrize(
+    "name, file", [("winograd",) * 2, ("grouped",) * 2, ("direct",) * 2, ("cpu_pass", "affine_act")]
+)
 def test_a_cpu_kernel_s_digest_covers_all_it_includes(name, file):
     """And nothing beside that, but for all of csrc/common."""
     files, found = {f"csrc/cpu/{file}.cpp"}, set()

@@ -164,7 +164,8 @@ _ROOMS = [
     "tests/freezing/test_dtypes.py::test_norms_without_statistics_in_bf16",
     *("tests/fusing", "tests/nn", "tests/explaining", "tests/cli/test_explain.py"),
     *(f"tests/interop/test_{name}.py" for name in "compile copies export training".split()),
-    *("tests/backends/test_winograd.py", "tests/backends/test_grouped.py", "tests/operators/test_functional.py"),
+    *("tests/backends/test_winograd.py", "tests/backends/test_grouped.py", "tests/backends/test_direct.py"),
+    "tests/operators/test_functional.py",
 ]
 # AVX-512's instructions for fp16 are not emulated, and forks are of a process that emulates nothing
 _EMULATED = "not fp16 and not float16 and not half and not mixed_dtypes and not fork"

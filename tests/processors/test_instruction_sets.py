@@ -116,7 +116,7 @@ KERNELS = {"ours portable": "portable", "torch's default": "portable", "ours AVX
 TORCHS = {"torch's default": "DEFAULT", "AVX2 everywhere": "AVX2"}
 # of 150 random and 300 common problems; oneDNN has fp32 within every limit
 AT_LEAST = {"conv_bn_act/eager": 400, "conv_bn_act/onednn": 140, "add_relu/eager": 25, "add_relu/cpu": 20,
-            "conv_bn_act/winograd": 60, "conv_bn_act/grouped": 80}  # fmt: skip
+            "conv_bn_act/winograd": 60, "conv_bn_act/grouped": 80, "conv_bn_act/direct": 80}  # fmt: skip
 
 
 def in_a_process_within(variables, command):
@@ -154,7 +154,7 @@ def test_within(limit, tmp_path):
         assert reason in (None, f"this CPU has no {dtype} instructions that oneDNN can use{within}")
         assert record["refused"][short] == reason
     # `auto` took what there is
-    ours = {"winograd", "grouped"}
+    ours = {"winograd", "grouped"} | ({"direct"} if not has_onednn["bf16"] else set())
     for plan in record["plans"]:
         used = set(plan["backends"])
         assert used <= ours | {"onednn" if has_onednn[plan["dtype"]] else "eager"}, plan
@@ -164,8 +164,8 @@ def test_within(limit, tmp_path):
 
 def record_of_this_process():
     """What `test_within` asserts on."""
-    names = ["eager", "onednn", "winograd", "grouped", "cpu"]
-    reports = [testing.verify(150, 5, backends=names), testing.verify(300, 11, backends=names[:4], kind="common")]
+    names = ["eager", "onednn", "winograd", "grouped", "direct", "cpu"]
+    reports = [testing.verify(150, 5, backends=names), testing.verify(300, 11, backends=names[:5], kind="common")]
     return {
         "kernels": compiled.instruction_set()["name"],
         "torch": torch.backends.cpu.get_cpu_capability(),

@@ -242,7 +242,9 @@ NEEDS_LIBRARY = pytest.mark.skipif(compiled.load("cpu") is not None, reason=str(
 
 
 @NEEDS_LIBRARY
-@pytest.mark.parametrize("backend, problems, at_least", [("winograd", 150, 40), ("grouped", 150, 30)])
+@pytest.mark.parametrize(
+    "backend, problems, at_least", [("winograd", 150, 40), ("grouped", 150, 30), ("direct", 150, 60)]
+)
 def test_common_problems(backend, problems, at_least):
     report = testing.verify(problems, seed=7, backends=[backend], kind="common")
     assert report.passed, str(report)
