@@ -57,10 +57,10 @@ def conv_bn_act(
     (N, K, P, Q) tensor in channels_last memory, or in NCHW where channels_last=False. Kernels read channels_last inputs
     as they are and convert others; eager computes NCHW inputs to an NCHW output without conversions.
 
-    activation: "none", "relu", "relu6" or "silu". backend: "auto" or one of "eager", "winograd",
-    "grouped", "onednn", "direct", "cpu_pass" (CPU), "cudnn", "cuda", "cublaslt", "triton" and "cudnn_pass"; the name of
-    one that is registered, too. A kernel makes one pass over memory, eager one per step. onednn makes a second one for what it
-    does not fuse, cpu_pass and cudnn_pass for all that follows the convolution.
+    activation: "none", "relu", "relu6" or "silu". backend: "auto" or one of "eager", "winograd", "grouped", "onednn",
+    "direct", "cpu_pass" (CPU), "cudnn", "cuda", "cublaslt", "triton" and "cudnn_pass"; the name of one that is
+    registered, too. A kernel makes one pass over memory, eager one per step. onednn makes a second one for what it does
+    not fuse, cpu_pass and cudnn_pass for all that follows the convolution.
     Gradients reach x, weight, bn_weight, bn_bias, bias and residual; bn_mean and bn_var are constants. Under the
     transforms of torch.func and forward-mode AD the same is computed by ATen, whatever the backend, in ATen's layout.
 
@@ -74,20 +74,13 @@ def conv_bn_act(
         if residual is not None:
             tensors += (residual,)
         for call in repeated.calls.get((id(weight), bias is None, residual is None), ()):
-            check, needs_grad, u, pad, d, g, act, name, is_last, candidates, measured, run = call
+            check, _, u, pad, d, g, act, name, is_last, _, _, run = call
             # by identity: 1.0 is equal to 1, but refused
             is_asked = stride is u and padding is pad and dilation is d and groups is g and activation is act
-            if not (is_asked and backend is name and channels_last is is_last and check(*tensors)):
-                continue
-            # what leaves no trace in a tensor's dispatch keys
-            if _num_function_modes() or _is_profiled() or forward_ad._current_level >= 0 or type(eps) is not float:
+            if is_asked and backend is name and channels_last is is_last and check(*tensors):
+                if type(eps) is float and repeated.holds(call):
+                    return run(x, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, bias, residual)
                 break
-            if needs_grad and torch.is_grad_enabled():
-                break
-            if candidates is None or candidates is _REGISTRY["conv_bn_act"] and measured is repeated.measured("cpu"):
-                return run(x, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, bias, residual)
-            repeated.calls.clear()  # somebody has registered a backend, or measured
-            break
     operands = ConvOperands(x, weight, bn_weight, bn_bias, bn_mean, bn_var, eps, bias, residual)
     window = (pair("stride", stride), pair("padding", padding), pair("dilation", dilation), groups, activation)
     if type(groups) is not int:

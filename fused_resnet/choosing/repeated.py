@@ -9,11 +9,13 @@ tracers and autocast add.
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fused_resnet.backends import add_relu, cpu_pass, eager, record
 from fused_resnet.choosing import winners
@@ -29,6 +31,8 @@ except ImportError:  # it is private: without it each call is decided anew
     TensorGuards = None  # type: ignore
 
 MOST_WEIGHTS, MOST_EACH = 1024, 4
+_REGISTRY = record.REGISTRY
+_num_function_modes, _is_profiled = torch._C._len_torch_function_stack, torch.autograd._profiler_enabled
 
 
 class Call(NamedTuple):
@@ -71,6 +75,20 @@ calls: dict[tuple[int, bool, bool], tuple[Call, ...]] = {}
 _weights: dict[int, weakref.ref] = {}
 
 
+def holds(call: Call) -> bool:
+    """Whether a call may be repeated on tensors that its check takes: nobody watches or wants a gradient, and what was
+    chosen rests on what still is so."""
+    # the first three leave no trace in a tensor's dispatch keys
+    if _num_function_modes() or _is_profiled() or forward_ad._current_level >= 0:
+        return False
+    if call.needs_grad and torch.is_grad_enabled():
+        return False
+    if call.candidates is None or call.candidates is _REGISTRY["conv_bn_act"] and call.measured is measured("cpu"):
+        return True
+    calls.clear()  # somebody has registered a backend, or measured
+    return False
+
+
 def learn(operands: ConvOperands, window: tuple, asked: tuple, channels_last: bool) -> None:
     """Keep a call that was just made, unwatched and with torch's own tensors. asked: from stride to backend.
 
@@ -95,6 +113,14 @@ def learn(operands: ConvOperands, window: tuple, asked: tuple, channels_last: bo
     rests_on: tuple = (None, None) if run is None else (record.REGISTRY["conv_bn_act"], measured("cpu"))
     run = run or _selected_anew(problem, backend, channels_last)
     calls[key] = (*known, Call(check, needs_grad, *asked, channels_last, *rests_on, run))  # type: ignore[call-arg]
+
+
+def kept(tensors: Sequence[Tensor], has_no_residual: bool, asked: tuple) -> Optional[Call]:
+    """The call without a bias that is kept of such tensors, the weight second. asked: from stride to channels_last."""
+    for call in calls.get((id(tensors[1]), True, has_no_residual), ()):
+        if all(map(operator.is_, call[2:9], asked)) and call.check(*tensors):
+            return call
+    return None
 
 
 def learn_sum(a: Tensor, b: Tensor, backend: str) -> None:

@@ -108,7 +108,10 @@ def fused_conv_bn_act(
 
 
 class _Known(NamedTuple):
-    """Operands that the operator took, without a bias, and what was found of them: the layout of the result."""
+    """Operands that the operator took, without a bias, and what was found of them: the layout of the result.
+
+    calls: by activation and backend, what ran on them (`repeated.Call`, with the same check).
+    """
 
     check: Callable[..., bool]
     needs_grad: bool
@@ -118,6 +121,7 @@ class _Known(NamedTuple):
     groups: int
     sum: str
     channels_last: bool
+    calls: dict[tuple[str, str], repeated.Call]
 
 
 # by id(weight), and whether there is no residual
@@ -139,15 +143,23 @@ def _as_before(
     vectors = affine.get("weight"), affine.get("bias"), statistics.get("running_mean"), statistics.get("running_var")
     tensors = (x, weight, *vectors) if residual is None else (x, weight, *vectors, residual)
     stride, padding, dilation, groups = own["stride"], own["padding"], own["dilation"], own["groups"]
-    for check, needs_grad, u, pad, d, g, added, is_last in known:
+    for one in known:
+        check, needs_grad, u, pad, d, g, added, is_last, calls = one
         is_asked = stride is u and padding is pad and dilation is d and groups is g and sum == added
         if not (is_asked and check(*tensors)) or needs_grad and torch.is_grad_enabled():
             continue
         activation = act if isinstance(act, str) else "none" if act is None else ACTIVATION_OF[type(act)]
-        return functional.conv_bn_act(
-            x, weight, *vectors, eps=norm["eps"], residual=residual, stride=stride, padding=padding, dilation=dilation,
+        eps, call = norm["eps"], calls.get((activation, backend))
+        if call is not None and type(eps) is float and repeated.holds(call):
+            return call.run(x, weight, *vectors, eps, None, residual)
+        out = functional.conv_bn_act(
+            x, weight, *vectors, eps=eps, residual=residual, stride=stride, padding=padding, dilation=dilation,
             groups=groups, activation=activation, backend=backend, channels_last=is_last,
         )  # fmt: skip
+        call = repeated.kept(tensors, residual is None, (*one[2:6], activation, backend, is_last))
+        if call is not None:
+            calls[activation, backend] = call
+        return out
     return None
 
 
@@ -167,7 +179,7 @@ def _keep(operands: tuple, options: dict[str, Any], sum: str, channels_last: boo
     if len(_known) >= repeated.MOST_WEIGHTS:
         _known.clear()
     needs_grad = any(tensor.requires_grad for tensor in tensors)
-    _known[key] = (*known, _Known(check, needs_grad, *window, sum, channels_last))  # type: ignore[call-arg]
+    _known[key] = (*known, _Known(check, needs_grad, *window, sum, channels_last, {}))  # type: ignore[call-arg]
 
 
 def _activated(out: Tensor, act: Union[nn.Module, str, None]) -> Tensor:

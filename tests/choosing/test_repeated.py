@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_resnet import backends, choosing, functional, fuse, nn, testing
 from fused_resnet.backends import eager, record
 from fused_resnet.choosing import repeated, winners
+from fused_resnet.nn import call as call_of_a_module
 from fused_resnet.operators.problem import ACTIVATIONS
 from tests.support.tuned_files import entry, problem
 
@@ -141,14 +142,16 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    "watching",
-    (
-        Functions, Operators, lambda: torch.autocast("cpu", torch.bfloat16), torch.autograd.profiler.profile,
-        forward_ad.dual_level,
-    ),
-    ids=("function mode", "dispatch mode", "autocast", "profiler", "forward AD"),
-)  # fmt: skip
+WATCHING = {
+    "function mode": Functions,
+    "dispatch mode": Operators,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "profiler": torch.autograd.profiler.profile,
+    "forward AD": forward_ad.dual_level,
+}
+
+
+@pytest.mark.parametrize("watching", WATCHING.values(), ids=WATCHING)
 @torch.no_grad()
 def test_whatever_watches_sees_the_operator(watching):
     conv = Conv().learned()
@@ -231,6 +234,54 @@ def test_weights_that_are_made_for_a_call_are_not_kept():
         conv.weight = torch.randn(10, 6, 3, 3)
         conv()
     assert not repeated.calls
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How often a module called the operator, and did not repeat what ran before."""
+    calls, function = [], functional.conv_bn_act
+    monkeypatch.setattr(call_of_a_module, "_known", {})
+    monkeypatch.setattr(
+        functional, "conv_bn_act", lambda *args, **options: calls.append(1) or function(*args, **options)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("watching", WATCHING.values(), ids=WATCHING)
+@torch.no_grad()
+def test_a_module_repeats_its_calls_unless_somebody_watches(watching, asked):
+    block, x = fuse(nn.BasicBlock(8, 8).eval()), torch.randn(2, 8, 6, 5)
+    expected = [block(x) for _ in range(4)][0]
+    asked.clear()
+    assert torch.equal(block(x), expected) and not asked
+    with watching():
+        block(x)
+    assert len(asked) == 2
+    asked.clear()
+    assert torch.equal(block(x), expected) and not asked
+    block.bn1.eps = 1  # an int is refused by nobody, but is another type than that of the calls before
+    block(x)
+    assert len(asked) == 1
+
+
+@torch.no_grad()
+def test_a_module_notices_registered_backends_and_measurements(asked, monkeypatch, tuned_files):
+    monkeypatch.setitem(record.REGISTRY, "conv_bn_act", {**record.REGISTRY["conv_bn_act"]})
+    block, x = fuse(nn.BasicBlock(8, 8).eval()), torch.randn(2, 8, 6, 5)
+    for _ in range(4):
+        block(x)
+    asked.clear()
+    taken = []
+    one = backends.Backend(
+        "first", lambda problem: None, lambda p, o: taken.append(p) or eager.run(p, o), backends.Auto(("cpu",))
+    )
+    monkeypatch.setitem(record.REGISTRY, "conv_bn_act", {"first": one, **record.REGISTRY["conv_bn_act"]})
+    block(x)
+    assert len(taken) == len(asked) == 2
+    tuned_files.add(tuned_files.user, problem(has_bn=True, has_bias=False), entry("eager", eager=({}, 1.0)))
+    for _ in range(4):
+        block(x)
+    assert len(taken) == 10
 
 
 @torch.no_grad()
