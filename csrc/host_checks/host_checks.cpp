@@ -11,6 +11,7 @@
 
 #include "cuda/add_relu.cuh"
 #include "cuda/sm80/conv_bn_act.cuh"
+#include "host_checks/bindings.h"
 
 namespace py = pybind11;
 using namespace fused_resnet;
@@ -258,6 +259,7 @@ FloatArray emulate_add_relu(const FloatArray& a, const FloatArray& b, const std:
 }  // namespace
 
 PYBIND11_MODULE(_host_checks, m) {
+  bind_tiles(m);
   m.def("fast_divide", [](uint32_t n, uint32_t d) { return FastDivisor(d).divide(n); });
 
   py::class_<ConvShape>(m, "ConvShape")
