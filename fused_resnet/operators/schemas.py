@@ -33,6 +33,11 @@ KERNELS = {
         "cpu_max_pool2d": "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, Tensor(a!) out) -> ()",
         "cpu_affine_act": "(Tensor(a!) y, Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, "
         "float eps, Tensor? residual, str activation) -> ()",
+        # the steps of a program (csrc/cpu/blocked/program.h); kernel: a row of the table by name, or "" for the fastest
+        "cpu_region": "(Tensor program, Tensor[] inputs, Tensor[] weights, Tensor[] biases, str kernel, "
+        "Tensor(a!) workspace, Tensor(b!)[] outputs) -> ()",
+        # a line per row: name, dtype, "chosen" or "named", why it cannot run here; tabs between them
+        "cpu_region_kernels": "() -> str",
         # its name, why that one, and what to warn of, if anything
         "cpu_instruction_set": "() -> (str, str, str)",
     },

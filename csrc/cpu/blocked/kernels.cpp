@@ -1,0 +1,93 @@
+#include "cpu/blocked/kernels.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+#include "cpu/blocked/amx.h"
+#include "cpu/blocked/fma.h"
+
+namespace fused_resnet {
+namespace blocked {
+namespace {
+
+#if FUSED_RESNET_HAS_TILES
+FUSED_RESNET_AVX512 void run_amx_bf16(const Convolution& c, const Share& share) {
+  run_share<TileKernel<AmxTiles, 16>, BFloat16>(c, share);
+}
+#else
+constexpr void (*run_amx_bf16)(const Convolution&, const Share&) = nullptr;
+#endif
+
+void run_emulated_amx_bf16(const Convolution& c, const Share& share) {
+  run_share<TileKernel<EmulatedTiles, 4>, BFloat16>(c, share);
+}
+
+FUSED_RESNET_AVX512 void run_avx512_fp32(const Convolution& c, const Share& share) {
+  run_share<FmaKernel<16, 2, 14>, float>(c, share);
+}
+
+FUSED_RESNET_AVX2 void run_avx2_fp32(const Convolution& c, const Share& share) {
+  run_share<FmaKernel<8, 1, 6>, float>(c, share);
+}
+
+void run_fp32_anywhere(const Convolution& c, const Share& share) {
+  run_share<FmaKernel<4, 1, 4>, float>(c, share);
+}
+
+// FUSED_RESNET_CPU_ISA=avx512 means AVX-512 and no more; narrower limits end it through the set.
+const char* why_no_amx_here() {
+  const char* limit = std::getenv("FUSED_RESNET_CPU_ISA");
+  if (limit != nullptr && std::string(limit) == "avx512") return "FUSED_RESNET_CPU_ISA=avx512";
+  return why_no_amx();
+}
+
+const char* nothing() {
+  return nullptr;
+}
+
+const char* name_of(Dtype dtype) {
+  return dtype == Dtype::kBFloat16 ? "bfloat16" : "float32";
+}
+
+}  // namespace
+
+const std::vector<MicroKernel>& micro_kernels() {
+  using Set = InstructionSet;
+  static const std::vector<MicroKernel> kernels = {
+      {"amx_bf16", Set::kAvx512, Dtype::kBFloat16, 16, 2, true, "4 tiles of sums, 2 of pixels, 2 of weights",
+       "each load serves two products, and no other shape of 8 tiles has so few loads", why_no_amx_here, run_amx_bf16},
+      {"amx_bf16_emulated", Set::kPortable, Dtype::kBFloat16, 16, 2, false, "as amx_bf16, in memory",
+       "the same source without the instructions: for tests", nothing, run_emulated_amx_bf16},
+      {"avx512_fp32", Set::kAvx512, Dtype::kFloat32, 14, 1, true, "28 zmm of sums, 2 of weights, 1 pixel",
+       "14 divides the widths of ResNet's maps, and 28 sums hide a multiply-add's latency", nothing, run_avx512_fp32},
+      {"avx2_fp32", Set::kAvx2, Dtype::kFloat32, 6, 1, true, "12 ymm of sums, 2 of weights, 1 pixel",
+       "the most sums that 16 registers leave, with two vectors for each pixel that is read", nothing, run_avx2_fp32},
+      {"portable_fp32", Set::kPortable, Dtype::kFloat32, 4, 1, true, "16 vectors of sums, 4 of weights, 1 pixel",
+       "fits the 32 registers of 64-bit Arm", nothing, run_fp32_anywhere},
+  };
+  return kernels;
+}
+
+std::string why_not(const MicroKernel& kernel) {
+  if (kernel.set > best_instruction_set()) {
+    return std::string("it needs ") + kInstructionSetNames[static_cast<int>(kernel.set)] + ", this process uses " +
+           kInstructionSetNames[static_cast<int>(best_instruction_set())] + ": " + chosen_instructions().why;
+  }
+  const char* why = kernel.why_not();
+  return why == nullptr ? "" : why;
+}
+
+const MicroKernel& choose_kernel(const std::string& op, const std::string& name, Dtype dtype) {
+  std::string reasons;
+  for (const MicroKernel& kernel : micro_kernels()) {
+    if (kernel.dtype != dtype || (name.empty() ? !kernel.is_chosen : name != kernel.name)) continue;
+    const std::string why = why_not(kernel);
+    if (why.empty()) return kernel;
+    reasons += std::string(reasons.empty() ? "" : "; ") + kernel.name + ": " + why;
+  }
+  if (reasons.empty()) reasons = "there is no kernel " + name;
+  throw std::runtime_error(op + ": no kernel for " + name_of(dtype) + " runs here: " + reasons);
+}
+
+}  // namespace blocked
+}  // namespace fused_resnet

@@ -1,0 +1,108 @@
+// Max- and average-pooling over blocked activations. A window's part outside of the map is left out. No torch here.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "common/dtype.h"
+#include "common/inline.h"
+#include "cpu/blocked/convolution.h"
+#include "cpu/vectors.h"
+
+namespace fused_resnet {
+namespace blocked {
+
+struct Pooling {
+  View input, out;
+  int64_t blocks, H, W, P, Q, R, S, stride_h, stride_w, padding_h, padding_w;
+  bool is_max;
+  bool counts_padding;  // an average's divisor: R * S, or as many pixels as there are
+
+  int64_t lines(int64_t images) const { return images * blocks * P; }
+};
+
+// The pixels of one window along one side.
+struct Extent {
+  int64_t begin, end;
+  Extent(int64_t output, int64_t stride, int64_t padding, int64_t window, int64_t size)
+      : begin(std::max<int64_t>(output * stride - padding, 0)),
+        end(std::min(output * stride - padding + window, size)) {}
+  int64_t count() const { return end - begin; }
+};
+
+// NaN is larger than what was found before, and nothing is larger than NaN.
+template <int kLanes, class T>
+FUSED_RESNET_INLINE void largest(const char* plane, int64_t line, const Extent& h, const Extent& w, int64_t lane,
+                                 typename Lanes<kLanes>::Vector* result) {
+  using V = typename Lanes<kLanes>::Vector;
+  V found = V{} - std::numeric_limits<float>::infinity();
+  for (int64_t i = h.begin; i < h.end; ++i) {
+    for (int64_t j = w.begin; j < w.end; ++j) {
+      V value;
+      load<kLanes>(reinterpret_cast<const T*>(plane + i * line + j * kPixelBytes) + lane, &value);
+      found = value > found ? value : found;
+      found = value != value ? value : found;
+    }
+  }
+  *result = found;
+}
+
+template <int kLanes, class T>
+FUSED_RESNET_INLINE void total(const char* plane, int64_t line, const Extent& h, const Extent& w, int64_t lane,
+                               typename Lanes<kLanes>::Vector* result) {
+  using V = typename Lanes<kLanes>::Vector;
+  V sum = V{};
+  for (int64_t i = h.begin; i < h.end; ++i) {
+    for (int64_t j = w.begin; j < w.end; ++j) {
+      V value;
+      load<kLanes>(reinterpret_cast<const T*>(plane + i * line + j * kPixelBytes) + lane, &value);
+      sum += value;
+    }
+  }
+  *result = sum;
+}
+
+// Lines [begin, end) of outputs: line = (image, block, p).
+template <int kLanes, class T>
+FUSED_RESNET_INLINE void pool_lines(const Pooling& s, int64_t begin, int64_t end) {
+  typename Lanes<kLanes>::Vector value;
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t p = index % s.P, block = index / s.P % s.blocks, image = index / s.P / s.blocks;
+    const char* plane = s.input.base + image * s.input.image + block * s.input.plane;
+    char* out = s.out.base + image * s.out.image + block * s.out.plane + p * s.out.line;
+    const Extent h(p, s.stride_h, s.padding_h, s.R, s.H);
+    for (int64_t q = 0; q < s.Q; ++q) {
+      const Extent w(q, s.stride_w, s.padding_w, s.S, s.W);
+      const float pixels = static_cast<float>(s.counts_padding ? s.R * s.S : h.count() * w.count());
+      for (int64_t lane = 0; lane < kPixelBytes / static_cast<int64_t>(sizeof(T)); lane += kLanes) {
+        if (s.is_max) {
+          largest<kLanes, T>(plane, s.input.line, h, w, lane, &value);
+        } else {
+          total<kLanes, T>(plane, s.input.line, h, w, lane, &value);
+          value = value / pixels;
+        }
+        store<kLanes>(value, reinterpret_cast<T*>(out + q * kPixelBytes) + lane);
+      }
+    }
+  }
+}
+
+// The same lines compiled for each instruction set.
+template <class T>
+void pool_anywhere(const Pooling& s, int64_t begin, int64_t end) {
+  pool_lines<4, T>(s, begin, end);
+}
+
+template <class T>
+FUSED_RESNET_AVX2 void pool_avx2(const Pooling& s, int64_t begin, int64_t end) {
+  pool_lines<8, T>(s, begin, end);
+}
+
+template <class T>
+FUSED_RESNET_AVX512 void pool_avx512(const Pooling& s, int64_t begin, int64_t end) {
+  pool_lines<16, T>(s, begin, end);
+}
+
+}  // namespace blocked
+}  // namespace fused_resnet

@@ -1,0 +1,257 @@
+#include "cpu/blocked/program.h"
+
+#include <algorithm>
+
+namespace fused_resnet {
+namespace blocked {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// Of each size, of a window's sides and of an image's bytes: so that no product overflows before it is compared.
+constexpr int64_t kMost = int64_t{1} << 24, kMostTaps = 1024, kMostImageBytes = int64_t{1} << 56;
+
+ScalarType scalar_type(Dtype dtype) {
+  return dtype == Dtype::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+}
+
+int64_t lanes_of(Dtype dtype) {
+  return dtype == Dtype::kBFloat16 ? 32 : 16;
+}
+
+// Whether N images of this layout fit `bytes`, without a product that could overflow.
+bool fits(const Layout& l, int64_t bytes) {
+  const int64_t planes = l.N * l.blocks();
+  if (l.pixels() > kMostImageBytes / kPixelBytes / l.blocks()) return false;
+  return planes == 0 || l.pixels() <= bytes / kPixelBytes / planes;
+}
+
+std::string text(const Layout& l) {
+  return in_parentheses(std::vector<int64_t>{l.N, l.C, l.H, l.W});
+}
+
+}  // namespace
+
+Program::Program(const Tensor& program, const RegionTensors& tensors, const MicroKernel& kernel)
+    : tensors_(tensors), kernel_(kernel) {
+  STD_TORCH_CHECK(program.scalar_type() == ScalarType::Long && program.dim() == 1 && program.is_contiguous(), kRegion,
+                  ": program must be a contiguous vector of int64, not ", layout_text(program), " of ",
+                  dtype_text(program));
+  const Tensor& workspace = tensors.workspace;
+  STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Byte && workspace.dim() == 1 && workspace.is_contiguous(),
+                  kRegion, ": workspace must be a contiguous vector of bytes, not ", layout_text(workspace), " of ",
+                  dtype_text(workspace));
+  workspace_ = static_cast<char*>(workspace.mutable_data_ptr());
+  workspace_bytes_ = workspace.numel();
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(workspace_) % kPixelBytes == 0, kRegion,
+                  ": workspace must begin at a multiple of 64 bytes");
+  at_ = static_cast<const int64_t*>(program.const_data_ptr());
+  end_ = at_ + program.numel();
+  const int64_t version = read();
+  STD_TORCH_CHECK(version == kProgramVersion, kRegion, ": programs of version ", kProgramVersion,
+                  " are run, this one is of version ", version);
+  read_buffers();
+  first_step_ = at_;
+}
+
+int64_t Program::read() {
+  STD_TORCH_CHECK(at_ != end_, kRegion, ": the program ends within a step");
+  return *at_++;
+}
+
+int64_t Program::read_between(const char* what, int64_t least, int64_t most) {
+  const int64_t value = read();
+  STD_TORCH_CHECK(value >= least && value <= most, kRegion, ": ", what, " must be from ", least, " to ", most, ", not ",
+                  value);
+  return value;
+}
+
+void Program::read_buffers() {
+  const int64_t count = read_between("the number of buffers", 0, kMost);
+  for (int64_t i = 0; i < count; ++i) buffers_.push_back(read_new_buffer());
+}
+
+Buffer Program::read_new_buffer() {
+  Layout l{};
+  l.N = read_between("a buffer's N", 0, kMost);
+  l.C = read_between("a buffer's C", 1, kMost);
+  l.H = read_between("a buffer's H", 1, kMost);
+  l.W = read_between("a buffer's W", 1, kMost);
+  l.halo = read_between("a buffer's halo", 0, kMost);
+  l.pitch = read_between("a buffer's pitch", l.W + l.halo, 4 * kMost);
+  l.lanes = lanes_of(kernel_.dtype);
+  const int64_t offset = read_between("a buffer's offset", 0, workspace_bytes_);
+  STD_TORCH_CHECK(offset % kPixelBytes == 0, kRegion, ": a buffer's offset must be a multiple of 64, not ", offset);
+  STD_TORCH_CHECK(fits(l, workspace_bytes_ - offset), kRegion, ": a buffer of ", text(l), " at ", offset,
+                  " does not fit the workspace of ", workspace_bytes_, " bytes");
+  return {l, offset};
+}
+
+const Buffer& Program::read_buffer() {
+  return buffers_[read_between("a buffer's number", 0, static_cast<int64_t>(buffers_.size()) - 1)];
+}
+
+const Tensor& Program::read_tensor(const char* what, const std::vector<Tensor>& tensors) {
+  return tensors[read_between(what, 0, static_cast<int64_t>(tensors.size()) - 1)];
+}
+
+Program::Window Program::read_window() {
+  Window w{};
+  w.R = read_between("a window's height", 1, kMostTaps);
+  w.S = read_between("a window's width", 1, kMostTaps);
+  w.stride_h = read_between("a stride", 1, kMost);
+  w.stride_w = read_between("a stride", 1, kMost);
+  w.padding_h = read_between("a padding", 0, kMost);
+  w.padding_w = read_between("a padding", 0, kMost);
+  return w;
+}
+
+void Program::check_disjoint(const char* what, const Buffer& a, const Buffer& out) const {
+  const bool overlap = a.offset < out.offset + out.layout.bytes() && out.offset < a.offset + a.layout.bytes();
+  STD_TORCH_CHECK(!overlap, kRegion, ": ", what, " of ", text(a.layout), " at ", a.offset, " and the output of ",
+                  text(out.layout), " at ", out.offset, " overlap");
+}
+
+void Program::check_nhwc(const char* what, const Tensor& tensor, const Buffer& buffer) const {
+  const Layout& l = buffer.layout;
+  STD_TORCH_CHECK(tensor.scalar_type() == scalar_type(kernel_.dtype), kRegion, ": ", what, " must be of the dtype of ",
+                  kernel_.name, ", not ", dtype_text(tensor));
+  check_shape(kRegion, what, tensor, {l.N, l.C, l.H, l.W});
+  check_channels_last(kRegion, what, tensor);
+}
+
+Step Program::next() {
+  switch (read_between("a step", 0, 4)) {
+    case 0: {
+      const Tensor& input = read_tensor("an input's number", tensors_.inputs);
+      const Buffer& buffer = read_buffer();
+      check_nhwc("an input", input, buffer);
+      return FromNhwc{static_cast<const char*>(input.const_data_ptr()), buffer};
+    }
+    case 1: {
+      const Buffer& buffer = read_buffer();
+      const Tensor& output = read_tensor("an output's number", tensors_.outputs);
+      check_nhwc("an output", output, buffer);
+      return ToNhwc{buffer, static_cast<char*>(output.mutable_data_ptr())};
+    }
+    case 2:
+      return ZeroHalo{read_buffer()};
+    case 3:
+      return read_convolution();
+    default:
+      return read_pooling();
+  }
+}
+
+Step Program::read_convolution() {
+  Convolve step{};
+  Convolution& c = step.convolution;
+  const Buffer& out = read_buffer();
+  const Layout& l = out.layout;
+  bool runs_on = true;  // whether all that is read and written has out's pitch, and strides of 1
+  read_residual(out, &c, &runs_on);
+  const int64_t activation = read_between("an activation", 0, 3);
+  STD_TORCH_CHECK(activation <= static_cast<int64_t>(Activation::kRelu6), kRegion,
+                  ": its activations are none, relu and relu6, not ", kActivationNames[activation]);
+  c.activation = static_cast<Activation>(activation);
+  step.splits_channels = c.panels_outermost = read_between("what threads split", 0, 1) == 1;
+  c.images = l.N;
+  c.panels = (l.C + kPanel - 1) / kPanel;
+  c.out = view(out);
+  const Tensor& weight = read_tensor("a weight's number", tensors_.weights);
+  const int64_t bias = read_between("a bias's number", -1, static_cast<int64_t>(tensors_.biases.size()) - 1);
+  c.num_segments = static_cast<int>(read_between("the number of segments", 1, kMaxSegments));
+  offsets_.clear();
+  for (int s = 0; s < c.num_segments; ++s) c.steps += read_segment(out, &c.segments[s], &runs_on);
+  for (int s = 0, first = 0; s < c.num_segments; first += c.segments[s++].steps) {
+    c.segments[s].offsets = offsets_.data() + first;
+  }
+  check_weights(weight, bias, &c);
+  c.tiling = Tiling(l.H, l.W, l.pitch, runs_on, kernel_.max_rows);
+  return step;
+}
+
+void Program::read_residual(const Buffer& out, Convolution* c, bool* runs_on) {
+  const int64_t number = read_between("a residual's number", -1, static_cast<int64_t>(buffers_.size()) - 1);
+  if (number < 0) return;
+  const Buffer& residual = buffers_[number];
+  const Layout &r = residual.layout, &l = out.layout;
+  STD_TORCH_CHECK(r.N == l.N && r.C == l.C && r.H == l.H && r.W == l.W, kRegion, ": a residual of ", text(r),
+                  " is added to an output of ", text(l));
+  if (&residual != &out) check_disjoint("a residual", residual, out);
+  *runs_on &= r.pitch == l.pitch;
+  c->residual = view(residual);
+}
+
+// Returns its k steps, and appends their offsets.
+int64_t Program::read_segment(const Buffer& out, Segment* segment, bool* runs_on) {
+  const Buffer& input = read_buffer();
+  const Window w = read_window();
+  const int64_t dilation_h = read_between("a dilation", 1, kMost), dilation_w = read_between("a dilation", 1, kMost);
+  const Layout &l = input.layout, &to = out.layout;
+  const int64_t reach_h = dilation_h * (w.R - 1), reach_w = dilation_w * (w.S - 1);
+  const int64_t room_h = l.H + 2 * w.padding_h - reach_h - 1, room_w = l.W + 2 * w.padding_w - reach_w - 1;
+  STD_TORCH_CHECK(
+      l.N == to.N && room_h >= 0 && room_w >= 0 && to.H == room_h / w.stride_h + 1 && to.W == room_w / w.stride_w + 1,
+      kRegion, ": a convolution of ", text(l), " with a window of ", w.R, "x", w.S, " does not give ", text(to));
+  STD_TORCH_CHECK(std::max(w.padding_h, w.padding_w) <= l.halo, kRegion, ": a padding of ",
+                  std::max(w.padding_h, w.padding_w), " needs as much halo, the buffer has ", l.halo);
+  check_disjoint("an input", input, out);
+  *runs_on &= w.stride_h == 1 && w.stride_w == 1 && l.pitch == to.pitch;
+  segment->input = view(input);
+  segment->stride_h = w.stride_h, segment->stride_w = w.stride_w;
+  segment->steps = l.used_blocks() * w.R * w.S;
+  STD_TORCH_CHECK(segment->steps <= kMost, kRegion, ": a convolution has at most ", kMost, " steps of its reduction");
+  for (int64_t block = 0; block < l.used_blocks(); ++block) {
+    for (int64_t r = 0; r < w.R; ++r) {
+      for (int64_t s = 0; s < w.S; ++s) {
+        offsets_.push_back(block * l.plane_bytes() + (r * dilation_h - w.padding_h) * segment->input.line +
+                           (s * dilation_w - w.padding_w) * kPixelBytes);
+      }
+    }
+  }
+  return segment->steps;
+}
+
+void Program::check_weights(const Tensor& weight, int64_t bias, Convolution* c) const {
+  STD_TORCH_CHECK(weight.scalar_type() == scalar_type(kernel_.dtype) && weight.is_contiguous(), kRegion,
+                  ": a weight must be contiguous and of the dtype of ", kernel_.name, ", not ", layout_text(weight),
+                  " of ", dtype_text(weight));
+  check_shape(kRegion, "a weight", weight, {c->panels, c->steps, 2, 16, lanes_of(kernel_.dtype)});
+  c->weights = static_cast<const char*>(weight.const_data_ptr());
+  if (bias < 0) return;
+  const Tensor& vector = tensors_.biases[bias];
+  STD_TORCH_CHECK(vector.scalar_type() == ScalarType::Float && vector.is_contiguous(), kRegion,
+                  ": a bias must be contiguous and float32, not ", layout_text(vector), " of ", dtype_text(vector));
+  check_shape(kRegion, "a bias", vector, {c->panels * kPanel});
+  c->bias = static_cast<const float*>(vector.const_data_ptr());
+}
+
+Step Program::read_pooling() {
+  Pool step{};
+  Pooling& p = step.pooling;
+  p.is_max = read_between("a pooling's kind", 0, 1) == 1;
+  p.counts_padding = read_between("what an average counts", 0, 1) == 1;
+  const Buffer &input = read_buffer(), &out = read_buffer();
+  const Window w = read_window();
+  const Layout &l = input.layout, &to = out.layout;
+  STD_TORCH_CHECK(l.N == to.N && l.C == to.C, kRegion, ": a pooling of ", text(l), " does not give ", text(to));
+  STD_TORCH_CHECK(w.padding_h < w.R && w.padding_w < w.S && (to.H - 1) * w.stride_h - w.padding_h < l.H &&
+                      (to.W - 1) * w.stride_w - w.padding_w < l.W,
+                  kRegion, ": a window of ", w.R, "x", w.S, " over ", text(l), " lies outside of the map, for ",
+                  text(to));
+  const bool fits_padded =
+      (to.H - 1) * w.stride_h + w.R <= l.H + 2 * w.padding_h && (to.W - 1) * w.stride_w + w.S <= l.W + 2 * w.padding_w;
+  STD_TORCH_CHECK(!p.counts_padding || fits_padded, kRegion,
+                  ": an average that counts padding must have its windows inside of it");
+  check_disjoint("an input", input, out);
+  p.input = view(input), p.out = view(out);
+  p.blocks = l.blocks(), p.H = l.H, p.W = l.W, p.P = to.H, p.Q = to.W;
+  p.R = w.R, p.S = w.S, p.stride_h = w.stride_h, p.stride_w = w.stride_w;
+  p.padding_h = w.padding_h, p.padding_w = w.padding_w;
+  step.images = l.N;
+  return step;
+}
+
+}  // namespace blocked
+}  // namespace fused_resnet

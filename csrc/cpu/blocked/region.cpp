@@ -1,0 +1,135 @@
+// cpu_region: a piece of a network, from its inputs to its outputs, as one call: the steps of a program over blocked
+// activations in a workspace that the caller owns. program.h says what a program is.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "cpu/blocked/denormals.h"
+#include "cpu/blocked/kernels.h"
+#include "cpu/blocked/program.h"
+#include "cpu/operator.h"
+
+namespace fused_resnet {
+namespace {
+
+using namespace blocked;
+using torch::headeronly::ScalarType;
+
+constexpr int64_t kGrainProducts = 1 << 18;  // a few microseconds of arithmetic for each thread at least
+constexpr int64_t kGrainBytes = 1 << 16;
+
+// run(begin, end) over portions of count, each of at least kGrainBytes.
+template <class Run>
+void over(int64_t count, int64_t bytes_each, const Run& run) {
+  if (count == 0) return;
+  const int64_t grain = std::max<int64_t>(1, kGrainBytes / bytes_each);
+  torch::stable::parallel_for(0, count, grain, run);
+}
+
+class Runner {
+ public:
+  Runner(const Program& program, const MicroKernel& kernel) : program_(program), kernel_(kernel) {}
+
+  void operator()(const FromNhwc& step) const {
+    const Layout& l = step.buffer.layout;
+    char* to = program_.memory(step.buffer);
+    over(l.N * l.H, l.blocks() * l.W * kPixelBytes,
+         [&](int64_t begin, int64_t end) { from_nhwc(l, step.input, begin, end, to); });
+  }
+
+  void operator()(const ToNhwc& step) const {
+    const Layout& l = step.buffer.layout;
+    const char* from = program_.memory(step.buffer);
+    over(l.N * l.H, l.blocks() * l.W * kPixelBytes,
+         [&](int64_t begin, int64_t end) { to_nhwc(l, from, begin, end, step.output); });
+  }
+
+  void operator()(const ZeroHalo& step) const {
+    const Layout& l = step.buffer.layout;
+    char* buffer = program_.memory(step.buffer);
+    over(l.N * l.blocks(), (l.pixels() - l.H * l.W) * kPixelBytes + 1,
+         [&](int64_t begin, int64_t end) { zero_halo(l, begin, end, buffer); });
+  }
+
+  void operator()(const Pool& step) const {
+    using Run = void (*)(const Pooling&, int64_t, int64_t);
+    static const auto fp32 = best_of<Run>(pool_anywhere<float>, pool_avx2<float>, pool_avx512<float>);
+    static const auto bf16 = best_of<Run>(pool_anywhere<BFloat16>, pool_avx2<BFloat16>, pool_avx512<BFloat16>);
+    const Run run = kernel_.dtype == Dtype::kBFloat16 ? bf16 : fp32;
+    const Pooling& pooling = step.pooling;
+    over(pooling.lines(step.images), pooling.Q * pooling.R * pooling.S * kPixelBytes, [&](int64_t begin, int64_t end) {
+      FlushDenormals flush;
+      run(pooling, begin, end);
+    });
+  }
+
+  // Each thread has one share: a part of the pixels, or of the output channels; of both where there are too few.
+  void operator()(const Convolve& step) const {
+    const Convolution& c = step.convolution;
+    const int64_t groups = (c.tiles() + kernel_.tiles - 1) / kernel_.tiles;
+    if (groups == 0) return;
+    const int64_t products = c.tiles() * c.tiling.rows() * c.panels * c.steps * kStepBytes / 4;
+    const int64_t threads =
+        std::min<int64_t>(torch::stable::get_num_threads(), (products + kGrainProducts - 1) / kGrainProducts);
+    const int64_t first = std::min(threads, step.splits_channels ? c.panels : groups);
+    const int64_t second = std::clamp<int64_t>(threads / first, 1, step.splits_channels ? groups : c.panels);
+    const int64_t panel_parts = step.splits_channels ? first : second, group_parts = first * second / panel_parts;
+    torch::stable::parallel_for(0, first * second, 1, [&](int64_t begin, int64_t end) {
+      FlushDenormals flush;
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t group = index / panel_parts, panel = index % panel_parts;
+        kernel_.run(c, {group * groups / group_parts, (group + 1) * groups / group_parts,
+                        panel * c.panels / panel_parts, (panel + 1) * c.panels / panel_parts});
+      }
+    });
+  }
+
+ private:
+  const Program& program_;
+  const MicroKernel& kernel_;
+};
+
+Dtype dtype_of(const std::vector<Tensor>& inputs) {
+  STD_TORCH_CHECK(!inputs.empty(), kRegion, ": a region has at least one input");
+  const ScalarType type = inputs[0].scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, kRegion,
+                  ": the dtype must be float32 or bfloat16, not ", dtype_text(inputs[0]));
+  return type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kBFloat16;
+}
+
+// The whole program is checked before any of it runs.
+void region(Tensor program, std::vector<Tensor> inputs, std::vector<Tensor> weights, std::vector<Tensor> biases,
+            std::string kernel_name, Tensor workspace, std::vector<Tensor> outputs) {
+  const MicroKernel& kernel = choose_kernel(kRegion, kernel_name, dtype_of(inputs));
+  const RegionTensors tensors{inputs, weights, biases, workspace, outputs};
+  Program steps(program, tensors, kernel);
+  while (steps.has_more()) steps.next();
+  steps.rewind();
+  const Runner run(steps, kernel);
+  while (steps.has_more()) std::visit(run, steps.next());
+}
+
+// cpu_region_kernels: a line for each row of the table: name, dtype, whether it is ever chosen, why it cannot run here.
+std::string kernels() {
+  std::string lines;
+  for (const MicroKernel& kernel : micro_kernels()) {
+    const char* dtype = kernel.dtype == Dtype::kBFloat16 ? "bfloat16" : "float32";
+    lines += std::string(kernel.name) + "\t" + dtype + "\t" + (kernel.is_chosen ? "chosen" : "named") + "\t" +
+             why_not(kernel) + "\n";
+  }
+  return lines;
+}
+
+}  // namespace
+}  // namespace fused_resnet
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CPU, m) {
+  m.impl("cpu_region", TORCH_BOX(&fused_resnet::region));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CompositeExplicitAutograd, m) {
+  m.impl("cpu_region_kernels", TORCH_BOX(&fused_resnet::kernels));
+}
