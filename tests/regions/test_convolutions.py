@@ -1,0 +1,149 @@
+"""Convolutions over blocked activations, by each micro-kernel that runs here: every element within its error bound.
+
+Workspaces hold NaN before a call: a halo or a channel that is not written shows.
+"""
+
+import pytest
+import torch
+
+from fused_resnet.kernels import compiled
+from fused_resnet.operators import reference
+from fused_resnet.operators.describe import conv_problem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.regions import layout
+from fused_resnet.regions.program import Region, Segment
+from tests.support.regions import call, channels_last, kernels, threads
+
+if compiled.load("cpu") is not None:
+    pytest.skip(compiled.load("cpu"), allow_module_level=True)
+
+KERNELS = kernels()
+
+# N, C, H, W, K, R, S, stride, padding, dilation
+CASES = (
+    (1, 64, 14, 14, 64, 3, 3, (1, 1), (1, 1), (1, 1)),  # in row space: rows of a tile lie in the halo
+    (3, 37, 7, 7, 45, 3, 3, (1, 1), (1, 1), (1, 1)),
+    (3, 70, 1, 1, 33, 1, 1, (1, 1), (0, 0), (1, 1)),
+    (2, 5, 1, 1, 8, 3, 3, (1, 1), (1, 1), (1, 1)),
+    (1, 3, 23, 19, 40, 7, 7, (2, 2), (3, 3), (1, 1)),  # a stem
+    (2, 33, 14, 15, 70, 3, 3, (2, 2), (1, 1), (1, 1)),
+    (1, 40, 9, 9, 96, 1, 1, (2, 2), (0, 0), (1, 1)),
+    (2, 33, 11, 6, 34, 3, 3, (1, 1), (2, 2), (2, 2)),
+    (1, 17, 9, 23, 32, 3, 2, (2, 3), (2, 1), (1, 2)),
+    (1, 32, 5, 40, 31, 1, 5, (1, 1), (0, 2), (1, 1)),
+    (1, 8, 6, 5, 1, 6, 5, (1, 1), (0, 0), (1, 1)),  # one output
+    (0, 16, 7, 7, 32, 3, 3, (1, 1), (1, 1), (1, 1)),
+)
+
+
+def draw(case, dtype):
+    N, C, H, W, K, R, S, *window = case
+    x = channels_last(torch.randn(N, C, H, W).to(dtype))
+    weight, bias = (torch.randn(K, C, R, S) / (C * R * S) ** 0.5).to(dtype), torch.randn(K)
+    return x, weight, bias, window
+
+
+def problem_of(x, weight, bias, window, activation, residual=None):
+    operands = ConvOperands(x, weight, bias=bias, residual=residual)
+    return conv_problem(operands, *window, 1, activation), operands
+
+
+def convolve(kernel, x, weight, bias, window, activation="relu", residual=None, in_place=False):
+    region = Region(x.dtype)
+    read = region.read(tuple(x.shape))
+    added = None if residual is None else region.read(tuple(residual.shape))
+    y = region.convolve(
+        [Segment(read, weight, *window)], bias, activation=activation, residual=added, in_place=in_place
+    )
+    region.write(y)
+    return call(region, [x] if residual is None else [x, residual], kernel)[0]
+
+
+def assert_within_bound(actual, problem, operands):
+    expected = reference.conv_bn_act(problem, operands)
+    assert actual.shape == expected.shape and actual.is_contiguous(memory_format=torch.channels_last)
+    excess = (actual.double() - expected).abs() - reference.error_bound(problem, operands, expected=expected)
+    assert not actual.isnan().any() and (excess <= 0).all(), excess.max()
+
+
+@pytest.mark.parametrize("activation", ["none", "relu6"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("kernel, dtype", KERNELS.items(), ids=str)
+def test_every_element_is_within_its_bound(kernel, dtype, case, activation):
+    x, weight, bias, window = draw(case, dtype)
+    problem, operands = problem_of(x, weight, bias, window, activation)
+    y = convolve(kernel, x, weight, bias, window, activation)
+    assert_within_bound(y, problem, operands)
+    residual = channels_last(torch.randn(problem.output_shape).to(dtype))
+    problem, operands = problem_of(x, weight, bias, window, activation, residual)
+    for in_place in (False, True):
+        y = convolve(kernel, x, weight, bias, window, activation, residual, in_place)
+        assert_within_bound(y, problem, operands)
+
+
+@pytest.mark.parametrize("kernel, dtype", KERNELS.items(), ids=str)
+def test_without_a_bias(kernel, dtype):
+    x, weight, _, window = draw(CASES[0], dtype)
+    problem, operands = problem_of(x, weight, None, window, "none")
+    assert_within_bound(convolve(kernel, x, weight, None, window, "none"), problem, operands)
+
+
+@pytest.mark.parametrize("kernel, dtype", KERNELS.items(), ids=str)
+@pytest.mark.parametrize("width", range(1, 34))
+def test_maps_of_every_width(kernel, dtype, width):
+    """Lines that are no whole number of tiles, and tiles that begin earlier to end with a line."""
+    case = (1, 9, 2, width, 33, 1, 3, (1, 1), (0, 1), (1, 1))
+    x, weight, bias, window = draw(case, dtype)
+    problem, operands = problem_of(x, weight, bias, window, "relu")
+    assert_within_bound(convolve(kernel, x, weight, bias, window), problem, operands)
+
+
+@pytest.mark.parametrize("kernel, dtype", KERNELS.items(), ids=str)
+@pytest.mark.parametrize("case", [(3, 40, 14, 14, 100, 3, 3, (1, 1), (1, 1), (1, 1)),
+                                  (1, 300, 3, 5, 600, 1, 1, (1, 1), (0, 0), (1, 1))], ids=str)  # fmt: skip
+def test_threads_change_no_bit(kernel, dtype, case):
+    """The first splits its pixels among threads, the second its output channels."""
+    x, weight, bias, window = draw(case, dtype)
+    results = []
+    for count in (1, 2, 3, 16):
+        with threads(count):
+            results.append(convolve(kernel, x, weight, bias, window))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("kernel, dtype", KERNELS.items(), ids=str)
+def test_nan_stays_where_its_windows_are(kernel, dtype):
+    x, weight, bias, window = draw((2, 16, 12, 12, 32, 3, 3, (1, 1), (1, 1), (1, 1)), dtype)
+    right = convolve(kernel, x, weight, bias, window)
+    x[0, 3, 5, 5] = torch.nan
+    y = convolve(kernel, x, weight, bias, window)
+    assert y[0, :, 4:7, 4:7].isnan().all()
+    y[0, :, 4:7, 4:7] = right[0, :, 4:7, 4:7]
+    assert torch.equal(y, right)
+
+
+@pytest.mark.parametrize("kernel, dtype", KERNELS.items(), ids=str)
+def test_denormals_are_flushed_inside_and_the_callers_mode_comes_back(kernel, dtype):
+    tiny = torch.finfo(dtype).tiny / 2
+    x = channels_last(torch.full((1, 32, 4, 4), tiny).to(dtype))
+    weight = torch.full((32, 32, 1, 1), 2.0**20).to(dtype)
+    assert x.max() > 0
+    y = convolve(kernel, x, weight, None, ((1, 1), (0, 0), (1, 1)))
+    assert (y == 0).all()
+    half = torch.tensor([torch.finfo(torch.float32).tiny]) / 2
+    assert half.item() > 0 and (half * 2).item() == torch.finfo(torch.float32).tiny
+
+
+@pytest.mark.parametrize("dtype", layout.DTYPES, ids=str)
+def test_weights_lie_in_the_order_of_their_use(dtype):
+    K, C, R, S = 40, 50, 2, 3
+    weight = torch.randn(K, C, R, S).to(dtype)
+    packed = layout.pack_weight(weight, dtype)
+    lanes = layout.lanes(dtype)
+    assert packed.shape == (2, -(-C // lanes) * R * S, 2, 16, lanes) and packed.is_contiguous()
+    for k, c, r, s in ((0, 0, 0, 0), (39, 49, 1, 2), (17, 33, 0, 2), (31, 15, 1, 0)):
+        step = (c // lanes * R + r) * S + s
+        pair = lanes // 16
+        found = packed[k // 32, step, k % 32 // 16, c % lanes // pair, k % 16 * pair + c % pair]
+        assert found == weight[k, c, r, s]
+    assert packed[1, :, 1].count_nonzero() == 0  # outputs 48 to 63

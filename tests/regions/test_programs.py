@@ -1,0 +1,197 @@
+"""What a program of cpu_region may say: poolings, the table of micro-kernels, and that wrong integers are refused."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_resnet.kernels import compiled
+from fused_resnet.regions.program import Region, Segment
+from tests.support.regions import call, channels_last, fastest, kernels, table, threads
+
+if compiled.load("cpu") is not None:
+    pytest.skip(compiled.load("cpu"), allow_module_level=True)
+
+FASTEST = {dtype: fastest(dtype) for dtype in kernels().values()}
+
+# shape, window, stride, padding
+POOLINGS = (
+    ((2, 64, 12, 12), (3, 3), (2, 2), (1, 1)),  # a ResNet's stem
+    ((3, 5, 9, 7), (2, 3), (2, 1), (1, 1)),
+    ((1, 40, 7, 7), (7, 7), (1, 1), (0, 0)),  # and its tail
+    ((0, 8, 4, 4), (2, 2), (2, 2), (0, 0)),
+)
+
+
+@pytest.mark.parametrize("case", POOLINGS, ids=str)
+@pytest.mark.parametrize("dtype, kernel", FASTEST.items(), ids=str)
+def test_poolings_are_those_of_aten(dtype, kernel, case):
+    shape, *window = case
+    x = channels_last(torch.randn(shape).to(dtype))
+    if shape[0] > 1:
+        x[1, 1, 2, 2], x[1, 2, 3] = torch.nan, -torch.inf
+    region = Region(dtype)
+    read = region.read(shape)
+    region.write(region.pool(read, "max", *window))
+    for counts in (False, True):
+        region.write(region.pool(read, "average", *window, count_include_pad=counts))
+    with threads(2):
+        largest, *averages = call(region, [x], kernel)
+    if shape[0] == 0:
+        assert largest.shape[0] == averages[0].shape[0] == 0
+        return
+    assert shape[0] == 1 or largest.isnan().any()
+    torch.testing.assert_close(largest, F.max_pool2d(x, *window), rtol=0, atol=0, equal_nan=True)
+    for counts, average in zip((False, True), averages):
+        expected = F.avg_pool2d(x.double(), *window, count_include_pad=counts).to(dtype)
+        torch.testing.assert_close(average, expected, equal_nan=True)
+
+
+def test_a_pooled_convolution_of_two_inputs():
+    """Two tensors in, two out; a map with a halo that a pooling has written."""
+    region = Region(torch.float32)
+    a, b = region.read((2, 20, 8, 8)), region.read((2, 9, 4, 4))
+    weights = torch.randn(24, 20, 3, 3) / 14, torch.randn(24, 9, 1, 1) / 3
+    pooled = region.pool(a, "max", (2, 2), (2, 2))
+    y = region.convolve([Segment(pooled, weights[0], padding=(1, 1)), Segment(b, weights[1])], None)
+    region.write(y)
+    region.write(region.pool(y, "average", (4, 4), (1, 1)))
+    x = [channels_last(torch.randn(m.shape)) for m in (a, b)]
+    found, mean = call(region, x, FASTEST[torch.float32])
+    expected = F.conv2d(F.max_pool2d(x[0], 2), weights[0], padding=1) + F.conv2d(x[1], weights[1])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mean, expected.mean((2, 3), keepdim=True), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ the table's choice
+
+
+def test_emulated_kernels_run_only_by_name():
+    assert {name for name, (_, taken, _) in table().items() if taken == "named"} == {"amx_bf16_emulated"}
+    has_amx = not table()["amx_bf16"][2]
+    x = channels_last(torch.randn(1, 32, 4, 4).bfloat16())
+    region = Region(torch.bfloat16)
+    region.write(region.pool(region.read((1, 32, 4, 4)), "max", (2, 2), (2, 2)))
+    if has_amx:
+        call(region, [x], "")
+    else:
+        with pytest.raises(RuntimeError, match="no kernel for bfloat16 runs here: amx_bf16: "):
+            call(region, [x], "")
+    with pytest.raises(RuntimeError, match="there is no kernel avx2_fp32"):
+        call(region, [x], "avx2_fp32")
+
+
+@pytest.mark.parametrize("limit", ["portable", "avx2", "avx512"])
+def test_a_variable_limits_them(limit):
+    code = "import json; from tests.support.regions import kernels; print(json.dumps(list(kernels())))"
+    environment = {**os.environ, "FUSED_RESNET_CPU_ISA": limit}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    left = json.loads(done.stdout)
+    wider = {"portable": {"amx_bf16", "avx512_fp32", "avx2_fp32"}, "avx2": {"amx_bf16", "avx512_fp32"}}
+    assert "amx_bf16" not in left and not wider.get(limit, set()) & set(left)
+    assert {"amx_bf16_emulated", "portable_fp32"} <= set(left)
+
+
+# ---------------------------------------------------------------------------------------------------- wrong programs
+
+
+class Call:
+    """A convolution with a residual, as the operator takes it. A step: out, residual, activation, ..."""
+
+    def __init__(self):
+        region = Region(torch.float32)
+        x, y = region.read((1, 16, 6, 6)), region.read((1, 32, 6, 6))
+        weight = torch.randn(32, 16, 3, 3)
+        region.write(region.convolve([Segment(x, weight, padding=(1, 1))], torch.randn(32), residual=y))
+        self.region = region.compile()
+        self.program = self.region.program.tolist()
+        self.inputs = [channels_last(torch.randn(1, 16, 6, 6)), channels_last(torch.randn(1, 32, 6, 6))]
+        self.weights, self.biases = self.region.weights, self.region.biases
+        self.workspace = self.region.empty_workspace()
+        self.outputs = [channels_last(torch.full((1, 32, 6, 6), torch.nan))]
+        self.kernel = ""
+
+    def run(self):
+        program = torch.tensor(self.program, dtype=torch.int64)
+        torch.ops.fused_resnet.cpu_region(
+            program, self.inputs, self.weights, self.biases, self.kernel, self.workspace, self.outputs
+        )
+
+
+# version, number of buffers, three buffers of 7, two steps of 3 with a halo's 2 between, the convolution, the output
+BUFFER, CONVOLUTION = 2, 2 + 3 * 7 + 3 + 2 + 3
+
+
+def put(place, value):
+    return lambda call: call.program.__setitem__(place, value)
+
+
+WRONG = {
+    "programs of version 1 are run": put(0, 2),
+    "number of buffers must be from": put(1, -1),
+    "a buffer's C must be from 1": put(BUFFER + 1, 0),
+    "a buffer's pitch must be from": put(BUFFER + 5, 6),
+    "offset must be a multiple of 64": put(BUFFER + 6, 8),
+    "does not fit the workspace": put(BUFFER, 1000),
+    "a buffer's number must be from 0 to 2": put(CONVOLUTION + 1, 3),
+    "a residual of \\(1, 16, 6, 6\\) is added to an output": put(CONVOLUTION + 2, 0),
+    "its activations are none, relu and relu6, not silu": put(CONVOLUTION + 3, 3),
+    "a weight's number must be from 0 to 0": put(CONVOLUTION + 5, 1),
+    "a bias's number must be from -1 to 0": put(CONVOLUTION + 6, 1),
+    "number of segments must be from 1 to 2": put(CONVOLUTION + 7, 3),
+    "an input of .* and the output of .* overlap": put(BUFFER + 2 * 7 + 6, 0),
+    "does not give \\(1, 32, 6, 6\\)": put(CONVOLUTION + 9, 5),
+    "needs as much halo, the buffer has 0": put(BUFFER + 4, 0),
+    "a dilation must be from 1": put(CONVOLUTION + 15, 0),
+    "ends within a step": lambda call: call.program.pop(),
+    "a step must be from 0 to 4": lambda call: call.program.append(7),
+    "an input must have the shape": lambda call: call.inputs.reverse(),
+    "an input must be channels_last": lambda call: call.inputs.__setitem__(0, call.inputs[0].contiguous()),
+    "a region has at least one input": lambda call: call.inputs.clear(),
+    "an output must be of the dtype": lambda call: call.outputs.__setitem__(0, call.outputs[0].half()),
+    "a weight must have the shape": lambda call: call.weights.__setitem__(0, call.weights[0][:, 1:].contiguous()),
+    "a bias must have the shape": lambda call: call.biases.__setitem__(0, call.biases[0][:16]),
+    "workspace must begin at a multiple of 64": lambda call: setattr(call, "workspace", call.workspace[1:]),
+    "workspace must be a contiguous vector": lambda call: setattr(call, "workspace", call.workspace[::2]),
+}
+
+
+def test_the_right_program_runs():
+    call = Call()
+    call.run()
+    assert not call.outputs[0].isnan().any()
+
+
+@pytest.mark.parametrize("sentence", WRONG)
+def test_it_refuses(sentence):
+    """And nothing of the program has run then."""
+    call = Call()
+    WRONG[sentence](call)
+    with pytest.raises(RuntimeError, match=sentence):
+        call.run()
+    assert all(output.isnan().all() for output in call.outputs)
+
+
+def test_whatever_the_integers_nothing_outside_is_written():
+    """Random ones in place of right ones, in a workspace between guards."""
+    refused, size = 0, Call().region.workspace_bytes
+    for _ in range(500):
+        call = Call()
+        memory = torch.full((size + 2 * 4096,), 0x5A, dtype=torch.uint8)
+        begin = 4096 - memory.data_ptr() % 64
+        call.workspace = memory[begin : begin + size]
+        for _ in range(random.randint(1, 2)):
+            value = random.choice((-1, 0, 1, 2, 3, 7, 64, 1 << 20, 1 << 24, (1 << 62) + 1, random.randint(0, 9000)))
+            call.program[random.randrange(2, len(call.program))] = value
+        try:
+            call.run()
+        except RuntimeError:
+            refused += 1
+        assert (memory[:begin] == 0x5A).all() and (memory[begin + size :] == 0x5A).all()
+    assert 250 < refused < 500
