@@ -10,6 +10,7 @@ compiled = region.compile()
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Callable, NamedTuple, Optional, Sequence
 
@@ -124,7 +125,8 @@ class Region:
         )
         for segment in segments:
             segment.x.halo = max(segment.x.halo, *segment.padding)
-        by_channels = int(weight.nbytes > segments[0].x.shape[0] * out.shape[2] * out.shape[3] * layout.PIXEL_BYTES)
+        # what is larger is read once: by one thread, and by all of them together
+        by_channels = int(weight.nbytes > sum(math.prod(segment.x.shape) for segment in segments) * self.dtype.itemsize)
 
         def integers() -> list[int]:
             added = -1 if residual is None else self._number(residual)

@@ -13,26 +13,25 @@ namespace blocked {
 template <class Tiles, int kEpilogueLanes>
 class TileKernel {
  public:
-  static constexpr int kTiles = 2, kLanes = kEpilogueLanes;
+  static constexpr int kTiles = 2, kBlock = 2, kSumsOfHalf = kMaxTileRows * kHalf, kLanes = kEpilogueLanes;
 
   explicit TileKernel(int rows) : tiles_(rows_of(rows)) {}
 
-  FUSED_RESNET_INLINE void multiply(const Convolution& c, const Operands<kTiles>& operands, float* sums) {
+  FUSED_RESNET_INLINE void multiply(const Convolution& c, const Block<kBlock>& block, const char* weights,
+                                    float* sums) {
     tiles_.template zero<0>();
     tiles_.template zero<1>();
     tiles_.template zero<2>();
     tiles_.template zero<3>();
-    const char* weights = operands.weights;
     for (int s = 0; s < c.num_segments; ++s) {
       const Segment& segment = c.segments[s];
-      add_steps(operands.a[s][0], operands.a[s][1], segment.stride_w * kPixelBytes, segment.offsets, segment.steps,
-                weights);
+      add_steps(block.a[s][0], block.a[s][1], segment.stride_w * kPixelBytes, segment.offsets, segment.steps, weights);
       weights += segment.steps * kStepBytes;
     }
     tiles_.template store<0>(sums, kPixelBytes);
-    tiles_.template store<2>(sums + kSumsOfTile, kPixelBytes);
-    tiles_.template store<3>(sums + kSumsOfTile + kSumsOfTile / 2, kPixelBytes);
-    tiles_.template store<1>(sums + kSumsOfTile / 2, kPixelBytes);
+    tiles_.template store<2>(sums + 2 * kSumsOfHalf, kPixelBytes);
+    tiles_.template store<3>(sums + 3 * kSumsOfHalf, kPixelBytes);
+    tiles_.template store<1>(sums + kSumsOfHalf, kPixelBytes);
   }
 
  private:

@@ -16,7 +16,6 @@ namespace fused_resnet {
 namespace blocked {
 
 constexpr int kMaxSegments = 2;
-constexpr int64_t kSumsOfTile = 2 * 16 * kHalf;  // [half][row][16 outputs]
 
 // Where a buffer's maps begin, and how far apart its parts are, in bytes.
 struct View {
@@ -54,41 +53,34 @@ struct Share {
   int64_t group_begin, group_end, panel_begin, panel_end;
 };
 
-// What a micro-kernel multiplies: tile t's first row of A lies at a[segment][t].
-template <int kTiles>
-struct Operands {
-  const char* a[kMaxSegments][kTiles];
-  const char* weights;
-};
-
 struct PlacedTile {
   int64_t image;
   Tile tile;
 };
 
-// Tiles [group * kTiles, ...); beyond the last one it comes again, with nothing to write.
-template <int kTiles>
-FUSED_RESNET_INLINE void place(const Convolution& c, int64_t group, PlacedTile* placed) {
-  for (int t = 0; t < kTiles; ++t) {
-    const int64_t wanted = group * kTiles + t, index = std::min(wanted, c.tiles() - 1);
-    placed[t] = {index / c.tiling.count(), c.tiling.at(index % c.tiling.count())};
-    if (wanted != index) placed[t].tile.written = 0;
-  }
+// What a micro-kernel multiplies at a time: a block of a few tiles. Tile t's first row of A lies at a[segment][t].
+template <int kMostTiles>
+struct Block {
+  int64_t num_tiles;
+  PlacedTile tiles[kMostTiles];
+  const char* a[kMaxSegments][kMostTiles];
+};
+
+FUSED_RESNET_INLINE const char* input_pixel(const Segment& segment, const PlacedTile& placed) {
+  return segment.input.base + placed.image * segment.input.image +
+         placed.tile.line * segment.stride_h * segment.input.line + placed.tile.begin * segment.stride_w * kPixelBytes;
 }
 
-template <int kTiles>
-FUSED_RESNET_INLINE void point_at(const Convolution& c, const PlacedTile* placed, int64_t panel,
-                                  Operands<kTiles>* operands) {
-  for (int s = 0; s < c.num_segments; ++s) {
-    const Segment& segment = c.segments[s];
-    for (int t = 0; t < kTiles; ++t) {
-      const Tile& tile = placed[t].tile;
-      operands->a[s][t] = segment.input.base + placed[t].image * segment.input.image +
-                          tile.line * segment.stride_h * segment.input.line +
-                          tile.begin * segment.stride_w * kPixelBytes;
-    }
+// Groups [begin, end) of kTiles tiles; beyond the last tile it comes again, with nothing to write.
+template <int kTiles, int kMostTiles>
+FUSED_RESNET_INLINE void place(const Convolution& c, int64_t begin, int64_t end, Block<kMostTiles>* block) {
+  block->num_tiles = (end - begin) * kTiles;
+  for (int64_t t = 0; t < block->num_tiles; ++t) {
+    const int64_t wanted = begin * kTiles + t, index = std::min(wanted, c.tiles() - 1);
+    block->tiles[t] = {index / c.tiling.count(), c.tiling.at(index % c.tiling.count())};
+    if (wanted != index) block->tiles[t].tile.written = 0;
+    for (int s = 0; s < c.num_segments; ++s) block->a[s][t] = input_pixel(c.segments[s], block->tiles[t]);
   }
-  operands->weights = c.weights + panel * c.steps * kStepBytes;
 }
 
 FUSED_RESNET_INLINE char* output_pixel(const View& view, const PlacedTile& placed, int64_t block) {
@@ -123,39 +115,39 @@ FUSED_RESNET_INLINE void finish_half(const Convolution& c, const PlacedTile& pla
 }
 
 template <class Kernel, class T>
-FUSED_RESNET_INLINE void run_group(const Convolution& c, const PlacedTile* placed, int64_t panel, Kernel* kernel,
-                                   float* sums) {
-  Operands<Kernel::kTiles> operands;
-  point_at<Kernel::kTiles>(c, placed, panel, &operands);
-  kernel->multiply(c, operands, sums);
-  for (int t = 0; t < Kernel::kTiles; ++t) {
-    for (int half = 0; half < 2; ++half) {
-      finish_half<Kernel::kLanes, T>(c, placed[t], panel * kPanel + half * kHalf,
-                                     sums + t * kSumsOfTile + half * (kSumsOfTile / 2));
+FUSED_RESNET_INLINE void run_block(const Convolution& c, const Block<Kernel::kBlock>& block, int64_t panel,
+                                   Kernel* kernel, float* sums) {
+  kernel->multiply(c, block, c.weights + panel * c.steps * kStepBytes, sums);
+  for (int64_t t = 0; t < block.num_tiles; ++t) {
+    for (int64_t half = 0; half < 2; ++half) {
+      finish_half<Kernel::kLanes, T>(c, block.tiles[t], panel * kPanel + half * kHalf,
+                                     sums + (2 * t + half) * Kernel::kSumsOfHalf);
     }
   }
 }
 
-// A share of c by a micro-kernel: a class with kTiles, kLanes of its epilogue, and multiply(c, operands, sums), which
-// writes [tile][half][row][16]. It lives for the share, since a thread's tiles are set up once for it.
+// A share of c by a micro-kernel, a class with
+//   kTiles       tiles that are always multiplied together, a group
+//   kBlock       the most tiles that are multiplied before their epilogue, in whole groups
+//   kSumsOfHalf  floats between the halves of a tile's sums: [tile][half][row][16]
+//   kLanes       of the epilogue's vectors
+//   multiply(c, block, panel's weights, sums)
+// It lives for the share, since a thread's tiles are set up once for it.
 template <class Kernel, class T>
 FUSED_RESNET_INLINE void run_share(const Convolution& c, const Share& share) {
+  constexpr int64_t kGroups = Kernel::kBlock / Kernel::kTiles;
   Kernel kernel(c.tiling.rows());
-  alignas(64) float sums[Kernel::kTiles * kSumsOfTile];
-  PlacedTile placed[Kernel::kTiles];
-  if (c.panels_outermost) {
-    for (int64_t panel = share.panel_begin; panel < share.panel_end; ++panel) {
-      for (int64_t group = share.group_begin; group < share.group_end; ++group) {
-        place<Kernel::kTiles>(c, group, placed);
-        run_group<Kernel, T>(c, placed, panel, &kernel, sums);
+  alignas(64) float sums[Kernel::kBlock * 2 * Kernel::kSumsOfHalf];
+  Block<Kernel::kBlock> block;
+  const int64_t passes = c.panels_outermost ? share.panel_end - share.panel_begin : 1;
+  const int64_t panels = (share.panel_end - share.panel_begin) / passes;
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t first = share.panel_begin + pass * panels;
+    for (int64_t group = share.group_begin; group < share.group_end; group += kGroups) {
+      place<Kernel::kTiles>(c, group, std::min(group + kGroups, share.group_end), &block);
+      for (int64_t panel = first; panel < first + panels; ++panel) {
+        run_block<Kernel, T>(c, block, panel, &kernel, sums);
       }
-    }
-    return;
-  }
-  for (int64_t group = share.group_begin; group < share.group_end; ++group) {
-    place<Kernel::kTiles>(c, group, placed);
-    for (int64_t panel = share.panel_begin; panel < share.panel_end; ++panel) {
-      run_group<Kernel, T>(c, placed, panel, &kernel, sums);
     }
   }
 }

@@ -23,15 +23,15 @@ void run_emulated_amx_bf16(const Convolution& c, const Share& share) {
 }
 
 FUSED_RESNET_AVX512 void run_avx512_fp32(const Convolution& c, const Share& share) {
-  run_share<FmaKernel<16, 2, 14>, float>(c, share);
+  run_share<FmaKernel<16, 2, 14, 8, 16>, float>(c, share);
 }
 
 FUSED_RESNET_AVX2 void run_avx2_fp32(const Convolution& c, const Share& share) {
-  run_share<FmaKernel<8, 1, 6>, float>(c, share);
+  run_share<FmaKernel<8, 1, 6, 16, 32>, float>(c, share);
 }
 
 void run_fp32_anywhere(const Convolution& c, const Share& share) {
-  run_share<FmaKernel<4, 1, 4>, float>(c, share);
+  run_share<FmaKernel<4, 1, 4, 16, 32>, float>(c, share);
 }
 
 // FUSED_RESNET_CPU_ISA=avx512 means AVX-512 and no more; narrower limits end it through the set.

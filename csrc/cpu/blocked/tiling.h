@@ -38,14 +38,16 @@ class Tiling {
     const int64_t first = index % per_line_ * rows_, begin = std::min(first, length_ - rows_);
     Tile tile{index / per_line_, begin, 0};
     int64_t column = begin % pitch_;
-    for (int64_t row = 0; row < rows_; ++row) {
-      if (begin + row >= first && column < Q_) tile.written |= 1u << row;
-      if (++column == pitch_) column = 0;
+    for (int64_t row = 0; row < rows_; row += pitch_ - column, column = 0) {
+      if (column < Q_) tile.written |= ones(std::min(Q_ - column, rows_ - row)) << row;
     }
+    tile.written &= ~ones(first - begin);
     return tile;
   }
 
  private:
+  static uint32_t ones(int64_t count) { return (uint32_t{1} << count) - 1; }  // of at most 16
+
   // Portions of equal size: 17 as 9 + 8, which keep more sums in flight than 16 + 1.
   void cut(int64_t lines, int64_t length, int64_t max_rows) {
     lines_ = lines, length_ = length;
