@@ -17,6 +17,7 @@ from typing import Callable, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
+from fused_resnet.kernels import compiled
 from fused_resnet.operators.problem import ACTIVATIONS, output_size
 from fused_resnet.regions import layout
 
@@ -150,6 +151,8 @@ class Region:
         return out
 
     def compile(self) -> CompiledRegion:
+        if (why := compiled.load("cpu")) is not None:
+            raise RuntimeError(f"a region runs in C++: {why}")
         places = self._places()
         pitches = self._pitches()
         integers = [_VERSION, len(self._maps)]
