@@ -36,7 +36,7 @@ KERNELS = {
         # the steps of a program (csrc/cpu/blocked/program.h); kernel: a row of the table by name, or "" for the fastest
         "cpu_region": "(Tensor program, Tensor[] inputs, Tensor[] weights, Tensor[] biases, str kernel, "
         "Tensor(a!) workspace, Tensor(b!)[] outputs) -> ()",
-        # a line per row: name, dtype, "chosen" or "named", why it cannot run here; tabs between them
+        # a line per row: name, dtype, "chosen" or "named", registers, reason, why it cannot run here; tabs between them
         "cpu_region_kernels": "() -> str",
         # its name, why that one, and what to warn of, if anything
         "cpu_instruction_set": "() -> (str, str, str)",

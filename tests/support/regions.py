@@ -16,7 +16,7 @@ def table():
     if compiled.load("cpu") is not None:
         return {}
     rows = (line.split("\t") for line in torch.ops.fused_resnet.cpu_region_kernels().splitlines())
-    return {name: (getattr(torch, dtype), taken, why) for name, dtype, taken, why in rows}
+    return {name: (getattr(torch, dtype), taken, why) for name, dtype, taken, _, _, why in rows}
 
 
 def kernels():

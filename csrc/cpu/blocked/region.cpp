@@ -112,13 +112,16 @@ void region(Tensor program, std::vector<Tensor> inputs, std::vector<Tensor> weig
   while (steps.has_more()) std::visit(run, steps.next());
 }
 
-// cpu_region_kernels: a line for each row of the table: name, dtype, whether it is ever chosen, why it cannot run here.
+// cpu_region_kernels: a line for each row of the table, its last field why it cannot run here.
 std::string kernels() {
   std::string lines;
   for (const MicroKernel& kernel : micro_kernels()) {
     const char* dtype = kernel.dtype == Dtype::kBFloat16 ? "bfloat16" : "float32";
-    lines += std::string(kernel.name) + "\t" + dtype + "\t" + (kernel.is_chosen ? "chosen" : "named") + "\t" +
-             why_not(kernel) + "\n";
+    const char* taken = kernel.is_chosen ? "chosen" : "named";
+    for (const char* field : {kernel.name, dtype, taken, kernel.registers, kernel.reason}) {
+      lines += std::string(field) + "\t";
+    }
+    lines += why_not(kernel) + "\n";
   }
   return lines;
 }
