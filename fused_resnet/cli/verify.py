@@ -65,7 +65,7 @@ def verify(
     if as_json:
         print_json({**report.as_dict(), "asked_for_but_never_ran": idle})
     else:
-        _show_report(report)
+        _show_report(report, "operator/backend")
         for name in idle:
             click.echo(f"verify: backend {name!r} could not run any of these problems.", err=True)
     ctx.exit(0 if report.passed and not idle else 1)
@@ -82,13 +82,12 @@ def _verify_emulated(ctx, emulate, problems, seed, chosen, kind, kernels, as_jso
             problems, seed, arch, kernels, kind=kind,
             progress=lambda index: progress((index + 1) / problems, f"{index + 1}/{problems}"),
         )  # fmt: skip
-    ran = {part for name, entry in report.kernels.items() if _ran(entry) for part in (name, *name.split("/"))}
+    ran = {part for name, entry in report.backends.items() if _ran(entry) for part in (name, *name.split("/"))}
     idle = [name for name in kernels if name not in ran]
     if as_json:
         print_json({**report.as_dict(), "asked_for_but_never_ran": idle})
     else:
-        title = f"{report.problems} problems, seed {report.seed}, emulated {emulate}"
-        _show_entries(report.kernels, title, "kernel", report.passed)
+        _show_report(report, "kernel")
         for name in idle:
             click.echo(f"verify: kernel {name!r} could not run any of these problems.", err=True)
     ctx.exit(0 if report.passed and not idle else 1)
@@ -98,13 +97,9 @@ def _ran(entry: Any) -> int:
     return entry.ok + len(entry.mismatches)
 
 
-def _show_report(report: testing.Report) -> None:
+def _show_report(report: testing.Report, column: str) -> None:
+    entries = report.backends
     title = f"{report.problems} problems, seed {report.seed}, {report.device}"
-    _show_entries(report.backends, title, "operator/backend", report.passed)
-
-
-def _show_entries(entries: dict[str, Any], title: str, column: str, passed: bool) -> None:
-    """entries: `testing.BackendReport` or `emulated.KernelReport` by name."""
     out = stdout_console()
     table = new_table(column, "ok", "mismatches", "not run", "worst error / bound", title=title)
     for name, entry in sorted(entries.items()):
@@ -118,4 +113,4 @@ def _show_entries(entries: dict[str, Any], title: str, column: str, passed: bool
         for mismatch in entry.mismatches:
             lines = (f"MISMATCH {name}: {mismatch['call']}", mismatch["problem"], mismatch["detail"])
             out.print("\n  ".join(lines), markup=False)
-    out.print("no mismatch" if passed else "[bold red]some results differ from the reference[/]")
+    out.print("no mismatch" if report.passed else "[bold red]some results differ from the reference[/]")

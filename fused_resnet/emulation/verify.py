@@ -6,7 +6,6 @@ A problem follows from (seed, index), as in `fused_resnet.testing`, and so do it
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass, field
 from typing import Any, Callable, NamedTuple, Optional, Sequence, Union
 
 import torch
@@ -14,56 +13,20 @@ from torch import Tensor
 
 from fused_resnet.choosing.case import AddReluOperands, Case
 from fused_resnet.emulation import library
-from fused_resnet.emulation.kernel import LANDINGS, SCHEDULES, Outcome
+from fused_resnet.emulation.kernel import LANDINGS, SCHEDULES
+from fused_resnet.emulation.kernel import Outcome as Ran
 from fused_resnet.kernels.triton.conv import configs
 from fused_resnet.operators import layout
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem
-from fused_resnet.testing import case_at
-from fused_resnet.testing.compare import _exact, _within_bound
+from fused_resnet.testing import Outcome, Report, case_at
+from fused_resnet.testing.compare import exact, identical, within_bound
 
 ARCHITECTURES = (80, 90)
 KERNELS = (*(f"triton/{form}" for form in configs.FORMS), "triton/add_relu", "cuda/conv_bn_act", "cuda/add_relu")
 _MOST_SPLITS = 4
 # A problem of this many tiles and steps takes the emulator seconds
 _MOST_TILE_STEPS = 400
-
-
-class Result(NamedTuple):
-    """What came of one problem on one kernel. status: "ok", "mismatch" or "cannot run"; detail: why, or the config."""
-
-    kernel: str
-    status: str
-    detail: str
-    worst_error: float = 0.0
-
-
-@dataclass
-class KernelReport:
-    """One kernel's counts. `cannot_run` counts problems by the reason given."""
-
-    ok: int = 0
-    mismatches: list[dict[str, str]] = field(default_factory=list)
-    cannot_run: dict[str, int] = field(default_factory=dict)
-    worst_error: float = 0.0
-
-
-@dataclass
-class Report:
-    """What `verify` found on one emulated architecture."""
-
-    seed: int
-    arch: int
-    problems: int = 0
-    kernels: dict[str, KernelReport] = field(default_factory=dict)
-
-    @property
-    def passed(self) -> bool:
-        return not any(entry.mismatches for entry in self.kernels.values())
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers, for json.dumps."""
-        return dict(asdict(self), passed=self.passed)
 
 
 def why_not(kernels: Sequence[str] = ()) -> Optional[str]:
@@ -108,28 +71,17 @@ def verify(
     problems: how many, or which indices. kernels: names, as `chosen_kernels` reads them. kind: as
     `testing.random_case`. progress: called with the index of each finished problem.
     """
-    report = Report(seed, arch)
+    report = Report(seed, f"emulated sm_{arch}")
     for index in range(problems) if isinstance(problems, int) else problems:
         case = case_at(seed, index, kind=kind)
         for name in chosen_kernels(kernels):
             if is_for(name, case):
                 call = f"check({seed}, {index}, {arch}, {name!r}, kind={kind!r})"
-                _record(report, case, call, check(seed, index, arch, name, kind=kind))
+                report.add(name, check(seed, index, arch, name, kind=kind), call, case)
         report.problems += 1
         if progress is not None:
             progress(index)
     return report
-
-
-def _record(report: Report, case: Case, call: str, result: Result) -> None:
-    entry = report.kernels.setdefault(result.kernel, KernelReport())
-    if result.status == "cannot run":
-        entry.cannot_run[result.detail] = entry.cannot_run.get(result.detail, 0) + 1
-    elif result.status == "mismatch":
-        entry.mismatches.append({"call": call, "problem": str(case), "detail": result.detail})
-    else:
-        entry.ok += 1
-        entry.worst_error = max(entry.worst_error, result.worst_error)
 
 
 def is_for(kernel: str, case: Case) -> bool:
@@ -140,11 +92,11 @@ def is_for(kernel: str, case: Case) -> bool:
 # ---------------------------------------------------------------------------------------------------------- one problem
 
 
-def check(seed: int, index: int, arch: int, kernel: str, *, kind: str = "any") -> Result:
+def check(seed: int, index: int, arch: int, kernel: str, *, kind: str = "any") -> Outcome:
     """The problem of this number on this kernel: in a config, and a way of running it, that are drawn too."""
     case = case_at(seed, index, kind=kind)
     if case.problem.dtype == torch.float64:
-        return Result(kernel, "cannot run", "float64 is not supported")
+        return Outcome(kernel, "cannot run", "float64 is not supported")
     rng = random.Random(f"{seed}/{index}/{kernel}/{arch}")
     how = dict(landing=rng.choice(LANDINGS), schedule=rng.choice(SCHEDULES), seed=rng.getrandbits(32))
     if isinstance(case.problem, AddReluProblem):
@@ -154,44 +106,38 @@ def check(seed: int, index: int, arch: int, kernel: str, *, kind: str = "any") -
     return _check_conv(Case(problem, case.operands), arch, kernel, rng, how)
 
 
-def _check_conv(case: Case, arch: int, kernel: str, rng: random.Random, how: dict[str, Any]) -> Result:
+def _check_conv(case: Case, arch: int, kernel: str, rng: random.Random, how: dict[str, Any]) -> Outcome:
     p = case.problem
     assert isinstance(p, ConvProblem) and isinstance(case.operands, ConvOperands)
     operands = layout.all_channels_last(case.operands)
     if not p.N:
-        return Result(kernel, "cannot run", "an output without elements launches nothing")
+        return Outcome(kernel, "cannot run", "an output without elements launches nothing")
     maker, form = kernel.split("/")
     if reason := _WHY_NOT[maker]():
-        return Result(kernel, "cannot run", reason)
+        return Outcome(kernel, "cannot run", reason)
     config, reason = _DRAWN[maker](p, arch, form, rng)
     if config is None:
-        return Result(kernel, "cannot run", reason)
+        return Outcome(kernel, "cannot run", reason)
     label = f"{tuple(config)} {how}"
     before = operands.map(Tensor.clone)
     try:
         out, outcomes = _RUN_CONV[maker](p, operands, arch, config, how)
     except Exception as error:  # whatever compiles, parses or runs
-        return Result(kernel, "mismatch", f"{label}: {type(error).__name__}: {error}")
+        return Outcome(kernel, "mismatch", f"{label}: {type(error).__name__}: {error}")
     pairs = zip(operands._fields, before, operands)
-    changed = [name for name, was, now in pairs if not _is_same(was, now)]
+    changed = [name for name, was, now in pairs if isinstance(was, Tensor) and not identical(was, now)]
     if changed:
-        return Result(kernel, "mismatch", f"{label}: {', '.join(changed)} written to")
-    return _judged(kernel, label, outcomes, _within_bound(case, maker, out.double()))
+        return Outcome(kernel, "mismatch", f"{label}: {', '.join(changed)} written to")
+    return _judged(kernel, label, outcomes, within_bound(case, maker, out.double()))
 
 
-def _is_same(was: Any, now: Any) -> bool:
-    if not isinstance(was, Tensor):
-        return True
-    return bool(((was == now) | (was.isnan() & now.isnan())).all())
-
-
-def _judged(kernel: str, label: str, outcomes: Sequence[Outcome], compared: Any) -> Result:
+def _judged(kernel: str, label: str, outcomes: Sequence[Ran], compared: Outcome) -> Outcome:
     reports = [report for outcome in outcomes for report in outcome.reports]
     if reports:
-        return Result(kernel, "mismatch", f"{label}: {len(reports)} reports, the first: {reports[0]}")
+        return Outcome(kernel, "mismatch", f"{label}: {len(reports)} reports, the first: {reports[0]}")
     if compared.status != "ok":
-        return Result(kernel, "mismatch", f"{label}: {compared.detail}")
-    return Result(kernel, "ok", label, compared.worst_error or 0.0)
+        return Outcome(kernel, "mismatch", f"{label}: {compared.detail}")
+    return compared._replace(backend=kernel)
 
 
 def _draw_triton(p: ConvProblem, arch: int, form: str, rng: random.Random) -> tuple[Optional[Any], str]:
@@ -226,13 +172,13 @@ def _draw_cuda(p: ConvProblem, arch: int, form: str, rng: random.Random) -> tupl
     return _CudaConfig(tile, rng.randint(1, min(_MOST_SPLITS, steps))), ""
 
 
-def _run_triton(p, operands, arch, config, how) -> tuple[Tensor, list[Outcome]]:
+def _run_triton(p, operands, arch, config, how) -> tuple[Tensor, list[Ran]]:
     from fused_resnet.emulation import launches
 
     return launches.conv_bn_act(p, operands, arch, config, **how)
 
 
-def _run_cuda(p, operands, arch, config, how) -> tuple[Tensor, list[Outcome]]:
+def _run_cuda(p, operands, arch, config, how) -> tuple[Tensor, list[Ran]]:
     from fused_resnet.emulation import cuda_launches
 
     return cuda_launches.conv_bn_act(p, operands, arch, config.tile, config.splits, **how)
@@ -242,31 +188,31 @@ _DRAWN = {"triton": _draw_triton, "cuda": _draw_cuda}
 _RUN_CONV = {"triton": _run_triton, "cuda": _run_cuda}
 
 
-def _check_add_relu(case: Case, arch: int, kernel: str, how: dict[str, Any]) -> Result:
+def _check_add_relu(case: Case, arch: int, kernel: str, how: dict[str, Any]) -> Outcome:
     p, o = case.problem, case.operands
     assert isinstance(p, AddReluProblem) and isinstance(o, AddReluOperands)
     if not p.same_dense_layout or not p.numel:
-        return Result(kernel, "cannot run", "no elements, or tensors that are not dense and alike")
+        return Outcome(kernel, "cannot run", "no elements, or tensors that are not dense and alike")
     maker, label = kernel.split("/")[0], str(how)
     if reason := _WHY_NOT[maker]():
-        return Result(kernel, "cannot run", reason)
+        return Outcome(kernel, "cannot run", reason)
     out, grad_input = torch.full_like(o.a, torch.nan), torch.full_like(o.a, torch.nan)
     grad = torch.empty_like(o.a).copy_(o.grad)
     try:
         outcomes = _ADD_RELU[maker](p, o.a, o.b, grad, out, grad_input, arch, how)
     except Exception as error:
-        return Result(kernel, "mismatch", f"{label}: {type(error).__name__}: {error}")
-    return _judged(kernel, label, outcomes, _exact(case, maker, out, grad_input))
+        return Outcome(kernel, "mismatch", f"{label}: {type(error).__name__}: {error}")
+    return _judged(kernel, label, outcomes, exact(case, maker, out, grad_input))
 
 
-def _add_relu_triton(p, a, b, grad, out, grad_input, arch, how) -> list[Outcome]:
+def _add_relu_triton(p, a, b, grad, out, grad_input, arch, how) -> list[Ran]:
     from fused_resnet.emulation import launches
 
     first = launches.run_add_relu(p, a, b, out, arch, **how)
     return [first, launches.run_add_relu(p, grad, out, grad_input, arch, backward=True, **how)]
 
 
-def _add_relu_cuda(p, a, b, grad, out, grad_input, arch, how) -> list[Outcome]:
+def _add_relu_cuda(p, a, b, grad, out, grad_input, arch, how) -> list[Ran]:
     from fused_resnet.emulation import cuda_launches
 
     first = cuda_launches.run_add_relu(a, b, out, arch, **how)

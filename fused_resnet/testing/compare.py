@@ -64,17 +64,18 @@ def check(case: Case, backend: str) -> Outcome:
     except Exception as error:  # the backend said that it can run this
         return Outcome(backend, "mismatch", f"raised {type(error).__name__}: {error}")
     for name, tensor in before.items():
-        if not _identical(tensor, case.tensors[name]):
+        if not identical(tensor, case.tensors[name]):
             return Outcome(backend, "mismatch", f"{name} was written to")
     detail = wrong_metadata(case, actual)
     if detail is not None:
         return Outcome(backend, "mismatch", detail)
     if is_addition:
-        return _exact(case, backend, actual, grad)
-    return _within_bound(case, backend, actual.cpu().double())
+        return exact(case, backend, actual, grad)
+    return within_bound(case, backend, actual.cpu().double())
 
 
-def _within_bound(case: Case, backend: str, actual: Tensor) -> Outcome:
+def within_bound(case: Case, backend: str, actual: Tensor) -> Outcome:
+    """Whether each element of a convolution's output, in fp64 on the CPU, is within its bound."""
     expected, bound, rounding = case.expected, bound_of(case, backend), rounding_of(backend)
     largest = torch.finfo(case.problem.dtype).max
     error = (actual - expected).abs()
@@ -139,7 +140,7 @@ def _winograd_overflows(case: Case) -> Tensor:
     return ~(products * 2.0**16 < torch.finfo(torch.float32).max)
 
 
-def _exact(case: Case, backend: str, actual: Tensor, grad: Tensor) -> Outcome:
+def exact(case: Case, backend: str, actual: Tensor, grad: Tensor) -> Outcome:
     """Both kernels round once, so there is one right answer: the sum in fp64 is exact enough to round again."""
     expected = case.expected.to(case.problem.dtype)
     expected_grad = case.operands.grad.cpu().masked_fill(expected <= 0, 0)
@@ -168,5 +169,6 @@ def wrong_metadata(case: Case, actual: Tensor) -> Optional[str]:
     return None
 
 
-def _identical(a: Tensor, b: Tensor) -> bool:
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Whether all values are equal; a NaN equals a NaN."""
     return bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -25,7 +25,7 @@ class BackendReport:
 
 @dataclass
 class Report:
-    """What `verify` found. A backend is named "operator/backend"."""
+    """What `verify` found on a device. A backend is named "operator/backend", an emulated kernel "maker/form"."""
 
     seed: int
     device: str
@@ -35,6 +35,19 @@ class Report:
     @property
     def passed(self) -> bool:
         return not any(entry.mismatches for entry in self.backends.values())
+
+    def add(self, name: str, outcome: Outcome, call: str, shown: Any) -> None:
+        """Count an outcome. call: what repeats it; shown: the case, whose text the report keeps."""
+        entry = self.backends.setdefault(name, BackendReport())
+        if outcome.status == "cannot run":
+            entry.cannot_run[outcome.detail] = entry.cannot_run.get(outcome.detail, 0) + 1
+        elif outcome.status == "mismatch":
+            entry.mismatches.append({"call": call, "problem": str(shown), "detail": outcome.detail})
+        else:
+            entry.ok += 1
+            worst_error = outcome.worst_error or 0.0
+            if worst_error >= entry.worst_error:
+                entry.worst_error, entry.worst_case = worst_error, f"{call}: {shown}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, for json.dumps."""
@@ -98,21 +111,9 @@ def _asked_for(op: str, names: Optional[Sequence[str]]) -> list[str]:
 
 def _goes_on(report: Report, shown: Any, call: str, op: str, outcome: Outcome) -> bool:
     """Record an outcome. False where the backend has left the device unusable, which is a mismatch too."""
-    _record(report, shown, call, op, outcome)
+    report.add(f"{op}/{outcome.backend}", outcome, call, shown)
     why = why_unusable(report.device)
     if why is not None:
-        _record(report, shown, call, op, Outcome(outcome.backend, "mismatch", f"has left the device unusable: {why}"))
+        unusable = Outcome(outcome.backend, "mismatch", f"has left the device unusable: {why}")
+        report.add(f"{op}/{outcome.backend}", unusable, call, shown)
     return why is None
-
-
-def _record(report: Report, shown: Any, call: str, op: str, outcome: Outcome) -> None:
-    entry = report.backends.setdefault(f"{op}/{outcome.backend}", BackendReport())
-    if outcome.status == "cannot run":
-        entry.cannot_run[outcome.detail] = entry.cannot_run.get(outcome.detail, 0) + 1
-    elif outcome.status == "mismatch":
-        entry.mismatches.append({"call": call, "problem": str(shown), "detail": outcome.detail})
-    else:
-        entry.ok += 1
-        worst_error = outcome.worst_error or 0.0
-        if worst_error >= entry.worst_error:
-            entry.worst_error, entry.worst_case = worst_error, f"{call}: {shown}"

@@ -8,6 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+from fused_resnet import testing
 from fused_resnet.cli import main
 from fused_resnet.emulation import cuda_launches, library
 from fused_resnet.emulation import verify as emulated
@@ -20,24 +21,26 @@ def run(*arguments):
     return CliRunner().invoke(main.cli, [str(argument) for argument in arguments])
 
 
-def stub(monkeypatch, result):
+def stub(monkeypatch, outcome):
     """Kernels answer at once."""
     monkeypatch.setattr(emulated, "why_not", lambda kernels: None)
-    monkeypatch.setattr(emulated, "check", lambda seed, index, arch, name, kind: result._replace(kernel=name))
+    monkeypatch.setattr(emulated, "check", lambda seed, index, arch, name, kind: outcome._replace(backend=name))
 
 
 def test_the_report_as_json(monkeypatch):
-    stub(monkeypatch, emulated.Result("", "ok", "", 0.25))
+    stub(monkeypatch, testing.Outcome("", "ok", "", 0.25))
     result = run("verify", "--emulate", "sm_80", "--problems", 8, "--seed", 1, "--kernel", "cuda", "--json")
     record = json.loads(result.stdout)
-    assert result.exit_code == 0 and record["passed"] and (record["arch"], record["problems"]) == (80, 8)
-    kernels = record["kernels"]
+    assert (
+        result.exit_code == 0 and record["passed"] and (record["device"], record["problems"]) == ("emulated sm_80", 8)
+    )
+    kernels = record["backends"]
     assert set(kernels) == {"cuda/conv_bn_act", "cuda/add_relu"}
     assert sum(entry["ok"] for entry in kernels.values()) == 8 and kernels["cuda/conv_bn_act"]["worst_error"] == 0.25
 
 
 def test_a_mismatch_fails_and_says_how_to_see_it_again(monkeypatch):
-    stub(monkeypatch, emulated.Result("", "mismatch", "a race"))
+    stub(monkeypatch, testing.Outcome("", "mismatch", "a race"))
     result = run("verify", "--emulate", "sm_90", "--problems", 1, "--seed", 1, "--kernel", "cuda/conv_bn_act")
     assert result.exit_code == 1
     assert (
@@ -46,7 +49,7 @@ def test_a_mismatch_fails_and_says_how_to_see_it_again(monkeypatch):
 
 
 def test_a_kernel_that_never_ran_fails(monkeypatch):
-    stub(monkeypatch, emulated.Result("", "cannot run", "too large"))
+    stub(monkeypatch, testing.Outcome("", "cannot run", "too large"))
     result = run("verify", "--emulate", "sm_90", "--problems", 1, "--seed", 1, "--kernel", "gemm_tma")
     assert result.exit_code == 1 and "'gemm_tma' could not run any" in result.output and "too large" in result.output
 
@@ -89,5 +92,5 @@ def test_interpreted_kernels_cannot_be_compiled():
 def test_additions_by_nvcc():
     """The one that compiles in seconds: in this process, which interprets Triton."""
     report = emulated.verify(range(60), 3, 80, ("cuda/add_relu",))
-    entry = report.kernels["cuda/add_relu"]
+    entry = report.backends["cuda/add_relu"]
     assert report.passed and entry.ok > 0, report.as_dict()
