@@ -1,7 +1,8 @@
 """Many random problems on every backend of this machine, in parts: `python -m benchmarks.random_problems`.
 
 Each part is `fused-resnet verify` with a seed of its own in a process of its own. So a backend that ends the process
-costs that part alone. Finished parts are kept in --parts and not run again; the record holds their sum.
+costs that part alone. Emulated kernels cannot, so all their parts are in this one. Finished parts are kept in --parts
+and not run again; the record holds their sum.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ from fused_resnet.measuring import Record
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "verify"
+EMULATED = ("sm_80", "sm_90")
 
 
 def run_part(file: Path, problems: int, seed: int, device: str, kind: str) -> Optional[int]:
     """Run one part into `file`. None, or the exit code of a process that ended without a report."""
+    if device in EMULATED:
+        _emulate_part(file, problems, seed, device, kind)
+        return None
     command = (sys.executable, "-m", "fused_resnet", "verify", "--device", device, "--json")
     command += () if kind == "random" else (f"--{kind}",)
     size = ("--problems", str(problems), "--seed", str(seed))
@@ -38,6 +43,16 @@ def run_part(file: Path, problems: int, seed: int, device: str, kind: str) -> Op
         return done.returncode
     files.write_json(file, report)
     return None
+
+
+def _emulate_part(file: Path, problems: int, seed: int, arch: str, kind: str) -> None:
+    """In this process, which compiles the CUDA kernels once for all parts."""
+    from fused_resnet.emulation import verify as emulated
+
+    if reason := emulated.why_not():
+        raise SystemExit(f"random_problems: {reason}")
+    kind = "any" if kind == "random" else kind
+    files.write_json(file, emulated.verify(problems, seed, int(arch.removeprefix("sm_")), kind=kind).as_dict())
 
 
 def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -57,6 +72,7 @@ def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "problems": sum(report["problems"] for report in reports),
         "seeds": [report["seed"] for report in reports],
+        "kinds": [report["kind"] for report in reports],
         "passed": all(report["passed"] for report in reports),
         "backends": dict(sorted(backends.items())),
     }
@@ -68,11 +84,14 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--problems", type=int, default=20_000)
     parser.add_argument("--per-part", type=int, default=500)
     parser.add_argument("--seed", type=int, default=2000, help="of the first part; the others count up")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--kind", choices=("random", "common", "strided"), default="random",
-                        help="common, strided: as `verify --common`, `verify --strided`")  # fmt: skip
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="or sm_80, sm_90: the compiled kernels, in the PTX emulator")  # fmt: skip
+    parser.add_argument("--kind", choices=("random", "common", "strided", "mixed"), default="random",
+                        help="as `verify --common`, `verify --strided`; mixed: random and common in turn")  # fmt: skip
     parser.add_argument("--parts", type=Path, default=ROOT / "out" / "random_problems")
-    parser.add_argument("--out", type=Path, help="default: results/verify/KIND_problems.json")
+    parser.add_argument(
+        "--out", type=Path, help="default: results/verify/KIND_problems.json; emulated, DEVICE_problems.json"
+    )
     options = parser.parse_args(arguments)
     if options.problems < 1 or options.per_part < 1:
         parser.error(f"--problems and --per-part must be positive, got {options.problems} and {options.per_part}")
@@ -80,19 +99,27 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     reports = []
     for index, start in enumerate(range(0, options.problems, options.per_part)):
         problems, seed = min(options.per_part, options.problems - start), options.seed + index
-        file = options.parts / f"{options.kind}_{problems}_{seed}_{options.device}.json"
-        exit_code = None if file.exists() else run_part(file, problems, seed, options.device, options.kind)
+        kind = ("random", "common")[index % 2] if options.kind == "mixed" else options.kind
+        file = options.parts / f"{kind}_{problems}_{seed}_{options.device}.json"
+        exit_code = None if file.exists() else run_part(file, problems, seed, options.device, kind)
         if exit_code is None:
-            reports.append(json.loads(file.read_text()))
+            reports.append({**json.loads(file.read_text()), "kind": kind})
         else:
             ended.append({"seed": seed, "problems": problems, "exit_code": exit_code})
         print(f"{start + problems} of {options.problems}, {len(ended)} parts without a report", file=sys.stderr)
     found = {"per_part": options.per_part, **merged(reports), "ended_without_report": ended}
     found["passed"] = found["passed"] and not ended
-    out = options.out or RECORDS / f"{options.kind}_problems.json"
-    Record.here("verify", options.device)._replace(more=found).write(out)
+    out = _write(options, found)
     print(f"{out}: {found['problems']} problems, {'passed' if found['passed'] else 'NOT passed'}")
     return 0 if found["passed"] else 1
+
+
+def _write(options: argparse.Namespace, found: dict[str, Any]) -> Path:
+    if options.device not in EMULATED:
+        out = options.out or RECORDS / f"{options.kind}_problems.json"
+        return Record.here("verify", options.device)._replace(more=found).write(out)
+    out = options.out or RECORDS / f"{options.device}_problems.json"
+    return Record.here("verify", "cpu")._replace(more={"emulated": options.device, **found}).write(out)
 
 
 if __name__ == "__main__":

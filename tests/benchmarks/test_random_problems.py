@@ -53,3 +53,25 @@ def test_the_committed_record():
         eager, triton = (record["backends"][f"{op}/{name}"] for name in ("eager", "triton"))
         assert eager["cannot_run"] == {} and triton["ok"] > 0.8 * eager["ok"]
     assert sum(record["backends"][f"{op}/eager"]["ok"] for op in ("conv_bn_act", "add_relu")) == record["problems"]
+
+
+def test_emulated_parts_of_both_kinds(tmp_path, monkeypatch):
+    from benchmarks import random_problems
+    from fused_resnet.emulation import verify as emulated
+
+    def verify(problems, seed, arch, *, kind):
+        asked.append((problems, seed, arch, kind))
+        report = testing.Report(seed, f"emulated sm_{arch}", problems)
+        report.add("triton/pointer", testing.Outcome("", "ok", worst_error=0.5), "a call", "a case")
+        return report
+
+    asked = []
+    monkeypatch.setattr(emulated, "why_not", lambda: None)
+    monkeypatch.setattr(emulated, "verify", verify)
+    out = tmp_path / "record.json"
+    size = ["--problems", "5", "--per-part", "2", "--seed", "7", "--device", "sm_90", "--kind", "mixed"]
+    assert random_problems.main([*size, "--parts", str(tmp_path / "parts"), "--out", str(out)]) == 0
+    assert asked == [(2, 7, 90, "any"), (2, 8, 90, "common"), (1, 9, 90, "any")]
+    record = json.loads(out.read_text())
+    assert record["emulated"] == "sm_90" and record["problems"] == 5 and record["passed"]
+    assert record["kinds"] == ["random", "common", "random"] and record["backends"]["triton/pointer"]["ok"] == 3
