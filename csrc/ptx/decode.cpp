@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <map>
 
-#include "ptx/operands.h"
+#include "ptx/machine/operands.h"
 
 namespace fused_resnet::ptx {
 namespace {

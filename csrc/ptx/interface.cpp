@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <ctime>
 
-#include "ptx/machine.h"
+#include "ptx/machine/machine.h"
 
 using fused_resnet::ptx::Fault;
 using fused_resnet::ptx::format;

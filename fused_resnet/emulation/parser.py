@@ -33,7 +33,7 @@ SPECIAL_REGISTERS = (
     "dynamic_smem_size total_smem_size nwarpid zero"
 ).split()
 _ALIASES = {"clock64": "clock", "globaltimer": "clock", "clock_hi": "zero", "gridid": "zero"}
-SHARED_BASE = 1024  # as in csrc/ptx/machine.h
+SHARED_BASE = 1024  # as in csrc/ptx/machine/machine.h
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)")
 _HEAD_WORDS = re.compile(r"(?:\.(?:visible|weak|extern|common)\s+)*\.(\w+)")

@@ -1,0 +1,192 @@
+// Accesses to global memory: bounds, alignment, and races inside a block, between blocks and between dependent grids.
+#include <algorithm>
+
+#include "ptx/machine/operands.h"
+
+namespace fused_resnet::ptx {
+
+struct Machine::GlobalAccess {
+  Warp& warp;
+  int lane;
+  bool is_write;
+  Region::Access mark;
+};
+
+namespace {
+
+constexpr u64 kNear = 1 << 20;
+
+// The cells of a region that an access touches: words, or the bytes of words whose bytes differ.
+template <class Visit>
+void visit(Region& region, u64 address, u32 bytes, Visit visit) {
+  const u64 first = region.base & ~u64(3);
+  for (const u64 end = address + bytes; address < end;) {
+    const u64 word = (address - first) / 4, next = std::min(end, first + (word + 1) * 4);
+    auto parts = region.split.empty() ? region.split.end() : region.split.find(word);
+    if (parts == region.split.end() && next - address == 4) {
+      visit(region.words[word], address, 4u);
+      address = next;
+      continue;
+    }
+    if (parts == region.split.end()) {
+      parts = region.split.emplace(word, std::vector<Region::Cell>(4, region.words[word])).first;
+      if (region.words[word].has_more_readers)
+        for (u64 k = 3; k > 0; --k) region.more_readers[first + word * 4 + k] = region.more_readers[first + word * 4];
+    }
+    for (; address < next; ++address) visit(parts->second[address % 4], address, 1u);
+  }
+}
+
+std::string neighbours(const std::vector<Region>& regions, u64 address) {
+  std::string text;
+  for (const Region& region : regions)
+    if (address + kNear > region.base && address < region.base + region.size + kNear)
+      text += format(" (%s%+lld, of %llu bytes)", region.name.c_str(), static_cast<long long>(address - region.base),
+                     static_cast<unsigned long long>(region.size));
+  return text;
+}
+
+}  // namespace
+
+Region* Machine::region_of(u64 address, u64 bytes) {
+  const auto holds = [&](const Region& region) {
+    return address >= region.base && address - region.base <= region.size &&
+           bytes <= region.size - (address - region.base);
+  };
+  if (last_region_ != nullptr && holds(*last_region_)) return last_region_;
+  for (Region& region : regions)
+    if (holds(region)) return last_region_ = &region;
+  return nullptr;
+}
+
+u8* Machine::global(Warp& of, int lane, u64 address, u32 bytes, bool is_write, const u8* value, u32 alignment,
+                    bool strong, Proxy proxy) {
+  if (alignment == 0) alignment = std::min(bytes, 32u);
+  if (alignment > 1 && address % alignment != 0)
+    fault("misaligned", format("lane %d: %u bytes at global %#llx, which is no multiple of %u", lane, bytes,
+                               static_cast<unsigned long long>(address), alignment));
+  Region* region = region_of(address, bytes);
+  if (region == nullptr)
+    fault("out of bounds", format("lane %d: %s of %u bytes at global %#llx", lane, is_write ? "write" : "read", bytes,
+                                  static_cast<unsigned long long>(address)) +
+                               neighbours(regions, address));
+  if (is_write && !region->writable) fault("read-only", format("lane %d: write to ", lane) + region->name);
+  if (region->writable && options.races > 0 && bytes > 0) {
+    if (copies_in_global > 0 && !strong) check_copies_in_global(*this, address, bytes, is_write);
+    const GlobalAccess who{
+        of, lane, is_write, {block_number(*of.block), of.own[lane] + 1, pc, u16(of.id * kLanes + lane), strong, proxy}};
+    check_global(who, *region, address, bytes, value);
+  }
+  return reinterpret_cast<u8*>(address);
+}
+
+const Block* Machine::resident_block(u32 number) const {
+  for (const auto& cluster : resident)
+    for (const auto& block : cluster->blocks)
+      if (block_number(*block) == number) return block.get();
+  return nullptr;
+}
+
+const Grid& Machine::grid_of(u32 number) const {
+  size_t k = grids.size() - 1;
+  while (grids[k]->first_block >= number) --k;
+  return *grids[k];
+}
+
+bool Machine::is_ordered(const GlobalAccess& who, const Region::Access& before) const {
+  const Warp& of = who.warp;
+  const View& view = of.views[who.lane].generic;
+  if (before.block == who.mark.block)
+    return before.thread == who.mark.thread ||
+           view.has_seen(static_cast<Agent>(of.block->first_agent + before.thread), before.time);
+  if (grids.size() > 1) {
+    const Grid& other = grid_of(before.block);
+    // a launch begins when the one before it is complete, unless it depends programmatically (PTX ISA 9.7.13.13)
+    if (&other != of.block->grid) return options.overlap == 0 || view.has_seen(other.agent, 1);
+  }
+  const auto seen = of.block->seen_blocks.find(before.block);
+  if (seen != of.block->seen_blocks.end() && seen->second >= before.time) return true;
+  const Block* block = resident_block(before.block);
+  return block != nullptr && view.has_seen(static_cast<Agent>(block->first_agent + before.thread), before.time);
+}
+
+void Machine::report_global(const GlobalAccess& who, const Region& region, u64 address, const Region::Access& before,
+                            const char* what) {
+  const Grid& grid = grid_of(before.block);
+  const Grid& mine = *who.warp.block->grid;
+  const auto& program = grid.program->instructions;
+  const int line = before.pc < static_cast<int>(program.size()) ? program[before.pc].line : -1;
+  std::string text = format("lane %d: %s+%llu %s ", who.lane, region.name.c_str(),
+                            static_cast<unsigned long long>(address - region.base), what);
+  if (&grid != &mine) text += format("grid %d ", grid.number);
+  text += format("block %u thread %u (line %d)", before.block - 1 - grid.first_block, before.thread, line);
+  report(&grid != &mine ? "dependent launch" : "global race", text);
+}
+
+void Machine::check_global(const GlobalAccess& who, Region& region, u64 address, u32 bytes, const u8* value) {
+  const u64 begin = address;
+  visit(region, address, bytes, [&](Region::Cell& cell, u64 at, u32 size) {
+    const Region::Access& writer = cell.writer;
+    const bool both_strong = writer.strong && who.mark.strong;
+    if (writer.block != 0 && !both_strong) {
+      if (!is_ordered(who, writer)) {
+        const bool is_same = who.is_write && value != nullptr && options.races < 2 &&
+                             std::memcmp(reinterpret_cast<const u8*>(at), value + (at - begin), size) == 0;
+        if (!is_same)
+          report_global(who, region, at, writer,
+                        who.is_write ? "is overwritten without synchronisation with its write by"
+                                     : "is read without synchronisation with its write by");
+      } else if (who.mark.proxy == Proxy::kAsync && writer.proxy == Proxy::kGeneric && writer.block == who.mark.block &&
+                 !who.warp.views[who.lane].async_global.has_seen(
+                     static_cast<Agent>(who.warp.block->first_agent + writer.thread), writer.time)) {
+        report("proxy",
+               format("lane %d: %s+%llu is accessed through the async proxy, without fence.proxy.async after "
+                      "the write by thread %u",
+                      who.lane, region.name.c_str(), static_cast<unsigned long long>(at - region.base), writer.thread));
+      }
+    }
+    note_global(who, region, cell, at);
+  });
+}
+
+void Machine::note_global(const GlobalAccess& who, Region& region, Region::Cell& cell, u64 at) {
+  const auto is_open = [&](const Region::Access& reader) {
+    return !(reader.strong && who.mark.strong) && !is_ordered(who, reader);
+  };
+  if (!who.is_write) {
+    if (who.mark.proxy == Proxy::kAsync) return;  // copies.cpp knows how long it is in flight
+    if (cell.reader.block == 0 || is_ordered(who, cell.reader)) {
+      cell.reader = who.mark;
+      return;
+    }
+    cell.has_more_readers = true;
+    auto& more = region.more_readers[at];
+    for (Region::Access& reader : more) {
+      if (reader.block != who.mark.block || reader.thread != who.mark.thread) continue;
+      reader = who.mark;
+      return;
+    }
+    more.push_back(who.mark);
+    return;
+  }
+  const char* what = "is overwritten, which may not have been read yet by";
+  if (cell.reader.block != 0 && is_open(cell.reader)) report_global(who, region, at, cell.reader, what);
+  if (cell.has_more_readers) {
+    for (const Region::Access& reader : region.more_readers[at])
+      if (is_open(reader)) report_global(who, region, at, reader, what);
+    region.more_readers.erase(at);
+  }
+  cell = Region::Cell{who.mark, {}, false};
+}
+
+bool Machine::is_written_by_grid(Warp& of, u64 address, u32 bytes) {
+  Region* region = region_of(address, bytes);
+  if (region == nullptr || region->words.empty()) return false;
+  bool is_written = false;
+  visit(*region, address, bytes, [&](const Region::Cell& cell, u64, u32) {
+    is_written = is_written || (cell.writer.block != 0 && &grid_of(cell.writer.block) == of.block->grid);
+  });
+  return is_written;
+}
+
+}  // namespace fused_resnet::ptx
