@@ -91,7 +91,8 @@ class Kernel:
     ) -> Outcome:  # fmt: skip
         """Runs the grid; results are in the arrays.
 
-        arguments: one a parameter. int, float, None (zeros), bytes, an array (its address), or a TensorMap.
+        arguments: one a parameter. int, float, None (zeros), bytes, an array (its address), or a TensorMap. A list is
+        a struct: its bytes, arrays and maps, one after another.
         writable: those arrays that the kernel may write. memory: further arrays that it may reach, by name.
         shared_bytes: dynamic shared memory. blocks: the indices of those to run, by default all.
         landing: when asynchronous work arrives. schedule: the order of warps.
@@ -202,10 +203,12 @@ def _prepare(launch: Launch, memory: _Memory) -> _Prepared:
     for parameter, value in zip(entry.parameters, launch.arguments):
         if isinstance(value, TensorMap):
             _check_map(parameter)
-            maps.append((parameter.offset, value))
-            memory.add(parameter.name, value.array)
-            continue
-        data = _bytes_of(parameter, value, memory)
+            value = [value]
+        if isinstance(value, (list, tuple)):
+            data, found = _struct_of(parameter, value, memory)
+            maps += found
+        else:
+            data = _bytes_of(parameter, value, memory)
         buffer[parameter.offset : parameter.offset + parameter.size] = list(data)
     offsets = (ctypes.c_uint32 * max(len(maps), 1))(*[offset for offset, _ in maps])
     pointers = (ctypes.POINTER(library.PtxTensorMap) * max(len(maps), 1))(
@@ -278,6 +281,33 @@ def _check_map(parameter: parser.Parameter) -> None:
         raise TypeError(f"{parameter.name} has {parameter.size} bytes; a TensorMap has 128, aligned to 64")
 
 
+def _struct_of(
+    parameter: parser.Parameter, parts: Sequence[Any], memory: _Memory
+) -> tuple[bytes, list[tuple[int, TensorMap]]]:
+    """The bytes of a struct given in parts, and its maps with their places among all parameters."""
+    data, maps = bytearray(), []
+    for part in parts:
+        if isinstance(part, TensorMap):
+            place = parameter.offset + len(data)
+            if place % 64:
+                raise ValueError(f"{parameter.name}: a TensorMap at byte {len(data)}; wanted: aligned to 64")
+            maps.append((place, part))
+            memory.add(parameter.name, part.array)
+            data += bytes(_MAP_BYTES)
+        elif arrays.is_array(part):
+            memory.add(parameter.name, part)
+            data += struct.pack("<Q", arrays.address(part))
+        elif isinstance(part, (bytes, bytearray)):
+            data += part
+        else:
+            raise TypeError(
+                f"{parameter.name}: a {type(part).__name__} in a struct; wanted: bytes, an array, a TensorMap"
+            )
+    if len(data) != parameter.size:
+        raise ValueError(f"{parameter.name} has {parameter.size} bytes, not {len(data)}")
+    return bytes(data), maps
+
+
 def _bytes_of(parameter: parser.Parameter, value: Any, memory: _Memory) -> bytes:
     if value is None:
         return bytes(parameter.size)
@@ -286,7 +316,7 @@ def _bytes_of(parameter: parser.Parameter, value: Any, memory: _Memory) -> bytes
             raise ValueError(f"{parameter.name} has {parameter.size} bytes, not {len(value)}")
         return bytes(value)
     if parameter.is_array:
-        raise TypeError(f"{parameter.name} is an array of {parameter.size} bytes; wanted: bytes or a TensorMap")
+        raise TypeError(f"{parameter.name} is an array of {parameter.size} bytes; wanted: bytes, a list or a TensorMap")
     if arrays.is_array(value):
         if parameter.type not in ("u64", "b64", "s64"):
             raise TypeError(f"{parameter.name} is .{parameter.type}; an array's address needs 64 bits")

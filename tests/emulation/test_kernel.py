@@ -145,8 +145,37 @@ def test_a_tensor_map_goes_where_128_bytes_are(add):
     refused(add, TypeError, "a TensorMap has 128", arguments=[made, 0, 1.0])
     aligned = Kernel(kernel_text("ret;", parameters=".param .align 64 .b8 map[128]"))
     assert aligned.run(1, 32, [made]).reports == []
-    with pytest.raises(TypeError, match="wanted: bytes or a TensorMap"):
+    with pytest.raises(TypeError, match="wanted: bytes, a list or a TensorMap"):
         aligned.run(1, 32, [torch.zeros(4)])
+
+
+STRUCT = """
+ld.param.u64 %d0, [all];
+ld.param.f32 %f0, [all+12];
+ld.param.u64 %d1, [out];
+ld.global.f32 %f1, [%d0];
+add.f32 %f2, %f1, %f0;
+st.global.f32 [%d1], %f2;
+ret;
+"""
+
+
+def test_a_struct_is_given_in_parts():
+    kernel = Kernel(kernel_text(STRUCT, parameters=".param .align 8 .b8 all[16], .param .u64 out"))
+    x, y = torch.full((1,), 3.0), torch.zeros(1)
+    assert kernel.run(1, 1, [[x, bytes(4), numpy.float32(4).tobytes()], y], writable=[y]).reports == []
+    assert y == 7
+
+
+@pytest.mark.parametrize("parts, error, reason", (
+    ([bytes(8)], ValueError, "all has 256 bytes, not 8"),
+    ([bytes(32), "map", bytes(96)], ValueError, "a TensorMap at byte 32; wanted: aligned to 64"),
+    ([bytes(128), 5], TypeError, "a int in a struct; wanted: bytes"),
+))  # fmt: skip
+def test_parts_that_are_refused(parts, error, reason):
+    kernel = Kernel(kernel_text("ret;", parameters=".param .align 128 .b8 all[256]"))
+    made = TensorMap(torch.zeros(8, 8), (8, 8), (32,), (8, 8))
+    refused(kernel, error, reason, arguments=[[made if part == "map" else part for part in parts]])
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

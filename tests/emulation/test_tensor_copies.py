@@ -137,6 +137,18 @@ def test_ranks_and_types(rank, dtype):
         numpy.testing.assert_array_equal(got, expected.view(numpy.uint8).reshape(-1))
 
 
+def test_a_map_within_a_struct():
+    """Its place is where the bytes before it end."""
+    tensor, out = numbers(40, 72), numpy.full(BYTES, 0xEE, numpy.uint8)
+    expected = box_of(tensor, (8, 3), (32, 16))
+    text = BEGIN.replace("cvta.param.u64 %d0, %d0;", "add.u64 %d0, %d0, 64;\ncvta.param.u64 %d0, %d0;")
+    body = text + load_text(2, (8, 3), expected.nbytes) + "\nret;"
+    kernel = Kernel(kernel_text(body, parameters=PARAMETERS.replace("map[128]", "map[256]"), shared=SHARED))
+    outcome = kernel.run(1, 32, [[bytes(64), map_of(tensor, (32, 16)), bytes(64)], out], writable=[out])
+    assert outcome.reports == []
+    numpy.testing.assert_array_equal(out[: expected.nbytes], expected.view(numpy.uint8).reshape(-1))
+
+
 def test_nan_outside():
     tensor = numbers(6, 32)
     got = loaded(map_of(tensor, (32, 8), fill="nan"), 2, (8, 2), 512).view(numpy.float16).reshape(8, 32)
