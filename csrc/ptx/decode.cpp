@@ -117,7 +117,7 @@ const std::map<std::string, Entry>& table() {
       {"stmatrix", {decode_matrix, 2, 2, Class::kMatrixStore}},
       {"movmatrix", {decode_matrix, 2, 2, Class::kExchange}},
       {"mma", {decode_matrix, 4, 8, Class::kMma}},
-      {"wgmma", {decode_wgmma, 0, 8, Class::kWgmma}},
+      {"wgmma", {decode_wgmma, 0, 10, Class::kWgmma}},
   };
   return entries;
 }
@@ -144,6 +144,11 @@ bool Modifiers::take(const char* modifier) {
 
 bool Modifiers::peek(const char* modifier) const {
   return std::find(parts_.begin(), parts_.end(), modifier) != parts_.end();
+}
+
+bool Modifiers::precedes(const char* one, const char* other) const {
+  const auto first = std::find(parts_.begin(), parts_.end(), one);
+  return std::find(first, parts_.end(), other) != parts_.end();
 }
 
 int Modifiers::any(std::initializer_list<const char*> modifiers) {

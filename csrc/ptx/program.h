@@ -129,12 +129,13 @@ class Modifiers {
   Modifiers(const std::string& op, const std::string& text);
   const std::string& name() const { return name_; }
   bool take(const char* modifier);
-  bool peek(const char* modifier) const;                  // whether it is there
-  int any(std::initializer_list<const char*> modifiers);  // the first one's index, or -1
-  std::vector<Type> types();                              // all types, in order
-  Type type();                                            // the only one
-  std::string rest();                                     // the first left over, taken; or ""
-  void done() const;                                      // throws if something is left
+  bool peek(const char* modifier) const;                    // whether it is there
+  bool precedes(const char* one, const char* other) const;  // whether both are there, in this order
+  int any(std::initializer_list<const char*> modifiers);    // the first one's index, or -1
+  std::vector<Type> types();                                // all types, in order
+  Type type();                                              // the only one
+  std::string rest();                                       // the first left over, taken; or ""
+  void done() const;                                        // throws if something is left
   [[noreturn]] void refuse(const std::string& why = "") const;
 
  private:

@@ -271,7 +271,10 @@ def test_a_bulk_copy_on_an_mbarrier_that_is_gone():
 
 
 def test_a_prefetch_changes_nothing():
-    assert_clean("cp.async.bulk.prefetch.L2.global [%d8], 512;\n" + LOAD + FULL + STORE, source())
+    prefetch = "cp.async.bulk.prefetch.L2.global [%d8], 512;\n"
+    assert_clean(prefetch + LOAD + FULL + STORE, source())
+    assert_reported(prefetch.replace("512", "504"), "misaligned")
+    assert_reported(prefetch.replace("[%d8]", "[%d8+8]"), "misaligned")
 
 
 FILL = "st.shared.v4.u32 [%r4], {%r0, %r0, %r0, %r0};\n"
@@ -351,6 +354,54 @@ barrier.cluster.wait.aligned;
         body.format(**{**right, "wait": ""}), "read in flight", grid=2, cluster=2, landings=("late",), seeds=8
     )
     assert_reported(body.format(**{**right, "mbarrier": "full"}), "mbarrier", "different blocks", grid=2, cluster=2)
+
+
+def test_a_copy_from_shared_to_shared_memory_is_to_another_block():
+    """9.7.9.25.4.1: the destination has to be in a different block, here it is the block's own."""
+    body = """
+@%p0 mbarrier.init.shared::cta.b64 [full], 1;
+FILL FENCE
+barrier.cluster.arrive.aligned;
+barrier.cluster.wait.aligned;
+mov.u32 %r20, %cluster_ctarank;
+xor.b32 %r20, %r20, {};
+mapa.shared::cluster.u32 %r21, %r2, %r20;
+mov.u32 %r23, full;
+mapa.shared::cluster.u32 %r22, %r23, %r20;
+@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [full], 512;
+@%p0 cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%r21], [%r1], 512, [%r22];
+WAIT
+add.u32 %r4, %r4, 1024;
+STORE
+barrier.cluster.arrive.aligned;
+barrier.cluster.wait.aligned;
+"""
+    for name, text in (("FILL", FILL), ("FENCE", FENCE), ("WAIT", FULL), ("STORE", STORE)):
+        body = body.replace(name, text, 1)
+    assert_clean(fill_in(body, 1), grid=2, cluster=2)
+    assert_reported(fill_in(body, 0), "bulk copy", "must be in another block", grid=2, cluster=2)
+
+
+def test_a_destination_in_shared_cta_is_the_block_s_own():
+    """The same bytes by the same addresses: .shared::cluster reaches the other block, .shared::cta must not."""
+    body = """
+@%p0 mbarrier.init.shared::cta.b64 [full], 1;
+barrier.cluster.arrive.aligned;
+barrier.cluster.wait.aligned;
+mov.u32 %r20, %cluster_ctarank;
+xor.b32 %r20, %r20, 1;
+mapa.shared::cluster.u32 %r21, %r1, %r20;
+mov.u32 %r23, full;
+mapa.shared::cluster.u32 %r22, %r23, %r20;
+@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [full], 512;
+@%p0 cp.async.bulk.{}.global.mbarrier::complete_tx::bytes [%r21], [%d8], 512, [%r22];
+WAIT
+STORE
+barrier.cluster.arrive.aligned;
+barrier.cluster.wait.aligned;
+""".replace("WAIT", FULL).replace("STORE", STORE)
+    assert_clean(fill_in(body, "shared::cluster"), source(), grid=2, cluster=2)
+    assert_reported(fill_in(body, "shared::cta"), "out of bounds", "another block", grid=2, cluster=2)
 
 
 def test_blocks_reduce_into_one_of_them():
@@ -542,6 +593,13 @@ def test_a_reduction_is_in_flight_too():
         "cp.reduce.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes.add.f32 "
         "[%r1], [%r2], 16, [full];",
         "cp.async.bulk.wait_group.write 0;",
+        # the destination's space comes first
+        "cp.async.bulk.global.shared::cta.mbarrier::complete_tx::bytes [%r1], [%d8], 512, [full];",
+        "cp.async.bulk.shared::cta.global.bulk_group [%d9], [%r1], 512;",
+        "cp.async.bulk.shared::cta.shared::cluster.mbarrier::complete_tx::bytes [%r1], [%r2], 16, [full];",
+        # multicast is to .shared::cluster
+        "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%r1], [%d8], 512, [full], %h0;",
     ],
 )
 def test_what_does_not_exist_is_refused(line):

@@ -387,6 +387,37 @@ def test_a_reduction_into_a_tensor():
         numpy.testing.assert_array_equal(tensor, before)
 
 
+def test_an_im2col_box_of_a_store_stays_inside():
+    """9.7.9.27.1.1: its lower corner is not negative, its upper one not positive; a load's may be."""
+    tensor, tile = numpy.zeros((2, 3, 4, 16), numpy.float16), numbers(8, 16)
+    text = store_text(4, (0, 1, 1, 0), 256, mode="im2col_no_offs")
+    for lower, upper, is_legal in (((0, 0), (0, 0), True), ((-1, 0), (0, 0), False), ((0, 0), (0, 1), False)):
+        tensor_map = im2col_map(tensor, lower=lower, upper=upper, pixels=8, channels=16)
+        found = reports(text, tensor_map, out=tile, also=(tensor,))
+        assert [r for r in found if "bounding box" in r and r.startswith("[tensor map]")] if not is_legal else not found
+        assert not reports(load_text(4, (0, 1, 1, 0), 256, mode="im2col", offsets=(0, 0)), tensor_map)
+
+
+@pytest.mark.parametrize(
+    "op, dtype, is_legal",
+    [
+        ("add", numpy.float32, True), ("add", numpy.float16, True), ("add", numpy.uint64, True),
+        ("add", numpy.float64, False), ("add", numpy.int64, False), ("add", numpy.int16, False),
+        ("min", numpy.int64, True), ("max", numpy.float16, True), ("max", numpy.float32, False),
+        ("inc", numpy.uint32, True), ("dec", numpy.int32, False),
+        ("xor", numpy.int32, True), ("and", numpy.uint64, True), ("or", numpy.float32, False),
+        ("and", numpy.uint16, False),
+    ],
+)  # fmt: skip
+def test_the_table_of_reductions(op, dtype, is_legal):
+    """9.7.9.27.1.3: which operation there is for which type of the tensor."""
+    inner = 32 // numpy.dtype(dtype).itemsize
+    tensor, tile = numbers(4, inner, dtype=dtype), numbers(2, inner, dtype=dtype)
+    text = store_text(2, (0, 0), tile.nbytes, what="cp.reduce.async", how=f".{op}")
+    found = reports(text, map_of(tensor, (inner, 2)), out=tile, also=(tensor,))
+    assert not found if is_legal else any(r.startswith("[tensor map]") and "no such reduction" in r for r in found)
+
+
 def test_stores_report():
     tensor, tile = numpy.zeros((12, 64), numpy.float16), numbers(8, 64)
     tensor_map = map_of(tensor, (64, 8))
@@ -422,6 +453,8 @@ def test_a_prefetch_changes_nothing():
     prefetch = "@%p0 cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%d0, {0, 0}];\n"
     assert not reports(prefetch + load_text(2, (0, 0), 512), map_of(tensor, (32, 8)))
     assert_reported(prefetch.replace("2d", "1d").replace(", 0}", "}"), map_of(tensor, (32, 8)), "tensor map")
+    outside = prefetch.replace("{0, 0}", "{-4, -2}")  # as a load's, and unlike a store's
+    assert not reports(outside + load_text(2, (-4, -2), 512), map_of(tensor, (32, 8)))
 
 
 def test_multicast():
@@ -453,6 +486,27 @@ mov.u32 %r7, full;
     assert_reported(text, map_of(tensor, (32, 8)), "deadlock", grid=2, cluster=2)
 
 
+def test_a_destination_in_shared_cta_is_the_block_s_own():
+    """By .shared::cluster a block fills the other's tile, and by .shared::cta it must not."""
+    body = """
+barrier.cluster.arrive.aligned;
+barrier.cluster.wait.aligned;
+mov.u32 %r10, %cluster_ctarank;
+xor.b32 %r10, %r10, 1;
+mapa.shared::cluster.u32 %r6, %r1, %r10;
+mov.u32 %r7, full;
+mapa.shared::cluster.u32 %r8, %r7, %r10;
+@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [full], 512;
+@%p0 cp.async.bulk.tensor.2d.SPACE.global.tile.mbarrier::complete_tx::bytes [%r6], [%d0, {0, 0}], [%r8];
+"""
+    after = "barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;\n"
+    tensor_map = map_of(numbers(8, 32), (32, 8))
+    text = body + FULL + after
+    assert not reports(text.replace("SPACE", "shared::cluster"), tensor_map, grid=2, cluster=2)
+    other = text.replace("SPACE", "shared::cta")
+    assert_reported(other, tensor_map, "out of bounds", "another block", grid=2, cluster=2)
+
+
 LOAD = "cp.async.bulk.tensor.{}.shared::cluster.global.{}mbarrier::complete_tx::bytes [%r1], [%d0, {{{}}}], [full]{};"
 
 
@@ -469,6 +523,10 @@ LOAD = "cp.async.bulk.tensor.{}.shared::cluster.global.{}mbarrier::complete_tx::
         LOAD.format("2d", "tile.cta_group::2.", "0, 0", ""),
         "cp.reduce.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%d0, {0, 0}], [%r1];",
         "cp.async.bulk.tensor.2d.global.shared::cta.tile [%d0, {0, 0}], [%r1];",
+        "cp.async.bulk.tensor.2d.global.shared::cta.mbarrier::complete_tx::bytes [%r1], [%d0, {0, 0}], [full];",
+        "cp.async.bulk.tensor.2d.shared::cta.global.bulk_group [%d0, {0, 0}], [%r1];",
+        "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%r1], [%d0, {0, 0}], [full], %h0;",
     ],
 )
 def test_what_does_not_exist_is_refused(line):

@@ -4,8 +4,8 @@
 namespace fused_resnet::ptx {
 namespace {
 
-// The operand after the mbarrier is the multicast's ranks.
-constexpr s32 kMulticast = 1, kPrefetch = 2;
+// Of the instruction, in b. The operand after the mbarrier is the multicast's ranks.
+constexpr s32 kMulticast = 1, kOwnBlock = 2;
 
 std::shared_ptr<BulkCopy> made(Machine& machine, Warp& warp, const Instruction& i, int lane, u32 bytes) {
   if (bytes % 16 != 0) machine.fault("misaligned", format("a bulk copy of %u bytes, no multiple of 16", bytes));
@@ -26,7 +26,14 @@ void check_alignment(Machine& machine, u64 address, const char* space) {
     machine.fault("misaligned", format("a bulk copy at %s %#llx, not of 16 bytes", space, (unsigned long long)address));
 }
 
-// 9.7.9.25.4.1, 9.7.9.25.4.2. a: the route, b: whether it is multicast, d: the reduction.
+// Of a reduction the text does not say so.
+void check_other_block(Machine& machine, const BulkCopy& copy) {
+  if (copy.route == Route::kSharedToShared && copy.reduction == Reduction::kNone &&
+      copy.targets[0].block == copy.warp->block)
+    machine.report("bulk copy", "from a block's shared memory to its own; the destination must be in another block");
+}
+
+// 9.7.9.25.4.1, 9.7.9.25.4.2. a: the route, b: whether it is multicast and whose memory it goes to, d: the reduction.
 void bulk_copy(Machine& machine, Warp& warp, const Instruction& i, Lanes mask) {
   u64 room[kLanes], rank_room[kLanes];
   const u64* sizes = read(machine, warp, i.at(2), room);
@@ -43,8 +50,9 @@ void bulk_copy(Machine& machine, Warp& warp, const Instruction& i, Lanes mask) {
     } else {
       const u32 blocks = ranks == nullptr ? 0 : u32(ranks[l]) & 0xffff;
       if (ranks != nullptr && blocks == 0) machine.fault("bulk copy", "multicast to no block");
-      copy->targets = targets_of(machine, warp, l, i, 0, 3, blocks);
+      copy->targets = targets_of(machine, warp, l, i, 0, 3, blocks, i.b & kOwnBlock);
       check_alignment(machine, copy->targets[0].address, "shared");
+      check_other_block(machine, *copy);
     }
     check_alignment(machine, global, "global");
     check_alignment(machine, copy->source, "shared");
@@ -77,23 +85,11 @@ void wait(Machine& machine, Warp& warp, const Instruction& i, Lanes mask) {
   FOR_ACTIVE(mask) wait_for_groups(machine, warp, l, size_t(i.a), i.b != 0);
 }
 
-// 9.7.9.25.4.2, the table of types: what a reduction in shared or in global memory knows.
 void check_reduction(Modifiers& m, const Instruction& i, bool has_noftz) {
-  const auto reduction = Reduction(i.d);
   const bool in_global = Route(i.a) == Route::kSharedToGlobal;
-  const Type t = i.type;
-  const bool is_half = in_global && (t == kF16 || t == kBF16);
-  bool known = false;
-  if (reduction == Reduction::kAdd)
-    known = t == kU32 || t == kS32 || t == kU64 || (in_global && (t == kF32 || t == kF64)) || is_half;
-  else if (reduction == Reduction::kMin || reduction == Reduction::kMax)
-    known = t == kU32 || t == kS32 || (in_global && (t == kU64 || t == kS64)) || is_half;
-  else if (reduction == Reduction::kInc || reduction == Reduction::kDec)
-    known = t == kU32;
-  else
-    known = t == kB32 || (in_global && t == kB64);
-  if (!known) m.refuse("this reduction of this type");
-  if (has_noftz != (is_half && reduction == Reduction::kAdd)) m.refuse(".noftz is of .add.f16 and .add.bf16");
+  if (!is_known(Reduction(i.d), i.type, in_global)) m.refuse("this reduction of this type");
+  const bool is_half_sum = Reduction(i.d) == Reduction::kAdd && (i.type == kF16 || i.type == kBF16);
+  if (has_noftz != is_half_sum) m.refuse(".noftz is of .add.f16 and .add.bf16");
 }
 
 void decode_copy_of_bytes(Modifiers& m, Instruction& i) {
@@ -109,9 +105,11 @@ void decode_copy_of_bytes(Modifiers& m, Instruction& i) {
     const bool to_cluster = m.take("shared::cluster"), to_block = m.take("shared::cta"), from_global = m.take("global");
     if (from_global == (to_cluster && to_block) || !(to_cluster || to_block)) m.refuse("its spaces");
     i.a = s32(from_global ? Route::kGlobalToShared : Route::kSharedToShared);
-    i.b = m.take("multicast::cluster") ? kMulticast : 0;
-    if ((i.b || num_hints) && !from_global) m.refuse("not from .global");
-    const std::string more = std::string(i.b ? "s" : "") + (num_hints ? "s" : "");
+    const bool is_multicast = m.take("multicast::cluster");
+    if ((is_multicast || num_hints) && !from_global) m.refuse("not from .global");
+    if (is_multicast && !to_cluster) m.refuse("multicast is to .shared::cluster");
+    i.b = is_multicast ? kMulticast : to_cluster ? 0 : kOwnBlock;
+    const std::string more = std::string(is_multicast ? "s" : "") + (num_hints ? "s" : "");
     expect_operands(m, i, ("mmsm" + more).c_str());
   }
   if (Reduction(i.d) == Reduction::kNone) return;

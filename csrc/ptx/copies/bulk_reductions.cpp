@@ -91,6 +91,22 @@ Reduction take_reduction(Modifiers& modifiers) {
   return Reduction(found);
 }
 
+bool is_known(Reduction reduction, Type t, bool in_global) {
+  const bool is_half = in_global && (t == kF16 || t == kBF16);
+  switch (reduction) {
+    case Reduction::kAdd:
+      return t == kU32 || t == kS32 || t == kU64 || (in_global && (t == kF32 || t == kF64)) || is_half;
+    case Reduction::kMin:
+    case Reduction::kMax:
+      return t == kU32 || t == kS32 || (in_global && (t == kU64 || t == kS64)) || is_half;
+    case Reduction::kInc:
+    case Reduction::kDec:
+      return t == kU32;
+    default:
+      return t == kB32 || (in_global && t == kB64);
+  }
+}
+
 void reduce(Machine& machine, Reduction reduction, Type type, u8* to, const u8* from, u32 bytes) {
   const u32 size = u32(size_of(type));
   std::vector<u32> order(bytes / size);

@@ -202,6 +202,15 @@ void finish_store(Machine& machine, BulkCopy& copy) {
   mark_pieces(machine, copy, -1);
 }
 
+// The destination's space comes before the source's (the syntax in 9.7.9.25.4, 9.7.9.27.1).
+void expect_direction(const Modifiers& m) {
+  const bool is_store = m.peek("bulk_group");
+  for (const char* space : {"shared::cluster", "shared::cta"})
+    if (m.peek("global") && m.peek(space) && m.precedes("global", space) != is_store)
+      m.refuse("the destination's space comes first");
+  if (m.precedes("shared::cta", "shared::cluster")) m.refuse("the destination's space comes first");
+}
+
 }  // namespace
 
 u32 swizzled(u32 address, int span) {
@@ -315,9 +324,11 @@ void check_copies_at_exit(Machine& machine, Warp& warp, Lanes exiting) {
 }
 
 std::vector<Target> targets_of(Machine& machine, Warp& warp, int lane, const Instruction& i, int to, int mbarrier,
-                               u32 ranks) {
+                               u32 ranks, bool own) {
   const SharedPlace place = place_of(machine, warp, kSharedCluster, address(warp, i.at(to), lane));
   const SharedPlace barrier = place_of(machine, warp, kSharedCluster, address(warp, i.at(mbarrier), lane));
+  if (own && place.block != warp.block)
+    machine.fault("out of bounds", "a destination in .shared::cta lies in another block of the cluster");
   if (ranks == 0) {
     if (place.block != barrier.block)
       machine.fault("mbarrier", "a copy's mbarrier and its destination are in different blocks");
@@ -341,6 +352,7 @@ void decode_copy(Modifiers& m, Instruction& i) {
     if (is_reduction) m.refuse();
     return decode_cp_async(m, i);
   }
+  expect_direction(m);
   i.counted = Class::kBulkCopy;
   i.d = s32(is_reduction ? take_reduction(m) : Reduction::kNone);
   if (m.take("tensor")) return decode_tensor_copy(m, i);

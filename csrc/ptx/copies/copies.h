@@ -56,9 +56,12 @@ void issue(Machine& machine, std::shared_ptr<BulkCopy> copy);
 // Elements of `type` are combined into `to`, in random order. Bulk fp32 additions flush subnormals.
 void reduce(Machine& machine, Reduction reduction, Type type, u8* to, const u8* from, u32 bytes);
 Reduction take_reduction(Modifiers& modifiers);
-// Reads the destination's and the mbarrier's operands; `ranks`: of a multicast copy, or 0.
+// The table of types in 9.7.9.25.4.2; .b32 and .b64 are those of .and, .or and .xor.
+bool is_known(Reduction reduction, Type type, bool in_global);
+// Reads the destination's and the mbarrier's operands; `ranks`: of a multicast copy, or 0. `own`: .shared::cta, which
+// is the executing block's alone.
 std::vector<Target> targets_of(Machine& machine, Warp& warp, int lane, const Instruction& i, int to, int mbarrier,
-                               u32 ranks);
+                               u32 ranks, bool own);
 
 // The thread waits until at most so many of its last groups are pending; with .read only until their sources are free.
 void wait_for_groups(Machine& machine, Warp& warp, int lane, size_t may_stay, bool only_read);

@@ -13,6 +13,7 @@ constexpr u64 kMapMagic = 0x70616d726f736e74ull;
 
 enum Mode : s32 { kTile, kIm2col };
 enum Kind : s32 { kLoad, kStore, kPrefetch };
+constexpr s32 kOffsets = 4, kMulticast = 8, kOwnBlock = 16;  // beside the kind
 
 struct Position {
   s64 of[5];  // innermost first
@@ -135,7 +136,7 @@ struct Places {
 
 Places places_of(const Instruction& i) {
   const Kind kind = Kind(i.c & 3);
-  const bool has_offsets = i.c & 4, is_multicast = i.c & 8;
+  const bool has_offsets = i.c & kOffsets, is_multicast = i.c & kMulticast;
   if (kind == kStore) return {1, 0, -1, -1, -1};
   if (kind == kPrefetch) return {-1, 0, -1, has_offsets ? 1 : -1, -1};
   return {0, 1, 2, has_offsets ? 3 : -1, is_multicast ? (has_offsets ? 4 : 3) : -1};
@@ -157,6 +158,26 @@ void read_offsets(Machine& machine, Warp& warp, const Instruction& i, int operan
   }
 }
 
+// 9.7.9.27.1.3: .b32 and .b64 are a map's integers of that size; there is no sum of .f64.
+bool is_known_of_tensors(Reduction reduction, Type type) {
+  if (reduction < Reduction::kAnd) return type != kF64 && is_known(reduction, type, true);
+  return type == kU32 || type == kS32 || type == kU64 || type == kS64;
+}
+
+// 9.7.9.27.1.1, the restrictions on copies to global memory.
+void check_store(Machine& machine, const PtxTensorMap& map, const Position& base, const BulkCopy& copy) {
+  for (int d = 0; d < map.rank; ++d) {
+    if (base.of[d] < 0) machine.fault("tensor map", "a negative coordinate of a copy to global memory");
+    if (d > 0 && map.element_strides[d] != 1)
+      machine.fault("tensor map", "element strides of a copy to global memory are not understood");
+  }
+  for (int d = 0; map.is_im2col && d < map.rank - 2; ++d)
+    if (map.lower[d] < 0 || map.upper[d] > 0)
+      machine.fault("tensor map", "the bounding box of a copy to global memory leaves the tensor");
+  if (copy.reduction != Reduction::kNone && !is_known_of_tensors(copy.reduction, copy.type))
+    machine.fault("tensor map", format("there is no such reduction of elements of .%s", name_of(copy.type)));
+}
+
 std::shared_ptr<BulkCopy> made(Machine& machine, Warp& warp, const Instruction& i, int lane, const Places& places) {
   const PtxTensorMap& map = map_at(machine, warp, value_of(machine, warp, i.at(places.tensor, 0), lane));
   const Mode mode = Mode(i.b);
@@ -176,16 +197,11 @@ std::shared_ptr<BulkCopy> made(Machine& machine, Warp& warp, const Instruction& 
   if (places.offsets >= 0) read_offsets(machine, warp, i, places.offsets, lane, offsets);
   copy->bytes =
       mode == kTile ? walk_tile(map, base, copy->pieces) : walk_im2col(machine, map, base, offsets, copy->pieces);
-  if (places.mbarrier >= 0) return copy;
-  for (int d = 0; d < i.a; ++d) {
-    if (base.of[d] < 0) machine.fault("tensor map", "a negative coordinate of a copy to global memory");
-    if (d > 0 && map.element_strides[d] != 1)
-      machine.fault("tensor map", "element strides of a copy to global memory are not understood");
-  }
+  if (Kind(i.c & 3) == kStore) check_store(machine, map, base, *copy);
   return copy;
 }
 
-// a: the rank, b: the mode, c: what kind, whether it has offsets and is multicast, d: the reduction.
+// a: the rank, b: the mode, c: what kind and more, d: the reduction.
 void tensor_copy(Machine& machine, Warp& warp, const Instruction& i, Lanes mask) {
   const Places places = places_of(i);
   const Kind kind = Kind(i.c & 3);
@@ -197,7 +213,7 @@ void tensor_copy(Machine& machine, Warp& warp, const Instruction& i, Lanes mask)
       const u32 ranks = places.ranks < 0 ? 0 : u32(value_of(machine, warp, i.at(places.ranks), l)) & 0xffff;
       if (places.ranks >= 0 && ranks == 0) machine.fault("tensor map", "multicast to no block");
       copy->route = Route::kGlobalToShared;
-      copy->targets = targets_of(machine, warp, l, i, places.shared, places.mbarrier, ranks);
+      copy->targets = targets_of(machine, warp, l, i, places.shared, places.mbarrier, ranks, i.c & kOwnBlock);
       place = copy->targets[0].address;
     } else {
       copy->route = Route::kSharedToGlobal;
@@ -243,12 +259,14 @@ void decode_tensor_copy(Modifiers& m, Instruction& i) {
     if (!m.take("shared::cta")) m.refuse("not from .shared::cta");
     i.c = kStore;
   } else {
-    if (m.any({"shared::cluster", "shared::cta"}) < 0) m.refuse("not to shared memory");
+    const int to = m.any({"shared::cluster", "shared::cta"});
+    if (to < 0) m.refuse("not to shared memory");
     if (!m.take("mbarrier::complete_tx::bytes")) m.refuse("no mechanism of completion");
-    i.c = kLoad;
-    if (m.take("multicast::cluster")) i.c |= 8;
+    i.c = kLoad | (to == 1 ? kOwnBlock : 0);
+    if (m.take("multicast::cluster")) i.c |= kMulticast;
+    if (to == 1 && i.c & kMulticast) m.refuse("multicast is to .shared::cluster");
   }
-  if (i.b == kIm2col && !without_offsets && !is_store) i.c |= 4;
+  if (i.b == kIm2col && !without_offsets && !is_store) i.c |= kOffsets;
   if ((i.b == kIm2col && without_offsets != is_store) || (i.d != s32(Reduction::kNone) && !is_store)) m.refuse();
   i.handler = tensor_copy;
   expect_tensor_operands(m, i, m.take("L2::cache_hint"));
