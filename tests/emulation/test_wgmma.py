@@ -123,6 +123,59 @@ def test_integer_sums_saturate():
         assert outcome.reports == [] and (out == wanted).all()
 
 
+@pytest.mark.parametrize("registers_a", [False, True])
+@pytest.mark.parametrize("n", [8, 48])
+def test_bits(n, registers_a):
+    """.b1: D = A and B, counted along k = 256; what is expected comes of the bits as fp64 numbers."""
+    generator = torch.Generator().manual_seed(n)
+    a, b = (torch.randint(0, 256, (rows, 32), generator=generator, dtype=torch.uint8) for rows in (64, n))
+    bits = [(m[..., None] >> torch.arange(8) & 1).reshape(len(m), 256).double() for m in (a, b)]
+    operands = Operands(a, b, layout_for("128B", False, 1, 64), layout_for("32B", False, 1, n))
+    of_a = names("r", 0, 4) if registers_a else "%d20"
+    body = f"""{operands.descriptors}
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n{n}k256.s32.b1.b1.and.popc {names("f", 0, n // 2)}, {of_a}, %d21, 0;
+    {COMMIT}"""
+    fragments = cute.registers_of(a, cute.WGMMA_A[1])
+    out, outcome = run(program(body, operands.size, n // 2), operands.image, fragments, n // 2)
+    assert outcome.reports == [] and outcome.counts.tensor_multiply_adds == 64 * n * 256
+    assert torch.equal(cute.matrix_of(out, cute.wgmma_d(n), 64, torch.int32), (bits[0] @ bits[1].T).int())
+
+
+@pytest.mark.parametrize("swizzle, lines", [("128B", 1), ("128B", 5), ("64B", 3), ("32B", 1)])
+def test_a_base_offset_moves_the_pattern(swizzle, lines):
+    """The pattern begins `lines` times 128 bytes behind a multiple of 1024; the descriptor says so, or is wrong."""
+    a, b, d = matrices("f32.f16.f16", 8)
+    a_layout, b_layout = layout_for(swizzle, False, 2, 64), layout_for("128B", False, 2, 8)
+    operands = Operands(a, b, a_layout, b_layout)
+    image = torch.cat([torch.full((128 * lines,), 0xFF, dtype=torch.uint8), operands.image[: operands.b_at]])
+    image = torch.cat([image, torch.full((-len(image) % 1024,), 0xFF, dtype=torch.uint8)])
+    b_at, image = len(image), torch.cat([image, operands.image[operands.b_at :]])
+
+    def multiplied(base_offset, start):
+        encoded = a_layout.descriptor() | base_offset << 49
+        body = f"""{descriptor("%d20", encoded, start)} {descriptor("%d21", b_layout.descriptor(), b_at)}
+        wgmma.fence.sync.aligned; {op("f32.f16.f16", 8, scale_d="0")} {COMMIT}"""
+        out, outcome = run(program(body, len(image)), image)
+        return cute.matrix_of(out, cute.wgmma_d(8), 64, torch.float32), outcome
+
+    got, outcome = multiplied(lines, 128 * lines)
+    assert outcome.reports == [] and torch.equal(got, (a.double() @ b.double().T).float())
+    for base_offset, start in ((0, 128 * lines), (lines, 0), (lines ^ 2, 128 * lines)):
+        assert "descriptor" in kinds(multiplied(base_offset, start)[1])
+
+
+def test_a_base_offset_is_of_swizzles():
+    a, b, _ = matrices("f32.f16.f16", 8)
+    layout = layout_for("none", False, 2, 64)
+    operands = Operands(a, b, layout, layout_for("none", False, 2, 8))
+    product_text = f"wgmma.fence.sync.aligned; {op('f32.f16.f16', 8, scale_d='0')} {COMMIT}"
+    for base_offset, found in ((0, set()), (1, {"descriptor"})):
+        changed = descriptor("%d20", layout.descriptor() | base_offset << 49)
+        outcome = run(program(operands.descriptors + changed + product_text, operands.size), operands.image)[1]
+        assert kinds(outcome) == found
+
+
 def test_a_tile_is_walked_along_k_within_the_pattern():
     """The start moves by 32 bytes within the rows of the 128-byte pattern: four products of k = 16 make one of 64."""
     generator = torch.Generator().manual_seed(0)
@@ -164,22 +217,34 @@ D4 = names("f", 0, 4)
         f"m64n8k32.s32.s8.s8 {D4}, {A_DESCRIPTOR}, 1, 1",
         f"m64n8k32.s32.s8.e4m3 {D4}, {A_DESCRIPTOR}",
         f"m64n16k16.f32.f16.f16 {D4}, {A_DESCRIPTOR}, 1, 1, 0, 0",
-        f"sp.m64n8k32.f32.f16.f16 {D4}, %d20, %d21, %r0, 0, %p1, 1, 1, 0, 0",
+        f"m64n8k16.f32.f16.f16 {D4}, %d20, %d21, 2, 1, 1, 0, 0",
+        f"m64n8k16.f32.f16.f16 {{%f0, %f1, %f0, %f2}}, {A_DESCRIPTOR}, 1, 1, 0, 0",
+        f"m64n8k16.f32.f16.f16 {D4}, {{%r0, %f1, %r2, %r3}}, %d21, %p1, 1, 1, 0",
+        f"m64n8k256.s32.b1.b1.xor.popc {D4}, {A_DESCRIPTOR}",
+        f"m64n8k256.s32.b1.b1.and {D4}, {A_DESCRIPTOR}",
+        f"m64n8k256.satfinite.s32.b1.b1.and.popc {D4}, {A_DESCRIPTOR}",
+        f"m64n40k256.s32.b1.b1.and.popc {names('f', 0, 20)}, {A_DESCRIPTOR}",
+        f"m64n8k256.s32.b8.b8 {D4}, {A_DESCRIPTOR}",
     ],
 )
 def test_what_the_isa_has_not_is_refused_at_load(text):
-    """ptxas 13.0 refuses all but the last, which the emulator does not know."""
     with pytest.raises(PtxError, match="wgmma"):
         Kernel(program(f"wgmma.mma_async.sync.aligned.{text};", 1024))
     with pytest.raises(PtxError, match="wgmma"):
         Kernel(program("wgmma.wait_group.sync.aligned;", 1024))
 
 
+def test_a_sparse_a_is_refused_by_name():
+    sparse = f"wgmma.mma_async.sp.sync.aligned.m64n8k32.f32.f16.f16 {D4}, %d20, %d21, %r0, 0, %p1, 1, 1, 0, 0;"
+    with pytest.raises(PtxError, match="a sparse A is not modelled"):
+        Kernel(program(sparse, 1024))
+
+
 @pytest.mark.parametrize(
     "change, kind",
     [
         (lambda bits: bits | 1 << 46, "descriptor"),  # reserved
-        (lambda bits: bits | 1 << 49, "descriptor"),  # a base offset
+        (lambda bits: bits | 1 << 49, "descriptor"),  # a base offset where the pattern begins at a multiple of its size
         (lambda bits: bits + (128 >> 4), "descriptor"),  # the start lies in the pattern's second row
         (lambda bits: bits + (112 >> 4), "descriptor"),  # 32 bytes from there leave the row
         (lambda bits: bits + (1 << 16 >> 4), "out of bounds"),

@@ -32,11 +32,13 @@ void for_operand(const Instruction& instruction, int operand, F f) {
   }
 }
 
-// Any access before the last wgmma.fence is ordered; later ones are, as D of the same shape or as A.
-bool is_ordered(const Warp& warp, const WgmmaRegisters& registers, int index, u32 shape) {
+// Any access before the last wgmma.fence is ordered; later ones are, as D of the same shape. To read A twice harms
+// nothing, but the text excepts accumulators only.
+bool is_ordered(const Machine& machine, const Warp& warp, const WgmmaRegisters& registers, int index, u32 shape) {
   if (warp.last_access[index] > warp.fenced_at) return false;
   const WgmmaRegisters::Use& use = registers.uses[index];
-  return use.time <= warp.fenced_at || use.shape == shape;
+  const bool is_excepted = use.shape == shape && (shape != 0 || machine.options.races < 2);
+  return use.time <= warp.fenced_at || is_excepted;
 }
 
 // A register's writers in flight all have one shape: that of its last use as D.
@@ -68,13 +70,13 @@ void check_flight(Machine& machine, Warp& warp, const Flight& flight) {
   for_operand(*flight.instruction, 0, [&](int index) {
     const bool is_free = may_write(registers.uses[index], flight.shape);
     free_d = free_d && is_free;
-    ordered = ordered && (!is_free || is_ordered(warp, registers, index, flight.shape));
+    ordered = ordered && (!is_free || is_ordered(machine, warp, registers, index, flight.shape));
   });
   if (flight.has_a) {
     for_operand(*flight.instruction, 1, [&](int index) {
       const bool is_free = registers.uses[index].writers == 0;
       free_a = free_a && is_free;
-      ordered = ordered && (!is_free || is_ordered(warp, registers, index, 0));
+      ordered = ordered && (!is_free || is_ordered(machine, warp, registers, index, 0));
     });
   }
   if (!free_d) machine.report("wgmma wait", "D is in flight as A, or as D of another shape");

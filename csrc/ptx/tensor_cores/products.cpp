@@ -109,7 +109,11 @@ void multiply_add_integers(const Product& product, const Tile* a, const Tile* b,
     for (int column = 0; column < product.n; ++column) {
       u32& sum = d[row * product.n + column];
       int products = 0;
-      for (int i = 0; i < product.k; ++i) products += factors[i] * byte_as(product.b, b[column][i]);
+      if (product.a == kB8) {  // bits (9.7.15.5.2, .and.popc)
+        for (int i = 0; i < product.k; ++i) products += __builtin_popcount(a[row][i] & b[column][i]);
+      } else {
+        for (int i = 0; i < product.k; ++i) products += factors[i] * byte_as(product.b, b[column][i]);
+      }
       s64 exact = static_cast<s64>(static_cast<s32>(sum)) + products;
       if (product.saturates) {
         using Limits = std::numeric_limits<s32>;

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <set>
 
 #include "ptx/tensor_cores/descriptors.h"
 #include "ptx/tensor_cores/flights.h"
@@ -21,13 +22,18 @@ constexpr int kWholeWarp = -1;         // instead of a lane
 // Of the instruction: type A, from B, third D; a: n; b: these.
 enum Flags { kRegistersA = 1, kTransposedA = 2, kTransposedB = 4, kNegated = 8, kSaturates = 16 };
 
+// k of the shape. Bits count as bytes of them: type A is kB8.
+int depth_of(Type a) {
+  return a == kB8 ? 8 * kDepthBytes : kDepthBytes / size_of(a);
+}
+
 Product product_of(const Instruction& i) {
   return {i.type, i.from, i.third, i.a, kDepthBytes / size_of(i.type), (i.b & kNegated) != 0, (i.b & kSaturates) != 0,
           true};
 }
 
 Flight flight_of(const Instruction& instruction) {
-  const u32 shape = static_cast<u32>(instruction.a) << 8 | kDepthBytes / size_of(instruction.type);
+  const u32 shape = static_cast<u32>(instruction.a) << 9 | static_cast<u32>(depth_of(instruction.type));
   return {&instruction, (instruction.b & kRegistersA) != 0, shape};
 }
 
@@ -162,7 +168,7 @@ void mma_async(Machine& machine, Warp& warp, const Instruction& instruction, Lan
   if (landing == kAtOnce) compute_one(machine, warp);
   if (landing != kAtOnce && landing != kLate)
     while (machine.chance(2)) compute_one(machine, warp);
-  machine.counts.tensor_multiply_adds += u64(kTileRows) * instruction.a * product_of(instruction).k;
+  machine.counts.tensor_multiply_adds += u64(kTileRows) * instruction.a * depth_of(instruction.type);
   issue(machine, warp, issued);
 }
 
@@ -218,9 +224,10 @@ bool is_byte_integer(Type type) {
   return type == kS8 || type == kU8;
 }
 
-// The table of 9.7.15.2. Of integers, n beyond 32 is a multiple of 16.
+// The table of 9.7.15.2. Of integers and bits, n beyond 32 is a multiple of 16.
 bool is_legal(Type d, Type a, Type b, int n, int k) {
-  if (n < 8 || n > kMaxColumns || n % 8 != 0 || size_of(a) == 0 || k != kDepthBytes / size_of(a)) return false;
+  if (n < 8 || n > kMaxColumns || n % 8 != 0 || size_of(a) == 0 || k != depth_of(a)) return false;
+  if (a == kB8) return b == a && d == kS32 && (n <= 32 || n % 16 == 0);
   if (a == kF16) return b == a && (d == kF32 || d == kF16);
   if (a == kBF16 || a == kTF32) return b == a && d == kF32;
   if (is_byte_float(a)) return is_byte_float(b) && (d == kF32 || d == kF16);
@@ -248,6 +255,18 @@ void decode_immediates(const Modifiers& modifiers, Instruction* instruction) {
   if (choice(modifiers, *instruction, operand, 0, 1)) instruction->b |= kTransposedB;
 }
 
+// Each register of D is written once, and A is read while D is written.
+void expect_distinct_registers(const Modifiers& modifiers, const Instruction& instruction, bool has_a) {
+  std::set<int> of_d;
+  for (int operand = 0; operand < 1 + has_a; ++operand)
+    for (int j = 0; j < instruction.count(operand); ++j) {
+      const PtxOperand& part = instruction.at(operand, j);
+      if (part.kind != kRegister) modifiers.refuse("D and A must be registers");
+      const bool is_new = operand == 0 ? of_d.insert(part.index).second : of_d.count(part.index) == 0;
+      if (!is_new) modifiers.refuse("a register twice in D, or in D and in A");
+    }
+}
+
 void expect_form(const Modifiers& modifiers, const Instruction& instruction) {
   const bool has_a = instruction.b & kRegistersA;
   std::string shape = has_a ? "DSsp" : "Dssp";
@@ -258,20 +277,31 @@ void expect_form(const Modifiers& modifiers, const Instruction& instruction) {
   if (instruction.count(0) != wanted)
     modifiers.refuse(format("D has %d registers, not %d", instruction.count(0), wanted));
   if (has_a && instruction.count(1) != 4) modifiers.refuse("A has other than 4 registers");
-  for (int operand = 0; operand < 1 + has_a; ++operand)
-    for (int j = 0; j < instruction.count(operand); ++j)
-      if (instruction.at(operand, j).kind != kRegister) modifiers.refuse("D and A must be registers");
+  expect_distinct_registers(modifiers, instruction, has_a);
+  const PtxOperand& scale_d = instruction.at(3);
+  if (scale_d.kind == kImmediate && scale_d.value != 0 && scale_d.value != 1) modifiers.refuse("scale-d is 0 or 1");
+}
+
+// Of .s32.b1.b1.and.popc too, where bits count as bytes of them.
+std::vector<Type> take_types(Modifiers& modifiers) {
+  const bool has_bits = modifiers.take("b1");
+  const bool is_whole = has_bits && modifiers.take("b1") && modifiers.take("and") && modifiers.take("popc");
+  std::vector<Type> types = modifiers.types();
+  if (has_bits != is_whole || std::count(types.begin(), types.end(), kB8)) modifiers.refuse("types");
+  if (has_bits) types.insert(types.end(), {kB8, kB8});
+  return types;
 }
 
 void decode_mma_async(Modifiers& modifiers, Instruction& instruction) {
+  if (modifiers.peek("sp")) modifiers.refuse("a sparse A is not modelled");
   const bool saturates = modifiers.take("satfinite");
-  const std::vector<Type> types = modifiers.types();
+  const std::vector<Type> types = take_types(modifiers);
   const std::string shape = modifiers.rest();
   int n = 0, k = 0, end = 0;
   const bool is_shape = std::sscanf(shape.c_str(), "m64n%dk%d%n", &n, &k, &end) == 2 && shape.size() == size_t(end);
   if (!is_shape || types.size() != 3 || !is_legal(types[0], types[1], types[2], n, k))
     modifiers.refuse("shape and types");
-  if (saturates && types[0] != kS32) modifiers.refuse(".satfinite is for s32");
+  if (saturates && (types[0] != kS32 || types[1] == kB8)) modifiers.refuse(".satfinite is for sums of .s8 and .u8");
   if (instruction.num_operands() < 4) modifiers.refuse("too few operands");
   instruction.third = types[0];
   instruction.type = types[1];
