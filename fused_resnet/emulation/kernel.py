@@ -8,6 +8,7 @@ from typing import Any, Iterable, Mapping, NamedTuple, Optional, Sequence, Union
 
 from fused_resnet.emulation import arrays, library, parser
 from fused_resnet.emulation.counts import Counts
+from fused_resnet.emulation.entry import Instruction, Parameter
 from fused_resnet.emulation.syntax import PtxError
 from fused_resnet.emulation.tensor_map import TensorMap
 
@@ -64,7 +65,7 @@ class Kernel:
         for instruction in entry.instructions:
             self._add(lib, instruction)
 
-    def _add(self, lib, instruction: parser.Instruction) -> None:
+    def _add(self, lib, instruction: Instruction) -> None:
         flat = [element for operand in instruction.operands for element in operand]
         operands = (library.PtxOperand * max(len(flat), 1))(*[library.PtxOperand(*element) for element in flat])
         counts = (ctypes.c_int32 * max(len(instruction.operands), 1))(*map(len, instruction.operands))
@@ -276,13 +277,13 @@ def _chosen_blocks(launch: Launch, grid: tuple[int, int, int]) -> Optional[ctype
 # --------------------------------------------------------------------------------------------------------- arguments
 
 
-def _check_map(parameter: parser.Parameter) -> None:
+def _check_map(parameter: Parameter) -> None:
     if parameter.size != _MAP_BYTES or parameter.offset % 64:
         raise TypeError(f"{parameter.name} has {parameter.size} bytes; a TensorMap has 128, aligned to 64")
 
 
 def _struct_of(
-    parameter: parser.Parameter, parts: Sequence[Any], memory: _Memory
+    parameter: Parameter, parts: Sequence[Any], memory: _Memory
 ) -> tuple[bytes, list[tuple[int, TensorMap]]]:
     """The bytes of a struct given in parts, and its maps with their places among all parameters."""
     data, maps = bytearray(), []
@@ -308,7 +309,7 @@ def _struct_of(
     return bytes(data), maps
 
 
-def _bytes_of(parameter: parser.Parameter, value: Any, memory: _Memory) -> bytes:
+def _bytes_of(parameter: Parameter, value: Any, memory: _Memory) -> bytes:
     if value is None:
         return bytes(parameter.size)
     if isinstance(value, (bytes, bytearray)):
@@ -331,14 +332,14 @@ def _bytes_of(parameter: parser.Parameter, value: Any, memory: _Memory) -> bytes
     raise TypeError(f"{parameter.name}: a {type(value).__name__} is no argument of a kernel")
 
 
-def _float_bytes(parameter: parser.Parameter, value: float) -> bytes:
+def _float_bytes(parameter: Parameter, value: float) -> bytes:
     kinds = {"f16": "<e", "f32": "<f", "b32": "<f", "f64": "<d", "b64": "<d"}
     if parameter.type not in kinds:
         raise TypeError(f"{parameter.name} is .{parameter.type}; {value} is a float")
     return struct.pack(kinds[parameter.type], value)
 
 
-def _integer_bytes(parameter: parser.Parameter, value: int) -> bytes:
+def _integer_bytes(parameter: Parameter, value: int) -> bytes:
     if parameter.type.startswith(("f", "bf")):
         raise TypeError(f"{parameter.name} is .{parameter.type}; {value} is an int")
     bits = 8 * parameter.size

@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from fused_resnet.emulation.parser import (
+from fused_resnet.emulation.entry import (
     IMMEDIATE,
     LABEL,
     MEMORY,
@@ -15,9 +15,8 @@ from fused_resnet.emulation.parser import (
     SPECIAL,
     SPECIAL_REGISTERS,
     Operand,
-    kernel_names,
-    parse,
 )  # fmt: skip
+from fused_resnet.emulation.parser import kernel_names, parse
 from fused_resnet.emulation.syntax import PtxError, Source, floating, integer, split_list
 from tests.support.ptx import kernel_text
 from tests.support.scripts import ROOT

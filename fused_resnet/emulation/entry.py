@@ -1,0 +1,92 @@
+"""What the parser makes of a kernel: its instructions, parameters and variables, and the names that are to be seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Optional
+
+import numpy
+
+# As in csrc/ptx/program.h: OperandKind, and the order of SpecialRegister.
+NONE, REGISTER, PREDICATE, IMMEDIATE, SPECIAL, SINK, LABEL, MEMORY = range(8)
+SPECIAL_REGISTERS = (
+    "tid.x tid.y tid.z ntid.x ntid.y ntid.z ctaid.x ctaid.y ctaid.z nctaid.x nctaid.y nctaid.z laneid warpid "
+    "lanemask_lt lanemask_le lanemask_gt lanemask_ge lanemask_eq clock smid "
+    "cluster_ctaid.x cluster_ctaid.y cluster_ctaid.z cluster_nctaid.x cluster_nctaid.y cluster_nctaid.z "
+    "cluster_ctarank cluster_nctarank clusterid.x clusterid.y clusterid.z nclusterid.x nclusterid.y nclusterid.z "
+    "dynamic_smem_size total_smem_size nwarpid zero"
+).split()
+SHARED_BASE = 1024  # as in csrc/ptx/machine/machine.h
+
+
+class Operand(NamedTuple):
+    """As PtxOperand in csrc/ptx/interface.h."""
+
+    kind: int
+    index: int = 0  # type: ignore[assignment]
+    value: int = 0
+
+
+class Instruction(NamedTuple):
+    """An operand is a tuple of elements: one, or a vector's, or the halves of `p|q`, or an address and coordinates."""
+
+    op: str
+    predicate: int  # the guard, or -1
+    negated: bool
+    operands: tuple[tuple[Operand, ...], ...]
+    target: int  # of a branch: an instruction's index, or -1
+    line: int
+    text: str
+
+
+class Parameter(NamedTuple):
+    name: str
+    type: str
+    offset: int
+    size: int
+    is_array: bool
+
+
+class ModuleVariable(NamedTuple):
+    """A `.global` or `.const` variable and the host's memory it lies in."""
+
+    name: str
+    memory: numpy.ndarray
+    writable: bool
+
+
+@dataclass
+class Entry:
+    """One kernel. Sizes are in bytes; `required_block` and `required_cluster` are what the directives fix."""
+
+    name: str
+    target: str = ""
+    parameters: list[Parameter] = field(default_factory=list)
+    parameter_bytes: int = 0
+    instructions: list[Instruction] = field(default_factory=list)
+    num_registers: int = 0
+    num_predicates: int = 0
+    local_bytes: int = 0
+    static_shared_bytes: int = 0
+    variables: list[ModuleVariable] = field(default_factory=list)
+    required_block: Optional[tuple[int, int, int]] = None
+    most_threads: int = 1024
+    required_cluster: Optional[tuple[int, int, int]] = None
+
+
+class Scope:
+    """Names and labels between two braces; what is not known here is asked of the scope around it (PTX ISA 4.4)."""
+
+    def __init__(self, parent: Optional[Scope] = None):
+        self.parent = parent
+        self.names: dict[str, Operand] = {}
+        self.labels: dict[str, int] = {}
+        self.tables: dict[str, list[str]] = {}
+
+    def find(self, kind: str, name: str):
+        scope: Optional[Scope] = self
+        while scope is not None:
+            if name in getattr(scope, kind):
+                return getattr(scope, kind)[name]
+            scope = scope.parent
+        return None
