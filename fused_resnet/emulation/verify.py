@@ -125,7 +125,11 @@ def _check_conv(case: Case, arch: int, kernel: str, rng: random.Random, how: dic
     except Exception as error:  # whatever compiles, parses or runs
         return Outcome(kernel, "mismatch", f"{label}: {type(error).__name__}: {error}")
     pairs = zip(operands._fields, before, operands)
-    changed = [name for name, was, now in pairs if isinstance(was, Tensor) and not identical(was, now)]
+    changed = [
+        name
+        for name, was, now in pairs
+        if isinstance(was, Tensor) and isinstance(now, Tensor) and not identical(was, now)
+    ]
     if changed:
         return Outcome(kernel, "mismatch", f"{label}: {', '.join(changed)} written to")
     return _judged(kernel, label, outcomes, within_bound(case, maker, out.double()))
