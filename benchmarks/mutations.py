@@ -1,59 +1,39 @@
 """Breaks our kernels one line at a time, and counts what the emulator notices: python -m benchmarks.mutations
 
 Mutants are drawn by seed: waits, commits, fences, barriers, counts, parities, descriptors, swizzles, masks, addresses.
-They are edits of the PTX of Triton's and nvcc's kernels, and of csrc's CUDA source. Each runs in up to four ways of
-landing and turns on each of a kernel's problems. "report" counts those that a report gives away, "data" those whose
-output is wrong or unfinished. Nothing but the output tells of "data alone". What nobody notices is listed, to be
-explained. Lines of PTX that no problem reaches are counted apart: a trap in their place goes unnoticed too.
+They are edits of the PTX of Triton's and nvcc's kernels, and of csrc's CUDA source. "report" counts those that a report
+gives away, "data" those whose output is wrong or unfinished. Nothing but the output tells of "data alone".
+
+Left out, and another one drawn: what does not compile or load, lines that no problem reaches (a trap in their place
+goes unnoticed too), and edits of which ptxas makes the same machine code. Survivors are explained by hand in
+results/mutations/reasons.json. Those that cannot be told from the kernel ("equivalent") are not counted in the rate.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import itertools
-import random
+import json
 import re
+import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Optional
+from typing import Any, Iterator, NamedTuple, Optional
 
-import torch
+from benchmarks import mutants, mutation_subjects
+from benchmarks.mutants import Mutant
+from benchmarks.mutation_subjects import Run, Subject
+from fused_resnet.emulation import PtxError, cuda_launches
+from fused_resnet.emulation.kernel import LANDINGS, SCHEDULES
+from fused_resnet.kernels.triton import runtime
+from fused_resnet.machine import devices, files
 
-from fused_resnet.emulation import PtxError, cuda_launches, launches
-from fused_resnet.emulation.kernel import LANDINGS, SCHEDULES, Kernel, Outcome
-from fused_resnet.emulation.parser import kernel_names
-from fused_resnet.kernels.triton.conv import launch as conv
-from fused_resnet.kernels.triton.conv.configs import TritonConfig
-from fused_resnet.machine import files
-from fused_resnet.operators import reference
-from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import ConvProblem, parsed_problem
-
+RESULTS = Path(__file__).parent / "results" / "mutations"
 _MOST_STEPS = 3_000_000  # warp instructions, beyond which a mutant counts as hanging
 _WAYS = tuple(zip(itertools.cycle(LANDINGS), SCHEDULES))
-
-
-class Mutant(NamedTuple):
-    """One edit. line: its number in the text, from 1. where: the line as it was."""
-
-    kind: str
-    line: int
-    where: str
-    text: str
-
-
-Run = Callable[[str, dict[str, Any]], tuple[bool, list[str]]]
-
-
-class Subject(NamedTuple):
-    """A kernel to break. runs: of each problem (the kernel's text, how) -> whether the output is right, and reports."""
-
-    name: str
-    text: str
-    runs: list[Run]
-    mutants: Callable[[str], Iterator[Mutant]]
+_COUNTED = ("mutants", "killed", "report", "data", "data_alone", "refused", "unreached", "same_code")
 
 
 class Verdict(NamedTuple):
@@ -65,323 +45,28 @@ class Verdict(NamedTuple):
         return bool(self.reports) or self.is_wrong
 
 
-# ------------------------------------------------------------------------------------------------------------ subjects
-
-# arch, problems, config. More steps than stages, so that every wait and parity matters, and in other numbers: the last
-# stage read is another one. Tiles that are full and that are not.
-TRITON: tuple[tuple[int, tuple[str, ...], tuple], ...] = (
-    (
-        80,
-        ("1x64x9x9 -> 64, 3x3 p1 float16 bias+add relu", "1x128x16x5 -> 128, 3x3 p1 float16 bias+add relu"),
-        (64, 64, 64, 8, 4, 3, "pointer"),
-    ),
-    (
-        90,
-        ("1x64x9x9 -> 64, 3x3 p1 float16 bias+add relu", "1x128x16x5 -> 128, 3x3 p1 float16 bias+add relu"),
-        (64, 64, 64, 8, 4, 3, "pointer"),
-    ),
-    (
-        90,
-        ("2x320x7x9 -> 72, 1x1 float16 bias+add relu", "1x448x5x13 -> 136, 1x1 float16 bias+add relu"),
-        (64, 64, 64, 8, 4, 3, "gemm_tma"),
-    ),
-    (
-        90,
-        ("3x64x9x9 -> 72, 3x3 p1 float16 bias relu", "2x64x13x5 -> 200, 3x3 p1 float16 bias relu"),
-        (128, 64, 64, 8, 4, 3, "rows_tma", 1, True),
-    ),
-    (
-        90,
-        ("2x64x9x7 -> 72, 3x3 p1 float16 bias+add relu", "1x64x5x7 -> 136, 3x3 p1 float16 bias+add relu"),
-        (64, 64, 64, 8, 4, 3, "lines_tma"),
-    ),
-)
-# arch, problems, tile: reductions of 9, 7 and 5 steps in a ring of three stages, or of two
-CUDA: tuple[tuple[int, tuple[str, ...], int], ...] = (
-    (
-        80,
-        (
-            "1x64x9x9 -> 64, 3x3 p1 float16 bias+add relu",
-            "2x448x7x9 -> 72, 1x1 float16 bn+add silu",
-            "1x320x5x5 -> 100, 1x1 s2 float16 bias none",
-            "1x64x8x8 -> 56, 1x1 float16 bn+bias+add relu6",
-        ),
-        1,
-    ),
-    (
-        80,
-        (
-            "2x128x7x5 -> 72, 1x1 float16 bn+add relu6",
-            "1x64x9x9 -> 64, 3x3 p1 float16 bias+add relu",
-            "1x320x5x5 -> 100, 1x1 s2 float16 bias none",
-        ),
-        4,
-    ),
-)
-SOURCES = ("cuda/sm80/conv_bn_act.cuh", "cuda/sm80/tile_layout.h")
-
-
-def operands_of(p: ConvProblem) -> ConvOperands:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    def image(*shape: int) -> torch.Tensor:
-        return draw(*shape).to(p.dtype).contiguous(memory_format=torch.channels_last)
-
-    bn = (draw(p.K), draw(p.K), draw(p.K), draw(p.K).abs() + 0.5) if p.has_bn else (None,) * 4
-    weight = draw(p.K, p.C // p.groups, p.R, p.S) * p.reduction**-0.5
-    return ConvOperands(
-        image(p.N, p.C, p.H, p.W), weight.to(p.dtype).contiguous(memory_format=torch.channels_last), *bn, 1e-5,
-        draw(p.K).to(p.dtype) if p.has_bias else None, image(p.N, p.K, p.P, p.Q) if p.has_residual else None,
-    )  # fmt: skip
-
-
-def judge(p: ConvProblem, o: ConvOperands) -> Callable[[torch.Tensor, list[Outcome]], tuple[bool, list[str]]]:
-    expected = reference.conv_bn_act(p, o)
-    bound = reference.error_bound(p, o, expected=expected)
-
-    def judged(out: torch.Tensor, outcomes: list[Outcome]) -> tuple[bool, list[str]]:
-        is_right = not any(one.faulted for one in outcomes) and bool(((out.double() - expected).abs() <= bound).all())
-        return is_right, [report for one in outcomes for report in one.reports]
-
-    return judged
-
-
-def triton_subject(arch: int, problems: tuple[str, ...], config: tuple) -> Subject:
-    """Raises ValueError where the problems do not share one text."""
-    found = [_triton_run(arch, problem, config) for problem in problems]
-    if len({text for _, text in found}) != 1:
-        raise ValueError(f"mutations: the compiler makes other kernels of each of {problems}.")
-    return Subject(f"Triton {config[6]}, sm_{arch}", found[0][1], [run for run, _ in found], mutants_of_ptx)
-
-
-def _triton_run(arch: int, problem: str, config: tuple) -> tuple[Run, str]:
-    p = parsed_problem(problem, "cuda")
-    o = operands_of(p)
-    out = torch.full(p.output_shape, torch.nan, dtype=p.dtype).contiguous(memory_format=torch.channels_last)
-    (launch,) = conv.prepare(p, o, out, TritonConfig(*config))
-    made = launches.compiled(launch, arch)
-    given, judged = launches.arguments(launch, made), judge(p, o)
-    programs = 2 if len(config) > 8 and config[8] else launch.num_programs
-
-    def run(text: str, how: dict[str, Any]) -> tuple[bool, list[str]]:
-        out.fill_(torch.nan)
-        outcome = Kernel(text).run(programs, made.threads, given, shared_bytes=made.shared_bytes, writable=[out], **how)
-        return judged(out, [outcome])
-
-    return run, made.text
-
-
-def cuda_subject(arch: int, problems: tuple[str, ...], tile: int) -> Subject:
-    found = [_cuda_run(arch, problem, tile) for problem in problems]
-    return Subject(f"CUDA tile {tile}, sm_{arch}", found[0][1], [run for run, _ in found], mutants_of_ptx)
-
-
-def source_subject(arch: int, problems: tuple[str, ...], tile: int, header: str) -> Subject:
-    """The mutant is a header of csrc's; nvcc compiles the kernel with it in the place of the stock one."""
-    folder, stock = tempfile.TemporaryDirectory(prefix="mutants_"), cuda_launches._CSRC
-    for file in stock.rglob("*"):
-        if file.is_file() and file.relative_to(stock).parts[0] in ("common", "cuda"):
-            copy = Path(folder.name) / file.relative_to(stock)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(file.read_bytes())
-
-    def of(problem: str) -> Run:
-        run_ptx, _ = _cuda_run(arch, problem, tile)
-
-        def run(text: str, how: dict[str, Any]) -> tuple[bool, list[str]]:
-            (Path(folder.name) / header).write_text(text)
-            return run_ptx(_compiled_below(Path(folder.name), arch, tile, text), how)
-
-        return run
-
-    text = (stock / header).read_text()
-    return Subject(f"{header}, tile {tile}, sm_{arch}", text, list(map(of, problems)), mutants_of_source)
-
-
-_TEXTS: dict[tuple, str] = {}
-
-
-def _compiled_below(root: Path, arch: int, tile: int, text: str) -> str:
-    """What nvcc makes of the fp16 kernel with the headers below root; once for a text."""
-    if (arch, tile, text) not in _TEXTS:
-        kernel = f"conv_bn_act_kernel<Half, {tile}, 16>(const __grid_constant__ ConvArguments)"
-        source = cuda_launches._instances("cuda/sm80/conv_bn_act.cuh", [kernel])
-        include = (root, Path(torch.__file__).parent / "include")
-        with tempfile.TemporaryDirectory() as cache:  # the source's text is the same: its cache knows no headers
-            made = cuda_launches.compile_cuda(source, f"sm_{arch}", include=include, cache=Path(cache))
-        _TEXTS[arch, tile, text] = made
-    return _TEXTS[arch, tile, text]
-
-
-def _cuda_run(arch: int, problem: str, tile: int) -> tuple[Run, str]:
-    p = parsed_problem(problem, "cuda")
-    o, judged = operands_of(p), judge(p, operands_of(p))
-    out = torch.full(p.output_shape, torch.nan, dtype=p.dtype).contiguous(memory_format=torch.channels_last)
-    launch = cuda_launches.prepare(p, o, out, None, tile, 1, arch)
-    memory = {**{name: t for name, t in o._asdict().items() if isinstance(t, torch.Tensor)}, "out": out}
-    given = [bytes(launch.arguments[: launch.argument_bytes])]
-
-    def run(text: str, how: dict[str, Any]) -> tuple[bool, list[str]]:
-        out.fill_(torch.nan)
-        kernel = Kernel(text, next(name for name in kernel_names(text) if "conv_bn_act_kernel" in name))
-        outcome = kernel.run(launch.blocks, launch.threads, given, shared_bytes=launch.shared_bytes, memory=memory,
-                             writable=[out], **how)  # fmt: skip
-        return judged(out, [outcome])
-
-    text = cuda_launches.conv_text(p.dtype, arch, ((tile, launch.copy_bytes),))
-    names = kernel_names(text)
-    begins = [text.index(f".entry {name}") for name in names]
-    first = next(begin for name, begin in zip(names, begins) if "conv_bn_act_kernel" in name)
-    ends = [begin for begin in begins if begin > first] or [len(text)]
-    cut = text[: text.rindex(".visible", 0, min(ends))] if min(ends) < len(text) else text
-    return run, cut
-
-
-# ------------------------------------------------------------------------------------------------------------- mutants
-
-_ADDRESS = re.compile(r"\[\s*(%\w+)\s*(?:\+\s*(-?\d+))?\s*\]")
-_DESCRIPTOR = r"\b(46116862933052948\d\d)\b"  # of wgmma, as Triton writes the constant part
-
-Edit = Callable[[str], str]  # of a line; what it does not concern stays as it is
-
-
-def _deleted(pattern: str) -> Edit:
-    return lambda line: "" if re.search(pattern, line) else line
-
-
-def _replaced(pattern: str, by: Any) -> Edit:
-    return lambda line: re.sub(pattern, by, line, count=1)
-
-
-def _number(pattern: str, change: Callable[[int], int]) -> Edit:
-    """The number that is the pattern's first group."""
-
-    def edit(found: re.Match) -> str:
-        begin, end = found.start(1) - found.start(), found.end(1) - found.start()
-        return found[0][:begin] + str(change(int(found[1]))) + found[0][end:]
-
-    return _replaced(pattern, edit)
-
-
-def _moved(pattern: str, by: int) -> Edit:
-    """The first address of the line, in bytes."""
-
-    def edit(line: str) -> str:
-        if not re.search(pattern, line):
-            return line
-        return _ADDRESS.sub(lambda found: f"[{found[1]}+{int(found[2] or 0) + by}]", line, count=1)
-
-    return edit
-
-
-PTX: dict[str, Edit] = {
-    "cp.async wait deleted": _deleted(r"cp\.async\.wait_group"),
-    "cp.async wait one group later": _number(r"cp\.async\.wait_group\s+(\d+)", lambda n: n + 1),
-    "cp.async commit deleted": _deleted(r"cp\.async\.commit_group"),
-    "cp.async without its mask": _replaced(r"(cp\.async\.c[ag]\.shared.*,\s*)(0x10|16|8|4),\s*%r\d+", r"\1\2, \2"),
-    "wgmma wait deleted": _deleted(r"wgmma\.wait_group"),
-    "wgmma wait one group later": _number(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", lambda n: n + 1),
-    "wgmma commit deleted": _deleted(r"wgmma\.commit_group"),
-    "wgmma fence deleted": _deleted(r"wgmma\.fence"),
-    "proxy fence deleted": _deleted(r"fence\.proxy\.async"),
-    "barrier deleted": _deleted(r"^\s*(bar\.sync|barrier\.sync)"),
-    "warp barrier deleted": _deleted(r"bar\.warp\.sync"),
-    "mbarrier wait deleted": _deleted(r"bra\.uni\s+waitLoop"),
-    "mbarrier count": _number(r"mbarrier\.init\S*\s+\[.*\],\s*(\d+)", lambda n: n + 1),
-    "expected bytes halved": _number(r"expect_tx\S*\s.*,\s*(\d+);", lambda n: n // 2),
-    "expected bytes more": _number(r"expect_tx\S*\s.*,\s*(\d+);", lambda n: n + 16),
-    "expected bytes deleted": _deleted(r"expect_tx"),
-    "parity kept": _replaced(r"xor\.b32\s+(%r\d+),\s*(\1,\s*%r\d+|%r\d+,\s*1);", r"mov.b32 \1, \1;"),
-    "descriptor of another swizzle": _number(_DESCRIPTOR, lambda n: n ^ (3 << 62)),
-    "descriptor of another stride": _number(_DESCRIPTOR, lambda n: n - (32 << 32)),
-    "descriptor 32 bytes on": _number(_DESCRIPTOR, lambda n: n + 2),
-    "TMA coordinates swapped": _replaced(r"(cp\.async\.bulk\.tensor.*)\{(%r\d+), (%r\d+)", r"\1{\3, \2"),
-    "TMA copy deleted": _deleted(r"cp\.async\.bulk\.tensor"),
-    "ldmatrix 16 bytes on": _moved("ldmatrix", 16),
-    "shared access 16 bytes on": _moved(r"\b(st|ld)\.shared", 16),
-    "global access 16 bytes on": _moved(r"\b(st|ld)\.global", 16),
-    "swizzle bits": _number(r"xor\.b32\s+%r\d+,\s*%r\d+,\s*(\d+);", lambda n: n ^ 32),
-    "mask of less": _replaced(r"setp\.(l|g)t(\.[su]\d\d)", r"setp.\1e\2"),
-    "mask of more": _replaced(r"setp\.(l|g)e(\.[su]\d\d)", r"setp.\1t\2"),
-    "guard turned": _replaced(r"^(\s*)@(!?)(%p\d+\s+)(?!bra)", lambda m: f"{m[1]}@{'' if m[2] else '!'}{m[3]}"),
-    "choice turned": _replaced(r"(selp\.\w+\s+%\w+,\s*)([^,]+),\s*([^,]+),", r"\1\3, \2,"),
-    "sum of one more": _number(r"add\.[su]\d\d\s+%\w+,\s*%\w+,\s*(-?\d+);", lambda n: n + 1),
-    "shift of one more": _number(r"sh[lr]\.\w\d\d\s+%\w+,\s*%\w+,\s*(\d+);", lambda n: n + 1),
-    "maximum lost": _replaced(r"max(\.NaN)?\.(f32|f16x2|bf16x2)(\s+%\w+,\s*%\w+),\s*[^;]+;", r"mov.b32\3;"),
-}
-
-SOURCE: dict[str, tuple[str, str]] = {
-    "wait deleted": (r"\bwait_copies<[^>]*>\(\);", ";"),
-    "commit deleted": (r"\bcommit_copies\(\);", ";"),
-    "barrier deleted": (r"\bsync_block\(\);", ";"),
-    "less or equal": (r"(?<=[\w)\]]) < (?=[\w(])", " <= "),
-    "plus to minus": (r"(?<=[\w)\]]) \+ (?=[\w(])", " - "),
-    "times to plus": (r"(?<=[\w)\]]) \* (?=[\w(])", " + "),
-    "exclusive or to or": (r" \^ ", " | "),
-    "remainder to quotient": (r"(?<=[\w)\]]) % (?=[\w(])", " / "),
-    "and to or": (r" && ", " || "),
-    "equal to unequal": (r" == ", " != "),
-}
-
-
-def mutants_of_ptx(text: str) -> Iterator[Mutant]:
-    lines = text.split("\n")
-    for i, line in enumerate(lines):
-        if line.lstrip().startswith((".", "//", "$")):
-            continue
-        for kind, edit in PTX.items():
-            if (edited := edit(line)) != line:
-                yield Mutant(kind, i + 1, " ".join(line.split()), "\n".join([*lines[:i], edited, *lines[i + 1 :]]))
-
-
-def mutants_of_source(text: str) -> Iterator[Mutant]:
-    lines, is_comment = text.split("\n"), re.compile(r"\s*(//|#|static_assert|template)")
-    for i, line in enumerate(lines):
-        code = line.split("//")[0]
-        if is_comment.match(line) or not code.strip():
-            continue
-        for kind, (pattern, other) in SOURCE.items():
-            for found in re.finditer(pattern, code):
-                edited = line[: found.start()] + other + line[found.end() :]
-                yield Mutant(kind, i + 1, line.strip(), "\n".join([*lines[:i], edited, *lines[i + 1 :]]))
-
-
-def drawn(subject: Subject, count: int, seed: int) -> list[Mutant]:
-    """So many mutants, of each kind as equally many as there are."""
-    by_kind: dict[str, list[Mutant]] = collections.defaultdict(list)
-    for mutant in subject.mutants(subject.text):
-        by_kind[mutant.kind].append(mutant)
-    rng = random.Random(f"{seed}/{subject.name}")
-    for some in by_kind.values():
-        rng.shuffle(some)
-    turns = itertools.zip_longest(*by_kind.values())
-    return [mutant for turn in turns for mutant in turn if mutant is not None][:count]
-
-
-# ---------------------------------------------------------------------------------------------------------------- runs
-
-
-def tried(subject: Subject, text: str, seed: int) -> Optional[Verdict]:
-    """Until something is noticed, at most once each way on each problem. None where it does not compile or load."""
-    verdict = Verdict([], False)
-    for (landing, schedule), run in itertools.product(_WAYS, subject.runs):
+def tried(subject: Subject, ptx: str, seed: int) -> Optional[Verdict]:
+    """Until something is noticed. None where it does not load."""
+    for run, (landing, schedule) in _turns(subject):
         how = dict(landing=landing, schedule=schedule, seed=seed, max_steps=_MOST_STEPS)
         try:
-            is_right, reports = run(text, how)
-        except (PtxError, RuntimeError):
+            is_right, reports = run(ptx, how)
+        except (PtxError, RuntimeError, StopIteration):
             return None
-        verdict = Verdict(verdict.reports + reports, verdict.is_wrong or not is_right)
-        if verdict.is_killed:
-            break
-    return verdict
+        if reports or not is_right:
+            return Verdict(reports, not is_right)
+    return Verdict([], False)
+
+
+def _turns(subject: Subject) -> Iterator[tuple[Run, tuple[str, str]]]:
+    """Each problem in each way, and each of the sweep in one."""
+    yield from ((run, way) for way, run in itertools.product(_WAYS, subject.runs))
+    yield from zip(subject.sweep, itertools.cycle(_WAYS))
 
 
 def is_reached(subject: Subject, mutant: Mutant, seed: int) -> bool:
     """Whether any problem executes the line of PTX that was changed; True of source, of which this cannot be told."""
-    if subject.mutants is not mutants_of_ptx:
+    if subject.mutants is not mutants.mutants_of_ptx:
         return True
     lines = subject.text.split("\n")
     guard = re.match(r"\s*(@!?%p\d+\s+|)", lines[mutant.line - 1])
@@ -390,19 +75,53 @@ def is_reached(subject: Subject, mutant: Mutant, seed: int) -> bool:
     return verdict is None or verdict.is_killed
 
 
+def machine_code(ptx: str, arch: int) -> Optional[bytes]:
+    """What ptxas makes of it; None where there is none, or where it refuses."""
+    ptxas = shutil.which("ptxas") or shutil.which("ptxas", path="/usr/local/cuda/bin")
+    if ptxas is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        source, made = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
+        target = re.search(r"\.target\s+(sm_\w+)", ptx)
+        command = [ptxas, f"-arch={target[1] if target else f'sm_{arch}'}", source, "-o", made]
+        done = subprocess.run(list(map(str, command)), capture_output=True)
+        return made.read_bytes() if done.returncode == 0 else None
+
+
+def verdict_of(subject: Subject, mutant: Mutant, seed: int) -> "str | Verdict":
+    """Or why the mutant counts for nothing: one of the last names of _COUNTED."""
+    try:
+        ptx = subject.ptx(mutant.text)
+    except RuntimeError:
+        return "refused"
+    stock = subject.ptx(subject.text)
+    if ptx == stock:
+        return "same_code"
+    verdict = tried(subject, ptx, seed)
+    if verdict is None:
+        return "refused"
+    if verdict.is_killed:
+        return verdict
+    if not is_reached(subject, mutant, seed):
+        return "unreached"
+    code = machine_code(ptx, subject.arch)
+    return "same_code" if code is not None and code == machine_code(stock, subject.arch) else verdict
+
+
 def campaign(subject: Subject, count: int, seed: int) -> dict[str, Any]:
-    whole = tried(subject, subject.text, seed)
+    """So many mutants that count, or as many as there are."""
+    whole = tried(subject, subject.ptx(subject.text), seed)
     if whole is None or whole.is_killed:
         raise SystemExit(f"mutations: {subject.name} is not right to begin with: {whole}")
-    counted = ("mutants", "killed", "report", "data", "data_alone", "refused", "unreached")
-    row: dict[str, Any] = dict(subject=subject.name, **dict.fromkeys(counted, 0), kinds={}, survivors=[])
-    for mutant in drawn(subject, count, seed):
-        verdict = tried(subject, mutant.text, seed)
-        if verdict is None:
-            row["refused"] += 1  # by a compiler or at load: no run was needed
-            continue
-        if not verdict.is_killed and not is_reached(subject, mutant, seed):
-            row["unreached"] += 1
+    row: dict[str, Any] = dict(subject=subject.name, problems=len(subject.runs) + len(subject.sweep),
+                               **dict.fromkeys(_COUNTED, 0), kinds={}, survivors=[])  # fmt: skip
+    for mutant in mutants.drawn(subject.mutants(subject.text), f"{seed}/{subject.name}"):
+        if row["mutants"] == count:
+            break
+        verdict = verdict_of(subject, mutant, seed)
+        if isinstance(verdict, str):
+            row[verdict] += 1
             continue
         kind = row["kinds"].setdefault(mutant.kind, [0, 0])
         row["mutants"] += 1
@@ -417,36 +136,54 @@ def campaign(subject: Subject, count: int, seed: int) -> dict[str, Any]:
     return row
 
 
-def subjects(names: list[str]) -> Iterator[Subject]:
-    if "triton" in names:
-        yield from (triton_subject(*one) for one in TRITON)
-    if "cuda" in names:
-        yield from (cuda_subject(*one) for one in CUDA)
-    if "source" in names:
-        yield from (source_subject(*CUDA[0], header) for header in SOURCES)
+# -------------------------------------------------------------------------------------------------------- explanations
+
+
+def key(subject: str, survivor: dict[str, Any]) -> tuple:
+    return subject, survivor["kind"], survivor["line"], survivor["where"]
+
+
+def reasons(file: Path = RESULTS / "reasons.json") -> dict[tuple, dict[str, Any]]:
+    """By `key`, what was written about survivors: why, and whether they are equivalent to the kernel."""
+    if not file.exists():
+        return {}
+    return {key(one["subject"], one): one for one in json.loads(file.read_text())["reasons"]}
+
+
+def kill_rate(record: dict[str, Any], known: dict[tuple, dict[str, Any]]) -> float:
+    """Of the mutants that are not known for equivalent."""
+    survivors = [key(row["subject"], one) for row in record["rows"] for one in row["survivors"]]
+    equivalent = sum(one in known and known[one]["equivalent"] for one in survivors)
+    return sum(row["killed"] for row in record["rows"]) / (sum(row["mutants"] for row in record["rows"]) - equivalent)
 
 
 def main() -> int:
+    makers = ["triton", "cuda", "source"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", default=["triton", "cuda", "source"], choices=["triton", "cuda", "source"])
-    parser.add_argument("--mutants", type=int, default=50, help="of each kernel (default: 50)")
+    parser.add_argument("--only", nargs="+", default=makers, choices=makers)
+    parser.add_argument("--mutants", type=int, default=40, help="of each kernel (default: 40)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    record: dict[str, Any] = dict(what="mutants that the emulator notices", seed=options.seed, rows=[])
-    print("| kernel | mutants | killed | by a report | by data | by data alone | refused at load | not reached |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    for subject in subjects(options.only):
+    record: dict[str, Any] = dict(
+        what="mutants that the emulator notices", seed=options.seed, machine=devices.cpu_name(),
+        triton=runtime.triton_version(), nvcc=cuda_launches.nvcc_version(), rows=[],
+    )  # fmt: skip
+    columns = ("subject", *_COUNTED)
+    print("| " + " | ".join(name.replace("_", " ") for name in columns) + " |")
+    print("| --- " * len(columns) + "|", flush=True)
+    for subject in mutation_subjects.of_names(options.only):
         row = campaign(subject, options.mutants, options.seed)
         record["rows"].append(row)
-        columns = ("subject", "mutants", "killed", "report", "data", "data_alone", "refused", "unreached")
-        cells = [row[name] for name in columns]
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        print("| " + " | ".join(str(row[name]) for name in columns) + " |", flush=True)
         if options.out:
             files.write_json(options.out, record)
+    known = reasons()
+    print(f"killed: {kill_rate(record, known):.1%} of those not known for equivalent")
     for row in record["rows"]:
         for one in row["survivors"]:
-            print(f"survives: {row['subject']}: {one['kind']}, line {one['line']}: {one['where']}")
+            why = known.get(key(row["subject"], one), {}).get("reason", "NOT EXPLAINED")
+            print(f"survives: {row['subject']}: {one['kind']}, line {one['line']}: {one['where']}: {why}")
     return 0
 
 

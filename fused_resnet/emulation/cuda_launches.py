@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -24,7 +25,7 @@ from fused_resnet.operators.operands import VECTORS, ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 
 NUM_TILES, ANY_ALIGNMENT = 5, (1, 3)  # csrc/cuda/sm80/tiles.h
-_CSRC = ROOT / "csrc"
+CSRC = ROOT / "csrc"
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common/dtype.h
 _ACTIVATIONS = ("none", "relu", "relu6", "silu")  # csrc/common/activation.h
 # (tile, bytes of a copy) of every instance that csrc/cuda/sm80/conv_bn_act.cu compiles
@@ -59,13 +60,21 @@ def why_not() -> Optional[str]:
     """Why none of csrc's CUDA kernels can be compiled here, or None."""
     if nvcc() is None:
         return "nvcc was not found, neither in PATH nor in /usr/local/cuda/bin"
-    if not (_CSRC / "cuda").exists():
-        return f"{_CSRC / 'cuda'} does not exist; a checkout has it"
+    if not (CSRC / "cuda").exists():
+        return f"{CSRC / 'cuda'} does not exist; a checkout has it"
     return None
 
 
 def nvcc() -> Optional[str]:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def nvcc_version() -> Optional[str]:
+    """Its release, or None where there is no nvcc."""
+    compiler = nvcc()
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout if compiler else ""
+    found = re.search(r"release ([\d.]+)", said)
+    return found[1] if found else None
 
 
 @functools.cache
@@ -98,19 +107,22 @@ def compile_cuda(source: str, arch: str, *, include: tuple[Path, ...] = (), cach
     return path.read_text()
 
 
-def _project(source: str, arch: int) -> str:
-    include = (_CSRC, Path(torch.__file__).parent / "include")
+def _project(source: str, arch: int, csrc: Path = CSRC) -> str:
+    include = (csrc, Path(torch.__file__).parent / "include")
     return compile_cuda(source, f"sm_{arch}", include=include)
 
 
 @functools.cache
-def conv_text(dtype: torch.dtype, arch: int, instances: tuple[tuple[int, int], ...]) -> str:
-    """The PTX of the convolution, of each (tile, bytes of a copy), and of the kernel that adds split sums up."""
+def conv_text(dtype: torch.dtype, arch: int, instances: tuple[tuple[int, int], ...], csrc: Path = CSRC) -> str:
+    """The PTX of the convolution, of each (tile, bytes of a copy), and of the kernel that adds split sums up.
+
+    csrc: where the headers are. What a folder's headers make is remembered.
+    """
     element = _ELEMENTS[dtype]
     kernels = [f"conv_bn_act_kernel<{element}, {tile}, {copy}>" for tile, copy in instances]
     kernels.append(f"sum_splits_kernel<{element}>")
     declared = [f"{kernel}(const __grid_constant__ ConvArguments)" for kernel in kernels]
-    return _project(_instances("cuda/sm80/conv_bn_act.cuh", declared), arch)
+    return _project(_instances("cuda/sm80/conv_bn_act.cuh", declared), arch, csrc)
 
 
 @functools.cache
@@ -165,12 +177,12 @@ def _pointer(tensor: Optional[Tensor]) -> Optional[int]:
 
 def conv_bn_act(
     problem: ConvProblem, operands: ConvOperands, arch: int, tile: int, splits: int = 1, *,
-    instances: tuple[tuple[int, int], ...] = (), **how,
+    instances: tuple[tuple[int, int], ...] = (), text: str = "", **how,
 ) -> tuple[Tensor, list[Outcome]]:  # fmt: skip
     """The output, poisoned with NaN before, and the outcomes: of the convolution, and of what adds split sums up.
 
     The operands are as csrc's operator wants them: channels_last, vectors contiguous. how: as `Kernel.run` takes it.
-    instances: those to compile together, which takes a second each; by default all.
+    instances: those to compile together, which takes a second each; by default all. text: PTX instead of theirs.
     """
     p = problem
     out = torch.full(p.output_shape, torch.nan, dtype=p.dtype).contiguous(memory_format=torch.channels_last)
@@ -181,7 +193,7 @@ def conv_bn_act(
     if partials is not None:
         memory["partials"] = partials
     given = [bytes(launch.arguments[: launch.argument_bytes])]
-    text = conv_text(p.dtype, arch, instances or INSTANCES)
+    text = text or conv_text(p.dtype, arch, instances or INSTANCES)
     kernel = _kernel(text, f"conv_bn_act_kernelI{_MANGLED[p.dtype]}Li{tile}ELi{launch.copy_bytes}E")
     written = out if partials is None else partials
     outcomes = [kernel.run(launch.blocks, launch.threads, given, shared_bytes=launch.shared_bytes, memory=memory,

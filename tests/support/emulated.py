@@ -16,6 +16,7 @@ import torch
 
 from fused_resnet.emulation import kernel, parser
 from fused_resnet.emulation.kernel import LANDINGS, SCHEDULES
+from fused_resnet.emulation.operands import operands_of
 from fused_resnet.operators import reference
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, MaxPoolProblem, parsed_problem
@@ -59,24 +60,6 @@ class Worker:
 def mode(number: int) -> dict:
     """One of the twelve ways of landing and scheduling, by number."""
     return dict(landing=LANDINGS[number % 3], schedule=SCHEDULES[number // 3 % 4], seed=number)
-
-
-def operands_of(p, seed: int = 0) -> ConvOperands:
-    """Values of the size that networks have; channels_last."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator)
-
-    def image(*shape):
-        return draw(*shape).to(p.dtype).contiguous(memory_format=torch.channels_last)
-
-    bn = (draw(p.K), draw(p.K), draw(p.K), draw(p.K).abs() + 0.5) if p.has_bn else (None,) * 4
-    weight = draw(p.K, p.C // p.groups, p.R, p.S) * p.reduction**-0.5
-    return ConvOperands(
-        image(p.N, p.C, p.H, p.W), weight.to(p.dtype).contiguous(memory_format=torch.channels_last), *bn, 1e-5,
-        draw(p.K).to(p.dtype) if p.has_bias else None, image(p.N, p.K, p.P, p.Q) if p.has_residual else None,
-    )  # fmt: skip
 
 
 def answer_of(out, outcomes, expected, bound) -> dict:
