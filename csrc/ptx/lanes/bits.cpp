@@ -63,23 +63,30 @@ u32 funnel_shift(u32 low, u32 high, u32 amount) {
   return static_cast<u32>(right ? both >> n : (both << n) >> 32);
 }
 
-template <class T>
-u32 popc(T a) {  // 9.7.1.14
-  return __builtin_popcountll(a);
-}
-template <class T>
-u32 clz(T a) {  // 9.7.1.15
-  return a == 0 ? kWidth<T> : __builtin_clzll(a) - (64 - kWidth<T>);
-}
+struct Popc {  // 9.7.1.14
+  template <class T>
+  static u32 apply(T a) {
+    return __builtin_popcountll(a);
+  }
+};
+struct Clz {  // 9.7.1.15
+  template <class T>
+  static u32 apply(T a) {
+    return a == 0 ? kWidth<T> : __builtin_clzll(a) - (64 - kWidth<T>);
+  }
+};
 
 // 9.7.1.16: the highest bit that differs from the sign; all ones if none does.
-template <class T, bool shift_amount>
-u32 bfind(T a) {
-  using Unsigned = std::make_unsigned_t<T>;
-  const Unsigned value = static_cast<Unsigned>(a < 0 ? ~a : a);
-  if (value == 0) return ~0u;
-  return shift_amount ? clz(value) : kWidth<T> - 1 - clz(value);
-}
+template <bool shift_amount>
+struct Bfind {
+  template <class T>
+  static u32 apply(T a) {
+    using Unsigned = std::make_unsigned_t<T>;
+    const Unsigned value = static_cast<Unsigned>(a < 0 ? ~a : a);
+    if (value == 0) return ~0u;
+    return shift_amount ? Clz::apply(value) : kWidth<T> - 1 - Clz::apply(value);
+  }
+};
 
 // 9.7.1.17: from bit `base`, the n-th set bit of the mask, upwards if n > 0, downwards if n < 0; n = 0: only `base`.
 u32 fns(u32 mask, u32 base, s32 n) {
@@ -92,39 +99,45 @@ u32 fns(u32 mask, u32 base, s32 n) {
   return ~0u;
 }
 
-template <class T>
-T brev(T a) {  // 9.7.1.18
-  T reversed = 0;
-  for (u32 i = 0; i < kWidth<T>; ++i) reversed |= static_cast<T>(a >> i & 1) << (kWidth<T> - 1 - i);
-  return reversed;
-}
+struct Brev {  // 9.7.1.18
+  template <class T>
+  static T apply(T a) {
+    T reversed = 0;
+    for (u32 i = 0; i < kWidth<T>; ++i) reversed |= static_cast<T>(a >> i & 1) << (kWidth<T> - 1 - i);
+    return reversed;
+  }
+};
 
 // 9.7.1.19: position and length are the low 8 bits. A field that reaches beyond the top is filled with its sign bit,
 // which then is the top bit; an empty field is 0.
-template <class T>
-T bfe(T a, u32 position, u32 length) {
-  using Unsigned = std::make_unsigned_t<T>;
-  const u32 top = kWidth<T> - 1;
-  position &= 255;
-  length &= 255;
-  if (length == 0) return 0;
-  const u64 value = static_cast<Unsigned>(a);
-  const bool negative = std::is_signed_v<T> && (value >> std::min(position + length - 1, top) & 1);
-  const u64 field = position > top ? 0 : value >> position;
-  const u32 filled = position > top ? 0 : std::min(length, top + 1 - position);
-  const u64 keep = filled >= 64 ? ~u64(0) : (u64(1) << filled) - 1;
-  return static_cast<T>((field & keep) | (negative ? ~keep : 0));
-}
+struct Bfe {
+  template <class T>
+  static T apply(T a, u32 position, u32 length) {
+    using Unsigned = std::make_unsigned_t<T>;
+    const u32 top = kWidth<T> - 1;
+    position &= 255;
+    length &= 255;
+    if (length == 0) return 0;
+    const u64 value = static_cast<Unsigned>(a);
+    const bool negative = std::is_signed_v<T> && (value >> std::min(position + length - 1, top) & 1);
+    const u64 field = position > top ? 0 : value >> position;
+    const u32 filled = position > top ? 0 : std::min(length, top + 1 - position);
+    const u64 keep = filled >= 64 ? ~u64(0) : (u64(1) << filled) - 1;
+    return static_cast<T>((field & keep) | (negative ? ~keep : 0));
+  }
+};
 
 // 9.7.1.20
-template <class T>
-T bfi(T field, T into, u32 position, u32 length) {
-  position &= 255;
-  length = std::min(length & 255, kWidth<T>);
-  if (length == 0 || position >= kWidth<T>) return into;
-  const u64 mask = (length >= 64 ? ~u64(0) : (u64(1) << length) - 1) << position;
-  return static_cast<T>((into & ~mask) | ((u64(field) << position) & mask));
-}
+struct Bfi {
+  template <class T>
+  static T apply(T field, T into, u32 position, u32 length) {
+    position &= 255;
+    length = std::min(length & 255, kWidth<T>);
+    if (length == 0 || position >= kWidth<T>) return into;
+    const u64 mask = (length >= 64 ? ~u64(0) : (u64(1) << length) - 1) << position;
+    return static_cast<T>((into & ~mask) | ((u64(field) << position) & mask));
+  }
+};
 
 // 9.7.1.23, 9.7.1.24. Bytes are u8 or s8; the sum wraps.
 template <class A, class B>
@@ -173,66 +186,12 @@ u32 lop3(u32 a, u32 b, u32 c, u32 table) {
   return result;
 }
 
-template <class F>
-Handler shift_of(Type type) {
-  switch (type) {
-    case kB16:
-    case kU16:
-      return Lanewise<&F::template apply<u16>>::run;
-    case kB32:
-    case kU32:
-      return Lanewise<&F::template apply<u32>>::run;
-    case kB64:
-    case kU64:
-      return Lanewise<&F::template apply<u64>>::run;
-    case kS16:
-      return Lanewise<&F::template apply<s16>>::run;
-    case kS32:
-      return Lanewise<&F::template apply<s32>>::run;
-    case kS64:
-      return Lanewise<&F::template apply<s64>>::run;
-    default:
-      return nullptr;
-  }
-}
-
 Handler funnel_of(Modifiers& modifiers, Type type) {
   const int direction = modifiers.any({"l", "r"}), mode = modifiers.any({"clamp", "wrap"});
   if (type != kB32 || direction < 0 || mode < 0) return nullptr;
   if (direction == 0)
     return mode == 0 ? Lanewise<funnel_shift<false, true>>::run : Lanewise<funnel_shift<false, false>>::run;
   return mode == 0 ? Lanewise<funnel_shift<true, true>>::run : Lanewise<funnel_shift<true, false>>::run;
-}
-
-template <bool shift_amount>
-Handler bfind_of(Type type) {
-  switch (type) {
-    case kU32:
-      return Lanewise<bfind<u32, shift_amount>>::run;
-    case kS32:
-      return Lanewise<bfind<s32, shift_amount>>::run;
-    case kU64:
-      return Lanewise<bfind<u64, shift_amount>>::run;
-    case kS64:
-      return Lanewise<bfind<s64, shift_amount>>::run;
-    default:
-      return nullptr;
-  }
-}
-
-Handler bfe_of(Type type) {
-  switch (type) {
-    case kU32:
-      return Lanewise<bfe<u32>>::run;
-    case kS32:
-      return Lanewise<bfe<s32>>::run;
-    case kU64:
-      return Lanewise<bfe<u64>>::run;
-    case kS64:
-      return Lanewise<bfe<s64>>::run;
-    default:
-      return nullptr;
-  }
 }
 
 template <class A, class B>
@@ -273,12 +232,6 @@ Handler prmt_of(Modifiers& modifiers) {
   }
 }
 
-// Of those that take words and double words alone.
-template <u32 (*narrow)(u32), u32 (*wide)(u64)>
-Handler count_of(Type type) {
-  return type == kB32 ? Lanewise<narrow>::run : type == kB64 ? Lanewise<wide>::run : nullptr;
-}
-
 }  // namespace
 
 bool decode_bits(Modifiers& modifiers, Instruction& instruction) {
@@ -297,17 +250,16 @@ bool decode_bits(Modifiers& modifiers, Instruction& instruction) {
   if (name == "xor") handler = for_bits<Xor>(type);
   if (name == "not") handler = for_bits<Not>(type);
   if (name == "cnot") handler = for_bits<Cnot>(type);
-  if (name == "shl" && (type == kB16 || type == kB32 || type == kB64)) handler = shift_of<Shl>(type);
-  if (name == "shr") handler = shift_of<Shr>(type);
+  if (name == "shl") handler = for_bits<Shl>(type);
+  if (name == "shr") handler = for_integers<Shr>(unsigned_of_bits(type) == kNoType ? type : unsigned_of_bits(type));
   if (name == "shf") handler = funnel_of(modifiers, type);
-  if (name == "popc") handler = count_of<popc<u32>, popc<u64>>(type);
-  if (name == "clz") handler = count_of<clz<u32>, clz<u64>>(type);
-  if (name == "brev")
-    handler = type == kB32 ? Lanewise<brev<u32>>::run : type == kB64 ? Lanewise<brev<u64>>::run : nullptr;
-  if (name == "bfe") handler = bfe_of(type);
-  if (name == "bfi")
-    handler = type == kB32 ? Lanewise<bfi<u32>>::run : type == kB64 ? Lanewise<bfi<u64>>::run : nullptr;
-  if (name == "bfind") handler = modifiers.take("shiftamt") ? bfind_of<true>(type) : bfind_of<false>(type);
+  if (name == "popc") handler = for_wide_bits<Popc>(type);
+  if (name == "clz") handler = for_wide_bits<Clz>(type);
+  if (name == "brev") handler = for_wide_bits<Brev>(type);
+  if (name == "bfe") handler = for_wide_integers<Bfe>(type);
+  if (name == "bfi") handler = for_wide_bits<Bfi>(type);
+  if (name == "bfind")
+    handler = modifiers.take("shiftamt") ? for_wide_integers<Bfind<true>>(type) : for_wide_integers<Bfind<false>>(type);
   if (name == "fns" && type == kB32) handler = Lanewise<fns>::run;
   if (name == "prmt" && type == kB32) handler = prmt_of(modifiers);
   if (name == "lop3" && type == kB32) {

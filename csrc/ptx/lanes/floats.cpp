@@ -21,6 +21,9 @@ double canonical(double value) {
 float flushed(float value, bool flushes) {
   return flushes ? flush(value) : value;
 }
+double flushed(double value, bool) {  // f64 has no .ftz
+  return value;
+}
 
 // To nearest even, which the host's own operations do: the forms that compilers emit most.
 template <Operation operation, class T>
@@ -77,8 +80,9 @@ double to_odd(Operation operation, double a, double b, double c, Rounding roundi
 }
 
 // .sat: to [0, 1]; a NaN becomes +0.
-float saturated(float value) {
-  return value > 0 ? std::fmin(value, 1.0f) : 0.0f;
+template <class T>
+T saturated(T value) {
+  return value > 0 ? std::fmin(value, T(1)) : T(0);
 }
 
 struct Sources {
@@ -91,21 +95,9 @@ struct Sources {
   u64 at(int k, int lane) const { return of[k] == nullptr ? 0 : of[k][lane]; }
 };
 
-// `a`: the operation, `b`: the rounding, `c`: .sat, `d`: a reciprocal. All forms of f32 that are not the plain ones.
-void general_f32(Machine& machine, Warp& warp, const Instruction& instruction, Lanes mask) {
-  const Sources sources(machine, warp, instruction);
-  const auto operation = static_cast<Operation>(instruction.a);
-  const auto rounding = static_cast<Rounding>(instruction.b);
-  u64 sink[kLanes];
-  store(destination(warp, instruction.at(0), sink), mask, [&](int l) {
-    float x[3];
-    for (int k = 0; k < 3; ++k) x[k] = flushed(as<float>(sources.at(k, l)), instruction.flush);
-    const double exact = instruction.d ? quotient_to_odd(1, x[0]) : to_odd(operation, x[0], x[1], x[2], rounding);
-    const float result = flushed(as<float>(rounded(kF32, exact, rounding)), instruction.flush);
-    return bits(instruction.c ? saturated(result) : result);
-  });
+float in_direction(Operation operation, Rounding rounding, float a, float b, float c) {
+  return as<float>(rounded(kF32, to_odd(operation, a, b, c, rounding), rounding));
 }
-
 // Roundings of f64 are the host's. The operands and the result are volatile, so that nothing moves out of between.
 double in_direction(Operation operation, Rounding rounding, double a, double b, double c) {
   static const int kModes[] = {FE_TONEAREST, FE_TOWARDZERO, FE_DOWNWARD, FE_UPWARD};
@@ -134,66 +126,69 @@ double in_direction(Operation operation, Rounding rounding, double a, double b, 
   std::fesetround(FE_TONEAREST);
   return result;
 }
-void general_f64(Machine& machine, Warp& warp, const Instruction& instruction, Lanes mask) {
+
+// All forms that are not the plain ones. `a`: the operation, `b`: the rounding, `c`: .sat, `d`: a reciprocal.
+template <class T>
+void general(Machine& machine, Warp& warp, const Instruction& instruction, Lanes mask) {
   const Sources sources(machine, warp, instruction);
   const auto operation = static_cast<Operation>(instruction.a);
   const auto rounding = static_cast<Rounding>(instruction.b);
   u64 sink[kLanes];
   store(destination(warp, instruction.at(0), sink), mask, [&](int l) {
-    double x[3];
-    for (int k = 0; k < 3; ++k) x[k] = as<double>(sources.at(k, l));
-    if (instruction.d) return bits(in_direction(kDiv, rounding, 1, x[0], 0));
-    return bits(in_direction(operation, rounding, x[0], x[1], x[2]));
+    T x[3];
+    for (int k = 0; k < 3; ++k) x[k] = flushed(as<T>(sources.at(k, l)), instruction.flush);
+    if (instruction.d) x[1] = x[0], x[0] = 1;
+    const T result = flushed(in_direction(operation, rounding, x[0], x[1], x[2]), instruction.flush);
+    return bits(instruction.c ? saturated(result) : result);
   });
 }
 
 // 9.7.3.9, 9.7.3.10. The sign only, of NaNs too.
 template <bool flushes>
-float absolute(float a) {
-  return flushed(std::fabs(a), flushes);
-}
+struct Absolute {
+  template <class T>
+  static T apply(T a) {
+    return flushed(std::fabs(a), flushes);
+  }
+};
 template <bool flushes>
-float negative(float a) {
-  return flushed(as<float>(bits(a) ^ 0x80000000u), flushes);
+struct Negative {
+  template <class T>
+  static T apply(T a) {
+    return flushed(std::copysign(a, std::signbit(a) ? T(1) : T(-1)), flushes);
+  }
+};
+template <template <bool> class F>
+Handler sign_of(Modifiers& modifiers, Type type) {
+  const bool flushes = type == kF32 && modifiers.take("ftz");
+  return flushes ? handler_of<F<true>, float>(type) : handler_of<F<false>, float, double>(type);
 }
-double absolute_f64(double a) {
-  return std::fabs(a);
-}
-double negative_f64(double a) {
-  return -a;
-}
-template <class T>
-T with_sign_of(T sign, T magnitude) {  // 9.7.3.2, copysign
-  return std::copysign(magnitude, sign);
-}
+struct CopySign {  // 9.7.3.2
+  template <class T>
+  static T apply(T sign, T magnitude) {
+    return std::copysign(magnitude, sign);
+  }
+};
 
-// 9.7.3.11, 9.7.3.12
-template <bool largest>
-double extremum_f64(double a, double b) {
-  return extremum(a, b, largest, false);
-}
-// `a`: the largest, `b`: .NaN, `c`: .xorsign.abs.
-void extremum_f32(Machine& machine, Warp& warp, const Instruction& instruction, Lanes mask) {
+// 9.7.3.11, 9.7.3.12. `a`: the largest, `b`: .NaN, `c`: .xorsign.abs.
+template <class T>
+void run_extremum(Machine& machine, Warp& warp, const Instruction& instruction, Lanes mask) {
   const Sources sources(machine, warp, instruction);
   u64 sink[kLanes];
   store(destination(warp, instruction.at(0), sink), mask, [&](int l) {
-    const float a = flushed(as<float>(sources.at(0, l)), instruction.flush);
-    const float b = flushed(as<float>(sources.at(1, l)), instruction.flush);
+    const T a = flushed(as<T>(sources.at(0, l)), instruction.flush);
+    const T b = flushed(as<T>(sources.at(1, l)), instruction.flush);
     return bits(instruction.c ? extremum_of_magnitudes(a, b, instruction.a, instruction.b)
                               : extremum(a, b, instruction.a, instruction.b));
   });
 }
 void decode_extremum(Modifiers& modifiers, Instruction& instruction, Type type) {
-  const bool largest = modifiers.name() == "max";
-  if (type == kF64) {
-    instruction.handler = largest ? Lanewise<extremum_f64<true>>::run : Lanewise<extremum_f64<false>>::run;
-    return;
-  }
-  instruction.a = largest;
+  instruction.a = modifiers.name() == "max";
+  instruction.handler = type == kF64 ? run_extremum<double> : run_extremum<float>;
+  if (type == kF64) return;
   instruction.b = modifiers.take("NaN");
   instruction.c = take_xorsign(modifiers);
   instruction.flush = modifiers.take("ftz");
-  instruction.handler = extremum_f32;
 }
 
 // 9.7.3.8: div.approx is a * (1 / b), and 1 / b is too small for it if |b| is above 2^126.
@@ -298,9 +293,9 @@ void decode_rounded(Modifiers& modifiers, Instruction& instruction, Type type) {
   const bool plain = instruction.b == 0 && !instruction.flush && !instruction.c;
   const auto which = static_cast<Operation>(operation);
   if (type == kF32)
-    instruction.handler = plain ? nearest_of<float>(which, instruction.d) : general_f32;
+    instruction.handler = plain ? nearest_of<float>(which, instruction.d) : general<float>;
   else
-    instruction.handler = plain ? nearest_of<double>(which, instruction.d) : general_f64;
+    instruction.handler = plain ? nearest_of<double>(which, instruction.d) : general<double>;
 }
 
 }  // namespace
@@ -312,17 +307,12 @@ void decode_floating(Modifiers& modifiers, Instruction& instruction, Type type) 
     instruction.counted = name == "div" ? Class::kSpecialFunction : Class::kFloating;
   Handler& handler = instruction.handler;
   if (decode_approximate(modifiers, instruction, type)) return;
-  const bool flushes = (name == "abs" || name == "neg") && type == kF32 && modifiers.take("ftz");
   if (name == "abs") {
-    handler = type == kF64 ? Lanewise<absolute_f64>::run
-              : flushes    ? Lanewise<absolute<true>>::run
-                           : Lanewise<absolute<false>>::run;
+    handler = sign_of<Absolute>(modifiers, type);
   } else if (name == "neg") {
-    handler = type == kF64 ? Lanewise<negative_f64>::run
-              : flushes    ? Lanewise<negative<true>>::run
-                           : Lanewise<negative<false>>::run;
+    handler = sign_of<Negative>(modifiers, type);
   } else if (name == "copysign") {
-    handler = type == kF64 ? Lanewise<with_sign_of<double>>::run : Lanewise<with_sign_of<float>>::run;
+    handler = handler_of<CopySign, float, double>(type);
   } else if (name == "min" || name == "max") {
     decode_extremum(modifiers, instruction, type);
   } else if (name == "div" && type == kF32 && modifiers.take("full")) {

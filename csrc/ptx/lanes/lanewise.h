@@ -28,69 +28,65 @@ struct Lanewise<function> {
   }
 };
 
-// Handlers by type: F::apply<T> is a function of values of type T. Null if the type is not among them.
+// PTX's name of a type that handlers are made for.
+template <class T>
+constexpr Type kTypeOf = kNoType;
+template <>
+inline constexpr Type kTypeOf<u16> = kU16;
+template <>
+inline constexpr Type kTypeOf<s16> = kS16;
+template <>
+inline constexpr Type kTypeOf<u32> = kU32;
+template <>
+inline constexpr Type kTypeOf<s32> = kS32;
+template <>
+inline constexpr Type kTypeOf<u64> = kU64;
+template <>
+inline constexpr Type kTypeOf<s64> = kS64;
+template <>
+inline constexpr Type kTypeOf<float> = kF32;
+template <>
+inline constexpr Type kTypeOf<double> = kF64;
+
+// The handler of F::apply<T>, a function of values of type T, for the T of this name. Null if it is not among them.
+template <class F, class... Ts>
+Handler handler_of(Type type) {
+  Handler found = nullptr;
+  const auto take = [&](Type name, Handler handler) {
+    if (name == type) found = handler;
+  };
+  (take(kTypeOf<Ts>, Lanewise<&F::template apply<Ts>>::run), ...);
+  return found;
+}
+
 template <class F>
 Handler for_integers(Type type) {
-  switch (type) {
-    case kU16:
-      return Lanewise<&F::template apply<u16>>::run;
-    case kS16:
-      return Lanewise<&F::template apply<s16>>::run;
-    case kU32:
-      return Lanewise<&F::template apply<u32>>::run;
-    case kS32:
-      return Lanewise<&F::template apply<s32>>::run;
-    case kU64:
-      return Lanewise<&F::template apply<u64>>::run;
-    case kS64:
-      return Lanewise<&F::template apply<s64>>::run;
-    default:
-      return nullptr;
-  }
+  return handler_of<F, u16, s16, u32, s32, u64, s64>(type);
 }
-
 template <class F>
 Handler for_narrow_integers(Type type) {  // whose doubled type exists
-  switch (type) {
-    case kU16:
-      return Lanewise<&F::template apply<u16>>::run;
-    case kS16:
-      return Lanewise<&F::template apply<s16>>::run;
-    case kU32:
-      return Lanewise<&F::template apply<u32>>::run;
-    case kS32:
-      return Lanewise<&F::template apply<s32>>::run;
-    default:
-      return nullptr;
-  }
+  return handler_of<F, u16, s16, u32, s32>(type);
 }
-
+template <class F>
+Handler for_wide_integers(Type type) {
+  return handler_of<F, u32, s32, u64, s64>(type);
+}
 template <class F>
 Handler for_signed(Type type) {
-  switch (type) {
-    case kS16:
-      return Lanewise<&F::template apply<s16>>::run;
-    case kS32:
-      return Lanewise<&F::template apply<s32>>::run;
-    case kS64:
-      return Lanewise<&F::template apply<s64>>::run;
-    default:
-      return nullptr;
-  }
+  return handler_of<F, s16, s32, s64>(type);
 }
 
+// Untyped bits are read as unsigned numbers.
+inline Type unsigned_of_bits(Type type) {
+  return type == kB16 ? kU16 : type == kB32 ? kU32 : type == kB64 ? kU64 : kNoType;
+}
 template <class F>
 Handler for_bits(Type type) {
-  switch (type) {
-    case kB16:
-      return Lanewise<&F::template apply<u16>>::run;
-    case kB32:
-      return Lanewise<&F::template apply<u32>>::run;
-    case kB64:
-      return Lanewise<&F::template apply<u64>>::run;
-    default:
-      return nullptr;
-  }
+  return handler_of<F, u16, u32, u64>(unsigned_of_bits(type));
+}
+template <class F>
+Handler for_wide_bits(Type type) {
+  return handler_of<F, u32, u64>(unsigned_of_bits(type));
 }
 
 // The smaller or larger of two floats (PTX ISA 9.7.3.11, 9.7.3.12, 9.7.4.7, 9.7.4.8): -0 is less than +0, one NaN
