@@ -34,6 +34,7 @@ struct PtxLaunch {
   void* program;
   uint32_t grid[3], block[3], cluster[3];
   uint32_t shared_bytes;  // static and dynamic
+  uint32_t registers;     // of a thread, as setmaxnreg counts them; 0: not known
   const uint8_t* parameters;
   uint32_t parameter_bytes;
   const uint32_t* map_offsets;  // where in the parameters the tensor maps lie

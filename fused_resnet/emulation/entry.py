@@ -72,6 +72,8 @@ class Entry:
     required_block: Optional[tuple[int, int, int]] = None
     most_threads: int = 1024
     required_cluster: Optional[tuple[int, int, int]] = None
+    most_registers: int = 0  # of a thread, by .maxnreg; 0: not said
+    fewest_blocks: int = 0  # of a multiprocessor, by .minnctapersm; 0: not said
 
 
 class Scope:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
 from typing import Any, Iterable, Mapping, NamedTuple, Optional, Sequence, Union
 
 from fused_resnet.emulation import arrays, library, parser
 from fused_resnet.emulation.counts import Counts
-from fused_resnet.emulation.entry import Instruction, Parameter
+from fused_resnet.emulation.entry import Entry, Instruction, Parameter
 from fused_resnet.emulation.syntax import PtxError
 from fused_resnet.emulation.tensor_map import TensorMap
 
@@ -17,6 +18,10 @@ SCHEDULES = ("random", "in_turn", "greedy", "backwards")
 ROUNDINGS = ("fp64", 80, 89, 90)
 _REPORT_BYTES = 1 << 20
 _MAP_BYTES = 128
+# What an architecture has without a promise that later ones will (PTX ISA 11.1.2, targets with the suffix a)
+_OF_ONE_ARCHITECTURE = ("wgmma.", "setmaxnreg.", "tensormap.replace.")
+# Registers of a multiprocessor, and of a thread at most, with what their allocation in eights adds.
+_REGISTER_FILE, _MOST_REGISTERS = 65536, 256
 # Shared memory a block may have, by compute capability (CUDA C++ programming guide, technical specifications).
 _SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 
@@ -66,6 +71,11 @@ class Kernel:
             self._add(lib, instruction)
 
     def _add(self, lib, instruction: Instruction) -> None:
+        target = self.entry.target
+        if instruction.op.startswith(_OF_ONE_ARCHITECTURE) and target[-1:] not in ("a", "f"):
+            raise PtxError(
+                f"PTX line {instruction.line}: {instruction.text} needs .target sm_90a, the text has {target}"
+            )
         flat = [element for operand in instruction.operands for element in operand]
         operands = (library.PtxOperand * max(len(flat), 1))(*[library.PtxOperand(*element) for element in flat])
         counts = (ctypes.c_int32 * max(len(instruction.operands), 1))(*map(len, instruction.operands))
@@ -218,8 +228,8 @@ def _prepare(launch: Launch, memory: _Memory) -> _Prepared:
     chosen = _chosen_blocks(launch, grid)
     structure = library.PtxLaunch(
         launch.kernel._program, (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block),
-        (ctypes.c_uint32 * 3)(*cluster), _shared_bytes(launch), buffer, entry.parameter_bytes, offsets, pointers,
-        len(maps), chosen, 0 if chosen is None else len(chosen),
+        (ctypes.c_uint32 * 3)(*cluster), _shared_bytes(launch), _registers(entry), buffer, entry.parameter_bytes,
+        offsets, pointers, len(maps), chosen, 0 if chosen is None else len(chosen),
     )  # fmt: skip
     return _Prepared(structure, (buffer, offsets, pointers, chosen, launch, maps))
 
@@ -263,6 +273,20 @@ def _shared_bytes(launch: Launch) -> int:
     if launch.shared_bytes < 0 or total > most:
         raise ValueError(f"{entry.name}: {total} bytes of shared memory; {entry.target or 'a GPU'} has {most} a block")
     return total
+
+
+def _registers(entry: Entry) -> int:
+    """A thread's at launch, as setmaxnreg counts them (PTX ISA 9.7.19.5): in eights, 0 if no directive says.
+
+    .maxnreg says it, or .minnctapersm together with the number of threads: so many blocks share the 64 Ki registers.
+    """
+    if entry.most_registers:
+        return -(-entry.most_registers // 8) * 8
+    threads = math.prod(entry.required_block or (entry.most_threads,))
+    if not entry.fewest_blocks:
+        return 0
+    warps = -(-threads // 32) * entry.fewest_blocks
+    return min(_MOST_REGISTERS, _REGISTER_FILE // (32 * warps) // 8 * 8)
 
 
 def _chosen_blocks(launch: Launch, grid: tuple[int, int, int]) -> Optional[ctypes.Array]:

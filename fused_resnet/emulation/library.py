@@ -33,7 +33,7 @@ class PtxTensorMap(ctypes.Structure):
 class PtxLaunch(ctypes.Structure):
     _fields_ = [
         ("program", c_void_p), ("grid", c_uint32 * 3), ("block", c_uint32 * 3), ("cluster", c_uint32 * 3),
-        ("shared_bytes", c_uint32), ("parameters", POINTER(c_uint8)), ("parameter_bytes", c_uint32),
+        ("shared_bytes", c_uint32), ("registers", c_uint32), ("parameters", POINTER(c_uint8)), ("parameter_bytes", c_uint32),
         ("map_offsets", POINTER(c_uint32)), ("maps", POINTER(POINTER(PtxTensorMap))), ("num_maps", c_int32),
         ("blocks", POINTER(c_uint32)), ("num_blocks", c_int32),
     ]  # fmt: skip

@@ -158,8 +158,12 @@ class _Parser:
             self.entry.most_threads = x * y * z
         elif word == "reqnctapercluster":
             self.entry.required_cluster = (x, y, z)
-        else:  # hints to ptxas about registers and occupancy, and a limit that the launch checks again
-            return word in ("minnctapersm", "maxnreg", "maxclusterrank", "explicitcluster", "noreturn")
+        elif word == "maxnreg":
+            self.entry.most_registers = x
+        elif word == "minnctapersm":
+            self.entry.fewest_blocks = x
+        else:  # hints to ptxas, and a limit that the launch checks again
+            return word in ("maxclusterrank", "explicitcluster", "noreturn")
         return True
 
     # --------------------------------------------------------------------------------------------------------- body

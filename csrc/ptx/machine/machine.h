@@ -71,8 +71,11 @@ struct Warpgroup;       // wgmma.cpp: what its four warps have issued
 // A bulk or tensor copy that was issued (PTX ISA 9.7.9.25.4 to 9.7.9.27). copies.cpp alone knows more.
 struct BulkCopy;
 
+struct RegisterPool;  // register_pool.cpp: of a block, for setmaxnreg
+
 // kAtWarpgroup: wgmma.wait_group waits for the other warps to issue; warpgroups.cpp wakes it.
-enum class State : u8 { kRunning, kAtBarrier, kAtMbarrier, kAtCluster, kAtGrid, kAtWarpgroup, kDone };
+// kAtRegisters: setmaxnreg.inc waits for other warps to release registers; register_pool.cpp wakes it.
+enum class State : u8 { kRunning, kAtBarrier, kAtMbarrier, kAtCluster, kAtGrid, kAtWarpgroup, kAtRegisters, kDone };
 
 struct Warp {
   Block* block;
@@ -233,6 +236,7 @@ struct Block {
   std::map<u32, Mbarrier> mbarriers;
   NamedBarrier barriers[kNamedBarriers];
   std::shared_ptr<Warpgroup> warpgroups[kMaxWarps / 4];
+  std::shared_ptr<RegisterPool> register_pool;                                  // null: no setmaxnreg so far
   std::vector<std::shared_ptr<BulkCopy>> bulk_groups_open[kMaxWarps * kLanes];  // by thread
   std::deque<std::vector<std::shared_ptr<BulkCopy>>> bulk_groups[kMaxWarps * kLanes];
 };
@@ -403,6 +407,7 @@ void land(Machine& machine, BulkCopy& copy);               // copies.cpp: the da
 void try_release(Machine& machine, Block& block, int id);  // barriers.cpp: after an arrival, or when a warp has exited
 void try_release_cluster(Machine& machine, Cluster& cluster);
 bool grid_wait_is_over(Machine& machine, Warp& warp);          // control.cpp: of griddepcontrol.wait
+void check_register_exit(Machine& machine, Warp& warp);        // register_pool.cpp: of a warp that has exited
 void complete_if_due(Machine& machine, Mbarrier& barrier);     // mbarriers.cpp
 void check_exit(Machine& machine, Warp& warp, Lanes exiting);  // scheduler.cpp: reports what they leave pending
 

@@ -45,6 +45,9 @@ std::string state_of(const Warp& warp) {
       text +=
           format(" waits at wgmma.wait_group for warps of its warpgroup that have not issued the same, line %d", line);
       break;
+    case State::kAtRegisters:
+      text += format(" waits at setmaxnreg.inc for registers that no warp releases, line %d", line);
+      break;
     case State::kAtMbarrier: {
       text += format(" waits at the mbarrier at shared %u for parity %u, line %d", warp.wait_address, warp.wait_parity,
                      line);
@@ -65,7 +68,9 @@ std::string state_of(const Warp& warp) {
 
 void check_exit(Machine& machine, Warp& warp, Lanes exiting) {
   check_copies_at_exit(machine, warp, exiting);
-  if (warp.alive == 0) check_wgmma_exit(machine, warp);
+  if (warp.alive != 0) return;
+  check_wgmma_exit(machine, warp);
+  check_register_exit(machine, warp);
 }
 
 void Machine::run() {

@@ -1,10 +1,9 @@
-// Control flow (PTX ISA 9.7.12), and what else steers execution: nanosleep, setmaxnreg, griddepcontrol.
+// Control flow (PTX ISA 9.7.12), and what else steers execution: nanosleep, griddepcontrol.
 #include "ptx/machine/operands.h"
+#include "ptx/threads/register_pool.h"
 
 namespace fused_resnet::ptx {
 namespace {
-
-constexpr s64 kFewestRegisters = 24, kMostRegisters = 256;  // PTX ISA 9.7.19.5
 
 void check_uniform(Machine& machine, const Warp& warp, const Instruction& i, Lanes mask) {
   if (i.a != 0 && !warp.diverged && mask != warp.alive)
@@ -38,8 +37,6 @@ void leave(Machine&, Warp& warp, const Instruction&, Lanes mask) {
 void trap(Machine& machine, Warp&, const Instruction&, Lanes mask) {
   machine.fault("trap", format("lanes %#x execute it", mask));
 }
-
-void nothing(Machine&, Warp&, const Instruction&, Lanes) {}
 
 // 9.7.19.2: others go on.
 void nanosleep(Machine& machine, Warp&, const Instruction&, Lanes) {
@@ -83,16 +80,6 @@ void launch_dependents(Machine& machine, Warp& warp, const Instruction&, Lanes) 
   machine.launch_dependents(*warp.block);
 }
 
-void decode_registers(Modifiers& m, Instruction& i) {
-  if (m.any({"inc", "dec"}) < 0 || !m.take("sync") || !m.take("aligned") || m.type() != kU32) m.refuse();
-  expect_operands(m, i, "i");
-  const s64 count = i.at(0).value;
-  if (count < kFewestRegisters || count > kMostRegisters || count % 8 != 0)
-    m.refuse("the count is a multiple of 8 from 24 to 256");
-  i.convergence = Convergence::kAligned;
-  i.handler = nothing;  // registers are those of the PTX: how many a warp has cannot be seen
-}
-
 }  // namespace
 
 bool grid_wait_is_over(Machine& machine, Warp& warp) {
@@ -126,7 +113,7 @@ void decode_control(Modifiers& m, Instruction& i) {
     expect_operands(m, i, "s");
     i.handler = nanosleep;
   } else if (name == "setmaxnreg") {
-    decode_registers(m, i);
+    decode_setmaxnreg(m, i);
   } else if (name == "griddepcontrol") {
     i.handler = m.take("wait") ? wait_for_grid : m.take("launch_dependents") ? launch_dependents : nullptr;
   }
