@@ -1,5 +1,7 @@
 """Instructions that lanes of a warp execute together: who takes part, what they give, what they order."""
 
+import itertools
+
 import numpy
 import pytest
 
@@ -122,21 +124,22 @@ def test_reductions(name, ptx_type):
     assert got.tolist() == [int(REDUCTIONS[name, ptx_type](values))] * 32
 
 
-def test_an_elected_leader_is_any_member_but_always_the_same():
-    leaders = set()
-    for seed in range(12):
+def test_an_elected_leader_is_the_lowest_or_by_the_text_any_member_but_always_the_same():
+    leaders = {1: set(), 2: set()}
+    for seed, races in itertools.product(range(12), (1, 2)):
         text = """elect.sync $d|%p1, -1; selp.b32 $e, 1, 0, %p1;
           elect.sync %r5|%p2, -1; setp.ne.u32 %p3, %r5, $d; @%p3 trap;"""
-        (leader, chosen), outcome = outcome_of(text, LANES, out=(U32, U32), seed=seed)
+        (leader, chosen), outcome = outcome_of(text, LANES, out=(U32, U32), seed=seed, races=races)
         assert len(set(leader.tolist())) == 1 and outcome.reports == []
         assert chosen.tolist() == [int(lane == leader[0]) for lane in range(32)]
-        leaders.add(int(leader[0]))
-    assert len(leaders) > 3
+        leaders[races].add(int(leader[0]))
+    assert leaders[1] == {0} and len(leaders[2]) > 3
     body = """mov.u32 %r100, 99; setp.gt.u32 %p1, %r0, 3; setp.lt.u32 %p2, %r0, 7; and.pred %p3, %p1, %p2;
       @!%p3 bra done;
       elect.sync %r100|_, 0x70;
     done:"""
-    assert {run(body, seed=seed)[0][5] for seed in range(16)} == {4, 5, 6}
+    assert {run(body, seed=seed)[0][5] for seed in range(16)} == {4}
+    assert {run(body, seed=seed, races=2)[0][5] for seed in range(16)} == {4, 5, 6}
 
 
 def test_the_active_mask():

@@ -104,11 +104,12 @@ void match(Machine& machine, Warp& warp, const Instruction& instruction, Lanes m
   if (instruction.count(0) == 2) write_predicate(warp, instruction.at(0, 1), all ? kAllLanes : 0, mask);
 }
 
-// 9.7.13.14: any member may be the leader, but the same mask always has the same one.
+// 9.7.13.14: any member may be the leader, but the same mask always has the same one. Hardware takes the lowest lane, on
+// which CUTLASS counts: its producers expect the bytes in lane 0 and copy in the elected one.
 void elect(Machine& machine, Warp& warp, const Instruction& instruction, Lanes mask) {
   u64 room[kLanes], sink[kLanes];
   const Lanes members = static_cast<Lanes>(read(machine, warp, instruction.at(1), room)[first_lane(mask)]);
-  int leader = of_seed(machine.options.seed, members) % kLanes;
+  int leader = machine.options.races > 1 ? of_seed(machine.options.seed, members) % kLanes : 0;
   while (!(mask >> leader & 1)) leader = (leader + 1) % kLanes;
   if (instruction.at(0, 0).kind != kSink)
     store(destination(warp, instruction.at(0, 0), sink), mask, [&](int) { return u64(leader); });
