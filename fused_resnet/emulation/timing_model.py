@@ -20,9 +20,10 @@ _SECTOR_BYTES, _WARP = 32, 32
 _REGISTERS, _REGISTER_UNIT, _SCHEDULERS = 65536, 256, 4
 _RESERVED_SHARED_BYTES, _SHARED_UNIT = 1024, 128
 # What a cycle of a multiprocessor gives: a warp instruction a scheduler (guide, 5.2.3), 32 banks of 4 bytes (guide,
-# shared memory), results of the special functions, of conversions and of shuffles (guide, arithmetic instructions).
+# shared memory), results of the special functions, of conversions, of shuffles and of integers (CUDA C++ Best
+# Practices Guide 13, table 5).
 _ISSUED, _SHARED_BYTES, _SPECIAL, _CONVERTED, _SHUFFLED, _INTEGERS = 4, 128, 16, 16, 32, 64
-# From L2 into one multiprocessor. Jia et al., arXiv 1804.06826, for Volta; nothing newer is published.
+# From L2 into one multiprocessor. An assumption: no source gives it.
 _L2_BYTES_PER_SM = 64
 
 
@@ -44,22 +45,24 @@ class Gpu(NamedTuple):
     max_blocks: int
 
 
-# The limits of a multiprocessor and fp32: CUDA C++ programming guide, technical specifications and arithmetic
-# instructions. Latencies: arXiv 2402.13499 (pointer chasing on an A100, an RTX 4090, an H100), rounded.
+# The limits of a multiprocessor: whitepapers. fp32: Best Practices Guide 13, table 5. Latencies, rounded: arXiv
+# 2402.13499, table IV (A100 PCIe 466.3, H800 PCIe 478.8); arXiv 2501.12084, table 3 (RTX 4090 571).
 GPUS = {
     gpu.name: gpu
     for gpu in (
         # A100 whitepaper: 312 TFLOP/s = 108 x 1.41 GHz x 2 x 1024; L2 5120 bytes a cycle. Data sheet, 80 GB: 2039 GB/s
         Gpu("a100", 80, 108, 1410, 1024, None, 64, 2039, 7219, 470, 164, 64, 32),
-        # L40S data sheet: 362 TFLOP/s = 142 x 2.52 GHz x 2 x 506, 864 GB/s. L2: as the RTX 4090's
-        Gpu("l40s", 89, 142, 2520, 512, None, 128, 864, 5000, 540, 100, 48, 24),
-        # Ada whitepaper: 165.2 TFLOP/s = 128 x 2.52 GHz x 2 x 256, 1008 GB/s. L2: about 5 TB/s, Chips and Cheese, 2022
-        Gpu("rtx4090", 89, 128, 2520, 256, None, 128, 1008, 5000, 540, 100, 48, 24),
+        # L40S data sheet: 362 TFLOP/s = 142 x 2.52 GHz x 2 x 506, 864 GB/s. L2 and latency: as the RTX 4090's, an
+        # assumption
+        Gpu("l40s", 89, 142, 2520, 512, None, 128, 864, 5000, 570, 100, 48, 24),
+        # Ada whitepaper: 165.2 TFLOP/s = 128 x 2.52 GHz x 2 x 256, 1008 GB/s. L2: 4.9 TB/s measured with cp.async
+        # (smallscientist1/cuda_microbenchmark), rounded
+        Gpu("rtx4090", 89, 128, 2520, 256, None, 128, 1008, 5000, 570, 100, 48, 24),
         # H100 whitepaper and data sheet (SXM): 989 TFLOP/s = 132 x 1.83 GHz x 2 x 2048, 3350 GB/s. mma.sync reaches
-        # 62 % of that (arXiv 2501.12084). L2: 5.5 TB/s, Chips and Cheese, 2023, of a PCIe card
-        Gpu("h100", 90, 132, 1830, 1270, 2048, 128, 3350, 5500, 480, 228, 64, 32),
+        # 62.9 % of that on an H800 (arXiv 2501.12084, 6.2). L2: 5.5 TB/s, Chips and Cheese, 2023, of a PCIe card
+        Gpu("h100", 90, 132, 1830, 1288, 2048, 128, 3350, 5500, 480, 228, 64, 32),
         # H200 data sheet: 4800 GB/s, the rest as an H100
-        Gpu("h200", 90, 132, 1830, 1270, 2048, 128, 4800, 5500, 480, 228, 64, 32),
+        Gpu("h200", 90, 132, 1830, 1288, 2048, 128, 4800, 5500, 480, 228, 64, 32),
     )
 }
 

@@ -151,7 +151,7 @@ def _lanewise_kernels() -> list[Golden]:
         *(_lanewise(op, "%r20, %h0", kind="bits") for op in ("cvt.f32.f16", "cvt.rn.f32.s16")),
         _lanewise("cvt.f32.bf16", "%r20, %h0", gpu=90, kind="bits"),
         *(_lanewise(op, "%r20, %r10") for op in ("cvt.rni.s32.f32", "cvt.rzi.u32.f32", "cvt.rn.f32.s32")),
-        # the ISA: at most 2 ulps, and 1 ulp; a relative error of 2^-22.9
+        # PTX ISA 9.7.3.21, 9.7.3.13, 9.7.3.16: 2 ulps of the rounded result, and 1 ulp; a relative error of 2^-22.9
         *(_lanewise(f"ex2.approx{ftz}.f32", "%r20, %r10", ulps=2) for ftz in ("", ".ftz")),
         *(_lanewise(f"rcp.approx{ftz}.f32", "%r20, %r10", ulps=1) for ftz in ("", ".ftz")),
         *(_lanewise(f"rsqrt.approx{ftz}.f32", "%r20, %r10", relative=2**-22.9) for ftz in ("", ".ftz")),
