@@ -10,8 +10,6 @@
 namespace fused_resnet {
 namespace {
 
-constexpr int kSumThreads = 128;  // as in cuda/sm80/conv_bn_act.cuh, which a host compiler does not read
-
 uintptr_t address(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer);
 }
@@ -44,7 +42,7 @@ std::string fill(const PtxConv& conv, PtxConvLaunch* launch) {
   args.splits = conv.splits, args.partials = conv.partials;
 
   launch->blocks = num_blocks(tile, gemm_size(shape, element)) * conv.splits;
-  launch->sum_blocks = conv.splits > 1 ? ceil_div(num_rows(shape) * ceil_div(shape.K, chunk), kSumThreads) : 0;
+  launch->sum_blocks = conv.splits > 1 ? num_sum_blocks(shape, chunk) : 0;
   launch->threads = num_threads(tile), launch->sum_threads = kSumThreads;
   launch->shared_bytes = smem_bytes(tile), launch->copy_bytes = bytes;
   launch->argument_bytes = sizeof args;

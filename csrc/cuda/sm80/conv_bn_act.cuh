@@ -350,12 +350,7 @@ __global__ void __launch_bounds__(TileTraits<Element, kTileIndex>::kThreads,
   store_output<Element, kTileIndex>(args, origin, split, staged, thread);
 }
 
-constexpr int kSumThreads = 128;
 constexpr int kSumBlocksPerSm = 8;
-
-inline int64_t num_sum_blocks(const ConvShape& s, int chunk) {
-  return ceil_div(num_rows(s) * ceil_div(s.K, chunk), kSumThreads);
-}
 
 // The splits' sums, added in order, to finished output: the second kernel. One thread per chunk of a row, fewer than
 // 2^31 of them.

@@ -153,6 +153,11 @@ constexpr int kMostSplits = 32;
 constexpr int64_t kMostPartialBytes = int64_t{1} << 26;
 // The second kernel's start and latency, about 2 us. A guess; it has not been measured.
 constexpr double kSecondKernelCycles = 3000.0;
+// A thread of it adds a chunk of a row up.
+constexpr int kSumThreads = 128;
+inline int64_t num_sum_blocks(const ConvShape& s, int chunk) {
+  return ceil_div(num_rows(s) * ceil_div(s.K, chunk), kSumThreads);
+}
 
 inline int64_t partial_bytes(const GemmSize& size, int splits) {
   return splits * size.rows * size.columns * size.groups * 4;
