@@ -1,4 +1,4 @@
-# make demo | test | test-full | lint | gpu-check | clean
+# make demo | test | test-full | lint | evidence | gpu-check | clean
 #
 # From a fresh clone every target first makes .venv (python3 >= 3.10), installs requirements.txt into it and builds
 # the package in place. Stamp files make a second call quick; an edit of csrc/ or setup.py builds again.
@@ -31,7 +31,7 @@ endif
 # says which files they begin with.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-full lint gpu-check clean
+.PHONY: demo test test-full lint evidence gpu-check clean
 
 demo: $(BUILT)
 	$(PYTHON) -m benchmarks.demo $(if $(OUT),--out $(OUT))
@@ -47,6 +47,11 @@ lint: $(BUILT)
 	$(PYTHON) -m mypy fused_resnet
 	$(PYTHON) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 	$(PYTHON) -c 'from clang_format import clang_format; clang_format()' --dry-run --Werror $(CSRC)
+
+# Random problems on the emulated kernels, a record each. Finished parts are kept in out/ and not run again.
+evidence: $(BUILT)
+	$(PYTHON) -m benchmarks.random_problems --device sm_80 --kind mixed --problems 2000 --per-part 250
+	$(PYTHON) -m benchmarks.random_problems --device sm_90 --kind mixed --problems 2000 --per-part 250
 
 gpu-check: $(BUILT)
 	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(if $(STEPS),--only $(STEPS)) \
