@@ -1,13 +1,8 @@
 // out[i] = max(a[i] + b[i], 0) and its gradient grad[i] * (out[i] > 0), over the elements in memory order.
 #pragma once
 
-#include "cuda/epilogue.cuh"
-
-#if defined(__CUDACC__)
 #include "cuda/device.cuh"
-#else
-#include "host_checks/emulated_device.h"
-#endif
+#include "cuda/epilogue.cuh"
 
 namespace fused_resnet {
 

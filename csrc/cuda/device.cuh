@@ -1,5 +1,4 @@
 // A thread's place in its block and the grid, and the block's shared memory, whatever the architecture.
-// emulated_device.h has the same names for the host.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -3,14 +3,9 @@
 // row m = (n, p, q), column k; reduction (r, s, c), c fastest.
 #pragma once
 
+#include "cuda/sm80/instructions.cuh"
 #include "cuda/sm80/tile_layout.h"
 #include "cuda/sm80/tiles.h"
-
-#if defined(__CUDACC__)
-#include "cuda/sm80/instructions.cuh"
-#else
-#include "host_checks/emulated_device.h"
-#endif
 
 namespace fused_resnet {
 

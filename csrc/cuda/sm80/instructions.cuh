@@ -1,4 +1,4 @@
-// The instructions of sm_80 the kernels are written in. emulated_device.h has the same names for the host.
+// The instructions of sm_80 the kernels are written in.
 #pragma once
 
 #include <cstdint>
