@@ -69,7 +69,7 @@ TRITON: tuple[tuple[int, tuple[str, ...], tuple], ...] = (
     ),
     (
         90,
-        ("2x128x9x7 -> 72, 3x3 p1 float16 bias+add relu", "1x128x5x7 -> 136, 3x3 p1 float16 bias+add relu"),
+        ("2x128x9x7 -> 72, 3x3 p1 float16 bias+add relu", "3x128x5x7 -> 136, 3x3 p1 float16 bias+add relu"),
         (64, 64, 64, 8, 4, 3, "lines_tma"),
     ),
 )

@@ -64,15 +64,28 @@ def _turns(subject: Subject) -> Iterator[tuple[Run, tuple[str, str]]]:
     yield from zip(subject.sweep, itertools.cycle(_WAYS))
 
 
-def is_reached(subject: Subject, mutant: Mutant, seed: int) -> bool:
-    """Whether any problem executes the line of PTX that was changed; True of source, of which this cannot be told."""
+def is_reached(subject: Subject, mutant: Mutant, seed: int, known: Optional[dict[tuple, bool]] = None) -> bool:
+    """Whether any problem executes the line of PTX that was changed; True of source, of which this cannot be told.
+
+    known: what was found before, by basic block and guard.
+    """
     if subject.mutants is not mutants.mutants_of_ptx:
         return True
-    lines = subject.text.split("\n")
-    guard = re.match(r"\s*(@!?%p\d+\s+|)", lines[mutant.line - 1])
-    lines.insert(mutant.line - 1, f"{guard[1] if guard else ''}trap;")
-    verdict = tried(subject, "\n".join(lines), seed)
-    return verdict is None or verdict.is_killed
+    lines, known = subject.text.split("\n"), {} if known is None else known
+    guard = re.match(r"\s*(@!?%p\d+\s+)", lines[mutant.line - 1])
+    found = _first_of_block(lines, mutant.line - 1), guard[1] if guard and mutant.kind != "guard turned" else ""
+    if found not in known:
+        lines.insert(mutant.line - 1, f"{found[1]}trap;")
+        verdict = tried(subject, "\n".join(lines), seed)
+        known[found] = verdict is None or verdict.is_killed
+    return known[found]
+
+
+def _first_of_block(lines: list[str], line: int) -> int:
+    """Compilers write a predicate once, so that a guard means the same all through a block."""
+    while line > 0 and not re.match(r"\s*(\$?[\w$]+:|@!?%p\d+\s+bra|bra|ret)", lines[line - 1]):
+        line -= 1
+    return line
 
 
 def machine_code(ptx: str, arch: int) -> Optional[bytes]:
@@ -89,7 +102,9 @@ def machine_code(ptx: str, arch: int) -> Optional[bytes]:
         return made.read_bytes() if done.returncode == 0 else None
 
 
-def verdict_of(subject: Subject, mutant: Mutant, seed: int) -> "str | Verdict":
+def verdict_of(
+    subject: Subject, mutant: Mutant, seed: int, known: Optional[dict[tuple, bool]] = None
+) -> "str | Verdict":
     """Or why the mutant counts for nothing: one of the last names of _COUNTED."""
     try:
         ptx = subject.ptx(mutant.text)
@@ -98,13 +113,13 @@ def verdict_of(subject: Subject, mutant: Mutant, seed: int) -> "str | Verdict":
     stock = subject.ptx(subject.text)
     if ptx == stock:
         return "same_code"
+    if not is_reached(subject, mutant, seed, known):
+        return "unreached"
     verdict = tried(subject, ptx, seed)
     if verdict is None:
         return "refused"
     if verdict.is_killed:
         return verdict
-    if not is_reached(subject, mutant, seed):
-        return "unreached"
     code = machine_code(ptx, subject.arch)
     return "same_code" if code is not None and code == machine_code(stock, subject.arch) else verdict
 
@@ -116,10 +131,11 @@ def campaign(subject: Subject, count: int, seed: int) -> dict[str, Any]:
         raise SystemExit(f"mutations: {subject.name} is not right to begin with: {whole}")
     row: dict[str, Any] = dict(subject=subject.name, problems=len(subject.runs) + len(subject.sweep),
                                **dict.fromkeys(_COUNTED, 0), kinds={}, survivors=[])  # fmt: skip
+    reached: dict[tuple, bool] = {}
     for mutant in mutants.drawn(subject.mutants(subject.text), f"{seed}/{subject.name}"):
         if row["mutants"] == count:
             break
-        verdict = verdict_of(subject, mutant, seed)
+        verdict = verdict_of(subject, mutant, seed, reached)
         if isinstance(verdict, str):
             row[verdict] += 1
             continue

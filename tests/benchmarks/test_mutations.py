@@ -115,12 +115,11 @@ def machine_code(monkeypatch):
 
 
 def test_a_campaign_counts_what_is_noticed(machine_code):
-    """Barriers are reported, sums are wrong, the shift is never reached, and what is guarded goes unnoticed."""
+    """Barriers are reported, sums are wrong, and what is guarded goes unnoticed."""
 
     def run(text, how):
-        lines = text.split("\n")
         if "trap;" in text:
-            return not any(line.lstrip() == "@%p1 trap;" for line in lines), []
+            return False, []
         return "add.s32 %r1, %r2, 2;" not in text, ["[race] here"] if text.count("bar.sync") < 2 else []
 
     row = mutations.campaign(subject(run), 9, seed=0)
@@ -131,6 +130,25 @@ def test_a_campaign_counts_what_is_noticed(machine_code):
     everywhere = subject(lambda text, how: (True, []))
     row = mutations.campaign(everywhere, 9, seed=0)
     assert row["mutants"] == 0 and row["unreached"] == 5
+
+
+def test_a_line_is_reached_where_its_block_is_and_its_guard_holds(machine_code):
+    """Blocks begin at labels and end at branches; what is known of one is not run again."""
+    text = "bar.sync 0;\n@%p2 bra $L1;\nbar.sync 1;\n@%p1 add.s32 %r1, %r1, 1;\n$L1:\nbar.sync 2;"
+    seen = []
+
+    def run(tried, how):
+        seen.append(tried.split("\n").index(next(line for line in tried.split("\n") if "trap;" in line)))
+        return seen[-1] != 0 and seen[-1] != 3, []
+
+    whole, known = subject(run, text), {}
+    found = [mutations.is_reached(whole, one, 0, known) for one in whole.mutants(text)]
+    kinds = [(one.kind, one.line) for one in whole.mutants(text)]
+    assert dict(zip(kinds, found)) == {
+        ("barrier deleted", 1): True, ("barrier deleted", 3): False, ("sum of one more", 4): True,
+        ("guard turned", 4): False, ("barrier deleted", 6): False,
+    }  # fmt: skip
+    assert set(seen) == {0, 2, 3, 5} and len(known) == 4
 
 
 def test_a_mutant_of_the_same_machine_code_gives_way_to_another(machine_code):
