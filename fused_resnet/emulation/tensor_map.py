@@ -73,7 +73,7 @@ class TensorMap:
 
     def _check_strides(self, sizes, strides) -> None:
         for stride in strides:
-            _check(stride % 16 == 0 and 0 < stride < 2**40, f"has strides {tuple(strides)}",
+            _check(stride % 16 == 0 and 0 <= stride < 2**40, f"has strides {tuple(strides)}",
                    "multiples of 16 bytes below 2**40")  # fmt: skip
         extent = self.element_bytes * sizes[0]
         extent += sum((size - 1) * stride for size, stride in zip(sizes[1:], strides))

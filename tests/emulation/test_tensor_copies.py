@@ -137,6 +137,15 @@ def test_ranks_and_types(rank, dtype):
         numpy.testing.assert_array_equal(got, expected.view(numpy.uint8).reshape(-1))
 
 
+def test_a_stride_of_zero_repeats():
+    """As CUTLASS gives a batch of one, and what is broadcast."""
+    tensor = numbers(8, 32)
+    made = TensorMap(tensor, (32, 8, 3), (64, 0), (32, 8, 1))
+    for image in (0, 2):
+        got = loaded(made, 3, (0, 0, image), tensor.nbytes)
+        numpy.testing.assert_array_equal(got, tensor.view(numpy.uint8).reshape(-1))
+
+
 def test_a_map_within_a_struct():
     """Its place is where the bytes before it end."""
     tensor, out = numbers(40, 72), numpy.full(BYTES, 0xEE, numpy.uint8)
@@ -366,6 +375,17 @@ def test_a_store_is_clipped(span, landing):
         expected = numpy.zeros((20, 144), numpy.float16)
         expected[start[1] : start[1] + 8, start[0] : start[0] + 64] = tile
         numpy.testing.assert_array_equal(tensor, expected[:12, :80])
+
+
+@pytest.mark.parametrize("landing", LANDINGS)
+def test_all_lanes_may_issue_one_store(landing):
+    """As a warp does in CUTLASS's epilogues. By the text each lane's copy is its own, and two write one place."""
+    tensor, tile = numpy.zeros((12, 80), numpy.float16), numbers(8, 16)
+    text = store_text(2, (8, 2), tile.nbytes).replace("@%p0 cp.async", "cp.async")
+    reports = [launch(text, [map_of(tensor, (16, 8)), tile], [tensor], memory={}, landing=landing, races=races).reports
+               for races in (1, 2)]  # fmt: skip
+    assert reports[0] == [] and "which a bulk copy is writing" in reports[1][0]
+    numpy.testing.assert_array_equal(tensor[2:10, 8:24], tile)
 
 
 def test_a_store_of_im2col_pixels():
