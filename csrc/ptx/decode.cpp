@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <map>
 
+#include "ptx/copies/tensor_maps.h"
 #include "ptx/machine/operands.h"
 
 namespace fused_resnet::ptx {
@@ -111,6 +112,7 @@ const std::map<std::string, Entry>& table() {
       {"mbarrier", {decode_mbarrier, 1, 4, Class::kMbarrier}},
       // 9.7.9.25 to 9.7.9.27: asynchronous copies
       {"cp", {decode_copy, 0, 7, Class::kCpAsync}},
+      {"tensormap", {decode_tensormap, 2, 3, Class::kMemory}},
       {"multimem", {decode_copy, 2, 4, Class::kMemory}},
       // 9.7.14, 9.7.15: matrices
       {"ldmatrix", {decode_matrix, 2, 2, Class::kMatrixLoad}},

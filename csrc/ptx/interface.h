@@ -20,14 +20,16 @@ struct PtxRegion {  // global memory that the kernel may touch
   const char* name;
 };
 
-struct PtxTensorMap {  // what cuTensorMapEncode* would encode: sizes innermost first, strides in bytes
+// A tensor map's 128 bytes, by value: what cuTensorMapEncode* would make, innermost first. How a real one encodes the
+// same is not published.
+struct PtxTensorMap {
   uint64_t magic, address;
-  int32_t rank, element_bytes, swizzle, is_im2col;
-  int32_t element_type;  // ptx::Type, for reductions
-  int32_t nan_fill;
-  int64_t sizes[5], strides[5];
-  int32_t box[5], element_strides[5];
-  int32_t lower[3], upper[3], pixels, channels;  // im2col: corners of W, H, D; a box's pixels and channels
+  uint64_t sizes[5], strides[4];      // elements; bytes, of all dimensions but the innermost
+  int16_t lower[3], upper[3];         // im2col: corners of W, H, D
+  uint16_t box[5], pixels, channels;  // im2col: a box's pixels and channels
+  uint8_t element_strides[5];
+  uint8_t rank, element_type;  // ptx::Type
+  uint8_t swizzle, is_im2col, nan_fill;
 };
 
 struct PtxLaunch {
@@ -37,9 +39,6 @@ struct PtxLaunch {
   uint32_t registers;     // of a thread, as setmaxnreg counts them; 0: not known
   const uint8_t* parameters;
   uint32_t parameter_bytes;
-  const uint32_t* map_offsets;  // where in the parameters the tensor maps lie
-  const PtxTensorMap* const* maps;
-  int32_t num_maps;
   const uint32_t* blocks;  // indices of the blocks to run; null: all
   int32_t num_blocks;
 };

@@ -210,28 +210,20 @@ def _prepare(launch: Launch, memory: _Memory) -> _Prepared:
         )
     grid, block, cluster = _sizes(launch)
     buffer = (ctypes.c_uint8 * max(entry.parameter_bytes, 1))()
-    maps: list[tuple[int, TensorMap]] = []
     for parameter, value in zip(entry.parameters, launch.arguments):
         if isinstance(value, TensorMap):
             _check_map(parameter)
             value = [value]
-        if isinstance(value, (list, tuple)):
-            data, found = _struct_of(parameter, value, memory)
-            maps += found
-        else:
-            data = _bytes_of(parameter, value, memory)
+        bytes_of = _struct_of if isinstance(value, (list, tuple)) else _bytes_of
+        data = bytes_of(parameter, value, memory)
         buffer[parameter.offset : parameter.offset + parameter.size] = list(data)
-    offsets = (ctypes.c_uint32 * max(len(maps), 1))(*[offset for offset, _ in maps])
-    pointers = (ctypes.POINTER(library.PtxTensorMap) * max(len(maps), 1))(
-        *[ctypes.pointer(m.structure) for _, m in maps]
-    )
     chosen = _chosen_blocks(launch, grid)
     structure = library.PtxLaunch(
         launch.kernel._program, (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block),
         (ctypes.c_uint32 * 3)(*cluster), _shared_bytes(launch), _registers(entry), buffer, entry.parameter_bytes,
-        offsets, pointers, len(maps), chosen, 0 if chosen is None else len(chosen),
+        chosen, 0 if chosen is None else len(chosen),
     )  # fmt: skip
-    return _Prepared(structure, (buffer, offsets, pointers, chosen, launch, maps))
+    return _Prepared(structure, (buffer, chosen, launch))
 
 
 # ------------------------------------------------------------------------------------------------------------- sizes
@@ -306,19 +298,15 @@ def _check_map(parameter: Parameter) -> None:
         raise TypeError(f"{parameter.name} has {parameter.size} bytes; a TensorMap has 128, aligned to 64")
 
 
-def _struct_of(
-    parameter: Parameter, parts: Sequence[Any], memory: _Memory
-) -> tuple[bytes, list[tuple[int, TensorMap]]]:
-    """The bytes of a struct given in parts, and its maps with their places among all parameters."""
-    data, maps = bytearray(), []
+def _struct_of(parameter: Parameter, parts: Sequence[Any], memory: _Memory) -> bytes:
+    """A struct that is given in parts."""
+    data = bytearray()
     for part in parts:
         if isinstance(part, TensorMap):
-            place = parameter.offset + len(data)
-            if place % 64:
+            if (parameter.offset + len(data)) % 64:
                 raise ValueError(f"{parameter.name}: a TensorMap at byte {len(data)}; wanted: aligned to 64")
-            maps.append((place, part))
             memory.add(parameter.name, part.array)
-            data += bytes(_MAP_BYTES)
+            data += part.encoded
         elif arrays.is_array(part):
             memory.add(parameter.name, part)
             data += struct.pack("<Q", arrays.address(part))
@@ -330,7 +318,7 @@ def _struct_of(
             )
     if len(data) != parameter.size:
         raise ValueError(f"{parameter.name} has {parameter.size} bytes, not {len(data)}")
-    return bytes(data), maps
+    return bytes(data)
 
 
 def _bytes_of(parameter: Parameter, value: Any, memory: _Memory) -> bytes:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    c_char_p,
+    c_double,
+    c_int16,
+    c_int32,
+    c_int64,
+    c_uint8,
+    c_uint16,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
 from pathlib import Path
 
 from fused_resnet.emulation.counts import Counts
@@ -22,20 +34,18 @@ class PtxRegion(ctypes.Structure):
 
 class PtxTensorMap(ctypes.Structure):
     _fields_ = [
-        ("magic", c_uint64), ("address", c_uint64),
-        ("rank", c_int32), ("element_bytes", c_int32), ("swizzle", c_int32), ("is_im2col", c_int32),
-        ("element_type", c_int32), ("nan_fill", c_int32),
-        ("sizes", c_int64 * 5), ("strides", c_int64 * 5), ("box", c_int32 * 5), ("element_strides", c_int32 * 5),
-        ("lower", c_int32 * 3), ("upper", c_int32 * 3), ("pixels", c_int32), ("channels", c_int32),
+        ("magic", c_uint64), ("address", c_uint64), ("sizes", c_uint64 * 5), ("strides", c_uint64 * 4),
+        ("lower", c_int16 * 3), ("upper", c_int16 * 3), ("box", c_uint16 * 5), ("pixels", c_uint16),
+        ("channels", c_uint16), ("element_strides", c_uint8 * 5), ("rank", c_uint8), ("element_type", c_uint8),
+        ("swizzle", c_uint8), ("is_im2col", c_uint8), ("nan_fill", c_uint8),
     ]  # fmt: skip
 
 
 class PtxLaunch(ctypes.Structure):
     _fields_ = [
         ("program", c_void_p), ("grid", c_uint32 * 3), ("block", c_uint32 * 3), ("cluster", c_uint32 * 3),
-        ("shared_bytes", c_uint32), ("registers", c_uint32), ("parameters", POINTER(c_uint8)), ("parameter_bytes", c_uint32),
-        ("map_offsets", POINTER(c_uint32)), ("maps", POINTER(POINTER(PtxTensorMap))), ("num_maps", c_int32),
-        ("blocks", POINTER(c_uint32)), ("num_blocks", c_int32),
+        ("shared_bytes", c_uint32), ("registers", c_uint32), ("parameters", POINTER(c_uint8)),
+        ("parameter_bytes", c_uint32), ("blocks", POINTER(c_uint32)), ("num_blocks", c_int32),
     ]  # fmt: skip
 
 

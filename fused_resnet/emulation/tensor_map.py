@@ -1,7 +1,8 @@
 """Tensor maps: what cuTensorMapEncodeTiled and cuTensorMapEncodeIm2col would make, with their limits checked.
 
-The limits are the CUDA driver API's (Tensor Map Object Management). A map that they allow but that no published text
-explains is refused here: a row of a box that is shorter than the swizzle's span.
+The limits are the CUDA driver API's (Tensor Map Object Management). What they allow but no published text explains is
+refused here: a row of a box that is shorter than the swizzle's span. Interleaved layouts do not exist here for the same
+reason: no text says how far apart their slices of channels lie.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class TensorMap:
     def _begin(self, array, sizes, strides, swizzle, element_strides, fill, dtype) -> None:
         rank = len(sizes)
         name = dtype or arrays.type_name(array)
-        self.array, self.element_bytes = array, arrays.TYPE_BYTES[name]
+        self.array, self.element_bytes = array, arrays.TYPE_BYTES.get(name, 0)
+        _check(self.element_bytes in (1, 2, 4, 8), f"has elements of type {name}", "elements of 1, 2, 4 or 8 bytes")
         _check(1 <= rank <= 5, f"has {rank} dimensions", "1 to 5")
         _check(len(strides) == rank - 1, f"has {len(strides)} strides for {rank} sizes", "one less than sizes")
         address = arrays.address(array)
@@ -63,13 +65,20 @@ class TensorMap:
         steps = tuple(element_strides or (1,) * rank)
         _check(len(steps) == rank and all(1 <= step <= 8 for step in steps), f"has element strides {steps}",
                "1 to 8, one a dimension")  # fmt: skip
+        # The stride of dimension 0 is that of interleaved layouts alone (PTX ISA 5.5.3.2)
+        _check(steps[0] == 1, f"has element strides {steps}", "1 in the innermost dimension")
         self.structure = PtxTensorMap(
-            magic=_MAGIC, address=address, rank=rank, element_bytes=self.element_bytes, swizzle=swizzle,
-            element_type=TYPE_NAMES.index(name), nan_fill=fill == "nan",
+            magic=_MAGIC, address=address, rank=rank, swizzle=swizzle, element_type=TYPE_NAMES.index(name),
+            nan_fill=fill == "nan",
         )  # fmt: skip
         self._fill("sizes", sizes)
-        self._fill("strides", [self.element_bytes, *strides])
+        self._fill("strides", strides)
         self._fill("element_strides", steps)
+
+    @property
+    def encoded(self) -> bytes:
+        """The map's 128 bytes, for a kernel that takes maps from global memory; its array goes into `memory`."""
+        return bytes(self.structure)
 
     def _check_strides(self, sizes, strides) -> None:
         for stride in strides:
@@ -81,11 +90,10 @@ class TensorMap:
                f"at most the array's {arrays.num_bytes(self.array)}")  # fmt: skip
 
     def _set_box(self, box) -> None:
-        rank, steps, swizzle = self.structure.rank, self.structure.element_strides, self.structure.swizzle
+        rank = self.structure.rank
         _check(len(box) == rank and all(1 <= b <= 256 for b in box), f"has the box {tuple(box)}",
                "1 to 256, one a dimension")  # fmt: skip
-        copied = -(-box[0] // steps[0])
-        self._check_row(copied * self.element_bytes, swizzle)
+        self._check_row(box[0] * self.element_bytes, self.structure.swizzle)
         self._fill("box", box)
 
     def _set_corners(self, lower, upper, pixels, channels) -> None:
@@ -96,6 +104,10 @@ class TensorMap:
         for corner in (lower, upper):
             _check(len(corner) == rank - 2 and all(low <= c <= high for c in corner), f"has the corner {tuple(corner)}",
                    f"{rank - 2} of {low} to {high}")  # fmt: skip
+        spatial = list(self.structure.sizes)[1 : rank - 1]
+        _check(all(size + up > down for size, down, up in zip(spatial, lower, upper)),
+               f"has a bounding box from {tuple(lower)} to {tuple(upper)} of sizes {spatial}",
+               "at least one position a dimension")  # fmt: skip
         _check(1 <= pixels <= 1024, f"has {pixels} pixels a column", "1 to 1024")
         _check(1 <= channels <= 256, f"has {channels} channels a pixel", "1 to 256")
         self._check_row(channels * self.element_bytes, self.structure.swizzle)

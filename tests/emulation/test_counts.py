@@ -139,7 +139,7 @@ def test_a_tensor_copy(row, sectors):
     [%r1], [%d0, {{64, {row}}}], [%r2];"""
     body = BULK.format(bytes=2048, copy=copy)
     text = kernel_text(
-        f"mov.b64 %d0, x; mov.u32 %r0, %tid.x;\n{body}\nret;",
+        f"mov.b64 %d0, x; cvta.param.u64 %d0, %d0; mov.u32 %r0, %tid.x;\n{body}\nret;",
         parameters=".param .align 64 .b8 x[128], .param .u64 out", shared=FULL,
     )  # fmt: skip
     outcome = Kernel(text).run(1, 32, [descriptor, out], writable=[out], races=0)

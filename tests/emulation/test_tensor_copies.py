@@ -211,7 +211,7 @@ def test_the_map_suits_the_instruction():
     tiled = map_of(numbers(2, 4, 4, 32), (32, 4, 2, 1))
     assert_reported(load_text(4, (0, 0, 0, 0), 512, mode="im2col", offsets=(0, 0)), tiled, "tensor map", "im2col")
     not_a_map = load_text(2, (0, 0), 512).replace("[%d0, ", "[%d1, ")
-    assert_reported(not_a_map, map_of(numbers(8, 32), (32, 8)), "tensor map", "parameters")
+    assert_reported(not_a_map, map_of(numbers(8, 32), (32, 8)), "tensor map")
 
 
 def test_a_row_narrower_than_the_swizzle_is_refused():

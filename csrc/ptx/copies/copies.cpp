@@ -8,6 +8,8 @@
 
 #include <algorithm>
 
+#include "ptx/copies/tensor_maps.h"
+
 namespace fused_resnet::ptx {
 namespace {
 
@@ -99,6 +101,11 @@ void mark_pieces(Machine& machine, const BulkCopy& copy, int change) {
     if (piece.global != 0) mark_in_global(machine, piece.global, piece.bytes, !is_load(copy), change);
 }
 
+void mark_map(Machine& machine, BulkCopy& copy, int change) {
+  if (copy.map != 0) mark_in_global(machine, copy.map, kMapBytes, false, change);
+  if (change < 0) copy.map = 0;
+}
+
 // The sectors of a copy, 32 pieces of one size at a time.
 void count_sectors(Machine& machine, const BulkCopy& copy) {
   u64 addresses[kLanes];
@@ -175,6 +182,7 @@ void land_in_shared(Machine& machine, BulkCopy& copy) {
     copy.warp->block->shared.end_read(*copy.warp, copy.lane, copy.source, copy.bytes);
   else
     mark_pieces(machine, copy, -1);
+  mark_map(machine, copy, -1);
   for (const Target& target : copy.targets) {
     if (target.block->has_exited) {
       machine.report("exit", "a copy lands in the shared memory of a block that has exited");
@@ -198,8 +206,9 @@ int thread_of(const BulkCopy& copy) {
 }
 
 // A wait for the source, .read or not, came true.
-void free_source(BulkCopy& copy) {
+void free_source(Machine& machine, BulkCopy& copy) {
   take(copy);
+  mark_map(machine, copy, -1);
   if (!copy.is_free) copy.warp->block->shared.end_read(*copy.warp, copy.lane, copy.source, copy.bytes);
   copy.is_free = true;
 }
@@ -242,6 +251,7 @@ void issue(Machine& machine, std::shared_ptr<BulkCopy> copy) {
   if (copy->route == Route::kSharedToGlobal) begin_store(machine, *copy);
   if (copy->route != Route::kSharedToShared) {
     mark_pieces(machine, *copy, 1);
+    mark_map(machine, *copy, 1);
     count_sectors(machine, *copy);
     machine.counts.bulk_bytes += copy->bytes;
   }
@@ -268,7 +278,7 @@ void wait_for_groups(Machine& machine, Warp& warp, int lane, size_t may_stay, bo
   const size_t over = groups.size() > may_stay ? groups.size() - may_stay : 0;
   for (size_t k = 0; k < over; ++k)
     for (auto& copy : groups[k]) {
-      free_source(*copy);
+      free_source(machine, *copy);
       if (!only_read) finish_store(machine, *copy);
     }
   if (!only_read) groups.erase(groups.begin(), groups.begin() + over);
@@ -287,6 +297,7 @@ void finish_copies(Machine& machine, Cluster& cluster) {
     } else if (copy->route != Route::kArrival || has_copies_in_flight(*copy)) {
       machine.report("exit", "the block ends with copies that nobody has waited for");
       if (is_load(*copy)) mark_pieces(machine, *copy, -1);
+      mark_map(machine, *copy, -1);
     }
   }
   for (const auto& block : cluster.blocks)

@@ -45,6 +45,7 @@ struct BulkCopy {
   bool is_taken = false;  // from shared memory: the source is free
   bool is_free = false;   // the thread has waited for that
   bool has_landed = false;
+  u64 map = 0;         // its tensor map in global memory, which must not change until it has been read
   u32 num_copies = 0;  // of kArrival: cp.async copies of the thread that come before
 };
 

@@ -5,11 +5,10 @@
 #include <algorithm>
 
 #include "ptx/copies/copies.h"
+#include "ptx/copies/tensor_maps.h"
 
 namespace fused_resnet::ptx {
 namespace {
-
-constexpr u64 kMapMagic = 0x70616d726f736e74ull;
 
 enum Mode : s32 { kTile, kIm2col };
 enum Kind : s32 { kLoad, kStore, kPrefetch };
@@ -31,18 +30,8 @@ u64 nan_of(int type) {
   }
 }
 
-// The map's place in the parameters holds our mark and where the map is.
-const PtxTensorMap& map_at(Machine& machine, const Warp& warp, u64 place) {
-  const Grid& grid = *warp.block->grid;
-  const u64 parameters = reinterpret_cast<u64>(grid.parameters);
-  if (place < grid.launch->parameter_bytes) place += parameters;
-  if (place < parameters || place + 128 > parameters + grid.launch->parameter_bytes)
-    machine.fault("tensor map", "it is not among the kernel's parameters");
-  if (place % 64 != 0) machine.fault("tensor map", "it is not aligned to 64 bytes");
-  u64 head[2];
-  std::memcpy(head, reinterpret_cast<const void*>(place), sizeof head);
-  if (head[0] != kMapMagic) machine.fault("tensor map", "there is no tensor map at this parameter");
-  return *reinterpret_cast<const PtxTensorMap*>(head[1]);
+int bytes_of_element(const PtxTensorMap& map) {
+  return size_of(Type(map.element_type));
 }
 
 // What no published text explains is refused until a GPU decides it.
@@ -50,29 +39,29 @@ void check_map(Machine& machine, const PtxTensorMap& map, const Instruction& i, 
   if (map.rank != i.a) machine.fault("tensor map", format("it has %d dimensions, the instruction %d", map.rank, i.a));
   if ((mode == kIm2col) != (map.is_im2col != 0))
     machine.fault("tensor map", mode == kIm2col ? "an im2col copy by a tiled map" : "a tiled copy by an im2col map");
-  const int row = (mode == kIm2col ? map.channels : map.box[0]) * map.element_bytes;
+  const int row = (mode == kIm2col ? map.channels : map.box[0]) * bytes_of_element(map);
   if (map.swizzle != 0 && row != map.swizzle)
     machine.fault("tensor map", format("rows of %d bytes at a swizzle of %d are not understood", row, map.swizzle));
 }
 
 // The global address of a position; the innermost coordinate is taken as it is.
 u64 address_of(const PtxTensorMap& map, const Position& position) {
-  s64 offset = position.of[0] * map.element_bytes;
-  for (int d = 1; d < map.rank; ++d) offset += position.of[d] * map.strides[d];
+  s64 offset = position.of[0] * bytes_of_element(map);
+  for (int d = 1; d < map.rank; ++d) offset += position.of[d] * s64(map.strides[d - 1]);
   return map.address + u64(offset);
 }
 
 // `count` elements along the innermost dimension, clipped to the tensor.
 void add_row(const PtxTensorMap& map, Position position, s64 count, std::vector<Piece>& pieces, u32& offset) {
   bool is_inside = true;
-  for (int d = 1; d < map.rank; ++d) is_inside = is_inside && position.of[d] >= 0 && position.of[d] < map.sizes[d];
+  for (int d = 1; d < map.rank; ++d) is_inside = is_inside && position.of[d] >= 0 && position.of[d] < s64(map.sizes[d]);
   const s64 begin = position.of[0], end = begin + count;
-  const s64 first = is_inside ? std::clamp<s64>(begin, 0, map.sizes[0]) : end;
-  const s64 last = is_inside ? std::clamp<s64>(end, 0, map.sizes[0]) : end;
+  const s64 first = is_inside ? std::clamp<s64>(begin, 0, s64(map.sizes[0])) : end;
+  const s64 last = is_inside ? std::clamp<s64>(end, 0, s64(map.sizes[0])) : end;
   const auto add = [&](s64 from, s64 to, bool is_filled) {
     if (to <= from) return;
     position.of[0] = from;
-    const u32 bytes = u32(to - from) * u32(map.element_bytes);
+    const u32 bytes = u32(to - from) * u32(bytes_of_element(map));
     pieces.push_back({offset, is_filled ? 0 : address_of(map, position), bytes});
     offset += bytes;
   };
@@ -109,7 +98,7 @@ u32 walk_im2col(Machine& machine, const PtxTensorMap& map, const Position& base,
                 std::vector<Piece>& pieces) {
   const int spatial = map.rank - 2;
   for (int d = 0; d < spatial; ++d)
-    if (base.of[1 + d] < map.lower[d] || base.of[1 + d] >= map.sizes[1 + d] + map.upper[d])
+    if (base.of[1 + d] < map.lower[d] || base.of[1 + d] >= s64(map.sizes[1 + d]) + map.upper[d])
       machine.fault("tensor map", format("coordinate %d of an im2col copy is %lld, outside of the bounding box", 1 + d,
                                          (long long)base.of[1 + d]));
   Position pixel = base;
@@ -121,7 +110,7 @@ u32 walk_im2col(Machine& machine, const PtxTensorMap& map, const Position& base,
     int d = 0;
     for (; d < spatial; ++d) {
       pixel.of[1 + d] += map.element_strides[1 + d];
-      if (pixel.of[1 + d] < map.sizes[1 + d] + map.upper[d]) break;
+      if (pixel.of[1 + d] < s64(map.sizes[1 + d]) + map.upper[d]) break;
       pixel.of[1 + d] = map.lower[d];
     }
     if (d == spatial) ++pixel.of[1 + spatial];
@@ -179,18 +168,19 @@ void check_store(Machine& machine, const PtxTensorMap& map, const Position& base
 }
 
 std::shared_ptr<BulkCopy> made(Machine& machine, Warp& warp, const Instruction& i, int lane, const Places& places) {
-  const PtxTensorMap& map = map_at(machine, warp, value_of(machine, warp, i.at(places.tensor, 0), lane));
+  auto copy = std::make_shared<BulkCopy>();
+  const u64 place = value_of(machine, warp, i.at(places.tensor, 0), lane);
+  const PtxTensorMap map = map_at(machine, warp, lane, place, &copy->map);
   const Mode mode = Mode(i.b);
   check_map(machine, map, i, mode);
   Position base{};
   for (int d = 0; d < i.a; ++d) base.of[d] = s32(value_of(machine, warp, i.at(places.tensor, 1 + d), lane));
-  auto copy = std::make_shared<BulkCopy>();
   copy->warp = &warp;
   copy->lane = lane;
   copy->pc = machine.pc;
   copy->swizzle = map.swizzle;
   copy->fill = map.nan_fill ? nan_of(map.element_type) : 0;
-  copy->fill_bytes = u32(map.element_bytes);
+  copy->fill_bytes = u32(bytes_of_element(map));
   copy->reduction = Reduction(i.d);
   copy->type = Type(map.element_type);
   u32 offsets[3] = {};

@@ -8,20 +8,11 @@
 namespace fused_resnet::ptx {
 namespace {
 
-constexpr u64 kMapMagic = 0x70616d726f736e74ull;
-constexpr u32 kMapBytes = 128;
-
 u8* parameters_of(const PtxLaunch& launch) {
   const size_t bytes = (launch.parameter_bytes / 64 + 1) * 64;
   auto* parameters = static_cast<u8*>(std::aligned_alloc(64, bytes));
   std::memset(parameters, 0xff, bytes);
   std::memcpy(parameters, launch.parameters, launch.parameter_bytes);
-  for (int k = 0; k < launch.num_maps; ++k) {
-    u8* map = parameters + launch.map_offsets[k];
-    std::memset(map, 0xff, kMapBytes);
-    const u64 head[] = {kMapMagic, reinterpret_cast<u64>(launch.maps[k])};
-    std::memcpy(map, head, sizeof head);
-  }
   return parameters;
 }
 

@@ -71,6 +71,8 @@ struct Warpgroup;       // wgmma.cpp: what its four warps have issued
 // A bulk or tensor copy that was issued (PTX ISA 9.7.9.25.4 to 9.7.9.27). copies.cpp alone knows more.
 struct BulkCopy;
 
+struct KnownMaps;  // tensor_maps.cpp: of a warp, which tensor maps its fences have made known
+
 struct RegisterPool;  // register_pool.cpp: of a block, for setmaxnreg
 
 // kAtWarpgroup: wgmma.wait_group waits for the other warps to issue; warpgroups.cpp wakes it.
@@ -120,6 +122,7 @@ struct Warp {
   u64 fenced_at = 0, executed = 0;  // of wgmma.fence; instructions
   std::shared_ptr<WgmmaRegisters> wgmma_registers;
   u64 wgmma_issued = 0;  // instructions of wgmma, waits and fences too
+  std::shared_ptr<KnownMaps> known_maps;
 
   Agent first_agent = 0;  // lane 0's
   Agent agent(int lane) const { return static_cast<Agent>(first_agent + lane); }

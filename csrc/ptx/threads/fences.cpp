@@ -1,6 +1,7 @@
 // Fences (PTX ISA 9.7.13.4: membar and fence).
 #include "ptx/threads/fences.h"
 
+#include "ptx/copies/tensor_maps.h"
 #include "ptx/machine/operands.h"
 
 namespace fused_resnet::ptx {
@@ -67,6 +68,7 @@ void decode_proxy(Modifiers& m, Instruction& i) {
 }  // namespace
 
 void decode_fence(Modifiers& m, Instruction& i) {
+  if (m.peek("tensormap::generic")) return decode_tensormap_fence(m, i);
   expect_operands(m, i, "");
   if (m.take("proxy")) {
     decode_proxy(m, i);
