@@ -19,9 +19,10 @@ def operands_of(problem: ConvProblem, seed: int = 0) -> ConvOperands:
     def image(*shape: int) -> Tensor:
         return draw(*shape).to(p.dtype).contiguous(memory_format=torch.channels_last)
 
-    bn = (draw(p.K), draw(p.K), draw(p.K), draw(p.K).abs() + 0.5) if p.has_bn else (None,) * 4
+    gamma, beta, mean, var = (draw(p.K), draw(p.K), draw(p.K), draw(p.K).abs() + 0.5) if p.has_bn else (None,) * 4
     weight = draw(p.K, p.C // p.groups, p.R, p.S) * p.reduction**-0.5
     return ConvOperands(
-        image(p.N, p.C, p.H, p.W), weight.to(p.dtype).contiguous(memory_format=torch.channels_last), *bn, 1e-5,
+        image(p.N, p.C, p.H, p.W), weight.to(p.dtype).contiguous(memory_format=torch.channels_last),
+        gamma, beta, mean, var, 1e-5,
         draw(p.K).to(p.dtype) if p.has_bias else None, image(p.N, p.K, p.P, p.Q) if p.has_residual else None,
     )  # fmt: skip
