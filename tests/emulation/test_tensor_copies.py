@@ -125,6 +125,21 @@ def test_a_swizzle_by_hand():
     assert got[7].tolist() == [63, 62, 61, 60, 59, 58, 57, 56]
 
 
+@pytest.mark.parametrize("span", [32, 64, 128])
+@pytest.mark.parametrize("lines", [1, 2, 7])
+def test_a_tile_between_multiples_of_the_pattern(span, lines):
+    """CUDA's programming guide: row y of 128 bytes has its chunk x at ((y + offset) % 8) ^ x, by lines before it."""
+    tensor, begin = numbers(8 * 128 // span, span // 2), 128 * lines
+    text = loop("st.shared.u32 [%r3], 0;", "ZERO", begin) + FENCE
+    text += load_text(2, (0, 0), begin + 1024, expect=1024, place=f"%r1+{begin}")
+    out = numpy.full(BYTES, 0xEE, numpy.uint8)
+    outcome = launch(text, [map_of(tensor, tensor.shape[::-1], swizzle=span), out], [out])
+    assert not outcome.reports
+    chunks, found = tensor.view(numpy.uint8).reshape(8, 8, 16), out[begin : begin + 1024].reshape(8, 8, 16)
+    for y, x in itertools.product(range(8), range(8)):
+        numpy.testing.assert_array_equal(found[y, x ^ ((y + lines) % 8 & span // 16 - 1)], chunks[y, x])
+
+
 @pytest.mark.parametrize("dtype", [numpy.uint8, numpy.float16, numpy.float32, numpy.float64])
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])
 def test_ranks_and_types(rank, dtype):
