@@ -16,7 +16,7 @@ SPECIAL_REGISTERS = (
     "cluster_ctarank cluster_nctarank clusterid.x clusterid.y clusterid.z nclusterid.x nclusterid.y nclusterid.z "
     "dynamic_smem_size total_smem_size nwarpid zero"
 ).split()
-SHARED_BASE = 1024  # as in csrc/ptx/machine/machine.h
+SHARED_BASE = 1024  # as in csrc/ptx/machine/memories.h
 
 
 class Operand(NamedTuple):
