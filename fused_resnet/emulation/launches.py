@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from fused_resnet.emulation.kernel import Kernel, Outcome
-from fused_resnet.emulation.syntax import PtxError
 from fused_resnet.emulation.tensor_map import SWIZZLES, TensorMap
 from fused_resnet.kernels.triton import add_relu, affine_act, aot, max_pool
 from fused_resnet.kernels.triton.conv import launch as conv
@@ -21,7 +21,9 @@ from fused_resnet.kernels.triton.runtime import triton
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem, MaxPoolProblem
 
-_SCRATCH = 2  # the last parameters of every kernel of Triton's: its scratch memory and its profiler's, unused by ours
+# The last parameters of every kernel of Triton's: memory where it may make tensor maps, and its profiler's
+_SCRATCH = 2
+_SCRATCH_ALIGNMENT = 128
 
 
 class Compiled(NamedTuple):
@@ -32,6 +34,7 @@ class Compiled(NamedTuple):
     shared_bytes: int
     signature: dict[str, Any]  # parameter -> type, as Triton names them
     maps: list[dict[str, Any]]
+    scratch_bytes: int = 0  # of a program
 
 
 def compiled(launch: Launch, arch: int) -> Compiled:
@@ -45,10 +48,10 @@ def compiled(launch: Launch, arch: int) -> Compiled:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     with _without_ptxas():
         made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    if getattr(made.metadata, "global_scratch_size", 0):
-        raise PtxError(f"{launch.kernel.__name__} wants scratch memory, which a launch here does not give it")
     maps = [dict(each) for each in getattr(made.metadata, "tensordesc_meta", None) or []]
-    return Compiled(made.asm["ptx"], 32 * made.metadata.num_warps, made.metadata.shared, signature, maps)
+    scratch_bytes = getattr(made.metadata, "global_scratch_size", 0)
+    threads = 32 * made.metadata.num_warps
+    return Compiled(made.asm["ptx"], threads, made.metadata.shared, signature, maps, scratch_bytes)
 
 
 @contextlib.contextmanager
@@ -81,10 +84,17 @@ def run(
     """
     made = compiled(launch, arch)
     kernel = Kernel(text or made.text)
-    return kernel.run(
-        num_programs or launch.num_programs, made.threads, arguments(launch, made), shared_bytes=made.shared_bytes,
-        writable=writable, **how,
-    )  # fmt: skip
+    grid, values = num_programs or launch.num_programs, arguments(launch, made)
+    if made.scratch_bytes:
+        values[-_SCRATCH] = _scratch(made.scratch_bytes * math.prod([grid] if isinstance(grid, int) else grid))
+        writable = [*writable, values[-_SCRATCH]]
+    return kernel.run(grid, made.threads, values, shared_bytes=made.shared_bytes, writable=writable, **how)
+
+
+def _scratch(size: int) -> Tensor:
+    room = torch.zeros(size + _SCRATCH_ALIGNMENT, dtype=torch.uint8)
+    begin = -room.data_ptr() % _SCRATCH_ALIGNMENT
+    return room[begin : begin + size]
 
 
 def arguments(launch: Launch, made: Compiled) -> list[Any]:

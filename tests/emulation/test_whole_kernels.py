@@ -40,6 +40,13 @@ def test_triton_gemms(worker, case):
         assert answer["reports"] == [] and answer["worst"] <= 1 and answer["wgmma"] > 0, answer
 
 
+def test_a_triton_kernel_that_makes_its_own_maps(worker):
+    """From zeros in shared memory to a copy, through tensormap.replace and both fences."""
+    for number in range(12):
+        answer = worker.ask("made_descriptors", arch=90, number=number)
+        assert answer == dict(is_right=True, reports=[], makes_maps=True), (number, answer)
+
+
 # --------------------------------------------------------------------------------------------- a warp-specialised one
 
 M, N, K = 136, 72, 264  # five steps for three stages; the last tiles reach beyond the matrices

@@ -207,7 +207,14 @@ def gemm(arch: int, number: int, dtype: str, a_is_k_major: bool, b_is_k_major: b
     return layout_gemm.run(arch, DTYPES[dtype], a_is_k_major, b_is_k_major, block_k, **mode(number))
 
 
-ASKED = {one.__name__: one for one in (conv_triton, conv_cuda, add_relu, affine_act, max_pool, random_problem, gemm)}
+def made_descriptors(arch: int, number: int) -> dict:
+    from tests.emulation import descriptor_copy
+
+    return descriptor_copy.run(arch, **mode(number))
+
+
+CASES = (conv_triton, conv_cuda, add_relu, affine_act, max_pool, random_problem, gemm, made_descriptors)
+ASKED = {one.__name__: one for one in CASES}
 
 
 def main() -> None:

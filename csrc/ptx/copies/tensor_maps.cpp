@@ -191,11 +191,14 @@ void cp_fenceproxy(Machine& machine, Warp& warp, const Instruction& i, Lanes mas
   release(warp, mask);
 }
 
+// The fence reads nothing itself: that its thread was ordered after the writer is for the copy to check.
 void acquire_map(Machine& machine, Warp& warp, const Instruction& i, Lanes mask) {
   FOR_ACTIVE(mask) {
     const u64 place = address(warp, i.at(0), l);
-    const u8* bytes = machine.global(warp, l, place, kMapBytes, false, nullptr, kMapAlignment);
     const Region* region = machine.region_of(place, kMapBytes);
+    if (region == nullptr) machine.fault("out of bounds", "a fence for a tensor map that is not in global memory");
+    if (place % kMapAlignment != 0) machine.fault("misaligned", "a tensor map is aligned to 64 bytes");
+    const u8* bytes = reinterpret_cast<const u8*>(place);
     if (machine.is_written_by_grid(warp, place, kMapBytes) && !is_released(machine, *region, place))
       machine.report("proxy", "the tensor map's writer executed no fence.proxy.tensormap that releases it");
     std::copy(bytes, bytes + kMapBytes, known_maps(warp).acquired[{l, place}].begin());
