@@ -149,6 +149,13 @@ def test_twice_before_the_others():
     assert_reported(body, "barrier", "arrive at barrier 1 again")
 
 
+def test_red_meets_no_other_kind():
+    body = "setp.lt.u32 %p0, %r0, 32;\n@%p0 bar.red.popc.u32 %r5, 1, 64, %p1;\n@!%p0 {0}"
+    assert_clean(body.format("bar.red.or.pred %p2, 1, 64, %p1;"))
+    assert_reported(body.format("bar.sync 1, 64;"), "barrier", "bar.red")
+    assert_reported(body.format("bar.arrive 1, 64;"), "barrier", "bar.red")
+
+
 @pytest.mark.parametrize(
     "text", ["bar.arrive 1;", "bar.red.popc.u32 %r5, 0;", "bar.sync 0, 32, 1;", "bar.red.xor.pred %p1, 0, %p2;"]
 )
@@ -168,6 +175,27 @@ def test_threads_that_are_gone_are_not_waited_for():
     gone = "setp.ge.u32 %p0, %r0, 32;\n@%p0 ret;\nst.shared.u32 [%r2], %r0;\nbar.sync 0;\n"
     read = "xor.b32 %r4, %r1, 4;\nadd.u32 %r4, %r4, %r3;\nld.shared.u32 %r5, [%r4];\nst.global.u32 [%d1], %r5;"
     assert_clean(gone + read, [*(numpy.arange(32) ^ 1), *[-1] * 32])
+
+
+def test_a_warp_without_some_of_its_lanes_counts_as_a_warp():
+    """Counts are in whole warps, also where what is left of a warp arrives in two parts."""
+    body = """
+setp.lt.u32 %p0, %r0, {lanes};
+@%p0 exit;
+setp.lt.u32 %p1, %r0, 16;
+@%p1 bra LOW;
+{high}
+bra DONE;
+LOW:
+barrier.sync 1, 64;
+DONE:
+st.global.u32 [%d1], %r0;
+"""
+    assert_clean(body.format(lanes=8, high="barrier.sync 1, 64;"), [*[-1] * 8, *range(8, 64)])
+    _, outcome = run(
+        body.format(lanes=8, high="setp.lt.u32 %p2, %r0, 32;\n@!%p2 barrier.sync 1, 64;\n@%p2 barrier.sync 2, 64;")
+    )
+    assert outcome.faulted and outcome.reports[0].startswith("[deadlock]")
 
 
 def test_a_block_that_is_no_whole_number_of_warps():

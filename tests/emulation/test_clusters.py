@@ -83,8 +83,41 @@ def test_without_a_barrier():
 def test_relaxed_orders_nothing():
     relaxed = ARRIVE.format(".relaxed") + WAIT.format("")
     assert_reported(EXCHANGE.format(meet=relaxed, again=MEET), "race", "block")
-    fenced = "fence.acq_rel.cluster;\n" + ARRIVE.format(".release") + WAIT.format(".acquire")
-    assert_clean(EXCHANGE.format(meet=fenced, again=MEET), neighbours(4, 2))
+    assert_reported(EXCHANGE.format(meet="fence.acq_rel.cta;\n" + relaxed, again=MEET), "race", "block")
+    assert_reported(EXCHANGE.format(meet="fence.acquire.cluster;\n" + relaxed, again=MEET), "race", "block")
+    # the ISA's second example: the fence before the arrival releases
+    assert_clean(EXCHANGE.format(meet="fence.acq_rel.cluster;\n" + relaxed, again=MEET), neighbours(4, 2))
+    spelled = ARRIVE.format(".release") + WAIT.format(".acquire")
+    assert_clean(EXCHANGE.format(meet=spelled, again=MEET), neighbours(4, 2))
+
+
+def test_every_reader_of_another_block_counts():
+    """Lanes 0 and 1 of the neighbour read a word. Its owner writes it again, ordered after lane 0's read alone."""
+    flag = "{0}.release.cluster.shared::cluster.{1} [%r12+128], 1;\n"
+    body = f"""
+setp.eq.u32 %p0, %r0, 0;
+setp.le.u32 %p1, %r0, 1;
+setp.eq.u32 %p2, %r10, 0;
+@%p0 st.shared.u32 [%r3], 7;
+@%p0 st.shared.u32 [%r3+128], 0;
+{MEET}
+@%p2 bra OWNER;
+sub.u32 %r20, %r12, %r1;
+@%p1 ld.shared::cluster.u32 %r5, [%r20];
+{{sync}}
+@%p0 st.release.cluster.shared::cluster.u32 [%r20+128], 1;
+bra END;
+OWNER:
+@!%p0 bra END;
+POLL:
+ld.acquire.cluster.shared.u32 %r6, [%r3+128];
+setp.ne.u32 %p3, %r6, 1;
+@%p3 bra POLL;
+st.shared.u32 [%r3], 8;
+END:
+{MEET}"""
+    assert_clean(body.format(sync="bar.warp.sync -1;"))
+    assert_reported(body.format(sync=""), "race", "may not have been read yet by block 1 warp 0 lane 1", grid=2)
 
 
 def test_a_block_that_has_left():

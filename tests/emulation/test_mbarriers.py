@@ -113,6 +113,27 @@ def test_relaxed_arrivals_and_waits_order_nothing():
     assert_clean(message(spelled, wait(0, order=".acquire.cta"), 32), EXPECTED, threads=64)
 
 
+def test_relaxed_with_fences():
+    """The last example of PTX ISA 9.7.13.4: the fence is the release, or the acquire."""
+    relaxed = "mbarrier.arrive.relaxed.{0}.shared::cta.b64 %d2, [full];"
+    before, after = (
+        "fence.release.sync_restrict::shared::cta.cluster;",
+        "fence.acquire.sync_restrict::shared::cluster.cluster;",
+    )
+    waits = wait(0, order=".relaxed.cluster")
+    assert_clean(message(relaxed.format("cluster"), waits + after, 32, before=before), EXPECTED, threads=64)
+    assert_clean(message(relaxed.format("cta"), wait(0), 32, before="fence.acq_rel.cta;"), EXPECTED, threads=64)
+    assert_clean(message(ARRIVE, waits + "fence.acq_rel.cta;", 32), EXPECTED, threads=64)
+    for body in (
+        message(relaxed.format("cluster"), waits, 32, before=before),
+        message(relaxed.format("cluster"), waits + after, 32),
+        message(relaxed.format("cluster"), waits + after, 32, before="fence.acquire.cta;"),
+        message(ARRIVE, waits + before, 32),
+        message(relaxed.format("cluster"), wait(0), 32, before="fence.acq_rel.cta;"),
+    ):
+        assert_reported(body, "race", threads=64)
+
+
 def test_a_wait_for_the_phase_before_passes_at_once():
     assert_clean(init() + wait(1) + "st.global.u32 [%d1], %r0;", numpy.arange(32))
 
@@ -144,7 +165,7 @@ def test_states():
         init(3)
         + """
 @!%p0 bra END;
-mbarrier.arrive.shared::cta.b64 %d2, [full];
+mbarrier.arrive.noComplete.shared::cta.b64 %d2, [full], 1;
 mbarrier.arrive.noComplete.release.cta.shared::cta.b64 %d3, [full], 1;
 mbarrier.pending_count.b64 %r4, %d2;
 mbarrier.pending_count.b64 %r5, %d3;
@@ -168,6 +189,18 @@ def test_a_state_that_no_arrival_returned():
     body = init() + ONE_ARRIVES + "mov.u64 %d3, {};\n@%p0 mbarrier.test_wait.shared::cta.b64 %p1, [full], %d3;"
     assert_reported(body.replace("{}", "5"), "mbarrier", "state")
     assert_clean(body.replace("{}", "%d2"))
+
+
+def test_a_state_is_of_its_mbarrier():
+    both = init(2) + init(2, "empty") + "@!%p0 bra END;\nmbarrier.arrive.shared::cta.b64 %d2, [full];\n{}\nEND:"
+    assert_reported(both.format("mbarrier.test_wait.shared::cta.b64 %p1, [empty], %d2;"), "mbarrier", "state")
+    assert_clean(both.format("mbarrier.test_wait.shared::cta.b64 %p1, [full], %d2;"))
+
+
+def test_only_states_without_completion_have_a_count():
+    body = init(2) + "@!%p0 bra END;\n{}\nmbarrier.pending_count.b64 %r4, %d2;\nst.global.u32 [%d1], %r4;\nEND:"
+    assert_clean(body.format("mbarrier.arrive.noComplete.shared::cta.b64 %d2, [full], 1;"), [2, *[-1] * 31])
+    assert_reported(body.format("mbarrier.arrive.shared::cta.b64 %d2, [full];"), "mbarrier", ".noComplete")
 
 
 def test_no_complete_must_not_complete():
@@ -234,6 +267,18 @@ def test_initialised_twice_and_invalidated():
     assert_clean(again.format("@%p0 mbarrier.inval.shared::cta.b64 [full];\n") + ONE_ARRIVES + wait(0))
 
 
+def test_invalidated_without_synchronisation():
+    """Whoever invalidates it comes after all that use it."""
+    body = init(64) + ARRIVE + "{}@%p0 mbarrier.inval.shared::cta.b64 [full];"
+    assert_clean(body.format("bar.sync 0;\n"), threads=64)
+    one_waits = f"@!%p0 bra END;\n{wait(0)}"
+    assert_clean(body.format(one_waits) + "END:", threads=64)
+    waits = init(1) + ONE_ARRIVES + wait(0) + "{}@%p0 mbarrier.inval.shared::cta.b64 [full];"
+    assert_clean(waits.format("bar.sync 0;\n"), threads=64)
+    found = [r for seed in range(8) for r in run(waits.format(""), 64, seed=seed)[1].reports]
+    assert any(report.startswith("[race]") and "may not have been read yet" in report for report in found)
+
+
 def test_no_mbarrier_there():
     assert_reported("bar.sync 0;" + ONE_ARRIVES, "mbarrier", "there is no mbarrier")
     gone = init() + "@%p0 mbarrier.inval.shared::cta.b64 [full];\nbar.sync 0;\n" + ONE_ARRIVES
@@ -271,6 +316,22 @@ def test_one_lane_s_init_is_known_to_its_converged_warp():
     apart = body.format("@%p0 bra AHEAD;") + "\nAHEAD:"
     assert_reported(apart, "race", "mbarrier.init")
     assert_clean(apart.replace("@%p0 bra", "bar.warp.sync 0xffffffff;\n@%p0 bra"))
+
+
+def test_fences_of_two_makers():
+    """A later fence of another thread for its own mbarrier takes nothing away from the first."""
+    phase = "barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;\n"
+    fence = "fence.mbarrier_init.release.cluster;\n"
+    body = f"""
+setp.eq.u32 %p1, %r0, 32;
+@%p0 mbarrier.init.shared::cta.b64 [full], 64;
+@%p0 {fence}{phase}
+@%p1 mbarrier.init.shared::cta.b64 [empty], 64;
+@%p1 {fence}
+{ARRIVE}
+"""
+    assert_clean(body, threads=64)
+    assert_reported(body.replace(f"@%p0 {fence}", ""), "race", "mbarrier.init", threads=64)
 
 
 def test_its_bytes_are_its_own():
@@ -362,10 +423,18 @@ def test_a_wait_is_for_the_own_block():
         "mbarrier.arrive.noComplete.shared::cta.b64 %d2, [full];",
         "mbarrier.arrive.expect_tx.shared::cta.b64 %d2, [full];",
         "mbarrier.arrive.sys.shared::cta.b64 %d2, [full];",
+        "mbarrier.arrive.shared::cta.b64 [full];",
+        "mbarrier.arrive.release.shared::cta.b64 %d2, [full];",
+        "mbarrier.arrive.cluster.shared::cta.b64 %d2, [full];",
+        "mbarrier.arrive.noComplete.relaxed.cta.shared::cta.b64 %d2, [full], 1;",
+        "mbarrier.arrive.noComplete.release.cluster.shared::cta.b64 %d2, [full], 1;",
+        "mbarrier.try_wait.parity.acquire.shared::cta.b64 %p1, [full], 0;",
+        "mbarrier.expect_tx.relaxed.shared::cta.b64 [full], 16;",
         "mbarrier.try_wait.parity.release.cta.shared::cta.b64 %p1, [full], 0;",
         "mbarrier.finish.shared::cta.b64 [full];",
     ],
 )
 def test_what_does_not_exist_is_refused(line):
+    """ptxas 13.0 refuses each of them, too."""
     with pytest.raises(PtxError):
         Kernel(kernel_text(BEGIN + line + "\nret;", shared=SHARED))

@@ -253,7 +253,8 @@ def test_a_poll_in_shared_memory_ends(greedy):
 
 
 def test_requests_are_counted_by_space():
-    source, out = numpy.zeros(64, numpy.uint32), numpy.zeros(64, numpy.uint32)
+    # from a sector's begin on
+    source, out = (each[-each.ctypes.data % 32 // 4 :][:64] for each in numpy.zeros((2, 72), numpy.uint32))
     body = f"""{POINTERS} mad.wide.u32 %d1, %r1, 4, %d1; mad.wide.u32 %d2, %r1, 4, %d2;
       mov.u32 %r2, s; mad.lo.u32 %r3, %r1, 4, %r2;
       ld.global.u32 %r4, [%d1]; st.shared.u32 [%r3], %r4; ld.shared.u32 %r5, [%r3]; st.global.u32 [%d2], %r5;"""
@@ -277,14 +278,38 @@ REFUSED = """
   atom.global.min.f32 %f0, [%d0], %f1; red.global.exch.b32 [%d0], %r0; red.acquire.gpu.global.add.u32 [%d0], %r0;
   atom.const.add.u32 %r0, [%d0], %r1; atom.shared.add.v2.f32 {%f0, %f1}, [%r0], {%f2, %f3};
   red.global.add.v2.u32 [%d0], {%r0, %r1}; red.global.u32 [%d0], %r0; prefetch.global [%d0];
-  discard.global.L2 [%d0], 128;
+  discard.global.L2 [%d0], 128; ld.mmio.relaxed.gpu.global.u32 %r0, [%d0]; ld.mmio.relaxed.sys.shared.u32 %r0, [%r1];
+  ld.mmio.relaxed.sys.global.v2.u32 {%r0, %r1}, [%d0]; ld.volatile.global.L1::evict_last.u32 %r0, [%d0];
+  ld.global.cg.L1::evict_last.u32 %r0, [%d0]; ld.shared.L2::64B.u32 %r0, [%r1];
+  ld.shared.L2::cache_hint.u32 %r0, [%r1], %d1; ld.global.L2::evict_last.u32 %r0, [%d0];
+  atom.global.add.s64 %d1, [%d0], %d2; red.global.add.s64 [%d0], %d2;
+  atom.shared.add.L2::cache_hint.u32 %r0, [%r1], %r2, %d1; atom.global.cas.L2::cache_hint.b32 %r0, [%d0], %r1, %r2, %d1;
+  fence.acquire.sync_restrict::shared::cta.cluster; fence.release.sync_restrict::shared::cta.cta;
+  fence.sync_restrict::shared::cta.cluster; fence.acq_rel; fence.proxy.tensormap;
+  fence.proxy.async::generic.release.sync_restrict::shared::cluster.cluster; cp.async.ca.global [%r1], [%d0], 16;
 """
 
 
 @pytest.mark.parametrize("instruction", REFUSED.strip().rstrip(";").split(";"))
 def test_what_the_isa_does_not_have_is_refused(instruction):
+    """From `ld.mmio` on, the verdicts are those of ptxas 13.0."""
     with pytest.raises(PtxError, match=instruction.split()[0].replace(".", r"\.")):
         Kernel(kernel_text(instruction + ";\n ret;"))
+
+
+def test_a_volatile_access_to_local_memory():
+    out = numpy.zeros(1, numpy.uint32)
+    body = """.local .align 4 .b8 l[4]; ld.param.u64 %d2, [out]; mov.u64 %d6, l;
+      st.volatile.local.u32 [%d6], 7; ld.volatile.local.u32 %r2, [%d6]; st.global.u32 [%d2], %r2;"""
+    assert run(body, out, parameters=".param .u64 out").reports == [] and out[0] == 7
+
+
+def test_a_vector_of_atomics_is_in_global_memory():
+    out = numpy.zeros(2, numpy.float32)
+    body = """ld.param.u64 %d2, [out]; mov.b32 %f1, 0f3f800000; {} red.add.v2.f32 [%d2], {{%f1, %f1}};"""
+    assert run(body.format(""), out, parameters=".param .u64 out").reports == [] and out.tolist() == [1, 1]
+    shared = "mov.u64 %d3, s; cvta.shared.u64 %d2, %d3; st.v2.f32 [%d2], {{%f1, %f1}};".format()
+    assert kinds(run(body.format(shared), out, parameters=".param .u64 out")) == ["atomic"]
 
 
 def test_hints_are_taken_and_ignored():

@@ -89,6 +89,52 @@ LAST:
     assert_reported(body.format(sync=only_low), "intra-warp race", "lane 31", threads=32)
 
 
+# Lanes 0, 1 and 2 read a word at times of their own, none after another; lane 3 then writes it.
+APART = """
+setp.eq.u32 %p0, %r0, 0;
+@%p0 st.shared.u32 [%r3], 7;
+bar.sync 0;
+setp.lt.u32 %p1, %r0, 4;
+@!%p1 bra END;
+setp.eq.u32 %p1, %r0, 0;
+setp.eq.u32 %p2, %r0, 1;
+setp.eq.u32 %p3, %r0, 2;
+setp.eq.u32 %p4, %r0, 3;
+fence.acq_rel.cta;
+@%p2 fence.acq_rel.cta;
+@%p3 fence.acq_rel.cta;
+@%p1 ld.shared.u32 %r5, [%r3];
+@%p2 ld.shared.u32 %r5, [%r3];
+@%p3 ld.shared.u32 %r5, [%r3];
+{sync}
+@%p4 st.shared.u32 [%r3], 8;
+END:
+"""
+
+
+def with_lane_3(mask):
+    """A barrier for lane 3 and those of the mask."""
+    return f"shr.u32 %r9, {mask}, %r0;\nand.b32 %r9, %r9, 1;\nsetp.eq.u32 %p5, %r9, 1;\n@!%p5 bra ON{mask};\n" + (
+        f"bar.warp.sync {mask};\nON{mask}:\n"
+    )
+
+
+@pytest.mark.parametrize("mask, left", [(9, "lane 1"), (10, "lane 0"), (11, "lane 2"), (13, "lane 1"), (14, "lane 0")])
+def test_readers_that_have_not_seen_each_other_all_count(mask, left):
+    assert_reported(
+        APART.format(sync=with_lane_3(mask)), "intra-warp race", "may not have been read yet", left, threads=32
+    )
+    assert_clean(APART.format(sync=with_lane_3(15)), threads=32)
+
+
+def test_of_two_reads_by_one_lane_the_later_counts():
+    """Lane 1 reads, meets lane 3, and reads again."""
+    again = with_lane_3(11) + "@%p2 ld.shared.u32 %r5, [%r3];\n"
+    body = APART.replace("@%p3 ld.shared.u32 %r5, [%r3];\n", "")
+    assert_reported(body.format(sync=again), "intra-warp race", "lane 1", threads=32)
+    assert_clean(body.format(sync=again + with_lane_3(10)), threads=32)
+
+
 def test_bytes_beside_each_other_do_not_race():
     body = """
 add.u32 %r4, %r3, %r0;

@@ -173,7 +173,7 @@ bool is_covered(const Machine& machine, const Warp& warp, int lane, const Copy& 
 void decode_copy_of_bytes(Modifiers& m, Instruction& i) {
   const int level = m.any({"ca", "cg"});
   if (level < 0 || !m.take("global")) m.refuse("neither .ca nor .cg, or not from .global");
-  if (!m.take("shared")) m.take("shared::cta");
+  if (m.any({"shared", "shared::cta"}) < 0) m.refuse("not to .shared");
   m.any({"L2::64B", "L2::128B", "L2::256B"});              // how much to prefetch: a hint
   const int num_hints = m.take("L2::cache_hint") ? 1 : 0;  // likewise, with a policy as last operand
   i.handler = copy;

@@ -11,14 +11,19 @@ namespace {
 
 enum Flags : s32 { kExpects = 1, kNoComplete = 2, kDrop = 4, kRelaxed = 8, kCluster = 16, kParity = 32, kTry = 64 };
 
-// The state that an arrival returns: the pending count and the phase before it (PTX ISA 9.7.13.15.13).
-constexpr u64 kStateMark = 0xb5a;
+// The state that an arrival returns: the pending count and the phase before it (PTX ISA 9.7.13.15.13), whose it is, and
+// whether the arrival was .noComplete.
+constexpr u64 kStateMark = 0xb;
 
-u64 state_of(const Mbarrier& barrier) {
-  return (u64(barrier.pending) & kMaxMbarrierCount) | u64(barrier.phase) << 20 | kStateMark << 52;
+u64 name_of(const Mbarrier& barrier) {
+  return barrier.address / 8 & 0x7f;
+}
+u64 state_of(const Mbarrier& barrier, bool is_no_complete) {
+  return (u64(barrier.pending) & kMaxMbarrierCount) | u64(barrier.phase) << 20 | name_of(barrier) << 52 |
+         u64(is_no_complete) << 59 | kStateMark << 60;
 }
 bool is_state(u64 state) {
-  return state >> 52 == kStateMark;
+  return state >> 60 == kStateMark;
 }
 u32 phase_of(u64 state) {
   return u32(state >> 20);
@@ -133,14 +138,14 @@ void count_arrival(Machine& machine, const Instruction& i, Mbarrier& barrier, s6
   barrier.pending -= arrivals;
 }
 
-// 9.7.13.15.13, 9.7.13.15.14. a: flags, b: the space, c: which operand is the address.
+// 9.7.13.15.13, 9.7.13.15.14. a: flags, b: the space.
 void arrive(Machine& machine, Warp& warp, const Instruction& i, Lanes mask) {
   u64 room[kLanes], sink[kLanes], states[kLanes];
-  const u64* values = i.num_operands() > i.c + 1 ? read(machine, warp, i.at(i.c + 1), room) : nullptr;
+  const u64* values = i.num_operands() > 2 ? read(machine, warp, i.at(2), room) : nullptr;
   Mbarrier* barriers[kLanes];
   FOR_ACTIVE(mask) {
-    const SharedPlace place = operand_place(machine, warp, i, i.c, l);
-    if (i.b == kSharedCluster && i.c == 1 && place.block != warp.block && i.at(0).kind != kSink)
+    const SharedPlace place = operand_place(machine, warp, i, 1, l);
+    if (place.block != warp.block && i.at(0).kind != kSink)
       machine.fault("mbarrier", "an arrival at another block's mbarrier returns no state");
     barriers[l] = &live_mbarrier(machine, warp, l, place);
     note_scope(machine, warp, i, place, *barriers[l]);
@@ -150,11 +155,14 @@ void arrive(Machine& machine, Warp& warp, const Instruction& i, Lanes mask) {
       Mbarrier& barrier = *barriers[__builtin_ctz(left)];
       machine.hand_on(warp, at_the_same(barriers, left), barrier.arriving);
     }
+  } else {  // what a fence has made ready
+    const Scope scope = i.a & kCluster ? Scope::kCluster : Scope::kCta;
+    FOR_ACTIVE(mask) barriers[l]->arriving.join(warp.fenced[level_of(scope)][l]);
   }
   FOR_ACTIVE(mask) {
     Mbarrier& barrier = *barriers[l];
     check_waited(machine, barrier);
-    states[l] = state_of(barrier);
+    states[l] = state_of(barrier, i.a & kNoComplete);
     if (i.a & kExpects) {
       check_count(machine, "expect-tx", u32(values[l]), 0);
       add_bytes(machine, barrier, u32(values[l]));
@@ -164,10 +172,7 @@ void arrive(Machine& machine, Warp& warp, const Instruction& i, Lanes mask) {
     count_arrival(machine, i, barrier, arrivals);
     complete_if_due(machine, barrier);
   }
-  if (i.c == 1) {
-    u64* to = destination(warp, i.at(0), sink);
-    store(to, mask, [&](int l) { return states[l]; });
-  }
+  store(destination(warp, i.at(0), sink), mask, [&](int l) { return states[l]; });
 }
 
 // 9.7.13.15.11, 9.7.13.15.12. d: +1 expects bytes, -1 completes them.
@@ -188,7 +193,8 @@ bool is_complete(Machine& machine, const Instruction& i, const Mbarrier& barrier
     if (u32(asked) > 1) machine.report("mbarrier", format("a phase's parity is 0 or 1, not %u", u32(asked)));
     return (barrier.phase & 1) != (asked & 1);
   }
-  if (!is_state(asked)) machine.fault("mbarrier", "a wait for a state that no arrival returned");
+  if (!is_state(asked) || (asked >> 52 & 0x7f) != name_of(barrier))
+    machine.fault("mbarrier", "a wait for a state that no arrival at this mbarrier returned");
   if (phase_of(asked) > barrier.phase || phase_of(asked) + 1 < barrier.phase)
     machine.report("mbarrier", "a wait for a phase that is neither the current one nor the one before");
   return phase_of(asked) < barrier.phase;
@@ -197,7 +203,10 @@ bool is_complete(Machine& machine, const Instruction& i, const Mbarrier& barrier
 // The waits of these lanes at one mbarrier came true.
 void acquire(Machine& machine, Warp& warp, Lanes lanes, const Instruction& i, Mbarrier& barrier) {
   barrier.waited = true;
-  if (i.a & kRelaxed) return;
+  if (i.a & kRelaxed) {  // for the lane's next fence to take over
+    FOR_ACTIVE(lanes) warp.observed[0][l].join(barrier.complete);
+    return;
+  }
   if (machine.options.races > 1 && barrier.had_remote && !(i.a & kCluster))
     machine.report("mbarrier scope", "a wait for arrivals from other blocks needs .cluster to acquire");
   machine.take_over(warp, lanes, barrier.complete);
@@ -252,23 +261,20 @@ void wait(Machine& machine, Warp& warp, const Instruction& i, Lanes mask) {
 void pending_count(Machine& machine, Warp& warp, const Instruction& i, Lanes mask) {
   u64 room[kLanes], sink[kLanes];
   const u64* states = read(machine, warp, i.at(1), room);
-  FOR_ACTIVE(mask) if (!is_state(states[l])) machine.fault("mbarrier", "a state that no arrival returned");
+  FOR_ACTIVE(mask) {
+    if (!is_state(states[l])) machine.fault("mbarrier", "a state that no arrival returned");
+    if (!(states[l] >> 59 & 1)) machine.report("mbarrier", "the count of a state that no .noComplete arrival returned");
+  }
   u64* to = destination(warp, i.at(0), sink);
   store(to, mask, [&](int l) { return states[l] & u64(kMaxMbarrierCount); });
 }
 
-// .sem and .scope. Of waits: .acquire; of arrivals: .release; both may be .relaxed (PTX ISA 8.0).
+// .sem and .scope, both or none. Of waits: .acquire; of arrivals: .release; both may be .relaxed (PTX ISA 8.0).
 s32 take_order(Modifiers& m, const char* strong) {
-  s32 flags = 0;
-  if (m.take("relaxed"))
-    flags |= kRelaxed;
-  else
-    m.take(strong);
-  if (m.take("cluster"))
-    flags |= kCluster;
-  else
-    m.take("cta");
-  return flags;
+  const int order = strong == nullptr ? m.any({"relaxed"}) : m.any({"relaxed", strong});
+  const int scope = m.any({"cta", "cluster"});
+  if ((order < 0) != (scope < 0)) m.refuse("an order without a scope, or a scope without an order");
+  return (order == 0 ? kRelaxed : 0) | (scope == 1 ? kCluster : 0);
 }
 
 void decode_arrive(Modifiers& m, Instruction& i, bool is_drop) {
@@ -278,13 +284,13 @@ void decode_arrive(Modifiers& m, Instruction& i, bool is_drop) {
   if (m.take("noComplete")) i.a |= kNoComplete;
   if (i.a & kExpects && i.a & kNoComplete) m.refuse("expect_tx with noComplete");
   i.a |= take_order(m, "release");
+  if (i.a & kNoComplete && i.a & (kRelaxed | kCluster)) m.refuse(".noComplete is .release.cta");
   i.b = take_shared_space(m);
-  i.c = i.at(0).kind == kMemory ? 0 : 1;
   const bool needs_value = i.a & (kExpects | kNoComplete);
-  const bool has_value = i.num_operands() > i.c + 1;
+  const bool has_value = i.num_operands() > 2;
   if (needs_value && !has_value) m.refuse("no count");
-  expect_operands(m, i, i.c == 0 ? (has_value ? "ms" : "m") : (has_value ? "dms" : "dm"));
-  if (i.b == kSharedCluster && i.c == 1 && i.at(0).kind != kSink) m.refuse(".shared::cluster returns no state");
+  expect_operands(m, i, has_value ? "dms" : "dm");
+  if (i.b == kSharedCluster && i.at(0).kind != kSink) m.refuse(".shared::cluster returns no state");
   if (i.b == kSharedCluster && i.a & kNoComplete) m.refuse(".noComplete at another block's mbarrier");
 }
 
@@ -301,8 +307,7 @@ void decode_wait(Modifiers& m, Instruction& i, bool is_try) {
 void decode_transaction(Modifiers& m, Instruction& i, int sign) {
   i.handler = transact;
   i.d = sign;
-  m.take("relaxed");
-  if (!m.take("cluster")) m.take("cta");
+  take_order(m, nullptr);
   i.b = take_shared_space(m);
   expect_operands(m, i, "ms");
 }
@@ -346,6 +351,7 @@ Mbarrier& live_mbarrier(Machine& machine, Warp& warp, int lane, const SharedPlac
   if (machine.options.races > 0 && !knows_of(machine, warp, lane, *barrier))
     machine.report("race", format("the mbarrier at shared %u is used without synchronisation with its mbarrier.init",
                                   place.address));
+  place.block->shared.mark_use(warp, lane, place.address);
   return *barrier;
 }
 

@@ -31,9 +31,10 @@ struct Mbarrier {  // PTX ISA 9.7.13.15
   bool has_remote = false, had_remote = false;  // arrivals from other blocks, in this phase and in complete ones
 };
 
-struct NamedBarrier {             // PTX ISA 9.7.13.1
-  u32 arrived = 0, expected = 0;  // threads; 0 expected: all of the block
-  int pc = -1;                    // of the first arrival
+struct NamedBarrier {              // PTX ISA 9.7.13.1
+  u32 arrivals = 0, expected = 0;  // instructions that have arrived; threads, 0: all of the block
+  bool reduces = false;            // the first arrival was a bar.red
+  int pc = -1;                     // of the first arrival
   Views arriving;
   struct Waiting {
     Warp* warp;
@@ -56,8 +57,7 @@ struct Block {
   bool has_exited = false, launched_dependents = false;
   // barrier.cluster by thread: how often it arrived without having waited, and the phase it arrived in
   std::vector<u32> cluster_arrivals;
-  Agent warpgroup_agents[kMaxWarps / 4];      // in whose name wgmma reads
-  std::unordered_map<u32, Time> seen_blocks;  // of other blocks, through atomics in global memory: up to when
+  Agent warpgroup_agents[kMaxWarps / 4];  // in whose name wgmma reads
   int num_threads, num_warps, warps_done = 0;
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<u64> registers;

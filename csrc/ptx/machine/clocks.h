@@ -6,6 +6,8 @@
 #pragma once
 
 #include <algorithm>
+#include <map>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -17,8 +19,14 @@ using Time = u32;
 using Agent = u16;
 constexpr Agent kNobody = 0xffff;
 
+// Agents are numbered anew when no block is resident (an epoch). Of those of epochs before, what was handed on through
+// memory is kept.
+using Times = std::vector<Time>;
+using Epochs = std::map<u32, std::shared_ptr<const Times>>;
+
 struct Clock {
-  std::vector<Time> seen;  // by agent: everything that it did up to and including this time
+  Times seen;                           // by agent: everything that it did up to and including this time
+  std::shared_ptr<const Epochs> older;  // by epoch; null: nothing
   int owners = 0;
 };
 
@@ -62,13 +70,35 @@ class View {
     const Clock* clock = clock_.get();
     return clock != nullptr && agent < clock->seen.size() && clock->seen[agent] >= time;
   }
+  bool has_seen_in(u32 epoch, Agent agent, Time time) const {
+    if (clock_.get() == nullptr || clock_->older == nullptr) return false;
+    const auto found = clock_->older->find(epoch);
+    return found != clock_->older->end() && agent < found->second->size() && (*found->second)[agent] >= time;
+  }
+  bool is_empty() const { return clock_.get() == nullptr; }
   bool is_same(const View& other) const { return clock_.get() == other.clock_.get(); }
+
+  // What it has seen was of agents of this epoch, which is over.
+  void retire(u32 epoch) {
+    if (is_empty()) return;
+    auto* next = new Clock;
+    auto all = clock_->older == nullptr ? std::make_shared<Epochs>() : std::make_shared<Epochs>(*clock_->older);
+    (*all)[epoch] = std::make_shared<const Times>(clock_->seen);
+    next->older = std::move(all);
+    clock_ = ClockPointer(next);
+  }
 
   // This view also has seen what `other` has. Of two clocks of which one covers the other no copy is made.
   void join(const View& other) {
     if (other.clock_.get() == nullptr || is_same(other)) return;
     if (clock_.get() == nullptr) {
       clock_ = other.clock_;
+      return;
+    }
+    if (clock_->older != other.clock_->older) {
+      own();
+      merge(clock_->seen, other.clock_->seen);
+      clock_->older = merged(clock_->older, other.clock_->older);
       return;
     }
     const auto& mine = clock_->seen;
@@ -85,9 +115,7 @@ class View {
       return;
     }
     own();
-    auto& seen = clock_->seen;
-    if (seen.size() < more.size()) seen.resize(more.size(), 0);
-    for (size_t i = 0; i < more.size(); ++i) seen[i] = std::max(seen[i], more[i]);
+    merge(clock_->seen, more);
   }
 
   // Has also seen all that the agent did up to this time.
@@ -100,12 +128,36 @@ class View {
   }
 
  private:
+  static void merge(Times& to, const Times& from) {
+    if (to.size() < from.size()) to.resize(from.size(), 0);
+    for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
+  }
+  static bool covers(const Epochs& all, const Epochs& some) {
+    return std::all_of(some.begin(), some.end(), [&](const auto& one) {
+      const auto found = all.find(one.first);
+      return found != all.end() && found->second == one.second;
+    });
+  }
+  static std::shared_ptr<const Epochs> merged(const std::shared_ptr<const Epochs>& a,
+                                              const std::shared_ptr<const Epochs>& b) {
+    if (b == nullptr || (a != nullptr && covers(*a, *b))) return a;
+    if (a == nullptr || covers(*b, *a)) return b;
+    auto all = std::make_shared<Epochs>(*a);
+    for (const auto& [epoch, times] : *b) {
+      auto& mine = (*all)[epoch];
+      auto both = mine == nullptr ? std::make_shared<Times>() : std::make_shared<Times>(*mine);
+      merge(*both, *times);
+      mine = std::move(both);
+    }
+    return all;
+  }
   void own() {  // a clock is never changed while it is shared
     if (clock_.get() == nullptr) {
       clock_ = ClockPointer(new Clock);
     } else if (clock_.is_shared()) {
       auto* copy = new Clock;
       copy->seen = clock_->seen;
+      copy->older = clock_->older;
       clock_ = ClockPointer(copy);
     }
   }
@@ -120,6 +172,11 @@ struct Views {
     generic.join(other.generic);
     async.join(other.async);
     async_global.join(other.async_global);
+  }
+  void retire(u32 epoch) {
+    generic.retire(epoch);
+    async.retire(epoch);
+    async_global.retire(epoch);
   }
   bool is_same(const Views& other) const {
     return generic.is_same(other.generic) && async.is_same(other.async) && async_global.is_same(other.async_global);

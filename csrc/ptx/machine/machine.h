@@ -58,19 +58,20 @@ class Machine {
   // All lanes of the warp have seen what its warpgroup has read so far: to be called by wgmma.wait_group.
   void see_warpgroup(Warp& warp);
 
-  // Order through memory (PTX ISA 8.7 to 8.9). The key is the address of a location: in global memory, or kSharedWindow
-  // + (rank + 1) << 24 + offset. A strong write releases: all that the lane has seen and done, or, if it is `relaxed`,
-  // what a fence of the lane covers. A strong read acquires: at once, or, if it is `relaxed`, with the lane's next
-  // fence.
-  void release(Warp& warp, int lane, u64 key, bool relaxed = false);
-  void acquire(Warp& warp, int lane, u64 key, bool relaxed = false);
-  void fence(Warp& warp, int lane, bool other_blocks);
+  // Order through memory (orders.cpp). The key is the address of a location: in global memory, or kSharedWindow
+  // + (rank + 1) << 24 + offset. A strong write hands on what a fence of the lane covers and, if it releases, all that
+  // the lane has seen and done. `has_read`: an atomic's, which hands on what it has found too. A strong read finds what
+  // was handed on, and takes it over if it acquires; else the lane's next fence does.
+  void write_strongly(Warp& warp, int lane, u64 key, Scope scope, bool releases, bool has_read);
+  void read_strongly(Warp& warp, int lane, u64 key, Scope scope, bool acquires);
+  void write_weakly(const Cluster& cluster, u64 key);  // over a strong write
+  void fence(Warp& warp, int lane, Scope scope, bool acquires, bool releases);
   u32 block_number(const Block& block) const;  // of all grids, from 1
 
   // Global memory. Checks bounds, alignment (0: to the size) and races, and counts no sectors.
-  // `value`: what is written, if known. `strong` as in SharedMemory.
+  // `value`: what is written, if known. `strength` as in SharedMemory.
   u8* global(Warp& warp, int lane, u64 address, u32 bytes, bool is_write, const u8* value = nullptr, u32 alignment = 0,
-             bool strong = false, Proxy proxy = Proxy::kGeneric);
+             Strength strength = {}, Proxy proxy = Proxy::kGeneric);
   bool is_written_by_grid(Warp& warp, u64 address, u32 bytes);  // for ld.global.nc
   Region* region_of(u64 address, u64 bytes);
   void count_global(const u64* addresses, Lanes mask, u32 bytes, bool is_write);  // sectors of one request of a warp
@@ -88,8 +89,9 @@ class Machine {
   struct GlobalAccess;
   void check_global(const GlobalAccess& who, Region& region, u64 address, u32 bytes, const u8* value);
   bool is_ordered(const GlobalAccess& who, const Region::Access& before) const;
+  bool are_morally_strong(const GlobalAccess& who, const Region::Access& before) const;
+  bool has_seen(const View& view, const Region::Access& what) const;
   void note_global(const GlobalAccess& who, Region& region, Region::Cell& cell, u64 address);
-  const Block* resident_block(u32 number) const;
   const Grid& grid_of(u32 block_number) const;
   void report_global(const GlobalAccess& who, const Region& region, u64 address, const Region::Access& before,
                      const char* what);
@@ -119,12 +121,13 @@ class Machine {
   void exited(Warp& warp, Lanes exiting);
 
   static constexpr u64 kSharedLocation = 1ull << 63;  // keys of locations in shared memory, with the cluster's number
-  struct Location {                                   // what strong writes left at an address
-    Views views;
-    u32 agents_epoch = 0;                  // whose agents these are; of others nothing is known but:
-    std::unordered_map<u32, Time> blocks;  // by block of a grid: all that it did up to this time
+  static u64 key_of(const Cluster& cluster, u64 key);
+  Location* location(const Cluster& cluster, u64 key);  // null if nothing was handed on there
+
+  struct Placed {  // of a block that runs or has run
+    u32 epoch, first_agent, cluster;
   };
-  Location& location(Warp& warp, u64 key);
+  std::unordered_map<u32, Placed> placed_;  // by the block's number
 
   u64 random_state_;
   Time now_ = 1;

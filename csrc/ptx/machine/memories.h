@@ -6,7 +6,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "ptx/machine/clocks.h"
+#include "ptx/machine/scopes.h"
 #include "ptx/program.h"
 
 namespace fused_resnet::ptx {
@@ -31,10 +31,10 @@ class SharedMemory {
   // The bytes, after a check of bounds and of alignment to `alignment` (0: to the size, at most 16).
   u8* at(u32 address, u32 bytes, u32 alignment = 0);
   // Checks an access for races, proxies and things in flight, and marks it. A lane of -1: the warp as a whole, and as a
-  // reader its warpgroup. `strong`: atomics, .relaxed and stronger, .volatile; they race with weak accesses only (8.7).
+  // reader its warpgroup. `strength`: of atomics, .relaxed and stronger, .volatile.
   // `value`: what is written, if known; threads that write one value over each other are reported in strict mode only.
-  void read(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy = Proxy::kGeneric, bool strong = false);
-  void write(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy = Proxy::kGeneric, bool strong = false,
+  void read(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy = Proxy::kGeneric, Strength strength = {});
+  void write(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy = Proxy::kGeneric, Strength strength = {},
              const u8* value = nullptr);
   // Asynchronous writes: checked as a write when they begin, then in flight; when they end they are `agent`'s at
   // `time`.
@@ -46,9 +46,11 @@ class SharedMemory {
   void poison();  // when the block has exited
   // An mbarrier lives here, or no longer does: while it lives, any access is reported (PTX ISA 9.7.13.15.1).
   void guard(u32 address, u32 bytes, bool is_live);
+  // The lane has used the mbarrier here: whoever writes its bytes must come after.
+  void mark_use(Warp& warp, int lane, u32 address);
 
  private:
-  void mark(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy, bool strong);  // as read
+  void mark(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy, Strength strength);  // as read
   Machine* machine_ = nullptr;
   Block* block_ = nullptr;
   u32 end_ = 0;
@@ -67,7 +69,7 @@ struct Region {
     Time time = 0;
     s32 pc = 0;
     u16 thread = 0;
-    bool strong = false;
+    Strength strength;
     Proxy proxy = Proxy::kGeneric;
   };
   struct Cell {

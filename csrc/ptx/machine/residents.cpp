@@ -137,6 +137,7 @@ void Machine::start_cluster(Grid& grid) {
     block->num_warps = (block->num_threads + kLanes - 1) / kLanes;
     if (block->num_warps > kMaxWarps) throw Fault("more than 1024 threads in a block");
     block->first_agent = next_agent_;
+    placed_[block_number(*block)] = {agents_epoch_, block->first_agent, cluster->number};
     next_agent_ += u32(block->num_warps) * kLanes;
     for (Agent& agent : block->warpgroup_agents) agent = static_cast<Agent>(next_agent_++);
     block->cluster_arrivals.assign(block->num_threads, 0);

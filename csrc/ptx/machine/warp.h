@@ -6,7 +6,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "ptx/machine/clocks.h"
+#include "ptx/machine/scopes.h"
 #include "ptx/program.h"
 
 namespace fused_resnet::ptx {
@@ -87,10 +87,9 @@ struct Warp {
   Views views[kLanes];
   Time own[kLanes] = {};  // when each lane last published; what it does from now on is later
   CopyGroups copies[kLanes];
-  Views fenced[kLanes];  // what a fence of the lane made ready for its next strong write (PTX ISA 8.7)
-  std::unordered_map<u32, Time> observed_blocks;
-  Views observed[kLanes];         // what its strong reads have found, for its next fence to take over
-  Time fence_times[kLanes] = {};  // of that fence, for other blocks
+  // By scope (PTX ISA 8.8): what a fence of the lane made ready for its next strong write, and what its strong reads
+  // have found, for its next fence to take over.
+  Views fenced[kScopes][kLanes], observed[kScopes][kLanes];
 
   // wgmma: registers in flight, and when each register was last accessed, counted in instructions of this warp
   std::vector<Wgmma> wgmma_open;

@@ -75,7 +75,20 @@ u64 result_of(const Instruction& instruction, bool in_shared, u64 old, u64 b, u6
   }
 }
 
-// `a`: Space, `b`: Order, `c`: atom, not red, `d`: Operation. Vectors are atomic by element only.
+// Vectors and packed types are atomic by element only.
+Strength strength_of(const Instruction& instruction) {
+  const Type type = instruction.type;
+  const int size = type == kF16x2 || type == kBF16x2 ? 2 : size_of(type);
+  return Strength(static_cast<Scope>(instruction.scope), size);
+}
+
+// An atomic that leaves what is there writes nothing (PTX ISA 8.4).
+bool writes(const Instruction& instruction, const u8* data, u64 expected) {
+  if (instruction.d != kCas) return true;
+  return std::memcmp(data, &expected, size_of(instruction.type)) == 0;
+}
+
+// `a`: Space, `b`: Order, `c`: atom, not red, `d`: Operation.
 void atomic_of_lane(Machine& machine, Warp& warp, const Instruction& instruction, int lane, const u64* const* values,
                     const u64* replacement, u64 (*old)[kLanes], Request& request) {
   const int address_at = instruction.c, elements = instruction.count(address_at + 1), size = size_of(instruction.type);
@@ -83,10 +96,17 @@ void atomic_of_lane(Machine& machine, Warp& warp, const Instruction& instruction
                              address(warp, instruction.at(address_at), lane), elements * size);
   if (place.space == kLocal || place.space == kParam) machine.fault("atomic", "neither in global nor in shared memory");
   const bool in_shared = place.space == kShared;
+  if (in_shared && elements > 1) machine.fault("atomic", "a vector that is not in global memory");
   const int order = instruction.b;
-  machine.release(warp, lane, location_key(place), order != kRelease && order != kAcquireRelease);
-  if (in_shared) access(machine, warp, lane, place, elements * size, false, true);
-  u8* data = access(machine, warp, lane, place, elements * size, true, true);
+  const Strength strength = strength_of(instruction);
+  const u64 key = location_key(place);
+  const u8* found = access(machine, warp, lane, place, elements * size, false, strength);
+  u8* data = const_cast<u8*>(found);
+  if (writes(instruction, found, values[0][lane])) {
+    const bool releases = order == kRelease || order == kAcquireRelease;
+    machine.write_strongly(warp, lane, key, strength.scope(), releases, true);
+    data = access(machine, warp, lane, place, elements * size, true, strength);
+  }
   request.add(place, lane);
   for (int k = 0; k < elements; ++k) {
     u64 value = 0;
@@ -95,7 +115,8 @@ void atomic_of_lane(Machine& machine, Warp& warp, const Instruction& instruction
     std::memcpy(data + k * size, &result, size);
     old[k][lane] = extended(instruction.type, value);
   }
-  if (instruction.c) machine.acquire(warp, lane, location_key(place), order != kAcquire && order != kAcquireRelease);
+  const bool acquires = order == kAcquire || order == kAcquireRelease;
+  if (instruction.c) machine.read_strongly(warp, lane, key, strength.scope(), acquires);
 }
 
 void atomic(Machine& machine, Warp& warp, const Instruction& instruction, Lanes mask) {
@@ -124,6 +145,7 @@ bool is_half(Type type) {
 
 bool has_operation(Operation operation, Type type, bool is_vector) {
   const bool is_integer = type == kU32 || type == kS32 || type == kU64 || type == kS64;
+  const bool has_sum = type == kU32 || type == kS32 || type == kU64;
   switch (operation) {
     case kAnd:
     case kOr:
@@ -134,7 +156,7 @@ bool has_operation(Operation operation, Type type, bool is_vector) {
     case kCas:
       return type == kB16 || type == kB32 || type == kB64;
     case kAdd:
-      return is_integer || type == kF32 || type == kF64 || is_half(type);
+      return has_sum || type == kF32 || type == kF64 || is_half(type);
     case kInc:
     case kDec:
       return type == kU32;
@@ -171,7 +193,8 @@ void decode_atomic(Modifiers& modifiers, Instruction& instruction) {
   instruction.c = is_atom;
   instruction.b = take_order(modifiers, is_atom);
   if (instruction.b == kWeak) modifiers.refuse("a reduction reads nothing that it could acquire");
-  take_scope(modifiers);
+  const Scope scope = take_scope(modifiers);  // by default .gpu
+  instruction.scope = static_cast<u8>(scope == Scope::kWeak ? Scope::kGpu : scope);
   instruction.a = take_space(modifiers);
   if (instruction.a > kShared) modifiers.refuse("an atomic in this space");
   instruction.d = modifiers.any({"and", "or", "xor", "exch", "cas", "add", "inc", "dec", "min", "max"});
@@ -182,6 +205,7 @@ void decode_atomic(Modifiers& modifiers, Instruction& instruction) {
   if (instruction.d < 0 || !has_operation(operation, type, elements > 1)) modifiers.refuse("no such operation");
   if (!is_atom && (operation == kExchange || operation == kCas)) modifiers.refuse("no such reduction");
   if (keeps_subnormal != is_half(type)) modifiers.refuse(".noftz");
+  if (has_policy && (operation == kCas || instruction.a == kShared)) modifiers.refuse(".L2::cache_hint");
   check_atomic_vector(modifiers, instruction, elements);
   const std::string shape =
       std::string(is_atom ? "DmS" : "mS") + (operation == kCas ? "s" : "") + (has_policy ? "s" : "");

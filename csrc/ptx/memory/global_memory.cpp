@@ -60,7 +60,7 @@ Region* Machine::region_of(u64 address, u64 bytes) {
 }
 
 u8* Machine::global(Warp& of, int lane, u64 address, u32 bytes, bool is_write, const u8* value, u32 alignment,
-                    bool strong, Proxy proxy) {
+                    Strength strength, Proxy proxy) {
   if (alignment == 0) alignment = std::min(bytes, 32u);
   if (alignment > 1 && address % alignment != 0)
     fault("misaligned", format("lane %d: %u bytes at global %#llx, which is no multiple of %u", lane, bytes,
@@ -72,19 +72,15 @@ u8* Machine::global(Warp& of, int lane, u64 address, u32 bytes, bool is_write, c
                                neighbours(regions, address));
   if (is_write && !region->writable) fault("read-only", format("lane %d: write to ", lane) + region->name);
   if (region->writable && options.races > 0 && bytes > 0) {
-    if (copies_in_global > 0 && !strong) check_copies_in_global(*this, address, bytes, is_write);
+    if (copies_in_global > 0 && strength.is_weak()) check_copies_in_global(*this, address, bytes, is_write);
     const GlobalAccess who{
-        of, lane, is_write, {block_number(*of.block), of.own[lane] + 1, pc, u16(of.id * kLanes + lane), strong, proxy}};
+        of,
+        lane,
+        is_write,
+        {block_number(*of.block), of.own[lane] + 1, pc, u16(of.id * kLanes + lane), strength, proxy}};
     check_global(who, *region, address, bytes, value);
   }
   return reinterpret_cast<u8*>(address);
-}
-
-const Block* Machine::resident_block(u32 number) const {
-  for (const auto& cluster : resident)
-    for (const auto& block : cluster->blocks)
-      if (block_number(*block) == number) return block.get();
-  return nullptr;
 }
 
 const Grid& Machine::grid_of(u32 number) const {
@@ -93,21 +89,34 @@ const Grid& Machine::grid_of(u32 number) const {
   return *grids[k];
 }
 
+bool Machine::has_seen(const View& view, const Region::Access& what) const {
+  const Placed& placed = placed_.at(what.block);
+  const Agent agent = static_cast<Agent>(placed.first_agent + what.thread);
+  return placed.epoch == agents_epoch_ ? view.has_seen(agent, what.time)
+                                       : view.has_seen_in(placed.epoch, agent, what.time);
+}
+
 bool Machine::is_ordered(const GlobalAccess& who, const Region::Access& before) const {
   const Warp& of = who.warp;
   const View& view = of.views[who.lane].generic;
-  if (before.block == who.mark.block)
-    return before.thread == who.mark.thread ||
-           view.has_seen(static_cast<Agent>(of.block->first_agent + before.thread), before.time);
-  if (grids.size() > 1) {
+  if (before.block == who.mark.block && before.thread == who.mark.thread) return true;
+  if (before.block != who.mark.block && grids.size() > 1) {
     const Grid& other = grid_of(before.block);
     // a launch begins when the one before it is complete, unless it depends programmatically (PTX ISA 9.7.13.13)
     if (&other != of.block->grid) return options.overlap == 0 || view.has_seen(other.agent, 1);
   }
-  const auto seen = of.block->seen_blocks.find(before.block);
-  if (seen != of.block->seen_blocks.end() && seen->second >= before.time) return true;
-  const Block* block = resident_block(before.block);
-  return block != nullptr && view.has_seen(static_cast<Agent>(block->first_agent + before.thread), before.time);
+  return has_seen(view, before);
+}
+
+// Whether they may meet unordered (PTX ISA 8.7).
+bool Machine::are_morally_strong(const GlobalAccess& who, const Region::Access& before) const {
+  if (who.mark.strength.is_weak() || before.strength.is_weak() || who.mark.proxy != before.proxy) return false;
+  Scope common = Scope::kCta;
+  if (before.block != who.mark.block) {
+    const bool is_near = placed_.at(before.block).cluster == who.warp.block->cluster->number;
+    common = is_near ? Scope::kCluster : Scope::kGpu;
+  }
+  return ptx::are_morally_strong(who.mark.strength, before.strength, common);
 }
 
 void Machine::report_global(const GlobalAccess& who, const Region& region, u64 address, const Region::Access& before,
@@ -127,8 +136,7 @@ void Machine::check_global(const GlobalAccess& who, Region& region, u64 address,
   const u64 begin = address;
   visit(region, address, bytes, [&](Region::Cell& cell, u64 at, u32 size) {
     const Region::Access& writer = cell.writer;
-    const bool both_strong = writer.strong && who.mark.strong;
-    if (writer.block != 0 && !both_strong) {
+    if (writer.block != 0 && !are_morally_strong(who, writer)) {
       if (!is_ordered(who, writer)) {
         const bool is_same = who.is_write && value != nullptr && options.races < 2 &&
                              std::memcmp(reinterpret_cast<const u8*>(at), value + (at - begin), size) == 0;
@@ -136,9 +144,9 @@ void Machine::check_global(const GlobalAccess& who, Region& region, u64 address,
           report_global(who, region, at, writer,
                         who.is_write ? "is overwritten without synchronisation with its write by"
                                      : "is read without synchronisation with its write by");
-      } else if (who.mark.proxy == Proxy::kAsync && writer.proxy == Proxy::kGeneric && writer.block == who.mark.block &&
-                 !who.warp.views[who.lane].async_global.has_seen(
-                     static_cast<Agent>(who.warp.block->first_agent + writer.thread), writer.time)) {
+      } else if (who.mark.proxy == Proxy::kAsync && writer.proxy == Proxy::kGeneric &&
+                 &grid_of(writer.block) == who.warp.block->grid &&
+                 !has_seen(who.warp.views[who.lane].async_global, writer)) {
         report("proxy",
                format("lane %d: %s+%llu is accessed through the async proxy, without fence.proxy.async after "
                       "the write by thread %u",
@@ -151,11 +159,14 @@ void Machine::check_global(const GlobalAccess& who, Region& region, u64 address,
 
 void Machine::note_global(const GlobalAccess& who, Region& region, Region::Cell& cell, u64 at) {
   const auto is_open = [&](const Region::Access& reader) {
-    return !(reader.strong && who.mark.strong) && !is_ordered(who, reader);
+    return !are_morally_strong(who, reader) && !is_ordered(who, reader);
   };
   if (!who.is_write) {
     if (who.mark.proxy == Proxy::kAsync) return;  // copies.cpp knows how long it is in flight
-    if (cell.reader.block == 0 || is_ordered(who, cell.reader)) {
+    // a read takes the place of one that it comes after, unless that one races with more writes
+    const Strength strength = cell.reader.strength;
+    const bool is_like = who.mark.strength.is_weak() || who.mark.strength == strength;
+    if (cell.reader.block == 0 || (is_like && is_ordered(who, cell.reader))) {
       cell.reader = who.mark;
       return;
     }
@@ -163,6 +174,7 @@ void Machine::note_global(const GlobalAccess& who, Region& region, Region::Cell&
     auto& more = region.more_readers[at];
     for (Region::Access& reader : more) {
       if (reader.block != who.mark.block || reader.thread != who.mark.thread) continue;
+      if (reader.strength != who.mark.strength) continue;
       reader = who.mark;
       return;
     }
@@ -176,6 +188,7 @@ void Machine::note_global(const GlobalAccess& who, Region& region, Region::Cell&
       if (is_open(reader)) report_global(who, region, at, reader, what);
     region.more_readers.erase(at);
   }
+  if (who.mark.strength.is_weak() && !cell.writer.strength.is_weak()) write_weakly(*who.warp.block->cluster, at);
   cell = Region::Cell{who.mark, {}, false};
 }
 

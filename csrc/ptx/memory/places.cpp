@@ -68,7 +68,7 @@ u64 location_key(const Place& place) {
   return kSharedWindow + (u64(place.block->rank + 1) << kRankShift) + place.address;
 }
 
-u8* access(Machine& machine, Warp& warp, int lane, const Place& place, u32 bytes, bool is_write, bool strong,
+u8* access(Machine& machine, Warp& warp, int lane, const Place& place, u32 bytes, bool is_write, Strength strength,
            const u8* value) {
   switch (place.space) {
     case kShared: {
@@ -76,9 +76,9 @@ u8* access(Machine& machine, Warp& warp, int lane, const Place& place, u32 bytes
       const u32 address = static_cast<u32>(place.address);
       u8* at = shared.at(address, bytes);
       if (is_write)
-        shared.write(warp, lane, address, bytes, Proxy::kGeneric, strong, value);
+        shared.write(warp, lane, address, bytes, Proxy::kGeneric, strength, value);
       else
-        shared.read(warp, lane, address, bytes, Proxy::kGeneric, strong);
+        shared.read(warp, lane, address, bytes, Proxy::kGeneric, strength);
       return at;
     }
     case kLocal:
@@ -87,7 +87,7 @@ u8* access(Machine& machine, Warp& warp, int lane, const Place& place, u32 bytes
       if (is_write) machine.fault("read-only", format("lane %d: write to the parameters", lane));
       return warp.block->grid->parameters + place.address;
     default:
-      return machine.global(warp, lane, place.address, bytes, is_write, value, 0, strong);
+      return machine.global(warp, lane, place.address, bytes, is_write, value, 0, strength);
   }
 }
 
@@ -131,15 +131,20 @@ Space take_space(Modifiers& modifiers) {
   return space < 0 ? kGeneric : kSpaces[space];
 }
 
-bool take_scope(Modifiers& modifiers) {
-  return modifiers.any({"cta", "cluster", "gpu", "sys"}) >= 0;
+Scope take_scope(Modifiers& modifiers) {
+  static const Scope kTaken[] = {Scope::kWeak, Scope::kCta, Scope::kCluster, Scope::kGpu, Scope::kGpu};
+  return kTaken[1 + modifiers.any({"cta", "cluster", "gpu", "sys"})];
 }
 
-bool take_hints(Modifiers& modifiers) {
-  modifiers.any({"L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate"});
-  modifiers.any({"L2::evict_normal", "L2::evict_first", "L2::evict_last"});
-  modifiers.any({"L2::64B", "L2::128B", "L2::256B"});
-  return modifiers.take("L2::cache_hint");
+Hints take_hints(Modifiers& modifiers) {
+  Hints hints{};
+  hints.evicts = modifiers.any({"L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last",
+                                "L1::no_allocate"}) >= 0;
+  hints.evicts_from_l2 = modifiers.any({"L2::evict_normal", "L2::evict_first", "L2::evict_last"}) >= 0;
+  hints.evicts = hints.evicts || hints.evicts_from_l2;
+  hints.prefetches = modifiers.any({"L2::64B", "L2::128B", "L2::256B"}) >= 0;
+  hints.has_policy = modifiers.take("L2::cache_hint");
+  return hints;
 }
 
 int take_vector(Modifiers& modifiers) {

@@ -7,7 +7,7 @@ namespace fused_resnet::ptx {
 
 enum Space : int { kGeneric, kGlobal, kShared, kLocal, kParam, kConst };
 
-// How an access orders others (PTX ISA 8.4): weak ones and .volatile, which is a relaxed one.
+// How an access orders others (PTX ISA 8.4). .volatile is .relaxed.sys.
 enum Order : int { kWeak, kRelaxed, kAcquire, kRelease, kAcquireRelease };
 
 struct Place {
@@ -17,10 +17,10 @@ struct Place {
 };
 // Out of bounds of a space other than the global and the shared one is a fault.
 Place locate(Machine& machine, Warp& warp, int lane, Space space, u64 address, u32 bytes);
-u64 location_key(const Place& place);  // for Machine::release and acquire
+u64 location_key(const Place& place);  // for Machine::write_strongly and read_strongly
 
 // The bytes there, after all checks. `value`: what will be written, if known.
-u8* access(Machine& machine, Warp& warp, int lane, const Place& place, u32 bytes, bool is_write, bool strong,
+u8* access(Machine& machine, Warp& warp, int lane, const Place& place, u32 bytes, bool is_write, Strength strength,
            const u8* value = nullptr);
 
 // One request of a warp: collected lane by lane, then counted.
@@ -37,8 +37,12 @@ class Request {
 
 // Modifiers that loads, stores and atomics share. All of them are hints or say which space.
 Space take_space(Modifiers& modifiers);
-bool take_scope(Modifiers& modifiers);
-bool take_hints(Modifiers& modifiers);         // whether an operand with a cache policy follows
+Scope take_scope(Modifiers& modifiers);  // kWeak: none
+struct Hints {
+  bool evicts, evicts_from_l2, prefetches, has_policy;  // the last: an operand with a cache policy follows
+  bool has_any() const { return evicts || prefetches || has_policy; }
+};
+Hints take_hints(Modifiers& modifiers);
 int take_vector(Modifiers& modifiers);         // 1, 2, 4 or 8
 void decode_atomic(Modifiers&, Instruction&);  // atomics.cpp
 

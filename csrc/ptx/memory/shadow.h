@@ -20,29 +20,31 @@ class Shadow {
     Agent agent = kNobody;
     u16 writes_in_flight = 0, reads_in_flight = 0;
     Proxy proxy = Proxy::kGeneric;
+    Strength strength;
     u8 flags = 0;
     bool has(u8 flag) const { return (flags & flag) != 0; }
     bool is_written_like(const Cell& other) const {
       return time == other.time && agent == other.agent && proxy == other.proxy && flags == other.flags &&
-             writes_in_flight == other.writes_in_flight && reads_in_flight == other.reads_in_flight;
+             strength == other.strength && writes_in_flight == other.writes_in_flight &&
+             reads_in_flight == other.reads_in_flight;
     }
   };
-  enum Flag : u8 { kStrong = 1, kWasRead = 2, kHasMoreReaders = 4, kGuarded = 8 };
+  enum Flag : u8 { kWasRead = 1, kHasMoreReaders = 2, kGuarded = 4 };
 
   struct Reader {  // the last read by lanes of one warp, or, in the slots behind those of warps, by a warpgroup
     Time time = 0;
     Lanes lanes = 0;
     Proxy proxy = Proxy::kGeneric;
-    bool strong = false;
+    Strength strength;
     bool operator==(const Reader& other) const {
-      return time == other.time && lanes == other.lanes && proxy == other.proxy && strong == other.strong;
+      return time == other.time && lanes == other.lanes && proxy == other.proxy && strength == other.strength;
     }
   };
   struct OtherReader {  // reads that were not ordered with the one in the slot, or came from another block
     Agent agent;
     Time time;
     Proxy proxy;
-    bool strong;
+    Strength strength;
   };
   struct Entry {  // a cell as it is visited: `bytes` from `address` on
     Cell& cell;

@@ -17,12 +17,19 @@ struct Accessor {
   Warp& warp;
   Lanes lanes;
   Proxy proxy;
-  bool strong, is_strict;
+  Strength strength;
+  bool is_strict;
   const Block& owner;
   const u8* value;  // what is written, or null
   const u8* bytes;  // of the memory, from address 0
 
   bool is_remote() const { return warp.block != &owner; }
+  // Whether it may meet an access by the agent, unordered (PTX ISA 8.7).
+  bool may_meet(Agent agent, Strength other, Proxy other_proxy) const {
+    const Block& own = *warp.block;
+    const bool is_near = agent >= own.first_agent && agent - own.first_agent < u32(own.num_warps) * kLanes;
+    return proxy == other_proxy && are_morally_strong(strength, other, is_near ? Scope::kCta : Scope::kCluster);
+  }
 
   bool has_seen(Agent agent, Time time) const {
     const View* last = nullptr;
@@ -91,7 +98,7 @@ void check_read(const Accessor& who, const Entry& entry) {
     report_in_flight(who, entry, "read in flight", "is read while an asynchronous write to it has not been waited for");
   } else if (cell.agent == kNobody) {
     who.machine.report("uninitialised", who.name() + format("%u is read, which nobody wrote", entry.address));
-  } else if (who.strong && cell.has(Shadow::kStrong)) {
+  } else if (who.may_meet(cell.agent, cell.strength, cell.proxy)) {
     return;
   } else if (!who.has_seen(cell.agent, cell.time)) {
     report_race(who, cell.agent,
@@ -108,7 +115,7 @@ void check_read(const Accessor& who, const Entry& entry) {
 
 void check_writer(const Accessor& who, const Entry& entry) {
   const Cell& cell = entry.cell;
-  if (cell.agent == kNobody || (who.strong && cell.has(Shadow::kStrong))) return;
+  if (cell.agent == kNobody || who.may_meet(cell.agent, cell.strength, cell.proxy)) return;
   if (!who.has_seen(cell.agent, cell.time)) {
     const bool is_same =
         who.value != nullptr && !who.is_strict && std::memcmp(who.bytes + entry.address, who.value, entry.bytes) == 0;
@@ -125,8 +132,8 @@ void check_writer(const Accessor& who, const Entry& entry) {
   }
 }
 
-void check_reader(const Accessor& who, u32 address, Agent agent, Time time, Proxy proxy, bool strong) {
-  if (who.strong && strong) return;
+void check_reader(const Accessor& who, u32 address, Agent agent, Time time, Proxy proxy, Strength strength) {
+  if (who.may_meet(agent, strength, proxy)) return;
   if (!who.has_seen(agent, time))
     report_race(who, agent,
                 who.name() + format("%u is overwritten, which may not have been read yet by ", address) +
@@ -147,16 +154,16 @@ void check_readers(const Accessor& who, Shadow& shadow, const Entry& entry, cons
     if (reader.time == 0 || (known != nullptr && known[slot] == reader)) continue;
     if (slot >= shadow.warps()) {
       check_reader(who, entry.address, who.owner.warpgroup_agents[slot - shadow.warps()], reader.time, reader.proxy,
-                   reader.strong);
+                   reader.strength);
       continue;
     }
     const Warp& warp = *who.owner.warps[slot];
     for (Lanes left = reader.lanes; left != 0; left &= left - 1)
-      check_reader(who, entry.address, warp.agent(__builtin_ctz(left)), reader.time, reader.proxy, reader.strong);
+      check_reader(who, entry.address, warp.agent(__builtin_ctz(left)), reader.time, reader.proxy, reader.strength);
   }
   if (entry.cell.has(Shadow::kHasMoreReaders))
     for (const auto& other : shadow.others(entry))
-      check_reader(who, entry.address, other.agent, other.time, other.proxy, other.strong);
+      check_reader(who, entry.address, other.agent, other.time, other.proxy, other.strength);
 }
 
 void check_write(Accessor who, Shadow& shadow, u32 address, u32 bytes) {
@@ -194,7 +201,7 @@ void add_other(Shadow& shadow, const Entry& entry, const Shadow::OtherReader& re
   entry.cell.flags |= Shadow::kHasMoreReaders;
   auto& others = shadow.others(entry);
   for (auto& known : others) {
-    if (known.agent != reader.agent) continue;
+    if (known.agent != reader.agent || known.strength != reader.strength) continue;
     known = reader;
     return;
   }
@@ -208,28 +215,28 @@ bool all_seen(const Warp& warp, int lane, const Reader& reader) {
 }
 
 // The slot of a warp holds one time, and the lanes that read at it. A read that is ordered after them takes their
-// place.
+// place, unless they race with more writes than it does.
 void mark_read(Shadow& shadow, const Entry& entry, Warp& warp, int lane, const Reader& mark, bool is_remote) {
   entry.cell.flags |= Shadow::kWasRead;
   if (!is_remote) {
     Reader& slot = entry.readers[warp.id];
-    if (slot.time == mark.time && slot.proxy == mark.proxy) {
+    const bool is_like = slot.strength == mark.strength;
+    if (is_like && slot.time == mark.time && slot.proxy == mark.proxy) {
       slot.lanes |= mark.lanes;
-      slot.strong = slot.strong && mark.strong;
       return;
     }
-    if (slot.time == 0 || all_seen(warp, lane, slot)) {
+    if (slot.time == 0 || ((is_like || mark.strength.is_weak()) && all_seen(warp, lane, slot))) {
       slot = mark;
       return;
     }
   }
-  add_other(shadow, entry, {warp.agent(lane), mark.time, mark.proxy, mark.strong});
+  add_other(shadow, entry, {warp.agent(lane), mark.time, mark.proxy, mark.strength});
 }
 
-Accessor accessor(Machine& machine, Warp& warp, int lane, const Block& owner, Proxy proxy, bool strong,
+Accessor accessor(Machine& machine, Warp& warp, int lane, const Block& owner, Proxy proxy, Strength strength = {},
                   const u8* value = nullptr, const u8* bytes = nullptr) {
   const Lanes lanes = lane < 0 ? warp.alive : 1u << lane;
-  return {machine, warp, lanes, proxy, strong, machine.options.races > 1, owner, value, bytes};
+  return {machine, warp, lanes, proxy, strength, machine.options.races > 1, owner, value, bytes};
 }
 
 }  // namespace
@@ -260,35 +267,41 @@ u8* SharedMemory::at(u32 address, u32 bytes, u32 alignment) {
   return &bytes_[address];
 }
 
-void SharedMemory::read(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy, bool strong) {
+void SharedMemory::read(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy, Strength strength) {
   if (shadow_ == nullptr || bytes == 0) return;
-  check_reads(accessor(*machine_, warp, lane, *block_, proxy, strong), *shadow_, address, bytes);
-  mark(warp, lane, address, bytes, proxy, strong);
+  check_reads(accessor(*machine_, warp, lane, *block_, proxy, strength), *shadow_, address, bytes);
+  mark(warp, lane, address, bytes, proxy, strength);
 }
 
-void SharedMemory::mark(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy, bool strong) {
+void SharedMemory::mark_use(Warp& warp, int lane, u32 address) {
+  if (shadow_ != nullptr) mark(warp, lane, address, 8, Proxy::kGeneric, {});
+}
+
+void SharedMemory::mark(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy, Strength strength) {
   Shadow& shadow = *shadow_;
   if (lane < 0) {
     machine_->see_warpgroup(warp);
-    const Reader whole{machine_->now(), kAllLanes, proxy, strong};
+    const Reader whole{machine_->now(), kAllLanes, proxy, strength};
     const Agent agent = warp.block->warpgroup_agents[warp.id / 4];
     shadow.visit(address, bytes, [&](const Entry& entry) {
       entry.cell.flags |= Shadow::kWasRead;
       if (warp.block == block_)
         entry.readers[shadow.warps() + warp.id / 4] = whole;
       else
-        add_other(shadow, entry, {agent, whole.time, proxy, strong});
+        add_other(shadow, entry, {agent, whole.time, proxy, strength});
     });
     return;
   }
-  const Reader one{warp.own[lane] + 1, 1u << lane, proxy, strong};
+  const Reader one{warp.own[lane] + 1, 1u << lane, proxy, strength};
   shadow.visit(address, bytes,
                [&](const Entry& entry) { mark_read(shadow, entry, warp, lane, one, warp.block != block_); });
 }
 
-void SharedMemory::write(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy, bool strong, const u8* value) {
+void SharedMemory::write(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy, Strength strength,
+                         const u8* value) {
   if (shadow_ == nullptr || bytes == 0) return;
-  check_write(accessor(*machine_, warp, lane, *block_, proxy, strong, value, bytes_.data()), *shadow_, address, bytes);
+  const Accessor who = accessor(*machine_, warp, lane, *block_, proxy, strength, value, bytes_.data());
+  check_write(who, *shadow_, address, bytes);
   shadow_->unite(address, bytes);
   const int first = lane < 0 ? __builtin_ctz(warp.alive) : lane;
   const Agent agent = warp.agent(first);
@@ -296,17 +309,19 @@ void SharedMemory::write(Warp& warp, int lane, u32 address, u32 bytes, Proxy pro
   shadow_->visit(address, bytes, [&](const Entry& entry) {
     shadow_->forget_readers(entry);
     Cell& cell = entry.cell;
+    if (strength.is_weak() && !cell.strength.is_weak())
+      machine_->write_weakly(*block_->cluster, kSharedWindow + (u64(block_->rank + 1) << kRankShift) + entry.address);
     cell.time = time;
     cell.pc = machine_->pc;
     cell.agent = agent;
     cell.proxy = proxy;
-    cell.flags = u8(strong ? cell.flags | Shadow::kStrong : cell.flags & ~Shadow::kStrong);
+    cell.strength = strength;
   });
 }
 
 void SharedMemory::begin_write(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy) {
   if (shadow_ == nullptr || bytes == 0) return;
-  check_write(accessor(*machine_, warp, lane, *block_, proxy, false), *shadow_, address, bytes);
+  check_write(accessor(*machine_, warp, lane, *block_, proxy), *shadow_, address, bytes);
   shadow_->visit(address, bytes, [&](const Entry& entry) {
     ++entry.cell.writes_in_flight;
     entry.cell.pc = machine_->pc;
@@ -323,13 +338,13 @@ void SharedMemory::end_write(u32 address, u32 bytes, Agent agent, Time time, Pro
     cell.pc = pc;
     cell.agent = agent;
     cell.proxy = proxy;
-    cell.flags &= u8(~Shadow::kStrong);
+    cell.strength = {};
   });
 }
 
 void SharedMemory::begin_read(Warp& warp, int lane, u32 address, u32 bytes, Proxy proxy) {
   if (shadow_ == nullptr || bytes == 0) return;
-  check_reads(accessor(*machine_, warp, lane, *block_, proxy, false), *shadow_, address, bytes);
+  check_reads(accessor(*machine_, warp, lane, *block_, proxy), *shadow_, address, bytes);
   shadow_->visit(address, bytes, [&](const Entry& entry) { ++entry.cell.reads_in_flight; });
 }
 
@@ -338,7 +353,7 @@ void SharedMemory::end_read(Warp& warp, int lane, u32 address, u32 bytes) {
   shadow_->visit(address, bytes, [&](const Entry& entry) {
     if (entry.cell.reads_in_flight > 0) --entry.cell.reads_in_flight;
   });
-  mark(warp, lane, address, bytes, Proxy::kAsync, false);
+  mark(warp, lane, address, bytes, Proxy::kAsync, {});
 }
 
 void SharedMemory::poison() {

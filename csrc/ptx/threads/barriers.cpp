@@ -19,9 +19,20 @@ u32 alive_threads(const Block& block) {
 void check_count(Machine& machine, NamedBarrier& barrier, int id, u32 count) {
   if (count % kLanes != 0)
     machine.report("barrier", format("%u threads at barrier %d: not a multiple of the warp's 32", count, id));
-  if (barrier.arrived > 0 && barrier.expected != count)
+  if (barrier.arrivals > 0 && barrier.expected != count)
     machine.report("barrier", format("%u threads are expected at barrier %d, where others expect %u (0: all)", count,
                                      id, barrier.expected));
+}
+
+// Counts are in whole warps: a warp whose remaining lanes have all arrived is one.
+u32 arrived_threads(const Block& block, const NamedBarrier& barrier) {
+  u32 threads = 0;
+  for (const auto& warp : block.warps) {
+    const Lanes lanes = barrier.lanes[warp->id];
+    const bool is_whole = barrier.expected > 0 && lanes != 0 && (warp->alive & ~lanes) == 0;
+    threads += is_whole ? kLanes : u32(__builtin_popcount(lanes));
+  }
+  return threads;
 }
 
 // What each waiting thread of a bar.red gets.
@@ -51,16 +62,17 @@ void arrive(Machine& machine, Warp& warp, const Instruction& i, Lanes lanes, u64
   NamedBarrier& barrier = warp.block->barriers[id];
   check_count(machine, barrier, int(id), count);
   if (i.a == kArrive && count == 0) machine.report("barrier", "bar.arrive for a count of 0 threads");
-  if (barrier.arrived == 0) {
+  if (barrier.arrivals++ == 0) {
     barrier.expected = count;
     barrier.pc = machine.pc;
+    barrier.reduces = i.a == kReduce;
+  } else if (barrier.reduces != (i.a == kReduce)) {
+    machine.report("barrier", format("bar.red and another kind of arrival meet at barrier %d", int(id)));
   }
   if (barrier.lanes[warp.id] & lanes)
     machine.report("barrier", format("lanes %#x arrive at barrier %d again, which has not completed",
                                      barrier.lanes[warp.id] & lanes, int(id)));
   barrier.lanes[warp.id] |= lanes;
-  // counts are in whole warps, also where lanes are missing
-  barrier.arrived += count > 0 && lanes == warp.alive ? kLanes : u32(__builtin_popcount(lanes));
   machine.hand_on(warp, lanes, barrier.arriving);
   if (i.a == kReduce) {
     barrier.num_true += u32(__builtin_popcount(read_predicate(warp, i.at(i.num_operands() - 1)) & lanes));
@@ -104,7 +116,11 @@ void cluster_arrive(Machine& machine, Warp& warp, const Instruction& i, Lanes ma
     phase = cluster.phase + 1;
     ++cluster.arrived;
   }
-  if (i.a == 0) machine.hand_on(warp, lanes, cluster.arriving);
+  if (i.a == 0) {
+    machine.hand_on(warp, lanes, cluster.arriving);
+  } else {  // what fences have made ready, as in the ISA's second example
+    FOR_ACTIVE(lanes) cluster.arriving.join(warp.fenced[level_of(Scope::kCluster)][l]);
+  }
   try_release_cluster(machine, cluster);
 }
 
@@ -176,11 +192,12 @@ void decode_named(Modifiers& m, Instruction& i) {
 
 void try_release(Machine& machine, Block& block, int id) {
   NamedBarrier& barrier = block.barriers[id];
-  if (barrier.arrived == 0) return;
+  if (barrier.arrivals == 0) return;
   const u32 expected = barrier.expected > 0 ? barrier.expected : alive_threads(block);
-  if (barrier.arrived < expected) return;
-  if (barrier.arrived > expected)
-    machine.report("barrier", format("%u threads at barrier %d, where %u are expected", barrier.arrived, id, expected));
+  const u32 arrived = arrived_threads(block, barrier);
+  if (arrived < expected) return;
+  if (arrived > expected)
+    machine.report("barrier", format("%u threads at barrier %d, where %u are expected", arrived, id, expected));
   const NamedBarrier done = std::move(barrier);
   barrier = NamedBarrier();
   for (const auto& waiting : done.waiting) {

@@ -3,15 +3,17 @@
 
 #include "ptx/copies/tensor_maps.h"
 #include "ptx/machine/operands.h"
+#include "ptx/memory/places.h"
 
 namespace fused_resnet::ptx {
 namespace {
 
-enum Spaces : s32 { kAll, kGlobal, kShared };
+enum Spaces : s32 { kEverywhere, kInGlobal, kInShared };
+enum Sides : s32 { kAcquires = 1, kReleases = 2 };
 
-// fence.sc, .acq_rel, .acquire, .release; membar. a: whether it reaches other blocks.
+// fence.sc, .acq_rel, .acquire, .release; membar. a: Sides.
 void fence(Machine& machine, Warp& warp, const Instruction& i, Lanes mask) {
-  FOR_ACTIVE(mask) machine.fence(warp, l, i.a != 0);
+  FOR_ACTIVE(mask) machine.fence(warp, l, static_cast<Scope>(i.scope), i.a & kAcquires, i.a & kReleases);
 }
 
 // What the lane did and has seen through the generic proxy, the async proxy sees from now on, and no more: what other
@@ -20,11 +22,11 @@ void fence_async(Machine& machine, Warp& warp, const Instruction& i, Lanes mask)
   FOR_ACTIVE(mask) {
     const Time time = machine.publish(warp, l);
     Views& views = warp.views[l];
-    if (i.b != kGlobal) {
+    if (i.b != kInGlobal) {
       views.async.join(views.generic);
       views.async.add(warp.agent(l), time);
     }
-    if (i.b != kShared) {
+    if (i.b != kInShared) {
       views.async_global.join(views.generic);
       views.async_global.add(warp.agent(l), time);
     }
@@ -35,17 +37,21 @@ void fence_async(Machine& machine, Warp& warp, const Instruction& i, Lanes mask)
 // else.
 void fence_mbarrier_init(Machine&, Warp& warp, const Instruction&, Lanes mask) {
   for (auto& [address, barrier] : warp.block->mbarriers) {
-    FOR_ACTIVE(mask) if (barrier.made_by == warp.agent(l)) barrier.is_fenced = true;
+    const u32 lane = u32(barrier.made_by) - warp.agent(0);
+    if (lane >= u32(kLanes) || !(mask >> lane & 1) || barrier.is_fenced) continue;
+    barrier.is_fenced = true;
     barrier.fenced_in = warp.block->cluster->phase;
   }
 }
 
 void nothing(Machine&, Warp&, const Instruction&, Lanes) {}
 
-void take_scope(Modifiers& m, Instruction& i) {
-  const int scope = m.any({"cta", "cluster", "gpu", "sys"});
-  if (scope < 0) m.refuse("no scope");
-  i.a = scope >= 2;
+// .release of what is the block's own, .acquire of what is the cluster's, both at .cluster.
+void expect_restriction(Modifiers& m, bool acquires, bool releases) {
+  const bool is_own = m.take("sync_restrict::shared::cta");
+  if (!is_own && !m.take("sync_restrict::shared::cluster")) return;
+  if (is_own ? acquires || !releases : releases || !acquires) m.refuse(".sync_restrict");
+  if (!m.peek("cluster")) m.refuse(".sync_restrict without .cluster");
 }
 
 void decode_proxy(Modifiers& m, Instruction& i) {
@@ -56,13 +62,15 @@ void decode_proxy(Modifiers& m, Instruction& i) {
   i.handler = fence_async;
   // one direction only (PTX ISA 8.6), between a block's shared memory and its cluster's
   if (m.take("async::generic")) {
-    if (m.any({"acquire", "release"}) < 0) m.refuse();
-    if (m.any({"sync_restrict::shared::cta", "sync_restrict::shared::cluster"}) < 0 || !m.take("cluster")) m.refuse();
-    i.b = kShared;
+    const int side = m.any({"acquire", "release"});
+    if (side < 0 || !m.peek(side == 0 ? "sync_restrict::shared::cluster" : "sync_restrict::shared::cta")) m.refuse();
+    expect_restriction(m, side == 0, side == 1);
+    m.take("cluster");
+    i.b = kInShared;
     return;
   }
   if (!m.take("async")) m.refuse("only the proxies async and alias are known");
-  i.b = m.take("global") ? kGlobal : m.any({"shared::cta", "shared::cluster"}) >= 0 ? kShared : kAll;
+  i.b = m.take("global") ? kInGlobal : m.any({"shared::cta", "shared::cluster"}) >= 0 ? kInShared : kEverywhere;
 }
 
 }  // namespace
@@ -76,15 +84,19 @@ void decode_fence(Modifiers& m, Instruction& i) {
     i.handler = fence;
     const int level = m.any({"cta", "gl", "sys"});
     if (level < 0) m.refuse("no level");
-    i.a = level > 0;
+    i.a = kAcquires | kReleases;
+    i.scope = static_cast<u8>(level == 0 ? Scope::kCta : Scope::kGpu);
   } else if (m.take("mbarrier_init")) {
     if (!m.take("release") || !m.take("cluster")) m.refuse();
     i.handler = fence_mbarrier_init;
   } else {
     i.handler = fence;
-    m.any({"sc", "acq_rel", "acquire", "release"});
-    m.any({"sync_restrict::shared::cta", "sync_restrict::shared::cluster"});
-    take_scope(m, i);
+    const int order = m.any({"sc", "acq_rel", "acquire", "release"});
+    i.a = order == 2 ? kAcquires : order == 3 ? kReleases : kAcquires | kReleases;
+    // what is restricted to shared memory orders all here
+    expect_restriction(m, order == 2, order == 3);
+    i.scope = static_cast<u8>(take_scope(m));
+    if (i.scope == 0) m.refuse("no scope");
   }
 }
 
