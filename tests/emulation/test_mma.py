@@ -153,11 +153,17 @@ def test_special_values():
         ("mma.sync.aligned.m16n8k16.row.col.kind::f8f6f4.f32.f16.f16.f32", (4, 2, 4)),
         ("mma.sp.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", (4, 2, 4)),
         ("mma.sync.m16n8k16.row.col.f32.f16.f16.f32", (4, 2, 4)),
-        ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64", (1, 1, 2)),
+        ("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32", (2, 1, 2)),
+        ("mma.sync.aligned.m8n8k16.row.col.f32.e4m3.e4m3.f32", (1, 1, 2)),
+        ("mma.sync.aligned.m8n8k4.col.row.f16.f16.f16.f32", (2, 2, 8)),
+        ("mma.sync.aligned.m8n8k4.row.f32.f16.f16.f32", (2, 2, 8)),
+        ("mma.sync.aligned.m8n8k32.row.col.s32.u4.s4.s32", (1, 1, 2)),
+        ("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32", (4, 2, 4)),
+        ("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc", (4, 2, 4)),
     ],
 )
 def test_what_the_isa_has_not_is_refused_at_load(op, sizes):
-    """The same verdicts as ptxas 13.0 gives, but for m8n8k4, .sp and kinds, which the emulator does not know."""
+    """The same verdicts as ptxas 13.0 gives, but for .s4, .b1, .sp and kinds, which the emulator does not know."""
     with pytest.raises(PtxError, match="line .*mma"):
         Kernel(mma_text(op, *sizes))
 

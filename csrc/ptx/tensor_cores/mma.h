@@ -6,6 +6,7 @@
 namespace fused_resnet::ptx {
 
 void decode_mma(Modifiers& modifiers, Instruction& instruction);
+bool decode_small_mma(Modifiers& modifiers, Instruction& instruction);  // whether it was one of small_mma.cpp's
 // Ends the launch unless all 32 lanes execute the instruction: what lacks one is undefined (PTX ISA 9.7.14.5,
 // .aligned).
 void expect_whole_warp(Machine& machine, Lanes mask);
