@@ -93,7 +93,6 @@ def test_relaxed_orders_nothing():
 
 def test_every_reader_of_another_block_counts():
     """Lanes 0 and 1 of the neighbour read a word. Its owner writes it again, ordered after lane 0's read alone."""
-    flag = "{0}.release.cluster.shared::cluster.{1} [%r12+128], 1;\n"
     body = f"""
 setp.eq.u32 %p0, %r0, 0;
 setp.le.u32 %p1, %r0, 1;
@@ -118,6 +117,95 @@ END:
 {MEET}"""
     assert_clean(body.format(sync="bar.warp.sync -1;"))
     assert_reported(body.format(sync=""), "race", "may not have been read yet by block 1 warp 0 lane 1", grid=2)
+
+
+# Block 0's mbarrier counts the bytes of what lane 0 of block 1 sends to `data`, then all of it reads them.
+SEND = f"""
+setp.eq.u32 %p0, %r0, 0;
+setp.eq.u32 %p2, %r10, 0;
+mov.u32 %r20, full;
+and.pred %p3, %p0, %p2;
+@%p3 mbarrier.init.shared::cta.b64 [%r20], 1;
+@%p3 st.shared.v4.u32 [%r3+64], {{{{%r13, %r13, %r13, %r13}}}};
+{MEET}
+@%p2 bra WAITS;
+mapa.shared::cluster.u32 %r21, %r3, %r11;
+mapa.shared::cluster.u32 %r22, %r20, %r11;
+mov.u32 %r24, 7;
+@%p0 {{send}}
+bra END;
+WAITS:
+@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], {{expected}};
+{{wait}}
+ld.shared.u32 %r5, [%r3+{{at}}];
+st.global.u32 [%d2], %r5;
+END:
+{MEET}"""
+POLL = """LOOP:
+mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r20], 0;
+@!%p1 bra LOOP;"""
+ASYNC = "shared::cluster.mbarrier::complete_tx::bytes"
+
+
+def sent(value):
+    return numpy.concatenate([numpy.full(32, value), numpy.full(32, -1)])
+
+
+def test_asynchronous_stores():
+    store = f"st.async.weak.{ASYNC}.u32 [%r21+4], %r24, [%r22];"
+    assert_clean(SEND.format(send=store, expected=4, wait=POLL, at=4), sent(7), grid=2)
+    pair = f"st.async.{ASYNC}.v2.u32 [%r21], {{%r24, %r10}}, [%r22];"
+    assert_clean(SEND.format(send=pair, expected=8, wait=POLL, at=4), sent(1), grid=2)
+    # what has not been waited for; too few bytes; bytes that nobody waits for
+    _, outcome = run(SEND.format(send=store, expected=4, wait="", at=4), grid=2)
+    assert any(report.startswith(("[uninitialised]", "[read in flight]")) for report in outcome.reports)
+    _, outcome = run(SEND.format(send=store, expected=8, wait=POLL, at=4), grid=2)
+    assert outcome.faulted and "4 bytes are missing" in outcome.reports[0]
+    # the store's own thread is ordered no more than others
+    again = SEND.replace("bra END;", "@%p0 st.shared::cluster.u32 [%r21+4], 9;\nbra END;")
+    for landing, kind in (("late", "[write in flight]"), ("early", "[race]")):
+        _, outcome = run(again.format(send=store, expected=4, wait=POLL, at=4), grid=2, landing=landing)
+        assert any(report.startswith(kind) for report in outcome.reports)
+
+
+@pytest.mark.parametrize("operation, value", [
+    ("add.u32", 9), ("inc.u32", 3), ("dec.u32", 1), ("min.s32", 2), ("max.u32", 7), ("and.b32", 2), ("or.b32", 7),
+    ("xor.b32", 5),
+])  # fmt: skip
+def test_asynchronous_reductions(operation, value):
+    """Of 2, the cluster's size, with 7."""
+    red = f"red.async.relaxed.cluster.{ASYNC}.{operation} [%r21+68], %r24, [%r22];"
+    assert_clean(SEND.format(send=red, expected=4, wait=POLL, at=68), sent(value), grid=2)
+    _, outcome = run(SEND.format(send=red, expected=8, wait=POLL, at=68), grid=2)
+    assert outcome.faulted and "4 bytes are missing" in outcome.reports[0]
+
+
+def test_where_asynchronous_stores_may_go():
+    store = f"st.async.weak.{ASYNC}.u32 [%r21+4], %r24, [%r22];"
+    red = f"red.async.relaxed.cluster.{ASYNC}.add.u32 [%r21+68], %r24, [%r22];"
+    own = "mapa.shared::cluster.u32 %r22, %r20, %r10;\n@%p0 "
+    _, outcome = run(SEND.format(send=own + store, expected=4, wait=POLL, at=4), grid=2)
+    assert any("there is no mbarrier" in report or "different blocks" in report for report in outcome.reports)
+    alone = (
+        "mov.u32 %r20, full;\nsetp.eq.u32 %p0, %r0, 0;\n@%p0 mbarrier.init.shared::cta.b64 [%r20], 1;\nbar.sync 0;\n"
+    )
+    alone += "@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r20], 4;\nmov.u32 %r24, 7;\n@%p0 {0}\n" + POLL
+    text = store.replace("%r21", "%r3").replace("%r22", "%r20")
+    assert_reported(alone.format(text), "st.async", "one block", grid=1, cluster=1)
+    into = "@%p0 st.shared.u32 [%r3+68], 1;\nbar.sync 0;\n" + alone.format(
+        red.replace("%r21", "%r3").replace("%r22", "%r20")
+    )
+    assert_reported("setp.eq.u32 %p0, %r0, 0;\n" + into + "\n" + MEET, "red.async", "own shared memory")
+
+
+@pytest.mark.parametrize("text", [
+    f"st.async.{ASYNC}.v4.b64 [%r0], {{%d0, %d1, %d2, %d3}}, [%r2];", f"st.async.{ASYNC}.b16 [%r0], %h0, [%r2];",
+    "st.async.shared::cluster.b32 [%r0], %r1, [%r2];", f"red.async.{ASYNC}.add.u32 [%r0], %r1, [%r2];",
+    f"red.async.relaxed.cluster.{ASYNC}.min.u64 [%r0], %d1, [%r2];", "st.async.release.gpu.global.u32 [%d0], %r1;",
+])  # fmt: skip
+def test_asynchronous_stores_that_ptxas_refuses(text):
+    with pytest.raises(PtxError, match="async"):
+        Kernel(kernel_text(text + "\nret;"))
 
 
 def test_a_block_that_has_left():

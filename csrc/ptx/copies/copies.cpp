@@ -265,6 +265,8 @@ void land(Machine& machine, BulkCopy& copy) {
   switch (copy.route) {
     case Route::kArrival:
       return land_arrival(machine, copy);
+    case Route::kFromRegisters:
+      return land_store(machine, copy);
     case Route::kSharedToGlobal:
       take(copy);
       return put_into_global(machine, copy);

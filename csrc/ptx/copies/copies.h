@@ -26,6 +26,7 @@ enum class Route : u8 {
   kSharedToShared,  // likewise, in a block of the cluster
   kSharedToGlobal,  // completes in a bulk group
   kArrival,         // cp.async.mbarrier.arrive: when the thread's cp.async copies so far are over
+  kFromRegisters,   // st.async and red.async to shared memory
 };
 
 struct BulkCopy {
@@ -67,10 +68,11 @@ std::vector<Target> targets_of(Machine& machine, Warp& warp, int lane, const Ins
 // The thread waits until at most so many of its last groups are pending; with .read only until their sources are free.
 void wait_for_groups(Machine& machine, Warp& warp, int lane, size_t may_stay, bool only_read);
 
-void decode_cp_async(Modifiers&, Instruction&);       // cp_async.cpp
-void decode_bulk_copy(Modifiers&, Instruction&);      // bulk_copies.cpp
-void decode_tensor_copy(Modifiers&, Instruction&);    // tensor_copies.cpp
-void land_arrival(Machine& machine, BulkCopy& copy);  // cp_async.cpp
+void decode_cp_async(Modifiers&, Instruction&);            // cp_async.cpp
+void decode_bulk_copy(Modifiers&, Instruction&);           // bulk_copies.cpp
+void decode_tensor_copy(Modifiers&, Instruction&);         // tensor_copies.cpp
+void land_arrival(Machine& machine, BulkCopy& copy);       // cp_async.cpp
+void land_store(Machine& machine, const BulkCopy& store);  // async_stores.cpp
 bool has_copies_in_flight(const BulkCopy& arrival);
 void check_cp_async_at_exit(Machine& machine, Warp& warp, Lanes exiting);
 // In the byte counts of writable regions: from here to the copy's end, or no longer.

@@ -155,6 +155,7 @@ void decode_prefetch(Modifiers& modifiers, Instruction& instruction) {
 
 void decode_memory(Modifiers& modifiers, Instruction& instruction) {
   const std::string& name = modifiers.name();
+  if ((name == "st" || name == "red") && modifiers.take("async")) return decode_async_store(modifiers, instruction);
   if (name == "ld" || name == "ldu" || name == "st") return decode_load_or_store(modifiers, instruction);
   if (name == "atom" || name == "red") return decode_atomic(modifiers, instruction);
   if (name == "prefetch" || name == "prefetchu" || name == "applypriority") decode_prefetch(modifiers, instruction);

@@ -43,7 +43,8 @@ struct Hints {
   bool has_any() const { return evicts || prefetches || has_policy; }
 };
 Hints take_hints(Modifiers& modifiers);
-int take_vector(Modifiers& modifiers);         // 1, 2, 4 or 8
-void decode_atomic(Modifiers&, Instruction&);  // atomics.cpp
+int take_vector(Modifiers& modifiers);              // 1, 2, 4 or 8
+void decode_atomic(Modifiers&, Instruction&);       // atomics.cpp
+void decode_async_store(Modifiers&, Instruction&);  // copies/async_stores.cpp
 
 }  // namespace fused_resnet::ptx
