@@ -65,6 +65,7 @@ class Entry:
     parameter_bytes: int = 0
     instructions: list[Instruction] = field(default_factory=list)
     num_registers: int = 0
+    register_bits: list[int] = field(default_factory=list)
     num_predicates: int = 0
     local_bytes: int = 0
     static_shared_bytes: int = 0

@@ -7,7 +7,7 @@ import math
 import struct
 from typing import Any, Iterable, Mapping, NamedTuple, Optional, Sequence, Union
 
-from fused_resnet.emulation import arrays, library, parser
+from fused_resnet.emulation import arrays, library, parser, targets, widths
 from fused_resnet.emulation.counts import Counts
 from fused_resnet.emulation.entry import Entry, Instruction, Parameter
 from fused_resnet.emulation.syntax import PtxError
@@ -85,6 +85,8 @@ class Kernel:
         )  # fmt: skip
         if error:
             raise PtxError(f"PTX line {instruction.line}: {error.decode()}")
+        targets.check(target, instruction)
+        widths.check(self.entry, instruction)
 
     def __del__(self):
         if self._program:

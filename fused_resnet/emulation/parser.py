@@ -214,11 +214,12 @@ class _Parser:
                 refuse(statement.line, statement.text, f"{item!r} is not understood as a register")
             names = [f"{many[1]}{i}" for i in range(int(many[2]))] if many[2] else [many[1]]
             for name in names:
-                scope.names[name] = self.new_register(match[1] == "pred")
+                scope.names[name] = self.new_register(match[1])
 
-    def new_register(self, is_predicate: bool) -> Operand:
-        if is_predicate:
+    def new_register(self, of_type: str) -> Operand:
+        if of_type == "pred":
             self.entry.num_predicates += 1
             return Operand(PREDICATE, self.entry.num_predicates - 1)
         self.entry.num_registers += 1
+        self.entry.register_bits.append(8 * TYPE_BYTES[of_type])
         return Operand(REGISTER, self.entry.num_registers - 1)

@@ -211,7 +211,8 @@ def test_a_cas_that_fails_writes_nothing():
 
 
 @pytest.mark.parametrize("scope, cluster, is_enough", [
-    ("cta", 1, False), ("cta", 2, False), ("cluster", 1, False), ("cluster", 2, True), ("gpu", 1, True), ("sys", 1, True),
+    ("cta", 1, False), ("cta", 2, False), ("cluster", 1, False), ("cluster", 2, True), ("gpu", 1, True),
+    ("sys", 1, True),
 ])  # fmt: skip
 def test_atomics_that_do_not_include_each_other_are_a_race(scope, cluster, is_enough):
     body = f"red.relaxed.{scope}.global.add.u32 [%d0], 1;"
