@@ -69,6 +69,7 @@ class Entry:
     num_predicates: int = 0
     local_bytes: int = 0
     static_shared_bytes: int = 0
+    dynamic_alignment: int = 0  # of dynamic shared memory; 0: there is none
     variables: list[ModuleVariable] = field(default_factory=list)
     required_block: Optional[tuple[int, int, int]] = None
     most_threads: int = 1024

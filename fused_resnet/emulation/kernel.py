@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import random
 import struct
 from typing import Any, Iterable, Mapping, NamedTuple, Optional, Sequence, Union
 
@@ -17,6 +18,7 @@ LANDINGS = ("late", "early", "random")
 SCHEDULES = ("random", "in_turn", "greedy", "backwards")
 ROUNDINGS = ("fp64", 80, 89, 90)
 _REPORT_BYTES = 1 << 20
+_USUAL_ALIGNMENT = 1024  # of dynamic shared memory, on GPUs
 _MAP_BYTES = 128
 # What an architecture has without a promise that later ones will (PTX ISA 11.1.2, targets with the suffix a)
 _OF_ONE_ARCHITECTURE = ("wgmma.", "setmaxnreg.", "tensormap.replace.")
@@ -57,12 +59,14 @@ class Kernel:
 
     name: which, when the text has several.
     shared_shift: moves dynamic shared memory by so many bytes, or to the next place that its alignment allows. Else it
-    begins, without static variables, at a multiple of 1024, on which kernels come to rely.
+    begins, without static variables, at a multiple of 1024, on which kernels come to rely; in strict mode it begins
+    wherever its alignment allows, by seed.
     Raises PtxError for whatever is unknown in it, with its line.
     """
 
     def __init__(self, text: str, name: Optional[str] = None, *, shared_shift: int = 0):
         self._program = None
+        self._text, self._shift, self._moved = text, shared_shift, dict[int, Kernel]()
         lib = library.library()
         self.entry = parser.parse(text, name, shared_shift)
         entry = self.entry
@@ -91,6 +95,12 @@ class Kernel:
     def __del__(self):
         if self._program:
             library.library().ptx_free(self._program)
+
+    def moved(self, shift: int) -> Kernel:
+        """The same one with its dynamic shared memory so many bytes further on."""
+        if shift not in self._moved:
+            self._moved[shift] = Kernel(self._text, self.name, shared_shift=self._shift + shift)
+        return self._moved[shift]
 
     @property
     def name(self) -> str:
@@ -131,6 +141,8 @@ def run_together(
         seed=seed % 2**64, max_steps=max_steps, races=_one_of("races", races, (0, 1, 2)),
         rounding=0 if rounding == "fp64" else ROUNDINGS[_one_of("rounding", rounding, ROUNDINGS)], overlap=overlap,
     )  # fmt: skip
+    if races == 2:
+        launches = [_moved_by_seed(launch, seed) for launch in launches]
     found = _Memory(memory or {})
     prepared = [_prepare(launch, found) for launch in launches]
     regions = found.regions(list(writable))
@@ -141,6 +153,20 @@ def run_together(
     )  # fmt: skip
     counts = Counts(*(getattr(outcome.counts, name) for name in Counts._fields))
     return Outcome(_paragraphs(reports.value.decode()), bool(outcome.faulted), counts, outcome.seconds)
+
+
+def _moved_by_seed(launch: Launch, seed: int) -> Launch:
+    """Dynamic shared memory begins at any multiple of its alignment, where the block has room for that."""
+    alignment = launch.kernel.entry.dynamic_alignment
+    if not 0 < alignment < _USUAL_ALIGNMENT:
+        return launch
+    shift = alignment * random.Random(seed).randrange(_USUAL_ALIGNMENT // alignment)
+    moved = launch._replace(kernel=launch.kernel.moved(shift))
+    try:
+        _shared_bytes(moved)
+    except ValueError:
+        return launch
+    return moved
 
 
 def _paragraphs(reports: str) -> list[str]:

@@ -71,7 +71,7 @@ class Variables:
         """Behind what is static; all dynamic variables begin at the same address (PTX ISA 5.1.7)."""
         if not self.dynamic:
             return
-        alignment = max(each for _, _, each in self.dynamic)
+        alignment = self.entry.dynamic_alignment = max(each for _, _, each in self.dynamic)
         self.entry.static_shared_bytes = align(self.entry.static_shared_bytes + self.shared_shift, alignment)
         for scope, name, _ in self.dynamic:
             scope.names[name] = Operand(IMMEDIATE, 0, SHARED_BASE + self.entry.static_shared_bytes)

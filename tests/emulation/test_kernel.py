@@ -224,6 +224,29 @@ def test_alignment_that_is_not_declared_shows():
     assert "misaligned" in Kernel(text, shared_shift=4).run(1, 1, [], shared_bytes=16).reports[0]
 
 
+@pytest.mark.parametrize("alignment", [16, 256, 1024])
+def test_the_strict_mode_moves_dynamic_shared_memory_within_its_alignment(alignment):
+    """Where it begins is no kernel's to know: only that it is a multiple of what it declares."""
+    text = kernel_text(
+        "ld.param.u64 %d0, [out];\nmov.u32 %r0, dynamic;\nst.global.u32 [%d0], %r0;\nst.shared.u8 [%r0+99], 1;\nret;",
+        shared=f".extern .shared .align {alignment} .b8 dynamic[];",
+    )
+    kernel, begins = Kernel(text), {}
+    for races in (1, 2):
+        for seed in range(20):
+            out = numpy.zeros(1, numpy.uint32)
+            outcome = kernel.run(1, 1, [out], writable=[out], shared_bytes=100, races=races, seed=seed)
+            assert outcome.reports == [] and out[0] % alignment == 0
+            begins.setdefault(races, set()).add(int(out[0]) % 1024)
+    assert begins[1] == {0} and len(begins[2]) == min(1024 // alignment, len(begins[2]))
+    assert (len(begins[2]) > 1) == (alignment < 1024)
+    # no room to move in
+    out, most = numpy.zeros(1, numpy.uint32), 227 * 1024
+    for seed in range(4):
+        outcome = kernel.run(1, 1, [out], writable=[out], shared_bytes=most, races=2, seed=seed)
+        assert outcome.reports == [] and out[0] % 1024 == 0
+
+
 def test_two_launches_in_order(add):
     x, y, z = torch.arange(32.0), torch.full((32,), torch.nan), torch.full((32,), torch.nan)
     outcome = run_together([Launch(add, 1, 32, [x, y, 1.0]), Launch(add, 1, 32, [y, z, 2.0])], writable=[y, z])
