@@ -235,7 +235,7 @@ void decode_tensormap(Modifiers& m, Instruction& i) {
   if (!m.take("cp_fenceproxy") || !m.precedes("global", "shared::cta")) m.refuse();
   m.take("global");
   m.take("shared::cta");
-  if (!m.take("tensormap::generic") || !m.take("release") || !take_scope(m)) m.refuse();
+  if (!m.take("tensormap::generic") || !m.take("release") || take_scope(m) == Scope::kWeak) m.refuse();
   if (!m.take("sync") || !m.take("aligned")) m.refuse("needs .sync.aligned");
   expect_operands(m, i, "mmi");
   if (i.at(2).value != kMapBytes) m.refuse("its size is 128");
@@ -247,7 +247,7 @@ void decode_tensormap(Modifiers& m, Instruction& i) {
 void decode_tensormap_fence(Modifiers& m, Instruction& i) {
   if (!m.take("proxy") || !m.take("tensormap::generic")) m.refuse();
   const int order = m.any({"acquire", "release"});
-  if (order < 0 || !take_scope(m)) m.refuse();
+  if (order < 0 || take_scope(m) == Scope::kWeak) m.refuse();
   expect_operands(m, i, order == 0 ? "mi" : "");
   if (order == 0 && i.at(1).value != kMapBytes) m.refuse("its size is 128");
   i.handler = order == 0 ? acquire_map : release_maps;
