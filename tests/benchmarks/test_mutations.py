@@ -1,11 +1,13 @@
 """What a mutant of each kind looks like, and which are drawn."""
 
 import importlib.util
+import json
+from itertools import product
 
 import pytest
 
 from fused_resnet.emulation import cuda_launches, library
-from fused_resnet.operators.problem import parsed_problem
+from fused_resnet.operators.problem import ACTIVATIONS, parsed_problem
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, whose kernels it breaks", allow_module_level=True)
@@ -188,10 +190,25 @@ def test_the_sweep_leaves_every_remainder():
     assert {(p.P + 1) * (p.Q + 1) % 64 for p in rows} == {p.K % 64 for p in rows} == odd
     assert {p.P % 64 for p in lines} == set(range(64)) and {p.K % 64 for p in lines} == odd
     for is_aligned in (True, False):
-        problems = [p for p, _ in mutation_subjects._swept_cuda(is_aligned)]
+        swept = list(mutation_subjects._swept_cuda(is_aligned))
+        problems = [p for p, _ in swept]
+        assert {(p.K // p.groups % 8, p.activation) for p in problems} == set(product(range(8), ACTIVATIONS))
+        assert {(p.K // p.groups % 8, splits) for p, splits in swept} == set(product(range(8), (1, 2, 3)))
         assert {p.K // p.groups for p in problems} == set(range(1, 65))
         assert {p.C // p.groups * 2 % 8 == 0 for p in problems} == {is_aligned}
         assert {p.reduction % 64 == 0 for p in problems} == ({True, False} if is_aligned else {False})
+
+
+def test_the_record_s_survivors_are_all_explained():
+    record = json.loads((mutations.RESULTS / "mutants.json").read_text())
+    known = mutations.reasons()
+    survivors = [mutations.key(row["subject"], one) for row in record["rows"] for one in row["survivors"]]
+    assert set(survivors) == set(known), "one reason for each, and none that is left over"
+    assert all(len(one["reason"]) > 40 for one in known.values())
+    for row in record["rows"]:
+        assert len(row["survivors"]) == row["mutants"] - row["killed"]
+    assert sum(row["mutants"] for row in record["rows"]) >= 300
+    assert mutations.kill_rate(record, known) >= 0.95
 
 
 def test_the_rate_leaves_out_what_is_equivalent_and_nothing_else():
