@@ -128,11 +128,11 @@ def test_readers_that_have_not_seen_each_other_all_count(mask, left):
 
 
 def test_of_two_reads_by_one_lane_the_later_counts():
-    """Lane 1 reads, meets lane 3, and reads again."""
-    again = with_lane_3(11) + "@%p2 ld.shared.u32 %r5, [%r3];\n"
+    """Lane 1 reads, meets lane 3, and reads again. Lane 3 then meets lane 0, whose read lane 1 has not seen."""
+    again = with_lane_3(10) + "@%p2 ld.shared.u32 %r5, [%r3];\n" + with_lane_3(9)
     body = APART.replace("@%p3 ld.shared.u32 %r5, [%r3];\n", "")
     assert_reported(body.format(sync=again), "intra-warp race", "lane 1", threads=32)
-    assert_clean(body.format(sync=again + with_lane_3(10)), threads=32)
+    assert_clean(body.format(sync=again + with_lane_3(11)), threads=32)
 
 
 def test_bytes_beside_each_other_do_not_race():
