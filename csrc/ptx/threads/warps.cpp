@@ -104,8 +104,8 @@ void match(Machine& machine, Warp& warp, const Instruction& instruction, Lanes m
   if (instruction.count(0) == 2) write_predicate(warp, instruction.at(0, 1), all ? kAllLanes : 0, mask);
 }
 
-// 9.7.13.14: any member may be the leader, but the same mask always has the same one. Hardware takes the lowest lane, on
-// which CUTLASS counts: its producers expect the bytes in lane 0 and copy in the elected one.
+// 9.7.13.14: any member may be the leader, but the same mask always has the same one. Hardware takes the lowest lane,
+// on which CUTLASS counts: its producers expect the bytes in lane 0 and copy in the elected one.
 void elect(Machine& machine, Warp& warp, const Instruction& instruction, Lanes mask) {
   u64 room[kLanes], sink[kLanes];
   const Lanes members = static_cast<Lanes>(read(machine, warp, instruction.at(1), room)[first_lane(mask)]);
