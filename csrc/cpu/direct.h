@@ -25,11 +25,15 @@ constexpr int64_t kMostPlaces = 1 << 17;
 // Weights lie as [K/16, rounded up][R][S][C][16], zeros behind the last channel.
 struct Shape {
   int64_t N, H, W, C, K, R, S, P, Q, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  int64_t taps() const { return R * S; }
+  // Few channels make a row of the window one tap: its pixels lie together, and so do its weights.
+  bool is_narrow() const { return C < kPanel && S > 1 && dilation_w == 1; }
+  int64_t tap_columns() const { return is_narrow() ? S : 1; }
+  int64_t tap_channels() const { return tap_columns() * C; }
+  int64_t taps() const { return R * S / tap_columns(); }
   int64_t pixels() const { return N * P * Q; }
   int64_t panels() const { return (K + kPanel - 1) / kPanel; }
-  int64_t panel_floats() const { return taps() * C * kPanel; }
-  bool is_pointwise() const { return taps() == 1 && stride_h * stride_w == 1 && padding_h + padding_w == 0; }
+  int64_t panel_floats() const { return R * S * C * kPanel; }
+  bool is_pointwise() const { return R * S == 1 && stride_h * stride_w == 1 && padding_h + padding_w == 0; }
 };
 
 // Output pixels [begin, end) times panels [first, last): what one thread computes at a time.
@@ -85,26 +89,32 @@ inline int64_t most_input_pixels(const Shape& s, const Blocks& blocks) {
   return most;
 }
 
-// A thread's memory for a block: where pixels lie, zeros for those of padding, sums between segments, widened input.
+// A thread's memory for a block: where pixels lie, zeros for those of padding, rows of windows that reach into padding,
+// sums between segments, widened input.
 struct Room {
   const float** places;
-  float *zeros, *sums, *input;
+  float *zeros, *edges, *sums, *input;
 
   static int64_t place_floats(const Shape& s, const Blocks& blocks) {
-    return s.taps() * blocks.pixels * 2;  // a pointer is two floats at most
+    return aligned(s.taps() * blocks.pixels * 2);  // a pointer is two floats at most
   }
-  static int64_t zero_floats(const Shape& s) { return (s.C + kPanel - 1) / kPanel * kPanel; }
-  static int64_t sum_floats(const Blocks& blocks) { return blocks.pixels * 2 * kPanel; }
+  static int64_t zero_floats(const Shape& s) { return aligned(s.tap_channels()); }
+  static int64_t edge_floats(const Shape& s, const Blocks& blocks) {
+    return s.is_narrow() ? aligned(s.taps() * blocks.pixels * s.tap_channels()) : 0;
+  }
+  static int64_t sum_floats(const Blocks& blocks) { return aligned(blocks.pixels * 2 * kPanel); }
   static int64_t floats(const Shape& s, const Blocks& blocks, int64_t input_pixels) {
-    return place_floats(s, blocks) + zero_floats(s) + sum_floats(blocks) + input_pixels * s.C + 3 * kPanel;
+    return place_floats(s, blocks) + zero_floats(s) + edge_floats(s, blocks) + sum_floats(blocks) + input_pixels * s.C;
   }
+  static int64_t aligned(int64_t floats) { return (floats + kPanel - 1) / kPanel * kPanel; }
+
   Room(const Shape& s, const Blocks& blocks, float* memory) {
-    const auto aligned = [](int64_t floats) { return (floats + kPanel - 1) / kPanel * kPanel; };
     places = reinterpret_cast<const float**>(memory);
-    zeros = memory + aligned(place_floats(s, blocks));
-    sums = zeros + aligned(zero_floats(s));
-    input = sums + aligned(sum_floats(blocks));
-    std::fill(zeros, zeros + s.C, 0.f);
+    zeros = memory + place_floats(s, blocks);
+    edges = zeros + zero_floats(s);
+    sums = edges + edge_floats(s, blocks);
+    input = sums + sum_floats(blocks);
+    std::fill(zeros, edges, 0.f);
   }
 };
 
@@ -129,17 +139,34 @@ FUSED_RESNET_INLINE const float* as_floats(const Shape& s, const BFloat16* x, co
   return input - range.begin * s.C;
 }
 
+// Columns [w, w + S) of a row of the input: as they lie, or in `edge` with zeros for those of padding.
+inline const float* place_row(const Shape& s, const float* row, int64_t w, float* edge) {
+  if (w >= 0 && w + s.S <= s.W) return row + w * s.C;
+  for (int64_t t = 0; t < s.S; ++t) {
+    const bool is_inside = w + t >= 0 && w + t < s.W;
+    for (int64_t c = 0; c < s.C; ++c) edge[t * s.C + c] = is_inside ? row[(w + t) * s.C + c] : 0.f;
+  }
+  return edge;
+}
+
 // places[tap][pixel of the block]
 inline void find_places(const Shape& s, const Block& block, const float* x, const Room& room) {
   int64_t n = block.begin / (s.P * s.Q), p = block.begin / s.Q % s.P, q = block.begin % s.Q;
+  float* edge = room.edges;
   for (int64_t i = 0; i < block.pixels(); ++i) {
     const float** place = room.places + i;
     for (int64_t r = 0; r < s.R; ++r) {
       const int64_t h = p * s.stride_h - s.padding_h + r * s.dilation_h;
-      for (int64_t t = 0; t < s.S; ++t, place += block.pixels()) {
+      const bool is_inside = h >= 0 && h < s.H;
+      const float* row = is_inside ? x + (n * s.H + h) * s.W * s.C : nullptr;
+      for (int64_t t = 0; t < s.S; t += s.tap_columns(), place += block.pixels()) {
         const int64_t w = q * s.stride_w - s.padding_w + t * s.dilation_w;
-        const bool is_inside = h >= 0 && h < s.H && w >= 0 && w < s.W;
-        *place = is_inside ? x + ((n * s.H + h) * s.W + w) * s.C : room.zeros;
+        if (is_inside && s.is_narrow()) {
+          *place = place_row(s, row, w, edge);
+          edge += s.tap_channels();
+        } else {
+          *place = is_inside && w >= 0 && w < s.W ? row + w * s.C : room.zeros;
+        }
       }
     }
     if (++q < s.Q) continue;
@@ -159,15 +186,15 @@ struct Segments {
   int64_t per_tap, taps_each, channels, count;
 
   Segments(const Shape& s, int64_t depth) {
-    per_tap = (s.C + depth - 1) / depth;
-    channels = (s.C + per_tap - 1) / per_tap;
-    const int64_t portions = (s.taps() * s.C + depth - 1) / depth;
+    per_tap = (s.tap_channels() + depth - 1) / depth;
+    channels = (s.tap_channels() + per_tap - 1) / per_tap;
+    const int64_t portions = (s.taps() * s.tap_channels() + depth - 1) / depth;
     taps_each = per_tap > 1 ? 1 : (s.taps() + portions - 1) / portions;
     count = per_tap > 1 ? s.taps() * per_tap : (s.taps() + taps_each - 1) / taps_each;
   }
   Segment at(const Shape& s, int64_t index) const {
     const int64_t tap = index / per_tap * taps_each, c = index % per_tap * channels;
-    return {tap, std::min(taps_each, s.taps() - tap), c, std::min(channels, s.C - c)};
+    return {tap, std::min(taps_each, s.taps() - tap), c, std::min(channels, s.tap_channels() - c)};
   }
 };
 
@@ -225,8 +252,8 @@ FUSED_RESNET_INLINE void run_rows(const Shape& s, const Segment& segment, const 
     }
   }
   for (int64_t tap = 0; tap < segment.taps; ++tap) {
-    multiply<kLanes, kRows, kPanels>(places + tap * pixels, segment.c, segment.channels, u + tap * s.C * kPanel,
-                                     s.panel_floats(), sums);
+    multiply<kLanes, kRows, kPanels>(places + tap * pixels, segment.c, segment.channels,
+                                     u + tap * s.tap_channels() * kPanel, s.panel_floats(), sums);
   }
   if (!target.is_last) {
     for (int r = 0; r < kRows; ++r) {
@@ -282,7 +309,7 @@ FUSED_RESNET_INLINE void run_panels(const Shape& s, const Segments& segments, co
   const bool is_far = s.panels() * s.panel_floats() > kNearFloats;
   for (int64_t index = 0; index < segments.count; ++index) {
     const Segment segment = segments.at(s, index);
-    const float* u = weight + panel * s.panel_floats() + (segment.tap * s.C + segment.c) * kPanel;
+    const float* u = weight + panel * s.panel_floats() + (segment.tap * s.tap_channels() + segment.c) * kPanel;
     for (int64_t i = 0; i < pixels; i += rows) {
       const Target<T> target{block.begin + i, panel * kPanel, room.sums + i * kPanels * kPanel, index == 0,
                              index == segments.count - 1};
