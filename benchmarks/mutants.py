@@ -114,7 +114,7 @@ def mutants_of_ptx(text: str) -> Iterator[Mutant]:
 
 
 def mutants_of_source(text: str) -> Iterator[Mutant]:
-    """Of what devices run: in conv_shape.h that begins behind what the host alone does."""
+    """What devices run: in conv_shape.h that begins behind what the host alone does."""
     lines, is_comment = text.split("\n"), re.compile(r"\s*(//|#|static_assert|template)")
     first = next((i for i, line in enumerate(lines) if re.match(r"FUSED_RESNET_HD|template|__device__", line)), 0)
     for i, line in enumerate(lines):

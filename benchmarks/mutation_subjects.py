@@ -1,8 +1,8 @@
 """The kernels that `benchmarks.mutations` breaks, and the problems on which a mutant has to show.
 
 Each kernel has a few problems of several tiles: reductions longer than its ring of stages, in numbers of steps that end
-in different stages. They run in every way of landing and turns. Beside them a sweep of small ones, each in one way,
-leaves every remainder of rows and of channels in a tile, so that each mask decides something.
+in different stages. They run in every way of landing and turns. Beside them there is a sweep of small ones, each in one
+way. It leaves every remainder of rows and of channels in a tile, so that each mask decides something.
 """
 
 from __future__ import annotations

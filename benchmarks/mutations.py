@@ -4,8 +4,8 @@ Mutants are drawn by seed: waits, commits, fences, barriers, counts, parities, d
 They are edits of the PTX of Triton's and nvcc's kernels, and of csrc's CUDA source. "report" counts those that a report
 gives away, "data" those whose output is wrong or unfinished. Nothing but the output tells of "data alone".
 
-Left out, and another one drawn: what does not compile or load, lines that no problem reaches (a trap in their place
-goes unnoticed too), and edits of which ptxas makes the same machine code. Survivors are explained by hand in
+Left out, and another one drawn, is what does not compile or load. So are lines that no problem reaches (a trap in their
+place goes unnoticed too) and edits of which ptxas makes the same machine code. Survivors are explained by hand in
 results/mutations/reasons.json. Those that cannot be told from the kernel ("equivalent") are not counted in the rate.
 """
 
@@ -167,7 +167,7 @@ def reasons(file: Path = RESULTS / "reasons.json") -> dict[tuple, dict[str, Any]
 
 
 def kill_rate(record: dict[str, Any], known: dict[tuple, dict[str, Any]]) -> float:
-    """Of the mutants that are not known for equivalent."""
+    """Among the mutants that are not known for equivalent."""
     survivors = [key(row["subject"], one) for row in record["rows"] for one in row["survivors"]]
     equivalent = sum(one in known and known[one]["equivalent"] for one in survivors)
     return sum(row["killed"] for row in record["rows"]) / (sum(row["mutants"] for row in record["rows"]) - equivalent)

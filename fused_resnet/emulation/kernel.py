@@ -59,7 +59,7 @@ class Kernel:
 
     name: which, when the text has several.
     shared_shift: moves dynamic shared memory by so many bytes, or to the next place that its alignment allows. Else it
-    begins, without static variables, at a multiple of 1024, on which kernels come to rely; in strict mode it begins
+    begins, without static variables, at a multiple of 1024, on which kernels come to rely. In strict mode it begins
     wherever its alignment allows, by seed.
     Raises PtxError for whatever is unknown in it, with its line.
     """

@@ -40,7 +40,7 @@ _LONGER_FORMS = {
 
 @functools.lru_cache(maxsize=4096)
 def form(op: str) -> Optional[tuple[tuple[int, bool], ...]]:
-    """Of each operand: the bits of its registers, and whether more will do. 0 bits: anything. None: no rule."""
+    """For each operand: the bits of its registers, and whether more will do. 0 bits: anything. None: no rule."""
     parts = op.split(".")
     letters = _FORMS.get(parts[0])
     for length in (3, 2, 1):

@@ -173,7 +173,7 @@ def test_asynchronous_stores():
     ("xor.b32", 5),
 ])  # fmt: skip
 def test_asynchronous_reductions(operation, value):
-    """Of 2, the cluster's size, with 7."""
+    """With 2, the cluster's size, and 7."""
     red = f"red.async.relaxed.cluster.{ASYNC}.{operation} [%r21+68], %r24, [%r22];"
     assert_clean(SEND.format(send=red, expected=4, wait=POLL, at=68), sent(value), grid=2)
     _, outcome = run(SEND.format(send=red, expected=8, wait=POLL, at=68), grid=2)

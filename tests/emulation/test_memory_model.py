@@ -25,7 +25,7 @@ def run(body, grid=2, block=1, cluster=1, **options):
 
 
 def reports(body, **options):
-    """Of every order: whether it is clean, or has a race. Nothing else may be found."""
+    """For every order: whether it is clean, or has a race. Nothing else may be found."""
     found = []
     for number, schedule in enumerate(SCHEDULES):
         out, outcome = run(body, schedule=schedule, landing=LANDINGS[number % 3], seed=number, **options)
