@@ -20,7 +20,7 @@ namespace direct {
 
 constexpr int kPanel = 16;               // output channels that lie together in the weights
 constexpr int64_t kPixelsPerBlock = 96;  // their input and sums stay in L2, and weights are read once for all of them
-constexpr int64_t kMostPlaces = 1 << 17;
+constexpr int64_t kMostPlaces = 1 << 17, kMostInput = 1 << 20;  // of a block, as far as fewer pixels help
 
 // Weights lie as [K/16, rounded up][R][S][C][16], zeros behind the last channel.
 struct Shape {
@@ -42,6 +42,12 @@ struct Block {
   int64_t pixels() const { return end - begin; }
 };
 
+// About as many rows of the input, through all images, as some output pixels after each other read.
+inline int64_t rows_read(const Shape& s, int64_t pixels) {
+  const int64_t rows = (pixels + s.Q - 1) / s.Q, images = (rows + s.P - 1) / s.P;
+  return images > 1 ? images * s.H : std::min(s.H, (rows - 1) * s.stride_h + (s.R - 1) * s.dilation_h + 1);
+}
+
 // The blocks of a whole problem for a number of threads: equal portions of the pixels, and of the panels too where
 // there are fewer portions of pixels than threads.
 struct Blocks {
@@ -49,7 +55,8 @@ struct Blocks {
   int64_t count() const { return of_pixels * of_panels; }
 
   Blocks(const Shape& s, int64_t threads) {
-    const int64_t most = std::clamp<int64_t>(kMostPlaces / s.taps(), 1, kPixelsPerBlock);
+    int64_t most = std::clamp<int64_t>(kMostPlaces / s.taps(), 1, kPixelsPerBlock);
+    while (most > 1 && rows_read(s, most) * s.W * s.C > kMostInput) most = (most + 1) / 2;
     of_pixels = (s.pixels() + most - 1) / most;
     if (of_pixels >= threads) of_pixels = std::min((of_pixels + threads - 1) / threads * threads, s.pixels());
     pixels = (s.pixels() + of_pixels - 1) / of_pixels;
@@ -74,6 +81,7 @@ struct Range {
 
 inline Range input_of(const Shape& s, const Block& block) {
   if (s.is_pointwise()) return {block.begin, block.end};
+  if (s.H * s.W == 0) return {0, 0};  // all is padding
   const auto row = [&](int64_t pixel, int64_t r) {
     const int64_t n = pixel / (s.P * s.Q), p = pixel / s.Q % s.P;
     return n * s.H + std::clamp<int64_t>(p * s.stride_h - s.padding_h + r * s.dilation_h, 0, s.H - 1);

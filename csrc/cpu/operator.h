@@ -17,7 +17,7 @@ namespace fused_resnet {
 // As many elements as ATen gives a thread at least (at::internal::GRAIN_SIZE).
 constexpr int64_t kGrainSize = 32768;
 
-// A thread's scratch, kept from call to call: it only grows, to a few megabytes.
+// A thread's scratch, kept from call to call: it only grows, as far as the largest call needs.
 inline float* scratch(const char* op, int64_t floats) {
   struct Free {
     void operator()(void* memory) const { std::free(memory); }
@@ -44,7 +44,10 @@ inline void check_input(const char* op, const Tensor& x, const std::vector<int64
                   " and ", dtype_text(out));
   check_channels_last(op, "x", x);
   check_channels_last(op, "out", out);
-  STD_TORCH_CHECK(out.numel() == 0 || out.const_data_ptr() != x.const_data_ptr(), op, ": out must not be x");
+  const char *from = static_cast<const char*>(x.const_data_ptr()), *to = static_cast<const char*>(out.const_data_ptr());
+  const int64_t bytes = x.numel() * x.element_size(), out_bytes = out.numel() * out.element_size();
+  STD_TORCH_CHECK(bytes == 0 || out_bytes == 0 || from + bytes <= to || to + out_bytes <= from, op,
+                  ": out must not be x, or share memory with it");
   check_pair(op, "padding", padding);
   for (const int64_t side : padding) {
     STD_TORCH_CHECK(side >= 0 && side <= INT32_MAX, op, ": padding must be at least 0 and below 2^31, not ", side);

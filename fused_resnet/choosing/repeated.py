@@ -73,6 +73,8 @@ sums: dict[torch.Size, tuple[Sum, ...]] = {}
 # by id(weight), and whether there is no bias and no residual
 calls: dict[tuple[int, bool, bool], tuple[Call, ...]] = {}
 _weights: dict[int, weakref.ref] = {}
+forgetters: list[Callable[[int], None]] = []  # are told the id of a weight that is gone
+_rests_on: tuple = (None, None)  # the candidates and measurements for which `calls` was last cleared
 
 
 def holds(call: Call) -> bool:
@@ -85,8 +87,17 @@ def holds(call: Call) -> bool:
         return False
     if call.candidates is None or call.candidates is _REGISTRY["conv_bn_act"] and call.measured is measured("cpu"):
         return True
-    calls.clear()  # somebody has registered a backend, or measured
+    _clear_once()
     return False
+
+
+def _clear_once() -> None:
+    """Drop the calls that rest on what was before somebody registered a backend, or measured."""
+    global _rests_on
+    now = _REGISTRY["conv_bn_act"], measured("cpu")
+    if not all(map(operator.is_, now, _rests_on)):
+        calls.clear()
+        _rests_on = now
 
 
 def learn(operands: ConvOperands, window: tuple, asked: tuple, channels_last: bool) -> None:
@@ -151,6 +162,8 @@ def _forget(weight: int, gone: weakref.ref) -> None:
     for has_no_bias in (False, True):
         for has_no_residual in (False, True):
             calls.pop((weight, has_no_bias, has_no_residual), None)
+    for forget in forgetters:
+        forget(weight)
 
 
 def is_immutable(value: Any) -> bool:

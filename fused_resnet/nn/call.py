@@ -128,6 +128,14 @@ class _Known(NamedTuple):
 _known: dict[tuple[int, bool], tuple[_Known, ...]] = {}
 
 
+def _forget(weight: int) -> None:
+    for has_no_residual in (False, True):
+        _known.pop((weight, has_no_residual), None)
+
+
+repeated.forgetters.append(_forget)
+
+
 def _as_before(
     x: Tensor, conv: Any, bn: Any, act: Any, residual: Optional[Tensor], backend: str, sum: str
 ) -> Optional[Tensor]:
@@ -137,7 +145,8 @@ def _as_before(
     own, norm = conv.__dict__, bn.__dict__
     weight = own["_parameters"].get("weight")
     known = _known.get((id(weight), residual is None))
-    if known is None or norm["training"] or own["_parameters"].get("bias") is not None:
+    has_no_bias = own["_parameters"].get("bias", own) is None  # a missing one may be an attribute of another kind
+    if known is None or norm["training"] or not has_no_bias:
         return None
     affine, statistics = norm["_parameters"], norm["_buffers"]
     vectors = affine.get("weight"), affine.get("bias"), statistics.get("running_mean"), statistics.get("running_var")

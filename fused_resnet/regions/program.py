@@ -22,6 +22,7 @@ from fused_resnet.operators.problem import ACTIVATIONS, output_size
 from fused_resnet.regions import layout
 
 _VERSION = 1
+_ACTIVATIONS = ACTIVATIONS[:3]  # the kernels have no others
 _FROM_NHWC, _TO_NHWC, _ZERO_HALO, _CONVOLVE, _POOL = range(5)
 Shape = tuple[int, int, int, int]
 Pair = tuple[int, int]
@@ -116,8 +117,12 @@ class Region:
         residual: Optional[Map] = None,
         in_place: bool = False,
     ) -> Map:
-        """act(sum of the segments' convolutions + bias + residual). in_place: the residual's map takes the result."""
+        """act(sum of the segments' convolutions + bias + residual). in_place: the residual's map takes the result.
+
+        Raises ValueError for what does not fit together, and for activations that the kernels do not have.
+        """
         shape = segments[0].output_shape
+        self._check(segments, bias, activation, residual, in_place)
         out = residual if in_place and residual is not None else self._new_map(shape)
         weight = torch.cat([layout.pack_weight(segment.weight, self.dtype) for segment in segments], 1)
         numbers = (
@@ -138,6 +143,26 @@ class Region:
         read = [segment.x for segment in segments] + ([] if residual is None else [residual])
         self._add(integers, read, None if out is residual else out)
         return out
+
+    @staticmethod
+    def _check(
+        segments: Sequence[Segment], bias: Optional[Tensor], activation: str, residual: Optional[Map], in_place: bool
+    ) -> None:
+        shape = segments[0].output_shape
+        for x, weight, *_ in segments:
+            if weight.shape[1] != x.shape[1]:
+                raise ValueError(f"convolve: a weight of {tuple(weight.shape)} meets a map of {x.shape[1]} channels")
+        for segment in segments:
+            if segment.output_shape != shape:
+                raise ValueError(f"convolve: segments give {shape} and {segment.output_shape}")
+        if bias is not None and bias.shape != shape[1:2]:
+            raise ValueError(f"convolve: a bias of {tuple(bias.shape)} is added to {shape[1]} channels")
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"convolve: the activations are {', '.join(_ACTIVATIONS)}, not {activation}")
+        if residual is not None and residual.shape != shape:
+            raise ValueError(f"convolve: a residual of {residual.shape} is added to {shape}")
+        if in_place and (residual is None or any(segment.x is residual for segment in segments)):
+            raise ValueError("convolve: in place there must be a residual that no segment reads")
 
     def pool(
         self, x: Map, kind: str, window: Pair, stride: Pair, padding: Pair = (0, 0), *, count_include_pad: bool = True

@@ -161,6 +161,7 @@ def test_the_operator_refuses_what_would_leave_its_memory():
         (dict(weight=packed.double()), "must be float32"),
         (dict(x=draw(1, 28, 8, 8, 40, 1, 1)[0]), "packed as"),
         (dict(x=x.contiguous()), "channels_last"),
+        (dict(out=x), "must not be x, or share memory"),
         (dict(stride=(1, 1)), r"out must have the shape \(1, 40, 8, 8\), not \(1, 40, 4, 4\)"),
         (dict(stride=(2,)), "stride must have 2 values, not 1"),
         (dict(stride=(0, 2)), "at least 1"),
@@ -180,6 +181,14 @@ def test_the_operator_refuses_what_would_leave_its_memory():
     ):
         with pytest.raises(RuntimeError, match=sentence):
             run(*(good | change).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("H, W", [(0, 5), (4, 0), (0, 0)])
+def test_an_image_of_padding_alone(H, W, dtype):
+    x, weight, bias = draw(2, 8, H, W, 24, 1, 3, dtype)
+    y = call(case_of(x, weight, bias, padding=(1, 2), activation="none"))
+    assert torch.equal(y, bias.view(1, -1, 1, 1).expand_as(y))
 
 
 def test_an_empty_batch():

@@ -1,5 +1,6 @@
 """Calls like one before: the same result, and whatever changes the decision counts."""
 
+import copy
 import gc
 
 import pytest
@@ -262,6 +263,56 @@ def test_a_module_repeats_its_calls_unless_somebody_watches(watching, asked):
     block.bn1.eps = 1  # an int is refused by nobody, but is another type than that of the calls before
     block(x)
     assert len(asked) == 1
+
+
+@torch.no_grad()
+def test_a_module_with_two_shapes_in_turn(asked):
+    plain, shapes = nn.BasicBlock(8, 8).eval(), ((2, 8, 6, 5), (1, 8, 3, 7))
+    block = fuse(copy.deepcopy(plain))
+    for _ in range(5):
+        for shape in shapes:
+            x = torch.randn(shape)
+            torch.testing.assert_close(block(x), plain(x))
+    asked.clear()
+    assert [block(torch.randn(shape)).shape for shape in shapes] == list(shapes) and not asked
+
+
+@torch.no_grad()
+def test_a_bias_that_is_no_parameter_counts(asked):
+    plain, x = nn.BasicBlock(8, 8).eval(), torch.randn(2, 8, 6, 5)
+    block = fuse(copy.deepcopy(plain))
+    for _ in range(4):
+        block(x)
+    for module in (plain, block):
+        del module.conv1.bias
+        module.conv1.bias = torch.full((8,), 5.0)
+    torch.testing.assert_close(block(x), plain(x))
+
+
+@torch.no_grad()
+def test_what_a_module_knows_goes_with_its_weight(asked):
+    block, x = fuse(nn.BasicBlock(8, 8).eval()), torch.randn(2, 8, 6, 5)
+    for _ in range(4):
+        block(x)
+    assert call_of_a_module._known
+    del block
+    gc.collect()
+    assert not call_of_a_module._known
+
+
+@torch.no_grad()
+def test_a_registration_drops_the_calls_once(asked, monkeypatch):
+    monkeypatch.setitem(record.REGISTRY, "conv_bn_act", {**record.REGISTRY["conv_bn_act"]})
+    block, xs = fuse(nn.BasicBlock(8, 8).eval()), [torch.randn(2, 8, 6, size) for size in (4, 5, 6)]
+    run = lambda: [block(x) for x in xs]  # noqa: E731
+    for _ in range(4):
+        run()
+    monkeypatch.setitem(record.REGISTRY, "conv_bn_act", {**record.REGISTRY["conv_bn_act"]})
+    for _ in range(3):
+        run()
+    asked.clear()
+    run()
+    assert not asked
 
 
 @torch.no_grad()

@@ -123,6 +123,33 @@ def test_nan_stays_where_its_windows_are(kernel, dtype):
 
 
 @pytest.mark.parametrize("kernel, dtype", KERNELS.items(), ids=str)
+def test_no_channel_beside_the_output_is_infinite(kernel, dtype):
+    """Infinity times the zeros of the last panel would reach all outputs of the next convolution."""
+    x = channels_last(torch.tensor([torch.inf, 1, 1, 1]).view(1, 4, 1, 1).expand(2, 4, 3, 5).to(dtype))
+    first, second = -torch.ones(8, 4, 1, 1).to(dtype), torch.ones(6, 8, 1, 1).to(dtype)
+    region = Region(dtype)
+    y = region.convolve([Segment(region.read(tuple(x.shape)), first)], None, activation="relu")
+    region.write(region.convolve([Segment(y, second)], torch.ones(6)))
+    assert torch.equal(call(region, [x], kernel)[0], torch.ones(2, 6, 3, 5).to(dtype))
+
+
+def test_what_does_not_fit_together_is_refused():
+    region, weight = Region(torch.float32), torch.randn(32, 16, 1, 1)
+    x, y = region.read((1, 16, 4, 4)), region.read((1, 32, 4, 4))
+    for segments, bias, options, sentence in (
+        ([Segment(x, weight[:, :8])], None, {}, r"a weight of \(32, 8, 1, 1\) meets a map of 16 channels"),
+        ([Segment(x, weight), Segment(x, weight[:31])], None, {}, r"segments give \(1, 32, 4, 4\) and \(1, 31, 4, 4\)"),
+        ([Segment(x, weight)], torch.ones(17), {}, r"a bias of \(17,\) is added to 32 channels"),
+        ([Segment(x, weight)], None, dict(activation="silu"), "none, relu, relu6, not silu"),
+        ([Segment(x, weight)], None, dict(residual=x), r"a residual of \(1, 16, 4, 4\) is added to \(1, 32, 4, 4\)"),
+        ([Segment(x, weight)], None, dict(in_place=True), "there must be a residual"),
+        ([Segment(y, torch.randn(32, 32, 1, 1))], None, dict(residual=y, in_place=True), "that no segment reads"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            region.convolve(segments, bias, **options)
+
+
+@pytest.mark.parametrize("kernel, dtype", KERNELS.items(), ids=str)
 def test_denormals_are_flushed_inside_and_the_callers_mode_comes_back(kernel, dtype):
     tiny = torch.finfo(dtype).tiny / 2
     x = channels_last(torch.full((1, 32, 4, 4), tiny).to(dtype))

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "common/activation.h"
 #include "common/inline.h"
@@ -37,7 +38,7 @@ struct Segment {
 struct Convolution {
   Segment segments[kMaxSegments];
   int num_segments = 1;
-  int64_t images = 0, panels = 0, steps = 0;  // steps: of all segments
+  int64_t images = 0, channels = 0, panels = 0, steps = 0;  // channels: of the output; steps: of all segments
   Tiling tiling;
   const char* weights = nullptr;  // see layout.h
   const float* bias = nullptr;    // panels * 32 values, or null
@@ -88,7 +89,8 @@ FUSED_RESNET_INLINE char* output_pixel(const View& view, const PlacedTile& place
          placed.tile.begin * kPixelBytes;
 }
 
-// The epilogue of 16 outputs of a tile's pixels.
+// The epilogue of 16 outputs of a tile's pixels. Channels beyond the output's get zeros: of an infinite input their
+// sums are NaN, and the next convolution's zero weights would not remove that.
 template <int kLanes, class T>
 FUSED_RESNET_INLINE void finish_half(const Convolution& c, const PlacedTile& placed, int64_t channel,
                                      const float* sums) {
@@ -101,6 +103,7 @@ FUSED_RESNET_INLINE void finish_half(const Convolution& c, const PlacedTile& pla
   if (c.bias != nullptr) {
     for (int i = 0; i < kVectors; ++i) load<kLanes>(c.bias + channel + i * kLanes, &bias[i]);
   }
+  const int64_t excess = std::clamp<int64_t>(channel + kHalf - c.channels, 0, kHalf);
   for (uint32_t written = placed.tile.written; written != 0; written &= written - 1) {
     const int64_t row = __builtin_ctz(written), at = row * kPixelBytes;
     const T* added = has_residual ? reinterpret_cast<const T*>(residual + at) : nullptr;
@@ -110,6 +113,10 @@ FUSED_RESNET_INLINE void finish_half(const Convolution& c, const PlacedTile& pla
       load<kLanes>(sums + row * kHalf + i * kLanes, &sum);
       sum += bias[i];
       finish<kLanes>(sum, epilogue, channel % kBlock + i * kLanes, kLanes, reinterpret_cast<T*>(out + at));
+    }
+    if (excess > 0) {
+      T* end = reinterpret_cast<T*>(out + at) + channel % kBlock + kHalf;
+      std::memset(end - excess, 0, excess * sizeof(T));
     }
   }
 }

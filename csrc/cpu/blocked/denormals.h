@@ -1,5 +1,6 @@
-// Denormals cost the processors' vector units up to 60 times an ordinary operand: the kernels take and give them as
-// zeros, and the caller's mode comes back. No torch here.
+// Denormals cost the processors' vector units up to 60 times an ordinary operand: arithmetic takes and gives them as
+// zeros, and the caller's mode comes back. A maximum computes nothing: it takes them for equal, and gives one of them.
+// No torch here.
 #pragma once
 
 #include <cstdint>

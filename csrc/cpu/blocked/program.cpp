@@ -156,6 +156,7 @@ Step Program::read_convolution() {
   c.activation = static_cast<Activation>(activation);
   step.splits_channels = c.panels_outermost = read_between("what threads split", 0, 1) == 1;
   c.images = l.N;
+  c.channels = l.C;
   c.panels = (l.C + kPanel - 1) / kPanel;
   c.out = view(out);
   const Tensor& weight = read_tensor("a weight's number", tensors_.weights);
