@@ -275,6 +275,8 @@ def test_a_module_with_two_shapes_in_turn(asked):
             torch.testing.assert_close(block(x), plain(x))
     asked.clear()
     assert [block(torch.randn(shape)).shape for shape in shapes] == list(shapes) and not asked
+    calls = [call for known in call_of_a_module._known.values() for one in known for call in one.calls.values()]
+    assert len({id(call) for call in calls}) == len(calls) == 4  # of two convolutions for two shapes
 
 
 @torch.no_grad()
@@ -307,12 +309,20 @@ def test_a_registration_drops_the_calls_once(asked, monkeypatch):
     run = lambda: [block(x) for x in xs]  # noqa: E731
     for _ in range(4):
         run()
+    cleared = []
+
+    class Calls(dict):
+        def clear(self):
+            cleared.append(len(self))
+            super().clear()
+
+    monkeypatch.setattr(repeated, "calls", Calls(repeated.calls))
     monkeypatch.setitem(record.REGISTRY, "conv_bn_act", {**record.REGISTRY["conv_bn_act"]})
     for _ in range(3):
         run()
     asked.clear()
     run()
-    assert not asked
+    assert not asked and len(cleared) == 1 and cleared[0] > 0
 
 
 @torch.no_grad()
