@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 import click
 import torch
@@ -88,6 +88,7 @@ def _verify_emulated(ctx, emulate, problems, seed, chosen, kind, kernels, as_jso
         print_json({**report.as_dict(), "asked_for_but_never_ran": idle})
     else:
         _show_report(report, "kernel")
+        _show_idle_kernels(report, emulated.chosen_kernels(kernels))
         for name in idle:
             click.echo(f"verify: kernel {name!r} could not run any of these problems.", err=True)
     ctx.exit(0 if report.passed and not idle else 1)
@@ -97,15 +98,32 @@ def _ran(entry: Any) -> int:
     return entry.ok + len(entry.mismatches)
 
 
+def _show_idle_kernels(report: testing.Report, kernels: Sequence[str]) -> None:
+    """One line: those that never ran, by the reason that most problems had."""
+    idle: dict[str, list[str]] = {}
+    for name in kernels:
+        entry = report.backends.get(name)
+        if entry is None:
+            idle.setdefault("no problem of theirs was drawn", []).append(name)
+        elif not _ran(entry):
+            idle.setdefault(max(entry.cannot_run, key=lambda why: entry.cannot_run[why]), []).append(name)
+    if idle:
+        by_reason = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in idle.items())
+        stdout_console().print(f"never ran: {by_reason}", markup=False, soft_wrap=True)
+
+
 def _show_report(report: testing.Report, column: str) -> None:
     entries = report.backends
-    title = f"{report.problems} problems, seed {report.seed}, {report.device}"
+    title = f"{report.counted_problems}, seed {report.seed}, {report.device}"
     out = stdout_console()
     table = new_table(column, "ok", "mismatches", "not run", "worst error / bound", title=title)
     for name, entry in sorted(entries.items()):
         wrong = f"[bold red]{len(entry.mismatches)}[/]" if entry.mismatches else "0"
         worst = f"{entry.worst_error:.3f}" if entry.ok else "-"
         table.add_row(name, str(entry.ok), wrong, str(sum(entry.cannot_run.values())), worst)
+    if not entries:
+        out.print(f"{title}: nothing was compared", markup=False)
+        return
     out.print(table)
     for name, entry in sorted(entries.items()):
         for reason, count in sorted(entry.cannot_run.items(), key=lambda item: -item[1]):

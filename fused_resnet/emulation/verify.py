@@ -94,6 +94,8 @@ def is_for(kernel: str, case: Case) -> bool:
 
 def check(seed: int, index: int, arch: int, kernel: str, *, kind: str = "any") -> Outcome:
     """The problem of this number on this kernel: in a config, and a way of running it, that are drawn too."""
+    if arch < 90 and kernel.endswith("_tma"):
+        return Outcome(kernel, "cannot run", f"sm_{arch} has no TMA")
     case = case_at(seed, index, kind=kind)
     if case.problem.dtype == torch.float64:
         return Outcome(kernel, "cannot run", "float64 is not supported")

@@ -36,6 +36,10 @@ class Report:
     def passed(self) -> bool:
         return not any(entry.mismatches for entry in self.backends.values())
 
+    @property
+    def counted_problems(self) -> str:
+        return f"{self.problems} problem{'' if self.problems == 1 else 's'}"
+
     def add(self, name: str, outcome: Outcome, call: str, shown: Any) -> None:
         """Count an outcome. call: what repeats it; shown: the case, whose text the report keeps."""
         entry = self.backends.setdefault(name, BackendReport())
@@ -54,7 +58,7 @@ class Report:
         return dict(asdict(self), passed=self.passed)
 
     def __str__(self) -> str:
-        lines = [f"{self.problems} problems, seed {self.seed}, {self.device}"]
+        lines = [f"{self.counted_problems}, seed {self.seed}, {self.device}"]
         for name, entry in sorted(self.backends.items()):
             lines.append(
                 f"{name}: {entry.ok} ok, {len(entry.mismatches)} mismatches, {sum(entry.cannot_run.values())} not run, "

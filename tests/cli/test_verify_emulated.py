@@ -21,10 +21,15 @@ def run(*arguments):
     return CliRunner().invoke(main.cli, [str(argument) for argument in arguments])
 
 
-def stub(monkeypatch, outcome):
-    """Kernels answer at once."""
+def stub(monkeypatch, outcome, real=()):
+    """Kernels answer at once, but for some that are checked."""
+    check = emulated.check
+
+    def stubbed(seed, index, arch, name, *, kind):
+        return check(seed, index, arch, name, kind=kind) if name in real else outcome._replace(backend=name)
+
     monkeypatch.setattr(emulated, "why_not", lambda kernels: None)
-    monkeypatch.setattr(emulated, "check", lambda seed, index, arch, name, kind: outcome._replace(backend=name))
+    monkeypatch.setattr(emulated, "check", stubbed)
 
 
 def test_the_report_as_json(monkeypatch):
@@ -52,6 +57,21 @@ def test_a_kernel_that_never_ran_fails(monkeypatch):
     stub(monkeypatch, testing.Outcome("", "cannot run", "too large"))
     result = run("verify", "--emulate", "sm_90", "--problems", 1, "--seed", 1, "--kernel", "gemm_tma")
     assert result.exit_code == 1 and "'gemm_tma' could not run any" in result.output and "too large" in result.output
+
+
+def test_the_last_line_says_which_kernels_never_ran_and_why(monkeypatch):
+    """Before whatever else it might be, a problem is one that sm_80 has no TMA for."""
+    stub(monkeypatch, testing.Outcome("", "ok", "", 0.25), real=emulated.KERNELS[1:4])
+    last = run("verify", "--emulate", "sm_80", "--problems", 8, "--seed", 1).output.strip().splitlines()[-1]
+    assert last == "never ran: triton/gemm_tma, triton/rows_tma, triton/lines_tma (sm_80 has no TMA)"
+
+
+def test_a_kernel_for_which_no_problem_was_drawn(monkeypatch):
+    stub(monkeypatch, testing.Outcome("", "ok", "", 0.25))
+    result = run("verify", "--emulate", "sm_90", "--problems", 1, "--seed", 0, "--kernel", "add_relu")
+    assert result.exit_code == 1 and "1 problem, seed 0, emulated sm_90: nothing was compared" in result.output
+    assert "never ran: triton/add_relu, cuda/add_relu (no problem of theirs was drawn)" in result.output
+    assert "no mismatch" not in result.output
 
 
 @pytest.mark.parametrize("arguments, reason", (
