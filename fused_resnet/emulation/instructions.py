@@ -18,7 +18,7 @@ from fused_resnet.emulation.entry import (
     Operand,
     Scope,
 )
-from fused_resnet.emulation.syntax import Statement, floating, integer, refuse, split_list
+from fused_resnet.emulation.syntax import Statement, floating, integer, refuse, refuse_call, split_list
 
 _ALIASES = {"clock64": "clock", "globaltimer": "clock", "clock_hi": "zero", "gridid": "zero"}
 _GUARD = re.compile(r"@(!?)\s*([\w$%]+)\s+")
@@ -45,7 +45,7 @@ class Instructions:
             refuse(statement.line, statement.text, "not understood as an instruction")
         op, words, name = match[1], split_list(match[2]), match[1].split(".", 1)[0]
         if name == "call":
-            refuse(statement.line, statement.text, "device calls are not modelled, have the compiler inline them")
+            refuse_call(statement.line, statement.text, statement.text)
         target, operands = -1, []
         if name == "bra":
             target = self.label(scope, statement, words.pop(0))

@@ -10,7 +10,16 @@ from typing import Optional
 
 from fused_resnet.emulation.entry import IMMEDIATE, PREDICATE, REGISTER, Entry, Operand, Parameter, Scope
 from fused_resnet.emulation.instructions import Instructions
-from fused_resnet.emulation.syntax import TYPE_BYTES, PtxError, Source, Statement, align, refuse, split_list
+from fused_resnet.emulation.syntax import (
+    TYPE_BYTES,
+    PtxError,
+    Source,
+    Statement,
+    align,
+    refuse,
+    refuse_call,
+    split_list,
+)
 from fused_resnet.emulation.variables import Variables
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)")
@@ -200,9 +209,10 @@ class _Parser:
             self.variables.declare(scope, statement, match)
         elif kind == "branchtargets" and label:
             scope.tables[label] = split_list(statement.text.split(None, 1)[1])
+        elif kind in ("param", "callprototype"):
+            refuse_call(statement.line, statement.text, self.source.from_line(statement.line))
         elif kind != "pragma":
-            why = "device calls are not modelled" if kind in ("param", "callprototype") else "unknown directive"
-            refuse(statement.line, statement.text, why)
+            refuse(statement.line, statement.text, "unknown directive")
 
     def registers(self, scope: Scope, statement: Statement) -> None:
         match = re.fullmatch(r"\.reg\s*\.(\w+)\s+(.*)", statement.text, re.S)

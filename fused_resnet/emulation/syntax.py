@@ -30,6 +30,20 @@ def refuse(line: int, text: str, why: str) -> NoReturn:
     raise PtxError(f"PTX line {line}: {why}: {' '.join(text.split())}")
 
 
+_CALL = re.compile(r"\bcall(?:\.uni)?\s+(?:\([^()]*\)\s*,\s*)?([\w$%]+)")
+_IN_SOURCE = {"vprintf": "printf", "__assertfail": "assert"}  # what a call is, where it is not named so
+
+
+def refuse_call(line: int, text: str, following: str) -> NoReturn:
+    """following: the text from there on, in which the next call is the one that is meant."""
+    found = _CALL.search(following)
+    if found is None:
+        refuse(line, text, "device calls are not modelled")
+    name = found[1]
+    advice = f"remove {_IN_SOURCE[name]}" if name in _IN_SOURCE else "have the compiler inline it"
+    refuse(line, text, f"device calls are not modelled, and this calls {name}: {advice}")
+
+
 class Statement(NamedTuple):
     """kind: "{", "}", "label", "line" (a directive that ends with its line) or ";"."""
 
@@ -47,6 +61,9 @@ class Source:
 
     def line(self, position: int) -> int:
         return bisect.bisect_left(self._ends, position) + 1
+
+    def from_line(self, line: int) -> str:
+        return self.text[0 if line == 1 else self._ends[line - 2] :]
 
     def skip_blank(self, position: int) -> int:
         return _BLANK.match(self.text, position).end()  # type: ignore[union-attr]
