@@ -6,6 +6,7 @@ import ctypes
 import math
 import random
 import struct
+from numbers import Integral
 from typing import Any, Iterable, Mapping, NamedTuple, Optional, Sequence, Union
 
 from fused_resnet.emulation import arrays, library, parser, targets, widths
@@ -26,6 +27,7 @@ _OF_ONE_ARCHITECTURE = ("wgmma.", "setmaxnreg.", "tensormap.replace.")
 _REGISTER_FILE, _MOST_REGISTERS = 65536, 256
 # Shared memory a block may have, by compute capability (CUDA C++ programming guide, technical specifications).
 _SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+CAPABILITIES = tuple(_SHARED_KIB)  # compute capabilities, times ten
 
 Size = Union[int, Sequence[int]]
 
@@ -257,14 +259,19 @@ def _prepare(launch: Launch, memory: _Memory) -> _Prepared:
 # ------------------------------------------------------------------------------------------------------------- sizes
 
 
-def _three(size: Size) -> tuple[int, int, int]:
-    x, y, z = (*((size,) if isinstance(size, int) else size), 1, 1)[:3]
+def _three(what: str, size: Size) -> tuple[int, int, int]:
+    sizes = (size,) if isinstance(size, Integral) else size
+    is_known = isinstance(sizes, Sequence) and all(isinstance(each, Integral) for each in sizes)
+    if not is_known or not 1 <= len(sizes) <= 3:
+        raise ValueError(f"{what} is {size!r}; wanted: a number or a tuple of up to three")
+    x, y, z = ([*map(int, sizes), 1, 1])[:3]
     return x, y, z
 
 
 def _sizes(launch: Launch) -> tuple[tuple[int, int, int], ...]:
     entry = launch.kernel.entry
-    grid, block, cluster = _three(launch.grid), _three(launch.block), _three(launch.cluster)
+    sizes = {"grid": launch.grid, "block": launch.block, "cluster": launch.cluster}
+    grid, block, cluster = (_three(f"{entry.name}: {what}", size) for what, size in sizes.items())
     if not all(1 <= size <= most for size, most in zip(grid, (2**31 - 1, 65535, 65535))):
         raise ValueError(f"{entry.name}: a grid of {grid} blocks; wanted: 1 to 2**31 - 1, 65535 and 65535")
     threads = block[0] * block[1] * block[2]
@@ -313,6 +320,10 @@ def _chosen_blocks(launch: Launch, grid: tuple[int, int, int]) -> Optional[ctype
     if launch.blocks is None:
         return None
     count = grid[0] * grid[1] * grid[2]
+    if not all(isinstance(block, Integral) for block in launch.blocks):
+        raise ValueError(
+            f"{launch.kernel.name}: blocks {list(launch.blocks)}; wanted: linear indices, x + grid x * (y + grid y * z)"
+        )
     if not launch.blocks or not all(0 <= block < count for block in launch.blocks):
         raise ValueError(f"{launch.kernel.name}: blocks {list(launch.blocks)}; wanted: some of 0 to {count - 1}")
     return (ctypes.c_uint32 * len(launch.blocks))(*launch.blocks)

@@ -9,7 +9,7 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from fused_resnet.emulation.kernel import Kernel, Outcome
+from fused_resnet.emulation.kernel import CAPABILITIES, Kernel, Outcome
 from fused_resnet.emulation.tensor_map import SWIZZLES, TensorMap
 from fused_resnet.kernels.triton import add_relu, affine_act, aot, max_pool
 from fused_resnet.kernels.triton.conv import launch as conv
@@ -17,7 +17,7 @@ from fused_resnet.kernels.triton.conv import row_space
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.kernels.triton.conv.epilogue import Epilogue
 from fused_resnet.kernels.triton.conv.launch import Launch
-from fused_resnet.kernels.triton.runtime import triton
+from fused_resnet.kernels.triton.runtime import TensorDescriptor, triton
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem, MaxPoolProblem
 
@@ -38,10 +38,14 @@ class Compiled(NamedTuple):
 
 
 def compiled(launch: Launch, arch: int) -> Compiled:
-    """arch: the compute capability times ten. Raises RuntimeError where this process cannot compile."""
+    """arch: the compute capability times ten. Raises RuntimeError where this process cannot compile.
+
+    ValueError where the launch is not one of a kernel's own parameters and of options that the compiler knows.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    _check(launch, arch)
     if reason := aot.cannot_compile():
         raise RuntimeError(f"emulation: {reason}.")
     signature, constants, attributes, options = aot.specialise(launch.kernel, launch.arguments, launch.options)
@@ -52,6 +56,26 @@ def compiled(launch: Launch, arch: int) -> Compiled:
     scratch_bytes = getattr(made.metadata, "global_scratch_size", 0)
     threads = 32 * made.metadata.num_warps
     return Compiled(made.asm["ptx"], threads, made.metadata.shared, signature, maps, scratch_bytes)
+
+
+def _check(launch: Launch, arch: int) -> None:
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    if arch not in CAPABILITIES:
+        known = ", ".join(map(str, CAPABILITIES))
+        raise ValueError(f"emulation: {arch!r} is no compute capability times ten; known are {known}")
+    if isinstance(launch.kernel, (triton.runtime.Autotuner, triton.runtime.Heuristics)):
+        raise ValueError("emulation: pass the autotuned kernel's .fn, with the values of a config among the options")
+    name, parameters = launch.kernel.__name__, launch.kernel.arg_names
+    if callable(launch.num_programs):
+        raise ValueError(f"{name}: pass the grid as numbers, not as a function of the options")
+    options = [*parameters, *CUDAOptions.__dataclass_fields__]
+    if unknown := [option for option in launch.options if option not in options]:
+        raise ValueError(f"{name}: unknown option {unknown[0]!r}; known are {', '.join(options)}")
+    if len(launch.arguments) > len(parameters):
+        raise ValueError(f"{name}: {len(launch.arguments)} arguments for {', '.join(parameters)}")
+    if missing := [each for each in parameters[len(launch.arguments) :] if each not in launch.options]:
+        raise ValueError(f"{name}: no value for {', '.join(missing)}")
 
 
 @contextlib.contextmanager
@@ -80,7 +104,8 @@ def run(
 ) -> Outcome:
     """Compile and run a launch. num_programs: instead of the launch's own, for a persistent kernel.
 
-    text: instead of the PTX that the compiler makes, which it was made from. how: as `Kernel.run` takes it.
+    arch: the compute capability times ten. text: instead of the PTX that the compiler makes, which it was made from.
+    how: as `Kernel.run` takes it.
     """
     made = compiled(launch, arch)
     kernel = Kernel(text or made.text)
@@ -88,7 +113,10 @@ def run(
     if made.scratch_bytes:
         values[-_SCRATCH] = _scratch(made.scratch_bytes * math.prod([grid] if isinstance(grid, int) else grid))
         writable = [*writable, values[-_SCRATCH]]
-    return kernel.run(grid, made.threads, values, shared_bytes=made.shared_bytes, writable=writable, **how)
+    memory = {**_named_arrays(launch), **(how.pop("memory", None) or {})}  # what reports call them
+    return kernel.run(
+        grid, made.threads, values, shared_bytes=made.shared_bytes, writable=writable, memory=memory, **how
+    )
 
 
 def _scratch(size: int) -> Tensor:
@@ -109,6 +137,18 @@ def arguments(launch: Launch, made: Compiled) -> list[Any]:
         else:
             found.append(value)
     return [*found, *[None] * _SCRATCH]
+
+
+def _named_arrays(launch: Launch) -> dict[str, Tensor]:
+    """The tensors by the names of the kernel's parameters, or of the fields where one is a NamedTuple."""
+    named = {}
+    for name, value in zip(launch.kernel.arg_names, launch.arguments):
+        fields = getattr(value, "_fields", None)
+        for field, part in zip(fields or [name], value if fields else [value]):
+            part = part.base if isinstance(part, TensorDescriptor) else part
+            if isinstance(part, Tensor):
+                named[f"{name}.{field}" if fields else name] = part
+    return named
 
 
 def tensor_map(descriptor: Any, meta: dict[str, Any]) -> TensorMap:
