@@ -9,8 +9,9 @@ def test_mine(emulated):
 
 from __future__ import annotations
 
+import functools
 import zlib
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Optional
 
 import pytest
 
@@ -22,8 +23,10 @@ from fused_resnet.emulation.library import why_missing
 def emulated(request: pytest.FixtureRequest) -> Iterator[Callable[..., list[Outcome]]]:
     """Run a kernel in every landing and a schedule each, and fail on the first report.
 
-    emulated(ptx, grid, block, arguments, *, name=None, again=None, **how). ptx: text, or a Kernel. again: called before
-    every run, to fill what the kernel changes with what it had. how: as `Kernel.run` takes it. The seed is the test's.
+    emulated(ptx, grid, block, arguments, *, name=None, again=None, **how). ptx: text, or a Kernel.
+    emulated(launch, arch, writable, *, again=None, **how). launch: of `launches`, a kernel of Triton's.
+    again: called before every run, to fill what the kernel changes with what it had. how: as `Kernel.run` takes it.
+    The seed is the test's.
     """
     if reason := why_missing():
         pytest.skip(reason)
@@ -32,16 +35,32 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[Callable[..., list[Outc
 
 
 def run_in_every_landing(
-    ptx: Any, grid: Any, block: Any, arguments: Any, *, name: Any = None, again: Any = None, seed: int = 0, **how: Any
+    kernel: Any, *launched: Any, name: Any = None, again: Any = None, seed: int = 0, **how: Any
 ) -> list[Outcome]:
-    kernel = ptx if isinstance(ptx, Kernel) else Kernel(ptx, name)
+    """kernel: PTX, a Kernel, or a Launch of `launches`. launched: what its `run` takes by position."""
+    name, run = _runner(kernel, name)
     outcomes = []
     for landing, schedule in zip(LANDINGS, SCHEDULES):
         if again is not None:
             again()
         modes = {"landing": landing, "schedule": schedule, "seed": seed, **how}
-        outcomes.append(kernel.run(grid, block, arguments, **modes))
+        outcomes.append(run(*launched, **modes))
         if outcomes[-1].reports:
             reports = "\n".join(outcomes[-1].reports)
-            pytest.fail(f"{kernel.name} with {modes}:\n{reports}", pytrace=False)
+            pytest.fail(f"{name} with {modes}:\n{reports}", pytrace=False)
     return outcomes
+
+
+def _runner(kernel: Any, name: Optional[str]) -> tuple[str, Callable[..., Outcome]]:
+    """What it is called, and what runs it."""
+    if isinstance(kernel, (str, Kernel)):
+        loaded = Kernel(kernel, name) if isinstance(kernel, str) else kernel
+        return loaded.name, loaded.run
+    from fused_resnet.emulation import launches
+
+    if isinstance(kernel, launches.Launch):
+        return kernel.kernel.__name__, functools.partial(launches.run, kernel)
+    raise TypeError(
+        f"emulated: a {type(kernel).__name__} is no kernel; wanted: PTX, a Kernel, or a Launch of "
+        "fused_resnet.emulation.launches with the compute capability times ten"
+    )

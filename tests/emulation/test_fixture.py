@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from fused_resnet.emulation import Kernel, launches
 from fused_resnet.emulation.fixture import emulated, run_in_every_landing  # noqa: F401
+from fused_resnet.emulation.kernel import LANDINGS
 from tests.support.ptx import kernel_text
 
 # y[i] = x[31 - i], through shared memory
@@ -39,3 +41,18 @@ def test_a_race_fails():
     x, y = torch.arange(64.0), torch.zeros(64)
     with pytest.raises(pytest.fail.Exception, match="race"):
         run_in_every_landing(TEXT.replace("bar.sync 0;", ""), 1, 64, [x, y], writable=[y])
+
+
+def test_a_launch_of_triton_is_run_by_its_own_run(monkeypatch):
+    """Compiled in another process: here it is only handed on."""
+    ran = []
+    outcome = Kernel(TEXT).run(1, 64, [torch.zeros(64), y := torch.zeros(64)], writable=[y])
+    monkeypatch.setattr(launches, "run", lambda *arguments, **how: ran.append((arguments, how["landing"])) or outcome)
+    launch = launches.Launch(test_a_race_fails, 1, (), {})
+    assert run_in_every_landing(launch, 80, [y]) == [outcome] * 3
+    assert ran == [((launch, 80, [y]), landing) for landing in LANDINGS]
+
+
+def test_what_is_no_kernel_is_refused_with_what_is():
+    with pytest.raises(TypeError, match="a function is no kernel; wanted: PTX, a Kernel, or a Launch of"):
+        run_in_every_landing(test_a_race_fails, 1, 64, [])
