@@ -260,7 +260,7 @@ def _prepare(launch: Launch, memory: _Memory) -> _Prepared:
 
 
 def _three(what: str, size: Size) -> tuple[int, int, int]:
-    sizes = (size,) if isinstance(size, Integral) else size
+    sizes: Any = (size,) if isinstance(size, Integral) else size
     is_known = isinstance(sizes, Sequence) and all(isinstance(each, Integral) for each in sizes)
     if not is_known or not 1 <= len(sizes) <= 3:
         raise ValueError(f"{what} is {size!r}; wanted: a number or a tuple of up to three")

@@ -201,6 +201,26 @@ def test_what_lies_outside_of_the_arrays_is_out_of_bounds(add):
     assert "ld.global.f32" in outcome.reports[0]
 
 
+def test_the_nearest_array_alone_is_named(add):
+    """Three pages of one array, so that all of them are near each other."""
+    room = torch.zeros(3 * 64)
+    first, second, third = room[:32], room[64:96], room[128:160]
+    outcome = add.run(1, 33, [second, third, 1.0], writable=[third], memory=dict(first=first))
+    assert outcome.reports[0].count("bytes)") == 1 and "(in+128, of 128 bytes)" in outcome.reports[0]
+    outcome = add.run(1, 1, [room.data_ptr() + 63 * 4, third, 1.0], memory=dict(first=first, second=second))
+    assert "(second-4, of 128 bytes)" in outcome.reports[0]
+    outcome = add.run(1, 1, [64, third, 1.0], writable=[third])
+    assert "out of bounds" in outcome.reports[0] and "bytes)" not in outcome.reports[0]
+
+
+def test_without_shared_memory_the_report_says_how_to_give_it():
+    shared = ".extern .shared .align 16 .b8 room[];"
+    kernel = Kernel(kernel_text("mov.b32 %r0, 1;\n st.shared.b32 [room+16], %r0;\n ret;", "", shared))
+    assert "the block has no shared memory; shared_bytes= gives" in kernel.run(1, 1, []).reports[0]
+    assert "of which 1024 to 1039 are the block's" in kernel.run(1, 1, [], shared_bytes=16).reports[0]
+    assert kernel.run(1, 1, [], shared_bytes=20).reports == []
+
+
 def test_inputs_may_not_be_written(add):
     x, y = torch.arange(32.0), torch.zeros(32)
     outcome = add.run(1, 32, [x, y, 1.0])

@@ -37,13 +37,17 @@ void visit(Region& region, u64 address, u32 bytes, Visit visit) {
   }
 }
 
-std::string neighbours(const std::vector<Region>& regions, u64 address) {
-  std::string text;
-  for (const Region& region : regions)
-    if (address + kNear > region.base && address < region.base + region.size + kNear)
-      text += format(" (%s%+lld, of %llu bytes)", region.name.c_str(), static_cast<long long>(address - region.base),
-                     static_cast<unsigned long long>(region.size));
-  return text;
+// The array that is nearest, if it is near, and how far its first byte is.
+std::string nearest(const std::vector<Region>& regions, u64 address) {
+  const auto distance = [&](const Region& region) {
+    return address < region.base ? region.base - address : address - std::min(address, region.base + region.size);
+  };
+  const auto found = std::min_element(regions.begin(), regions.end(), [&](const Region& one, const Region& other) {
+    return distance(one) < distance(other);
+  });
+  if (found == regions.end() || distance(*found) >= kNear) return "";
+  return format(" (%s%+lld, of %llu bytes)", found->name.c_str(), static_cast<long long>(address - found->base),
+                static_cast<unsigned long long>(found->size));
 }
 
 }  // namespace
@@ -69,7 +73,7 @@ u8* Machine::global(Warp& of, int lane, u64 address, u32 bytes, bool is_write, c
   if (region == nullptr)
     fault("out of bounds", format("lane %d: %s of %u bytes at global %#llx", lane, is_write ? "write" : "read", bytes,
                                   static_cast<unsigned long long>(address)) +
-                               neighbours(regions, address));
+                               nearest(regions, address));
   if (is_write && !region->writable) fault("read-only", format("lane %d: write to ", lane) + region->name);
   if (region->writable && options.races > 0 && bytes > 0) {
     if (copies_in_global > 0 && strength.is_weak()) check_copies_in_global(*this, address, bytes, is_write);

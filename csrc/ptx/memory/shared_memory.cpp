@@ -256,9 +256,13 @@ void SharedMemory::reset(Machine& machine, Block& block, u32 bytes, int warps) {
 }
 
 u8* SharedMemory::at(u32 address, u32 bytes, u32 alignment) {
-  if (address < kSharedBase || address > end_ || bytes > end_ - address)
-    machine_->fault("out of bounds", format("%u bytes at shared %u, of which %u to %u are the block's", bytes, address,
-                                            kSharedBase, end_));
+  if (address < kSharedBase || address > end_ || bytes > end_ - address) {
+    const std::string which = format("%u bytes at shared %u, ", bytes, address);
+    machine_->fault("out of bounds",
+                    which + (end_ == kSharedBase
+                                 ? "but the block has no shared memory; shared_bytes= gives that of extern __shared__"
+                                 : format("of which %u to %u are the block's", kSharedBase, end_ - 1)));
+  }
   if (alignment == 0) alignment = std::min(bytes, 16u);
   if (alignment > 1 && address % alignment != 0)
     machine_->fault("misaligned",
