@@ -86,9 +86,8 @@ class Region:
 
     dtype: torch.dtype
     _maps: list[Map] = field(default_factory=list)
-    _steps: list[Callable[[], list[int]]] = field(
-        default_factory=list
-    )  # each gives its integers once maps have numbers
+    # each gives its integers once maps have numbers
+    _steps: list[Callable[[], list[int]]] = field(default_factory=list)
     _written: list[Optional[Map]] = field(default_factory=list)  # the map that a step writes first
     _weights: list[Tensor] = field(default_factory=list)
     _biases: list[Tensor] = field(default_factory=list)
