@@ -31,21 +31,21 @@ struct Extent {
   int64_t count() const { return end - begin; }
 };
 
-// NaN is larger than what was found before, and nothing is larger than NaN.
+// NaN where there is one. It is looked for apart: GCC 12 makes scalars of a choice by two comparisons at once.
 template <int kLanes, class T>
 FUSED_RESNET_INLINE void largest(const char* plane, int64_t line, const Extent& h, const Extent& w, int64_t lane,
                                  typename Lanes<kLanes>::Vector* result) {
   using V = typename Lanes<kLanes>::Vector;
-  V found = V{} - std::numeric_limits<float>::infinity();
+  V found = V{} - std::numeric_limits<float>::infinity(), nan = V{};
   for (int64_t i = h.begin; i < h.end; ++i) {
     for (int64_t j = w.begin; j < w.end; ++j) {
       V value;
       load<kLanes>(reinterpret_cast<const T*>(plane + i * line + j * kPixelBytes) + lane, &value);
       found = value > found ? value : found;
-      found = value != value ? value : found;
+      nan = value != value ? value : nan;
     }
   }
-  *result = found;
+  *result = nan != nan ? nan : found;
 }
 
 template <int kLanes, class T>
