@@ -1,0 +1,34 @@
+"""Memory in large pages: pieces side by side, each at a multiple of 64, that keep what they are parts of."""
+
+import gc
+
+import torch
+
+from fused_resnet.machine.malloc import LargePages
+
+
+def test_pieces_lie_side_by_side_and_apart():
+    pages = LargePages()
+    values = [torch.randn(5, 7), torch.randn(3).bfloat16(), torch.arange(1000)]
+    copies = [pages.copied(value) for value in values]
+    assert all(torch.equal(*pair) and pair[0].dtype == pair[1].dtype for pair in zip(values, copies))
+    assert all(copy.data_ptr() % 64 == 0 and copy.is_contiguous() for copy in copies)
+    begins = [copy.data_ptr() - copies[0].data_ptr() for copy in copies]
+    assert begins == [0, 192, 256]
+    copies[0].fill_(0)
+    assert all(torch.equal(*pair) for pair in zip(values[1:], copies[1:]))
+
+
+def test_what_is_larger_than_a_chunk_has_one_of_its_own():
+    pages = LargePages()
+    small, large = pages.empty(1), pages.empty(2**26 + 1)
+    assert large.numel() == 2**26 + 1 and small.untyped_storage()._cdata != large.untyped_storage()._cdata
+    large[-1] = 7
+
+
+def test_a_piece_outlives_its_allocator():
+    pages = LargePages()
+    piece = pages.copied(torch.arange(100_000))
+    del pages
+    gc.collect()
+    assert torch.equal(piece, torch.arange(100_000))
