@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 from fused_resnet.kernels import compiled
+from fused_resnet.machine.malloc import LargePages
 from fused_resnet.operators.problem import ACTIVATIONS, output_size
 from fused_resnet.regions import layout
 
-_VERSION = 1
+_VERSION = 2
 _ACTIVATIONS = ACTIVATIONS[:3]  # the kernels have no others
-_FROM_NHWC, _TO_NHWC, _ZERO_HALO, _CONVOLVE, _POOL = range(5)
+_FROM_NHWC, _TO_NHWC, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES = range(6)
+_TILE = 16  # rows of the largest tile
+_SAVED = 0.8  # of the tiles: phases are split where no more are left
 Shape = tuple[int, int, int, int]
 Pair = tuple[int, int]
 
@@ -46,6 +49,7 @@ class Segment(NamedTuple):
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
+    phases: Optional[Map] = None  # of x, where they are read in its place
 
     @property
     def output_shape(self) -> Shape:
@@ -67,7 +71,7 @@ class CompiledRegion(NamedTuple):
     workspace_bytes: int
 
     def empty_workspace(self) -> Tensor:
-        return torch.empty(self.workspace_bytes, dtype=torch.uint8)
+        return LargePages().empty(self.workspace_bytes)
 
     def __call__(self, inputs: Sequence[Tensor], workspace: Tensor, kernel: str = "") -> list[Tensor]:
         """inputs: in channels_last. kernel: a row of the table of micro-kernels, or the fastest that runs here."""
@@ -91,14 +95,33 @@ class Region:
     _written: list[Optional[Map]] = field(default_factory=list)  # the map that a step writes first
     _weights: list[Tensor] = field(default_factory=list)
     _biases: list[Tensor] = field(default_factory=list)
+    _pages: LargePages = field(default_factory=LargePages)  # of the weights
     _num_inputs: int = 0
     _output_shapes: list[Shape] = field(default_factory=list)
 
     def read(self, shape: Shape) -> Map:
         """The next of the region's inputs."""
+        return self._read(shape, 1, 1, 0)
+
+    def read_for(self, shape: Shape, weight: Tensor, stride: Pair, padding: Pair) -> Segment:
+        """The next of the region's inputs as the one convolution that reads it wants it: a stem.
+
+        Where that takes fewer k steps, a pixel of the map holds a row of the window over all channels:
+        out[n, s * C + c, h, q] = x[n, c, h, q * stride + s - padding]. The channels of an image are too few to fill
+        a block by themselves.
+        """
+        (N, C, H, W), (K, _, R, S), lanes = shape, weight.shape, layout.lanes(self.dtype)
+        if -(-C * S // lanes) >= S * -(-C // lanes):
+            return Segment(self.read(shape), weight, stride, padding)
+        Q = output_size(W, S, stride[1], padding[1], 1)
+        x = self._read((N, S * C, H, Q), S, stride[1], padding[1])
+        by_rows = weight.permute(0, 3, 1, 2).reshape(K, S * C, R, 1)
+        return Segment(x, by_rows, (stride[0], 1), (padding[0], 0))
+
+    def _read(self, shape: Shape, taps: int, stride: int, padding: int) -> Map:
         x, index = self._new_map(shape), self._num_inputs
         self._num_inputs += 1
-        self._add(lambda: [_FROM_NHWC, index, self._number(x)], [], x)
+        self._add(lambda: [_FROM_NHWC, index, self._number(x), taps, stride, padding], [], x)
         return x
 
     def write(self, x: Map) -> None:
@@ -125,23 +148,51 @@ class Region:
         out = residual if in_place and residual is not None else self._new_map(shape)
         weight = torch.cat([layout.pack_weight(segment.weight, self.dtype) for segment in segments], 1)
         numbers = (
-            self._keep(weight, self._weights),
+            self._keep(self._pages.copied(weight), self._weights),
             self._keep(None if bias is None else layout.pack_bias(bias), self._biases),
         )
+        segments = self._split_phases(segments, shape)
         for segment in segments:
-            segment.x.halo = max(segment.x.halo, *segment.padding)
+            if segment.phases is None:
+                segment.x.halo = max(segment.x.halo, *segment.padding)
         # what is larger is read once: by one thread, and by all of them together
         by_channels = int(weight.nbytes > sum(math.prod(segment.x.shape) for segment in segments) * self.dtype.itemsize)
 
         def integers() -> list[int]:
             added = -1 if residual is None else self._number(residual)
             head = [_CONVOLVE, self._number(out), added, ACTIVATIONS.index(activation), by_channels, *numbers]
-            windows = ((self._number(s.x), *s.weight.shape[2:], *s.stride, *s.padding, *s.dilation) for s in segments)
-            return [*head, len(segments), *itertools.chain(*windows)]
+            return [*head, len(segments), *itertools.chain(*map(self._integers_of, segments))]
 
-        read = [segment.x for segment in segments] + ([] if residual is None else [residual])
+        read = [segment.phases or segment.x for segment in segments] + ([] if residual is None else [residual])
         self._add(integers, read, None if out is residual else out)
         return out
+
+    def _integers_of(self, segment: Segment) -> list[int]:
+        _, _, R, S = segment.weight.shape
+        read = segment.phases or segment.x
+        channels = 0 if segment.phases is None else segment.x.shape[1]
+        return [self._number(read), channels, R, S, *segment.stride, *segment.padding, *segment.dilation]
+
+    def _split_phases(self, segments: Sequence[Segment], shape: Shape) -> list[Segment]:
+        """Those of a larger stride read the phases of their map, where tiles that run on over the ends of lines are
+        clearly fewer: on small maps."""
+        _, _, P, Q = shape
+        by_lines, run_on = P * -(-Q // _TILE), -(-((P - 1) * (Q + 1) + Q) // _TILE)
+        strided = [segment for segment in segments if segment.stride != (1, 1)]
+        if not strided or run_on > _SAVED * by_lines or None in map(_reach, strided):
+            return list(segments)
+        return [segment if segment.stride == (1, 1) else self._with_phases(segment, shape) for segment in segments]
+
+    def _with_phases(self, segment: Segment, shape: Shape) -> Segment:
+        (N, C, _, _), (_, _, P, Q), (R, S) = segment.x.shape, shape, segment.weight.shape[2:]
+        sides = zip((R, S), segment.stride, segment.padding, segment.dilation)
+        count = math.prod(len({tap * d % stride for tap in range(taps)}) for taps, stride, _, d in sides)
+        phases = self._new_map((N, count * layout.blocks(C, self.dtype) * layout.lanes(self.dtype), P, Q))
+        phases.halo = _reach(segment) or 0
+        window = (R, S, *segment.stride, *segment.padding, *segment.dilation)
+        integers = lambda: [_SPLIT_PHASES, self._number(segment.x), self._number(phases), *window]  # noqa: E731
+        self._add(integers, [segment.x], phases)
+        return segment._replace(phases=phases)
 
     @staticmethod
     def _check(
@@ -239,3 +290,15 @@ class Region:
                 place = max(place, end)
             places.append(place)
         return places
+
+
+def _reach(segment: Segment) -> Optional[int]:
+    """How far before an output's own pixel a window begins in the phases of its map; None where it ends after it."""
+    reach = 0
+    for taps, stride, padding, dilation in zip(
+        segment.weight.shape[2:], segment.stride, segment.padding, segment.dilation
+    ):
+        if (taps - 1) * dilation - padding >= stride:
+            return None
+        reach = max(reach, -(-padding // stride))
+    return reach

@@ -33,6 +33,11 @@ CASES = (
     (1, 32, 5, 40, 31, 1, 5, (1, 1), (0, 2), (1, 1)),
     (1, 8, 6, 5, 1, 6, 5, (1, 1), (0, 0), (1, 1)),  # one output
     (0, 16, 7, 7, 32, 3, 3, (1, 1), (1, 1), (1, 1)),
+    # by phases
+    (2, 70, 14, 13, 34, 3, 3, (2, 2), (1, 1), (1, 1)),
+    (1, 35, 13, 14, 33, 1, 1, (2, 2), (0, 0), (1, 1)),
+    (3, 16, 20, 9, 40, 3, 2, (3, 2), (2, 1), (1, 2)),
+    (1, 33, 11, 12, 32, 3, 3, (2, 2), (3, 3), (2, 2)),
 )
 
 
@@ -79,6 +84,41 @@ def test_every_element_is_within_its_bound(kernel, dtype, case, activation):
     for in_place in (False, True):
         y = convolve(kernel, x, weight, bias, window, activation, residual, in_place)
         assert_within_bound(y, problem, operands)
+
+
+def has_phases(case):
+    N, C, H, W, K, R, S, *window = case
+    region = Region(torch.float32)
+    region.convolve([Segment(region.read((N, C, H, W)), torch.zeros(K, C, R, S), *window)], None)
+    return len(region._maps) == 3
+
+
+def test_small_maps_are_read_by_phases_where_the_stride_is_larger():
+    assert [case for case in CASES if has_phases(case)] == [CASES[5], CASES[6], CASES[8], *CASES[-4:]]
+
+
+# N, C, H, W, K, R, S, stride, padding: of windows whose rows fit a block, two blocks, or nothing that is worth it
+STEMS = (
+    (2, 3, 21, 20, 40, 7, 7, (2, 2), (3, 3)),
+    (1, 3, 9, 33, 16, 3, 3, (2, 2), (1, 1)),
+    (3, 1, 5, 6, 8, 5, 5, (1, 1), (2, 2)),
+    (1, 4, 8, 9, 33, 4, 8, (4, 3), (0, 5)),
+    (2, 10, 6, 7, 32, 3, 3, (1, 2), (1, 1)),
+    (1, 64, 5, 5, 32, 3, 3, (1, 1), (1, 1)),
+    (0, 3, 8, 8, 8, 7, 7, (2, 2), (3, 3)),
+)
+
+
+@pytest.mark.parametrize("case", STEMS, ids=str)
+@pytest.mark.parametrize("kernel, dtype", KERNELS.items(), ids=str)
+def test_stems_read_their_input_by_the_rows_of_the_window(kernel, dtype, case):
+    x, weight, bias, window = draw((*case, (1, 1)), dtype)
+    problem, operands = problem_of(x, weight, bias, window, "relu")
+    region = Region(dtype)
+    segment = region.read_for(tuple(x.shape), weight, *window[:2])
+    assert (segment.weight.shape[3] == 1) == (case != STEMS[5])
+    region.write(region.convolve([segment], bias, activation="relu"))
+    assert_within_bound(call(region, [x], kernel)[0], problem, operands)
 
 
 @pytest.mark.parametrize("kernel, dtype", KERNELS.items(), ids=str)

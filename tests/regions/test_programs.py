@@ -124,8 +124,8 @@ class Call:
         )
 
 
-# version, number of buffers, three buffers of 7, two steps of 3 with a halo's 2 between, the convolution, the output
-BUFFER, CONVOLUTION = 2, 2 + 3 * 7 + 3 + 2 + 3
+# version, number of buffers, three buffers of 7, two steps of 6 with a halo's 2 between, the convolution, the output
+BUFFER, INPUT, CONVOLUTION = 2, 2 + 3 * 7 + 2, 2 + 3 * 7 + 6 + 2 + 6
 
 
 def put(place, value):
@@ -133,7 +133,7 @@ def put(place, value):
 
 
 WRONG = {
-    "programs of version 1 are run": put(0, 2),
+    "programs of version 2 are run": put(0, 1),
     "number of buffers must be from": put(1, -1),
     "a buffer's C must be from 1": put(BUFFER + 1, 0),
     "a buffer's pitch must be from": put(BUFFER + 5, 6),
@@ -146,11 +146,17 @@ WRONG = {
     "a bias's number must be from -1 to 0": put(CONVOLUTION + 6, 1),
     "number of segments must be from 1 to 2": put(CONVOLUTION + 7, 3),
     "an input of .* and the output of .* overlap": put(BUFFER + 2 * 7 + 6, 0),
-    "does not give \\(1, 32, 6, 6\\)": put(CONVOLUTION + 9, 5),
+    "does not give \\(1, 32, 6, 6\\)": put(CONVOLUTION + 10, 5),
     "needs as much halo, the buffer has 0": put(BUFFER + 4, 0),
-    "a dilation must be from 1": put(CONVOLUTION + 15, 0),
+    "the taps of an unfolding must be from 1": put(INPUT + 3, 0),
+    "the stride of an unfolding must be from 1": put(INPUT + 4, 0),
+    "the padding of an unfolding must be from 0": put(INPUT + 5, -1),
+    "16 taps of an input of 6 columns do not give": put(INPUT + 3, 16),
+    "3 taps of an input of 6 columns do not give": put(INPUT + 3, 3),
+    "channels of a phased map must be from 0 to 16": put(CONVOLUTION + 9, 17),
+    "a dilation must be from 1": put(CONVOLUTION + 16, 0),
     "ends within a step": lambda call: call.program.pop(),
-    "a step must be from 0 to 4": lambda call: call.program.append(7),
+    "a step must be from 0 to 5": lambda call: call.program.append(7),
     "an input must have the shape": lambda call: call.inputs.reverse(),
     "an input must be channels_last": lambda call: call.inputs.__setitem__(0, call.inputs[0].contiguous()),
     "a region has at least one input": lambda call: call.inputs.clear(),
@@ -160,6 +166,43 @@ WRONG = {
     "workspace must begin at a multiple of 64": lambda call: setattr(call, "workspace", call.workspace[1:]),
     "workspace must be a contiguous vector": lambda call: setattr(call, "workspace", call.workspace[::2]),
 }
+
+
+class CallOfPhases(Call):
+    """The same of a convolution that reads the phases of its map. A step: in, out, window, dilation."""
+
+    def __init__(self):
+        super().__init__()
+        region, weight = Region(torch.float32), torch.randn(32, 16, 3, 3)
+        x = region.read((1, 16, 12, 12))
+        region.write(region.convolve([Segment(x, weight, (2, 2), (1, 1))], None))
+        self.region = region.compile()
+        self.program = self.region.program.tolist()
+        self.inputs, self.weights, self.biases = [channels_last(torch.randn(1, 16, 12, 12))], self.region.weights, []
+        self.workspace = self.region.empty_workspace()
+
+
+PHASES = 2 + 3 * 7 + 6 + 2
+SEGMENT = PHASES + 11 + 8
+WRONG_PHASES = {
+    "the phases of \\(1, 16, 12, 12\\) for a window of 2x3 are not": put(PHASES + 3, 2),
+    "the phases of \\(1, 32, 6, 6\\) for a window of 3x3 are not": put(PHASES + 1, 1),
+    "an input of .* and the output of .* overlap": put(BUFFER + 2 * 7 + 6, 0),
+    "channels for a window of 1x3 do not give": put(SEGMENT + 2, 1),
+    "of 64 channels for a window of 3x3 do not give": put(SEGMENT + 1, 64),
+    "the window reaches beyond the halo of 1": put(SEGMENT + 2, 5),
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG_PHASES)
+def test_it_refuses_phases(sentence):
+    call = CallOfPhases()
+    call.run()
+    call.outputs[0].fill_(torch.nan)
+    WRONG_PHASES[sentence](call)
+    with pytest.raises(RuntimeError, match=sentence):
+        call.run()
+    assert call.outputs[0].isnan().all()
 
 
 def test_the_right_program_runs():

@@ -1,63 +1,207 @@
 // The micro-kernel of the tile unit: two tiles of pixels x two halves of a panel, bf16 summed in fp32. No torch here.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/blocked/convolution.h"
+#include "cpu/blocked/tile_rows.h"
 #include "cpu/blocked/tiles.h"
 
 namespace fused_resnet {
 namespace blocked {
 
-// Tiles 0 to 3 hold the sums as [tile][half], 4 and 5 pixels, 6 and 7 weights.
-template <class Tiles, int kEpilogueLanes>
-class TileKernel {
+// A share of a convolution, block after block: two tiles of pixels, a group, and a panel. Tiles 0 to 3 hold its sums as
+// [tile][half], 4 and 5 pixels, 6 and 7 weights.
+//
+// The tile unit works on its own. At each k step the vector unit meanwhile finishes some rows of the block before, so
+// that where the reduction is short a block costs the longer of both. And a part of the weights that come next is
+// fetched into the second-level cache: those of the next panel, or the first of the next convolution.
+template <class Tiles, class Rows>
+class TileShare {
  public:
-  static constexpr int kTiles = 2, kBlock = 2, kSumsOfHalf = kMaxTileRows * kHalf, kLanes = kEpilogueLanes;
+  TileShare(const Convolution& c, const Share& share) : c_(c), share_(share), tiles_(rows_of(c.tiling.rows())) {}
 
-  explicit TileKernel(int rows) : tiles_(rows_of(rows)) {}
-
-  FUSED_RESNET_INLINE void multiply(const Convolution& c, const Block<kBlock>& block, const char* weights,
-                                    float* sums) {
-    tiles_.template zero<0>();
-    tiles_.template zero<1>();
-    tiles_.template zero<2>();
-    tiles_.template zero<3>();
-    for (int s = 0; s < c.num_segments; ++s) {
-      const Segment& segment = c.segments[s];
-      add_steps(block.a[s][0], block.a[s][1], segment.stride_w * kPixelBytes, segment.offsets, segment.steps, weights);
-      weights += segment.steps * kStepBytes;
+  FUSED_RESNET_INLINE void run() {
+    const int64_t groups = share_.group_end - share_.group_begin, panels = share_.panel_end - share_.panel_begin;
+    if (!c_.panels_outermost) fetch(c_.next_weights, c_.next_bytes, groups * panels);
+    for (int64_t group = share_.group_begin; group < share_.group_end; group += groups_) {
+      groups_ = std::min({share_.group_end - group, c_.chunk, kMostGroups});
+      place<kTiles>(c_, group, group + groups_, &block_);
+      has_more_ = group + groups_ < share_.group_end;
+      if (c_.panels_outermost) {
+        for (int64_t panel = share_.panel_begin; panel < share_.panel_end; ++panel) {
+          fetch_after(panel);
+          for (int64_t g = 0; g < groups_; ++g) multiply(g, panel);
+        }
+      } else {
+        for (int64_t g = 0; g < groups_; ++g) {
+          for (int64_t panel = share_.panel_begin; panel < share_.panel_end; ++panel) multiply(g, panel);
+        }
+      }
     }
-    tiles_.template store<0>(sums, kPixelBytes);
-    tiles_.template store<2>(sums + 2 * kSumsOfHalf, kPixelBytes);
-    tiles_.template store<3>(sums + 3 * kSumsOfHalf, kPixelBytes);
-    tiles_.template store<1>(sums + kSumsOfHalf, kPixelBytes);
+    finish();
   }
 
  private:
+  static constexpr int kTiles = 2, kSumsOfHalf = kMaxTileRows * kHalf, kSumsOfTile = 2 * kSumsOfHalf;
+  static constexpr int64_t kMostGroups = 16, kLine = 64;
+
+  // A block whose sums are in memory. Rows from `row` on are not finished yet; those beyond the last are not written.
+  struct Pending {
+    int row = kMaxTileRows;
+    const float* sums = nullptr;
+    FinishedTile tiles[kTiles];
+    Rows rows;
+  };
+
+  // What is fetched, and how much of it in a block and at each step.
+  struct Ahead {
+    const char *at, *end_of_block, *end;
+    int64_t bytes_of_block, bytes_of_step;
+  };
+
+  struct Steps {
+    const char *a0, *a1;
+    int64_t stride;
+    const int64_t* offsets;
+    int64_t count;
+    const char* weights;
+
+    FUSED_RESNET_INLINE void skip(int64_t steps) { offsets += steps, count -= steps, weights += steps * kStepBytes; }
+  };
+
   static TileRows rows_of(int rows) {
     const auto r = static_cast<uint8_t>(rows);
     return {r, r, r, r, r, r, kMaxTileRows, kMaxTileRows};
   }
 
-  // In this order two products after each other share one operand, which the tile unit then keeps: a half of the
-  // weights costs max(16, rows) cycles only when it is new.
-  FUSED_RESNET_INLINE void add_steps(const char* a0, const char* a1, int64_t stride, const int64_t* offsets,
-                                     int64_t steps, const char* weights) {
-    for (int64_t step = 0; step < steps; ++step, weights += kStepBytes) {
-      const int64_t offset = offsets[step];
-      tiles_.template load<6>(weights, kPixelBytes);
-      tiles_.template load<4>(a0 + offset, stride);
-      tiles_.template dot_bf16<0, 4, 6>();
-      tiles_.template load<5>(a1 + offset, stride);
-      tiles_.template dot_bf16<2, 5, 6>();
-      tiles_.template load<7>(weights + kHalfBytes, kPixelBytes);
-      tiles_.template dot_bf16<3, 5, 7>();
-      tiles_.template dot_bf16<1, 4, 7>();
+  int64_t panel_bytes() const { return c_.steps * kStepBytes; }
+
+  // During the next `blocks` blocks, fetches what lies at `from`.
+  FUSED_RESNET_INLINE void fetch(const char* from, int64_t bytes, int64_t blocks) {
+    const int64_t lines = (bytes / kLine + blocks - 1) / blocks;
+    ahead_ = {from, from, from + bytes, lines * kLine, (lines + c_.steps - 1) / c_.steps * kLine};
+  }
+
+  FUSED_RESNET_INLINE void fetch_after(int64_t panel) {
+    const int64_t bytes = panel_bytes();
+    if (panel + 1 < share_.panel_end) return fetch(c_.weights + (panel + 1) * bytes, bytes, groups_);
+    if (has_more_) return fetch(c_.weights + share_.panel_begin * bytes, bytes, groups_);
+    fetch(c_.next_weights, std::min(c_.next_bytes, bytes), groups_);
+  }
+
+  FUSED_RESNET_INLINE void multiply(int64_t g, int64_t panel) {
+    ahead_.end_of_block = std::min(ahead_.at + ahead_.bytes_of_block, ahead_.end);
+    const char* weights = c_.weights + panel * panel_bytes();
+    tiles_.template zero<0>();
+    tiles_.template zero<1>();
+    tiles_.template zero<2>();
+    tiles_.template zero<3>();
+    for (int s = 0; s < c_.num_segments; ++s) {
+      const Segment& segment = c_.segments[s];
+      const char* const* a = &block_.a[s][kTiles * g];
+      add_segment({a[0], a[1], segment.stride_w * kPixelBytes, segment.offsets, segment.steps, weights});
+      weights += segment.steps * kStepBytes;
+    }
+    finish();
+    float* sums = sums_[which_ ^= 1];
+    tiles_.template store<0>(sums, kPixelBytes);
+    tiles_.template store<2>(sums + kSumsOfTile, kPixelBytes);
+    tiles_.template store<3>(sums + kSumsOfTile + kSumsOfHalf, kPixelBytes);
+    tiles_.template store<1>(sums + kSumsOfHalf, kPixelBytes);
+    pending_.row = 0;
+    pending_.sums = sums;
+    pending_.rows = Rows(c_, panel);
+    for (int t = 0; t < kTiles; ++t) pending_.tiles[t] = FinishedTile(c_, block_.tiles[kTiles * g + t], panel);
+  }
+
+  // As few rows a step as finish all of them within the segment.
+  FUSED_RESNET_INLINE void add_segment(Steps steps) {
+    const int64_t left = kMaxTileRows - pending_.row;
+    if (left > 0) {
+      if (steps.count >= left) {
+        add_and_finish<1>(&steps, left);
+      } else if (2 * steps.count >= left) {
+        add_and_finish<2>(&steps, left / 2);
+      } else if (4 * steps.count >= left) {
+        add_and_finish<4>(&steps, left / 4);
+      } else if (8 * steps.count >= left) {
+        add_and_finish<8>(&steps, left / 8);
+      } else {
+        add_and_finish<16>(&steps, 1);
+      }
+    }
+    add_steps<0, false>(&steps, steps.count);
+  }
+
+  template <int kRows>
+  FUSED_RESNET_INLINE void add_and_finish(Steps* steps, int64_t count) {
+    if (c_.residual.base != nullptr) {
+      add_steps<kRows, true>(steps, count);
+    } else {
+      add_steps<kRows, false>(steps, count);
     }
   }
 
+  // In this order two products after each other share one operand, which the tile unit then keeps: a half of the
+  // weights costs max(16, rows) cycles only when it is new.
+  template <int kRows, bool kResidual>
+  FUSED_RESNET_INLINE void add_steps(Steps* steps, int64_t count) {
+    Pending pending = pending_;
+    const char *weights = steps->weights, *at = ahead_.at;
+    for (int64_t step = 0; step < count; ++step, weights += kStepBytes) {
+      const int64_t offset = steps->offsets[step];
+      for (const char* end = std::min(at + ahead_.bytes_of_step, ahead_.end_of_block); at < end; at += kLine) {
+        __builtin_prefetch(at, 0, 2);
+      }
+      tiles_.template load<6>(weights, kPixelBytes);
+      tiles_.template load<4>(steps->a0 + offset, steps->stride);
+      tiles_.template dot_bf16<0, 4, 6>();
+      tiles_.template load<5>(steps->a1 + offset, steps->stride);
+      tiles_.template dot_bf16<2, 5, 6>();
+      finish_rows<kRows, kResidual>(pending, 0);
+      tiles_.template load<7>(weights + kHalfBytes, kPixelBytes);
+      tiles_.template dot_bf16<3, 5, 7>();
+      finish_rows<kRows, kResidual>(pending, 1);
+      tiles_.template dot_bf16<1, 4, 7>();
+      pending.row += kRows;
+    }
+    pending_.row = pending.row;
+    ahead_.at = at;
+    steps->skip(count);
+  }
+
+  template <int kRows, bool kResidual>
+  static FUSED_RESNET_INLINE void finish_rows(const Pending& pending, int tile) {
+    for (int r = 0; r < kRows; ++r) {
+      pending.rows.template finish<kResidual>(pending.sums + tile * kSumsOfTile, pending.tiles[tile], pending.row + r);
+    }
+  }
+
+  // What no step had time for.
+  FUSED_RESNET_INLINE void finish() {
+    for (; pending_.row < kMaxTileRows; ++pending_.row) {
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if (c_.residual.base != nullptr) {
+          finish_rows<1, true>(pending_, tile);
+        } else {
+          finish_rows<1, false>(pending_, tile);
+        }
+      }
+    }
+  }
+
+  const Convolution& c_;
+  const Share& share_;
   Tiles tiles_;
+  int64_t groups_ = 0;     // of the chunk
+  bool has_more_ = false;  // chunks after it
+  Block<kTiles * kMostGroups> block_;
+  Ahead ahead_ = {};
+  Pending pending_;
+  int which_ = 0;
+  alignas(64) float sums_[2][kTiles * kSumsOfTile];
 };
 
 }  // namespace blocked

@@ -31,7 +31,7 @@ struct View {
 // What a convolution reads: k step i of an output is the pixel offsets[i] bytes from the one that its row of A is at.
 struct Segment {
   View input;
-  int64_t stride_h = 1, stride_w = 1, steps = 0;
+  int64_t stride_h = 1, stride_w = 1, blocks = 0, steps = 0;  // blocks: of input channels
   const int64_t* offsets = nullptr;
 };
 
@@ -44,6 +44,9 @@ struct Convolution {
   const float* bias = nullptr;    // panels * 32 values, or null
   View out, residual;             // the residual's base may be null, and may be out's
   Activation activation = Activation::kNone;
+  const char* next_weights = nullptr;  // what the next convolution reads first, to be fetched meanwhile
+  int64_t next_bytes = 0;
+  int64_t chunk = 1;              // groups that take turns where panels are outermost
   bool panels_outermost = false;  // each panel's weights are read once, else each tile's pixels
 
   int64_t tiles() const { return images * tiling.count(); }
@@ -57,6 +60,8 @@ struct Share {
 struct PlacedTile {
   int64_t image;
   Tile tile;
+  char* out;             // its first pixel in the output's first block
+  const char* residual;  // and in the residual's, if there is one
 };
 
 // What a micro-kernel multiplies at a time: a block of a few tiles. Tile t's first row of A lies at a[segment][t].
@@ -72,21 +77,23 @@ FUSED_RESNET_INLINE const char* input_pixel(const Segment& segment, const Placed
          placed.tile.line * segment.stride_h * segment.input.line + placed.tile.begin * segment.stride_w * kPixelBytes;
 }
 
+FUSED_RESNET_INLINE char* output_pixel(const View& view, const PlacedTile& placed) {
+  return view.base + placed.image * view.image + placed.tile.line * view.line + placed.tile.begin * kPixelBytes;
+}
+
 // Groups [begin, end) of kTiles tiles; beyond the last tile it comes again, with nothing to write.
 template <int kTiles, int kMostTiles>
 FUSED_RESNET_INLINE void place(const Convolution& c, int64_t begin, int64_t end, Block<kMostTiles>* block) {
   block->num_tiles = (end - begin) * kTiles;
   for (int64_t t = 0; t < block->num_tiles; ++t) {
     const int64_t wanted = begin * kTiles + t, index = std::min(wanted, c.tiles() - 1);
-    block->tiles[t] = {index / c.tiling.count(), c.tiling.at(index % c.tiling.count())};
-    if (wanted != index) block->tiles[t].tile.written = 0;
+    PlacedTile& placed = block->tiles[t];
+    placed = {index / c.tiling.count(), c.tiling.at(index % c.tiling.count()), nullptr, nullptr};
+    if (wanted != index) placed.tile.written = 0;
+    placed.out = output_pixel(c.out, placed);
+    if (c.residual.base != nullptr) placed.residual = output_pixel(c.residual, placed);
     for (int s = 0; s < c.num_segments; ++s) block->a[s][t] = input_pixel(c.segments[s], block->tiles[t]);
   }
-}
-
-FUSED_RESNET_INLINE char* output_pixel(const View& view, const PlacedTile& placed, int64_t block) {
-  return view.base + placed.image * view.image + block * view.plane + placed.tile.line * view.line +
-         placed.tile.begin * kPixelBytes;
 }
 
 // The epilogue of 16 outputs of a tile's pixels. Channels beyond the output's get zeros: of an infinite input their
@@ -96,9 +103,9 @@ FUSED_RESNET_INLINE void finish_half(const Convolution& c, const PlacedTile& pla
                                      const float* sums) {
   using V = typename Lanes<kLanes>::Vector;
   constexpr int64_t kBlock = kPixelBytes / sizeof(T), kVectors = kHalf / kLanes;
-  const bool has_residual = c.residual.base != nullptr;
-  char* out = output_pixel(c.out, placed, channel / kBlock);
-  const char* residual = has_residual ? output_pixel(c.residual, placed, channel / kBlock) : nullptr;
+  const bool has_residual = placed.residual != nullptr;
+  char* out = placed.out + channel / kBlock * c.out.plane;
+  const char* residual = placed.residual + channel / kBlock * c.residual.plane;
   V bias[kVectors] = {};
   if (c.bias != nullptr) {
     for (int i = 0; i < kVectors; ++i) load<kLanes>(c.bias + channel + i * kLanes, &bias[i]);

@@ -12,14 +12,14 @@ namespace {
 
 #if FUSED_RESNET_HAS_TILES
 FUSED_RESNET_AVX512 void run_amx_bf16(const Convolution& c, const Share& share) {
-  run_share<TileKernel<AmxTiles, 16>, BFloat16>(c, share);
+  TileShare<AmxTiles, Avx512Rows>(c, share).run();
 }
 #else
 constexpr void (*run_amx_bf16)(const Convolution&, const Share&) = nullptr;
 #endif
 
 void run_emulated_amx_bf16(const Convolution& c, const Share& share) {
-  run_share<TileKernel<EmulatedTiles, 4>, BFloat16>(c, share);
+  TileShare<EmulatedTiles, PlainRows>(c, share).run();
 }
 
 FUSED_RESNET_AVX512 void run_avx512_fp32(const Convolution& c, const Share& share) {

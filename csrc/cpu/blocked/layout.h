@@ -13,6 +13,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
+
+#include "common/inline.h"
 
 namespace fused_resnet {
 namespace blocked {
@@ -38,26 +41,42 @@ struct Layout {
   }
 };
 
-// Lines [begin, end), counted over all images, from and to NHWC. A channel has 64 / lanes bytes.
-inline void from_nhwc(const Layout& l, const char* nhwc, int64_t begin, int64_t end, char* buffer) {
-  const int64_t channel_bytes = kPixelBytes / l.lanes;
-  for (int64_t line = begin; line < end; ++line) {
-    for (int64_t block = 0; block < l.blocks(); ++block) {
-      const char* from = nhwc + (line * l.W * l.C + block * l.lanes) * channel_bytes;
-      const int64_t bytes = std::clamp<int64_t>(l.C - block * l.lanes, 0, l.lanes) * channel_bytes;
+// How a region's input is read: as it is, or unfolded along its lines, where a pixel of the map holds the `taps` pixels
+// that a window's row meets there, one after the other. So a stem's few channels fill a block.
+struct Unfolding {
+  int64_t C, W, taps, stride, padding;  // C, W: of the input
+};
+
+// Lines [begin, end), counted over all images, from NHWC. A channel has 64 / lanes bytes.
+FUSED_RESNET_INLINE void from_nhwc(const Layout& l, const Unfolding& u, const char* nhwc, int64_t begin, int64_t end,
+                                   char* buffer) {
+  const int64_t channel_bytes = kPixelBytes / l.lanes, step = u.stride * u.C * channel_bytes;
+  const int64_t line_bytes = u.W * u.C * channel_bytes, readable = l.N * l.H * line_bytes;
+  for (int64_t block = 0; block < l.blocks(); ++block) {
+    const int64_t bytes = std::clamp<int64_t>(l.C - block * l.lanes, 0, l.lanes) * channel_bytes;
+    uint64_t kept[kPixelBytes / 8] = {};
+    std::memset(kept, 0xff, bytes);
+    for (int64_t line = begin; line < end; ++line) {
+      const char* from = nhwc + line * line_bytes;
       char* to = buffer + l.at(line / l.H, block, line % l.H, 0);
-      for (int64_t w = 0; w < l.W; ++w, from += l.C * channel_bytes, to += kPixelBytes) {
-        if (bytes == kPixelBytes) {
-          std::memcpy(to, from, kPixelBytes);
+      int64_t at = block * kPixelBytes - u.padding * u.C * channel_bytes;  // in the line
+      for (int64_t w = 0; w < l.W; ++w, at += step, to += kPixelBytes) {
+        uint64_t values[kPixelBytes / 8];
+        if (at >= 0 && at + bytes <= line_bytes && line * line_bytes + at + kPixelBytes <= readable) {
+          std::memcpy(values, from + at, kPixelBytes);
+          for (int i = 0; i < kPixelBytes / 8; ++i) values[i] &= kept[i];
+          std::memcpy(to, values, kPixelBytes);
         } else {
+          const int64_t first = std::max<int64_t>(at, 0), last = std::min(at + bytes, line_bytes);
           std::memset(to, 0, kPixelBytes);
-          if (bytes > 0) std::memcpy(to, from, bytes);
+          if (first < last) std::memcpy(to + first - at, from + first, last - first);
         }
       }
     }
   }
 }
 
+// The other way, without unfolding.
 inline void to_nhwc(const Layout& l, const char* buffer, int64_t begin, int64_t end, char* nhwc) {
   const int64_t channel_bytes = kPixelBytes / l.lanes;
   for (int64_t line = begin; line < end; ++line) {
@@ -66,6 +85,54 @@ inline void to_nhwc(const Layout& l, const char* buffer, int64_t begin, int64_t 
       const int64_t bytes = std::min(l.C - block * l.lanes, l.lanes) * channel_bytes;
       char* to = nhwc + (line * l.W * l.C + block * l.lanes) * channel_bytes;
       for (int64_t w = 0; w < l.W; ++w, from += kPixelBytes, to += l.C * channel_bytes) std::memcpy(to, from, bytes);
+    }
+  }
+}
+
+// A convolution of stride s meets, at each tap, every s-th line, and every s-th pixel of it: a phase of the map. With
+// the phases as maps of their own its strides are 1, and its tiles can run on over the ends of lines.
+//
+// One side of a window. Tap t meets pixel `shift[t]` from the output's own, in the phase that is `phases[which[t]]`.
+struct PhasedSide {
+  std::vector<int64_t> phases, which, shift;
+
+  PhasedSide(int64_t taps, int64_t stride, int64_t padding, int64_t dilation) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t at = tap * dilation - padding, phase = (at % stride + stride) % stride;
+      const auto known = std::find(phases.begin(), phases.end(), phase);
+      which.push_back(known - phases.begin());
+      shift.push_back((at - phase) / stride);
+      if (known == phases.end()) phases.push_back(phase);
+    }
+  }
+};
+
+struct Phases {
+  PhasedSide h, w;
+  int64_t stride_h, stride_w;
+
+  int64_t count() const { return static_cast<int64_t>(h.phases.size() * w.phases.size()); }
+  int64_t index(int64_t r, int64_t s) const { return h.which[r] * static_cast<int64_t>(w.phases.size()) + w.which[s]; }
+};
+
+// Planes [begin, end) of `to`: (image, phase, block of from). Zeros where the map has ended.
+inline void split_phases(const Layout& from, const Phases& p, const Layout& to, const char* in, int64_t begin,
+                         int64_t end, char* out) {
+  const int64_t blocks = from.blocks(), across = static_cast<int64_t>(p.w.phases.size());
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t image = index / to.blocks(), plane = index % to.blocks(), block = plane % blocks;
+    const int64_t first_h = p.h.phases[plane / blocks / across], first_w = p.w.phases[plane / blocks % across];
+    const int64_t width = std::clamp<int64_t>((from.W - first_w + p.stride_w - 1) / p.stride_w, 0, to.W);
+    for (int64_t i = 0; i < to.H; ++i) {
+      const int64_t h = i * p.stride_h + first_h, pixels = h < from.H ? width : 0;
+      char* line = out + to.at(image, plane, i, 0);
+      if (pixels > 0) {
+        const char* pixel = in + from.at(image, block, h, first_w);
+        for (int64_t j = 0; j < pixels; ++j) {
+          std::memcpy(line + j * kPixelBytes, pixel + j * p.stride_w * kPixelBytes, kPixelBytes);
+        }
+      }
+      std::memset(line + pixels * kPixelBytes, 0, (to.W - pixels) * kPixelBytes);
     }
   }
 }

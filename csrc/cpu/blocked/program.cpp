@@ -11,6 +11,12 @@ using torch::headeronly::ScalarType;
 // Of each size, of a window's sides and of an image's bytes: so that no product overflows before it is compared.
 constexpr int64_t kMost = int64_t{1} << 24, kMostTaps = 1024, kMostImageBytes = int64_t{1} << 56;
 
+// Of inputs that take turns with a panel of weights after the other: about half of a second-level cache.
+constexpr int64_t kChunkBytes = 1 << 20;
+
+// Of weights that are fetched before their convolution begins.
+constexpr int64_t kMostAhead = 1 << 18;
+
 ScalarType scalar_type(Dtype dtype) {
   return dtype == Dtype::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
 }
@@ -112,35 +118,68 @@ void Program::check_disjoint(const char* what, const Buffer& a, const Buffer& ou
                   text(out.layout), " at ", out.offset, " overlap");
 }
 
-void Program::check_nhwc(const char* what, const Tensor& tensor, const Buffer& buffer) const {
-  const Layout& l = buffer.layout;
+void Program::check_nhwc(const char* what, const Tensor& tensor, int64_t C, int64_t W, const Layout& l) const {
   STD_TORCH_CHECK(tensor.scalar_type() == scalar_type(kernel_.dtype), kRegion, ": ", what, " must be of the dtype of ",
                   kernel_.name, ", not ", dtype_text(tensor));
-  check_shape(kRegion, what, tensor, {l.N, l.C, l.H, l.W});
+  check_shape(kRegion, what, tensor, {l.N, C, l.H, W});
   check_channels_last(kRegion, what, tensor);
 }
 
+Program::Window Program::read_dilated_window() {
+  Window w = read_window();
+  w.dilation_h = read_between("a dilation", 1, kMost);
+  w.dilation_w = read_between("a dilation", 1, kMost);
+  return w;
+}
+
 Step Program::next() {
-  switch (read_between("a step", 0, 4)) {
-    case 0: {
-      const Tensor& input = read_tensor("an input's number", tensors_.inputs);
-      const Buffer& buffer = read_buffer();
-      check_nhwc("an input", input, buffer);
-      return FromNhwc{static_cast<const char*>(input.const_data_ptr()), buffer};
-    }
+  switch (read_between("a step", 0, 5)) {
+    case 0:
+      return read_input();
     case 1: {
       const Buffer& buffer = read_buffer();
       const Tensor& output = read_tensor("an output's number", tensors_.outputs);
-      check_nhwc("an output", output, buffer);
+      check_nhwc("an output", output, buffer.layout.C, buffer.layout.W, buffer.layout);
       return ToNhwc{buffer, static_cast<char*>(output.mutable_data_ptr())};
     }
     case 2:
       return ZeroHalo{read_buffer()};
     case 3:
       return read_convolution();
-    default:
+    case 4:
       return read_pooling();
+    default:
+      return read_phases();
   }
+}
+
+Step Program::read_input() {
+  const Tensor& input = read_tensor("an input's number", tensors_.inputs);
+  const Buffer& buffer = read_buffer();
+  const Layout& l = buffer.layout;
+  Unfolding u{};
+  u.taps = read_between("the taps of an unfolding", 1, kMostTaps);
+  u.stride = read_between("the stride of an unfolding", 1, kMost);
+  u.padding = read_between("the padding of an unfolding", 0, kMost);
+  u.C = l.C / u.taps;
+  u.W = input.dim() == 4 ? input.size(3) : 0;
+  STD_TORCH_CHECK(
+      l.C % u.taps == 0 && u.W > 0 && u.W <= kMost && Window::outputs(u.W + 2 * u.padding - u.taps, u.stride) == l.W,
+      kRegion, ": ", u.taps, " taps of an input of ", u.W, " columns do not give ", text(l));
+  check_nhwc("an input", input, u.C, u.W, l);
+  return FromNhwc{static_cast<const char*>(input.const_data_ptr()), buffer, u};
+}
+
+Step Program::read_phases() {
+  const Buffer &from = read_buffer(), &to = read_buffer();
+  const Window w = read_dilated_window();
+  const Layout &l = from.layout, &t = to.layout;
+  Phases phases = w.phases();
+  STD_TORCH_CHECK(
+      l.N == t.N && t.blocks() == phases.count() * l.blocks() && t.H == w.outputs_h(l.H) && t.W == w.outputs_w(l.W),
+      kRegion, ": the phases of ", text(l), " for a window of ", w.R, "x", w.S, " are not ", text(t));
+  check_disjoint("an input", from, to);
+  return SplitPhases{from, to, std::move(phases)};
 }
 
 Step Program::read_convolution() {
@@ -160,6 +199,7 @@ Step Program::read_convolution() {
   c.panels = (l.C + kPanel - 1) / kPanel;
   c.out = view(out);
   const Tensor& weight = read_tensor("a weight's number", tensors_.weights);
+  most_steps_ = weight.dim() == 5 ? weight.size(1) : 0;  // known before any step is written down
   const int64_t bias = read_between("a bias's number", -1, static_cast<int64_t>(tensors_.biases.size()) - 1);
   c.num_segments = static_cast<int>(read_between("the number of segments", 1, kMaxSegments));
   offsets_.clear();
@@ -169,6 +209,10 @@ Step Program::read_convolution() {
   }
   check_weights(weight, bias, &c);
   c.tiling = Tiling(l.H, l.W, l.pitch, runs_on, kernel_.max_rows);
+  set_next(&c);
+  int64_t group_bytes = 0;
+  for (int s = 0; s < c.num_segments; ++s) group_bytes += c.segments[s].blocks * c.tiling.rows() * kPixelBytes;
+  c.chunk = std::max<int64_t>(1, kChunkBytes / (group_bytes * kernel_.tiles));
   return step;
 }
 
@@ -187,31 +231,71 @@ void Program::read_residual(const Buffer& out, Convolution* c, bool* runs_on) {
 // Returns its k steps, and appends their offsets.
 int64_t Program::read_segment(const Buffer& out, Segment* segment, bool* runs_on) {
   const Buffer& input = read_buffer();
-  const Window w = read_window();
-  const int64_t dilation_h = read_between("a dilation", 1, kMost), dilation_w = read_between("a dilation", 1, kMost);
   const Layout &l = input.layout, &to = out.layout;
-  const int64_t reach_h = dilation_h * (w.R - 1), reach_w = dilation_w * (w.S - 1);
-  const int64_t room_h = l.H + 2 * w.padding_h - reach_h - 1, room_w = l.W + 2 * w.padding_w - reach_w - 1;
-  STD_TORCH_CHECK(
-      l.N == to.N && room_h >= 0 && room_w >= 0 && to.H == room_h / w.stride_h + 1 && to.W == room_w / w.stride_w + 1,
-      kRegion, ": a convolution of ", text(l), " with a window of ", w.R, "x", w.S, " does not give ", text(to));
+  const int64_t channels = read_between("the channels of a phased map", 0, l.C);
+  const Window w = read_dilated_window();
+  check_disjoint("an input", input, out);
+  STD_TORCH_CHECK(l.N == to.N, kRegion, ": a convolution of ", text(l), " does not give ", text(to));
+  segment->input = view(input);
+  if (channels > 0) return read_phased(w, input, channels, out, segment, runs_on);
+  STD_TORCH_CHECK(to.H == w.outputs_h(l.H) && to.W == w.outputs_w(l.W), kRegion, ": a convolution of ", text(l),
+                  " with a window of ", w.R, "x", w.S, " does not give ", text(to));
   STD_TORCH_CHECK(std::max(w.padding_h, w.padding_w) <= l.halo, kRegion, ": a padding of ",
                   std::max(w.padding_h, w.padding_w), " needs as much halo, the buffer has ", l.halo);
-  check_disjoint("an input", input, out);
   *runs_on &= w.stride_h == 1 && w.stride_w == 1 && l.pitch == to.pitch;
-  segment->input = view(input);
   segment->stride_h = w.stride_h, segment->stride_w = w.stride_w;
-  segment->steps = l.used_blocks() * w.R * w.S;
-  STD_TORCH_CHECK(segment->steps <= kMost, kRegion, ": a convolution has at most ", kMost, " steps of its reduction");
+  set_steps(l.used_blocks(), w, segment);
   for (int64_t block = 0; block < l.used_blocks(); ++block) {
     for (int64_t r = 0; r < w.R; ++r) {
       for (int64_t s = 0; s < w.S; ++s) {
-        offsets_.push_back(block * l.plane_bytes() + (r * dilation_h - w.padding_h) * segment->input.line +
-                           (s * dilation_w - w.padding_w) * kPixelBytes);
+        offsets_.push_back(block * l.plane_bytes() + (r * w.dilation_h - w.padding_h) * segment->input.line +
+                           (s * w.dilation_w - w.padding_w) * kPixelBytes);
       }
     }
   }
   return segment->steps;
+}
+
+// The same over the phases of a map, each as large as the output.
+int64_t Program::read_phased(const Window& w, const Buffer& input, int64_t channels, const Buffer& out,
+                             Segment* segment, bool* runs_on) {
+  const Layout &l = input.layout, &to = out.layout;
+  const Phases phases = w.phases();
+  const Layout map{l.N, channels, l.H, l.W, l.halo, l.pitch, l.lanes};
+  const auto [least_h, most_h] = std::minmax_element(phases.h.shift.begin(), phases.h.shift.end());
+  const auto [least_w, most_w] = std::minmax_element(phases.w.shift.begin(), phases.w.shift.end());
+  STD_TORCH_CHECK(l.H == to.H && l.W == to.W && l.blocks() == phases.count() * map.blocks(), kRegion, ": the phases ",
+                  text(l), " of ", channels, " channels for a window of ", w.R, "x", w.S, " do not give ", text(to));
+  STD_TORCH_CHECK(std::max(*most_h, *most_w) <= 0 && std::min(*least_h, *least_w) >= -l.halo, kRegion,
+                  ": the window reaches beyond the halo of ", l.halo, " around its phases");
+  *runs_on &= l.pitch == to.pitch;
+  set_steps(map.used_blocks(), w, segment);
+  for (int64_t block = 0; block < map.used_blocks(); ++block) {
+    for (int64_t r = 0; r < w.R; ++r) {
+      for (int64_t s = 0; s < w.S; ++s) {
+        offsets_.push_back((phases.index(r, s) * map.blocks() + block) * l.plane_bytes() +
+                           phases.h.shift[r] * segment->input.line + phases.w.shift[s] * kPixelBytes);
+      }
+    }
+  }
+  return segment->steps;
+}
+
+void Program::set_steps(int64_t blocks, const Window& w, Segment* segment) {
+  segment->blocks = blocks;
+  segment->steps = blocks * w.R * w.S;
+  STD_TORCH_CHECK(segment->steps <= most_steps_, kRegion,
+                  ": a weight must have the shape of its convolution, and that of ", segment->steps,
+                  " k steps or more has ", most_steps_);
+}
+
+void Program::set_next(Convolution* c) {
+  const int64_t panel_bytes = c->steps * kStepBytes;
+  if (next_ == weights_.size()) weights_.push_back({c->weights, c->panels * panel_bytes, panel_bytes});
+  if (++next_ == weights_.size()) return;
+  const Weights& next = weights_[next_];
+  c->next_weights = next.begin;
+  c->next_bytes = std::min(next.bytes, std::max(next.panel_bytes, kMostAhead));
 }
 
 void Program::check_weights(const Tensor& weight, int64_t bias, Convolution* c) const {

@@ -2,12 +2,13 @@
 //
 //   program = version, number of buffers, buffers, steps
 //   buffer  = N, C, H, W, halo, pitch, offset in the workspace in bytes
-//   step    = 0, input tensor, buffer                                            from NHWC
+//   step    = 0, input tensor, buffer, taps, stride, padding                     from NHWC, unfolded along its lines
 //           | 1, buffer, output tensor                                           to NHWC
 //           | 2, buffer                                                          zeros into the halo
 //           | 3, out, residual or -1, activation, splits channels, weight, bias or -1, number of segments, segments
 //           | 4, is a maximum, counts padding, in, out, window                   pooling
-//   segment = in, window, dilation
+//           | 5, in, out, window, dilation                                       the phases that the window meets
+//   segment = in, channels of the map that `in` has the phases of or 0, window, dilation
 //   window  = R, S, and height and width of the stride and of the padding
 //
 // fused_resnet/regions/program.py writes it.
@@ -28,7 +29,7 @@ namespace fused_resnet {
 namespace blocked {
 
 constexpr const char* kRegion = "cpu_region";
-constexpr int64_t kProgramVersion = 1;
+constexpr int64_t kProgramVersion = 2;
 
 struct Buffer {
   Layout layout;
@@ -38,6 +39,7 @@ struct Buffer {
 struct FromNhwc {
   const char* input;
   Buffer buffer;
+  Unfolding unfolding;
 };
 struct ToNhwc {
   Buffer buffer;
@@ -54,7 +56,11 @@ struct Pool {
   Pooling pooling;
   int64_t images;
 };
-using Step = std::variant<FromNhwc, ToNhwc, ZeroHalo, Convolve, Pool>;
+struct SplitPhases {
+  Buffer from, to;
+  Phases phases;
+};
+using Step = std::variant<FromNhwc, ToNhwc, ZeroHalo, Convolve, Pool, SplitPhases>;
 
 struct RegionTensors {
   const std::vector<Tensor>&inputs, &weights, &biases;
@@ -62,19 +68,29 @@ struct RegionTensors {
   const std::vector<Tensor>& outputs;
 };
 
-// Reads a program step by step. What a step points to lives until the next step is read.
+// Reads a program step by step: once to check it, once more to run it. What a step points to lives until the next one
+// is read.
 class Program {
  public:
   Program(const Tensor& program, const RegionTensors& tensors, const MicroKernel& kernel);
 
-  void rewind() { at_ = first_step_; }
+  // What follows a convolution is known to the steps that are read after this.
+  void rewind() { at_ = first_step_, next_ = 0; }
   bool has_more() const { return at_ != end_; }
   Step next();
   char* memory(const Buffer& buffer) const { return workspace_ + buffer.offset; }
 
  private:
   struct Window {
-    int64_t R, S, stride_h, stride_w, padding_h, padding_w;
+    int64_t R, S, stride_h, stride_w, padding_h, padding_w, dilation_h = 1, dilation_w = 1;
+
+    // Outputs along a side, 0 where the window does not fit.
+    int64_t outputs_h(int64_t H) const { return outputs(H + 2 * padding_h - dilation_h * (R - 1) - 1, stride_h); }
+    int64_t outputs_w(int64_t W) const { return outputs(W + 2 * padding_w - dilation_w * (S - 1) - 1, stride_w); }
+    static int64_t outputs(int64_t room, int64_t stride) { return room < 0 ? 0 : room / stride + 1; }
+    Phases phases() const {
+      return {{R, stride_h, padding_h, dilation_h}, {S, stride_w, padding_w, dilation_w}, stride_h, stride_w};
+    }
   };
 
   int64_t read();
@@ -82,15 +98,22 @@ class Program {
   const Buffer& read_buffer();
   const Tensor& read_tensor(const char* what, const std::vector<Tensor>& tensors);
   Window read_window();
+  Window read_dilated_window();
+  Step read_input();
+  Step read_phases();
   void read_buffers();
   Buffer read_new_buffer();
   Step read_convolution();
   Step read_pooling();
   int64_t read_segment(const Buffer& out, Segment* segment, bool* runs_on);
+  int64_t read_phased(const Window& w, const Buffer& input, int64_t channels, const Buffer& out, Segment* segment,
+                      bool* runs_on);
+  void set_steps(int64_t blocks, const Window& w, Segment* segment);
   void read_residual(const Buffer& out, Convolution* c, bool* runs_on);
+  void set_next(Convolution* c);
   void check_weights(const Tensor& weight, int64_t bias, Convolution* c) const;
   void check_disjoint(const char* what, const Buffer& a, const Buffer& out) const;
-  void check_nhwc(const char* what, const Tensor& tensor, const Buffer& buffer) const;
+  void check_nhwc(const char* what, const Tensor& tensor, int64_t C, int64_t W, const Layout& l) const;
   View view(const Buffer& buffer) const { return View(buffer.layout, memory(buffer)); }
 
   const int64_t *at_, *end_, *first_step_;
@@ -99,7 +122,15 @@ class Program {
   char* workspace_;
   int64_t workspace_bytes_;
   std::vector<Buffer> buffers_;
+  int64_t most_steps_ = 0;
   std::vector<int64_t> offsets_;  // of the convolution that was read last
+
+  struct Weights {
+    const char* begin;
+    int64_t bytes, panel_bytes;
+  };
+  std::vector<Weights> weights_;  // of all convolutions that were read
+  size_t next_ = 0;               // the convolution that is read next
 };
 
 }  // namespace blocked

@@ -29,15 +29,40 @@ void over(int64_t count, int64_t bytes_each, const Run& run) {
   torch::stable::parallel_for(0, count, grain, run);
 }
 
+void from_nhwc_anywhere(const Layout& l, const Unfolding& u, const char* nhwc, int64_t begin, int64_t end,
+                        char* buffer) {
+  from_nhwc(l, u, nhwc, begin, end, buffer);
+}
+
+FUSED_RESNET_AVX2 void from_nhwc_avx2(const Layout& l, const Unfolding& u, const char* nhwc, int64_t begin, int64_t end,
+                                      char* buffer) {
+  from_nhwc(l, u, nhwc, begin, end, buffer);
+}
+
+FUSED_RESNET_AVX512 void from_nhwc_avx512(const Layout& l, const Unfolding& u, const char* nhwc, int64_t begin,
+                                          int64_t end, char* buffer) {
+  from_nhwc(l, u, nhwc, begin, end, buffer);
+}
+
 class Runner {
  public:
   Runner(const Program& program, const MicroKernel& kernel) : program_(program), kernel_(kernel) {}
 
   void operator()(const FromNhwc& step) const {
+    using Run = void (*)(const Layout&, const Unfolding&, const char*, int64_t, int64_t, char*);
+    static const auto run = best_of<Run>(from_nhwc_anywhere, from_nhwc_avx2, from_nhwc_avx512);
     const Layout& l = step.buffer.layout;
     char* to = program_.memory(step.buffer);
     over(l.N * l.H, l.blocks() * l.W * kPixelBytes,
-         [&](int64_t begin, int64_t end) { from_nhwc(l, step.input, begin, end, to); });
+         [&](int64_t begin, int64_t end) { run(l, step.unfolding, step.input, begin, end, to); });
+  }
+
+  void operator()(const SplitPhases& step) const {
+    const Layout &from = step.from.layout, &to = step.to.layout;
+    const char* in = program_.memory(step.from);
+    char* out = program_.memory(step.to);
+    over(to.N * to.blocks(), to.H * to.W * kPixelBytes,
+         [&](int64_t begin, int64_t end) { split_phases(from, step.phases, to, in, begin, end, out); });
   }
 
   void operator()(const ToNhwc& step) const {

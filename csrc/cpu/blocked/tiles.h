@@ -175,9 +175,10 @@ inline bool ask_for_tiles() {
 // Why this process cannot use AMX's bf16; null if it can. Asked once.
 inline const char* why_no_amx() {
   static const char* const why = [] {
-    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+    constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5;
     unsigned a, b, c, d = 0;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (kAmxBf16 | kAmxTile)) != 0) return "this CPU has no AMX";
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & kAvx512Bf16) == 0) return "this CPU has no AVX-512 for bf16";
     return ask_for_tiles() ? nullptr : "the operating system gives no permission to use AMX";
   }();
   return why;

@@ -1,0 +1,121 @@
+// The epilogue of tiles, row by row: act(sums + bias + residual) of a pixel's 32 outputs, from fp32 to bf16. In two
+// implementations: AVX-512's instructions, and C++ for any machine. No torch here.
+//
+//   Rows(c, panel)                              what the rows of a block share
+//   finish<kResidual>(sums, tile, row)          row of a tile: written if it is one that the tile has to write
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "common/dtype.h"
+#include "cpu/blocked/convolution.h"
+#include "cpu/blocked/tiles.h"
+#include "cpu/vectors.h"
+
+namespace fused_resnet {
+namespace blocked {
+
+// Where a tile's rows go.
+struct FinishedTile {
+  char* out = nullptr;
+  const char* residual = nullptr;
+  uint32_t written = 0;
+
+  FinishedTile() = default;
+  FUSED_RESNET_INLINE FinishedTile(const Convolution& c, const PlacedTile& placed, int64_t panel)
+      : out(placed.out + panel * c.out.plane),
+        residual(placed.residual + panel * c.residual.plane),
+        written(placed.tile.written) {}
+};
+
+class PlainRows {
+ public:
+  PlainRows() = default;
+  PlainRows(const Convolution& c, int64_t panel)
+      : activation_(c.activation),
+        bias_(c.bias == nullptr ? nullptr : c.bias + panel * kPanel),
+        channels_(std::min(c.channels - panel * kPanel, kPanel)) {}
+
+  template <bool kResidual>
+  void finish(const float* sums, const FinishedTile& tile, int row) const {
+    if ((tile.written >> row & 1) == 0) return;
+    auto* out = reinterpret_cast<BFloat16*>(tile.out + row * kPixelBytes);
+    auto* residual = reinterpret_cast<const BFloat16*>(tile.residual + row * kPixelBytes);
+    for (int64_t channel = 0; channel < kPanel; ++channel) {
+      float value = sums[(channel / kHalf * kMaxTileRows + row) * kHalf + channel % kHalf];
+      if (bias_ != nullptr) value += bias_[channel];
+      if (kResidual) value += static_cast<float>(residual[channel]);
+      if (activation_ != Activation::kNone) value = value < 0.f ? 0.f : value;
+      if (activation_ == Activation::kRelu6) value = value > 6.f ? 6.f : value;
+      out[channel] = BFloat16(channel < channels_ ? value : 0.f);
+    }
+  }
+
+ private:
+  Activation activation_ = Activation::kNone;
+  const float* bias_ = nullptr;
+  int64_t channels_ = 0;
+};
+
+#if defined(__x86_64__)
+
+// By inline assembly, since a template without a target cannot call intrinsics that have one. No branch: rows that are
+// not written have an empty mask, with which memory is neither read nor written.
+class Avx512Rows {
+ public:
+  Avx512Rows() = default;
+  FUSED_RESNET_INLINE Avx512Rows(const Convolution& c, int64_t panel) {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    const int64_t channels = std::min(c.channels - panel * kPanel, kPanel);
+    kept_ = channels == kPanel ? ~uint32_t{0} : (uint32_t{1} << channels) - 1;
+    least_ = V{} + (c.activation == Activation::kNone ? -kInfinity : 0.f);
+    most_ = V{} + (c.activation == Activation::kRelu6 ? 6.f : kInfinity);
+    bias_[0] = bias_[1] = V{};
+    if (c.bias != nullptr) {
+      for (int half = 0; half < 2; ++half) load<kHalf>(c.bias + panel * kPanel + half * kHalf, &bias_[half]);
+    }
+  }
+
+  template <bool kResidual>
+  FUSED_RESNET_INLINE void finish(const float* sums, const FinishedTile& tile, int row) const {
+    const uint32_t written = -(tile.written >> row & 1);
+    V value[2];
+    for (int half = 0; half < 2; ++half) {
+      load<kHalf>(sums + (half * kMaxTileRows + row) * kHalf, &value[half]);
+      value[half] += bias_[half];
+      if (kResidual) {
+        typename Lanes<kHalf>::Bits wide;
+        const char* from = tile.residual + row * kPixelBytes + half * sizeof(HalfLine);
+        asm("vpmovzxwd %1, %0%{%2%}%{z%}" : "=v"(wide) : "m"(*reinterpret_cast<const HalfLine*>(from)), "Yk"(written));
+        value[half] += reinterpret_cast<V>(wide << 16);
+      }
+      // of NaN and a number either gives the second
+      asm("vmaxps %1, %2, %0" : "=v"(value[half]) : "v"(value[half]), "v"(least_));
+      asm("vminps %1, %2, %0" : "=v"(value[half]) : "v"(value[half]), "v"(most_));
+    }
+    V result;
+    asm("vcvtne2ps2bf16 %1, %2, %0%{%3%}%{z%}" : "=v"(result) : "v"(value[0]), "v"(value[1]), "Yk"(kept_));
+    asm("vmovdqu16 %1, %0%{%2%}"
+        : "+m"(*reinterpret_cast<Line*>(tile.out + row * kPixelBytes))
+        : "v"(result), "Yk"(written));
+  }
+
+ private:
+  using V = typename Lanes<kHalf>::Vector;
+  struct HalfLine {
+    char bytes[kPixelBytes / 2];
+  };
+  struct Line {
+    char bytes[kPixelBytes];
+  };
+
+  V bias_[2], least_, most_;
+  uint32_t kept_;
+};
+
+#endif
+
+}  // namespace blocked
+}  // namespace fused_resnet
