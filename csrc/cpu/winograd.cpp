@@ -7,17 +7,13 @@
 #include <string>
 #include <vector>
 
-#include "cpu/dispatch.h"
 #include "cpu/operator.h"
+#include "cpu/winograd_run.h"
 
 namespace fused_resnet {
 namespace {
 
 constexpr const char* kOp = "cpu_winograd";
-
-template <class T>
-using RunBlock = void (*)(const winograd::Shape&, const T*, const float*, const Epilogue<T>&, const winograd::Block&,
-                          float*, T*);
 
 winograd::Shape shape_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& padding,
                          const Tensor& out) {
@@ -26,15 +22,19 @@ winograd::Shape shape_of(const Tensor& x, const Tensor& weight, const std::vecto
                       weight.size(2) == x.size(1) && weight.size(3) == winograd::kPanel,
                   kOp, ": weight must be packed as (36, K/16, C, 16) for C = ", x.size(1), ", not ",
                   layout_text(weight));
-  const winograd::Shape s{x.size(0),
-                          x.size(2),
-                          x.size(3),
-                          x.size(1),
-                          weight.size(1) * winograd::kPanel,
-                          x.size(2) + 2 * padding[0] - 2,
-                          x.size(3) + 2 * padding[1] - 2,
-                          padding[0],
-                          padding[1]};
+  winograd::Shape s{x.size(0),
+                    x.size(2),
+                    x.size(3),
+                    x.size(1),
+                    weight.size(1) * winograd::kPanel,
+                    x.size(2) + 2 * padding[0] - 2,
+                    x.size(3) + 2 * padding[1] - 2,
+                    padding[0],
+                    padding[1],
+                    {},
+                    {}};
+  s.in = winograd::Strides::of_nhwc(s.H, s.W, s.C);
+  s.out = winograd::Strides::of_nhwc(s.P, s.Q, s.K);
   STD_TORCH_CHECK(s.C % winograd::kPanel == 0 && s.C > 0 && s.K > 0, kOp, ": channels must be multiples of 16, not ",
                   s.C, " and ", s.K);
   STD_TORCH_CHECK(s.P > 0 && s.Q > 0, kOp, ": the output would be empty: ", s.P, "x", s.Q);
@@ -45,18 +45,8 @@ winograd::Shape shape_of(const Tensor& x, const Tensor& weight, const std::vecto
 template <class T>
 void run(const winograd::Shape& s, const Tensor& x, const Tensor& weight, const Epilogue<T>& epilogue,
          const Tensor& out) {
-  const T* from = static_cast<const T*>(x.const_data_ptr());
-  const float* points = static_cast<const float*>(weight.const_data_ptr());
-  T* to = static_cast<T*>(out.mutable_data_ptr());
-  static const auto run_block =
-      best_of<RunBlock<T>>(winograd::run_block_anywhere<T>, winograd::run_block_avx2<T>, winograd::run_block_avx512<T>);
-  const winograd::Blocks blocks(s, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      float* own = scratch(kOp, winograd::scratch_floats(s, blocks.tiles, blocks.columns));
-      run_block(s, from, points, epilogue, blocks.at(s, index), own, to);
-    }
-  });
+  winograd::run(kOp, s, static_cast<const T*>(x.const_data_ptr()), static_cast<const float*>(weight.const_data_ptr()),
+                epilogue, static_cast<T*>(out.mutable_data_ptr()));
 }
 
 void winograd_conv(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,

@@ -24,8 +24,19 @@ constexpr float kRoot2 = 1.41421356f, kRootHalf = 0.70710678f;
 constexpr int kPanel = 16;  // columns that lie together in U
 constexpr int kPad = 16;    // floats between the 36 matrices, so that their rows do not share cache sets
 
+// How far apart the parts of an activation lie, in elements. Channels lie in blocks of `lanes`: in NHWC in any multiple
+// of a vector, since its blocks lie side by side.
+struct Strides {
+  int64_t image, line, pixel, block, lanes;
+
+  static Strides of_nhwc(int64_t H, int64_t W, int64_t C) { return {H * W * C, W * C, C, kPanel, kPanel}; }
+  int64_t at(int64_t n, int64_t h, int64_t w) const { return n * image + h * line + w * pixel; }
+  int64_t channel(int64_t c) const { return c / lanes * block + c % lanes; }
+};
+
 struct Shape {
   int64_t N, H, W, C, K, P, Q, padding_h, padding_w;
+  Strides in, out;
   int64_t tiles_h() const { return (P + kOut - 1) / kOut; }
   int64_t tiles_w() const { return (Q + kOut - 1) / kOut; }
   int64_t tiles() const { return N * tiles_h() * tiles_w(); }
@@ -109,19 +120,20 @@ FUSED_RESNET_INLINE void transform_input(const Shape& s, const T* x, const Block
     const int64_t h_begin = std::max<int64_t>(0, -top), h_end = std::min<int64_t>(kTile, s.H - top);
     const int64_t w_begin = std::max<int64_t>(0, -left), w_end = std::min<int64_t>(kTile, s.W - left);
     const bool is_whole = h_begin == 0 && w_begin == 0 && h_end == kTile && w_end == kTile;
-    const T* corner = x + ((n * s.H + top) * s.W + left) * s.C;
+    const T* corner = x + s.in.at(n, top, left);
     float* to = v + (tile - block.tile_begin) * s.C;
     for (int64_t c = 0; c < s.C; c += kLanes) {
+      const T* from = corner + s.in.channel(c);
       V half[kPoints];
       for (int j = 0; j < kTile; ++j) {
         V d[kTile];
         if (is_whole) {
-          for (int i = 0; i < kTile; ++i) load<kLanes>(corner + (i * s.W + j) * s.C + c, d + i);
+          for (int i = 0; i < kTile; ++i) load<kLanes>(from + s.in.at(0, i, j), d + i);
         } else {
           for (int i = 0; i < kTile; ++i) {
             const bool is_inside = i >= h_begin && i < h_end && j >= w_begin && j < w_end;
             d[i] = V{};
-            if (is_inside) load<kLanes>(corner + (i * s.W + j) * s.C + c, d + i);
+            if (is_inside) load<kLanes>(from + s.in.at(0, i, j), d + i);
           }
         }
         transform_input_1d(d, 1, half + j, kTile);
@@ -207,8 +219,9 @@ FUSED_RESNET_INLINE void transform_output(const Shape& s, const float* m, const 
     const int64_t top = rest / s.tiles_w() * kOut, left = rest % s.tiles_w() * kOut;
     const int64_t height = std::min<int64_t>(kOut, s.P - top), width = std::min<int64_t>(kOut, s.Q - left);
     const float* from = m + (tile - block.tile_begin) * columns;
-    const int64_t corner = ((n * s.P + top) * s.Q + left) * s.K + block.k_begin;
+    const int64_t corner = s.out.at(n, top, left);
     for (int64_t k = 0; k < columns; k += kLanes) {
+      const int64_t to = corner + s.out.channel(block.k_begin + k);
       V half[kOut * kTile];
       for (int j = 0; j < kTile; ++j) {
         V column[kTile];
@@ -221,7 +234,7 @@ FUSED_RESNET_INLINE void transform_output(const Shape& s, const float* m, const 
         V y[kOut];
         transform_output_1d(half + i * kTile, 1, y, 1);
         for (int64_t j = 0; j < width; ++j) {
-          finish<kLanes>(y[j] + bias, epilogue, corner + (i * s.Q + j) * s.K + k, kLanes, out);
+          finish<kLanes>(y[j] + bias, epilogue, to + s.out.at(0, i, j), kLanes, out);
         }
       }
     }

@@ -24,7 +24,7 @@ from fused_resnet.regions import layout
 
 _VERSION = 2
 _ACTIVATIONS = ACTIVATIONS[:3]  # the kernels have no others
-_FROM_NHWC, _TO_NHWC, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES = range(6)
+_FROM_NHWC, _TO_NHWC, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES, _WINOGRAD = range(7)
 _TILE = 16  # rows of the largest tile
 _SAVED = 0.8  # of the tiles: phases are split where no more are left
 Shape = tuple[int, int, int, int]
@@ -167,6 +167,42 @@ class Region:
         self._add(integers, read, None if out is residual else out)
         return out
 
+    def winograd(
+        self,
+        x: Map,
+        points: Tensor,
+        padding: Pair,
+        bias: Optional[Tensor],
+        *,
+        activation: str = "none",
+        replaced: Optional[Map] = None,
+    ) -> Map:
+        """act(a 3x3 convolution of stride 1 + bias + residual) by Winograd's F(4x4, 3x3), with fp32 inside.
+
+        points: the weight as (36, K/16, C, 16) in fp32 (`backends.winograd`). replaced: the residual, whose map takes
+        the result. Raises ValueError for what does not fit together, and for channels in no multiples of 32.
+        """
+        (N, C, H, W), K = x.shape, points.shape[1] * points.shape[3]
+        if C % layout.PANEL or K % layout.PANEL or points.shape[2] != C:
+            raise ValueError(
+                f"winograd: channels must be multiples of {layout.PANEL}, and a weight of {tuple(points.shape)} meets "
+                f"a map of {C} channels"
+            )
+        shape = (N, K, H + 2 * padding[0] - 2, W + 2 * padding[1] - 2)
+        _check_epilogue("winograd", shape, bias, activation, replaced, [x] if replaced is not None else [])
+        out = self._new_map(shape) if replaced is None else replaced
+        numbers = (
+            self._keep(points, self._weights),
+            self._keep(None if bias is None else layout.pack_bias(bias), self._biases),
+        )
+
+        def integers() -> list[int]:
+            what = (self._number(x), self._number(out), int(replaced is not None), ACTIVATIONS.index(activation))
+            return [_WINOGRAD, *what, *numbers, *padding]
+
+        self._add(integers, [x] if replaced is None else [x, replaced], None if replaced is not None else out)
+        return out
+
     def _integers_of(self, segment: Segment) -> list[int]:
         _, _, R, S = segment.weight.shape
         read = segment.phases or segment.x
@@ -205,14 +241,9 @@ class Region:
         for segment in segments:
             if segment.output_shape != shape:
                 raise ValueError(f"convolve: segments give {shape} and {segment.output_shape}")
-        if bias is not None and bias.shape != shape[1:2]:
-            raise ValueError(f"convolve: a bias of {tuple(bias.shape)} is added to {shape[1]} channels")
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"convolve: the activations are {', '.join(_ACTIVATIONS)}, not {activation}")
-        if residual is not None and residual.shape != shape:
-            raise ValueError(f"convolve: a residual of {residual.shape} is added to {shape}")
-        if in_place and (residual is None or any(segment.x is residual for segment in segments)):
+        if in_place and residual is None:
             raise ValueError("convolve: in place there must be a residual that no segment reads")
+        _check_epilogue("convolve", shape, bias, activation, residual, [x for x, *_ in segments] if in_place else [])
 
     def pool(
         self, x: Map, kind: str, window: Pair, stride: Pair, padding: Pair = (0, 0), *, count_include_pad: bool = True
@@ -290,6 +321,24 @@ class Region:
                 place = max(place, end)
             places.append(place)
         return places
+
+
+def _check_epilogue(
+    caller: str,
+    shape: Shape,
+    bias: Optional[Tensor],
+    activation: str,
+    residual: Optional[Map],
+    kept: Sequence[Map],  # what must not be the residual
+) -> None:
+    if bias is not None and bias.shape != shape[1:2]:
+        raise ValueError(f"{caller}: a bias of {tuple(bias.shape)} is added to {shape[1]} channels")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"{caller}: the activations are {', '.join(_ACTIVATIONS)}, not {activation}")
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"{caller}: a residual of {residual.shape} is added to {shape}")
+    if any(x is residual for x in kept):
+        raise ValueError(f"{caller}: in place there must be a residual that no segment reads")
 
 
 def _reach(segment: Segment) -> Optional[int]:

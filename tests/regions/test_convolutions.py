@@ -6,13 +6,14 @@ Workspaces hold NaN before a call: a halo or a channel that is not written shows
 import pytest
 import torch
 
+from fused_resnet.backends import winograd
 from fused_resnet.kernels import compiled
 from fused_resnet.operators import reference
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.regions import layout
 from fused_resnet.regions.program import Region, Segment
-from tests.support.regions import call, channels_last, kernels, threads
+from tests.support.regions import call, channels_last, fastest, kernels, threads
 
 if compiled.load("cpu") is not None:
     pytest.skip(compiled.load("cpu"), allow_module_level=True)
@@ -119,6 +120,48 @@ def test_stems_read_their_input_by_the_rows_of_the_window(kernel, dtype, case):
     assert (segment.weight.shape[3] == 1) == (case != STEMS[5])
     region.write(region.convolve([segment], bias, activation="relu"))
     assert_within_bound(call(region, [x], kernel)[0], problem, operands)
+
+
+# N, C, H, W, K, padding
+WINOGRAD = (
+    (1, 32, 14, 14, 64, (1, 1)),
+    (3, 64, 7, 9, 32, (0, 1)),
+    (2, 32, 2, 5, 32, (2, 1)),
+    (0, 32, 8, 8, 32, (1, 1)),
+)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu6"])
+@pytest.mark.parametrize("case", WINOGRAD, ids=str)
+@pytest.mark.parametrize("dtype", layout.DTYPES, ids=str)
+def test_winograd_over_blocks(dtype, case, activation):
+    """The other maps of the region, and the halo that the next convolution needs, are left as they are."""
+    N, C, H, W, K, padding = case
+    window = ((1, 1), padding, (1, 1))
+    x, weight, bias, _ = draw((N, C, H, W, K, 3, 3, *window), dtype)
+    problem, operands = problem_of(x, weight, bias, window, activation)
+    residual = channels_last(torch.randn(problem.output_shape).to(dtype))
+    added, with_residual = problem_of(x, weight, bias, window, activation, residual)
+    region, points = Region(dtype), winograd.pack(problem, weight)
+    read, sums = region.read((N, C, H, W)), region.read(problem.output_shape)
+    y = region.winograd(read, points, padding, bias, activation=activation)
+    region.write(y)
+    region.write(region.convolve([Segment(y, torch.eye(K).view(K, K, 1, 1), (1, 1), (1, 1))], None))
+    region.write(region.winograd(read, points, padding, bias, activation=activation, replaced=sums))
+    with threads(2):
+        plain, framed, summed = call(region, [x, residual], fastest(dtype))
+    for actual, p, o in ((plain, problem, operands), (summed, added, with_residual)):
+        expected = reference.conv_bn_act(p, o)
+        bound = reference.error_bound(p, o, expected=expected, winograd=True)
+        assert ((actual.double() - expected).abs() <= bound).all()
+    assert torch.equal(framed[:, :, 1:-1, 1:-1], plain) and framed.count_nonzero() == plain.count_nonzero()
+
+
+def test_winograd_refuses_other_channels():
+    region = Region(torch.float32)
+    for C, K in ((16, 32), (32, 16), (64, 32)):
+        with pytest.raises(ValueError, match=r"winograd: channels must be multiples of 32.* meets a map of"):
+            region.winograd(region.read((1, C, 4, 4)), torch.zeros(36, K // 16, 32, 16), (1, 1), None)
 
 
 @pytest.mark.parametrize("kernel, dtype", KERNELS.items(), ids=str)

@@ -156,7 +156,7 @@ WRONG = {
     "channels of a phased map must be from 0 to 16": put(CONVOLUTION + 9, 17),
     "a dilation must be from 1": put(CONVOLUTION + 16, 0),
     "ends within a step": lambda call: call.program.pop(),
-    "a step must be from 0 to 5": lambda call: call.program.append(7),
+    "a step must be from 0 to 6": lambda call: call.program.append(7),
     "an input must have the shape": lambda call: call.inputs.reverse(),
     "an input must be channels_last": lambda call: call.inputs.__setitem__(0, call.inputs[0].contiguous()),
     "a region has at least one input": lambda call: call.inputs.clear(),
@@ -200,6 +200,52 @@ def test_it_refuses_phases(sentence):
     call.run()
     call.outputs[0].fill_(torch.nan)
     WRONG_PHASES[sentence](call)
+    with pytest.raises(RuntimeError, match=sentence):
+        call.run()
+    assert call.outputs[0].isnan().all()
+
+
+class CallOfWinograd(Call):
+    """A 3x3 convolution by Winograd that replaces what it is added to."""
+
+    def __init__(self):
+        super().__init__()
+        region = Region(torch.float32)
+        x, y = region.read((1, 32, 6, 6)), region.read((1, 32, 6, 6))
+        region.write(region.winograd(x, torch.randn(36, 2, 32, 16), (1, 1), torch.randn(32), replaced=y))
+        self.region = region.compile()
+        self.program = self.region.program.tolist()
+        self.inputs = [channels_last(torch.randn(1, 32, 6, 6)) for _ in range(2)]
+        self.weights, self.biases = self.region.weights, self.region.biases
+        self.workspace = self.region.empty_workspace()
+
+
+def of_16_channels(call):
+    put(BUFFER + 1, 16)(call)
+    call.inputs[0] = channels_last(torch.randn(1, 16, 6, 6))
+
+
+AT = 2 + 2 * 7 + 6 + 6
+WRONG_WINOGRAD = {
+    "whether out is added must be from 0 to 1": put(AT + 3, 2),
+    "its activations are none, relu and relu6": put(AT + 4, 3),
+    "a bias must have the shape": lambda call: call.biases.__setitem__(0, call.biases[0][:16]),
+    "a 3x3 convolution of \\(1, 32, 6, 6\\) does not give": put(AT + 7, 0),
+    "an input of .* and the output of .* overlap": put(AT + 2, 0),
+    "Winograd's channels are multiples of 32": of_16_channels,
+    "a weight must have the shape": lambda call: call.weights.__setitem__(0, call.weights[0][:35]),
+    "Winograd's weight must be contiguous and float32": lambda call: call.weights.__setitem__(
+        0, call.weights[0].half()
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG_WINOGRAD)
+def test_it_refuses_of_winograd(sentence):
+    call = CallOfWinograd()
+    call.run()
+    call.outputs[0].fill_(torch.nan)
+    WRONG_WINOGRAD[sentence](call)
     with pytest.raises(RuntimeError, match=sentence):
         call.run()
     assert call.outputs[0].isnan().all()

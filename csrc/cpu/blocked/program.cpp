@@ -32,6 +32,12 @@ bool fits(const Layout& l, int64_t bytes) {
   return planes == 0 || l.pixels() <= bytes / kPixelBytes / planes;
 }
 
+winograd::Strides strides_of(const Layout& l) {
+  const int64_t pixel = l.lanes;
+  return {l.image_bytes() / kPixelBytes * pixel, l.pitch * pixel, pixel, l.plane_bytes() / kPixelBytes * pixel,
+          l.lanes};
+}
+
 std::string text(const Layout& l) {
   return in_parentheses(std::vector<int64_t>{l.N, l.C, l.H, l.W});
 }
@@ -133,7 +139,7 @@ Program::Window Program::read_dilated_window() {
 }
 
 Step Program::next() {
-  switch (read_between("a step", 0, 5)) {
+  switch (read_between("a step", 0, 6)) {
     case 0:
       return read_input();
     case 1: {
@@ -148,8 +154,10 @@ Step Program::next() {
       return read_convolution();
     case 4:
       return read_pooling();
-    default:
+    case 5:
       return read_phases();
+    default:
+      return read_winograd();
   }
 }
 
@@ -189,10 +197,7 @@ Step Program::read_convolution() {
   const Layout& l = out.layout;
   bool runs_on = true;  // whether all that is read and written has out's pitch, and strides of 1
   read_residual(out, &c, &runs_on);
-  const int64_t activation = read_between("an activation", 0, 3);
-  STD_TORCH_CHECK(activation <= static_cast<int64_t>(Activation::kRelu6), kRegion,
-                  ": its activations are none, relu and relu6, not ", kActivationNames[activation]);
-  c.activation = static_cast<Activation>(activation);
+  c.activation = read_activation();
   step.splits_channels = c.panels_outermost = read_between("what threads split", 0, 1) == 1;
   c.images = l.N;
   c.channels = l.C;
@@ -200,14 +205,14 @@ Step Program::read_convolution() {
   c.out = view(out);
   const Tensor& weight = read_tensor("a weight's number", tensors_.weights);
   most_steps_ = weight.dim() == 5 ? weight.size(1) : 0;  // known before any step is written down
-  const int64_t bias = read_between("a bias's number", -1, static_cast<int64_t>(tensors_.biases.size()) - 1);
+  c.bias = read_bias(c.panels);
   c.num_segments = static_cast<int>(read_between("the number of segments", 1, kMaxSegments));
   offsets_.clear();
   for (int s = 0; s < c.num_segments; ++s) c.steps += read_segment(out, &c.segments[s], &runs_on);
   for (int s = 0, first = 0; s < c.num_segments; first += c.segments[s++].steps) {
     c.segments[s].offsets = offsets_.data() + first;
   }
-  check_weights(weight, bias, &c);
+  check_weights(weight, &c);
   c.tiling = Tiling(l.H, l.W, l.pitch, runs_on, kernel_.max_rows);
   set_next(&c);
   int64_t group_bytes = 0;
@@ -298,18 +303,54 @@ void Program::set_next(Convolution* c) {
   c->next_bytes = std::min(next.bytes, std::max(next.panel_bytes, kMostAhead));
 }
 
-void Program::check_weights(const Tensor& weight, int64_t bias, Convolution* c) const {
+void Program::check_weights(const Tensor& weight, Convolution* c) const {
   STD_TORCH_CHECK(weight.scalar_type() == scalar_type(kernel_.dtype) && weight.is_contiguous(), kRegion,
                   ": a weight must be contiguous and of the dtype of ", kernel_.name, ", not ", layout_text(weight),
                   " of ", dtype_text(weight));
   check_shape(kRegion, "a weight", weight, {c->panels, c->steps, 2, 16, lanes_of(kernel_.dtype)});
   c->weights = static_cast<const char*>(weight.const_data_ptr());
-  if (bias < 0) return;
+}
+
+Activation Program::read_activation() {
+  const int64_t activation = read_between("an activation", 0, 3);
+  STD_TORCH_CHECK(activation <= static_cast<int64_t>(Activation::kRelu6), kRegion,
+                  ": its activations are none, relu and relu6, not ", kActivationNames[activation]);
+  return static_cast<Activation>(activation);
+}
+
+const float* Program::read_bias(int64_t panels) {
+  const int64_t bias = read_between("a bias's number", -1, static_cast<int64_t>(tensors_.biases.size()) - 1);
+  if (bias < 0) return nullptr;
   const Tensor& vector = tensors_.biases[bias];
   STD_TORCH_CHECK(vector.scalar_type() == ScalarType::Float && vector.is_contiguous(), kRegion,
                   ": a bias must be contiguous and float32, not ", layout_text(vector), " of ", dtype_text(vector));
-  check_shape(kRegion, "a bias", vector, {c->panels * kPanel});
-  c->bias = static_cast<const float*>(vector.const_data_ptr());
+  check_shape(kRegion, "a bias", vector, {panels * kPanel});
+  return static_cast<const float*>(vector.const_data_ptr());
+}
+
+Step Program::read_winograd() {
+  const Buffer &input = read_buffer(), &out = read_buffer();
+  ByWinograd step{};
+  step.adds_out = read_between("whether out is added", 0, 1) == 1;
+  step.activation = read_activation();
+  const Tensor& weight = read_tensor("a weight's number", tensors_.weights);
+  step.bias = read_bias((out.layout.C + kPanel - 1) / kPanel);
+  const int64_t padding_h = read_between("a padding", 0, kMost), padding_w = read_between("a padding", 0, kMost);
+  const Layout &l = input.layout, &to = out.layout;
+  STD_TORCH_CHECK(l.C % kPanel == 0 && to.C % kPanel == 0, kRegion, ": Winograd's channels are multiples of ", kPanel,
+                  ", not ", l.C, " and ", to.C);
+  STD_TORCH_CHECK(l.N == to.N && to.H == l.H + 2 * padding_h - 2 && to.W == l.W + 2 * padding_w - 2, kRegion,
+                  ": a 3x3 convolution of ", text(l), " does not give ", text(to));
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.is_contiguous(), kRegion,
+                  ": Winograd's weight must be contiguous and float32, not ", layout_text(weight), " of ",
+                  dtype_text(weight));
+  check_shape(kRegion, "a weight", weight, {winograd::kPoints, to.C / winograd::kPanel, l.C, winograd::kPanel});
+  check_disjoint("an input", input, out);
+  step.shape = {l.N, l.H, l.W, l.C, to.C, to.H, to.W, padding_h, padding_w, strides_of(l), strides_of(to)};
+  step.input = memory(input) + l.pixel(0, 0);
+  step.out = memory(out) + to.pixel(0, 0);
+  step.weights = static_cast<const float*>(weight.const_data_ptr());
+  return step;
 }
 
 Step Program::read_pooling() {

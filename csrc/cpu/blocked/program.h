@@ -8,6 +8,8 @@
 //           | 3, out, residual or -1, activation, splits channels, weight, bias or -1, number of segments, segments
 //           | 4, is a maximum, counts padding, in, out, window                   pooling
 //           | 5, in, out, window, dilation                                       the phases that the window meets
+//           | 6, in, out, adds to what out holds, activation, weight, bias or -1, height and width of the padding
+//                                                                                3x3 by Winograd's F(4x4, 3x3)
 //   segment = in, channels of the map that `in` has the phases of or 0, window, dilation
 //   window  = R, S, and height and width of the stride and of the padding
 //
@@ -24,6 +26,7 @@
 #include "cpu/blocked/kernels.h"
 #include "cpu/blocked/layout.h"
 #include "cpu/blocked/pooling.h"
+#include "cpu/winograd.h"
 
 namespace fused_resnet {
 namespace blocked {
@@ -60,7 +63,15 @@ struct SplitPhases {
   Buffer from, to;
   Phases phases;
 };
-using Step = std::variant<FromNhwc, ToNhwc, ZeroHalo, Convolve, Pool, SplitPhases>;
+struct ByWinograd {
+  winograd::Shape shape;
+  const char* input;
+  const float *weights, *bias;
+  char* out;
+  bool adds_out;
+  Activation activation;
+};
+using Step = std::variant<FromNhwc, ToNhwc, ZeroHalo, Convolve, Pool, SplitPhases, ByWinograd>;
 
 struct RegionTensors {
   const std::vector<Tensor>&inputs, &weights, &biases;
@@ -101,6 +112,9 @@ class Program {
   Window read_dilated_window();
   Step read_input();
   Step read_phases();
+  Step read_winograd();
+  Activation read_activation();
+  const float* read_bias(int64_t panels);
   void read_buffers();
   Buffer read_new_buffer();
   Step read_convolution();
@@ -111,7 +125,7 @@ class Program {
   void set_steps(int64_t blocks, const Window& w, Segment* segment);
   void read_residual(const Buffer& out, Convolution* c, bool* runs_on);
   void set_next(Convolution* c);
-  void check_weights(const Tensor& weight, int64_t bias, Convolution* c) const;
+  void check_weights(const Tensor& weight, Convolution* c) const;
   void check_disjoint(const char* what, const Buffer& a, const Buffer& out) const;
   void check_nhwc(const char* what, const Tensor& tensor, int64_t C, int64_t W, const Layout& l) const;
   View view(const Buffer& buffer) const { return View(buffer.layout, memory(buffer)); }

@@ -11,6 +11,7 @@
 #include "cpu/blocked/kernels.h"
 #include "cpu/blocked/program.h"
 #include "cpu/operator.h"
+#include "cpu/winograd_run.h"
 
 namespace fused_resnet {
 namespace {
@@ -91,6 +92,14 @@ class Runner {
     });
   }
 
+  void operator()(const ByWinograd& step) const {
+    if (kernel_.dtype == Dtype::kBFloat16) {
+      run_winograd<BFloat16>(step);
+    } else {
+      run_winograd<float>(step);
+    }
+  }
+
   // Each thread has one share: a part of the pixels, or of the output channels; of both where there are too few.
   void operator()(const Convolve& step) const {
     const Convolution& c = step.convolution;
@@ -113,6 +122,13 @@ class Runner {
   }
 
  private:
+  template <class T>
+  static void run_winograd(const ByWinograd& step) {
+    T* out = reinterpret_cast<T*>(step.out);
+    const Epilogue<T> epilogue{step.bias, step.adds_out ? out : nullptr, step.activation};
+    winograd::run(kRegion, step.shape, reinterpret_cast<const T*>(step.input), step.weights, epilogue, out);
+  }
+
   const Program& program_;
   const MicroKernel& kernel_;
 };
