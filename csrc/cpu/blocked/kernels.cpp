@@ -12,14 +12,14 @@ namespace {
 
 #if FUSED_RESNET_HAS_TILES
 FUSED_RESNET_AVX512 void run_amx_bf16(const Convolution& c, const Share& share) {
-  TileShare<AmxTiles, Avx512Rows>(c, share).run();
+  run_tiles<AmxTiles, Avx512Rows>(c, share);
 }
 #else
 constexpr void (*run_amx_bf16)(const Convolution&, const Share&) = nullptr;
 #endif
 
 void run_emulated_amx_bf16(const Convolution& c, const Share& share) {
-  TileShare<EmulatedTiles, PlainRows>(c, share).run();
+  run_tiles<EmulatedTiles, PlainRows>(c, share);
 }
 
 FUSED_RESNET_AVX512 void run_avx512_fp32(const Convolution& c, const Share& share) {

@@ -4,6 +4,7 @@
 // There are 8 tiles of up to 16 rows x 64 bytes. Whoever makes Tiles gives each its rows, and finds zeros:
 //   zero<t>()               tile t = 0
 //   load<t>(from, stride)   row m of tile t = the 64 bytes at from + m * stride
+//   stream<t>(from, stride) the same, with the hint that they need not stay in the first-level cache
 //   store<t>(to, stride)    the other way
 //   dot_bf16<c, a, b>()     c[m][n] += sum over k of a[m][k] * b[k][n]: fp32 sums of bf16, b as pairs [k/2][n][2]
 #pragma once
@@ -100,6 +101,11 @@ class EmulatedTiles {
   }
 
   template <int kTile>
+  void stream(const void* from, int64_t stride) {
+    load<kTile>(from, stride);
+  }
+
+  template <int kTile>
   void store(void* to, int64_t stride) const {
     for (int m = 0; m < rows_[kTile]; ++m) {
       std::memcpy(static_cast<char*>(to) + m * stride, tiles_[kTile].dwords[m], kRowBytes);
@@ -145,6 +151,11 @@ class AmxTiles {
   template <int kTile>
   FUSED_RESNET_INLINE void load(const void* from, int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
+  }
+
+  template <int kTile>
+  FUSED_RESNET_INLINE void stream(const void* from, int64_t stride) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
   }
 
   template <int kTile>
