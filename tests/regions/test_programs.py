@@ -68,6 +68,31 @@ def test_a_pooled_convolution_of_two_inputs():
     torch.testing.assert_close(mean, expected.mean((2, 3), keepdim=True), rtol=1e-5, atol=1e-5)
 
 
+LAYOUTS = {
+    "NHWC": channels_last,
+    "NCHW": lambda x: x.contiguous(memory_format=torch.contiguous_format),
+    "every other column": lambda x: torch.stack((x, torch.zeros_like(x)), -1).flatten(3)[..., ::2],
+    "turned": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "one image many times": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype, kernel", FASTEST.items(), ids=str)
+def test_inputs_may_lie_anyhow_and_have_either_dtype(dtype, kernel, given, name):
+    """Converted on the way as by `to`. In the last element of memory, too."""
+    for C, window in ((3, (7, 7)), (40, (1, 1)), (16, (3, 3))):
+        x = LAYOUTS[name](torch.randn(3, C, 10, 70).to(given))
+        padding, weight = (window[0] // 2,) * 2, torch.randn(32, C, *window).to(dtype)
+        outputs = []
+        for one in (x, channels_last(x.to(dtype))):
+            region = Region(dtype)
+            region.write(region.convolve([region.read_for(tuple(x.shape), weight, (1, 1), padding)], None))
+            outputs.append(call(region, [one], kernel)[0])
+        assert torch.equal(*outputs) and outputs[0].count_nonzero() == outputs[0].numel()
+
+
 # ------------------------------------------------------------------------------------------------ the table's choice
 
 
@@ -158,9 +183,12 @@ WRONG = {
     "ends within a step": lambda call: call.program.pop(),
     "a step must be from 0 to 6": lambda call: call.program.append(7),
     "an input must have the shape": lambda call: call.inputs.reverse(),
-    "an input must be channels_last": lambda call: call.inputs.__setitem__(0, call.inputs[0].contiguous()),
-    "a region has at least one input": lambda call: call.inputs.clear(),
-    "an output must be of the dtype": lambda call: call.outputs.__setitem__(0, call.outputs[0].half()),
+    "an input must be float32 or bfloat16": lambda call: call.inputs.__setitem__(0, call.inputs[0].half()),
+    "an input's number must be from 0 to -1": lambda call: call.inputs.clear(),
+    "a region has at least one output": lambda call: call.outputs.clear(),
+    "an output must be channels_last": lambda call: call.outputs.__setitem__(0, call.outputs[0].contiguous()),
+    "the dtype must be float32 or bfloat16": lambda call: call.outputs.__setitem__(0, call.outputs[0].half()),
+    "an output must be of the dtype": lambda call: (put(-1, 1)(call), call.outputs.append(call.outputs[0].bfloat16())),
     "a weight must have the shape": lambda call: call.weights.__setitem__(0, call.weights[0][:, 1:].contiguous()),
     "a bias must have the shape": lambda call: call.biases.__setitem__(0, call.biases[0][:16]),
     "workspace must begin at a multiple of 64": lambda call: setattr(call, "workspace", call.workspace[1:]),

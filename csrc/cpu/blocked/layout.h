@@ -41,42 +41,7 @@ struct Layout {
   }
 };
 
-// How a region's input is read: as it is, or unfolded along its lines, where a pixel of the map holds the `taps` pixels
-// that a window's row meets there, one after the other. So a stem's few channels fill a block.
-struct Unfolding {
-  int64_t C, W, taps, stride, padding;  // C, W: of the input
-};
-
-// Lines [begin, end), counted over all images, from NHWC. A channel has 64 / lanes bytes.
-FUSED_RESNET_INLINE void from_nhwc(const Layout& l, const Unfolding& u, const char* nhwc, int64_t begin, int64_t end,
-                                   char* buffer) {
-  const int64_t channel_bytes = kPixelBytes / l.lanes, step = u.stride * u.C * channel_bytes;
-  const int64_t line_bytes = u.W * u.C * channel_bytes, readable = l.N * l.H * line_bytes;
-  for (int64_t block = 0; block < l.blocks(); ++block) {
-    const int64_t bytes = std::clamp<int64_t>(l.C - block * l.lanes, 0, l.lanes) * channel_bytes;
-    uint64_t kept[kPixelBytes / 8] = {};
-    std::memset(kept, 0xff, bytes);
-    for (int64_t line = begin; line < end; ++line) {
-      const char* from = nhwc + line * line_bytes;
-      char* to = buffer + l.at(line / l.H, block, line % l.H, 0);
-      int64_t at = block * kPixelBytes - u.padding * u.C * channel_bytes;  // in the line
-      for (int64_t w = 0; w < l.W; ++w, at += step, to += kPixelBytes) {
-        uint64_t values[kPixelBytes / 8];
-        if (at >= 0 && at + bytes <= line_bytes && line * line_bytes + at + kPixelBytes <= readable) {
-          std::memcpy(values, from + at, kPixelBytes);
-          for (int i = 0; i < kPixelBytes / 8; ++i) values[i] &= kept[i];
-          std::memcpy(to, values, kPixelBytes);
-        } else {
-          const int64_t first = std::max<int64_t>(at, 0), last = std::min(at + bytes, line_bytes);
-          std::memset(to, 0, kPixelBytes);
-          if (first < last) std::memcpy(to + first - at, from + first, last - first);
-        }
-      }
-    }
-  }
-}
-
-// The other way, without unfolding.
+// Lines [begin, end), counted over all images, to NHWC. A channel has 64 / lanes bytes.
 inline void to_nhwc(const Layout& l, const char* buffer, int64_t begin, int64_t end, char* nhwc) {
   const int64_t channel_bytes = kPixelBytes / l.lanes;
   for (int64_t line = begin; line < end; ++line) {

@@ -169,13 +169,23 @@ Step Program::read_input() {
   u.taps = read_between("the taps of an unfolding", 1, kMostTaps);
   u.stride = read_between("the stride of an unfolding", 1, kMost);
   u.padding = read_between("the padding of an unfolding", 0, kMost);
-  u.C = l.C / u.taps;
-  u.W = input.dim() == 4 ? input.size(3) : 0;
+  const int64_t C = l.C / u.taps, W = input.dim() == 4 ? input.size(3) : 0;
   STD_TORCH_CHECK(
-      l.C % u.taps == 0 && u.W > 0 && u.W <= kMost && Window::outputs(u.W + 2 * u.padding - u.taps, u.stride) == l.W,
-      kRegion, ": ", u.taps, " taps of an input of ", u.W, " columns do not give ", text(l));
-  check_nhwc("an input", input, u.C, u.W, l);
-  return FromNhwc{static_cast<const char*>(input.const_data_ptr()), buffer, u};
+      l.C % u.taps == 0 && W > 0 && W <= kMost && Window::outputs(W + 2 * u.padding - u.taps, u.stride) == l.W, kRegion,
+      ": ", u.taps, " taps of an input of ", W, " columns do not give ", text(l));
+  const ScalarType type = input.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, kRegion,
+                  ": an input must be float32 or bfloat16, not ", dtype_text(input));
+  check_shape(kRegion, "an input", input, {l.N, C, l.H, W});
+  const Image image{static_cast<const char*>(input.const_data_ptr()),
+                    C,
+                    W,
+                    input.stride(0),
+                    input.stride(1),
+                    input.stride(2),
+                    input.stride(3),
+                    type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kBFloat16};
+  return ReadInput{image, buffer, u};
 }
 
 Step Program::read_phases() {

@@ -2,7 +2,7 @@
 //
 //   program = version, number of buffers, buffers, steps
 //   buffer  = N, C, H, W, halo, pitch, offset in the workspace in bytes
-//   step    = 0, input tensor, buffer, taps, stride, padding                     from NHWC, unfolded along its lines
+//   step    = 0, input tensor, buffer, taps, stride, padding                     an input, unfolded along its lines
 //           | 1, buffer, output tensor                                           to NHWC
 //           | 2, buffer                                                          zeros into the halo
 //           | 3, out, residual or -1, activation, splits channels, weight, bias or -1, number of segments, segments
@@ -26,6 +26,7 @@
 #include "cpu/blocked/kernels.h"
 #include "cpu/blocked/layout.h"
 #include "cpu/blocked/pooling.h"
+#include "cpu/blocked/reading.h"
 #include "cpu/winograd.h"
 
 namespace fused_resnet {
@@ -39,8 +40,8 @@ struct Buffer {
   int64_t offset;
 };
 
-struct FromNhwc {
-  const char* input;
+struct ReadInput {
+  Image image;
   Buffer buffer;
   Unfolding unfolding;
 };
@@ -71,7 +72,7 @@ struct ByWinograd {
   bool adds_out;
   Activation activation;
 };
-using Step = std::variant<FromNhwc, ToNhwc, ZeroHalo, Convolve, Pool, SplitPhases, ByWinograd>;
+using Step = std::variant<ReadInput, ToNhwc, ZeroHalo, Convolve, Pool, SplitPhases, ByWinograd>;
 
 struct RegionTensors {
   const std::vector<Tensor>&inputs, &weights, &biases;

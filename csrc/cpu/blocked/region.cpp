@@ -30,32 +30,19 @@ void over(int64_t count, int64_t bytes_each, const Run& run) {
   torch::stable::parallel_for(0, count, grain, run);
 }
 
-void from_nhwc_anywhere(const Layout& l, const Unfolding& u, const char* nhwc, int64_t begin, int64_t end,
-                        char* buffer) {
-  from_nhwc(l, u, nhwc, begin, end, buffer);
-}
-
-FUSED_RESNET_AVX2 void from_nhwc_avx2(const Layout& l, const Unfolding& u, const char* nhwc, int64_t begin, int64_t end,
-                                      char* buffer) {
-  from_nhwc(l, u, nhwc, begin, end, buffer);
-}
-
-FUSED_RESNET_AVX512 void from_nhwc_avx512(const Layout& l, const Unfolding& u, const char* nhwc, int64_t begin,
-                                          int64_t end, char* buffer) {
-  from_nhwc(l, u, nhwc, begin, end, buffer);
-}
-
 class Runner {
  public:
   Runner(const Program& program, const MicroKernel& kernel) : program_(program), kernel_(kernel) {}
 
-  void operator()(const FromNhwc& step) const {
-    using Run = void (*)(const Layout&, const Unfolding&, const char*, int64_t, int64_t, char*);
-    static const auto run = best_of<Run>(from_nhwc_anywhere, from_nhwc_avx2, from_nhwc_avx512);
+  void operator()(const ReadInput& step) const {
+    using Run = void (*)(const Layout&, const Unfolding&, const Image&, int64_t, int64_t, char*, char*);
+    static const auto run = best_of<Run>(read_lines_anywhere, read_lines_avx2, read_lines_avx512);
     const Layout& l = step.buffer.layout;
     char* to = program_.memory(step.buffer);
-    over(l.N * l.H, l.blocks() * l.W * kPixelBytes,
-         [&](int64_t begin, int64_t end) { run(l, step.unfolding, step.input, begin, end, to); });
+    over(l.N * l.H, l.blocks() * l.W * kPixelBytes, [&](int64_t begin, int64_t end) {
+      const int64_t floats = step.image.C * step.image.W + kPixelBytes / static_cast<int64_t>(sizeof(float));
+      run(l, step.unfolding, step.image, begin, end, reinterpret_cast<char*>(scratch(kRegion, floats)), to);
+    });
   }
 
   void operator()(const SplitPhases& step) const {
@@ -133,18 +120,18 @@ class Runner {
   const MicroKernel& kernel_;
 };
 
-Dtype dtype_of(const std::vector<Tensor>& inputs) {
-  STD_TORCH_CHECK(!inputs.empty(), kRegion, ": a region has at least one input");
-  const ScalarType type = inputs[0].scalar_type();
+Dtype dtype_of(const std::vector<Tensor>& outputs) {
+  STD_TORCH_CHECK(!outputs.empty(), kRegion, ": a region has at least one output");
+  const ScalarType type = outputs[0].scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, kRegion,
-                  ": the dtype must be float32 or bfloat16, not ", dtype_text(inputs[0]));
+                  ": the dtype must be float32 or bfloat16, not ", dtype_text(outputs[0]));
   return type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kBFloat16;
 }
 
 // The whole program is checked before any of it runs.
 void region(Tensor program, std::vector<Tensor> inputs, std::vector<Tensor> weights, std::vector<Tensor> biases,
             std::string kernel_name, Tensor workspace, std::vector<Tensor> outputs) {
-  const MicroKernel& kernel = choose_kernel(kRegion, kernel_name, dtype_of(inputs));
+  const MicroKernel& kernel = choose_kernel(kRegion, kernel_name, dtype_of(outputs));
   const RegionTensors tensors{inputs, weights, biases, workspace, outputs};
   Program steps(program, tensors, kernel);
   while (steps.has_more()) steps.next();

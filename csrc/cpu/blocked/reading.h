@@ -1,0 +1,121 @@
+// How a region's inputs come into blocks: from any strides, fp32 or as the map is, unfolded along their lines where a
+// stem's few channels would not fill a block. No torch here.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+#include "common/inline.h"
+#include "cpu/blocked/layout.h"
+#include "cpu/dispatch.h"
+
+namespace fused_resnet {
+namespace blocked {
+
+// A tensor (n, c, h, w), its strides in elements.
+struct Image {
+  const char* base;
+  int64_t C, W, stride_n, stride_c, stride_h, stride_w;
+  Dtype dtype;
+
+  // Whether lines lie one after the other as the map's do, pixel by pixel.
+  bool is_nhwc(int64_t H) const { return stride_c == 1 && stride_w == C && stride_h == W * C && stride_n == H * W * C; }
+};
+
+// A pixel of the map holds the `taps` pixels that a window's row meets there, one after the other.
+struct Unfolding {
+  int64_t taps, stride, padding;
+};
+
+// One line of the input, its channels together, into all blocks of a line of the map. `readable`: bytes from its begin.
+FUSED_RESNET_INLINE void unfold_line(const Layout& l, const Unfolding& u, const char* from, int64_t line_bytes,
+                                     int64_t readable, char* to_plane, int64_t pixel_bytes) {
+  for (int64_t block = 0; block < l.blocks(); ++block, to_plane += l.plane_bytes()) {
+    const int64_t bytes = std::clamp<int64_t>(l.C - block * l.lanes, 0, l.lanes) * (kPixelBytes / l.lanes);
+    uint64_t kept[kPixelBytes / 8] = {};
+    std::memset(kept, 0xff, bytes);
+    char* to = to_plane;
+    int64_t at = block * kPixelBytes - u.padding * pixel_bytes;
+    for (int64_t w = 0; w < l.W; ++w, at += u.stride * pixel_bytes, to += kPixelBytes) {
+      uint64_t values[kPixelBytes / 8];
+      if (at >= 0 && at + bytes <= line_bytes && at + kPixelBytes <= readable) {
+        std::memcpy(values, from + at, kPixelBytes);
+        for (int i = 0; i < kPixelBytes / 8; ++i) values[i] &= kept[i];
+        std::memcpy(to, values, kPixelBytes);
+      } else {
+        const int64_t first = std::max<int64_t>(at, 0), last = std::min(at + bytes, line_bytes);
+        std::memset(to, 0, kPixelBytes);
+        if (first < last) std::memcpy(to + first - at, from + first, last - first);
+      }
+    }
+  }
+}
+
+// One channel of a line, every C-th of the pixels' values. Neighbours are converted together.
+template <class From, class To>
+FUSED_RESNET_INLINE void gather(const From* from, int64_t stride, int64_t W, int64_t C, To* to) {
+  constexpr int64_t kTogether = 64;
+  To values[kTogether];
+  for (int64_t begin = 0; begin < W; begin += kTogether) {
+    const int64_t count = std::min(kTogether, W - begin);
+    if (stride == 1) {
+      for (int64_t i = 0; i < count; ++i) values[i] = static_cast<To>(static_cast<float>(from[begin + i]));
+    } else {
+      for (int64_t i = 0; i < count; ++i) values[i] = static_cast<To>(static_cast<float>(from[(begin + i) * stride]));
+    }
+    for (int64_t i = 0; i < count; ++i) to[(begin + i) * C] = values[i];
+  }
+}
+
+template <class From, class To>
+FUSED_RESNET_INLINE void gather_line(const Image& image, int64_t n, int64_t h, char* to) {
+  const From* from = reinterpret_cast<const From*>(image.base) + n * image.stride_n + h * image.stride_h;
+  for (int64_t c = 0; c < image.C; ++c) {
+    gather(from + c * image.stride_c, image.stride_w, image.W, image.C, reinterpret_cast<To*>(to) + c);
+  }
+}
+
+// Lines [begin, end) of the map, counted over all images. line: scratch for one of the input's and kPixelBytes more.
+FUSED_RESNET_INLINE void read_lines(const Layout& l, const Unfolding& u, const Image& image, int64_t begin, int64_t end,
+                                    char* line, char* buffer) {
+  const int64_t pixel_bytes = image.C * (kPixelBytes / l.lanes), line_bytes = image.W * pixel_bytes;
+  const bool is_bf16 = l.lanes == kPixelBytes / 2, is_alike = is_bf16 == (image.dtype == Dtype::kBFloat16);
+  const bool is_ready = is_alike && image.is_nhwc(l.H);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t n = index / l.H, h = index % l.H;
+    const char* from = line;
+    if (is_ready) {
+      from = image.base + index * line_bytes;
+    } else if (is_bf16 && is_alike) {
+      gather_line<BFloat16, BFloat16>(image, n, h, line);
+    } else if (is_bf16) {
+      gather_line<float, BFloat16>(image, n, h, line);
+    } else if (is_alike) {
+      gather_line<float, float>(image, n, h, line);
+    } else {
+      gather_line<BFloat16, float>(image, n, h, line);
+    }
+    const int64_t readable = is_ready ? (l.N * l.H - index) * line_bytes : line_bytes + kPixelBytes;
+    unfold_line(l, u, from, line_bytes, readable, buffer + l.at(n, 0, h, 0), pixel_bytes);
+  }
+}
+
+inline void read_lines_anywhere(const Layout& l, const Unfolding& u, const Image& image, int64_t begin, int64_t end,
+                                char* line, char* buffer) {
+  read_lines(l, u, image, begin, end, line, buffer);
+}
+
+FUSED_RESNET_AVX2 inline void read_lines_avx2(const Layout& l, const Unfolding& u, const Image& image, int64_t begin,
+                                              int64_t end, char* line, char* buffer) {
+  read_lines(l, u, image, begin, end, line, buffer);
+}
+
+FUSED_RESNET_AVX512 inline void read_lines_avx512(const Layout& l, const Unfolding& u, const Image& image,
+                                                  int64_t begin, int64_t end, char* line, char* buffer) {
+  read_lines(l, u, image, begin, end, line, buffer);
+}
+
+}  // namespace blocked
+}  // namespace fused_resnet
