@@ -324,13 +324,13 @@ def _fed(piece: Piece, material: Material) -> dict[str, Fed]:
     given = [in_order(images, order) for images in _images(piece.fragment)]
     inputs = [torch.empty_like(images) for images in given]
     region, separate = material.region(piece), material.separate(piece)
-    workspace = region.empty_workspace()
+    workspace, kernel = region.empty_workspace(), kernels.fastest_name(piece.fragment.dtype)
 
     def feed() -> None:
         for x, images in zip(inputs, given):
             x.copy_(images)
 
-    return {SEPARATE: Fed(feed, lambda: separate(inputs)), REGION: Fed(feed, lambda: region(inputs, workspace))}
+    return {SEPARATE: Fed(feed, lambda: separate(inputs)), REGION: Fed(feed, lambda: region(inputs, workspace, kernel))}
 
 
 # ------------------------------------------------------------------------------------------------- whether it is right
@@ -361,7 +361,7 @@ def _worst_of_two(piece: Piece, material: Material) -> float:
         kept = [x.clone() for x in inputs]
         workspace.fill_(0xFF)
         with poisoned_memory(inputs[0]):
-            outputs = region(inputs, workspace)
+            outputs = region(inputs, workspace, kernels.fastest_name(f.dtype))
         if not all(map(torch.equal, inputs, kept)):
             raise ValueError("it writes into its input")
         for output, expected, most in zip(outputs, exact, allowed):

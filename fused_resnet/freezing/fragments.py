@@ -94,7 +94,7 @@ def _fits(draft: Draft, node: fx.Node) -> bool:
 
 
 def _pooling(draft: Draft, node: fx.Node) -> Optional[PoolStep]:
-    """What a node pools, if it calls torch's own pooling of images as a region can do it. Its input is numbered later."""
+    """What a node pools, if it calls torch's own pooling of images as a region can do it. Its input: number 0."""
     pool, facts, source = draft.called_by(node), facts_of(node), facts_of(node.args[0]) if node.args else None
     if pool is None or not isinstance(pool, (*POOLS, nn.AdaptiveAvgPool2d)) or not has_stock_call(pool):
         return None
