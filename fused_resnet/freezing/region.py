@@ -68,6 +68,15 @@ class FrozenRegion(nn.Module):
         return run_for_one if len(shapes) == 1 else run
 
     @property
+    def flops(self) -> int:
+        return sum(conv.problem.flops for conv in self.convolutions)
+
+    @property
+    def bytes_moved(self) -> int:
+        """The least that it can move: inputs, weights and outputs once. What lies between them stays in caches."""
+        return self.fragment.bytes_at_seams + sum(weight.nbytes for weight in self.compiled.weights)
+
+    @property
     def selection(self) -> Selection:
         """Who computes each of its convolutions, and why."""
         source = f"in a region of {len(self.convolutions)} convolutions by {self.micro_kernel} ({self.why})"

@@ -443,3 +443,23 @@ def test_traced_forwards_are_left_as_they_are(by_rule):
     model = Traced(lambda self, x: (lambda y: (y, self.conv(y).add_(1)))(self.conv(self.conv(x)))).eval()
     x = torch.randn(2, 4, 8, 8)
     equal_outputs(fused_resnet.freeze(model, x)(x), networks.in_fp64(model, x))
+
+
+def test_explain_shows_them(by_rule):
+    """A row for each convolution, and a line for the call, with its share of the time."""
+    model, x = networks.small(Bottleneck), torch.randn(X)
+    frozen = fused_resnet.freeze(model, x)
+    explanation = fused_resnet.explain(frozen, x, measure=True)
+    (region,), names = explanation.regions, {name for name, _ in model.named_modules()}
+    assert len(explanation.rows) == region.convolutions == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    assert all(
+        row.name in names and row.backend == "blocked" and "one call" not in row.source for row in explanation.rows
+    )
+    assert {row.source for row in explanation.rows} == {
+        f"in a region of {region.convolutions} convolutions by {FP32.name} ({pieces.RULE})"
+    }
+    assert sum(row.time_us for row in explanation.rows) == pytest.approx(region.time_us)
+    assert region.bytes_converted == 4 * (2 * 3 * 16 * 16 + 2 * 64 * 4 * 4)
+    text = str(explanation)
+    assert f"{region.convolutions} convolutions as one call by {FP32.name}" in text and "converted at its seams" in text
+    assert explanation.as_dict()["regions"][0]["least_us"] > 0
