@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from typing import Any, NamedTuple, Optional, Union, cast
+from typing import Any, Callable, NamedTuple, Optional, Union, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +17,7 @@ from fused_resnet import backends, choosing
 from fused_resnet.freezing.dtypes import without_torchs_log
 from fused_resnet.freezing.frozen import FrozenModel, FrozenParts
 from fused_resnet.freezing.modules import FrozenConv, WideConv
+from fused_resnet.freezing.region import FrozenRegion
 from fused_resnet.fusing import convert
 from fused_resnet.graphs.matching import unfolded_norms
 from fused_resnet.graphs.spelling import CONVOLUTIONS, arguments_of
@@ -42,6 +43,14 @@ class Call(NamedTuple):
     source: str = ""
     time_us: Optional[float] = None
     selection: Optional[choosing.Selection] = None
+
+
+class RegionCall(NamedTuple):
+    """A call of a region, whose convolutions are rows of their own."""
+
+    name: str
+    region: FrozenRegion
+    time_us: Optional[float]
 
 
 class _Recorder(TorchDispatchMode):
@@ -138,19 +147,20 @@ def _why_plain(name: str, model: nn.Module, fused: set[str], left_alone: list[co
 
 def planned(
     frozen: Union[FrozenModel, FrozenParts], example: Any, measure: bool
-) -> tuple[list[Call], list[convert.LeftAlone]]:
-    """The calls of a frozen model in the order of its plan, and the convolutions that a plan leaves to torch.
+) -> tuple[list[Call], list[convert.LeftAlone], list[RegionCall]]:
+    """The calls of a frozen model in the order of its plan, the convolutions that a plan leaves to torch, the regions.
 
     Of a model that was frozen in parts, those of the parts.
     """
     if isinstance(frozen, FrozenModel):
         return _of_plan("", frozen, example, measure)
-    calls, left_alone = [], []
+    calls, left_alone, regions = [], [], []
     for name, x in _inputs_of_parts(frozen, example):
-        found, others = _of_plan(f"{name}.", cast(FrozenModel, frozen.parts[name]), x, measure)
+        found, others, within = _of_plan(f"{name}.", cast(FrozenModel, frozen.parts[name]), x, measure)
         calls += found
         left_alone += others
-    return calls, left_alone
+        regions += within
+    return calls, left_alone, regions
 
 
 def _inputs_of_parts(frozen: FrozenParts, example: Any) -> list[tuple[str, Tensor]]:
@@ -168,16 +178,18 @@ def _inputs_of_parts(frozen: FrozenParts, example: Any) -> list[tuple[str, Tenso
     return inputs
 
 
-def _of_plan(prefix: str, frozen: FrozenModel, x: Tensor, measure: bool) -> tuple[list[Call], list[convert.LeftAlone]]:
+def _of_plan(
+    prefix: str, frozen: FrozenModel, x: Tensor, measure: bool
+) -> tuple[list[Call], list[convert.LeftAlone], list[RegionCall]]:
     plan = frozen.plan(x)
     runs = [_TimedPlan(plan).times(frozen, x) for _ in range(1 + _RUNS)][1:] if measure else []
     names = {f"model_{name}".replace(".", "_"): name for name, _ in frozen.unfreeze().named_modules() if name}
     names["model"] = "model"
     modules = dict(plan.named_modules())
-    calls, left_alone = [], []
+    calls, left_alone, regions = [], [], []
 
-    def name_of(node: fx.Node) -> str:
-        stem = node.name.removeprefix("fused_")
+    def name_of(node: Union[fx.Node, str]) -> str:
+        stem = (node if isinstance(node, str) else node.name).removeprefix("fused_")
         first = re.sub(r"_\d+$", "", stem)  # of several calls of a module
         return prefix + (names.get(stem) or names.get(first) or stem.removeprefix("model_"))
 
@@ -186,6 +198,10 @@ def _of_plan(prefix: str, frozen: FrozenModel, x: Tensor, measure: bool) -> tupl
         if isinstance(module, FrozenConv):
             name, time_us = name_of(node), statistics.median(run[node] for run in runs) if runs else None
             calls.append(Call(name, module.problem, frozen.backend, time_us=time_us, selection=module.selection))
+        elif isinstance(module, FrozenRegion):
+            time_us = statistics.median(run[node] for run in runs) if runs else None
+            calls += _of_region(module, name_of, frozen.backend, time_us)
+            regions.append(RegionCall(prefix + node.name, module, time_us))
         elif isinstance(module, WideConv):
             reason = "it is computed in float32, because oneDNN is wrong there in 16 bits"
             left_alone.append(convert.LeftAlone(name_of(node), reason))
@@ -197,7 +213,19 @@ def _of_plan(prefix: str, frozen: FrozenModel, x: Tensor, measure: bool) -> tupl
             left_alone.append(convert.LeftAlone(name_of(node), reason))
     for node, reason in unfolded_norms(plan.graph, modules, FrozenConv):
         left_alone.append(convert.LeftAlone(name_of(node), f"without its norm: {reason}"))
-    return calls, left_alone
+    return calls, left_alone, regions
+
+
+def _of_region(
+    region: FrozenRegion, name_of: Callable[[str], str], backend: str, time_us: Optional[float]
+) -> list[Call]:
+    """A row for each of its convolutions, with its share of the region's time by arithmetic."""
+    shares = (conv.problem.flops / region.flops for conv in region.convolutions)
+    times = (None if time_us is None else time_us * share for share in shares)
+    return [
+        Call(name_of(conv.name), conv.problem, backend, time_us=time, selection=region.selection)
+        for conv, time in zip(region.convolutions, times)
+    ]
 
 
 class _TimedPlan(fx.Interpreter):
