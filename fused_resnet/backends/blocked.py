@@ -17,9 +17,8 @@ from fused_resnet.kernels import sources
 from fused_resnet.operators.layout import channels_last, empty_output
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
-from fused_resnet.regions import kernels
+from fused_resnet.regions import fragment, kernels
 from fused_resnet.regions.fragment import ConvStep, Fragment, compile_fragment
-from fused_resnet.regions.program import packed_weights
 
 _MOST_TAPS, _MOST = 1024, 2**24  # csrc/cpu/blocked/program.cpp: of a window's sides; of any other number
 
@@ -41,21 +40,24 @@ def why_not(problem: ConvProblem) -> Optional[str]:
 
 
 def pack(problem: ConvProblem, weight: Tensor, config: None = None) -> Tensor:
-    """As `regions.layout.pack_weight` says."""
-    return packed_weights([weight], problem.dtype)
+    """As `regions.fragment.pack` says."""
+    return fragment.pack(_fragment(problem), 0, [weight])
+
+
+def _fragment(problem: ConvProblem) -> Fragment:
+    p = problem
+    shapes = ((p.N, p.C, p.H, p.W), *([p.output_shape] if p.has_residual else []))
+    return Fragment(shapes, (ConvStep(p, 0, 1 if p.has_residual else None),), (len(shapes),), p.dtype)
 
 
 def bind(
     problem: ConvProblem, weight: Tensor, bias: Optional[Tensor], *, into_residual: bool = False
 ) -> Callable[..., Tensor]:
-    p = problem
-    shapes = ((p.N, p.C, p.H, p.W), *([p.output_shape] if p.has_residual else []))
-    step = ConvStep(p, 0, 1 if p.has_residual else None)
-    region = compile_fragment(Fragment(shapes, (step,), (len(shapes),), p.dtype), {0: weight}, {0: bias})
+    p, region = problem, compile_fragment(_fragment(problem), {0: weight}, {0: bias})
     kernel, name = torch.ops.fused_resnet.cpu_region.default, kernels.fastest_name(p.dtype)
 
     def run(x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-        inputs = [channels_last(x)] if residual is None else [channels_last(x), channels_last(residual)]
+        inputs = [x] if residual is None else [x, channels_last(residual)]
         out = inputs[1] if into_residual and residual is not None else empty_output(p, x)
         kernel(region.program, inputs, region.weights, region.biases, name, region.empty_workspace(), [out])
         return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Callable, Optional
 
 import torch
@@ -10,16 +9,10 @@ from torch import Tensor
 
 from fused_resnet.backends.cpu_kernels import PANEL, bind_kernel, why_no_kernel
 from fused_resnet.backends.record import Auto, Backend, InPlan, Rounding
-from fused_resnet.kernels import compiled, sources
+from fused_resnet.kernels import compiled, sources, winograd
 from fused_resnet.machine import onednn
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
-
-# csrc/cpu/winograd.h: the points, the rows of G they lead to (the last is infinity's).
-_POINTS = (0.0, 2**-0.5, -(2**-0.5), 2**0.5, -(2**0.5))
-_G = [[p**power / math.prod(p - q for q in _POINTS if q != p) for power in range(3)] for p in _POINTS] + [
-    [0.0, 0.0, 1.0]
-]
 
 
 def why_not(problem: ConvProblem) -> Optional[str]:
@@ -59,18 +52,8 @@ def pays(problem: ConvProblem) -> bool:
 
 
 def pack(problem: ConvProblem, weight: Tensor, config: None = None) -> Tensor:
-    """G w G^T in fp64 as (36, K/16, C, 16): point (i, j), panel of output channels, input channel.
-
-    A panel at a time, whose fp64 numbers stay in the caches: 59 ms for 512 channels, 286 for all panels at once (EPYC,
-    one thread, 2026-11).
-    """
-    G = torch.tensor(_G, dtype=torch.float64, device=weight.device)
-    points = torch.kron(G, G)  # of the nine taps
-    packed = weight.new_empty((36, problem.K // PANEL, problem.C, PANEL), dtype=torch.float32)
-    for panel, taps in zip(packed.unbind(1), weight.detach().split(PANEL)):
-        taps = taps.permute(2, 3, 1, 0).to(torch.float64).reshape(9, -1)
-        panel.copy_((points @ taps).view_as(panel))
-    return packed
+    """As `kernels.winograd.points` says."""
+    return winograd.points(weight)
 
 
 def bind(

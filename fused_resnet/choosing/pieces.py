@@ -35,8 +35,18 @@ from fused_resnet.operators import reference
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 from fused_resnet.regions import kernels
-from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, Step, compile_fragment, segments
-from fused_resnet.regions.program import CompiledRegion, packed_weights
+from fused_resnet.regions.fragment import (
+    ConvStep,
+    Fragment,
+    PoolStep,
+    Step,
+    by_winograd,
+    compile_fragment,
+    pack,
+    segments,
+    stems,
+)
+from fused_resnet.regions.program import CompiledRegion
 
 REGION, SEPARATE = blocked.BACKEND.name, "separate"
 RULE = "rules: nothing was measured, and AMX multiplies blocks"
@@ -247,9 +257,10 @@ class Material:
         of = self.of(piece)
         packed = {}
         for step, parts in segments(piece.fragment).items():
-            key = (REGION, *(piece.places[part] for part in parts))
+            how = step in by_winograd(piece.fragment), step in stems(piece.fragment).values()
+            key = (REGION, *how, *(piece.places[part] for part in parts))
             if key not in self._packed:
-                self._packed[key] = packed_weights([of[part][0] for part in parts], piece.fragment.dtype)
+                self._packed[key] = pack(piece.fragment, step, [of[part][0] for part in parts])
             packed[step] = self._packed[key]
         return compile_fragment(piece.fragment, packed, {step: bias for step, (_, bias) in of.items()})
 

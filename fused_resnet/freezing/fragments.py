@@ -9,7 +9,7 @@ from typing import NamedTuple, Optional, Sequence, cast
 import torch
 from torch import fx, nn
 
-from fused_resnet.backends import blocked
+from fused_resnet.backends import blocked, winograd
 from fused_resnet.choosing import pieces, winners
 from fused_resnet.choosing.pieces import Piece, Separate
 from fused_resnet.freezing.draft import Draft
@@ -17,11 +17,12 @@ from fused_resnet.freezing.dtypes import facts_of
 from fused_resnet.freezing.region import FrozenRegion, RegionConv
 from fused_resnet.graphs.memory import POOLS
 from fused_resnet.kernels import compiled
+from fused_resnet.machine.malloc import LargePages
 from fused_resnet.nn.stock import has_stock_call
 from fused_resnet.operators.describe import Facts, pair
-from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, Step, compile_fragment, segments
+from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, Step, compile_fragment, pack, segments
 from fused_resnet.regions.layout import DTYPES
-from fused_resnet.regions.program import Shape, packed_weights
+from fused_resnet.regions.program import Shape
 
 _LEAST = 2  # convolutions of a region
 
@@ -125,7 +126,8 @@ def _run_of(draft: Draft, nodes: list[fx.Node], places: tuple[int, ...]) -> Run:
         x, *residual = (numbers[source] for source in _sources(node))
         conv = draft.convs.get(node)
         if conv is not None:
-            steps.append(ConvStep(conv.problem, x, *residual))
+            is_winograd = conv.selection.backend is winograd.BACKEND
+            steps.append(ConvStep(conv.problem, x, *residual or [None], by_winograd=is_winograd))
             separate.append(Separate(conv.selection, conv.in_place))
         else:
             pooling = _pooling(draft, node)
@@ -219,8 +221,11 @@ def _made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, why: str) 
     decisions = {place: draft.convs.pop(node) for place, node in enumerate(nodes) if node in draft.convs}
     biases = {place: conv.bias for place, conv in decisions.items()}
     convolutions = tuple(RegionConv(nodes[place].name, conv.problem) for place, conv in decisions.items())
-    packed = {}
-    for place, parts in segments(fragment).items():  # each weight goes once it is packed
-        weight = packed_weights([decisions.pop(part).weight for part in parts], fragment.dtype)
-        packed[place] = draft.packed.shared(nodes[place].name, "region", weight)
+    packed = {  # each weight goes once it is packed
+        place: pack(fragment, place, [decisions.pop(part).weight for part in parts])
+        for place, parts in segments(fragment).items()
+    }
+    pages = LargePages(sum(LargePages.room(weight.nbytes) for weight in packed.values()))
+    for place, weight in packed.items():
+        packed[place] = draft.packed.shared(nodes[place].name, "region", weight, pages.copied)
     return FrozenRegion(fragment, convolutions, compile_fragment(fragment, packed, biases), why)

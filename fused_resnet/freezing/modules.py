@@ -128,8 +128,11 @@ class PackedWeights:
     def __init__(self) -> None:
         self._weights: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDictionary()
 
-    def shared(self, name: str, backend: str, packed: Tensor) -> Tensor:
-        """What another plan has for the convolution or linear layer of this name, if that is the same; else `packed`.
+    def shared(
+        self, name: str, backend: str, packed: Tensor, kept: Callable[[Tensor], Tensor] = lambda packed: packed
+    ) -> Tensor:
+        """What another plan has for the convolution or linear layer of this name, if that is the same; else `packed`,
+        in the memory that `kept` gives it.
 
         oneDNN's packed weights are opaque, and equal where their layouts are.
         """
@@ -140,6 +143,7 @@ class PackedWeights:
         known = self._weights.get((name, backend, layout))
         if known is not None and (known.is_mkldnn or torch.equal(known, packed)):
             return known
+        packed = kept(packed)
         self._weights[name, backend, layout] = packed
         return packed
 

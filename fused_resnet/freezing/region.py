@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fused_resnet.backends import blocked
 from fused_resnet.choosing import Selection
-from fused_resnet.operators.layout import channels_last
 from fused_resnet.operators.problem import ConvProblem
 from fused_resnet.regions import kernels
 from fused_resnet.regions.fragment import Fragment
@@ -58,7 +57,7 @@ class FrozenRegion(nn.Module):
             except IndexError:
                 workspace = compiled.empty_workspace()
             outputs = [empty(shape, dtype=dtype, memory_format=in_nhwc) for shape in shapes]
-            call(program, [channels_last(x) for x in inputs], weights, biases, kernel, workspace, outputs)
+            call(program, list(inputs), weights, biases, kernel, workspace, outputs)
             pool.append(workspace)
             return tuple(outputs)
 

@@ -65,20 +65,27 @@ class LargePages:
     took a tenth longer (Xeon with AMX, one thread, 2026-11). What is not written yet takes no memory.
     """
 
-    _CHUNK, _PAGE, _LINE = 2**26, 2**21, 64
+    _PAGE, _LINE = 2**21, 64
 
-    def __init__(self) -> None:
-        self._chunk, self._used = torch.empty(0, dtype=torch.uint8), 0
+    def __init__(self, nbytes: int) -> None:
+        """nbytes: for how much there is room before another piece of memory is asked for, as large again."""
+        self._size, self._used = nbytes, 0
+        self._chunk = torch.empty(0, dtype=torch.uint8)
 
     def empty(self, nbytes: int) -> Tensor:
         """A vector of bytes that begins at a multiple of 64. It keeps the whole chunk alive."""
         if self._used + nbytes > self._chunk.numel():
-            self._chunk, self._used = self._new_chunk(max(nbytes, self._CHUNK)), 0
-        begin, self._used = self._used, self._used + -(-nbytes // self._LINE) * self._LINE
+            self._chunk, self._used = self._new_chunk(max(nbytes, self._size)), 0
+        begin, self._used = self._used, self._used + self.room(nbytes)
         return self._chunk[begin : begin + nbytes]
 
     def copied(self, tensor: Tensor) -> Tensor:
         return self.empty(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    @classmethod
+    def room(cls, nbytes: int) -> int:
+        """What a piece of so many bytes takes."""
+        return -(-nbytes // cls._LINE) * cls._LINE
 
     def _new_chunk(self, nbytes: int) -> Tensor:
         pages = mmap.mmap(-1, nbytes + self._PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -7,28 +7,41 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Mapping, NamedTuple, Optional, Union
+from typing import Mapping, NamedTuple, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
 
+from fused_resnet.kernels import winograd
 from fused_resnet.operators.problem import ConvProblem, dtype_name, output_size
-from fused_resnet.regions.program import CompiledRegion, Map, Pair, Region, Segment, Shape
+from fused_resnet.regions import layout
+from fused_resnet.regions.program import (
+    CompiledRegion,
+    Map,
+    Pair,
+    Region,
+    Segment,
+    Shape,
+    packed_weights,
+    rows_of_window,
+)
 
 
 class ConvStep(NamedTuple):
-    """A convolution, and the values that are its input and its residual."""
+    """A convolution, and the values that are its input and its residual. by_winograd: where the region can do that."""
 
     problem: ConvProblem
     x: int
     residual: Optional[int] = None
+    by_winograd: bool = False
 
     @property
     def reads(self) -> tuple[int, ...]:
         return (self.x,) if self.residual is None else (self.x, self.residual)
 
     def __str__(self) -> str:
-        return f"{str(self.problem).partition('x')[2]} of {', '.join(map(str, self.reads))}"
+        how = ", by Winograd" if self.by_winograd else ""
+        return f"{str(self.problem).partition('x')[2]} of {', '.join(map(str, self.reads))}{how}"
 
 
 class PoolStep(NamedTuple):
@@ -108,7 +121,7 @@ def projections(fragment: Fragment) -> dict[int, int]:
     for place, step in enumerate(fragment.steps):
         residual = step.residual if isinstance(step, ConvStep) else None
         source = fragment.steps[residual - first] if residual is not None and residual >= first else None
-        if residual is None or not isinstance(source, ConvStep):
+        if residual is None or not isinstance(source, ConvStep) or place in by_winograd(fragment):
             continue
         is_plain = source.problem.activation == "none" and source.residual is None
         if is_plain and readers[residual] == [place] and residual not in fragment.outputs:
@@ -126,24 +139,75 @@ def segments(fragment: Fragment) -> dict[int, tuple[int, ...]]:
     }
 
 
+def by_winograd(fragment: Fragment) -> set[int]:
+    """The places of the convolutions that are computed so: that are asked for, and replace their residual if there is
+    one."""
+    last_read = {value: place for place, step in enumerate(fragment.steps) for value in step.reads}
+    return {
+        place
+        for place, step in enumerate(fragment.steps)
+        if isinstance(step, ConvStep)
+        and step.by_winograd
+        and step.problem.C % layout.PANEL == step.problem.K % layout.PANEL == 0
+        and (step.residual is None or step.residual != step.x and last_read[step.residual] == place)
+    }
+
+
+def stems(fragment: Fragment) -> dict[int, int]:
+    """{an input's value: the place of the convolution that alone reads it, and nothing else} (`Region.read_for`)."""
+    first, readers = len(fragment.shapes), dict[int, list[int]]()
+    for place, step in enumerate(fragment.steps):
+        for value in step.reads:
+            readers.setdefault(value, []).append(place)
+    found = {}
+    for place, parts in segments(fragment).items():
+        step = fragment.steps[place]
+        assert isinstance(step, ConvStep)
+        is_plain = len(parts) == 1 and step.problem.dilation == (1, 1) and place not in by_winograd(fragment)
+        if is_plain and step.x < first and readers[step.x] == [place]:
+            found[step.x] = place
+    return found
+
+
+def pack(fragment: Fragment, place: int, weights: Sequence[Tensor]) -> Tensor:
+    """The weights of one of the `segments` as its kernel reads them."""
+    if place in by_winograd(fragment):
+        return winograd.points(weights[0])
+    if place in stems(fragment).values():
+        weights = [rows_of_window(weights[0], fragment.dtype)]
+    return packed_weights(weights, fragment.dtype)
+
+
 def compile_fragment(
     fragment: Fragment, packed: Mapping[int, Tensor], biases: Mapping[int, Optional[Tensor]]
 ) -> CompiledRegion:
-    """packed: the `packed_weights` of the `segments`, by place. biases: of each convolution, None without one.
+    """packed: the weights of the `segments` as `pack` gives them, by place. biases: of each convolution, None without
+    one.
 
     A sum replaces its residual where nothing reads that later.
     """
     region, parts, first = Region(fragment.dtype), segments(fragment), len(fragment.shapes)
-    last_read = _last_read(fragment, parts)
-    maps: dict[int, Map] = {value: region.read(shape) for value, shape in enumerate(fragment.shapes)}
+    last_read, stem_of, points = _last_read(fragment, parts), stems(fragment), by_winograd(fragment)
+    maps: dict[int, Map] = {}
+    stem_segments: dict[int, Segment] = {}
+    for value, shape in enumerate(fragment.shapes):
+        if value in stem_of:
+            stem_segments[stem_of[value]] = _stem(region, shape, fragment.steps[stem_of[value]])
+        else:
+            maps[value] = region.read(shape)
     for place, step in enumerate(fragment.steps):
         if isinstance(step, PoolStep):
             window = (step.window, step.stride, step.padding)
             y = region.pool(maps[step.x], step.kind, *window, count_include_pad=step.counts_padding)
+        elif place in points:
+            replaced = None if step.residual is None else maps[step.residual]
+            how = dict(activation=step.problem.activation, replaced=replaced)
+            y = region.winograd(maps[step.x], packed[place], step.problem.padding, biases[place], **how)
         elif place in parts:
             residual = step.residual if len(parts[place]) == 1 else None
+            stem = stem_segments.get(place)
             y = region.convolve(
-                [_segment(fragment.steps[part], maps) for part in parts[place]],
+                [_segment(fragment.steps[part], maps) for part in parts[place]] if stem is None else [stem],
                 _sum([biases[part] for part in parts[place]]),
                 activation=step.problem.activation,
                 residual=None if residual is None else maps[residual],
@@ -174,8 +238,17 @@ def _last_read(fragment: Fragment, parts: Mapping[int, tuple[int, ...]]) -> dict
 def _segment(step: Step, maps: Mapping[int, Map]) -> Segment:
     assert isinstance(step, ConvStep)
     p = step.problem
-    shape = torch.empty(p.K, p.C, p.R, p.S, device="meta")
-    return Segment(maps[step.x], shape, p.stride, p.padding, p.dilation)
+    return Segment(maps[step.x], _shape_of_weight(p), p.stride, p.padding, p.dilation)
+
+
+def _stem(region: Region, shape: Shape, step: Step) -> Segment:
+    assert isinstance(step, ConvStep)
+    p = step.problem
+    return region.read_for(shape, _shape_of_weight(p), p.stride, p.padding)
+
+
+def _shape_of_weight(problem: ConvProblem) -> Tensor:
+    return torch.empty(problem.K, problem.C, problem.R, problem.S, device="meta")
 
 
 def _sum(biases: list[Optional[Tensor]]) -> Optional[Tensor]:

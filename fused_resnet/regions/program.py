@@ -60,6 +60,15 @@ class Segment(NamedTuple):
         return N, K, P, Q
 
 
+def rows_of_window(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A stem's weight (K, C, R, S) as (K, S * C, R, 1), for an input unfolded along its lines; itself where that takes
+    no fewer k steps."""
+    (K, C, R, S), lanes = weight.shape, layout.lanes(dtype)
+    if -(-C * S // lanes) >= S * -(-C // lanes):
+        return weight
+    return weight.permute(0, 3, 1, 2).reshape(K, S * C, R, 1)
+
+
 def packed_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The weights of a convolution's segments side by side: their k steps follow one another."""
     return torch.cat([layout.pack_weight(weight, dtype) for weight in weights], 1)
@@ -76,7 +85,7 @@ class CompiledRegion(NamedTuple):
     workspace_bytes: int
 
     def empty_workspace(self) -> Tensor:
-        return LargePages().empty(self.workspace_bytes)
+        return LargePages(self.workspace_bytes).empty(self.workspace_bytes)
 
     def __call__(self, inputs: Sequence[Tensor], workspace: Tensor, kernel: str = "") -> list[Tensor]:
         """inputs: in channels_last. kernel: a row of the table of micro-kernels, or the fastest that runs here."""
@@ -100,7 +109,6 @@ class Region:
     _written: list[Optional[Map]] = field(default_factory=list)  # the map that a step writes first
     _weights: list[Tensor] = field(default_factory=list)
     _biases: list[Tensor] = field(default_factory=list)
-    _pages: LargePages = field(default_factory=LargePages)  # of the weights
     _num_inputs: int = 0
     _output_shapes: list[Shape] = field(default_factory=list)
 
@@ -115,13 +123,13 @@ class Region:
         out[n, s * C + c, h, q] = x[n, c, h, q * stride + s - padding]. The channels of an image are too few to fill
         a block by themselves.
         """
-        (N, C, H, W), (K, _, R, S), lanes = shape, weight.shape, layout.lanes(self.dtype)
-        if -(-C * S // lanes) >= S * -(-C // lanes):
+        rows = rows_of_window(weight, self.dtype)
+        if rows is weight:
             return Segment(self.read(shape), weight, stride, padding)
+        (N, C, H, W), S = shape, weight.shape[3]
         Q = output_size(W, S, stride[1], padding[1], 1)
         x = self._read((N, S * C, H, Q), S, stride[1], padding[1])
-        by_rows = weight.permute(0, 3, 1, 2).reshape(K, S * C, R, 1)
-        return Segment(x, by_rows, (stride[0], 1), (padding[0], 0))
+        return Segment(x, rows, (stride[0], 1), (padding[0], 0))
 
     def _read(self, shape: Shape, taps: int, stride: int, padding: int) -> Map:
         x, index = self._new_map(shape), self._num_inputs
@@ -157,7 +165,7 @@ class Region:
         out = residual if in_place and residual is not None else self._new_map(shape)
         weight = packed_weights([segment.weight for segment in segments], self.dtype) if packed is None else packed
         numbers = (
-            self._keep(self._pages.copied(weight), self._weights),
+            self._keep(weight, self._weights),
             self._keep(None if bias is None else layout.pack_bias(bias), self._biases),
         )
         segments = self._split_phases(segments, shape)

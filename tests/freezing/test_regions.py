@@ -370,12 +370,12 @@ def _without_zero_halo(program):
     """Zeros go into the halo of the first buffer instead, which needs none."""
     integers, buffers = program.tolist(), program[1].item()
     place = 2 + 7 * buffers
-    sizes = {0: 3, 1: 3, 4: 11}
+    sizes = {0: 6, 1: 3, 4: 11, 5: 11, 6: 9}
     while place < len(integers):
         kind = integers[place]
         if kind == 2:
             integers[place + 1] = 0
-        place += sizes.get(kind, 2 if kind == 2 else 8 + 9 * integers[min(place + 7, len(integers) - 1)])
+        place += sizes.get(kind, 2 if kind == 2 else 8 + 10 * integers[min(place + 7, len(integers) - 1)])
     return torch.tensor(integers)
 
 

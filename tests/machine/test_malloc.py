@@ -8,7 +8,7 @@ from fused_resnet.machine.malloc import LargePages
 
 
 def test_pieces_lie_side_by_side_and_apart():
-    pages = LargePages()
+    pages = LargePages(2**20)
     values = [torch.randn(5, 7), torch.randn(3).bfloat16(), torch.arange(1000)]
     copies = [pages.copied(value) for value in values]
     assert all(torch.equal(*pair) and pair[0].dtype == pair[1].dtype for pair in zip(values, copies))
@@ -20,14 +20,14 @@ def test_pieces_lie_side_by_side_and_apart():
 
 
 def test_what_is_larger_than_a_chunk_has_one_of_its_own():
-    pages = LargePages()
-    small, large = pages.empty(1), pages.empty(2**26 + 1)
-    assert large.numel() == 2**26 + 1 and small.untyped_storage()._cdata != large.untyped_storage()._cdata
+    pages = LargePages(2**20)
+    small, large = pages.empty(1), pages.empty(2**20 + 1)
+    assert large.numel() == 2**20 + 1 and small.untyped_storage()._cdata != large.untyped_storage()._cdata
     large[-1] = 7
 
 
 def test_a_piece_outlives_its_allocator():
-    pages = LargePages()
+    pages = LargePages(0)
     piece = pages.copied(torch.arange(100_000))
     del pages
     gc.collect()
