@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fused_resnet.freezing.modules import FrozenConv, FrozenMaxPool, FrozenRegio
 from fused_resnet.kernels import compiled
 from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.regions import fragment, kernels
+from fused_resnet.regions.layout import DTYPES
 from tests.support import networks
 from tests.support.plans import Traced, equal_outputs
 
@@ -317,12 +319,12 @@ def test_what_is_measured_decides(tuned_files, monkeypatch, case):
     equal_outputs(frozen(x), networks.in_fp64(model, x))
 
 
-@pytest.fixture
-def piece(tuned_files, monkeypatch):
+@pytest.fixture(params=[dtype for dtype in DTYPES if kernels.fastest(dtype) is not None], ids=str)
+def piece(request, tuned_files, monkeypatch):
     """One stage that may be measured."""
     monkeypatch.delenv("FUSED_RESNET_TUNE", raising=False)
     model = networks.single(Bottleneck, channels=8)
-    (whole,) = offered(monkeypatch, model, torch.randn(2, 16, 7, 9), tune=False)
+    whole, *_ = offered(monkeypatch, model, torch.randn(2, 16, 7, 9), tune=False, dtype=request.param)
     return whole
 
 
@@ -334,7 +336,7 @@ def test_it_is_measured_once(piece, monkeypatch):
     assert pieces.times_of(piece) is None and pieces.why_wrong(piece) is None
     measure(piece)
     times = pieces.times_of(piece)
-    assert isinstance(times, Times) and min(times[:2]) > 0
+    assert isinstance(times, Times) and min(times[:2]) > 0, winners.outcome(piece.problem, REGION)
     assert 0 < winners.outcome(piece.problem, REGION)["error_ratio"] < 1
     winners.forget()  # from the file
     monkeypatch.setattr(pieces, "_measure", lambda *arguments: pytest.fail("it was measured again"))
@@ -408,6 +410,16 @@ def test_what_does_not_run_is_never_chosen(piece, monkeypatch):
     monkeypatch.setattr(pieces, "compile_fragment", refuse)
     measure(piece)
     assert pieces.why_wrong(piece) == "RuntimeError: no such step"
+
+
+def test_what_is_wrong_with_the_nodes_is_not_kept_of_the_region(piece, monkeypatch):
+    """Nor is anything chosen in this process: there is nothing to compare it with."""
+    nan = torch.full(piece.fragment.value_shapes[-1], torch.nan)
+    for effect, sentence in (([RuntimeError("no")], "do not run: RuntimeError: no"), ([[nan]], "no numbers")):
+        call = mock.Mock(side_effect=effect)
+        monkeypatch.setattr(pieces.Material, "separate", lambda self, piece, call=call: call)
+        outcome = pieces.checked(piece)
+        assert sentence in outcome["why"] and outcome["is_passing"]
 
 
 def test_a_new_shape_is_checked_alone(piece, monkeypatch):
