@@ -19,6 +19,7 @@ from benchmarks import data
 from fused_resnet import measuring
 from fused_resnet.freezing.frozen import FrozenParts
 from fused_resnet.freezing.modules import FrozenConv
+from fused_resnet.freezing.region import FrozenRegion
 from fused_resnet.measuring import NetworkSubject, Record
 from fused_resnet.operators.problem import SHORT_DTYPES
 
@@ -107,10 +108,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def convolutions(model: nn.Module, x: Tensor) -> dict[str, int]:
     frozen = fused_resnet.freeze(model, x)
     plans = [frozen] if not isinstance(frozen, FrozenParts) else list(frozen.parts.values())
-    convs = [module for part in plans for plan in part.plans() for module in plan.modules()]
+    modules = [module for part in plans for plan in part.plans() for module in plan.modules()]
     return {
         "convolutions": sum(isinstance(module, nn.Conv2d) for module in model.modules()),
-        "frozen_convolutions": sum(isinstance(module, FrozenConv) for module in convs),
+        "frozen_convolutions": sum(isinstance(module, FrozenConv) for module in modules)
+        + sum(len(module.convolutions) for module in modules if isinstance(module, FrozenRegion)),
     }
 
 

@@ -35,6 +35,7 @@ for _name in (
     "grouped",
     "onednn",
     "direct",
+    "blocked",
     "cudnn",
     "cuda",
     "cublaslt",

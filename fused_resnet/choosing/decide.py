@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, Union
 
 import torch
 
@@ -77,6 +77,18 @@ def _noted() -> Iterator[None]:
         _measuring_thread = None
 
 
+def is_measuring_here() -> bool:
+    """Whether this thread measures already: a callback of `progress` that freezes."""
+    return _measuring_thread == threading.get_ident()
+
+
+@contextlib.contextmanager
+def measuring_alone(unknown: Callable[[], Sequence[Any]], device: str) -> Iterator[None]:
+    """As the only one that measures on this machine, if the others end in time. unknown: what is left to find out."""
+    with _measuring, _noted(), _alone(unknown, device):
+        yield
+
+
 def check_tune(caller: str, tune: Tune) -> None:
     """Raises ValueError for what is neither "auto", False, nor a number of seconds."""
     is_seconds = isinstance(tune, (int, float)) and not isinstance(tune, bool) and 0 < tune < math.inf
@@ -106,9 +118,9 @@ def decide(problems: Sequence[ConvProblem], device: torch.device, tuning: Tuning
         return
     if tune == "check":
         return _check_choices(problems, device)
-    if _measuring_thread == threading.get_ident() or not _unknown(problems):  # a callback of `progress` that freezes
+    if is_measuring_here() or not _unknown(problems):
         return
-    with _measuring, _noted(), _alone(problems, device.type):
+    with measuring_alone(lambda: _unknown(problems), device.type):
         wanted = _unknown(problems)  # another thread or process may have found out meanwhile
         if not wanted:
             return
@@ -192,14 +204,14 @@ def _is_known(problem: ConvProblem) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(problems: Sequence[ConvProblem], device: str) -> Iterator[None]:
+def _alone(unknown: Callable[[], Sequence[Any]], device: str) -> Iterator[None]:
     """The only process that measures on this machine, if the others end in time: then they have what it finds.
 
     Of a group of processes that torch.distributed or torchrun has started, the first has a head start.
     """
     path = winners.user_folder() / f"measuring_{device}"
     until = time.monotonic() + (0.0 if _is_first() else _HEAD_START_S)
-    while time.monotonic() < until and not _is_held(path) and _unknown(problems):
+    while time.monotonic() < until and not _is_held(path) and unknown():
         time.sleep(0.05)
         winners.forget()
     with contextlib.ExitStack() as stack:

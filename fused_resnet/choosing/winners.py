@@ -108,8 +108,8 @@ def lookup(problem, backend: Optional[str] = None, in_nhwc: bool = False) -> Opt
     """What was measured fastest for this problem or its nearest batch; with `backend`, that backend's best config.
 
     in_nhwc: of those that read x in NHWC, if the entry tells them apart (`Entry`). None without a measurement of a
-    batch between half and twice this one, and for another operator than conv_bn_act. None too for a kernel of ours
-    whose sources have changed since. Never raises because of a file.
+    batch between half and twice this one, and for what is neither a convolution nor a region. None too for a kernel
+    of ours whose sources have changed since. Never raises because of a file.
     """
     if not _counts(problem):
         return None
@@ -186,7 +186,7 @@ def is_trusted(backend: str, device: str) -> bool:
 
 
 def _counts(problem) -> bool:
-    return problem.op == "conv_bn_act" and problem.device in ("cpu", "cuda") and not _is_ignored.get()
+    return problem.op in ("conv_bn_act", "region") and problem.device in ("cpu", "cuda") and not _is_ignored.get()
 
 
 def _settings(problem) -> tuple:

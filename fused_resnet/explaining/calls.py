@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from typing import Any, NamedTuple, Optional, Union, cast
+from typing import Any, Callable, NamedTuple, Optional, Union, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +17,7 @@ from fused_resnet import backends, choosing
 from fused_resnet.freezing.dtypes import without_torchs_log
 from fused_resnet.freezing.frozen import FrozenModel, FrozenParts
 from fused_resnet.freezing.modules import FrozenConv, WideConv
+from fused_resnet.freezing.region import FrozenRegion
 from fused_resnet.fusing import convert
 from fused_resnet.graphs.matching import unfolded_norms
 from fused_resnet.graphs.spelling import CONVOLUTIONS, arguments_of
@@ -176,8 +177,8 @@ def _of_plan(prefix: str, frozen: FrozenModel, x: Tensor, measure: bool) -> tupl
     modules = dict(plan.named_modules())
     calls, left_alone = [], []
 
-    def name_of(node: fx.Node) -> str:
-        stem = node.name.removeprefix("fused_")
+    def name_of(node: Union[fx.Node, str]) -> str:
+        stem = (node if isinstance(node, str) else node.name).removeprefix("fused_")
         first = re.sub(r"_\d+$", "", stem)  # of several calls of a module
         return prefix + (names.get(stem) or names.get(first) or stem.removeprefix("model_"))
 
@@ -186,6 +187,9 @@ def _of_plan(prefix: str, frozen: FrozenModel, x: Tensor, measure: bool) -> tupl
         if isinstance(module, FrozenConv):
             name, time_us = name_of(node), statistics.median(run[node] for run in runs) if runs else None
             calls.append(Call(name, module.problem, frozen.backend, time_us=time_us, selection=module.selection))
+        elif isinstance(module, FrozenRegion):
+            time_us = statistics.median(run[node] for run in runs) if runs else None
+            calls += _of_region(module, name_of, frozen.backend, time_us)
         elif isinstance(module, WideConv):
             reason = "it is computed in float32, because oneDNN is wrong there in 16 bits"
             left_alone.append(convert.LeftAlone(name_of(node), reason))
@@ -198,6 +202,19 @@ def _of_plan(prefix: str, frozen: FrozenModel, x: Tensor, measure: bool) -> tupl
     for node, reason in unfolded_norms(plan.graph, modules, FrozenConv):
         left_alone.append(convert.LeftAlone(name_of(node), f"without its norm: {reason}"))
     return calls, left_alone
+
+
+def _of_region(
+    region: FrozenRegion, name_of: Callable[[str], str], backend: str, time_us: Optional[float]
+) -> list[Call]:
+    """A row for each of its convolutions, with its share of the region's time by arithmetic."""
+    flops = sum(conv.problem.flops for conv in region.convolutions)
+    shares = (conv.problem.flops / flops for conv in region.convolutions)
+    times = (None if time_us is None else time_us * share for share in shares)
+    return [
+        Call(name_of(conv.name), conv.problem, backend, time_us=time, selection=region.selection)
+        for conv, time in zip(region.convolutions, times)
+    ]
 
 
 class _TimedPlan(fx.Interpreter):

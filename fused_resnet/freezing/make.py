@@ -17,6 +17,7 @@ from fused_resnet.freezing import dtypes
 from fused_resnet.freezing.biases import move_biases
 from fused_resnet.freezing.draft import Draft
 from fused_resnet.freezing.dtypes import Conversion
+from fused_resnet.freezing.fragments import form_regions
 from fused_resnet.freezing.lowering import (
     convert_the_rest,
     lower_convolutions,
@@ -42,6 +43,7 @@ PASSES: tuple[Callable[[Draft], None], ...] = (
     mark_sums_in_place,
     place_in_row_space,
     pool_after_convolutions,
+    form_regions,
     make_convolutions,
     pack_linears,
     replace_max_pools,

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet import backends, choosing
 from fused_resnet.choosing import planned
+from fused_resnet.freezing.region import FrozenRegion
 from fused_resnet.operators.layout import channels_last, empty_output
 from fused_resnet.operators.problem import ConvProblem, MaxPoolProblem
 
@@ -143,4 +144,4 @@ class PackedWeights:
         return packed
 
 
-LOWERED = (FrozenConv, FrozenLinear, FrozenMaxPool)
+LOWERED = (FrozenConv, FrozenLinear, FrozenMaxPool, FrozenRegion)

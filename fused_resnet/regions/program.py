@@ -56,6 +56,11 @@ class Segment(NamedTuple):
         return N, K, P, Q
 
 
+def packed_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The weights of a convolution's segments side by side: their k steps follow one another."""
+    return torch.cat([layout.pack_weight(weight, dtype) for weight in weights], 1)
+
+
 class CompiledRegion(NamedTuple):
     """What one call takes, for one input shape. Its workspace may hold anything before a call."""
 
@@ -115,15 +120,19 @@ class Region:
         activation: str = "none",
         residual: Optional[Map] = None,
         in_place: bool = False,
+        packed: Optional[Tensor] = None,
     ) -> Map:
         """act(sum of the segments' convolutions + bias + residual). in_place: the residual's map takes the result.
+
+        packed: the segments' weights as `packed_weights` gives them, by somebody who keeps them for several regions.
+        The segments' own then only say their shapes.
 
         Raises ValueError for what does not fit together, and for activations that the kernels do not have.
         """
         shape = segments[0].output_shape
         self._check(segments, bias, activation, residual, in_place)
         out = residual if in_place and residual is not None else self._new_map(shape)
-        weight = torch.cat([layout.pack_weight(segment.weight, self.dtype) for segment in segments], 1)
+        weight = packed_weights([segment.weight for segment in segments], self.dtype) if packed is None else packed
         numbers = (
             self._keep(weight, self._weights),
             self._keep(None if bias is None else layout.pack_bias(bias), self._biases),

@@ -1,0 +1,78 @@
+"""Convolutions of one group over blocked activations in C++ (csrc/cpu/blocked): to blocks, the product, back. CPU only.
+
+`auto` takes it for a single convolution only where that was measured to pay. Its kernels are made for regions, whose
+maps stay in blocks from one convolution to the next (`regions`).
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Optional
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends.cpu_kernels import why_no_kernel
+from fused_resnet.backends.record import Backend, InPlan
+from fused_resnet.kernels import sources
+from fused_resnet.operators.layout import channels_last, empty_output
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.regions import kernels
+from fused_resnet.regions.fragment import ConvStep, Fragment, compile_fragment
+from fused_resnet.regions.program import packed_weights
+
+_MOST_TAPS, _MOST = 1024, 2**24  # csrc/cpu/blocked/program.cpp: of a window's sides; of any other number
+
+
+def why_not(problem: ConvProblem) -> Optional[str]:
+    p, reason = problem, why_no_kernel(problem)
+    if reason is not None:
+        return reason
+    if p.groups != 1:
+        return f"it computes convolutions of one group, not of {p.groups}"
+    if not (p.H and p.W):
+        return f"it needs a map of one pixel at least, not {p.H}x{p.W}"
+    if max(p.R, p.S) > _MOST_TAPS:
+        return f"its windows are at most {_MOST_TAPS} pixels high and wide, not {p.R}x{p.S}"
+    sizes = (p.N, p.C, p.K, p.H, p.W, p.P, p.Q, *p.stride, *p.padding, *p.dilation, p.C * p.R * p.S)
+    if max(sizes) > _MOST:
+        return f"its sizes are at most {_MOST}, not {max(sizes)}"
+    return kernels.why_none(p.dtype)
+
+
+def pack(problem: ConvProblem, weight: Tensor, config: None = None) -> Tensor:
+    """As `regions.layout.pack_weight` says."""
+    return packed_weights([weight], problem.dtype)
+
+
+def bind(
+    problem: ConvProblem, weight: Tensor, bias: Optional[Tensor], *, into_residual: bool = False
+) -> Callable[..., Tensor]:
+    p = problem
+    shapes = ((p.N, p.C, p.H, p.W), *([p.output_shape] if p.has_residual else []))
+    step = ConvStep(p, 0, 1 if p.has_residual else None)
+    region = compile_fragment(Fragment(shapes, (step,), (len(shapes),), p.dtype), {0: weight}, {0: bias})
+    kernel = torch.ops.fused_resnet.cpu_region.default
+
+    def run(x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        inputs = [channels_last(x)] if residual is None else [channels_last(x), channels_last(residual)]
+        out = inputs[1] if into_residual and residual is not None else empty_output(p, x)
+        kernel(region.program, inputs, region.weights, region.biases, "", region.empty_workspace(), [out])
+        return out
+
+    return run
+
+
+def run(problem: ConvProblem, operands: ConvOperands) -> Tensor:
+    o = operands
+    return bind(problem, pack(problem, o.weight), o.bias)(o.x, o.residual)
+
+
+BACKEND = Backend(
+    "blocked",
+    why_not,
+    run,
+    takes_bn=False,
+    sources=sources.BLOCKED,
+    plan=InPlan(pack, bind, only=True),
+)

@@ -1,0 +1,226 @@
+"""The pass that has runs of convolutions and poolings computed in one call on a CPU, where that is right and faster."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from typing import NamedTuple, Optional, Sequence, Union, cast
+
+import torch
+from torch import fx, nn
+
+from fused_resnet import backends
+from fused_resnet.choosing import pieces, winners
+from fused_resnet.choosing.pieces import Piece, Separate
+from fused_resnet.freezing.draft import Draft
+from fused_resnet.freezing.dtypes import facts_of
+from fused_resnet.freezing.region import FrozenRegion, RegionConv
+from fused_resnet.graphs.memory import POOLS
+from fused_resnet.kernels import compiled
+from fused_resnet.nn.stock import has_stock_call
+from fused_resnet.operators.describe import Facts, pair
+from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, compile_fragment, pack_steps
+from fused_resnet.regions.layout import DTYPES
+from fused_resnet.regions.program import Shape
+
+_LEAST = 2  # convolutions of a region
+Step = Union[ConvStep, PoolStep]
+
+
+class Run(NamedTuple):
+    """Nodes that one region can compute, and what they are together. stages: (begin, end) of the steps of its parts."""
+
+    nodes: list[fx.Node]
+    inputs: list[fx.Node]
+    piece: Piece
+    stages: list[tuple[int, int]]
+
+
+def form_regions(draft: Draft) -> None:
+    """Have what is faster as regions computed by them (`choosing.pieces`). Their convolutions leave the draft.
+
+    Each run of nodes is measured as a whole and stage by stage. Neighbouring stages that are faster become one region,
+    unless the whole run is faster than the best for each of its stages.
+    """
+    if draft.device.type != "cpu" or draft.backend != "auto" or compiled.load("cpu") is not None:
+        return
+    runs = _runs(draft)
+    pieces.decide([piece for run in runs for piece in _alternatives(run)], draft.tuning)
+    chosen = [(run, part) for run in runs for part in _faster(run)]
+    pieces.decide([run.piece.part(*part) for run, part in chosen], draft.tuning)  # what was joined
+    for run, part in chosen:
+        piece = run.piece.part(*part)
+        if (why := pieces.why_region(piece)) is not None:
+            _replace(draft, run.nodes[slice(*part)], piece.fragment, why)
+
+
+# --------------------------------------------------------------------------------------------- which nodes, and in what
+
+
+def _runs(draft: Draft) -> list[Run]:
+    """The longest runs of nodes, in the graph's order, that a region can compute. What computes nothing ends none."""
+    found: list[list[fx.Node]] = [[]]
+    for node in draft.graph.nodes:
+        if (fits := _fits(draft, node)) and (not found[-1] or _facts(found[-1][0]) == _facts(node)):
+            found[-1].append(node)
+        elif node.op not in ("get_attr", "placeholder"):
+            found.append([node] if fits else [])
+    places = itertools.count()
+    runs = []
+    for nodes in found:
+        nodes = list(itertools.dropwhile(lambda node: node not in draft.convs, nodes))
+        if sum(node in draft.convs for node in nodes) >= _LEAST:
+            runs.append(_run_of(draft, nodes, tuple(itertools.islice(places, len(nodes)))))
+    return runs
+
+
+def _facts(node: fx.Node) -> tuple[torch.dtype, int]:
+    return _tensor(node).dtype, _tensor(node).shape[0]
+
+
+def _tensor(node: fx.Node) -> Facts:
+    """The facts of what is known to be a tensor."""
+    return cast(Facts, facts_of(node))
+
+
+def _fits(draft: Draft, node: fx.Node) -> bool:
+    conv = draft.convs.get(node)
+    if conv is None:
+        return _pooling(draft, node) is not None
+    blocked, problem = backends.known("conv_bn_act").get("blocked"), conv.problem
+    if blocked is None or not problem.N or blocked.why_not(problem) is not None:
+        return False
+    return winners.why_wrong(winners.outcome(problem, blocked.name)) is None
+
+
+def _pooling(draft: Draft, node: fx.Node) -> Optional[PoolStep]:
+    """What a node pools, if it calls torch's own pooling of images as a region can do it. Its input is numbered later."""
+    pool, facts, source = draft.called_by(node), facts_of(node), facts_of(node.args[0]) if node.args else None
+    if pool is None or not isinstance(pool, (*POOLS, nn.AdaptiveAvgPool2d)) or not has_stock_call(pool):
+        return None
+    if node.kwargs or facts is None or source is None or facts.dtype not in DTYPES or source.dtype != facts.dtype:
+        return None
+    if len(facts.shape) != 4 or not all(source.shape) or node.meta.get("arrives_in") not in (None, facts.dtype):
+        return None
+    if isinstance(pool, nn.AdaptiveAvgPool2d):
+        window = tuple(source.shape[2:])
+        is_whole = tuple(facts.shape[2:]) == (1, 1)
+        return PoolStep("average", 0, window, window, (0, 0), False) if is_whole else None
+    window, stride, padding = (pair("pooling", value) for value in (pool.kernel_size, pool.stride, pool.padding))
+    if pool.ceil_mode:
+        return None
+    if isinstance(pool, nn.MaxPool2d):
+        is_plain = pair("pooling", pool.dilation) == (1, 1) and not pool.return_indices
+        return PoolStep("max", 0, window, stride, padding, False) if is_plain else None
+    is_plain = pool.divisor_override is None
+    return PoolStep("average", 0, window, stride, padding, pool.count_include_pad) if is_plain else None
+
+
+def _run_of(draft: Draft, nodes: list[fx.Node], places: tuple[int, ...]) -> Run:
+    inside = set(nodes)
+    inputs = list(dict.fromkeys(source for node in nodes for source in _sources(node) if source not in inside))
+    numbers = {node: number for number, node in enumerate([*inputs, *nodes])}
+    steps: list[Step] = []
+    separate: list[Optional[Separate]] = []
+    for node in nodes:
+        x, *residual = (numbers[source] for source in _sources(node))
+        conv = draft.convs.get(node)
+        if conv is not None:
+            steps.append(ConvStep(conv.problem, x, *residual))
+            separate.append(Separate(conv.selection, conv.in_place))
+        else:
+            pooling = _pooling(draft, node)
+            assert pooling is not None
+            steps.append(pooling._replace(x=x))
+            separate.append(None)
+    outputs = tuple(numbers[node] for node in nodes if any(user not in inside for user in node.users))
+    shapes = tuple(cast(Shape, tuple(_tensor(node).shape)) for node in inputs)
+    fragment = Fragment(shapes, tuple(steps), outputs, _tensor(nodes[0]).dtype)
+    return Run(nodes, inputs, Piece(fragment, tuple(separate), places), _stages(fragment))
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    return [source for source in node.args if isinstance(source, fx.Node)]  # one that is read twice, twice
+
+
+def _stages(fragment: Fragment) -> list[tuple[int, int]]:
+    """(begin, end) of the parts with maps of one size, cut where a single value is needed on. Poolings end a part."""
+    first, shapes = len(fragment.shapes), fragment.value_shapes
+    last_read = {value: place for place, step in enumerate(fragment.steps) for value in step.reads}
+    parts: list[tuple[int, int]] = []
+    begin = 0
+    for place, _ in enumerate(fragment.steps):
+        needed = [value for value, last in last_read.items() if last > place and value <= first + place]
+        if len(needed) != 1 and place + 1 < len(fragment.steps):
+            continue
+        has_convolution = any(isinstance(step, ConvStep) for step in fragment.steps[begin : place + 1])
+        is_alike = bool(parts) and shapes[first + parts[-1][1] - 1][2:] == shapes[first + place][2:]
+        if parts and (is_alike or not has_convolution):
+            parts[-1] = parts[-1][0], place + 1
+        else:
+            parts.append((begin, place + 1))
+        begin = place + 1
+    return parts
+
+
+# -------------------------------------------------------------------------------------------------------- which of them
+
+
+def _alternatives(run: Run) -> list[Piece]:
+    return [run.piece, *(run.piece.part(*stage) for stage in run.stages if len(run.stages) > 1)]
+
+
+def _faster(run: Run) -> list[tuple[int, int]]:
+    """(begin, end) of the steps that should be regions."""
+    whole = (0, len(run.nodes))
+    whole_times = pieces.times_of(run.piece)
+    parts = [run.piece.part(*stage) for stage in run.stages]
+    times = [pieces.times_of(part) for part in parts]
+    is_taken = [pieces.why_region(part) is not None for part in parts]
+    if pieces.why_region(run.piece) is not None:
+        best = [one and (one.region if taken else one.separate) for one, taken in zip(times, is_taken)]
+        if whole_times is None or all(is_taken) or None in best or whole_times.region <= sum(filter(None, best)):
+            return [whole]
+    joined: list[tuple[int, int]] = []
+    for taken, stages in itertools.groupby(zip(is_taken, run.stages), key=operator.itemgetter(0)):
+        if taken:
+            (_, (begin, _)), *_, (_, (_, end)) = 2 * list(stages)
+            joined.append((begin, end))
+    return [part for part in joined if len(run.piece.part(*part).fragment.convolutions) >= _LEAST and part != whole]
+
+
+# ----------------------------------------------------------------------------------------------------- what they become
+
+
+def _replace(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, why: str) -> None:
+    """One node for these where the last of them is, and one for each of its outputs if there are several."""
+    first = len(fragment.shapes)
+    inside = set(nodes)
+    inputs = list(dict.fromkeys(source for node in nodes for source in _sources(node) if source not in inside))
+    outputs = [nodes[value - first] for value in fragment.outputs]
+    region = _made(draft, nodes, fragment, why)
+    with draft.graph.inserting_after(nodes[-1]):
+        called = draft.graph.call_module(draft.add("region", region), tuple(inputs))
+    if len(outputs) == 1:
+        results = [called]
+    else:
+        results = []
+        for index in reversed(range(len(outputs))):
+            with draft.graph.inserting_after(called):
+                results.insert(0, draft.graph.call_function(operator.getitem, (called, index)))
+    for output, result in zip(outputs, results):
+        result.meta = dict(output.meta)
+        output.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
+    for node in reversed(nodes):
+        draft.graph.erase_node(node)
+
+
+def _made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, why: str) -> FrozenRegion:
+    """The module for these nodes. Its packed weights are those of the model's other plans, where they are equal."""
+    decisions = {place: draft.convs.pop(node) for place, node in enumerate(nodes) if node in draft.convs}
+    biases = {place: conv.bias for place, conv in decisions.items()}
+    packed = {}
+    for place, weight in pack_steps(fragment, {place: conv.weight for place, conv in decisions.items()}).items():
+        packed[place] = draft.packed.shared(nodes[place].name, "region", weight)
+    convolutions = tuple(RegionConv(nodes[place].name, conv.problem) for place, conv in decisions.items())
+    return FrozenRegion(fragment, convolutions, compile_fragment(fragment, packed, biases), why)
