@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "verify"
 EMULATED = ("sm_80", "sm_90")
 ENGINE = {"regions": "benchmarks.cpu_check.problems", "networks": "benchmarks.cpu_check.networks"}
-_OF_THE_ENGINE = ("csrc/cpu", "csrc/common", "fused_resnet/regions", "fused_resnet/freezing")
+_OF_THE_ENGINE = ("csrc/cpu", "csrc/common", "fused_resnet", "benchmarks/cpu_check")
 
 
 def run_part(file: Path, problems: int, seed: int, device: str, kind: str) -> Optional[int]:
@@ -72,7 +72,7 @@ def part_file(folder: Path, problems: int, seed: int, device: str, kind: str) ->
 
 @functools.lru_cache(maxsize=None)
 def engine_digest() -> str:
-    """One digest of what the CPU engine is made from, and of the instructions that it may use here."""
+    """One digest of what such a part depends on: the package, and the instructions that it may use here."""
     limits = [os.environ.get("FUSED_RESNET_CPU_ISA", ""), os.environ.get("ATEN_CPU_CAPABILITY", "")]
     digest = hashlib.sha256(" ".join(devices.cpu_flags() + limits).encode())
     for folder in _OF_THE_ENGINE:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,19 @@ def keep_to(count: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
         if count > len(allowed):
-            raise ValueError(f"{count} threads need as many cores, and this process may use {len(allowed)}")
-        os.sched_setaffinity(0, allowed[:count])
+            raise ValueError(f"{count} threads need as many processors, and this process may use {len(allowed)}")
+        os.sched_setaffinity(0, apart(allowed)[:count])
     torch.set_num_threads(count)
+
+
+def apart(processors: Sequence[int], topology: Path = Path("/sys/devices/system/cpu")) -> list[int]:
+    """The processors, one of each core before the others that share it."""
+    first, others, seen = [], [], set[str]()
+    for processor in processors:
+        try:
+            core = (topology / f"cpu{processor}" / "topology" / "thread_siblings_list").read_text()
+        except OSError:
+            core = str(processor)
+        (others if core in seen else first).append(processor)
+        seen.add(core)
+    return first + others
