@@ -1,5 +1,7 @@
 """Random small residual networks, frozen, against themselves in fp64: odd sizes, several batches and threads.
 
+Each is frozen as the rules say, and once more with every region that there can be, whether it would be faster or not.
+
 python -m benchmarks.cpu_check.networks --problems 50 --seed 0 prints a report in JSON. `benchmarks.random_problems
 --kind networks` runs many of them, in parts. A network follows from (seed, index) alone.
 """
@@ -7,18 +9,22 @@ python -m benchmarks.cpu_check.networks --problems 50 --seed 0 prints a report i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import random
 import sys
 from typing import Iterator, NamedTuple, Optional, Sequence
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.cpu_check.cores import threads
-from fused_resnet.choosing import winners
+from fused_resnet.choosing import pieces, winners
 from fused_resnet.freezing.freeze import freeze
+from fused_resnet.freezing.frozen import FrozenModel
+from fused_resnet.freezing.region import FrozenRegion
 from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.operators.problem import SHORT_DTYPES
 from fused_resnet.operators.reference import unit_roundoff
@@ -113,26 +119,49 @@ def drawn_at(seed: int, index: int) -> Drawn:
                  rng.choice(THREADS), rng.getrandbits(62))  # fmt: skip
 
 
+def with_all_regions() -> contextlib.AbstractContextManager:
+    """Inside, whatever of a plan can be a region is one."""
+    return mock.patch.object(pieces, "why_region", lambda piece: "asked for")
+
+
 def outcomes(drawn: Drawn) -> Iterator[tuple[str, Outcome]]:
-    """(dtype, what came of it) of the network frozen in each dtype, by the rules: nothing is measured."""
+    """(how, what came of it) of the network frozen in each dtype. Nothing is measured."""
     with torch.random.fork_rng(devices=[]), threads(drawn.threads), torch.no_grad(), winners.ignored():
         torch.manual_seed(drawn.seed)
         model = randomize(Network(drawn))
         images = [torch.randn(batch, 3, *drawn.size) for batch in drawn.batches]
         for short in DTYPES:
-            try:
-                frozen = freeze(model, images[0], dtype=SHORT_DTYPES[short], tune=False)
-                found = [outcome(frozen, model, x, SHORT_DTYPES[short]) for x in images]
-            except Exception as error:
-                found = [Outcome(short, "mismatch", f"raised {type(error).__name__}: {error}")]
-            wrong = [one for one in found if one.status != "ok"]
-            yield short, wrong[0] if wrong else max(found, key=lambda one: one.worst_error or 0.0)
+            right = [answers(model, x, SHORT_DTYPES[short]) for x in images]
+            for how, made in (("by rule", contextlib.nullcontext()), ("all regions", with_all_regions())):
+                regions = False
+                try:
+                    with made:
+                        frozen = freeze(model, images[0], dtype=SHORT_DTYPES[short], tune=False)
+                        regions = any(isinstance(one, FrozenRegion) for one in frozen.plans()[0].modules())
+                        found = [outcome(frozen, x, *pair, SHORT_DTYPES[short]) for x, pair in zip(images, right)]
+                except Exception as error:
+                    found = [Outcome("", "mismatch", f"raised {type(error).__name__}: {error}")]
+                wrong = [one for one in found if one.status != "ok"]
+                name = f"{short}, {how}, {'regions' if regions else 'without a region'}"
+                yield name, wrong[0] if wrong else max(found, key=lambda one: one.worst_error or 0.0)
 
 
-def outcome(frozen: nn.Module, model: nn.Module, x: Tensor, dtype: torch.dtype) -> Outcome:
+def answers(model: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What the model returns in fp64, and as it is in this dtype by torch's own kernels: oneDNN errs on some shapes."""
+    enabled = torch.backends.mkldnn.enabled
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        rough = _tensors(copy.deepcopy(model).to(dtype)(x.to(dtype)))
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+    return _tensors(in_fp64(model, x)), rough
+
+
+def outcome(
+    frozen: FrozenModel, x: Tensor, exact: tuple[Tensor, ...], plain: tuple[Tensor, ...], dtype: torch.dtype
+) -> Outcome:
     """The worst of what the network returns: its error as a share of what the plain model in this dtype allows."""
-    exact, found = _tensors(in_fp64(model, x)), _tensors(frozen(x))
-    plain = _tensors(_in(model, dtype)(x.to(dtype)))
+    found = _tensors(frozen(x))
     winograd = any(has_winograd(plan) for plan in frozen.plans())
     shares = []
     for number, (y, right, rough) in enumerate(zip(found, exact, plain)):
@@ -151,16 +180,12 @@ def _tensors(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return copy.deepcopy(model).to(dtype)
-
-
 def verify(problems: int, seed: int) -> Report:
     report = Report(seed, "cpu")
     for index in range(problems):
         drawn = drawn_at(seed, index)
-        for short, found in outcomes(drawn):
-            report.add(f"network/{short}", found, f"cpu_check.networks.drawn_at({seed}, {index})", drawn)
+        for name, found in outcomes(drawn):
+            report.add(f"network/{name}", found, f"cpu_check.networks.drawn_at({seed}, {index})", drawn)
         report.problems += 1
     return report
 

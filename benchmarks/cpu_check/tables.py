@@ -6,8 +6,8 @@
 | networks | thirteen networks in both dtypes at batch 1, also without regions, against OpenVINO and torch.compile |
 
 A row is one interleaved run. Each variant is compared with fp64 first; a wrong one is listed and not timed. The process
-keeps to as many cores as it has threads. With --resume rows that --out has of this commit and machine are kept. Exit
-code 1 for a missed bar.
+keeps to as many cores as it has threads. With --resume rows that --out has of this commit and machine are kept. The
+table is written beside --out, too, in Markdown. Exit code 1 for a missed bar, and for rows that are left.
 """
 
 from __future__ import annotations
@@ -204,12 +204,16 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         record = measuring.measure(start, subjects, run._replace(resume=False), progress)
     has_amx, one_thread = "amx_bf16" in devices.cpu_flags(), ratios_in(options.one_thread)
     record = record._replace(rows=[judged(options.table, row, has_amx, one_thread) for row in record.rows])
+    shown = markdown(options.table, record)
     if options.out is not None:
         record.write(options.out)
-    print(markdown(options.table, record))
+        options.out.with_suffix(".md").write_text(shown + "\n")
+    print(shown)
     missed = [row["problem"] for row in record.rows if row["verdict"] in (MISSED, WRONG)] + list(record.broken or ())
-    print(f"{len(record.rows)} rows, {len(missed)} missed" + (f": {', '.join(missed)}" if missed else ""))
-    return 1 if missed else 0
+    left = len(subjects) - len(record.rows) - len(record.broken or ())
+    counted = f"{len(record.rows)} rows, {left} left for want of time, {len(missed)} missed"
+    print(counted + (f": {', '.join(missed)}" if missed else ""))
+    return 1 if missed or left else 0
 
 
 def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
