@@ -24,7 +24,7 @@ from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.layout import channels_last
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import output_size
-from fused_resnet.regions import layout
+from fused_resnet.regions import kernels, layout
 from fused_resnet.regions.program import Region, Segment
 from fused_resnet.testing import Outcome, Report
 
@@ -178,10 +178,10 @@ def expected_and_bound(drawn: Drawn, tensors: Tensors) -> tuple[Tensor, Tensor]:
     return expected, reference.error_bound(problem, operands, expected=expected)
 
 
-def outcomes(drawn: Drawn, kernels: dict[str, torch.dtype]) -> Iterator[Outcome]:
-    """One of each kernel."""
+def outcomes(drawn: Drawn, here: dict[str, torch.dtype]) -> Iterator[Outcome]:
+    """One of each kernel. here: as `kernels_here`."""
     for dtype in layout.DTYPES:
-        named = [name for name, known in kernels.items() if known == dtype]
+        named = [name for name, known in here.items() if known == dtype]
         if not named:
             continue
         tensors = tensors_of(drawn, dtype)
@@ -217,11 +217,11 @@ def outcome(kernel: str, drawn: Drawn, tensors: Tensors, expected: Tensor, bound
     return Outcome(kernel, "ok", worst_error=worst)
 
 
-def verify(problems: int, seed: int, kernels: dict[str, torch.dtype]) -> Report:
+def verify(problems: int, seed: int, here: dict[str, torch.dtype]) -> Report:
     report = Report(seed, "cpu")
     for index in range(problems):
         drawn = drawn_at(seed, index)
-        for found in outcomes(drawn, kernels):
+        for found in outcomes(drawn, here):
             report.add(f"region/{found.backend}", found, f"cpu_check.problems.drawn_at({seed}, {index})", drawn)
         report.problems += 1
     return report
@@ -229,10 +229,7 @@ def verify(problems: int, seed: int, kernels: dict[str, torch.dtype]) -> Report:
 
 def kernels_here() -> dict[str, torch.dtype]:
     """{name: dtype} of the micro-kernels that run on this machine; none without the library."""
-    if compiled.load("cpu") is not None:
-        return {}
-    rows = (line.split("\t") for line in torch.ops.fused_resnet.cpu_region_kernels().splitlines())
-    return {name: getattr(torch, dtype) for name, dtype, _, _, _, why in rows if not why}
+    return {kernel.name: kernel.dtype for kernel in kernels.table() if not kernel.why_not}
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -241,11 +238,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--problems", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    kernels = kernels_here()
-    if not kernels:
+    here = kernels_here()
+    if not here:
         print(f"cpu_check.problems: no micro-kernel runs here: {compiled.load('cpu')}", file=sys.stderr)
         return 2
-    report = verify(options.problems, options.seed, kernels)
+    report = verify(options.problems, options.seed, here)
     print(json.dumps(report.as_dict()))
     return 0 if report.passed else 1
 
