@@ -57,10 +57,10 @@ def conv_bn_act(
     (N, K, P, Q) tensor in channels_last memory, or in NCHW where channels_last=False. Kernels read channels_last inputs
     as they are and convert others; eager computes NCHW inputs to an NCHW output without conversions.
 
-    activation: "none", "relu", "relu6" or "silu". backend: "auto" or one of "eager", "winograd", "grouped", "onednn",
-    "direct", "cpu_pass" (CPU), "cudnn", "cuda", "cublaslt", "triton" and "cudnn_pass"; the name of one that is
-    registered, too. A kernel makes one pass over memory, eager one per step. onednn makes a second one for what it does
-    not fuse, cpu_pass and cudnn_pass for all that follows the convolution.
+    activation: "none", "relu", "relu6" or "silu". backend: "auto", "eager", or the name of one that is registered. On
+    CPUs "winograd", "grouped", "onednn", "direct", "blocked" and "cpu_pass" are. On GPUs "cudnn", "cuda", "cublaslt",
+    "triton" and "cudnn_pass" are. A kernel makes one pass over memory, eager one per step. onednn makes a second one
+    for what it does not fuse, cpu_pass and cudnn_pass for all that follows the convolution.
     Gradients reach x, weight, bn_weight, bn_bias, bias and residual; bn_mean and bn_var are constants. Under the
     transforms of torch.func and forward-mode AD the same is computed by ATen, whatever the backend, in ATen's layout.
 

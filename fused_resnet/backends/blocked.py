@@ -52,12 +52,12 @@ def bind(
     shapes = ((p.N, p.C, p.H, p.W), *([p.output_shape] if p.has_residual else []))
     step = ConvStep(p, 0, 1 if p.has_residual else None)
     region = compile_fragment(Fragment(shapes, (step,), (len(shapes),), p.dtype), {0: weight}, {0: bias})
-    kernel = torch.ops.fused_resnet.cpu_region.default
+    kernel, name = torch.ops.fused_resnet.cpu_region.default, kernels.fastest_name(p.dtype)
 
     def run(x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
         inputs = [channels_last(x)] if residual is None else [channels_last(x), channels_last(residual)]
         out = inputs[1] if into_residual and residual is not None else empty_output(p, x)
-        kernel(region.program, inputs, region.weights, region.biases, "", region.empty_workspace(), [out])
+        kernel(region.program, inputs, region.weights, region.biases, name, region.empty_workspace(), [out])
         return out
 
     return run

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.backends import blocked
 from fused_resnet.choosing import timing, winners
 from fused_resnet.choosing.case import poisoned_memory
 from fused_resnet.choosing.cases import finite, in_order, order_of
@@ -34,10 +35,10 @@ from fused_resnet.operators import reference
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 from fused_resnet.regions import kernels
-from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, compile_fragment, pack_steps
-from fused_resnet.regions.program import CompiledRegion
+from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, Step, compile_fragment, segments
+from fused_resnet.regions.program import CompiledRegion, packed_weights
 
-REGION, SEPARATE = "blocked", "separate"
+REGION, SEPARATE = blocked.BACKEND.name, "separate"
 RULE = "rules: nothing was measured, and AMX multiplies blocks"
 SLACK = 4.0  # times the separate nodes' error
 ROUNDS, LEAST_ROUNDS, SECONDS = 20, 5, 2.0
@@ -84,7 +85,7 @@ class Piece(NamedTuple):
         return Piece(fragment, self.separate[begin:end], self.places[begin:end])
 
 
-def _renamed(step: Any, renamed: Mapping[int, int]) -> Any:
+def _renamed(step: Step, renamed: Mapping[int, int]) -> Step:
     if isinstance(step, PoolStep):
         return step._replace(x=renamed[step.x])
     return step._replace(x=renamed[step.x], residual=None if step.residual is None else renamed[step.residual])
@@ -245,8 +246,11 @@ class Material:
     def region(self, piece: Piece) -> CompiledRegion:
         of = self.of(piece)
         packed = {}
-        for step, weight in pack_steps(piece.fragment, {step: weight for step, (weight, _) in of.items()}).items():
-            packed[step] = self._packed.setdefault((REGION, piece.places[step], weight.shape), weight)
+        for step, parts in segments(piece.fragment).items():
+            key = (REGION, *(piece.places[part] for part in parts))
+            if key not in self._packed:
+                self._packed[key] = packed_weights([of[part][0] for part in parts], piece.fragment.dtype)
+            packed[step] = self._packed[key]
         return compile_fragment(piece.fragment, packed, {step: bias for step, (_, bias) in of.items()})
 
     def separate(self, piece: Piece) -> Callable[[Sequence[Tensor]], list[Tensor]]:
@@ -324,21 +328,20 @@ def _fed(piece: Piece, material: Material) -> dict[str, Fed]:
     given = [in_order(images, order) for images in _images(piece.fragment)]
     inputs = [torch.empty_like(images) for images in given]
     region, separate = material.region(piece), material.separate(piece)
-    workspace = region.empty_workspace()
+    workspace, kernel = region.empty_workspace(), kernels.fastest_name(piece.fragment.dtype)
 
     def feed() -> None:
         for x, images in zip(inputs, given):
             x.copy_(images)
 
-    return {SEPARATE: Fed(feed, lambda: separate(inputs)), REGION: Fed(feed, lambda: region(inputs, workspace))}
+    return {SEPARATE: Fed(feed, lambda: separate(inputs)), REGION: Fed(feed, lambda: region(inputs, workspace, kernel))}
 
 
 # ------------------------------------------------------------------------------------------------- whether it is right
 
 
 def checked(piece: Piece, material: Optional[Material] = None) -> dict[str, Any]:
-    """{"error_ratio": the region's error as a fraction of what is allowed, None if that is no number} or {"why"} it
-    could not be run, as `checking.Checked` has it."""
+    """The outcome of a check, as `checking.Checked` has it: of how wrong the region is, or why it could not be run."""
     try:
         return {"error_ratio": finite(_worst_of_two(piece, material or Material()))}
     except Exception as error:
@@ -361,7 +364,7 @@ def _worst_of_two(piece: Piece, material: Material) -> float:
         kept = [x.clone() for x in inputs]
         workspace.fill_(0xFF)
         with poisoned_memory(inputs[0]):
-            outputs = region(inputs, workspace)
+            outputs = region(inputs, workspace, kernels.fastest_name(f.dtype))
         if not all(map(torch.equal, inputs, kept)):
             raise ValueError("it writes into its input")
         for output, expected, most in zip(outputs, exact, allowed):

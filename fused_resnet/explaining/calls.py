@@ -45,6 +45,14 @@ class Call(NamedTuple):
     selection: Optional[choosing.Selection] = None
 
 
+class RegionCall(NamedTuple):
+    """A call of a region, whose convolutions are rows of their own."""
+
+    name: str
+    region: FrozenRegion
+    time_us: Optional[float]
+
+
 class _Recorder(TorchDispatchMode):
     """Notes the two-dimensional convolutions that pass by, and how long each takes."""
 
@@ -139,19 +147,20 @@ def _why_plain(name: str, model: nn.Module, fused: set[str], left_alone: list[co
 
 def planned(
     frozen: Union[FrozenModel, FrozenParts], example: Any, measure: bool
-) -> tuple[list[Call], list[convert.LeftAlone]]:
-    """The calls of a frozen model in the order of its plan, and the convolutions that a plan leaves to torch.
+) -> tuple[list[Call], list[convert.LeftAlone], list[RegionCall]]:
+    """The calls of a frozen model in the order of its plan, the convolutions that a plan leaves to torch, the regions.
 
     Of a model that was frozen in parts, those of the parts.
     """
     if isinstance(frozen, FrozenModel):
         return _of_plan("", frozen, example, measure)
-    calls, left_alone = [], []
+    calls, left_alone, regions = [], [], []
     for name, x in _inputs_of_parts(frozen, example):
-        found, others = _of_plan(f"{name}.", cast(FrozenModel, frozen.parts[name]), x, measure)
+        found, others, within = _of_plan(f"{name}.", cast(FrozenModel, frozen.parts[name]), x, measure)
         calls += found
         left_alone += others
-    return calls, left_alone
+        regions += within
+    return calls, left_alone, regions
 
 
 def _inputs_of_parts(frozen: FrozenParts, example: Any) -> list[tuple[str, Tensor]]:
@@ -169,13 +178,15 @@ def _inputs_of_parts(frozen: FrozenParts, example: Any) -> list[tuple[str, Tenso
     return inputs
 
 
-def _of_plan(prefix: str, frozen: FrozenModel, x: Tensor, measure: bool) -> tuple[list[Call], list[convert.LeftAlone]]:
+def _of_plan(
+    prefix: str, frozen: FrozenModel, x: Tensor, measure: bool
+) -> tuple[list[Call], list[convert.LeftAlone], list[RegionCall]]:
     plan = frozen.plan(x)
     runs = [_TimedPlan(plan).times(frozen, x) for _ in range(1 + _RUNS)][1:] if measure else []
     names = {f"model_{name}".replace(".", "_"): name for name, _ in frozen.unfreeze().named_modules() if name}
     names["model"] = "model"
     modules = dict(plan.named_modules())
-    calls, left_alone = [], []
+    calls, left_alone, regions = [], [], []
 
     def name_of(node: Union[fx.Node, str]) -> str:
         stem = (node if isinstance(node, str) else node.name).removeprefix("fused_")
@@ -190,6 +201,7 @@ def _of_plan(prefix: str, frozen: FrozenModel, x: Tensor, measure: bool) -> tupl
         elif isinstance(module, FrozenRegion):
             time_us = statistics.median(run[node] for run in runs) if runs else None
             calls += _of_region(module, name_of, frozen.backend, time_us)
+            regions.append(RegionCall(prefix + node.name, module, time_us))
         elif isinstance(module, WideConv):
             reason = "it is computed in float32, because oneDNN is wrong there in 16 bits"
             left_alone.append(convert.LeftAlone(name_of(node), reason))
@@ -201,15 +213,14 @@ def _of_plan(prefix: str, frozen: FrozenModel, x: Tensor, measure: bool) -> tupl
             left_alone.append(convert.LeftAlone(name_of(node), reason))
     for node, reason in unfolded_norms(plan.graph, modules, FrozenConv):
         left_alone.append(convert.LeftAlone(name_of(node), f"without its norm: {reason}"))
-    return calls, left_alone
+    return calls, left_alone, regions
 
 
 def _of_region(
     region: FrozenRegion, name_of: Callable[[str], str], backend: str, time_us: Optional[float]
 ) -> list[Call]:
     """A row for each of its convolutions, with its share of the region's time by arithmetic."""
-    flops = sum(conv.problem.flops for conv in region.convolutions)
-    shares = (conv.problem.flops / flops for conv in region.convolutions)
+    shares = (conv.problem.flops / region.flops for conv in region.convolutions)
     times = (None if time_us is None else time_us * share for share in shares)
     return [
         Call(name_of(conv.name), conv.problem, backend, time_us=time, selection=region.selection)

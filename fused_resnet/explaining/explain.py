@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fused_resnet import backends, choosing
 from fused_resnet.choosing import choice, winners
 from fused_resnet.explaining import calls
-from fused_resnet.explaining.table import Explanation, Row
+from fused_resnet.explaining.table import Explanation, RegionRow, Row
 from fused_resnet.freezing.copies import copy_with_parameters, unwrapped
 from fused_resnet.freezing.frozen import FrozenModel, FrozenParts
 from fused_resnet.fusing import convert
@@ -43,8 +43,9 @@ def explain(
     device = _device_of(model, example_input)
     if isinstance(model, (FrozenModel, FrozenParts)):
         form, name = "frozen", type(model.unfreeze()).__name__
-        found, left_alone = calls.planned(model, example_input, measure)
+        found, left_alone, regions = calls.planned(model, example_input, measure)
     else:
+        regions = []
         form = "fused" if convert.fused_convs(model) else "plain"
         name = getattr(model, "plain_class", type(model)).__name__
         model = copy_with_parameters(model)
@@ -55,7 +56,8 @@ def explain(
     dtypes = dict.fromkeys(call.problem.dtype for call in found)
     roofs = {dtype: roofline or rooflines.roofline(str(device), dtype) for dtype in dtypes}
     rows = tuple(_judged(call, roofs[call.problem.dtype]) for call in found)
-    return Explanation(name, form, calls.shown(example_input), rows, tuple(left_alone), roofs)
+    within = tuple(_region(call, roofs[call.region.fragment.dtype]) for call in regions)
+    return Explanation(name, form, calls.shown(example_input), rows, tuple(left_alone), roofs, within)
 
 
 def _device_of(model: nn.Module, example: Any) -> torch.device:
@@ -67,6 +69,14 @@ def _device_of(model: nn.Module, example: Any) -> torch.device:
         if tensor.device != device:
             raise TypeError(f"explain: example_input is on {tensor.device} but the model is on {device}.")
     return device
+
+
+def _region(call: calls.RegionCall, roofline: rooflines.Roofline) -> RegionRow:
+    r = call.region
+    return RegionRow(
+        call.name, len(r.convolutions), r.micro_kernel, r.why, r.fragment.bytes_at_seams, r.compiled.workspace_bytes,
+        r.bytes_moved, r.flops, roofline.least_us(r.bytes_moved, r.flops), call.time_us,
+    )  # fmt: skip
 
 
 def _judged(call: calls.Call, roofline: rooflines.Roofline) -> Row:

@@ -49,11 +49,40 @@ class Row(NamedTuple):
         return self.problem.bytes_of_two_passes if backend.after_aten else self.problem.bytes_moved
 
 
+class RegionRow(NamedTuple):
+    """Convolutions of a frozen plan that run as one call. Each is a row, too, with a share of time_us by arithmetic.
+
+    kernel: the micro-kernel. source: why they run together, and against what that was measured. bytes_converted: of
+    inputs and outputs, from NHWC to blocks and back. bytes_workspace: for the maps between them. bytes_moved: inputs,
+    weights and outputs once; least_us: the roofline's time for that and for flops. time_us: as a row's.
+    """
+
+    name: str
+    convolutions: int
+    kernel: str
+    source: str
+    bytes_converted: int
+    bytes_workspace: int
+    bytes_moved: int
+    flops: int
+    least_us: float
+    time_us: Optional[float]
+
+    def __str__(self) -> str:
+        share = "" if self.time_us is None else f", took {self.time_us:.0f} us"
+        return (
+            f"{self.name}: {self.convolutions} convolutions as one call by {self.kernel}: {self.source}; "
+            f"{self.bytes_converted / 1e6:.2f} MB converted at its seams, {self.bytes_workspace / 1e6:.2f} MB of "
+            f"workspace, {self.bytes_moved / 1e6:.2f} MB moved at least, {self.least_us:.0f} us at least{share}"
+        )
+
+
 class Explanation(NamedTuple):
     """What `explain` returns: print it, or `as_dict()` for JSON.
 
     form: "plain", "fused" or "frozen". rows: in the order of the calls. left_alone: modules that look like residual
-    blocks, or parts of a plain model, and why they are not fused. rooflines: measured here, by dtype.
+    blocks, or parts of a plain model, and why they are not fused. rooflines: measured here, by dtype. regions: of
+    a frozen model, the convolutions that run as one call.
     """
 
     model: str
@@ -62,6 +91,7 @@ class Explanation(NamedTuple):
     rows: tuple[Row, ...]
     left_alone: tuple[convert.LeftAlone, ...]
     rooflines: dict[torch.dtype, rooflines.Roofline]
+    regions: tuple[RegionRow, ...] = ()
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -90,6 +120,7 @@ class Explanation(NamedTuple):
             "rows": [_row_as_dict(row, totals["least_us"]) for row in self.rows],
             "totals": totals,
             "left_alone": [entry._asdict() for entry in self.left_alone],
+            "regions": [region._asdict() for region in self.regions],
         }
 
     def __str__(self) -> str:
@@ -132,6 +163,7 @@ def _lines(explanation: Explanation) -> list[str]:
     lines += ["", *_aligned(cells, left=3), ""]
     lines += [f"{backend or 'none'}: {n} of {len(e.rows)}: {source}"
               for (backend, source), n in Counter((row.backend, row.source) for row in e.rows).items()]  # fmt: skip
+    lines += map(str, e.regions)
     reasons = Counter(reason for row in e.rows for reason in row.why_not.items())
     lines += [f"not {backend}: {n} of {len(e.rows)}: {why}" for (backend, why), n in reasons.items()]
     lines += dict.fromkeys(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import operator
-from typing import NamedTuple, Optional, Sequence, Union, cast
+from typing import NamedTuple, Optional, Sequence, cast
 
 import torch
 from torch import fx, nn
 
-from fused_resnet import backends
+from fused_resnet.backends import blocked
 from fused_resnet.choosing import pieces, winners
 from fused_resnet.choosing.pieces import Piece, Separate
 from fused_resnet.freezing.draft import Draft
@@ -19,12 +19,11 @@ from fused_resnet.graphs.memory import POOLS
 from fused_resnet.kernels import compiled
 from fused_resnet.nn.stock import has_stock_call
 from fused_resnet.operators.describe import Facts, pair
-from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, compile_fragment, pack_steps
+from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, Step, compile_fragment, segments
 from fused_resnet.regions.layout import DTYPES
-from fused_resnet.regions.program import Shape
+from fused_resnet.regions.program import Shape, packed_weights
 
 _LEAST = 2  # convolutions of a region
-Step = Union[ConvStep, PoolStep]
 
 
 class Run(NamedTuple):
@@ -87,14 +86,14 @@ def _fits(draft: Draft, node: fx.Node) -> bool:
     conv = draft.convs.get(node)
     if conv is None:
         return _pooling(draft, node) is not None
-    blocked, problem = backends.known("conv_bn_act").get("blocked"), conv.problem
-    if blocked is None or not problem.N or blocked.why_not(problem) is not None:
+    problem = conv.problem
+    if not problem.N or blocked.BACKEND.why_not(problem) is not None:
         return False
-    return winners.why_wrong(winners.outcome(problem, blocked.name)) is None
+    return winners.why_wrong(winners.outcome(problem, blocked.BACKEND.name)) is None
 
 
 def _pooling(draft: Draft, node: fx.Node) -> Optional[PoolStep]:
-    """What a node pools, if it calls torch's own pooling of images as a region can do it. Its input is numbered later."""
+    """What a node pools, if it calls torch's own pooling of images as a region can do it. Its input: number 0."""
     pool, facts, source = draft.called_by(node), facts_of(node), facts_of(node.args[0]) if node.args else None
     if pool is None or not isinstance(pool, (*POOLS, nn.AdaptiveAvgPool2d)) or not has_stock_call(pool):
         return None
@@ -219,8 +218,9 @@ def _made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, why: str) 
     """The module for these nodes. Its packed weights are those of the model's other plans, where they are equal."""
     decisions = {place: draft.convs.pop(node) for place, node in enumerate(nodes) if node in draft.convs}
     biases = {place: conv.bias for place, conv in decisions.items()}
-    packed = {}
-    for place, weight in pack_steps(fragment, {place: conv.weight for place, conv in decisions.items()}).items():
-        packed[place] = draft.packed.shared(nodes[place].name, "region", weight)
     convolutions = tuple(RegionConv(nodes[place].name, conv.problem) for place, conv in decisions.items())
+    packed = {}
+    for place, parts in segments(fragment).items():  # each weight goes once it is packed
+        weight = packed_weights([decisions.pop(part).weight for part in parts], fragment.dtype)
+        packed[place] = draft.packed.shared(nodes[place].name, "region", weight)
     return FrozenRegion(fragment, convolutions, compile_fragment(fragment, packed, biases), why)

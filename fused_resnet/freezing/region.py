@@ -27,9 +27,8 @@ class RegionConv(NamedTuple):
 class FrozenRegion(nn.Module):
     """A fragment of a plan as one call. Returns a tensor, or a tuple of several.
 
-    convolutions: of the fragment, in its order. why: it runs as a region, as part of a sentence. kernel: the
-    micro-kernel by name; "", the fastest that runs here. Between calls its workspaces wait in a pool. A call takes one,
-    or makes one where other threads have all.
+    convolutions: of the fragment, in its order. why: it runs as a region, as part of a sentence. Between calls its
+    workspaces wait in a pool. A call takes one, or makes one where other threads have all.
     """
 
     def __init__(
@@ -38,11 +37,10 @@ class FrozenRegion(nn.Module):
         convolutions: tuple[RegionConv, ...],
         compiled: CompiledRegion,
         why: str,
-        kernel: str = "",
     ) -> None:
         super().__init__()
         self.fragment, self.convolutions, self.compiled = fragment, convolutions, compiled
-        self.why, self.kernel = why, kernel
+        self.why, self.micro_kernel = why, kernels.fastest_name(compiled.dtype)
         self.workspaces = collections.deque([compiled.empty_workspace()])
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -50,13 +48,8 @@ class FrozenRegion(nn.Module):
 
     def bound(self) -> Callable[..., Union[Tensor, tuple[Tensor, ...]]]:
         """(*inputs) -> outputs, with all else settled: what a plan calls."""
-        program, weights, biases, shapes, dtype, _ = self.compiled
-        kernel, name, pool, compiled = (
-            torch.ops.fused_resnet.cpu_region.default,
-            self.kernel,
-            self.workspaces,
-            self.compiled,
-        )
+        program, weights, biases, shapes, dtype, _ = compiled = self.compiled
+        call, kernel, pool = torch.ops.fused_resnet.cpu_region.default, self.micro_kernel, self.workspaces
         empty, in_nhwc = torch.empty, torch.channels_last
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -65,7 +58,7 @@ class FrozenRegion(nn.Module):
             except IndexError:
                 workspace = compiled.empty_workspace()
             outputs = [empty(shape, dtype=dtype, memory_format=in_nhwc) for shape in shapes]
-            kernel(program, [channels_last(x) for x in inputs], weights, biases, name, workspace, outputs)
+            call(program, [channels_last(x) for x in inputs], weights, biases, kernel, workspace, outputs)
             pool.append(workspace)
             return tuple(outputs)
 
@@ -75,10 +68,13 @@ class FrozenRegion(nn.Module):
         return run_for_one if len(shapes) == 1 else run
 
     @property
-    def micro_kernel(self) -> str:
-        """The one that runs here."""
-        found = kernels.fastest(self.compiled.dtype)
-        return self.kernel or ("" if found is None else found.name)
+    def flops(self) -> int:
+        return sum(conv.problem.flops for conv in self.convolutions)
+
+    @property
+    def bytes_moved(self) -> int:
+        """The least that it can move: inputs, weights and outputs once. What lies between them stays in caches."""
+        return self.fragment.bytes_at_seams + sum(weight.nbytes for weight in self.compiled.weights)
 
     @property
     def selection(self) -> Selection:

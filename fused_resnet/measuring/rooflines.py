@@ -23,8 +23,10 @@ class Roofline(NamedTuple):
 
     def time_us(self, problem: Union[ConvProblem, AddReluProblem]) -> float:
         """The least time for a problem whose data starts and ends in main memory."""
-        flops = problem.flops if isinstance(problem, ConvProblem) else 0
-        return 1e6 * max(problem.bytes_moved / self.bytes_per_s, flops / self.flops_per_s)
+        return self.least_us(problem.bytes_moved, problem.flops if isinstance(problem, ConvProblem) else 0)
+
+    def least_us(self, bytes_moved: int, flops: int) -> float:
+        return 1e6 * max(bytes_moved / self.bytes_per_s, flops / self.flops_per_s)
 
     def as_dict(self) -> dict[str, Optional[float]]:
         """GB/s and TFLOP/s, for a record."""

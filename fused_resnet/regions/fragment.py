@@ -6,13 +6,14 @@ Values are numbered: the inputs first, then the result of each step.
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Mapping, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 
 from fused_resnet.operators.problem import ConvProblem, dtype_name, output_size
-from fused_resnet.regions.program import CompiledRegion, Map, Pair, Region, Segment, Shape, packed_weights
+from fused_resnet.regions.program import CompiledRegion, Map, Pair, Region, Segment, Shape
 
 
 class ConvStep(NamedTuple):
@@ -49,11 +50,14 @@ class PoolStep(NamedTuple):
         return f"{self.kind} {self.window} {self.stride} {self.padding}{padding} of {self.x}"
 
 
+Step = Union[ConvStep, PoolStep]
+
+
 class Fragment(NamedTuple):
     """shapes: of the inputs. outputs: the steps' values that are read outside, in the order of the steps."""
 
     shapes: tuple[Shape, ...]
-    steps: tuple[Union[ConvStep, PoolStep], ...]
+    steps: tuple[Step, ...]
     outputs: tuple[int, ...]
     dtype: torch.dtype
 
@@ -72,6 +76,13 @@ class Fragment(NamedTuple):
                 P, Q = (output_size(*side, 1) for side in zip((H, W), step.window, step.stride, step.padding))
                 shapes.append((N, C, P, Q))
         return shapes
+
+    @property
+    def bytes_at_seams(self) -> int:
+        """What is read and written in NHWC: the inputs and the outputs, which are converted."""
+        shapes = self.value_shapes
+        values = (*range(len(self.shapes)), *self.outputs)
+        return sum(math.prod(shapes[value]) for value in values) * self.dtype.itemsize
 
     @property
     def text(self) -> str:
@@ -105,61 +116,63 @@ def projections(fragment: Fragment) -> dict[int, int]:
     return found
 
 
-def pack_steps(fragment: Fragment, weights: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """The packed weights of a region by step. weights: by step, (K, C, R, S)."""
+def segments(fragment: Fragment) -> dict[int, tuple[int, ...]]:
+    """{the place of a convolution of the region: the places of the steps whose weights it has, in their order}."""
     second = projections(fragment)
-    packed = {}
-    for place, step in enumerate(fragment.steps):
-        if isinstance(step, ConvStep) and place not in second.values():
-            segments = [place, second[place]] if place in second else [place]
-            packed[place] = packed_weights([weights[segment] for segment in segments], fragment.dtype)
-    return packed
+    return {
+        place: (place, second[place]) if place in second else (place,)
+        for place, step in enumerate(fragment.steps)
+        if isinstance(step, ConvStep) and place not in second.values()
+    }
 
 
 def compile_fragment(
     fragment: Fragment, packed: Mapping[int, Tensor], biases: Mapping[int, Optional[Tensor]]
 ) -> CompiledRegion:
-    """packed: as `pack_steps` gives them. biases: of each convolution, by step, None without one.
+    """packed: the `packed_weights` of the `segments`, by place. biases: of each convolution, None without one.
 
     A sum replaces its residual where nothing reads that later.
     """
-    region, second, first = Region(fragment.dtype), projections(fragment), len(fragment.shapes)
-    last_read: dict[int, int] = {}
-    for place in range(len(fragment.steps)):
-        if place not in second.values():
-            last_read.update((value, place) for value in _read_at(fragment, place, second))
+    region, parts, first = Region(fragment.dtype), segments(fragment), len(fragment.shapes)
+    last_read = _last_read(fragment, parts)
     maps: dict[int, Map] = {value: region.read(shape) for value, shape in enumerate(fragment.shapes)}
     for place, step in enumerate(fragment.steps):
-        if place in second.values():
-            continue
-        if isinstance(step, ConvStep):
-            steps = [step, *([fragment.steps[second[place]]] if place in second else [])]
-            segments = [_segment(one, maps) for one in steps if isinstance(one, ConvStep)]
-            residual = None if place in second else step.residual
-            in_place = residual is not None and last_read[residual] == place and residual != step.x
+        if isinstance(step, PoolStep):
+            window = (step.window, step.stride, step.padding)
+            y = region.pool(maps[step.x], step.kind, *window, count_include_pad=step.counts_padding)
+        elif place in parts:
+            residual = step.residual if len(parts[place]) == 1 else None
             y = region.convolve(
-                segments,
-                _sum([biases[one] for one in (place, *([second[place]] if place in second else []))]),
+                [_segment(fragment.steps[part], maps) for part in parts[place]],
+                _sum([biases[part] for part in parts[place]]),
                 activation=step.problem.activation,
                 residual=None if residual is None else maps[residual],
-                in_place=in_place,
+                in_place=residual is not None and residual != step.x and last_read[residual] == place,
                 packed=packed[place],
             )
         else:
-            window = (step.window, step.stride, step.padding)
-            y = region.pool(maps[step.x], step.kind, *window, count_include_pad=step.counts_padding)
+            continue  # a part of a later step
         maps[first + place] = y
         if first + place in fragment.outputs:  # before anything is written over it
             region.write(y)
     return region.compile()
 
 
-def _read_at(fragment: Fragment, place: int, second: Mapping[int, int]) -> list[int]:
-    step = fragment.steps[place]
-    return [step.x, fragment.steps[second[place]].x] if place in second else list(step.reads)
+def _last_read(fragment: Fragment, parts: Mapping[int, tuple[int, ...]]) -> dict[int, int]:
+    """{value: the place of the last step of the region that reads it}."""
+    found: dict[int, int] = {}
+    for place, step in enumerate(fragment.steps):
+        if isinstance(step, PoolStep):
+            found[step.x] = place
+        elif place in parts:
+            found.update((fragment.steps[part].x, place) for part in parts[place])
+            if step.residual is not None:
+                found[step.residual] = place
+    return found
 
 
-def _segment(step: ConvStep, maps: Mapping[int, Map]) -> Segment:
+def _segment(step: Step, maps: Mapping[int, Map]) -> Segment:
+    assert isinstance(step, ConvStep)
     p = step.problem
     shape = torch.empty(p.K, p.C, p.R, p.S, device="meta")
     return Segment(maps[step.x], shape, p.stride, p.padding, p.dilation)

@@ -38,6 +38,12 @@ def fastest(dtype: torch.dtype) -> Optional[MicroKernel]:
     return next((kernel for kernel in _chosen(dtype) if not kernel.why_not), None)
 
 
+def fastest_name(dtype: torch.dtype) -> str:
+    """Its name; "", with which a region says why none runs."""
+    kernel = fastest(dtype)
+    return "" if kernel is None else kernel.name
+
+
 def why_none(dtype: torch.dtype) -> Optional[str]:
     """Why no region of this dtype runs here, or None."""
     if (why := compiled.load("cpu")) is not None:

@@ -170,7 +170,7 @@ REFUSED = {
         dict(activation="gelu"), ValueError, "unknown activation 'gelu'; known ones are none, relu, relu6, silu"),
     "backend": (
         dict(backend="tpu"), BackendError,
-        "unknown backend 'tpu' for conv_bn_act; known ones are auto, .*onednn, direct, cudnn, cuda, .*triton, .*eager"),
+        "unknown backend 'tpu' for conv_bn_act; known ones are auto, .*onednn, direct, blocked, cudnn, cuda, .*triton, .*eager"),
     "forced cudnn": (
         dict(backend="cudnn"), BackendError,
         "backend 'cudnn' cannot run this: it runs on NVIDIA GPUs, the tensors are on cpu. "

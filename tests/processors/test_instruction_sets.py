@@ -116,7 +116,8 @@ KERNELS = {"ours portable": "portable", "torch's default": "portable", "ours AVX
 TORCHS = {"torch's default": "DEFAULT", "AVX2 everywhere": "AVX2"}
 # of 150 random and 300 common problems; oneDNN has fp32 within every limit
 AT_LEAST = {"conv_bn_act/eager": 400, "conv_bn_act/onednn": 140, "add_relu/eager": 25, "add_relu/cpu": 20,
-            "conv_bn_act/winograd": 60, "conv_bn_act/grouped": 80, "conv_bn_act/direct": 80}  # fmt: skip
+            "conv_bn_act/winograd": 60, "conv_bn_act/grouped": 80, "conv_bn_act/direct": 80,
+            "conv_bn_act/blocked": 40}  # fmt: skip
 
 
 def in_a_process_within(variables, command):
@@ -164,8 +165,8 @@ def test_within(limit, tmp_path):
 
 def record_of_this_process():
     """What `test_within` asserts on."""
-    names = ["eager", "onednn", "winograd", "grouped", "direct", "cpu"]
-    reports = [testing.verify(150, 5, backends=names), testing.verify(300, 11, backends=names[:5], kind="common")]
+    names = ["eager", "onednn", "winograd", "grouped", "direct", "blocked", "cpu"]
+    reports = [testing.verify(150, 5, backends=names), testing.verify(300, 11, backends=names[:6], kind="common")]
     return {
         "kernels": compiled.instruction_set()["name"],
         "torch": torch.backends.cpu.get_cpu_capability(),

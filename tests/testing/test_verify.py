@@ -243,7 +243,8 @@ NEEDS_LIBRARY = pytest.mark.skipif(compiled.load("cpu") is not None, reason=str(
 
 @NEEDS_LIBRARY
 @pytest.mark.parametrize(
-    "backend, problems, at_least", [("winograd", 150, 40), ("grouped", 150, 30), ("direct", 150, 60)]
+    "backend, problems, at_least",
+    [("winograd", 150, 40), ("grouped", 150, 30), ("direct", 150, 60), ("blocked", 150, 30)],
 )
 def test_common_problems(backend, problems, at_least):
     report = testing.verify(problems, seed=7, backends=[backend], kind="common")
