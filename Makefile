@@ -1,11 +1,12 @@
-# make demo | test | test-full | lint | evidence | gpu-check | clean
+# make demo | test | test-full | lint | evidence | cpu-check | gpu-check | clean
 #
 # From a fresh clone every target first makes .venv (python3 >= 3.10), installs requirements.txt into it and builds
 # the package in place. Stamp files make a second call quick; an edit of csrc/ or setup.py builds again.
 #
 # PYTHON=/path/to/python uses an interpreter that already has torch, as it is: nothing is installed, and compiled
 # parts are taken as they lie in fused_resnet/ (`PYTHON=python3 make gpu-check` on a prepared GPU machine).
-# gpu-check takes BUDGET=540 seconds in all, and goes on in later calls: STEPS=rest, or STEPS=tune,ops.
+# Both checks take BUDGET=540 seconds in all, and go on in later calls: STEPS=rest, or STEPS=tune,ops. OUT=folder is where
+# their records go.
 # FUSED_RESNET_CUDA=1 also compiles _C_cuda beside a CPU-only torch.
 
 VENV := .venv
@@ -17,6 +18,7 @@ WORKERS ?= 2
 OUT ?=
 STEPS ?=
 BUDGET ?=
+CHECK_OPTIONS = $(if $(OUT),--out $(OUT)) $(if $(STEPS),--only $(STEPS)) $(if $(BUDGET),--budget $(BUDGET))
 
 ifeq ($(origin PYTHON), undefined)
 PYTHON := $(VENV)/bin/python
@@ -31,7 +33,7 @@ endif
 # says which files they begin with.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-full lint evidence gpu-check clean
+.PHONY: demo test test-full lint evidence cpu-check gpu-check clean
 
 demo: $(BUILT)
 	$(PYTHON) -m benchmarks.demo $(if $(OUT),--out $(OUT))
@@ -48,14 +50,19 @@ lint: $(BUILT)
 	$(PYTHON) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 	$(PYTHON) -c 'from clang_format import clang_format; clang_format()' --dry-run --Werror $(CSRC)
 
-# Random problems on the emulated kernels, a record each. Finished parts are kept in out/ and not run again.
+# What CI cannot: random problems on the emulated kernels, a record each; then all of cpu-check, at its full size, which
+# takes hours. Finished parts are kept in out/ and not run again. The records are to be committed.
 evidence: $(BUILT)
 	$(PYTHON) -m benchmarks.random_problems --device sm_80 --kind mixed --problems 2000 --per-part 250
 	$(PYTHON) -m benchmarks.random_problems --device sm_90 --kind mixed --problems 2000 --per-part 250
+	$(PYTHON) -m benchmarks.cpu_check --evidence $(CHECK_OPTIONS)
+
+# The CPU engine: correctness, then accuracy, memory and tables, on whatever machine this is.
+cpu-check: $(BUILT)
+	$(PYTHON) -m benchmarks.cpu_check $(CHECK_OPTIONS)
 
 gpu-check: $(BUILT)
-	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(if $(STEPS),--only $(STEPS)) \
-		$(if $(BUDGET),--budget $(BUDGET))
+	$(PYTHON) -m benchmarks.gpu_check $(CHECK_OPTIONS)
 
 ifdef BUILT
 $(VENV)/.installed: requirements.txt

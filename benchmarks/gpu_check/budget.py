@@ -1,4 +1,4 @@
-"""Steps within a budget of seconds, and check.json, which keeps what came of them."""
+"""Steps within a budget of seconds, and check.json, which keeps what came of them: of gpu-check and of cpu-check."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def read_steps(file: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"gpu-check: {file.name} cannot be read and is begun anew ({error})", file=sys.stderr)
+        print(f"check: {file.name} cannot be read and is begun anew ({error})", file=sys.stderr)
     return {}
 
 
@@ -61,8 +61,13 @@ def has_passed(step: dict[str, Any]) -> bool:
     return step.get("outcome") == PASSED and step.get("sources") == sources.source_digest()
 
 
-def run_steps(steps: Sequence[Step], file: Path, device: str, budget_s: float) -> dict[str, dict[str, Any]]:
-    """Run the steps one after the other, and keep check.json up to date after each. Returns its steps."""
+def run_steps(
+    steps: Sequence[Step], file: Path, device: str, budget_s: float, kind: str = "gpu-check"
+) -> dict[str, dict[str, Any]]:
+    """Run the steps one after the other, and keep check.json up to date after each. Returns its steps.
+
+    kind: of the record; "gpu-check" also says which kernels it has verified.
+    """
     done = read_steps(file)
     deadline = time.monotonic() + budget_s
     for index, step in enumerate(steps):
@@ -79,8 +84,8 @@ def run_steps(steps: Sequence[Step], file: Path, device: str, budget_s: float) -
             "sources": sources.source_digest(),
         }
         environment = environment_of("cuda" if torch.cuda.is_available() else "cpu")
-        more = {"steps": done, "verified": verified(done, device)}
-        Record("gpu-check", device, None, environment, more=more).write(file)
+        more = {"steps": done, **({"verified": verified(done, device)} if kind == "gpu-check" else {})}
+        Record(kind, device, None, environment, more=more).write(file)
     return done
 
 

@@ -19,6 +19,7 @@ from fused_resnet.backends.record import (
     Rounding,
     check_name,
     known,
+    left_out,
     register,
     why_never_live,
 )
@@ -26,7 +27,7 @@ from fused_resnet.operators.layout import channels_last
 
 __all__ = [
     "NEEDS_FOLDED_BN", "Auto", "Backend", "BackendError", "Configs", "EagerConfig", "InPlan", "Rounding",
-    "channels_last", "check_name", "known", "onednn_missing", "register", "why_never_live",
+    "channels_last", "check_name", "known", "left_out", "onednn_missing", "register", "why_never_live",
 ]  # fmt: skip
 
 # In the order in which auto tries them. On CUDA the only kernel of ours is cudnn_pass's, which checks itself.

@@ -6,6 +6,8 @@ was asked for by name. `fused-resnet bench` and `verify` print it beside a backe
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import torch
@@ -124,6 +126,18 @@ NEEDS_FOLDED_BN = "it takes only a bias, so it needs folded BN: use fused_resnet
 def register(op: str, backend: Backend) -> None:
     """Add a backend for an operator. `auto` tries backends in the order of registration."""
     REGISTRY[op] = {**REGISTRY[op], backend.name: backend}  # a new one, by which `repeated` knows
+
+
+@contextlib.contextmanager
+def left_out(name: str) -> Iterator[None]:
+    """Inside, in all threads, no operator has a backend of this name: plans are made as before there was one."""
+    before = {op: dict(backends) for op, backends in REGISTRY.items()}
+    for op, backends in before.items():
+        REGISTRY[op] = {other: backend for other, backend in backends.items() if other != name}
+    try:
+        yield
+    finally:
+        REGISTRY.update(before)
 
 
 def known(op: str) -> dict[str, Backend]:

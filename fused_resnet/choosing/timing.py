@@ -51,6 +51,7 @@ def interleaved(
     budget_s: Optional[float] = None,
     warmup: int = 2,
     graphs: bool = False,
+    pause_s: float = 0.0,
     progress: Progress = silent,
 ) -> dict[Name, Stats]:
     """Time callables round-robin, so that a drift of clocks or a busy neighbour meets all of them alike.
@@ -60,7 +61,8 @@ def interleaved(
     must be given.
     CPU: wall time around each call. CUDA: events around each call, after the L2 cache was overwritten; that write also
     gives the launches a head start. graphs=True captures each callable as a CUDA graph and replays it, so that only
-    device time counts.
+    device time counts. pause_s: nothing is done for so long before each call. Threads of one library may spin for a
+    while after its call, on the cores that the next call wants.
 
     Raises ValueError without variants, without a limit, or for a limit that is not positive.
     """
@@ -89,6 +91,8 @@ def interleaved(
         progress(max(parts), f"round {done + 1}")
         first = done % len(names)
         for name in names[first:] + names[:first]:
+            if pause_s:
+                time.sleep(pause_s)
             times[name].append(measure(calls[name]))
         done += 1
     progress(1.0, "done")

@@ -52,17 +52,19 @@ from fused_resnet.measuring.variants import (
     BASELINES,
     DEFAULT_BASELINES,
     UNTUNED,
+    WITHOUT_REGIONS,
+    as_before_regions,
     build_variants,
     variant_builders,
 )
 
 __all__ = [
-    "AUTO", "BASELINES", "COMPETITORS", "COPY", "DEFAULT_BASELINES", "FOLDED", "LOSS_BELOW", "OURS",
-    "THEIRS", "UNFUSED", "UNTUNED", "CannotGoOn", "CountedProblem", "Measured", "NetworkSubject", "OperatorSubject",
-    "Prepared", "Record", "Roofline", "Row", "Run", "Stats", "Subject", "add_relu_variants", "blocks_of",
-    "build_variants", "calibrated", "chosen_by_auto", "compared", "compared_case", "compiled", "convs_of",
-    "error_ratio", "folded_operands", "in_turn", "interleaved", "is_ours", "max_error", "measure", "mismatches",
-    "op_subjects", "op_variants", "part_of", "planned_call", "random_operands", "rival_of", "roofline", "summarise",
-    "summarise_networks", "summarise_ops", "summarise_tuning", "summarise_rows", "variant_builders", "why_not_timed",
-    "with_auto",
+    "AUTO", "BASELINES", "COMPETITORS", "COPY", "DEFAULT_BASELINES", "FOLDED", "LOSS_BELOW", "OURS", "THEIRS",
+    "UNFUSED", "UNTUNED", "WITHOUT_REGIONS", "CannotGoOn", "CountedProblem", "Measured", "NetworkSubject",
+    "OperatorSubject", "Prepared", "Record", "Roofline", "Row", "Run", "Stats", "Subject", "add_relu_variants",
+    "as_before_regions", "blocks_of", "build_variants", "calibrated", "chosen_by_auto", "compared", "compared_case",
+    "compiled", "convs_of", "error_ratio", "folded_operands", "in_turn", "interleaved", "is_ours", "max_error",
+    "measure", "mismatches", "op_subjects", "op_variants", "part_of", "planned_call", "random_operands", "rival_of",
+    "roofline", "summarise", "summarise_networks", "summarise_ops", "summarise_rows", "summarise_tuning",
+    "variant_builders", "why_not_timed", "with_auto",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, NamedTuple, Optional, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from fused_resnet.choosing.cases import finite
 from fused_resnet.choosing.timing import Progress, Variants, interleaved, silent
 from fused_resnet.machine.errors import why_missing
+from fused_resnet.measuring.rivals import nhwc, plain
 from fused_resnet.measuring.summary import BASE, Row
 from fused_resnet.measuring.variants import (
     DEFAULT_BASELINES,
@@ -18,7 +20,7 @@ from fused_resnet.measuring.variants import (
     variant_builders,
 )
 from fused_resnet.nn import BasicBlock, Bottleneck
-from fused_resnet.operators.problem import SHORT_DTYPES
+from fused_resnet.operators.problem import SHORT_DTYPES, short_name
 
 
 def calibrated(model: nn.Module, image_shape: Sequence[int], *, batch: int = 4, seed: int = 0) -> nn.Module:
@@ -83,10 +85,40 @@ def _errors(model: nn.Module, x: Tensor, variants: Variants) -> tuple[dict[str, 
     return errors, broken
 
 
+def most_error(dtype: torch.dtype, of_plain: Optional[float]) -> float:
+    """The largest `max_error` that a right variant makes in this dtype, where the plain model in it makes `of_plain`.
+
+    Four times as much, as other orders of the same sums; in fp32 ten times that, since Winograd amplifies roundings.
+    The plain model may be right by luck, or wrong as libraries are: it counts as one rounding at least, and as a tenth
+    at most, in fp32 as 1e-4. of_plain: None where its result is not finite.
+    """
+    is_fp32 = dtype == torch.float32
+    known = min(1e-4 if is_fp32 else 0.1, math.inf if of_plain is None else of_plain)
+    return (40 if is_fp32 else 4) * max(torch.finfo(dtype).eps / 2, known)
+
+
+def _wrong(
+    model: nn.Module, x: Tensor, dtypes: Sequence[torch.dtype], errors: dict[str, Optional[float]]
+) -> dict[str, str]:
+    """Why, by name, of the variants that err too much in their dtype."""
+    wrong = {}
+    for dtype in dtypes:
+        eager = plain(nhwc(model, dtype), x.to(dtype, memory_format=torch.channels_last))
+        limit = most_error(dtype, max_error(model, x, {"eager": eager})["eager"])
+        for name, error in errors.items():
+            if short_name(dtype) in name.split() and not (error is not None and error <= limit):
+                shown = "its result is not finite" if error is None else f"its error is {error:.3g}"
+                wrong[name] = f"{shown}, and {limit:.3g} is allowed"
+    if BASE in wrong:
+        raise RuntimeError(f"{BASE} is wrong itself: {wrong[BASE]}")
+    return wrong
+
+
 class NetworkSubject(NamedTuple):
     """A model or block in fp32, and the ways to run it that are timed in turn.
 
-    shape: the input's, batch first. dtypes and what follows: as `variant_builders` takes them.
+    shape: the input's, batch first. dtypes and what follows: as `variant_builders` takes them. only_right: a variant
+    that errs by more than `most_error` is listed as wrong, not timed. pause_s: as `interleaved` takes it.
     """
 
     name: str
@@ -97,9 +129,11 @@ class NetworkSubject(NamedTuple):
     baselines: Sequence[str] = DEFAULT_BASELINES
     frozen_backends: Sequence[str] = ("auto",)
     with_fused: bool = False
+    only_right: bool = False
+    pause_s: float = 0.0
 
     def measured(self, budget_s: float, rounds: Optional[int] = None, progress: Progress = silent) -> Row:
-        """{"batch", "variants", "skipped"}, of random images.
+        """{"batch", "variants", "skipped"}, of random images; with only_right {"wrong": {name: why}}, too.
 
         Ratios are speedups: "ratio" to eager NCHW fp32, "ratio_to_compile" to torch.compile in the variant's own
         dtype, None without it.
@@ -113,9 +147,10 @@ class NetworkSubject(NamedTuple):
         progress(0.5, "comparing with fp64")
         errors, broken = _errors(self.model, x, variants)
         skipped |= broken
-        variants = {name: run for name, run in variants.items() if name in errors}
+        wrong = _wrong(self.model, x, self.dtypes, errors) if self.only_right else {}
+        variants = {name: run for name, run in variants.items() if name in errors and name not in wrong}
         stats = interleaved(
-            variants, device=self.device, budget_s=budget_s, rounds=rounds,
+            variants, device=self.device, budget_s=budget_s, rounds=rounds, pause_s=self.pause_s,
             progress=lambda fraction, text: progress(0.5 + fraction / 2, text),
         )  # fmt: skip
         rows = {}
@@ -129,4 +164,5 @@ class NetworkSubject(NamedTuple):
                 "ratio_to_compile": stats[own_compile].median_us / one.median_us if own_compile in stats else None,
                 "max_rel_error": errors[name],
             }
-        return {"batch": len(x), "variants": rows, "skipped": skipped}
+        found = {"batch": len(x), "variants": rows, "skipped": skipped}
+        return {**found, "wrong": wrong} if self.only_right else found

@@ -24,6 +24,7 @@ _ROWS = {
     "tune": "rows",
     "demo": "runs",
     "choices": "rows",
+    "cpu-check table": "rows",
 }
 # the form of the other fields; a summary is a list of contests, the tuner's one dictionary
 _FORMS: dict[str, Any] = {
@@ -38,7 +39,7 @@ class Record(NamedTuple):
 
     | field | what it is |
     | --- | --- |
-    | kind | the command, such as "bench ops", "bench model", "tune", "demo", "verify", "golden" or "gpu-check" |
+    | kind | the command, such as "bench ops", "bench model", "tune", "demo", "verify", "golden" or "cpu-check" |
     | device, environment | the machine's name, and what else a number depends on |
     | settings | what was asked for |
     | kernels | the digest of all kernel sources |

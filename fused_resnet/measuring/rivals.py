@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet import backends, choosing
+from fused_resnet.choosing.timing import interleaved
 from fused_resnet.freezing import modules
 from fused_resnet.freezing.frozen import FrozenModel
 from fused_resnet.machine.cuda_graphs import captured
 from fused_resnet.operators.problem import dtype_name
+
+_ROUNDS_OF_A_CHOICE = 7
 
 
 def plain(model: Callable[..., Any], x: Tensor) -> Callable[[], Any]:
@@ -113,11 +116,25 @@ def in_onnxruntime(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[
     import onnxruntime
 
     _only_on_cpu("onnxruntime", x, dtype, torch.float32)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(_onnx_of(model, x), options, providers=["CPUExecutionProvider"])
-    inputs = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: torch.from_numpy(session.run(None, inputs)[0])
+    network = _onnx_of(model, x)
+
+    def made(**entries: str) -> Callable[[], Any]:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        for name, value in entries.items():
+            options.add_session_config_entry(f"session.{name.replace('__', '.')}", value)
+        session = onnxruntime.InferenceSession(network, options, providers=["CPUExecutionProvider"])
+        inputs = {session.get_inputs()[0].name: x.numpy()}
+        return lambda: torch.from_numpy(session.run(None, inputs)[0])
+
+    # its threads would spin on into the call of whoever is timed next
+    spinning = made(force_spinning_stop="1")
+    if torch.get_num_threads() == 1:
+        return spinning
+    # whether they should spin within a call, the machine decides: on one with other work it halves the speed
+    both = {"spinning": spinning, "waiting": made(intra_op__allow_spinning="0")}
+    stats = interleaved(both, rounds=_ROUNDS_OF_A_CHOICE)
+    return both[min(stats, key=lambda name: stats[name].median_us)]
 
 
 def in_openvino(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
@@ -125,10 +142,16 @@ def in_openvino(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[],
 
     _only_on_cpu("openvino", x, dtype, torch.float32, torch.bfloat16)
     hint = "f32" if dtype == torch.float32 else "bf16"
+    # latency, one stream and pinned threads are what it takes by itself for one request at a time
     settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     converted = openvino.convert_model(model, example_input=x, input=[tuple(x.shape)])
-    network, array = openvino.Core().compile_model(converted, "CPU", settings), x.numpy()
-    return lambda: torch.from_numpy(network(array)[0])
+    network = openvino.Core().compile_model(converted, "CPU", settings)
+    used = network.get_property("INFERENCE_PRECISION_HINT").to_string()
+    if used != hint:
+        raise RuntimeError(f"openvino computes in {used} on this CPU, not in {hint}")
+    request, array = network.create_infer_request(), x.numpy()
+    # the caller's memory in, its own out: no copies but those that it needs itself
+    return lambda: torch.from_numpy(request.infer([array], share_inputs=True, share_outputs=True)[0])
 
 
 def _only_on_cpu(name: str, x: Tensor, dtype: torch.dtype, *dtypes: torch.dtype) -> None:

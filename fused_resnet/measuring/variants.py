@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import tempfile
+from collections.abc import Iterator
 from typing import Any, Callable, Sequence
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from fused_resnet import backends
 from fused_resnet.choosing import winners
 from fused_resnet.choosing.timing import Progress, Variants, silent
 from fused_resnet.freezing.freeze import freeze
@@ -29,7 +34,7 @@ from fused_resnet.operators.problem import short_name
 
 BASELINES = ("eager", "folded", "compile", "autotune", "cudnn", "tensorrt", "onnxruntime", "openvino")
 DEFAULT_BASELINES = BASELINES[:3]
-UNTUNED = "untuned"  # in place of a backend's name
+UNTUNED, WITHOUT_REGIONS = "untuned", "without regions"  # in place of a backend's name
 
 Builder = Callable[[], Callable[[], Any]]
 
@@ -57,6 +62,7 @@ def variant_builders(
     | tensorrt, onnxruntime, openvino | the model in these |
     | fused | `fuse` |
     | frozen | `freeze`; with UNTUNED as if nothing had been measured by `fused-resnet tune` |
+    | frozen, WITHOUT_REGIONS | `freeze` without what computes blocked maps on a CPU |
 
     Frozen variants get x and convert it themselves; the others get it in their own dtype.
     """
@@ -109,9 +115,25 @@ def _fused(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Any]
 
 
 def _frozen(model: nn.Module, x: Tensor, backend: str, dtype: torch.dtype) -> Callable[[], Any]:
-    with winners.ignored() if backend == UNTUNED else contextlib.nullcontext():
-        frozen = freeze(model, x, dtype=dtype, backend="auto" if backend == UNTUNED else backend)
+    special = {UNTUNED: winners.ignored, WITHOUT_REGIONS: as_before_regions}
+    with special.get(backend, contextlib.nullcontext)():
+        frozen = freeze(model, x, dtype=dtype, backend="auto" if backend in special else backend)
     is_nvidia = x.is_cuda and torch.version.hip is None
     if is_nvidia and isinstance(frozen, FrozenModel) and not frozen.is_graphed(x):
         raise RuntimeError("it cannot be captured as a CUDA graph")  # as `freeze` has just warned, with the reason
     return lambda: frozen(x)
+
+
+@contextlib.contextmanager
+def as_before_regions() -> Iterator[None]:
+    """Inside, plans have no regions, and no convolution by their kernels. What else there is is measured for itself.
+
+    So it is in a cache of its own. Where a region's kernel has won, the user's says nothing about the second best.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.callback(winners.forget)
+        stack.enter_context(mock.patch.dict(os.environ, {"FUSED_RESNET_CACHE_DIR": folder}))
+        stack.enter_context(backends.left_out("blocked"))
+        winners.forget()
+        yield

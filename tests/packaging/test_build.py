@@ -329,7 +329,7 @@ def test_an_edit_anywhere_in_csrc_builds_again(sources, ninja, make):
     assert make() == [] and ninja() == []
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-full", "lint", "gpu-check", "clean"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-full", "lint", "evidence", "cpu-check", "gpu-check", "clean"])
 def test_makefile_targets_with_a_given_interpreter_install_nothing(target):
     done = subprocess.run(["make", "-n", target, f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
