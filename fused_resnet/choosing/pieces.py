@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet import backends
 from fused_resnet.backends import blocked
 from fused_resnet.choosing import timing, winners
 from fused_resnet.choosing.case import poisoned_memory
@@ -96,7 +97,7 @@ class Piece(NamedTuple):
 
 
 def _renamed(step: Step, renamed: Mapping[int, int]) -> Step:
-    if isinstance(step, PoolStep):
+    if not isinstance(step, ConvStep):
         return step._replace(x=renamed[step.x])
     return step._replace(x=renamed[step.x], residual=None if step.residual is None else renamed[step.residual])
 
@@ -274,8 +275,12 @@ class Material:
                 if key not in self._packed:
                     self._packed[key] = selection.backend.plan.pack(p, of[step][0], selection.config)
                 calls.append(bound(p, selection, self._packed[key], of[step][1], in_place=how.in_place))
+            elif isinstance(one, ConvStep):
+                calls.append(linear(*of[step], one.problem.N))
             elif isinstance(one, PoolStep):
                 calls.append(_pooling(piece.fragment, step))
+            else:
+                calls.append(lambda x: x)
         return _in_a_row(piece.fragment, calls)
 
 
@@ -297,6 +302,16 @@ def _in_a_row(fragment: Fragment, calls: Sequence[Callable[..., Tensor]]) -> Cal
         return [values[value] for value in fragment.outputs]
 
     return run
+
+
+def linear(weight: Tensor, bias: Optional[Tensor], batch: int) -> Callable[[Tensor], Tensor]:
+    """As a plan calls a linear layer (`freezing.modules.FrozenLinear`), from and to maps of one pixel."""
+    matrix = weight.flatten(1)
+    if backends.onednn_missing(weight.dtype) is not None:
+        return lambda x: F.linear(x.flatten(1), matrix, bias)[..., None, None]
+    packed = torch.ops.mkldnn._reorder_linear_weight(matrix, batch)
+    call = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: call(x.flatten(1), packed, bias, "none", [], "")[..., None, None]
 
 
 def _pooling(fragment: Fragment, place: int) -> Callable[[Tensor], Tensor]:
@@ -409,8 +424,10 @@ def _exact(piece: Piece, material: Material, images: Sequence[Tensor]) -> list[T
     for place, step in enumerate(f.steps):
         if isinstance(step, ConvStep):
             calls.append(_convolution_in_fp64(step.problem._replace(N=2), *of[place]))
-        else:
+        elif isinstance(step, PoolStep):
             calls.append(_pooling_of_torch(step))
+        else:
+            calls.append(lambda x: x)
     return _in_a_row(f, calls)([x.double() for x in images])
 
 

@@ -7,7 +7,7 @@ import operator
 from typing import NamedTuple, Optional, Sequence, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fused_resnet import backends
 from fused_resnet.backends import blocked, winograd
@@ -20,12 +20,24 @@ from fused_resnet.graphs.memory import POOLS
 from fused_resnet.kernels import compiled
 from fused_resnet.machine.malloc import LargePages
 from fused_resnet.nn.stock import has_stock_call
-from fused_resnet.operators.describe import Facts, pair
-from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, Step, compile_fragment, pack, segments
+from fused_resnet.operators.describe import Facts, conv_problem, pair
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.regions.fragment import (
+    ConvStep,
+    FlattenStep,
+    Fragment,
+    PoolStep,
+    Step,
+    compile_fragment,
+    pack,
+    segments,
+)
 from fused_resnet.regions.layout import DTYPES
 from fused_resnet.regions.program import Shape
 
 _LEAST = 2  # convolutions of a region
+_FLATTENS = (torch.flatten, torch.reshape, "flatten", "reshape")
 
 
 class Run(NamedTuple):
@@ -66,6 +78,8 @@ def _runs(draft: Draft) -> list[Run]:
     for node in draft.graph.nodes:
         if (fits := _fits(draft, node)) and (not found[-1] or _facts(found[-1][0]) == _facts(node)):
             found[-1].append(node)
+        elif found[-1] and _goes_on(draft, node, found[-1]):
+            found[-1].append(node)
         elif node.op not in ("get_attr", "placeholder"):
             found.append([node] if fits else [])
     places = itertools.count()
@@ -75,6 +89,47 @@ def _runs(draft: Draft) -> list[Run]:
         if sum(node in draft.convs for node in nodes) >= _LEAST:
             runs.append(_run_of(draft, nodes, tuple(itertools.islice(places, len(nodes)))))
     return runs
+
+
+def _goes_on(draft: Draft, node: fx.Node, run: Sequence[fx.Node]) -> bool:
+    """Whether it flattens a map of one pixel of the run, or is a linear layer of what was flattened."""
+    if len(node.all_input_nodes) != 1 or node.all_input_nodes[0] not in run or node.kwargs:
+        return False
+    (source,) = node.all_input_nodes
+    is_flattened = _flattens(draft, source)
+    return _flattens(draft, node) if not is_flattened else _linear(draft, node) is not None
+
+
+def _flattens(draft: Draft, node: fx.Node) -> bool:
+    """Whether it makes (N, C) of (N, C, 1, 1), by whatever means."""
+    facts, source = facts_of(node), facts_of(node.args[0]) if node.args else None
+    if facts is None or source is None or facts.dtype != source.dtype or len(node.all_input_nodes) != 1:
+        return False
+    module = draft.called_by(node)
+    is_known = node.op != "get_attr" and node.target in _FLATTENS or type(module) is nn.Flatten
+    return is_known and has_stock_call(module or nn.Identity()) and tuple(source.shape) == (*facts.shape, 1, 1)
+
+
+def _linear(draft: Draft, node: fx.Node) -> Optional[ConvProblem]:
+    """What a plain linear layer is over maps of one pixel, if a region can compute it."""
+    layer, facts, source = draft.called_by(node), facts_of(node), facts_of(node.args[0]) if node.args else None
+    if type(layer) is not nn.Linear or not has_stock_call(layer) or type(layer.weight) is not nn.Parameter:
+        return None
+    if facts is None or source is None or len(source.shape) != 2 or not facts.dtype == source.dtype in DTYPES:
+        return None
+    if node.meta.get("arrives_in") not in (None, facts.dtype):
+        return None
+    weight, bias = _weight_of(layer, facts.dtype)
+    x = torch.empty(*source.shape, 1, 1, dtype=facts.dtype, device="meta")
+    described = ConvOperands(x, weight.to("meta"), bias=None if bias is None else bias.to("meta"))
+    problem = conv_problem(described, (1, 1), (0, 0), (1, 1), 1, "none")._replace(device="cpu")
+    return problem if blocked.BACKEND.why_not(problem) is None else None
+
+
+def _weight_of(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Optional[Tensor]]:
+    """Of a linear layer as a convolution."""
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    return layer.weight.detach().to(dtype)[:, :, None, None], bias
 
 
 def _facts(node: fx.Node) -> tuple[torch.dtype, int]:
@@ -126,19 +181,22 @@ def _run_of(draft: Draft, nodes: list[fx.Node], places: tuple[int, ...]) -> Run:
     steps: list[Step] = []
     separate: list[Optional[Separate]] = []
     for node in nodes:
-        x, *residual = (numbers[source] for source in _sources(node))
+        x, residual, *_ = (*(numbers[source] for source in _sources(node)), None)
         conv = draft.convs.get(node)
         if conv is not None:
             is_winograd = conv.selection.backend is winograd.BACKEND
-            steps.append(ConvStep(conv.problem, x, *residual or [None], by_winograd=is_winograd))
+            steps.append(ConvStep(conv.problem, x, residual, by_winograd=is_winograd))
             separate.append(Separate(conv.selection, conv.in_place))
         else:
-            pooling = _pooling(draft, node)
-            assert pooling is not None
-            steps.append(pooling._replace(x=x))
             separate.append(None)
+            if (pooling := _pooling(draft, node)) is not None:
+                steps.append(pooling._replace(x=x))
+            elif (problem := _linear(draft, node)) is not None:
+                steps.append(ConvStep(problem, x, is_linear=True))
+            else:
+                steps.append(FlattenStep(x))
     outputs = tuple(numbers[node] for node in nodes if any(user not in inside for user in node.users))
-    shapes = tuple(cast(Shape, tuple(_tensor(node).shape)) for node in inputs)
+    shapes = tuple(cast(Shape, tuple(_tensor(node).shape)) for node in inputs)  # none are vectors
     fragment = Fragment(shapes, tuple(steps), outputs, _tensor(nodes[0]).dtype)
     return Run(nodes, inputs, Piece(fragment, tuple(separate), places), _stages(fragment))
 
@@ -224,8 +282,13 @@ def _made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, why: str) 
     decisions = {place: draft.convs.pop(node) for place, node in enumerate(nodes) if node in draft.convs}
     biases = {place: conv.bias for place, conv in decisions.items()}
     convolutions = tuple(RegionConv(nodes[place].name, conv.problem) for place, conv in decisions.items())
+    weights = {place: conv.weight for place, conv in decisions.items()}
+    decisions.clear()
+    for place, node in enumerate(nodes):
+        if isinstance(layer := draft.called_by(node), nn.Linear):
+            weights[place], biases[place] = _weight_of(layer, fragment.dtype)
     packed = {  # each weight goes once it is packed
-        place: pack(fragment, place, [decisions.pop(part).weight for part in parts])
+        place: pack(fragment, place, [weights.pop(part) for part in parts])
         for place, parts in segments(fragment).items()
     }
     pages = LargePages(sum(LargePages.room(weight.nbytes) for weight in packed.values()))

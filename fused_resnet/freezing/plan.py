@@ -17,9 +17,11 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet.freezing.dtypes import Conversion
 from fused_resnet.freezing.modules import LOWERED
+from fused_resnet.freezing.region import FrozenRegion
 from fused_resnet.graphs.nodes import function_of, module_of
 from fused_resnet.machine.cuda_graphs import capture, is_captured
 from fused_resnet.machine.locks import new_lock
+from fused_resnet.regions.layout import DTYPES
 
 
 class Plan:
@@ -29,11 +31,13 @@ class Plan:
 
     def __init__(self, module: fx.GraphModule, conversion: Optional[Conversion]) -> None:
         self.module, self.conversion = module, conversion
-        self._run = _bound(module)
+        self._run, self._reads = _bound(module), _reads_as_given(module)
         module.graph.owning_module = None  # a circle, in which a dropped plan would wait for the garbage collector
 
     def taken(self, x: Tensor) -> Tensor:
         """x as the graph takes it."""
+        if x.dtype in self._reads:
+            return x
         if self.conversion is not None:
             # not together with the layout: fp32 to bf16 and NHWC at once took 2.5 times as long
             x = x.to(self.conversion.input)
@@ -63,6 +67,13 @@ def _bound(module: fx.GraphModule) -> Callable[[Tensor], Any]:
         if isinstance(frozen, LOWERED):
             node.op, node.target = "call_function", frozen.bound()
     return functools.partial(function_of(graph), module)
+
+
+def _reads_as_given(module: fx.GraphModule) -> tuple[torch.dtype, ...]:
+    """The dtypes of inputs that are neither converted nor laid out beforehand: regions do that as they read them."""
+    modules, placeholder = dict(module.named_modules()), next(iter(module.graph.nodes))
+    readers = [module_of(user, modules) for user in placeholder.users]
+    return DTYPES if readers and all(isinstance(reader, FrozenRegion) for reader in readers) else ()
 
 
 class Turns:

@@ -49,7 +49,7 @@ class FrozenRegion(nn.Module):
         """(*inputs) -> outputs, with all else settled: what a plan calls."""
         program, weights, biases, shapes, dtype, _ = compiled = self.compiled
         call, kernel, pool = torch.ops.fused_resnet.cpu_region.default, self.micro_kernel, self.workspaces
-        empty, in_nhwc = torch.empty, torch.channels_last
+        empty, in_nhwc, has_vectors = torch.empty, torch.channels_last, self.fragment.has_vectors
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
             try:
@@ -59,7 +59,7 @@ class FrozenRegion(nn.Module):
             outputs = [empty(shape, dtype=dtype, memory_format=in_nhwc) for shape in shapes]
             call(program, list(inputs), weights, biases, kernel, workspace, outputs)
             pool.append(workspace)
-            return tuple(outputs)
+            return tuple(out.flatten(1) if flat else out for out, flat in zip(outputs, has_vectors))
 
         def run_for_one(*inputs: Tensor) -> Tensor:
             return run(*inputs)[0]

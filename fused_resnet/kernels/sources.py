@@ -25,7 +25,7 @@ PASS = (f"{_TRITON}/affine_act.py", f"{_TRITON}/conv/epilogue.py", f"{_TRITON}/r
 WINOGRAD = (*_CPU, "csrc/cpu/winograd*")
 GROUPED = (*_CPU, "csrc/cpu/grouped.*")
 DIRECT = (*_CPU, "csrc/cpu/direct.*")
-BLOCKED = (*WINOGRAD, "csrc/cpu/blocked/*")
+BLOCKED = (*_CPU, "csrc/cpu/winograd*.h", "csrc/cpu/blocked/*")
 
 
 def is_source(file: str, patterns: Sequence[str]) -> bool:

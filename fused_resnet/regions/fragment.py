@@ -28,19 +28,21 @@ from fused_resnet.regions.program import (
 
 
 class ConvStep(NamedTuple):
-    """A convolution, and the values that are its input and its residual. by_winograd: where the region can do that."""
+    """A convolution, and the values that are its input and its residual. by_winograd: where the region can do that.
+    is_linear: it is a linear layer, over a map of one pixel."""
 
     problem: ConvProblem
     x: int
     residual: Optional[int] = None
     by_winograd: bool = False
+    is_linear: bool = False
 
     @property
     def reads(self) -> tuple[int, ...]:
         return (self.x,) if self.residual is None else (self.x, self.residual)
 
     def __str__(self) -> str:
-        how = ", by Winograd" if self.by_winograd else ""
+        how = ", linear" if self.is_linear else ", by Winograd" if self.by_winograd else ""
         return f"{str(self.problem).partition('x')[2]} of {', '.join(map(str, self.reads))}{how}"
 
 
@@ -63,11 +65,25 @@ class PoolStep(NamedTuple):
         return f"{self.kind} {self.window} {self.stride} {self.padding}{padding} of {self.x}"
 
 
-Step = Union[ConvStep, PoolStep]
+class FlattenStep(NamedTuple):
+    """A map of one pixel as vectors, which in a region it is already."""
+
+    x: int
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return (self.x,)
+
+    def __str__(self) -> str:
+        return f"flatten {self.x}"
+
+
+Step = Union[ConvStep, PoolStep, FlattenStep]
 
 
 class Fragment(NamedTuple):
-    """shapes: of the inputs. outputs: the steps' values that are read outside, in the order of the steps."""
+    """shapes: of the inputs. outputs: the steps' values that are read outside, in the order of the steps. Vectors count
+    as maps of one pixel."""
 
     shapes: tuple[Shape, ...]
     steps: tuple[Step, ...]
@@ -76,7 +92,13 @@ class Fragment(NamedTuple):
 
     @property
     def convolutions(self) -> list[ConvProblem]:
-        return [step.problem for step in self.steps if isinstance(step, ConvStep)]
+        return [step.problem for step in self.steps if isinstance(step, ConvStep) and not step.is_linear]
+
+    @property
+    def has_vectors(self) -> tuple[bool, ...]:
+        """Of each output, whether it is vectors outside."""
+        steps = (self.steps[value - len(self.shapes)] for value in self.outputs)
+        return tuple(isinstance(step, FlattenStep) or isinstance(step, ConvStep) and step.is_linear for step in steps)
 
     @property
     def value_shapes(self) -> list[Shape]:
@@ -84,6 +106,8 @@ class Fragment(NamedTuple):
         for step in self.steps:
             if isinstance(step, ConvStep):
                 shapes.append(step.problem.output_shape)
+            elif isinstance(step, FlattenStep):
+                shapes.append(shapes[step.x])
             else:
                 N, C, H, W = shapes[step.x]
                 P, Q = (output_size(*side, 1) for side in zip((H, W), step.window, step.stride, step.padding))
@@ -199,10 +223,17 @@ def compile_fragment(
         if isinstance(step, PoolStep):
             window = (step.window, step.stride, step.padding)
             y = region.pool(maps[step.x], step.kind, *window, count_include_pad=step.counts_padding)
+        elif isinstance(step, FlattenStep):
+            y = maps[step.x]
         elif place in points:
-            replaced = None if step.residual is None else maps[step.residual]
-            how = dict(activation=step.problem.activation, replaced=replaced)
-            y = region.winograd(maps[step.x], packed[place], step.problem.padding, biases[place], **how)
+            y = region.winograd(
+                maps[step.x],
+                packed[place],
+                step.problem.padding,
+                biases[place],
+                activation=step.problem.activation,
+                replaced=None if step.residual is None else maps[step.residual],
+            )
         elif place in parts:
             residual = step.residual if len(parts[place]) == 1 else None
             stem = stem_segments.get(place)
@@ -226,7 +257,7 @@ def _last_read(fragment: Fragment, parts: Mapping[int, tuple[int, ...]]) -> dict
     """{value: the place of the last step of the region that reads it}."""
     found: dict[int, int] = {}
     for place, step in enumerate(fragment.steps):
-        if isinstance(step, PoolStep):
+        if not isinstance(step, ConvStep):
             found[step.x] = place
         elif place in parts:
             found.update((fragment.steps[part].x, place) for part in parts[place])

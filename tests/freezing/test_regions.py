@@ -254,6 +254,92 @@ def test_weights_are_in_memory_once(by_rule):
     assert not any(isinstance(module, FrozenConv) for plan in frozen.plans() for module in plan.modules())
 
 
+class Classifier(nn.Module):
+    """Two convolutions, a pooled map, and what a forward makes of its vectors."""
+
+    def __init__(self, forward, bias=True):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 40, 3, 2, 1), nn.ReLU(), nn.Conv2d(40, 33, 1), nn.AdaptiveAvgPool2d(1))
+        self.flatten, self.linear, self.run = nn.Flatten(), nn.Linear(33, 70, bias=bias), forward
+
+    def forward(self, x):
+        return self.run(self, self.body(x))
+
+
+# and how many nodes of the plan compute beside the region
+CLASSIFIERS = {
+    "torch.flatten": (lambda self, y: self.linear(torch.flatten(y, 1)), 0),
+    "a module": (lambda self, y: self.linear(self.flatten(y)), 0),
+    "reshape": (lambda self, y: self.linear(y.reshape(-1, 33)), 0),
+    "its vectors are returned": (lambda self, y: (self.linear(y.flatten(1)), y.flatten(1), y), 0),
+    "two layers": (lambda self, y: self.linear(self.linear(y.flatten(1))[:, :33]), 1),
+    "of another dimension": (lambda self, y: self.linear(y[:, :, 0, 0]), 1),
+    "the vectors alone": (lambda self, y: y.flatten(1), 0),
+}
+
+
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_classifier_ends_the_region(kernel, name, has_bias):
+    forward, beside = CLASSIFIERS[name]
+    model, x = Classifier(forward, has_bias), torch.randn(X)
+    frozen, exact = fused_resnet.freeze(model, x, dtype=kernel.dtype), networks.in_fp64(model, x)
+    with torch.no_grad():
+        plain = copy.deepcopy(model).to(kernel.dtype)(x.to(kernel.dtype))
+    (region,) = regions(frozen, x)
+    nodes = [node for node in frozen.plan(x).graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
+    others = [node for node in nodes if node.target != "region" and "getitem" not in str(node.target)]
+    assert len(others) == beside or name in ("two layers", "of another dimension") and others
+    for ours, theirs, expected in zip(
+        *(one if isinstance(one, tuple) else (one,) for one in (frozen(x), plain, exact))
+    ):
+        assert ours.shape == expected.shape and networks.error(ours, expected) <= networks.allowed(theirs, expected)
+
+
+def test_a_region_reads_the_plan_s_input_as_it_is(kernel):
+    """Of any layout and in either dtype: the same bytes as from what `taken` would have made of it."""
+    model = networks.small()
+    x = torch.randn(X)
+    frozen = fused_resnet.freeze(model, x, dtype=kernel.dtype)
+    assert frozen.taken(x) is x
+    expected = frozen(x)
+    wide = torch.randn(2, 3, 16, 32)
+    wide[..., ::2] = x
+    for one in (
+        x.to(memory_format=torch.channels_last),
+        wide[..., ::2],
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+    ):
+        assert torch.equal(frozen(one), expected)
+    narrow = x.bfloat16()
+    of_narrow = fused_resnet.freeze(copy.deepcopy(model).bfloat16(), narrow, dtype=kernel.dtype)
+    assert of_narrow.taken(narrow) is narrow and of_narrow(narrow).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("in_order", [True, False], ids=["replaces its residual", "the residual is read later"])
+def test_winograd_within_a_region(by_rule, monkeypatch, in_order):
+    """Where it is the selection, and nothing reads the residual afterwards."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+
+        def forward(self, x):
+            y = self.a(x).relu()
+            z = torch.relu(self.b(y) + y) if not in_order else torch.relu(self.b(self.a(y)) + y)
+            return z if in_order else z + y
+
+    model, x = Block(), torch.randn(2, 32, 16, 16)
+    frozen = fused_resnet.freeze(model, x)
+    (region,) = regions(frozen, x)
+    steps = [step for step in region.fragment.steps if isinstance(step, fragment.ConvStep)]
+    assert all(step.by_winograd for step in steps)
+    places = fragment.by_winograd(region.fragment)
+    assert len(places) == len(steps) - (not in_order)
+    equal_outputs(frozen(x), networks.in_fp64(model, x))
+
+
 # ----------------------------------------------------------------------------------------------------------- the choice
 
 
