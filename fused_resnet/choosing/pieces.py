@@ -179,7 +179,7 @@ def _check_choices(pieces: Sequence[Piece]) -> None:
 
 def _measure(pieces: Sequence[Piece], seconds: float, progress: timing.Progress) -> None:
     material, groups, outcomes = Material(), dict[RegionProblem, dict[str, Fed]](), {}
-    for done, piece in enumerate(pieces):
+    for piece in pieces:
         progress(1.0, f"checking a {piece.problem}")  # the convolutions' own measuring has told of the way there
         known = winners.outcome(piece.problem, REGION)
         outcome = outcomes[piece.problem] = known or checked(piece, material)
