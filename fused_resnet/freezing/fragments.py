@@ -206,22 +206,25 @@ def _sources(node: fx.Node) -> list[fx.Node]:
 
 
 def _stages(fragment: Fragment) -> list[tuple[int, int]]:
-    """(begin, end) of the parts with maps of one size, cut where a single value is needed on. Poolings end a part."""
+    """(begin, end) of the parts whose convolutions end with maps of one size, cut where a single value is needed on.
+
+    Poolings end a part.
+    """
     first, shapes = len(fragment.shapes), fragment.value_shapes
     last_read = {value: place for place, step in enumerate(fragment.steps) for value in step.reads}
     parts: list[tuple[int, int]] = []
-    begin = 0
+    begin, size = 0, None
     for place, _ in enumerate(fragment.steps):
         needed = [value for value, last in last_read.items() if last > place and value <= first + place]
         if len(needed) != 1 and place + 1 < len(fragment.steps):
             continue
-        has_convolution = any(isinstance(step, ConvStep) for step in fragment.steps[begin : place + 1])
-        is_alike = bool(parts) and shapes[first + parts[-1][1] - 1][2:] == shapes[first + place][2:]
-        if parts and (is_alike or not has_convolution):
+        within = range(begin, place + 1)
+        sizes = [shapes[first + one][2:] for one in within if isinstance(fragment.steps[one], ConvStep)]
+        if parts and (not sizes or sizes[-1] == size):
             parts[-1] = parts[-1][0], place + 1
         else:
             parts.append((begin, place + 1))
-        begin = place + 1
+        begin, size = place + 1, sizes[-1] if sizes else size
     return parts
 
 

@@ -110,9 +110,11 @@ def test_unmeasured_cudnn_gets_what_it_surely_can(monkeypatch, changed, expected
 def test_who_never_takes_live_bn(backend):
     """What refuses a name for every problem is the sentence that refuses one problem on the backend's own device."""
     reason = backends.why_never_live(backend)
-    assert (reason is not None) == (backend in ("winograd", "grouped", "onednn", "direct", "cudnn", "cublaslt"))
+    assert (reason is not None) == (
+        backend in ("winograd", "grouped", "onednn", "direct", "blocked", "cudnn", "cublaslt")
+    )
     if reason is not None:
-        device = "cpu" if backend in ("winograd", "grouped", "onednn", "direct") else "cuda"
+        device = "cpu" if backend in ("winograd", "grouped", "onednn", "direct", "blocked") else "cuda"
         refused = backends.known("conv_bn_act")[backend].why_not(STEM._replace(has_bn=True, device=device))
         assert refused in (reason, "this torch has no cuDNN", "it does not run on ROCm")
     assert backends.why_never_live("auto") is None

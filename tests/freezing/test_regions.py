@@ -370,6 +370,15 @@ def test_a_backend_by_name_runs_in_none(by_rule):
         assert not regions(frozen, x) and len(separate(frozen, x)) == 12
 
 
+def test_stages_end_where_maps_of_another_size_begin(monkeypatch):
+    """A stem and its pooling are one of their own. A map that is read on, beside another, keeps its readers with it."""
+    monkeypatch.setattr(pieces, "_BY_RULE", ())
+    count = lambda model, x: [len(piece.fragment.steps) for piece in offered(monkeypatch, model, x)]  # noqa: E731
+    assert count(stem_and_pools(), torch.randn(X)) == [6, 2, 2, 2]
+    assert count(networks.small(Bottleneck), torch.randn(X)) == [16, 8, 4, 4]
+    assert count(Maps(residual_is_the_input).eval(), torch.randn(2, 4, 9, 10)) == [2]
+
+
 # times of the whole network, and of its three stages, as (region, separate); the convolutions of the regions then
 CHOICES = {
     "the whole": (((60, 100), [(20, 30), (30, 40), (20, 30)]), [12]),
@@ -561,3 +570,17 @@ def test_explain_shows_them(by_rule):
     text = str(explanation)
     assert f"{region.convolutions} convolutions as one call by {FP32.name}" in text and "converted at its seams" in text
     assert explanation.as_dict()["regions"][0]["least_us"] > 0
+
+
+def test_a_plan_made_in_inference_mode_serves_outside(by_rule):
+    """And the other way round: its workspace is written in both."""
+    model, x = networks.small(), torch.randn(1, 3, 12, 12)
+    frozen = fused_resnet.freeze(model, torch.randn(X))
+    with torch.inference_mode():
+        inside = frozen(x)
+        frozen(torch.randn(X))
+    outside = frozen(x)
+    with torch.no_grad():
+        assert torch.equal(frozen(x), outside)
+    assert torch.equal(inside, outside) and not outside.is_inference()
+    equal_outputs(outside, networks.in_fp64(model, x))

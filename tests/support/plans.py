@@ -8,7 +8,7 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet import backends
-from fused_resnet.freezing.modules import FrozenConv
+from fused_resnet.freezing.modules import FrozenConv, FrozenRegion
 from tests.support import networks
 
 X = (2, 3, 16, 16)
@@ -23,6 +23,13 @@ needs_bf16 = pytest.mark.skipif(
 
 def convolutions(frozen, x):
     return [module for module in frozen.plan(x).modules() if isinstance(module, FrozenConv)]
+
+
+def problems_of(frozen, x):
+    """All that a plan has lowered, in regions too."""
+    modules = list(frozen.plan(x).modules())
+    within = [conv.problem for module in modules if isinstance(module, FrozenRegion) for conv in module.convolutions]
+    return [module.problem for module in modules if isinstance(module, FrozenConv)] + within
 
 
 def as_good_as_plain(frozen, model, x):
