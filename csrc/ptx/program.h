@@ -14,7 +14,7 @@ namespace fused_resnet::ptx {
 using Lanes = u32;  // a bit a lane of a warp
 constexpr Lanes kAllLanes = ~0u;
 
-// As in fused_resnet/emulation/parser.py.
+// As in fused_resnet/emulation/interface.py.
 enum OperandKind : s32 { kNone, kRegister, kPredicate, kImmediate, kSpecial, kSink, kLabel, kMemory };
 enum SpecialRegister : s32 {
   kTidX,
