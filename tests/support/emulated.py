@@ -80,8 +80,8 @@ def conv_triton(problem: str, config: list, arch: int, number: int, in_row_space
     c = configs.TritonConfig(*config) if config else configs.default_config(p)
     if reason := configs.why_illegal(p, c, arch):
         raise ValueError(f"{c}: {reason}")
-    o, watched = operands_of(p), _Watched()
-    with watched:
+    o = operands_of(p)
+    with _Watched() as watched:
         if in_row_space:
             out, outcomes = _in_row_space(p, o, arch, c, mode(number))
         else:
@@ -120,6 +120,7 @@ class _Watched:
             return entry
 
         kernel.parser.parse = parse
+        return self
 
     def __exit__(self, *_):
         kernel.parser.parse = self._parse
@@ -217,8 +218,10 @@ def random_problem(seed: int, index: int, arch: int, name: str, kind: str) -> di
     from fused_resnet.testing import case_at
 
     if not verify.is_for(name, case_at(seed, index, kind=kind)):
-        return dict(status="cannot run", detail="another operator's")
-    return verify.check(seed, index, arch, name, kind=kind)._asdict()
+        return dict(status="cannot run", detail="another operator's", register_a=0)
+    with _Watched() as watched:
+        outcome = verify.check(seed, index, arch, name, kind=kind)
+    return dict(outcome._asdict(), register_a=watched.register_a)
 
 
 def gemm(arch: int, number: int, dtype: str, a_is_k_major: bool, b_is_k_major: bool, block_k: int) -> dict:
