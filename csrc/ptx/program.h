@@ -105,6 +105,7 @@ struct Instruction {
   Type type = kNoType, from = kNoType, third = kNoType;
   int a = 0, b = 0, c = 0, d = 0;  // what the handler's file says
   bool flush = false;              // .ftz
+  bool is_copy = false;            // mov of one register or constant
   u8 scope = 0;                    // of a strong operation: a Scope
   Convergence convergence = Convergence::kFree;
   int members = -1;
