@@ -72,7 +72,8 @@ $(VENV)/.installed: requirements.txt
 	@touch $@
 
 # One stamp per choice of parts; the other choice's stamp is removed, since both build into fused_resnet/.
-$(BUILT): $(INSTALLED) setup.py pyproject.toml fused_resnet/operators/schemas.py $(CSRC)
+$(BUILT): $(INSTALLED) setup.py pyproject.toml fused_resnet/operators/schemas.py \
+		fused_resnet/emulation/interface.py $(CSRC)
 	$(VENV)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
 	@rm -f $(VENV)/.built*
 	@touch $@

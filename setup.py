@@ -189,7 +189,9 @@ def flags(part: Part, tools: Toolchain) -> Flags:
         includes = ["-I" + tools.pybind11.get_include(), "-I" + sysconfig.get_path("include")]
         return Flags([*common, "-O2", *WARNINGS, *includes, "-isystem", tools.torch_include], [], [])
     if part.name == "ptx":  # neither torch nor Python; fused multiply-adds only where PTX says so
-        return Flags([*common, "-O3", "-ffp-contract=off", "-fno-math-errno", *WARNINGS], [], [])
+        interface = _load_file("interface", PACKAGE / "emulation" / "interface.py")
+        digest = f'-DFUSED_RESNET_PTX_INTERFACE=\\"{interface.digest()}\\"'
+        return Flags([*common, "-O3", "-ffp-contract=off", "-fno-math-errno", *WARNINGS, digest], [], [])
     schemas = _load_file("schemas", PACKAGE / "operators" / "schemas.py")
     defines = [
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",

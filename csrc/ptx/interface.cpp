@@ -45,6 +45,10 @@ bool ran(Machine& machine) {
 
 }  // namespace
 
+// Read from the file by fused_resnet.emulation.library before the library is loaded.
+extern "C" __attribute__((used, visibility("default"))) const char fused_resnet_ptx_interface[] =
+    "fused_resnet interface of ptx: " FUSED_RESNET_PTX_INTERFACE;
+
 void* ptx_program(int32_t registers, int32_t predicates, int32_t local_bytes) {
   auto* program = new Program;
   program->num_registers = registers;

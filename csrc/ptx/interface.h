@@ -1,4 +1,5 @@
-// The C interface of the emulator: what Python hands over and what it gets back. No Python ABI.
+// The C interface of the emulator: what Python hands over and what it gets back. No Python ABI. Python's side of it is
+// fused_resnet/emulation/interface.py.
 #pragma once
 
 #include <cstdint>

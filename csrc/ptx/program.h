@@ -14,7 +14,7 @@ namespace fused_resnet::ptx {
 using Lanes = u32;  // a bit a lane of a warp
 constexpr Lanes kAllLanes = ~0u;
 
-// As in fused_resnet/emulation/parser.py.
+// As in fused_resnet/emulation/interface.py.
 enum OperandKind : s32 { kNone, kRegister, kPredicate, kImmediate, kSpecial, kSink, kLabel, kMemory };
 enum SpecialRegister : s32 {
   kTidX,
@@ -105,6 +105,7 @@ struct Instruction {
   Type type = kNoType, from = kNoType, third = kNoType;
   int a = 0, b = 0, c = 0, d = 0;  // what the handler's file says
   bool flush = false;              // .ftz
+  bool is_copy = false;            // mov of one register or constant
   u8 scope = 0;                    // of a strong operation: a Scope
   Convergence convergence = Convergence::kFree;
   int members = -1;

@@ -125,7 +125,7 @@ def collect_info() -> dict[str, Any]:
             for device in ("cpu", "cuda")
             if device == "cpu" or has_cuda
         ],
-        "parts": compiled.status(),
+        "parts": {**compiled.status(), "_ptx": _emulator_info()},
         "build": compiled.build_record(),
         "library_faults": detours.known_faults(),
         "tuning": {device: _tuning_info(device) for device in ("cpu", "cuda") if device == "cpu" or has_cuda},
@@ -149,6 +149,13 @@ def _version(package: str) -> Optional[str]:
 def _at_home(path: Any) -> str:
     """A path without the user's name."""
     return str(path).replace(str(Path.home()), "~")
+
+
+def _emulator_info() -> dict[str, Any]:
+    from fused_resnet.emulation import library
+
+    why = library.why_missing()
+    return {"present": library.PATH.exists(), "loaded": None, "why": why and _at_home(why)}
 
 
 def _tuning_info(device: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ PTX is the compiler's text before ptxas makes machine code of it. Triton and nvc
 docs/emulation.md says what that proves.
 """
 
-from fused_resnet.emulation.counts import Counts
+from fused_resnet.emulation.interface import Counts
 from fused_resnet.emulation.kernel import Kernel, Launch, Outcome, run_together
 from fused_resnet.emulation.library import why_missing
 from fused_resnet.emulation.parser import kernel_names

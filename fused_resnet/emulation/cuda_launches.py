@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from ctypes import c_float, c_int32, c_int64, c_uint8, c_void_p
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.emulation import library
+from fused_resnet.emulation.interface import PtxConv, PtxConvLaunch
 from fused_resnet.emulation.kernel import Kernel, Outcome
 from fused_resnet.emulation.parser import kernel_names
 from fused_resnet.kernels.sources import ROOT
@@ -34,26 +34,6 @@ _MANGLED = {torch.float16: "N3c104HalfE", torch.bfloat16: "NS_8BFloat16E", torch
 _ELEMENTS = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 _SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block's, CUDA C++ programming guide
 _MOST_POINTWISE_BLOCKS, _POINTWISE_THREADS = 1 << 14, 256  # csrc/cuda/add_relu.cu and .cuh
-
-
-class PtxConv(ctypes.Structure):
-    """As in csrc/ptx/conv_launch.h."""
-
-    _fields_ = [
-        ("sizes", c_int64 * 14), ("x", c_void_p), ("weight", c_void_p), ("residual", c_void_p), ("out", c_void_p),
-        ("vectors", c_void_p * 5), ("vector_dtypes", c_int32 * 5), ("dtype", c_int32), ("eps", c_float),
-        ("activation", c_int32), ("tile", c_int32), ("splits", c_int32), ("partials", c_void_p),
-        ("capability", c_int32), ("smem_per_block", c_int32),
-    ]  # fmt: skip
-
-
-class PtxConvLaunch(ctypes.Structure):
-    """As in csrc/ptx/conv_launch.h."""
-
-    _fields_ = [
-        ("blocks", c_int64), ("sum_blocks", c_int64), ("threads", c_int32), ("sum_threads", c_int32),
-        ("shared_bytes", c_int32), ("copy_bytes", c_int32), ("argument_bytes", c_int32), ("arguments", c_uint8 * 512),
-    ]  # fmt: skip
 
 
 def why_not() -> Optional[str]:
@@ -164,9 +144,7 @@ def prepare(
         conv.vectors[i] = _pointer(vector)
         conv.vector_dtypes[i] = 0 if vector is None else _DTYPES[vector.dtype]
     launch = PtxConvLaunch()
-    build = library.library().ptx_conv_launch
-    build.argtypes, build.restype = [ctypes.POINTER(PtxConv), ctypes.POINTER(PtxConvLaunch)], ctypes.c_char_p
-    if reason := build(ctypes.byref(conv), ctypes.byref(launch)):
+    if reason := library.library().ptx_conv_launch(ctypes.byref(conv), ctypes.byref(launch)):
         raise ValueError(f"cuda_conv_bn_act: {reason.decode()}.")
     return launch
 

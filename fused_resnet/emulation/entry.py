@@ -7,17 +7,6 @@ from typing import NamedTuple, Optional
 
 import numpy
 
-# As in csrc/ptx/program.h: OperandKind, and the order of SpecialRegister.
-NONE, REGISTER, PREDICATE, IMMEDIATE, SPECIAL, SINK, LABEL, MEMORY = range(8)
-SPECIAL_REGISTERS = (
-    "tid.x tid.y tid.z ntid.x ntid.y ntid.z ctaid.x ctaid.y ctaid.z nctaid.x nctaid.y nctaid.z laneid warpid "
-    "lanemask_lt lanemask_le lanemask_gt lanemask_ge lanemask_eq clock smid "
-    "cluster_ctaid.x cluster_ctaid.y cluster_ctaid.z cluster_nctaid.x cluster_nctaid.y cluster_nctaid.z "
-    "cluster_ctarank cluster_nctarank clusterid.x clusterid.y clusterid.z nclusterid.x nclusterid.y nclusterid.z "
-    "dynamic_smem_size total_smem_size nwarpid zero"
-).split()
-SHARED_BASE = 1024  # as in csrc/ptx/machine/memories.h
-
 
 class Operand(NamedTuple):
     """As PtxOperand in csrc/ptx/interface.h."""

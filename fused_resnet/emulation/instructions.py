@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from fused_resnet.emulation.entry import (
+from fused_resnet.emulation.entry import Entry, Instruction, Operand, Scope
+from fused_resnet.emulation.interface import (
     IMMEDIATE,
     LABEL,
     MEMORY,
@@ -13,10 +14,6 @@ from fused_resnet.emulation.entry import (
     SINK,
     SPECIAL,
     SPECIAL_REGISTERS,
-    Entry,
-    Instruction,
-    Operand,
-    Scope,
 )
 from fused_resnet.emulation.syntax import Statement, floating, integer, refuse, refuse_call, split_list
 

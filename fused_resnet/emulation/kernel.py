@@ -9,14 +9,12 @@ import struct
 from numbers import Integral
 from typing import Any, Iterable, Mapping, NamedTuple, Optional, Sequence, Union
 
-from fused_resnet.emulation import arrays, library, parser, targets, widths
-from fused_resnet.emulation.counts import Counts
+from fused_resnet.emulation import arrays, interface, library, parser, targets, widths
 from fused_resnet.emulation.entry import Entry, Instruction, Parameter
+from fused_resnet.emulation.interface import LANDINGS, SCHEDULES, Counts
 from fused_resnet.emulation.syntax import PtxError
 from fused_resnet.emulation.tensor_map import TensorMap
 
-LANDINGS = ("late", "early", "random")
-SCHEDULES = ("random", "in_turn", "greedy", "backwards")
 ROUNDINGS = ("fp64", 80, 89, 90)
 _REPORT_BYTES = 1 << 20
 _USUAL_ALIGNMENT = 1024  # of dynamic shared memory, on GPUs
@@ -83,7 +81,7 @@ class Kernel:
                 f"PTX line {instruction.line}: {instruction.text} needs .target sm_90a, the text has {target}"
             )
         flat = [element for operand in instruction.operands for element in operand]
-        operands = (library.PtxOperand * max(len(flat), 1))(*[library.PtxOperand(*element) for element in flat])
+        operands = (interface.PtxOperand * max(len(flat), 1))(*[interface.PtxOperand(*element) for element in flat])
         counts = (ctypes.c_int32 * max(len(instruction.operands), 1))(*map(len, instruction.operands))
         error = lib.ptx_add(
             self._program, instruction.op.encode(), instruction.predicate, instruction.negated, operands, counts,
@@ -138,7 +136,7 @@ def run_together(
     rounding: Union[str, int] = "fp64", overlap: bool = False,
 ) -> Outcome:  # fmt: skip
     """Launches of one stream, in order. overlap: they depend programmatically (griddepcontrol), and run interleaved."""
-    options = library.PtxOptions(
+    options = interface.PtxOptions(
         landing=_one_of("landing", landing, LANDINGS), schedule=_one_of("schedule", schedule, SCHEDULES),
         seed=seed % 2**64, max_steps=max_steps, races=_one_of("races", races, (0, 1, 2)),
         rounding=0 if rounding == "fp64" else ROUNDINGS[_one_of("rounding", rounding, ROUNDINGS)], overlap=overlap,
@@ -148,10 +146,11 @@ def run_together(
     found = _Memory(memory or {})
     prepared = [_prepare(launch, found) for launch in launches]
     regions = found.regions(list(writable))
-    outcome, reports = library.PtxOutcome(), ctypes.create_string_buffer(_REPORT_BYTES)
+    outcome, reports = interface.PtxOutcome(), ctypes.create_string_buffer(_REPORT_BYTES)
+    structures = (interface.PtxLaunch * len(prepared))(*[one.structure for one in prepared])
     library.library().ptx_launch(
-        (library.PtxLaunch * len(prepared))(*[one.structure for one in prepared]), len(prepared), regions, len(regions),
-        ctypes.byref(options), ctypes.byref(outcome), reports, len(reports),
+        structures, len(prepared), regions, len(regions), ctypes.byref(options), ctypes.byref(outcome), reports,
+        len(reports),
     )  # fmt: skip
     counts = Counts(*(getattr(outcome.counts, name) for name in Counts._fields))
     return Outcome(_paragraphs(reports.value.decode()), bool(outcome.faulted), counts, outcome.seconds)
@@ -213,8 +212,8 @@ class _Memory:
                 self._merge(merged[-1], begin, size, name, is_writable)
             elif size:
                 merged.append([begin, size, is_writable, name])
-        return (library.PtxRegion * len(merged))(
-            *[library.PtxRegion(b, s, int(w), n.encode()) for b, s, w, n in merged]
+        return (interface.PtxRegion * len(merged))(
+            *[interface.PtxRegion(b, s, int(w), n.encode()) for b, s, w, n in merged]
         )
 
     @staticmethod
@@ -225,7 +224,7 @@ class _Memory:
 
 
 class _Prepared(NamedTuple):
-    structure: library.PtxLaunch
+    structure: interface.PtxLaunch
     kept: tuple  # what the structure points to
 
 
@@ -248,7 +247,7 @@ def _prepare(launch: Launch, memory: _Memory) -> _Prepared:
         data = bytes_of(parameter, value, memory)
         buffer[parameter.offset : parameter.offset + parameter.size] = list(data)
     chosen = _chosen_blocks(launch, grid)
-    structure = library.PtxLaunch(
+    structure = interface.PtxLaunch(
         launch.kernel._program, (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block),
         (ctypes.c_uint32 * 3)(*cluster), _shared_bytes(launch), _registers(entry), buffer, entry.parameter_bytes,
         chosen, 0 if chosen is None else len(chosen),

@@ -13,7 +13,6 @@ from fused_resnet.emulation.kernel import CAPABILITIES, Kernel, Outcome
 from fused_resnet.emulation.tensor_map import SWIZZLES, TensorMap
 from fused_resnet.kernels.triton import add_relu, affine_act, aot, max_pool
 from fused_resnet.kernels.triton.conv import launch as conv
-from fused_resnet.kernels.triton.conv import row_space
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.kernels.triton.conv.epilogue import Epilogue
 from fused_resnet.kernels.triton.conv.launch import Launch
@@ -191,21 +190,12 @@ def run_conv(
 
 
 def conv_bn_act(
-    problem: ConvProblem, operands: ConvOperands, arch: int, config: TritonConfig, *, in_row_space: bool = False, **how
+    problem: ConvProblem, operands: ConvOperands, arch: int, config: TritonConfig, **how
 ) -> tuple[Tensor, list[Outcome]]:
-    """The output, poisoned with NaN before, and the outcomes.
-
-    in_row_space: the output and the residual lie there, as between two convolutions of a plan.
-    """
+    """The output, poisoned with NaN before, and the outcomes."""
     p = problem
-    if not in_row_space:
-        out = torch.full(p.output_shape, torch.nan, dtype=p.dtype).contiguous(memory_format=torch.channels_last)
-        return out, run_conv(p, operands, out, arch, config, **how)
-    rows = torch.full((row_space.num_rows(p.N, p.P, p.Q), p.K), torch.nan, dtype=p.dtype)
-    if operands.residual is not None:
-        operands = operands._replace(residual=row_space.pack(operands.residual))
-    outcomes = run_conv(p, operands, rows, arch, config, **how)
-    return row_space.unpack(rows, p.N, p.P, p.Q), outcomes
+    out = torch.full(p.output_shape, torch.nan, dtype=p.dtype).contiguous(memory_format=torch.channels_last)
+    return out, run_conv(p, operands, out, arch, config, **how)
 
 
 def run_add_relu(

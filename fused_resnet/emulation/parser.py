@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from typing import Optional
 
-from fused_resnet.emulation.entry import IMMEDIATE, PREDICATE, REGISTER, Entry, Operand, Parameter, Scope
+from fused_resnet.emulation.entry import Entry, Operand, Parameter, Scope
 from fused_resnet.emulation.instructions import Instructions
+from fused_resnet.emulation.interface import IMMEDIATE, PREDICATE, REGISTER
 from fused_resnet.emulation.syntax import (
     TYPE_BYTES,
     PtxError,

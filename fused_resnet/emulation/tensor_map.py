@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Optional, Sequence
 
 from fused_resnet.emulation import arrays
-from fused_resnet.emulation.library import TYPE_NAMES, PtxTensorMap
+from fused_resnet.emulation.interface import TYPE_NAMES, PtxTensorMap
 
 _MAGIC = 0x70616D726F736E74
 SWIZZLES = (0, 32, 64, 128)  # the span in bytes

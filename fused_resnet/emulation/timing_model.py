@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple, Optional
 
-from fused_resnet.emulation.counts import Counts
+from fused_resnet.emulation.interface import Counts
 
 # A guess, the one of kernels/triton/conv/cost.py: what a launch costs besides its work.
 LAUNCH_US = 2.0

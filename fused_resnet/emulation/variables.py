@@ -6,7 +6,8 @@ import re
 
 import numpy
 
-from fused_resnet.emulation.entry import IMMEDIATE, SHARED_BASE, Entry, ModuleVariable, Operand, Scope
+from fused_resnet.emulation.entry import Entry, ModuleVariable, Operand, Scope
+from fused_resnet.emulation.interface import IMMEDIATE, SHARED_BASE
 from fused_resnet.emulation.syntax import TYPE_BYTES, Statement, align, floating, integer, refuse, split_list
 
 _VARIABLE = re.compile(

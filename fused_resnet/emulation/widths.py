@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 from typing import Optional
 
-from fused_resnet.emulation.entry import REGISTER, Entry, Instruction
+from fused_resnet.emulation.entry import Entry, Instruction
+from fused_resnet.emulation.interface import REGISTER
 from fused_resnet.emulation.syntax import TYPE_BYTES, PtxError
 
 _BITS = {name: 8 * size for name, size in TYPE_BYTES.items() if size}

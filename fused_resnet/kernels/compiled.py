@@ -36,7 +36,7 @@ def load(library: str) -> Optional[str]:
     path = _path(library)
     if not path.exists():
         return _why_missing(library)
-    wanted, found = schemas.digest(library), embedded_digest(path, library)
+    wanted, found = schemas.digest(library), embedded_digest(path, f"schemas of {library}")
     if found != wanted:
         return (
             f"{path.name} was built for other operators than this fused_resnet has (schema {found or 'unknown'}, "
@@ -100,11 +100,11 @@ def built_digest(patterns: tuple[str, ...]) -> Optional[str]:
     return sources.kernel_digest(patterns)
 
 
-def embedded_digest(path: Path, library: str) -> Optional[str]:
-    """The schema digest in a library's file, found without loading it."""
+def embedded_digest(path: Path, what: str) -> Optional[str]:
+    """The digest of "schemas of cpu" and the like in a library's file, found without loading it."""
     if path.stat().st_size == 0:  # which mmap refuses
         return None
-    marker = re.compile(rb"fused_resnet schemas of %s: ([0-9a-f]{16})\0" % library.encode())
+    marker = re.compile(rb"fused_resnet %s: ([0-9a-f]{16})\0" % what.encode())
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         found = marker.search(content)
         return found and found.group(1).decode()

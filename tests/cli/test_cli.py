@@ -54,7 +54,7 @@ def test_info_as_json():
     assert entries["conv_bn_act", "eager", "cpu"]["dtypes"]["float32"] is None
     assert entries["conv_bn_act", "onednn", "cpu"]["auto"] is True
     assert "NVIDIA" in entries["conv_bn_act", "cudnn", "cpu"]["dtypes"]["float16"]
-    assert {"_C_cpu", "_C_cuda", "_host_checks"} <= set(record["parts"])
+    assert {"_C_cpu", "_C_cuda", "_host_checks", "_ptx"} <= set(record["parts"])
     assert record["provenance"]["sentence"].startswith("kernels ")
 
 

@@ -89,6 +89,11 @@ def test_without_the_library_it_says_how_to_build_it(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "PATH", tmp_path / "_ptx.so")
     result = run("verify", "--emulate", "sm_90")
     assert result.exit_code == 1 and "is not built" in result.output and "pip install" in result.output
+    library.PATH.write_bytes(b"of a version without a digest")
+    result = run("verify", "--emulate", "sm_90")
+    assert result.exit_code == 1 and "the interface unknown" in result.output and "pip install" in result.output
+    part = json.loads(run("info", "--json").output)["parts"]["_ptx"]
+    assert part["present"] and "the interface unknown" in part["why"]
 
 
 def test_names_of_kernels():

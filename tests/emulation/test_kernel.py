@@ -1,17 +1,12 @@
 """Arguments, sizes and memory: what a run is given, what it refuses, and what it reports."""
 
-import ctypes
-import subprocess
-import sys
-
 import numpy
 import pytest
 import torch
 
-from fused_resnet.emulation import Kernel, Launch, PtxError, TensorMap, library, run_together
-from fused_resnet.emulation.counts import Counts
+from fused_resnet.emulation import Kernel, Launch, PtxError, TensorMap, run_together
+from fused_resnet.emulation.interface import Counts
 from tests.support.ptx import kernel_text
-from tests.support.scripts import ROOT
 
 # out[i] = in[i] + one, a thread an element
 ADD = """
@@ -278,56 +273,5 @@ def test_two_launches_in_order(add):
     assert outcome.reports == [] and torch.equal(z, x + 3)
 
 
-# ------------------------------------------------------------------------------------------------------------ library
-
-
-def test_structures_are_those_of_the_header(tmp_path):
-    """Their sizes, and where each field lies, asked of a C++ compiler."""
-    structures = (library.PtxOperand, library.PtxRegion, library.PtxTensorMap, library.PtxLaunch, library.PtxOptions,
-                  library.PtxCounts, library.PtxOutcome)  # fmt: skip
-    lines = []
-    for structure in structures:
-        name = structure.__name__
-        lines.append(f'std::printf("{name} %zu\\n", sizeof({name}));')
-        lines += [
-            f'std::printf("{name}.{field[0]} %zu\\n", offsetof({name}, {field[0]}));' for field in structure._fields_
-        ]
-    source = tmp_path / "sizes.cpp"
-    source.write_text(
-        '#include <cstddef>\n#include <cstdio>\n#include "ptx/interface.h"\nint main() {' + "\n".join(lines) + "}"
-    )
-    program = tmp_path / "sizes"
-    compiled = subprocess.run(["c++", "-std=c++17", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)],
-                              capture_output=True, text=True)  # fmt: skip
-    if compiled.returncode and "not found" in compiled.stderr:
-        pytest.skip(f"needs a C++ compiler: {compiled.stderr}")
-    assert compiled.returncode == 0, compiled.stderr
-    wanted = []
-    for structure in structures:
-        wanted.append(f"{structure.__name__} {ctypes.sizeof(structure)}")
-        wanted += [f"{structure.__name__}.{f[0]} {getattr(structure, f[0]).offset}" for f in structure._fields_]
-    assert subprocess.run([program], capture_output=True, text=True).stdout.splitlines() == wanted
-
-
 def test_counts_add_up():
     assert Counts(warp_instructions=2, mma=1).plus(Counts(mma=3)) == Counts(warp_instructions=2, mma=4)
-
-
-def test_without_the_library_the_error_says_how_to_build_it(tmp_path):
-    code = f"""
-from pathlib import Path
-from fused_resnet.emulation import library, Kernel
-library.PATH = Path({str(tmp_path)!r}) / "_ptx.so"
-try:
-    Kernel("")
-except ImportError as error:
-    assert "is not built" in str(error) and "pip install" in str(error), error
-    library.PATH.write_text("no library")
-    try:
-        Kernel("")
-    except ImportError as error:
-        assert "cannot be loaded" in str(error) and "Build" in str(error), error
-        print("both")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "both", done.stderr

@@ -4,7 +4,8 @@ import struct
 
 import pytest
 
-from fused_resnet.emulation.entry import (
+from fused_resnet.emulation.entry import Operand
+from fused_resnet.emulation.interface import (
     IMMEDIATE,
     LABEL,
     MEMORY,
@@ -14,12 +15,10 @@ from fused_resnet.emulation.entry import (
     SINK,
     SPECIAL,
     SPECIAL_REGISTERS,
-    Operand,
-)  # fmt: skip
+)
 from fused_resnet.emulation.parser import kernel_names, parse
 from fused_resnet.emulation.syntax import PtxError, Source, floating, integer, split_list
 from tests.support.ptx import kernel_text
-from tests.support.scripts import ROOT
 
 
 def instructions(body, **how):
@@ -311,12 +310,3 @@ def test_a_declared_function_is_no_harm():
 def test_32_bit_addresses_are_refused():
     with pytest.raises(PtxError, match="64 bits"):
         parse(kernel_text("ret;").replace(".address_size 64", ".address_size 32"))
-
-
-def test_the_special_registers_are_in_the_order_of_the_header():
-    header = (ROOT / "csrc" / "ptx" / "program.h").read_text()
-    names = header.split("enum SpecialRegister : s32 {")[1].split("}")[0].replace(",", " ").split()
-    wanted = [
-        "k" + "".join(part.capitalize() for part in name.replace(".", "_").split("_")) for name in SPECIAL_REGISTERS
-    ]
-    assert names == wanted

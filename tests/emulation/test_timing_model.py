@@ -2,7 +2,7 @@
 
 import pytest
 
-from fused_resnet.emulation.counts import Counts
+from fused_resnet.emulation.interface import Counts
 from fused_resnet.emulation.timing_model import GPUS, LAUNCH_US, Shape, predict, resident_blocks, wgmma_bytes
 
 A100, L40S, H200 = GPUS["a100"], GPUS["l40s"], GPUS["h200"]

@@ -75,9 +75,9 @@ constexpr Rates kRates[] = {
     {86, 256.0, 32.0},
     // Ada whitepaper, RTX 4090: 165.2 TFLOP/s, 128 at 2.52 GHz; an L4 or L40S has twice that. L2: a guess
     {89, 256.0, 32.0},
-    // H100 whitepaper: 989 TFLOP/s, 132 at 1.83 GHz = 2048 by WGMMA, of which mma.sync reaches 62 % (arXiv 2501.12084).
-    // L2: the A100's 5120 for 132 instead of 108 multiprocessors
-    {90, 1270.0, 52.0},
+    // H100 whitepaper: 989 TFLOP/s, 132 at 1.83 GHz = 2048 by WGMMA, of which mma.sync reaches 62.9 % (arXiv
+    // 2501.12084, 6.2). L2: the A100's 5120 for 132 instead of 108 multiprocessors
+    {90, 1288.0, 52.0},
     // Nothing is published about mma.sync on a B200: the A100's figures, a guess
     {100, 1024.0, 64.0},
     // RTX Blackwell whitepaper, RTX 5090: 209.5 TFLOP/s, 170 at 2.407 GHz. L2: a guess

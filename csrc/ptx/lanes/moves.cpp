@@ -140,6 +140,7 @@ void decode_mov(Modifiers& modifiers, Instruction& instruction) {
   const bool is_word = is_bits || type == kU16 || type == kS16 || type == kU32 || type == kS32 || type == kU64 ||
                        type == kS64 || type == kF32 || type == kF64;
   if (is_word) instruction.handler = to > 1 ? unpack : from > 1 ? pack : move;
+  instruction.is_copy = instruction.handler == move;
 }
 
 void decode_policy(Modifiers& modifiers, Instruction& instruction) {

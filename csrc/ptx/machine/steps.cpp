@@ -91,6 +91,13 @@ void check_whole(Machine& machine, const Warp& warp, const Instruction& instruct
   }
 }
 
+// Whether wgmma.fence must order it (PTX ISA 9.7.15.7.1). LLVM puts the copies and constants that an accumulator begins
+// with between a fence, which names no registers, and the product. ptxas 12.8 and 13.0 then add a fence of their own
+// (C7519), or make a product without an addend of zeros: only the strict mode counts them.
+bool is_access(const Instruction& instruction, int races) {
+  return instruction.counted != Class::kWgmma && (races > 1 || !instruction.is_copy);
+}
+
 }  // namespace
 
 void Machine::step(Warp& one) {
@@ -201,7 +208,7 @@ void Machine::execute(Warp& one, const Instruction& instruction, Lanes group) {
   if (one.wgmma_pending > 0) check_registers(*this, one, instruction);
   instruction.handler(*this, one, instruction, mask);
   if (one.failed_waits > 0 && !yields && is_progress(instruction)) one.failed_waits = 0;
-  if (one.block->grid->program->has_wgmma && instruction.counted != Class::kWgmma)
+  if (one.block->grid->program->has_wgmma && is_access(instruction, options.races))
     for (const PtxOperand& operand : instruction.flat)
       if (is_register(operand)) one.last_access[operand.index] = one.executed;
 }

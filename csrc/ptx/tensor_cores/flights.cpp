@@ -41,17 +41,6 @@ bool is_ordered(const Machine& machine, const Warp& warp, const WgmmaRegisters& 
   return use.time <= warp.fenced_at || is_excepted;
 }
 
-// LLVM moves the zeros of an accumulator behind Triton's fence, which names no registers. Of such a D ptxas 13.0 makes
-// a product without an addend (HGMMA with RZ and !UPT): there is no access left that a fence could order.
-bool is_zero(Warp& warp, const Instruction& instruction) {
-  bool zero = true;
-  for_operand(instruction, 0, [&](int index) {
-    const u64* lanes = warp.of(index);
-    zero = zero && std::all_of(lanes, lanes + kLanes, [](u64 value) { return u32(value) == 0; });
-  });
-  return zero;
-}
-
 // A register's writers in flight all have one shape: that of its last use as D.
 bool may_write(const WgmmaRegisters::Use& use, u32 shape) {
   return use.readers == 0 && (use.writers == 0 || use.shape == shape);
@@ -77,12 +66,11 @@ bool release(Warp& warp, int index, bool as_a) {  // whether nothing writes the 
 void check_flight(Machine& machine, Warp& warp, const Flight& flight) {
   const WgmmaRegisters& registers = registers_of(warp);
   if (warp.fenced_at == 0) machine.report("wgmma fence", "no wgmma.fence before the first wgmma.mma_async");
-  const bool needs_no_order = machine.options.races < 2 && is_zero(warp, *flight.instruction);
   bool ordered = true, free_d = true, free_a = true;
   for_operand(*flight.instruction, 0, [&](int index) {
     const bool is_free = may_write(registers.uses[index], flight.shape);
     free_d = free_d && is_free;
-    ordered = ordered && (!is_free || needs_no_order || is_ordered(machine, warp, registers, index, flight.shape));
+    ordered = ordered && (!is_free || is_ordered(machine, warp, registers, index, flight.shape));
   });
   if (flight.has_a) {
     for_operand(*flight.instruction, 1, [&](int index) {
