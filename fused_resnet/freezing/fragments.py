@@ -208,7 +208,7 @@ def _sources(node: fx.Node) -> list[fx.Node]:
 def _stages(fragment: Fragment) -> list[tuple[int, int]]:
     """(begin, end) of the parts whose convolutions end with maps of one size, cut where a single value is needed on.
 
-    Poolings end a part.
+    Poolings end a part, and linear layers the last.
     """
     first, shapes = len(fragment.shapes), fragment.value_shapes
     last_read = {value: place for place, step in enumerate(fragment.steps) for value in step.reads}
@@ -219,7 +219,7 @@ def _stages(fragment: Fragment) -> list[tuple[int, int]]:
         if len(needed) != 1 and place + 1 < len(fragment.steps):
             continue
         within = range(begin, place + 1)
-        sizes = [shapes[first + one][2:] for one in within if isinstance(fragment.steps[one], ConvStep)]
+        sizes = [shapes[first + one][2:] for one in within if fragment.is_convolution(one)]
         if parts and (not sizes or sizes[-1] == size):
             parts[-1] = parts[-1][0], place + 1
         else:

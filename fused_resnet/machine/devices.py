@@ -69,3 +69,13 @@ def allows_tf32() -> bool:
     """
     precision = getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", None)
     return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
+
+
+@functools.lru_cache(maxsize=None)
+def second_level_cache_bytes() -> int:
+    """Of one core, as Linux says; 1 MiB where it does not."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
+        return int(text.removesuffix("K")) * 2**10
+    except (OSError, ValueError):
+        return 2**20

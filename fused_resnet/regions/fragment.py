@@ -92,7 +92,15 @@ class Fragment(NamedTuple):
 
     @property
     def convolutions(self) -> list[ConvProblem]:
-        return [step.problem for step in self.steps if isinstance(step, ConvStep) and not step.is_linear]
+        return [
+            step.problem
+            for place, step in enumerate(self.steps)
+            if isinstance(step, ConvStep) and self.is_convolution(place)
+        ]
+
+    def is_convolution(self, place: int) -> bool:
+        step = self.steps[place]
+        return isinstance(step, ConvStep) and not step.is_linear
 
     @property
     def has_vectors(self) -> tuple[bool, ...]:

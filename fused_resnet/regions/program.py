@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from fused_resnet.kernels import compiled
+from fused_resnet.machine.devices import second_level_cache_bytes
 from fused_resnet.machine.malloc import LargePages
 from fused_resnet.operators.problem import ACTIVATIONS, output_size
 from fused_resnet.regions import layout
 
-_VERSION = 2
+_VERSION = 3
 _ACTIVATIONS = ACTIVATIONS[:3]  # the kernels have no others
 _FROM_NHWC, _TO_NHWC, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES, _WINOGRAD = range(7)
 _TILE = 16  # rows of the largest tile
+_FOR_MAPS = 0.75  # of the second-level caches
 _SAVED = 0.8  # of the tiles: phases are split where no more are left
 Shape = tuple[int, int, int, int]
 Pair = tuple[int, int]
@@ -98,15 +100,47 @@ class CompiledRegion(NamedTuple):
         return outputs
 
 
+@dataclass(frozen=True)
+class _Step:
+    """integers: what it is in a program, once its maps have numbers. written: the map that it is the first to write."""
+
+    integers: Callable[[], list[int]]
+    read: list[Map]
+    written: Optional[Map]
+    weight_bytes: int
+
+    @property
+    def maps(self) -> list[Map]:
+        return self.read if self.written is None else [*self.read, self.written]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of the last map that it touches."""
+        return self.maps[-1].shape[2:]
+
+
+class _Wave(NamedTuple):
+    """Steps from begin to end, for so many images at a time."""
+
+    begin: int
+    end: int
+    images: int
+
+    def holds(self, x: Map) -> bool:
+        """Whether it is the only one that touches x."""
+        return self.begin <= x.first_step and x.last_step < self.end
+
+
 @dataclass
 class Region:
     """Takes the steps one by one. Maps get their place only when all readers are known."""
 
     dtype: torch.dtype
     _maps: list[Map] = field(default_factory=list)
-    # each gives its integers once maps have numbers
-    _steps: list[Callable[[], list[int]]] = field(default_factory=list)
-    _written: list[Optional[Map]] = field(default_factory=list)  # the map that a step writes first
+    _steps: list[_Step] = field(default_factory=list)
+    # of the wave that is being written down: the numbers of its maps' buffers, and its first image
+    _numbers: dict[Map, int] = field(default_factory=dict)
+    _first_image: int = 0
     _weights: list[Tensor] = field(default_factory=list)
     _biases: list[Tensor] = field(default_factory=list)
     _num_inputs: int = 0
@@ -134,14 +168,14 @@ class Region:
     def _read(self, shape: Shape, taps: int, stride: int, padding: int) -> Map:
         x, index = self._new_map(shape), self._num_inputs
         self._num_inputs += 1
-        self._add(lambda: [_FROM_NHWC, index, self._number(x), taps, stride, padding], [], x)
+        self._add(lambda: [_FROM_NHWC, index, self._first_image, self._number(x), taps, stride, padding], [], x)
         return x
 
     def write(self, x: Map) -> None:
         """x becomes the next of the region's outputs."""
         index = len(self._output_shapes)
         self._output_shapes.append(x.shape)
-        self._add(lambda: [_TO_NHWC, self._number(x), index], [x])
+        self._add(lambda: [_TO_NHWC, self._number(x), index, self._first_image], [x])
 
     def convolve(
         self,
@@ -181,7 +215,7 @@ class Region:
             return [*head, len(segments), *itertools.chain(*map(self._integers_of, segments))]
 
         read = [segment.phases or segment.x for segment in segments] + ([] if residual is None else [residual])
-        self._add(integers, read, None if out is residual else out)
+        self._add(integers, read, None if out is residual else out, weight)
         return out
 
     def winograd(
@@ -217,7 +251,7 @@ class Region:
             what = (self._number(x), self._number(out), int(replaced is not None), ACTIVATIONS.index(activation))
             return [_WINOGRAD, *what, *numbers, *padding]
 
-        self._add(integers, [x] if replaced is None else [x, replaced], None if replaced is not None else out)
+        self._add(integers, [x] if replaced is None else [x, replaced], None if replaced is not None else out, points)
         return out
 
     def _integers_of(self, segment: Segment) -> list[int]:
@@ -276,31 +310,80 @@ class Region:
     def compile(self) -> CompiledRegion:
         if (why := compiled.load("cpu")) is not None:
             raise RuntimeError(f"a region runs in C++: {why}")
-        places = self._places()
-        pitches = self._pitches()
-        integers = [_VERSION, len(self._maps)]
-        for x in self._maps:
-            integers += [*x.shape, x.halo, pitches[x.shape[3]], places[self._number(x)]]
-        for step, written in zip(self._steps, self._written):
-            if written is not None and written.halo > 0:
-                integers += [_ZERO_HALO, self._number(written)]
-            integers += step()
-        size = max((place + self._bytes(x) for place, x in zip(places, self._maps)), default=0)
+        waves = self._waves()
+        places = self._places(waves)
+        buffers: list[list[int]] = []
+        steps: list[int] = []
+        for wave in waves:
+            for first in range(0, max(wave.images, self._images), wave.images):
+                self._number_buffers(wave, first, places, buffers)
+                for step in self._steps[wave.begin : wave.end]:
+                    if step.written is not None and step.written.halo > 0:
+                        steps += [_ZERO_HALO, self._number(step.written)]
+                    steps += step.integers()
+        integers = [_VERSION, len(buffers), *itertools.chain(*buffers), *steps]
+        size = max((place + self._bytes(x, waves) for x, place in places.items()), default=0)
         program = torch.tensor(integers, dtype=torch.int64)
         return CompiledRegion(program, self._weights, self._biases, self._output_shapes, self.dtype, size)
+
+    @property
+    def _images(self) -> int:
+        return self._maps[0].shape[0] if self._maps else 0
+
+    def _waves(self) -> list[_Wave]:
+        """Neighbouring steps that are done for some images before the next ones, so that their maps stay in the
+        second-level cache: as many images as that has room for, since each wave reads the weights anew."""
+        waves: list[_Wave] = []
+        for _, some in itertools.groupby(range(len(self._steps)), lambda index: self._steps[index].size):
+            stage = list(some)
+            images = self._images_of([self._steps[index] for index in stage])
+            if waves and waves[-1].images == images:
+                waves[-1] = waves[-1]._replace(end=stage[-1] + 1)
+            else:
+                waves.append(_Wave(stage[0], stage[-1] + 1, images))
+        return waves
+
+    def _images_of(self, steps: Sequence[_Step]) -> int:
+        """How many images at a time move the fewest bytes from beyond the second-level cache."""
+        N, cache = self._images, _FOR_MAPS * torch.get_num_threads() * second_level_cache_bytes()
+        moved = [sum(self._image_bytes(x) for x in step.maps) for step in steps]
+        weights = sum(step.weight_bytes for step in steps)
+
+        def bytes_from_beyond(images: int) -> float:
+            kept = cache / (images * max(moved) + max(step.weight_bytes for step in steps))
+            return weights * -(-N // images) + N * sum(moved) * max(0.0, 1 - kept)
+
+        return min((2**power for power in range(max(N, 1).bit_length())), key=bytes_from_beyond)
+
+    def _number_buffers(self, wave: _Wave, first: int, places: dict[Map, int], buffers: list[list[int]]) -> None:
+        """A buffer for the images from `first` on of each map that the wave touches."""
+        pitches = self._pitches()
+        self._first_image, self._numbers = first, {}
+        for x in dict.fromkeys(x for step in self._steps[wave.begin : wave.end] for x in step.maps):
+            N, *size = x.shape
+            images = min(wave.images, N - first)
+            offset = places[x] if wave.holds(x) else places[x] + first * self._image_bytes(x)
+            self._numbers[x] = len(buffers)
+            buffers.append([images, *size, x.halo, pitches[x.shape[3]], offset])
 
     def _new_map(self, shape: Shape) -> Map:
         self._maps.append(Map(shape, first_step=len(self._steps)))
         return self._maps[-1]
 
     def _number(self, x: Map) -> int:
-        return self._maps.index(x)
+        return self._numbers[x]
 
-    def _add(self, step: Callable[[], list[int]], read: list[Map], written: Optional[Map] = None) -> None:
-        for x in read + ([] if written is None else [written]):
+    def _add(
+        self,
+        integers: Callable[[], list[int]],
+        read: list[Map],
+        written: Optional[Map] = None,
+        weight: Optional[Tensor] = None,
+    ) -> None:
+        step = _Step(integers, read, written, 0 if weight is None else weight.nbytes)
+        for x in step.maps:
             x.last_step = len(self._steps)
         self._steps.append(step)
-        self._written.append(written)
 
     @staticmethod
     def _keep(tensor: Optional[Tensor], tensors: list[Tensor]) -> int:
@@ -317,26 +400,41 @@ class Region:
             pitches[W] = max(pitches.get(W, 0), W + x.halo)
         return pitches
 
-    def _bytes(self, x: Map) -> int:
-        N, C, H, W = x.shape
+    def _image_bytes(self, x: Map) -> int:
+        _, C, H, W = x.shape
         pixels = (H + 2 * x.halo - 1) * self._pitches()[W] + W + 2 * x.halo
-        return N * layout.blocks(C, self.dtype) * pixels * layout.PIXEL_BYTES
+        return layout.blocks(C, self.dtype) * pixels * layout.PIXEL_BYTES
 
-    def _places(self) -> list[int]:
-        """Offsets in the workspace: each map at the lowest place that is free while it is used."""
-        places: list[int] = []
+    def _bytes(self, x: Map, waves: Sequence[_Wave]) -> int:
+        """A map that one wave alone touches is there for its images only."""
+        images = next((wave.images for wave in waves if wave.holds(x)), x.shape[0])
+        return min(images, x.shape[0]) * self._image_bytes(x)
+
+    def _places(self, waves: Sequence[_Wave]) -> dict[Map, int]:
+        """Offsets in the workspace: each map at the lowest place that is free while it is used. What several waves
+        touch is used for as long as they last."""
+        used: dict[Map, tuple[int, int]] = {}
         for x in self._maps:
+            used[x] = x.first_step, x.last_step
+            if not any(wave.holds(x) for wave in waves):
+                begins, ends = zip(
+                    *((w.begin, w.end) for w in waves if w.begin <= x.last_step and w.end > x.first_step)
+                )
+                used[x] = min(begins), max(ends) - 1
+        places: dict[Map, int] = {}
+        for x in self._maps:
+            begin, end = used[x]
             taken = sorted(
-                (place, place + self._bytes(other))
-                for place, other in zip(places, self._maps)
-                if other.first_step <= x.last_step and x.first_step <= other.last_step
+                (place, place + self._bytes(other, waves))
+                for other, place in places.items()
+                if used[other][0] <= end and begin <= used[other][1]
             )
             place = 0
-            for begin, end in taken:
-                if place + self._bytes(x) <= begin:
+            for lower, upper in taken:
+                if place + self._bytes(x, waves) <= lower:
                     break
-                place = max(place, end)
-            places.append(place)
+                place = max(place, upper)
+            places[x] = place
         return places
 
 

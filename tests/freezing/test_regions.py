@@ -374,8 +374,8 @@ def test_stages_end_where_maps_of_another_size_begin(monkeypatch):
     """A stem and its pooling are one of their own. A map that is read on, beside another, keeps its readers with it."""
     monkeypatch.setattr(pieces, "_BY_RULE", ())
     count = lambda model, x: [len(piece.fragment.steps) for piece in offered(monkeypatch, model, x)]  # noqa: E731
-    assert count(stem_and_pools(), torch.randn(X)) == [6, 2, 2, 2]
-    assert count(networks.small(Bottleneck), torch.randn(X)) == [16, 8, 4, 4]
+    assert count(stem_and_pools(), torch.randn(X)) == [8, 2, 2, 4]
+    assert count(networks.small(Bottleneck), torch.randn(X)) == [19, 8, 4, 7]
     assert count(Maps(residual_is_the_input).eval(), torch.randn(2, 4, 9, 10)) == [2]
 
 
@@ -467,7 +467,7 @@ def _without_zero_halo(program):
     """Zeros go into the halo of the first buffer instead, which needs none."""
     integers, buffers = program.tolist(), program[1].item()
     place = 2 + 7 * buffers
-    sizes = {0: 6, 1: 3, 4: 11, 5: 11, 6: 9}
+    sizes = {0: 7, 1: 4, 4: 11, 5: 11, 6: 9}
     while place < len(integers):
         kind = integers[place]
         if kind == 2:

@@ -149,8 +149,8 @@ class Call:
         )
 
 
-# version, number of buffers, three buffers of 7, two steps of 6 with a halo's 2 between, the convolution, the output
-BUFFER, INPUT, CONVOLUTION = 2, 2 + 3 * 7 + 2, 2 + 3 * 7 + 6 + 2 + 6
+# version, number of buffers, three buffers of 7, two steps of 7 with a halo's 2 between, the convolution, the output
+BUFFER, INPUT, CONVOLUTION = 2, 2 + 3 * 7 + 2, 2 + 3 * 7 + 7 + 2 + 7
 
 
 def put(place, value):
@@ -158,7 +158,7 @@ def put(place, value):
 
 
 WRONG = {
-    "programs of version 2 are run": put(0, 1),
+    "programs of version 3 are run": put(0, 1),
     "number of buffers must be from": put(1, -1),
     "a buffer's C must be from 1": put(BUFFER + 1, 0),
     "a buffer's pitch must be from": put(BUFFER + 5, 6),
@@ -173,11 +173,14 @@ WRONG = {
     "an input of .* and the output of .* overlap": put(BUFFER + 2 * 7 + 6, 0),
     "does not give \\(1, 32, 6, 6\\)": put(CONVOLUTION + 10, 5),
     "needs as much halo, the buffer has 0": put(BUFFER + 4, 0),
-    "the taps of an unfolding must be from 1": put(INPUT + 3, 0),
-    "the stride of an unfolding must be from 1": put(INPUT + 4, 0),
-    "the padding of an unfolding must be from 0": put(INPUT + 5, -1),
-    "16 taps of an input of 6 columns do not give": put(INPUT + 3, 16),
-    "3 taps of an input of 6 columns do not give": put(INPUT + 3, 3),
+    "the first image must be from 0 to 1": put(INPUT + 2, 2),
+    "an input of 1 images has no 1 from image 1 on": put(INPUT + 2, 1),
+    "an output of 1 images has no 1 from image 1 on": put(-1, 1),
+    "the taps of an unfolding must be from 1": put(INPUT + 4, 0),
+    "the stride of an unfolding must be from 1": put(INPUT + 5, 0),
+    "the padding of an unfolding must be from 0": put(INPUT + 6, -1),
+    "16 taps of an input of 6 columns do not give": put(INPUT + 4, 16),
+    "3 taps of an input of 6 columns do not give": put(INPUT + 4, 3),
     "channels of a phased map must be from 0 to 16": put(CONVOLUTION + 9, 17),
     "a dilation must be from 1": put(CONVOLUTION + 16, 0),
     "ends within a step": lambda call: call.program.pop(),
@@ -188,7 +191,7 @@ WRONG = {
     "a region has at least one output": lambda call: call.outputs.clear(),
     "an output must be channels_last": lambda call: call.outputs.__setitem__(0, call.outputs[0].contiguous()),
     "the dtype must be float32 or bfloat16": lambda call: call.outputs.__setitem__(0, call.outputs[0].half()),
-    "an output must be of the dtype": lambda call: (put(-1, 1)(call), call.outputs.append(call.outputs[0].bfloat16())),
+    "an output must be of the dtype": lambda call: (put(-2, 1)(call), call.outputs.append(call.outputs[0].bfloat16())),
     "a weight must have the shape": lambda call: call.weights.__setitem__(0, call.weights[0][:, 1:].contiguous()),
     "a bias must have the shape": lambda call: call.biases.__setitem__(0, call.biases[0][:16]),
     "workspace must begin at a multiple of 64": lambda call: setattr(call, "workspace", call.workspace[1:]),
@@ -210,7 +213,7 @@ class CallOfPhases(Call):
         self.workspace = self.region.empty_workspace()
 
 
-PHASES = 2 + 3 * 7 + 6 + 2
+PHASES = 2 + 3 * 7 + 7 + 2
 SEGMENT = PHASES + 11 + 8
 WRONG_PHASES = {
     "the phases of \\(1, 16, 12, 12\\) for a window of 2x3 are not": put(PHASES + 3, 2),
@@ -253,7 +256,7 @@ def of_16_channels(call):
     call.inputs[0] = channels_last(torch.randn(1, 16, 6, 6))
 
 
-AT = 2 + 2 * 7 + 6 + 6
+AT = 2 + 2 * 7 + 7 + 7
 WRONG_WINOGRAD = {
     "whether out is added must be from 0 to 1": put(AT + 3, 2),
     "its activations are none, relu and relu6": put(AT + 4, 3),

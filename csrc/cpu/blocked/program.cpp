@@ -124,11 +124,13 @@ void Program::check_disjoint(const char* what, const Buffer& a, const Buffer& ou
                   text(out.layout), " at ", out.offset, " overlap");
 }
 
-void Program::check_nhwc(const char* what, const Tensor& tensor, int64_t C, int64_t W, const Layout& l) const {
-  STD_TORCH_CHECK(tensor.scalar_type() == scalar_type(kernel_.dtype), kRegion, ": ", what, " must be of the dtype of ",
-                  kernel_.name, ", not ", dtype_text(tensor));
-  check_shape(kRegion, what, tensor, {l.N, C, l.H, W});
-  check_channels_last(kRegion, what, tensor);
+// Of a tensor (N, C, H, W), from which on the images of the buffer lie in it.
+int64_t Program::read_first_image(const char* what, const Tensor& tensor, int64_t C, int64_t W, const Layout& l) {
+  const int64_t N = tensor.dim() == 4 ? tensor.size(0) : 0, first = read_between("the first image", 0, N);
+  STD_TORCH_CHECK(tensor.dim() != 4 || l.N <= N - first, kRegion, ": ", what, " of ", N, " images has no ", l.N,
+                  " from image ", first, " on");
+  check_shape(kRegion, what, tensor, {N, C, l.H, W});
+  return first;
 }
 
 Program::Window Program::read_dilated_window() {
@@ -142,12 +144,8 @@ Step Program::next() {
   switch (read_between("a step", 0, 6)) {
     case 0:
       return read_input();
-    case 1: {
-      const Buffer& buffer = read_buffer();
-      const Tensor& output = read_tensor("an output's number", tensors_.outputs);
-      check_nhwc("an output", output, buffer.layout.C, buffer.layout.W, buffer.layout);
-      return ToNhwc{buffer, static_cast<char*>(output.mutable_data_ptr())};
-    }
+    case 1:
+      return read_output();
     case 2:
       return ZeroHalo{read_buffer()};
     case 3:
@@ -163,6 +161,8 @@ Step Program::next() {
 
 Step Program::read_input() {
   const Tensor& input = read_tensor("an input's number", tensors_.inputs);
+  const int64_t* first_image = at_;  // whose check needs what follows
+  read();
   const Buffer& buffer = read_buffer();
   const Layout& l = buffer.layout;
   Unfolding u{};
@@ -176,8 +176,11 @@ Step Program::read_input() {
   const ScalarType type = input.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, kRegion,
                   ": an input must be float32 or bfloat16, not ", dtype_text(input));
-  check_shape(kRegion, "an input", input, {l.N, C, l.H, W});
-  const Image image{static_cast<const char*>(input.const_data_ptr()),
+  std::swap(at_, first_image);
+  const int64_t first = read_first_image("an input", input, C, W, l);
+  std::swap(at_, first_image);
+  const auto* begin = static_cast<const char*>(input.const_data_ptr());
+  const Image image{begin + first * input.stride(0) * input.element_size(),
                     C,
                     W,
                     input.stride(0),
@@ -186,6 +189,18 @@ Step Program::read_input() {
                     input.stride(3),
                     type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kBFloat16};
   return ReadInput{image, buffer, u};
+}
+
+Step Program::read_output() {
+  const Buffer& buffer = read_buffer();
+  const Layout& l = buffer.layout;
+  const Tensor& output = read_tensor("an output's number", tensors_.outputs);
+  STD_TORCH_CHECK(output.scalar_type() == scalar_type(kernel_.dtype), kRegion, ": an output must be of the dtype of ",
+                  kernel_.name, ", not ", dtype_text(output));
+  const int64_t first = read_first_image("an output", output, l.C, l.W, l);
+  check_channels_last(kRegion, "an output", output);
+  const int64_t image_bytes = l.H * l.W * l.C * output.element_size();
+  return ToNhwc{buffer, static_cast<char*>(output.mutable_data_ptr()) + first * image_bytes};
 }
 
 Step Program::read_phases() {

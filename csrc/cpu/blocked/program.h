@@ -2,8 +2,8 @@
 //
 //   program = version, number of buffers, buffers, steps
 //   buffer  = N, C, H, W, halo, pitch, offset in the workspace in bytes
-//   step    = 0, input tensor, buffer, taps, stride, padding                     an input, unfolded along its lines
-//           | 1, buffer, output tensor                                           to NHWC
+//   step    = 0, input tensor, first image, buffer, taps, stride, padding        an input, unfolded along its lines
+//           | 1, buffer, output tensor, first image                              to NHWC
 //           | 2, buffer                                                          zeros into the halo
 //           | 3, out, residual or -1, activation, splits channels, weight, bias or -1, number of segments, segments
 //           | 4, is a maximum, counts padding, in, out, window                   pooling
@@ -33,7 +33,7 @@ namespace fused_resnet {
 namespace blocked {
 
 constexpr const char* kRegion = "cpu_region";
-constexpr int64_t kProgramVersion = 2;
+constexpr int64_t kProgramVersion = 3;
 
 struct Buffer {
   Layout layout;
@@ -128,7 +128,8 @@ class Program {
   void set_next(Convolution* c);
   void check_weights(const Tensor& weight, Convolution* c) const;
   void check_disjoint(const char* what, const Buffer& a, const Buffer& out) const;
-  void check_nhwc(const char* what, const Tensor& tensor, int64_t C, int64_t W, const Layout& l) const;
+  int64_t read_first_image(const char* what, const Tensor& tensor, int64_t C, int64_t W, const Layout& l);
+  Step read_output();
   View view(const Buffer& buffer) const { return View(buffer.layout, memory(buffer)); }
 
   const int64_t *at_, *end_, *first_step_;
