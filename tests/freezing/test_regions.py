@@ -375,7 +375,7 @@ def test_stages_end_where_maps_of_another_size_begin(monkeypatch):
     monkeypatch.setattr(pieces, "_BY_RULE", ())
     count = lambda model, x: [len(piece.fragment.steps) for piece in offered(monkeypatch, model, x)]  # noqa: E731
     assert count(stem_and_pools(), torch.randn(X)) == [8, 2, 2, 4]
-    assert count(networks.small(Bottleneck), torch.randn(X)) == [19, 8, 4, 7]
+    assert count(networks.small(Bottleneck), torch.randn(X)) == [16, 8, 4, 4]
     assert count(Maps(residual_is_the_input).eval(), torch.randn(2, 4, 9, 10)) == [2]
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from fused_resnet.kernels import compiled
 from fused_resnet.nn import BasicBlock, Bottleneck
-from fused_resnet.regions.program import Region
+from fused_resnet.regions.program import Region, Segment
 from tests.support import networks
 from tests.support.regions import add_block, call, channels_last, fastest, kernels, threads
 
@@ -81,3 +81,47 @@ def test_maps_that_live_at_different_times_share_their_place():
         sizes.append(region.compile().workspace_bytes)
     one_map = 64 * 4 * (18 * 17 + 1)  # 17 pixels a line, and the halo
     assert sizes == [2 * one_map] * 4
+
+
+@pytest.mark.parametrize("images", [(1, 5), (2, 1), (3, 2), (5, 4)], ids=str)
+@pytest.mark.parametrize("kernel, dtype", KERNELS.items(), ids=str)
+def test_images_by_waves_give_the_same_bytes(monkeypatch, kernel, dtype, images):
+    """Some images at a time in the first blocks, another number of them after that, and the last with what is left."""
+    model, x = BLOCKS["a stage of both"](), channels_last(torch.randn(5, 16, 11, 9).to(dtype))
+    results = []
+    for sizes in ((5, 5), images):
+        monkeypatch.setattr(Region, "_images_of", lambda self, steps, sizes=sizes: sizes[steps[0].size != (11, 9)])
+        results.append(in_one_call(model, x, kernel))
+    assert torch.equal(*results) and results[0].count_nonzero() > results[0].numel() // 4
+
+
+def test_waves_take_less_memory(monkeypatch):
+    def workspace(images):
+        region = Region(torch.float32)
+        y = region.read((8, 64, 16, 16))
+        for _ in range(3):
+            y = add_block(region, y, networks.randomize(BasicBlock(64, 64)))
+        region.write(y)
+        monkeypatch.setattr(Region, "_images_of", lambda self, steps: images)
+        return region.compile().workspace_bytes
+
+    assert workspace(2) * 4 == workspace(8)
+
+
+def test_a_wave_has_as_many_images_as_fit_the_cache(monkeypatch):
+    """All of them where they fit, or where the weights are larger than the maps."""
+    from fused_resnet.regions import program
+
+    def sizes(N, C, side, cache):
+        monkeypatch.setattr(program, "second_level_cache_bytes", lambda: cache)
+        region = Region(torch.float32)
+        y = region.read((N, C, side, side))
+        y = region.convolve([Segment(y, torch.zeros(C, C, 1, 1))], None)
+        region.write(y)
+        with threads(1):
+            return {wave.images for wave in region._waves()}
+
+    assert sizes(8, 64, 16, 2**30) == {8}
+    assert sizes(8, 64, 16, 2**18) == {1}
+    assert sizes(8, 512, 2, 2**18) == {8}
+    assert sizes(0, 64, 16, 2**18) == {1}
