@@ -191,6 +191,20 @@ def test_what_ends_a_run(by_rule, layer):
     equal_outputs(frozen(x), networks.in_fp64(model, x))
 
 
+def test_a_result_that_nobody_reads(by_rule):
+    """It is in no region, whose last step has an output."""
+
+    def unread(self, x, a, b, c, d):
+        y = b(a(x).relu()).relu()
+        c(y)
+        return y
+
+    model, x = Maps(unread).eval(), torch.randn(2, 4, 9, 10)
+    frozen = fused_resnet.freeze(model, x)
+    assert [len(region.convolutions) for region in regions(frozen, x)] == [2]
+    equal_outputs(frozen(x), networks.in_fp64(model, x))
+
+
 def test_one_convolution_is_no_region(by_rule):
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)).eval(), torch.randn(X)
     frozen = fused_resnet.freeze(model, x)
