@@ -142,6 +142,8 @@ def _tensor(node: fx.Node) -> Facts:
 
 
 def _fits(draft: Draft, node: fx.Node) -> bool:
+    if not node.users:  # what nobody reads has no place in a region's outputs
+        return False
     conv = draft.convs.get(node)
     if conv is None:
         return _pooling(draft, node) is not None

@@ -116,8 +116,8 @@ def returned(self, x, a, b, c, d):
 def read_later(self, x, a, b, c, d):
     """The residual is read once more, so no sum replaces it."""
     y = a(x).relu()
-    z = torch.relu(b(y) + y)
-    return torch.relu(c(z) + z) + d(y)
+    z = torch.relu(c(b(y).relu()) + y)
+    return z + d(y)
 
 
 def residual_is_the_input(self, x, a, b, c, d):
@@ -188,6 +188,20 @@ def test_what_ends_a_run(by_rule, layer):
     model, x = nn.Sequential(ends[0], layer, ends[1]).eval(), torch.randn(2, 4, 9, 10)
     frozen = fused_resnet.freeze(model, x)
     assert [len(region.convolutions) for region in regions(frozen, x)] == [2, 2]
+    equal_outputs(frozen(x), networks.in_fp64(model, x))
+
+
+def test_a_result_that_nobody_reads(by_rule):
+    """It is in no region, whose last step has an output."""
+
+    def unread(self, x, a, b, c, d):
+        y = b(a(x).relu()).relu()
+        c(y)
+        return y
+
+    model, x = Maps(unread).eval(), torch.randn(2, 4, 9, 10)
+    frozen = fused_resnet.freeze(model, x)
+    assert [len(region.convolutions) for region in regions(frozen, x)] == [2]
     equal_outputs(frozen(x), networks.in_fp64(model, x))
 
 
