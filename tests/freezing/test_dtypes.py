@@ -3,6 +3,7 @@
 import logging
 import random
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import fused_resnet
 from fused_resnet import backends, models
+from fused_resnet.choosing import pieces
 from fused_resnet.freezing.modules import FrozenConv
 from tests.support import networks
 
@@ -192,9 +194,10 @@ def test_explicit_steps_are_as_under_autocast(name, dtype):
 
 
 def in_plan(function, dtype, **options):
-    """What a plan computes: {name of the node: its dtype}, and its convolutions."""
+    """What a plan of separate nodes computes: {name of the node: its dtype}, and its convolutions."""
     model, x = Steps(function).eval(), torch.randn(X)
-    plan = fused_resnet.freeze(model, x, dtype=dtype, **options).plan(x)
+    with mock.patch.object(pieces, "_BY_RULE", ()):
+        plan = fused_resnet.freeze(model, x, dtype=dtype, **options).plan(x)
     dtypes = {node.name: node.meta["facts"].dtype for node in plan.graph.nodes if node.meta.get("facts")}
     return dtypes, [module.problem for module in plan.modules() if isinstance(module, FrozenConv)]
 
