@@ -75,7 +75,7 @@ def tensors_of(*roots: Any) -> Iterator[Tensor]:
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """Of all the memory that it keeps, be it a view. oneDNN does not say how much it has padded."""
+    """All the memory that it keeps, be it a view. oneDNN does not say how much it has padded."""
     return tensor.numel() * tensor.itemsize if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
 
 

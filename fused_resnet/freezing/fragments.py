@@ -127,7 +127,7 @@ def _linear(draft: Draft, node: fx.Node) -> Optional[ConvProblem]:
 
 
 def _weight_of(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Optional[Tensor]]:
-    """Of a linear layer as a convolution."""
+    """A linear layer's weight and bias as those of a convolution."""
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     return layer.weight.detach().to(dtype)[:, :, None, None], bias
 

@@ -131,8 +131,9 @@ class PackedWeights:
     def shared(
         self, name: str, backend: str, packed: Tensor, kept: Callable[[Tensor], Tensor] = lambda packed: packed
     ) -> Tensor:
-        """What another plan has for the convolution or linear layer of this name, if that is the same; else `packed`,
-        in the memory that `kept` gives it.
+        """What another plan has for the convolution or linear layer of this name, if that is the same.
+
+        Else `packed`, in the memory that `kept` gives it.
 
         oneDNN's packed weights are opaque, and equal where their layouts are.
         """

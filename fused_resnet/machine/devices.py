@@ -73,7 +73,7 @@ def allows_tf32() -> bool:
 
 @functools.lru_cache(maxsize=None)
 def second_level_cache_bytes() -> int:
-    """Of one core, as Linux says; 1 MiB where it does not."""
+    """One core's, as Linux says; 1 MiB where it does not."""
     try:
         text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
         return int(text.removesuffix("K")) * 2**10

@@ -104,7 +104,7 @@ class Fragment(NamedTuple):
 
     @property
     def has_vectors(self) -> tuple[bool, ...]:
-        """Of each output, whether it is vectors outside."""
+        """Whether an output is vectors outside, for each."""
         steps = (self.steps[value - len(self.shapes)] for value in self.outputs)
         return tuple(isinstance(step, FlattenStep) or isinstance(step, ConvStep) and step.is_linear for step in steps)
 

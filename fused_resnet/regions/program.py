@@ -63,8 +63,10 @@ class Segment(NamedTuple):
 
 
 def rows_of_window(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A stem's weight (K, C, R, S) as (K, S * C, R, 1), for an input unfolded along its lines; itself where that takes
-    no fewer k steps."""
+    """A stem's weight (K, C, R, S) as (K, S * C, R, 1), for an input unfolded along its lines.
+
+    The weight itself where that takes no fewer k steps.
+    """
     (K, C, R, S), lanes = weight.shape, layout.lanes(dtype)
     if -(-C * S // lanes) >= S * -(-C // lanes):
         return weight
@@ -115,7 +117,7 @@ class _Step:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Of the last map that it touches."""
+        """Height and width of the last map that it touches."""
         return self.maps[-1].shape[2:]
 
 

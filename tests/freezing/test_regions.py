@@ -311,7 +311,7 @@ def test_a_classifier_ends_the_region(kernel, name, has_bias):
 
 
 def test_a_region_reads_the_plan_s_input_as_it_is(kernel):
-    """Of any layout and in either dtype: the same bytes as from what `taken` would have made of it."""
+    """Any layout and either dtype: the same bytes as from what `taken` would have made of it."""
     model = networks.small()
     x = torch.randn(X)
     frozen = fused_resnet.freeze(model, x, dtype=kernel.dtype)
