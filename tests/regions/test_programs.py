@@ -217,8 +217,8 @@ PHASES = 2 + 3 * 7 + 7 + 2
 SEGMENT = PHASES + 11 + 8
 WRONG_PHASES = {
     "the phases of \\(1, 16, 12, 12\\) for a window of 2x3 are not": put(PHASES + 3, 2),
-    "the phases of \\(1, 32, 6, 6\\) for a window of 3x3 are not": put(PHASES + 1, 1),
-    "an input of .* and the output of .* overlap": put(BUFFER + 2 * 7 + 6, 0),
+    "the phases of \\(1, 32, 6, 6\\) for a window of 3x3 are not": put(PHASES + 1, 2),
+    "an input of .* and the output of .* overlap": put(BUFFER + 7 + 6, 0),
     "channels for a window of 1x3 do not give": put(SEGMENT + 2, 1),
     "of 64 channels for a window of 3x3 do not give": put(SEGMENT + 1, 64),
     "the window reaches beyond the halo of 1": put(SEGMENT + 2, 5),
