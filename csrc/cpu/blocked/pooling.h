@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "common/dtype.h"
 #include "common/inline.h"
@@ -48,6 +49,33 @@ FUSED_RESNET_INLINE void largest(const char* plane, int64_t line, const Extent& 
   *result = nan != nan ? nan : found;
 }
 
+// As many bf16 as fit a vector of kBytes, as integers.
+template <int kBytes>
+struct Shorts {
+  typedef int16_t Vector __attribute__((vector_size(kBytes)));
+  typedef int16_t Unaligned __attribute__((vector_size(kBytes), aligned(2), may_alias));
+};
+
+// The same for bf16, whose order is that of integers once the bits of negative numbers are turned over. NaN is what has
+// a larger magnitude than infinity.
+template <int kBytes>
+FUSED_RESNET_INLINE void largest_of_bf16(const char* plane, int64_t line, const Extent& h, const Extent& w, char* out) {
+  using V = typename Shorts<kBytes>::Vector;
+  using U = typename Shorts<kBytes>::Unaligned;
+  constexpr int16_t kMagnitude = 0x7fff, kInfinity = 0x7f80, kNan = 0x7fc0;
+  V found = V{} + INT16_MIN, most = V{};
+  for (int64_t i = h.begin; i < h.end; ++i) {
+    for (int64_t j = w.begin; j < w.end; ++j) {
+      const V value = *reinterpret_cast<const U*>(plane + i * line + j * kPixelBytes);
+      const V ordered = value ^ ((value >> 15) & kMagnitude), magnitude = value & kMagnitude;
+      found = ordered > found ? ordered : found;
+      most = magnitude > most ? magnitude : most;
+    }
+  }
+  const V result = found ^ ((found >> 15) & kMagnitude);
+  *reinterpret_cast<U*>(out) = most > V{} + kInfinity ? V{} + kNan : result;
+}
+
 template <int kLanes, class T>
 FUSED_RESNET_INLINE void total(const char* plane, int64_t line, const Extent& h, const Extent& w, int64_t lane,
                                typename Lanes<kLanes>::Vector* result) {
@@ -74,6 +102,13 @@ FUSED_RESNET_INLINE void pool_lines(const Pooling& s, int64_t begin, int64_t end
     const Extent h(p, s.stride_h, s.padding_h, s.R, s.H);
     for (int64_t q = 0; q < s.Q; ++q) {
       const Extent w(q, s.stride_w, s.padding_w, s.S, s.W);
+      if (s.is_max && std::is_same<T, BFloat16>::value) {
+        constexpr int kBytes = 4 * kLanes;
+        for (int64_t at = 0; at < kPixelBytes; at += kBytes) {
+          largest_of_bf16<kBytes>(plane + at, s.input.line, h, w, out + q * kPixelBytes + at);
+        }
+        continue;
+      }
       const float pixels = static_cast<float>(s.counts_padding ? s.R * s.S : h.count() * w.count());
       for (int64_t lane = 0; lane < kPixelBytes / static_cast<int64_t>(sizeof(T)); lane += kLanes) {
         if (s.is_max) {
