@@ -19,8 +19,9 @@ from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 from fused_resnet.regions import fragment, kernels
 from fused_resnet.regions.fragment import ConvStep, Fragment, compile_fragment
+from fused_resnet.regions.layout import MOST_TAPS
 
-_MOST_TAPS, _MOST = 1024, 2**24  # csrc/cpu/blocked/program.cpp: of a window's sides; of any other number
+_MOST = 2**24  # csrc/cpu/blocked/program.cpp: of every number but a window's sides
 
 
 def why_not(problem: ConvProblem) -> Optional[str]:
@@ -31,8 +32,8 @@ def why_not(problem: ConvProblem) -> Optional[str]:
         return f"it computes convolutions of one group, not of {p.groups}"
     if not (p.H and p.W):
         return f"it needs a map of one pixel at least, not {p.H}x{p.W}"
-    if max(p.R, p.S) > _MOST_TAPS:
-        return f"its windows are at most {_MOST_TAPS} pixels high and wide, not {p.R}x{p.S}"
+    if max(p.R, p.S) > MOST_TAPS:
+        return f"its windows are at most {MOST_TAPS} pixels high and wide, not {p.R}x{p.S}"
     sizes = (p.N, p.C, p.K, p.H, p.W, p.P, p.Q, *p.stride, *p.padding, *p.dilation, p.C * p.R * p.S)
     if max(sizes) > _MOST:
         return f"its sizes are at most {_MOST}, not {max(sizes)}"

@@ -8,6 +8,7 @@ from typing import NamedTuple, Optional, Sequence, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from fused_resnet import backends
 from fused_resnet.backends import blocked, winograd
@@ -33,7 +34,7 @@ from fused_resnet.regions.fragment import (
     pack,
     segments,
 )
-from fused_resnet.regions.layout import DTYPES
+from fused_resnet.regions.layout import DTYPES, MOST_TAPS
 from fused_resnet.regions.program import Shape
 
 _LEAST = 2  # convolutions of a region
@@ -156,6 +157,8 @@ def _fits(draft: Draft, node: fx.Node) -> bool:
 def _pooling(draft: Draft, node: fx.Node) -> Optional[PoolStep]:
     """What a node pools, if it calls torch's own pooling of images as a region can do it. Its input: number 0."""
     pool, facts, source = draft.called_by(node), facts_of(node), facts_of(node.args[0]) if node.args else None
+    if node.op == "call_function" and node.target is F.adaptive_avg_pool2d:  # as exported models call it
+        pool = nn.AdaptiveAvgPool2d(1)
     if pool is None or not isinstance(pool, (*POOLS, nn.AdaptiveAvgPool2d)) or not has_stock_call(pool):
         return None
     if node.kwargs or facts is None or source is None or facts.dtype not in DTYPES or source.dtype != facts.dtype:
@@ -164,10 +167,10 @@ def _pooling(draft: Draft, node: fx.Node) -> Optional[PoolStep]:
         return None
     if isinstance(pool, nn.AdaptiveAvgPool2d):
         window = tuple(source.shape[2:])
-        is_whole = tuple(facts.shape[2:]) == (1, 1)
+        is_whole = tuple(facts.shape[2:]) == (1, 1) and max(window) <= MOST_TAPS
         return PoolStep("average", 0, window, window, (0, 0), False) if is_whole else None
     window, stride, padding = (pair("pooling", value) for value in (pool.kernel_size, pool.stride, pool.padding))
-    if pool.ceil_mode:
+    if pool.ceil_mode or max(window) > MOST_TAPS:
         return None
     if isinstance(pool, nn.MaxPool2d):
         is_plain = pair("pooling", pool.dilation) == (1, 1) and not pool.return_indices

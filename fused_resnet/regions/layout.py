@@ -8,6 +8,7 @@ from torch import Tensor
 
 PANEL, HALF = 32, 16  # output channels of a panel, and of its halves
 PIXEL_BYTES = 64  # of a block
+MOST_TAPS = 1024  # along a side of a window (csrc/cpu/blocked/program.cpp)
 DTYPES = (torch.float32, torch.bfloat16)
 
 

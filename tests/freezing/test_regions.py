@@ -310,6 +310,15 @@ def test_a_classifier_ends_the_region(kernel, name, has_bias):
         assert ours.shape == expected.shape and networks.error(ours, expected) <= networks.allowed(theirs, expected)
 
 
+def test_a_map_that_is_too_wide_for_a_window_is_pooled_outside(by_rule):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1)).eval()
+    x = torch.randn(1, 3, 2, 1100)
+    frozen = fused_resnet.freeze(model, x)
+    (region,) = regions(frozen, x)
+    assert len(region.fragment.steps) == 2
+    equal_outputs(frozen(x), networks.in_fp64(model, x))
+
+
 def test_a_region_reads_the_plan_s_input_as_it_is(kernel):
     """Any layout and either dtype: the same bytes as from what `taken` would have made of it."""
     model = networks.small()
