@@ -150,10 +150,11 @@ def projections(fragment: Fragment) -> dict[int, int]:
         for value in step.reads:
             readers.setdefault(value, []).append(place)
     found: dict[int, int] = {}
+    points = by_winograd(fragment)
     for place, step in enumerate(fragment.steps):
         residual = step.residual if isinstance(step, ConvStep) else None
         source = fragment.steps[residual - first] if residual is not None and residual >= first else None
-        if residual is None or not isinstance(source, ConvStep) or place in by_winograd(fragment):
+        if residual is None or not isinstance(source, ConvStep) or {place, residual - first} & points:
             continue
         is_plain = source.problem.activation == "none" and source.residual is None
         if is_plain and readers[residual] == [place] and residual not in fragment.outputs:

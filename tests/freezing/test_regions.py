@@ -363,6 +363,28 @@ def test_winograd_within_a_region(by_rule, monkeypatch, in_order):
     equal_outputs(frozen(x), networks.in_fp64(model, x))
 
 
+def test_winograd_takes_no_segment_and_is_none(by_rule):
+    """A 3x3 convolution whose result is but a residual stays a step of its own, as does one with such a residual."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(32, 32, size, padding=size // 2) for size in (3, 1, 3, 1, 3))
+
+        def forward(self, x):
+            a, b, c, d, e = self.convs
+            y = torch.relu(b(x.relu()) + a(x))
+            return torch.relu(c(y) + d(y)) + e(y)
+
+    model, x = Block(), torch.randn(2, 32, 16, 16)
+    frozen = fused_resnet.freeze(model, x)
+    (region,) = regions(frozen, x)
+    steps = region.fragment.steps
+    assert sum(isinstance(step, fragment.ConvStep) and step.by_winograd for step in steps) == 3
+    assert not fragment.projections(region.fragment) and len(fragment.segments(region.fragment)) == 5
+    equal_outputs(frozen(x), networks.in_fp64(model, x))
+
+
 # ----------------------------------------------------------------------------------------------------------- the choice
 
 
