@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cpu/denormals.h"
 #include "cpu/dispatch.h"
 #include "cpu/operator.h"
 #include "cpu/winograd.h"
@@ -19,6 +20,7 @@ void run(const char* op, const Shape& s, const T* x, const float* weight, const 
   if (s.tiles() == 0) return;
   const Blocks blocks(s, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, blocks.count(), 1, [&](int64_t begin, int64_t end) {
+    FlushDenormals flush;
     for (int64_t index = begin; index < end; ++index) {
       float* own = scratch(op, scratch_floats(s, blocks.tiles, blocks.columns));
       run_block(s, x, weight, epilogue, blocks.at(s, index), own, out);

@@ -6,6 +6,7 @@ maps stay in blocks from one convolution to the next (`regions`).
 
 from __future__ import annotations
 
+import collections
 from typing import Callable, Optional
 
 import torch
@@ -20,6 +21,7 @@ from fused_resnet.operators.problem import ConvProblem
 from fused_resnet.regions import fragment, kernels
 from fused_resnet.regions.fragment import ConvStep, Fragment, compile_fragment
 from fused_resnet.regions.layout import MOST_TAPS
+from fused_resnet.regions.program import MOST_WORKSPACES
 
 _MOST = 2**24  # csrc/cpu/blocked/program.cpp: of every number but a window's sides
 
@@ -56,11 +58,17 @@ def bind(
 ) -> Callable[..., Tensor]:
     p, region = problem, compile_fragment(_fragment(problem), {0: weight}, {0: bias})
     kernel, name = torch.ops.fused_resnet.cpu_region.default, kernels.fastest_name(p.dtype)
+    workspaces = collections.deque([region.empty_workspace()], maxlen=MOST_WORKSPACES)
 
     def run(x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
         inputs = [x] if residual is None else [x, channels_last(residual)]
         out = inputs[1] if into_residual and residual is not None else empty_output(p, x)
-        kernel(region.program, inputs, region.weights, region.biases, name, region.empty_workspace(), [out])
+        try:
+            workspace = workspaces.pop()
+        except IndexError:  # other threads have all
+            workspace = region.empty_workspace()
+        kernel(region.program, inputs, region.weights, region.biases, name, workspace, [out])
+        workspaces.append(workspace)
         return out
 
     return run

@@ -86,10 +86,19 @@ def _runs(draft: Draft) -> list[Run]:
     places = itertools.count()
     runs = []
     for nodes in found:
-        nodes = list(itertools.dropwhile(lambda node: node not in draft.convs, nodes))
+        nodes = _from_the_first_convolution(draft, nodes)
         if sum(node in draft.convs for node in nodes) >= _LEAST:
             runs.append(_run_of(draft, nodes, tuple(itertools.islice(places, len(nodes)))))
     return runs
+
+
+def _from_the_first_convolution(draft: Draft, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Up to what would flatten, or be a linear layer of, a map that is then outside."""
+    left = list(itertools.dropwhile(lambda node: node not in draft.convs, nodes))
+    for index, node in enumerate(left):
+        if (_flattens(draft, node) or _linear(draft, node)) and node.args[0] not in left[:index]:
+            return left[:index]
+    return left
 
 
 def _goes_on(draft: Draft, node: fx.Node, run: Sequence[fx.Node]) -> bool:

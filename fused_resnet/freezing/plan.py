@@ -36,7 +36,7 @@ class Plan:
 
     def taken(self, x: Tensor) -> Tensor:
         """x as the graph takes it."""
-        if x.dtype in self._reads:
+        if x.dtype in self._reads and x.layout is torch.strided:
             return x
         if self.conversion is not None:
             # not together with the layout: fp32 to bf16 and NHWC at once took 2.5 times as long

@@ -13,7 +13,7 @@ from fused_resnet.choosing import Selection
 from fused_resnet.operators.problem import ConvProblem
 from fused_resnet.regions import kernels
 from fused_resnet.regions.fragment import Fragment
-from fused_resnet.regions.program import CompiledRegion
+from fused_resnet.regions.program import MOST_WORKSPACES, CompiledRegion
 
 
 class RegionConv(NamedTuple):
@@ -40,7 +40,7 @@ class FrozenRegion(nn.Module):
         super().__init__()
         self.fragment, self.convolutions, self.compiled = fragment, convolutions, compiled
         self.why, self.micro_kernel = why, kernels.fastest_name(compiled.dtype)
-        self.workspaces = collections.deque([compiled.empty_workspace()])
+        self.workspaces = collections.deque([compiled.empty_workspace()], maxlen=MOST_WORKSPACES)
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.bound()(*inputs)

@@ -22,10 +22,10 @@ CUDA = ("csrc/common/*", "csrc/cuda/*")
 TRITON = (f"{_TRITON}/conv/*", f"{_TRITON}/add_relu.py", f"{_TRITON}/runtime.py")
 CPU_PASS = (*_CPU, "csrc/cpu/affine_act.cpp")
 PASS = (f"{_TRITON}/affine_act.py", f"{_TRITON}/conv/epilogue.py", f"{_TRITON}/runtime.py")
-WINOGRAD = (*_CPU, "csrc/cpu/winograd*")
+WINOGRAD = (*_CPU, "csrc/cpu/winograd*", "csrc/cpu/denormals.h")
 GROUPED = (*_CPU, "csrc/cpu/grouped.*")
 DIRECT = (*_CPU, "csrc/cpu/direct.*")
-BLOCKED = (*_CPU, "csrc/cpu/winograd*.h", "csrc/cpu/blocked/*")
+BLOCKED = (*_CPU, "csrc/cpu/winograd*.h", "csrc/cpu/denormals.h", "csrc/cpu/blocked/*")
 
 
 def is_source(file: str, patterns: Sequence[str]) -> bool:

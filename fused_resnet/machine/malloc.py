@@ -65,7 +65,7 @@ class LargePages:
     took a tenth longer (Xeon with AMX, one thread, 2026-11). What is not written yet takes no memory.
     """
 
-    _PAGE, _LINE = 2**21, 64
+    _PAGE, _LINE, _WORTH = 2**21, 64, 2**20
 
     def __init__(self, nbytes: int) -> None:
         """nbytes: for how much there is room before another piece of memory is asked for, as large again."""
@@ -88,6 +88,8 @@ class LargePages:
         return -(-nbytes // cls._LINE) * cls._LINE
 
     def _new_chunk(self, nbytes: int) -> Tensor:
+        if nbytes < self._WORTH:  # a page for each of many small regions would be most of their memory
+            return torch.empty(nbytes, dtype=torch.uint8)
         pages = mmap.mmap(-1, nbytes + self._PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(AttributeError, OSError):  # elsewhere than on Linux; a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)

@@ -5,8 +5,10 @@ Values are numbered: the inputs first, then the result of each step.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+from pathlib import Path
 from typing import Mapping, NamedTuple, Optional, Sequence, Union
 
 import torch
@@ -135,31 +137,50 @@ class Fragment(NamedTuple):
         shapes = self.value_shapes
         ends = ["x".join(map(str, shapes[value][1:])) for value in (0, self.outputs[-1])]
         parts = (*map(str, self.steps), str([shape[1:] for shape in self.shapes]), str(self.outputs))
-        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        digest = hashlib.sha256("\n".join((*parts, _code())).encode()).hexdigest()[:16]
         count = len(self.convolutions)
         return f"region of {count} convolutions, {' to '.join(ends)} {dtype_name(self.dtype)}, {digest}"
+
+
+@functools.lru_cache(maxsize=None)
+def _code() -> str:
+    """A digest of what lays out regions: after a change of it they are checked and measured anew."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def projections(fragment: Fragment) -> dict[int, int]:
     """{the place of a step: that of the step which becomes its second segment}, instead of a map for its residual.
 
-    That is a convolution with neither activation nor residual, whose result is nothing but another's residual.
+    That is a convolution with neither activation nor residual, whose result is nothing but another's residual. What is
+    to be computed by Winograd has no second segment, and is none.
     """
-    first, readers = len(fragment.shapes), dict[int, list[int]]()
+    first, readers = len(fragment.shapes), _readers(fragment)
+    found: dict[int, int] = {}
+    for place, step in enumerate(fragment.steps):
+        if not isinstance(step, ConvStep) or step.residual is None or step.residual < first or _is_winograd(step):
+            continue
+        source = fragment.steps[step.residual - first]
+        if not isinstance(source, ConvStep) or _is_winograd(source):
+            continue
+        is_plain = source.problem.activation == "none" and source.residual is None
+        if is_plain and readers[step.residual] == [place] and step.residual not in fragment.outputs:
+            found[place] = step.residual - first
+    return found
+
+
+def _is_winograd(step: ConvStep) -> bool:
+    """Whether it is to be computed so, and has the channels for it."""
+    return step.by_winograd and step.problem.C % layout.PANEL == step.problem.K % layout.PANEL == 0
+
+
+def _readers(fragment: Fragment) -> dict[int, list[int]]:
+    """{value: the places of the steps that read it}."""
+    readers: dict[int, list[int]] = {}
     for place, step in enumerate(fragment.steps):
         for value in step.reads:
             readers.setdefault(value, []).append(place)
-    found: dict[int, int] = {}
-    points = by_winograd(fragment)
-    for place, step in enumerate(fragment.steps):
-        residual = step.residual if isinstance(step, ConvStep) else None
-        source = fragment.steps[residual - first] if residual is not None and residual >= first else None
-        if residual is None or not isinstance(source, ConvStep) or {place, residual - first} & points:
-            continue
-        is_plain = source.problem.activation == "none" and source.residual is None
-        if is_plain and readers[residual] == [place] and residual not in fragment.outputs:
-            found[place] = residual - first
-    return found
+    return readers
 
 
 def segments(fragment: Fragment) -> dict[int, tuple[int, ...]]:
@@ -172,31 +193,54 @@ def segments(fragment: Fragment) -> dict[int, tuple[int, ...]]:
     }
 
 
+def replacing(fragment: Fragment) -> set[int]:
+    """The places of the convolutions whose sum replaces their residual: nothing reads its map later, or beside it."""
+    parts, last_read = segments(fragment), dict[int, int]()
+    for place, step in enumerate(fragment.steps):
+        if not isinstance(step, ConvStep):
+            last_read[_map_of(fragment, step.x)] = place
+        elif place in parts:  # a second segment is read there
+            read = [fragment.steps[part].x for part in parts[place]]
+            read += [] if step.residual is None or len(parts[place]) > 1 else [step.residual]
+            last_read.update((_map_of(fragment, value), place) for value in read)
+    found = set()
+    for place, of in parts.items():
+        step = fragment.steps[place]
+        assert isinstance(step, ConvStep)
+        if step.residual is not None and len(of) == 1:
+            replaced = _map_of(fragment, step.residual)
+            if last_read[replaced] == place and replaced != _map_of(fragment, step.x):
+                found.add(place)
+    return found
+
+
+def _map_of(fragment: Fragment, value: int) -> int:
+    """The value whose map it has: what is flattened stays where it is."""
+    while value >= len(fragment.shapes) and isinstance(
+        step := fragment.steps[value - len(fragment.shapes)], FlattenStep
+    ):
+        value = step.x
+    return value
+
+
 def by_winograd(fragment: Fragment) -> set[int]:
-    """The places of the convolutions that are computed so: that are asked for, and replace their residual if there is
-    one."""
-    last_read = {value: place for place, step in enumerate(fragment.steps) for value in step.reads}
+    """The places of the convolutions that are computed so: a residual must be one that the sum replaces."""
+    replaced = replacing(fragment)
     return {
         place
         for place, step in enumerate(fragment.steps)
-        if isinstance(step, ConvStep)
-        and step.by_winograd
-        and step.problem.C % layout.PANEL == step.problem.K % layout.PANEL == 0
-        and (step.residual is None or step.residual != step.x and last_read[step.residual] == place)
+        if isinstance(step, ConvStep) and _is_winograd(step) and (step.residual is None or place in replaced)
     }
 
 
 def stems(fragment: Fragment) -> dict[int, int]:
     """{an input's value: the place of the convolution that alone reads it, and nothing else} (`Region.read_for`)."""
-    first, readers = len(fragment.shapes), dict[int, list[int]]()
-    for place, step in enumerate(fragment.steps):
-        for value in step.reads:
-            readers.setdefault(value, []).append(place)
+    first, readers, points = len(fragment.shapes), _readers(fragment), by_winograd(fragment)
     found = {}
     for place, parts in segments(fragment).items():
         step = fragment.steps[place]
         assert isinstance(step, ConvStep)
-        is_plain = len(parts) == 1 and step.problem.dilation == (1, 1) and place not in by_winograd(fragment)
+        is_plain = len(parts) == 1 and step.problem.dilation == (1, 1) and place not in points
         if is_plain and step.x < first and readers[step.x] == [place]:
             found[step.x] = place
     return found
@@ -220,7 +264,7 @@ def compile_fragment(
     A sum replaces its residual where nothing reads that later.
     """
     region, parts, first = Region(fragment.dtype), segments(fragment), len(fragment.shapes)
-    last_read, stem_of, points = _last_read(fragment, parts), stems(fragment), by_winograd(fragment)
+    replaced, stem_of, points = replacing(fragment), stems(fragment), by_winograd(fragment)
     maps: dict[int, Map] = {}
     stem_segments: dict[int, Segment] = {}
     for value, shape in enumerate(fragment.shapes):
@@ -251,7 +295,7 @@ def compile_fragment(
                 _sum([biases[part] for part in parts[place]]),
                 activation=step.problem.activation,
                 residual=None if residual is None else maps[residual],
-                in_place=residual is not None and residual != step.x and last_read[residual] == place,
+                in_place=place in replaced,
                 packed=packed[place],
             )
         else:
@@ -260,19 +304,6 @@ def compile_fragment(
         if first + place in fragment.outputs:  # before anything is written over it
             region.write(y)
     return region.compile()
-
-
-def _last_read(fragment: Fragment, parts: Mapping[int, tuple[int, ...]]) -> dict[int, int]:
-    """{value: the place of the last step of the region that reads it}."""
-    found: dict[int, int] = {}
-    for place, step in enumerate(fragment.steps):
-        if not isinstance(step, ConvStep):
-            found[step.x] = place
-        elif place in parts:
-            found.update((fragment.steps[part].x, place) for part in parts[place])
-            if step.residual is not None:
-                found[step.residual] = place
-    return found
 
 
 def _segment(step: Step, maps: Mapping[int, Map]) -> Segment:

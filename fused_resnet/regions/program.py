@@ -25,6 +25,7 @@ from fused_resnet.regions import layout
 
 _VERSION = 3
 _ACTIVATIONS = ACTIVATIONS[:3]  # the kernels have no others
+MOST_WORKSPACES = 8  # that wait for a call
 _FROM_NHWC, _TO_NHWC, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES, _WINOGRAD = range(7)
 _TILE = 16  # rows of the largest tile
 _FOR_MAPS = 0.75  # of the second-level caches
@@ -140,9 +141,10 @@ class Region:
     dtype: torch.dtype
     _maps: list[Map] = field(default_factory=list)
     _steps: list[_Step] = field(default_factory=list)
-    # of the wave that is being written down: the numbers of its maps' buffers, and its first image
+    # of the wave that is being written down: the numbers of its maps' buffers, its first image and how many there are
     _numbers: dict[Map, int] = field(default_factory=dict)
     _first_image: int = 0
+    _images_now: int = 0
     _weights: list[Tensor] = field(default_factory=list)
     _biases: list[Tensor] = field(default_factory=list)
     _num_inputs: int = 0
@@ -209,10 +211,11 @@ class Region:
             if segment.phases is None:
                 segment.x.halo = max(segment.x.halo, *segment.padding)
         # what is larger is read once: by one thread, and by all of them together
-        by_channels = int(weight.nbytes > sum(math.prod(segment.x.shape) for segment in segments) * self.dtype.itemsize)
+        pixels = sum(math.prod(segment.x.shape[1:]) for segment in segments)
 
         def integers() -> list[int]:
             added = -1 if residual is None else self._number(residual)
+            by_channels = int(weight.nbytes > self._images_now * pixels * self.dtype.itemsize)
             head = [_CONVOLVE, self._number(out), added, ACTIVATIONS.index(activation), by_channels, *numbers]
             return [*head, len(segments), *itertools.chain(*map(self._integers_of, segments))]
 
@@ -361,19 +364,19 @@ class Region:
                 total += step.weight_bytes * -(-N // images) + N * moved * max(0.0, 1 - kept)
             return total
 
-        # where that makes no difference, as many as there are
-        return min((2**power for power in reversed(range(max(N, 1).bit_length()))), key=bytes_from_beyond)
+        sizes = {max(N, 1), *(2**power for power in range(N.bit_length()))}
+        return min(sorted(sizes, reverse=True), key=bytes_from_beyond)  # all where that makes no difference
 
     def _number_buffers(self, wave: _Wave, first: int, places: dict[Map, int], buffers: list[list[int]]) -> None:
         """A buffer for the images from `first` on of each map that the wave touches."""
         pitches = self._pitches()
         self._first_image, self._numbers = first, {}
+        self._images_now = min(wave.images, self._images - first)
         for x in dict.fromkeys(x for step in self._steps[wave.begin : wave.end] for x in step.maps):
-            N, *size = x.shape
-            images = min(wave.images, N - first)
+            _, *size = x.shape
             offset = places[x] if wave.holds(x) else places[x] + first * self._image_bytes(x)
             self._numbers[x] = len(buffers)
-            buffers.append([images, *size, x.halo, pitches[x.shape[3]], offset])
+            buffers.append([self._images_now, *size, x.halo, pitches[x.shape[3]], offset])
 
     def _new_map(self, shape: Shape) -> Map:
         self._maps.append(Map(shape, first_step=len(self._steps)))

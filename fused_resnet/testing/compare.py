@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_resnet import backends, functional
 from fused_resnet.choosing.case import Case, bound_of, poisoned_memory, rounding_of, stored_dtype, synchronize
-from fused_resnet.operators import layout, reference
+from fused_resnet.operators import detours, layout, reference
 from fused_resnet.operators.problem import AddReluProblem
 
 
@@ -113,14 +113,15 @@ def _torch_spreads_nan(case: Case) -> Tensor:
     """Where torch's own convolution is not a number although the formula is.
 
     oneDNN's bf16 kernels for one channel per group read pairs of neighbours and multiply the second by zero. So NaN and
-    infinities reach one pixel further (torch 2.13). Where no window reaches x they cannot, and torch's crashes the
-    process (oneDNN issue 5942).
+    infinities reach one pixel further (torch 2.13), with AMX others, and others again where a detour is taken. Where no
+    window reaches x they cannot, and torch's crashes the process (oneDNN issue 5942).
     """
     p, o = case.problem, case.operands
     spread = torch.zeros(p.output_shape, dtype=torch.bool)
     if p.reads_x and not o.x.isfinite().all():
         for x, weight in ((o.x, o.weight), (layout.channels_last(o.x), layout.channels_last(o.weight))):
-            spread |= torch.conv2d(x, weight, None, p.stride, p.padding, p.dilation, p.groups).cpu().isnan()
+            plain = torch.conv2d(x, weight, None, p.stride, p.padding, p.dilation, p.groups)
+            spread |= (plain.isnan() | detours.convolution(p, x, weight).isnan()).cpu()
     return spread
 
 

@@ -310,6 +310,41 @@ def test_a_classifier_ends_the_region(kernel, name, has_bias):
         assert ours.shape == expected.shape and networks.error(ours, expected) <= networks.allowed(theirs, expected)
 
 
+def of_an_outer_map(self, x):
+    """The vectors are those of the input, which no region makes."""
+    features = self.pool(x).flatten(1)
+    y = self.convs[0](x)
+    return self.linear(features), self.convs[1](y)
+
+
+def vectors_of_a_sum(self, x):
+    """The sum must not replace what is read as vectors afterwards."""
+    pooled = self.pool(self.convs[0](x))
+    features = pooled.flatten(1)
+    y = self.convs[2](torch.relu(self.convs[1](pooled))) + pooled
+    return y, self.linear(features)
+
+
+@pytest.mark.parametrize("forward", [of_an_outer_map, vectors_of_a_sum])
+def test_vectors_that_are_read_elsewhere(kernel, forward):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(3))
+            self.pool, self.linear = nn.AdaptiveAvgPool2d(1), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return forward(self, x)
+
+    model, x = Model().eval(), torch.randn(2, 4, 6, 5)
+    frozen, exact = fused_resnet.freeze(model, x, dtype=kernel.dtype), networks.in_fp64(model, x)
+    with torch.no_grad():
+        plain = copy.deepcopy(model).to(kernel.dtype)(x.to(kernel.dtype))
+    assert regions(frozen, x) or forward is of_an_outer_map
+    for ours, theirs, expected in zip(frozen(x), plain, exact):
+        assert networks.error(ours, expected) <= networks.allowed(theirs, expected)
+
+
 def test_a_map_that_is_too_wide_for_a_window_is_pooled_outside(by_rule):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1)).eval()
     x = torch.randn(1, 3, 2, 1100)

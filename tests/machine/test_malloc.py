@@ -26,6 +26,11 @@ def test_what_is_larger_than_a_chunk_has_one_of_its_own():
     large[-1] = 7
 
 
+def test_little_memory_takes_no_large_page():
+    piece = LargePages(4096).empty(4096)
+    assert piece.untyped_storage().nbytes() == 4096 and piece.data_ptr() % 64 == 0
+
+
 def test_a_piece_outlives_its_allocator():
     pages = LargePages(0)
     piece = pages.copied(torch.arange(100_000))

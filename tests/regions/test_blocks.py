@@ -123,5 +123,5 @@ def test_a_wave_has_as_many_images_as_fit_the_cache(monkeypatch):
 
     assert sizes(8, 64, 16, 2**30) == {8}
     assert sizes(8, 64, 16, 2**18) == {1}
-    assert sizes(8, 512, 2, 2**18) == {8}
+    assert sizes(8, 512, 2, 2**18) == {8} and sizes(7, 512, 2, 2**18) == {7}
     assert sizes(0, 64, 16, 2**18) == {1}

@@ -240,6 +240,10 @@ def test_denormals_are_flushed_inside_and_the_callers_mode_comes_back(kernel, dt
     assert x.max() > 0
     y = convolve(kernel, x, weight, None, ((1, 1), (0, 0), (1, 1)))
     assert (y == 0).all()
+    region = Region(dtype)
+    read, points = region.read((1, 32, 4, 4)), torch.full((36, 2, 32, 16), 2.0**20)
+    region.write(region.winograd(read, points, (1, 1), None))
+    assert (call(region, [x], kernel)[0] == 0).all()
     half = torch.tensor([torch.finfo(torch.float32).tiny]) / 2
     assert half.item() > 0 and (half * 2).item() == torch.finfo(torch.float32).tiny
 

@@ -34,11 +34,13 @@ void run_fp32_anywhere(const Convolution& c, const Share& share) {
   run_share<FmaKernel<4, 1, 4, 16, 32>, float>(c, share);
 }
 
-// FUSED_RESNET_CPU_ISA=avx512 means AVX-512 and no more; narrower limits end it through the set.
+// FUSED_RESNET_CPU_ISA=avx512 means AVX-512 and no more; narrower limits end it through the set. Asked once.
 const char* why_no_amx_here() {
-  const char* limit = std::getenv("FUSED_RESNET_CPU_ISA");
-  if (limit != nullptr && std::string(limit) == "avx512") return "FUSED_RESNET_CPU_ISA=avx512";
-  return why_no_amx();
+  static const char* const why = [] {
+    const char* limit = std::getenv("FUSED_RESNET_CPU_ISA");
+    return limit != nullptr && std::string(limit) == "avx512" ? "FUSED_RESNET_CPU_ISA=avx512" : why_no_amx();
+  }();
+  return why;
 }
 
 const char* nothing() {

@@ -7,9 +7,9 @@
 #include <variant>
 #include <vector>
 
-#include "cpu/blocked/denormals.h"
 #include "cpu/blocked/kernels.h"
 #include "cpu/blocked/program.h"
+#include "cpu/denormals.h"
 #include "cpu/operator.h"
 #include "cpu/winograd_run.h"
 

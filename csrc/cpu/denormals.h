@@ -10,7 +10,6 @@
 #endif
 
 namespace fused_resnet {
-namespace blocked {
 
 // For as long as it lives, in this thread. What it is to govern must be called through a pointer: a compiler may move
 // arithmetic past a change of the mode.
@@ -43,5 +42,4 @@ class FlushDenormals {
   uint64_t before_;
 };
 
-}  // namespace blocked
 }  // namespace fused_resnet
