@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from fused_resnet import testing
 from fused_resnet.machine import files
 
@@ -53,6 +55,24 @@ def test_the_committed_record():
         eager, triton = (record["backends"][f"{op}/{name}"] for name in ("eager", "triton"))
         assert eager["cannot_run"] == {} and triton["ok"] > 0.8 * eager["ok"]
     assert sum(record["backends"][f"{op}/eager"]["ok"] for op in ("conv_bn_act", "add_relu")) == record["problems"]
+
+
+@pytest.mark.parametrize("arch", (80, 90))
+def test_the_committed_records_of_emulated_kernels(arch):
+    """2,000 problems, each counted once by every kernel of its operator; each kernel that the GPU has ran some."""
+    from benchmarks import random_problems
+    from fused_resnet.emulation import verify as emulated
+
+    record = json.loads((random_problems.RECORDS / f"sm_{arch}_problems.json").read_text())
+    assert record["passed"] and record["emulated"] == f"sm_{arch}" and not record["ended_without_report"]
+    assert record["problems"] == 2000 == record["per_part"] * len(set(record["seeds"]))
+    assert record["kinds"] == ["random", "common"] * 4 and not record["environment"]["dirty"]
+    counts = {name: entry["ok"] + sum(entry["cannot_run"].values()) for name, entry in record["backends"].items()}
+    assert set(counts) == set(emulated.KERNELS)
+    for name, count in counts.items():
+        assert count == (counts["cuda/add_relu"] if name.endswith("add_relu") else counts["cuda/conv_bn_act"])
+        assert (record["backends"][name]["ok"] > 0) == (arch >= 90 or not name.endswith("_tma")), name
+    assert counts["cuda/add_relu"] + counts["cuda/conv_bn_act"] == 2000
 
 
 def test_emulated_parts_of_both_kinds(tmp_path, monkeypatch):
