@@ -5,7 +5,7 @@
 | resnet50 | ResNet-50 in bf16 and fp32 at batch 1 and 8 against OpenVINO and ONNX Runtime, beside what is required |
 | networks | thirteen networks in both dtypes at batch 1, also without regions, against OpenVINO and torch.compile |
 
-A row is one interleaved run. Each variant is compared with fp64 first; a wrong one is listed and not timed. The process
+A row is one interleaved run, in which each is called twice in its turn and timed the second time. Each variant is compared with fp64 first; a wrong one is listed and not timed. The process
 keeps to as many cores as it has threads. With --resume rows that --out has of this commit and machine are kept. The
 table is written beside --out, too, in Markdown. Exit code 1 for a missed bar, and for rows that are left.
 """
@@ -73,7 +73,7 @@ class Bar(NamedTuple):
         model = measuring.calibrated(MODELS[self.model](), image)
         subject = NetworkSubject(
             self.name, model, (self.batch, *image), "cpu", [SHORT_DTYPES[self.dtype]], self.baselines, self.frozen,
-            only_right=True, pause_s=PAUSE_S if self.threads > 1 else 0.0,
+            only_right=True, pause_s=PAUSE_S if self.threads > 1 else 0.0, is_repeated=True,
         )  # fmt: skip
         row = subject.measured(self.budget_s, rounds, progress)
         return {"model": self.model, "dtype": self.dtype, "threads": self.threads, **row}
