@@ -5,9 +5,10 @@
 | resnet50 | ResNet-50 in bf16 and fp32 at batch 1 and 8 against OpenVINO and ONNX Runtime, beside what is required |
 | networks | thirteen networks in both dtypes at batch 1, also without regions, against OpenVINO and torch.compile |
 
-A row is one interleaved run, in which each is called twice in its turn and timed the second time. Each variant is compared with fp64 first; a wrong one is listed and not timed. The process
-keeps to as many cores as it has threads. With --resume rows that --out has of this commit and machine are kept. The
-table is written beside --out, too, in Markdown. Exit code 1 for a missed bar, and for rows that are left.
+A row is one interleaved run: each variant is called twice in its turn, and timed the second time. Each is compared with
+fp64 first; a wrong one is listed and not timed. The process keeps to as many cores as it has threads. With --resume
+rows that --out has of this commit and machine are kept. The table is written beside --out, too, in Markdown. Exit code
+1 for a missed bar, and for rows that are left.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class NetworkSubject(NamedTuple):
     """A model or block in fp32, and the ways to run it that are timed in turn.
 
     shape: the input's, batch first. dtypes and what follows: as `variant_builders` takes them. only_right: a variant
-    that errs by more than `most_error` is listed as wrong, not timed. pause_s, is_repeated: as `interleaved` takes them.
+    that errs by more than `most_error` is listed as wrong, not timed. pause_s and is_repeated: as `interleaved` says.
     """
 
     name: str
