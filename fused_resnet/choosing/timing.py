@@ -52,7 +52,7 @@ def interleaved(
     warmup: int = 2,
     graphs: bool = False,
     pause_s: float = 0.0,
-    is_repeated: bool = False,
+    repeats: int = 0,
     progress: Progress = silent,
 ) -> dict[Name, Stats]:
     """Time callables round-robin, so that a drift of clocks or a busy neighbour meets all of them alike.
@@ -63,7 +63,7 @@ def interleaved(
     CPU: wall time around each call. CUDA: events around each call, after the L2 cache was overwritten; that write also
     gives the launches a head start. graphs=True captures each callable as a CUDA graph and replays it, so that only
     device time counts. pause_s: nothing is done for so long before each call. Threads of one library may spin for a
-    while after its call, on the cores that the next call wants. is_repeated: each is called once more before its timed
+    while after its call, on the cores that the next call wants. repeats: so often each is called before its timed
     call, which then finds its weights where a server's calls leave them. Else the others have driven them out.
 
     Raises ValueError without variants, without a limit, or for a limit that is not positive.
@@ -95,7 +95,7 @@ def interleaved(
         for name in names[first:] + names[:first]:
             if pause_s:
                 time.sleep(pause_s)
-            if is_repeated:
+            for _ in range(repeats):
                 calls[name]()
             times[name].append(measure(calls[name]))
         done += 1

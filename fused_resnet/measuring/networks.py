@@ -118,7 +118,7 @@ class NetworkSubject(NamedTuple):
     """A model or block in fp32, and the ways to run it that are timed in turn.
 
     shape: the input's, batch first. dtypes and what follows: as `variant_builders` takes them. only_right: a variant
-    that errs by more than `most_error` is listed as wrong, not timed. pause_s and is_repeated: as `interleaved` says.
+    that errs by more than `most_error` is listed as wrong, not timed. pause_s and repeats: as `interleaved` says.
     """
 
     name: str
@@ -131,7 +131,7 @@ class NetworkSubject(NamedTuple):
     with_fused: bool = False
     only_right: bool = False
     pause_s: float = 0.0
-    is_repeated: bool = False
+    repeats: int = 0
 
     def measured(self, budget_s: float, rounds: Optional[int] = None, progress: Progress = silent) -> Row:
         """{"batch", "variants", "skipped"}, of random images; with only_right {"wrong": {name: why}}, too.
@@ -152,7 +152,7 @@ class NetworkSubject(NamedTuple):
         variants = {name: run for name, run in variants.items() if name in errors and name not in wrong}
         stats = interleaved(
             variants, device=self.device, budget_s=budget_s, rounds=rounds, pause_s=self.pause_s,
-            is_repeated=self.is_repeated,
+            repeats=self.repeats,
             progress=lambda fraction, text: progress(0.5 + fraction / 2, text),
         )  # fmt: skip
         rows = {}
