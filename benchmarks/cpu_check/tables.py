@@ -6,9 +6,9 @@
 | networks | thirteen networks in both dtypes at batch 1, also without regions, against OpenVINO and torch.compile |
 
 A row is one interleaved run: each variant is called five times in its turn, and timed the last time. Each is compared
-with fp64 first; a wrong one is listed and not timed. The process keeps to as many cores as it has threads. With --resume
-rows that --out has of this commit and machine are kept. The table is written beside --out, too, in Markdown. Exit code
-1 for a missed bar, and for rows that are left.
+with fp64 first; a wrong one is listed and not timed. The process keeps to as many cores as it has threads. With
+--resume rows that --out has of this commit and machine are kept. The table is written beside --out, too, in Markdown.
+Exit code 1 for a missed bar, and for rows that are left.
 """
 
 from __future__ import annotations
