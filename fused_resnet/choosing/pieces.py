@@ -253,10 +253,9 @@ class Material:
 
     def region(self, piece: Piece) -> CompiledRegion:
         of = self.of(piece)
-        packed = {}
+        packed, points, read_by_rows = {}, by_winograd(piece.fragment), stems(piece.fragment).values()
         for step, parts in segments(piece.fragment).items():
-            how = step in by_winograd(piece.fragment), step in stems(piece.fragment).values()
-            key = (REGION, *how, *(piece.places[part] for part in parts))
+            key = (REGION, step in points, step in read_by_rows, *(piece.places[part] for part in parts))
             if key not in self._packed:
                 self._packed[key] = pack(piece.fragment, step, [of[part][0] for part in parts])
             packed[step] = self._packed[key]

@@ -129,9 +129,10 @@ def _linear(draft: Draft, node: fx.Node) -> Optional[ConvProblem]:
         return None
     if node.meta.get("arrives_in") not in (None, facts.dtype):
         return None
-    weight, bias = _weight_of(layer, facts.dtype)
     x = torch.empty(*source.shape, 1, 1, dtype=facts.dtype, device="meta")
-    described = ConvOperands(x, weight.to("meta"), bias=None if bias is None else bias.to("meta"))
+    weight = torch.empty(*layer.weight.shape, 1, 1, dtype=facts.dtype, device="meta")
+    bias = None if layer.bias is None else torch.empty(len(layer.bias), dtype=facts.dtype, device="meta")
+    described = ConvOperands(x, weight, bias=bias)
     problem = conv_problem(described, (1, 1), (0, 0), (1, 1), 1, "none")._replace(device="cpu")
     return problem if blocked.BACKEND.why_not(problem) is None else None
 

@@ -26,7 +26,7 @@ from fused_resnet.regions import layout
 _VERSION = 3
 _ACTIVATIONS = ACTIVATIONS[:3]  # the kernels have no others
 MOST_WORKSPACES = 8  # that wait for a call
-_FROM_NHWC, _TO_NHWC, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES, _WINOGRAD = range(7)
+_READ, _WRITE, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES, _WINOGRAD = range(7)
 _TILE = 16  # rows of the largest tile
 _FOR_MAPS = 0.75  # of the second-level caches
 _SAVED = 0.8  # of the tiles: phases are split where no more are left
@@ -93,7 +93,7 @@ class CompiledRegion(NamedTuple):
         return LargePages(self.workspace_bytes).empty(self.workspace_bytes)
 
     def __call__(self, inputs: Sequence[Tensor], workspace: Tensor, kernel: str = "") -> list[Tensor]:
-        """inputs: in channels_last. kernel: a row of the table of micro-kernels, or the fastest that runs here."""
+        """inputs: of any strides, in fp32 or bf16. kernel: a row of the table of micro-kernels, or the fastest here."""
         outputs = [
             torch.empty(shape, dtype=self.dtype, memory_format=torch.channels_last) for shape in self.output_shapes
         ]
@@ -172,14 +172,14 @@ class Region:
     def _read(self, shape: Shape, taps: int, stride: int, padding: int) -> Map:
         x, index = self._new_map(shape), self._num_inputs
         self._num_inputs += 1
-        self._add(lambda: [_FROM_NHWC, index, self._first_image, self._number(x), taps, stride, padding], [], x)
+        self._add(lambda: [_READ, index, self._first_image, self._number(x), taps, stride, padding], [], x)
         return x
 
     def write(self, x: Map) -> None:
         """x becomes the next of the region's outputs."""
         index = len(self._output_shapes)
         self._output_shapes.append(x.shape)
-        self._add(lambda: [_TO_NHWC, self._number(x), index, self._first_image], [x])
+        self._add(lambda: [_WRITE, self._number(x), index, self._first_image], [x])
 
     def convolve(
         self,
@@ -210,11 +210,11 @@ class Region:
         for segment in segments:
             if segment.phases is None:
                 segment.x.halo = max(segment.x.halo, *segment.padding)
-        # what is larger is read once: by one thread, and by all of them together
         pixels = sum(math.prod(segment.x.shape[1:]) for segment in segments)
 
         def integers() -> list[int]:
             added = -1 if residual is None else self._number(residual)
+            # what is larger is read once: by one thread, and by all of them together
             by_channels = int(weight.nbytes > self._images_now * pixels * self.dtype.itemsize)
             head = [_CONVOLVE, self._number(out), added, ACTIVATIONS.index(activation), by_channels, *numbers]
             return [*head, len(segments), *itertools.chain(*map(self._integers_of, segments))]
@@ -235,7 +235,7 @@ class Region:
     ) -> Map:
         """act(a 3x3 convolution of stride 1 + bias + residual) by Winograd's F(4x4, 3x3), with fp32 inside.
 
-        points: the weight as (36, K/16, C, 16) in fp32 (`backends.winograd`). replaced: the residual, whose map takes
+        points: the weight as (36, K/16, C, 16) in fp32 (`kernels.winograd`). replaced: the residual, whose map takes
         the result. Raises ValueError for what does not fit together, and for channels in no multiples of 32.
         """
         (N, C, H, W), K = x.shape, points.shape[1] * points.shape[3]
