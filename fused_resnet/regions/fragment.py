@@ -21,12 +21,15 @@ from fused_resnet.regions.program import (
     CompiledRegion,
     Map,
     Pair,
+    Pooling,
     Region,
     Segment,
     Shape,
     packed_weights,
     rows_of_window,
 )
+
+_LINES_OF_A_MAP = 4  # of a pooling's window at least, for bands of it
 
 
 class ConvStep(NamedTuple):
@@ -246,6 +249,24 @@ def stems(fragment: Fragment) -> dict[int, int]:
     return found
 
 
+def pooled_stems(fragment: Fragment) -> dict[int, int]:
+    """{the place of one of the `stems`: that of the pooling which alone reads it}: together `Region.pooled_stem`.
+
+    Only where bands are few lines of the map, and read weights that are smaller than it.
+    """
+    first, readers, found = len(fragment.shapes), _readers(fragment), dict[int, int]()
+    for place in stems(fragment).values():
+        step, value = fragment.steps[place], first + place
+        assert isinstance(step, ConvStep)
+        if step.residual is not None or value in fragment.outputs or len(readers.get(value, ())) != 1:
+            continue
+        (reader,), p = readers[value], step.problem
+        pool = fragment.steps[reader]
+        if isinstance(pool, PoolStep) and _LINES_OF_A_MAP * pool.window[0] <= p.P and p.reduction <= p.P * p.Q:
+            found[place] = reader
+    return found
+
+
 def pack(fragment: Fragment, place: int, weights: Sequence[Tensor]) -> Tensor:
     """The weights of one of the `segments` as its kernel reads them."""
     if place in by_winograd(fragment):
@@ -265,15 +286,22 @@ def compile_fragment(
     """
     region, parts, first = Region(fragment.dtype), segments(fragment), len(fragment.shapes)
     replaced, stem_of, points = replacing(fragment), stems(fragment), by_winograd(fragment)
+    pooled = pooled_stems(fragment)
     maps: dict[int, Map] = {}
     stem_segments: dict[int, Segment] = {}
     for value, shape in enumerate(fragment.shapes):
-        if value in stem_of:
-            stem_segments[stem_of[value]] = _stem(region, shape, fragment.steps[stem_of[value]])
+        place = stem_of.get(value)
+        if place in pooled:
+            y = _pooled_stem(region, fragment, place, pooled[place], packed[place], biases[place])
+            maps[first + pooled[place]] = y
+        elif place is not None:
+            stem_segments[place] = _stem(region, shape, fragment.steps[place])
         else:
             maps[value] = region.read(shape)
     for place, step in enumerate(fragment.steps):
-        if isinstance(step, PoolStep):
+        if first + place in maps:  # with its stem
+            y = maps[first + place]
+        elif isinstance(step, PoolStep):
             window = (step.window, step.stride, step.padding)
             y = region.pool(maps[step.x], step.kind, *window, count_include_pad=step.counts_padding)
         elif isinstance(step, FlattenStep):
@@ -287,7 +315,7 @@ def compile_fragment(
                 activation=step.problem.activation,
                 replaced=None if step.residual is None else maps[step.residual],
             )
-        elif place in parts:
+        elif place in parts and place not in pooled:
             residual = step.residual if len(parts[place]) == 1 else None
             stem = stem_segments.get(place)
             y = region.convolve(
@@ -316,6 +344,17 @@ def _stem(region: Region, shape: Shape, step: Step) -> Segment:
     assert isinstance(step, ConvStep)
     p = step.problem
     return region.read_for(shape, _shape_of_weight(p), p.stride, p.padding)
+
+
+def _pooled_stem(
+    region: Region, fragment: Fragment, place: int, pooled: int, packed: Tensor, bias: Optional[Tensor]
+) -> Map:
+    step, pool = fragment.steps[place], fragment.steps[pooled]
+    assert isinstance(step, ConvStep) and isinstance(pool, PoolStep)
+    p, shape = step.problem, fragment.shapes[step.x]
+    pooling = Pooling(pool.kind, pool.window, pool.stride, pool.padding, pool.counts_padding)
+    conv = (_shape_of_weight(p), p.stride, p.padding, bias)
+    return region.pooled_stem(shape, *conv, pooling, activation=p.activation, packed=packed)
 
 
 def _shape_of_weight(problem: ConvProblem) -> Tensor:

@@ -23,12 +23,13 @@ from fused_resnet.machine.malloc import LargePages
 from fused_resnet.operators.problem import ACTIVATIONS, output_size
 from fused_resnet.regions import layout
 
-_VERSION = 3
+_VERSION = 4
 _ACTIVATIONS = ACTIVATIONS[:3]  # the kernels have no others
 MOST_WORKSPACES = 8  # that wait for a call
-_READ, _WRITE, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES, _WINOGRAD = range(7)
+_READ, _WRITE, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES, _WINOGRAD, _POOLED_STEM = range(8)
 _TILE = 16  # rows of the largest tile
 _FOR_MAPS = 0.75  # of the second-level caches
+_FOR_A_BAND = 0.125  # of one of them
 _SAVED = 0.8  # of the tiles: phases are split where no more are left
 Shape = tuple[int, int, int, int]
 Pair = tuple[int, int]
@@ -77,6 +78,29 @@ def rows_of_window(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def packed_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The weights of a convolution's segments side by side: their k steps follow one another."""
     return torch.cat([layout.pack_weight(weight, dtype) for weight in weights], 1)
+
+
+class Pooling(NamedTuple):
+    """kind: "max" or "average"."""
+
+    kind: str
+    window: Pair
+    stride: Pair
+    padding: Pair = (0, 0)
+    counts_padding: bool = True
+
+    def output_shape(self, shape: Shape) -> Shape:
+        N, C, H, W = shape
+        P, Q = (output_size(*side, 1) for side in zip((H, W), self.window, self.stride, self.padding))
+        return N, C, P, Q
+
+    @property
+    def kind_integers(self) -> list[int]:
+        return [int(self.kind == "max"), int(self.counts_padding)]
+
+    @property
+    def window_integers(self) -> list[int]:
+        return [*self.window, *self.stride, *self.padding]
 
 
 class CompiledRegion(NamedTuple):
@@ -161,13 +185,18 @@ class Region:
         out[n, s * C + c, h, q] = x[n, c, h, q * stride + s - padding]. The channels of an image are too few to fill
         a block by themselves.
         """
+        segment, unfolding = self._unfolded(shape, weight, stride, padding)
+        return segment._replace(x=self._read(segment.x.shape, *unfolding))
+
+    def _unfolded(self, shape: Shape, weight: Tensor, stride: Pair, padding: Pair) -> tuple[Segment, list[int]]:
+        """A stem over the map that its input becomes. How: the taps, the stride and the padding along its lines."""
         rows = rows_of_window(weight, self.dtype)
         if rows is weight:
-            return Segment(self.read(shape), weight, stride, padding)
+            return Segment(Map(shape), weight, stride, padding), [1, 1, 0]
         (N, C, H, W), S = shape, weight.shape[3]
         Q = output_size(W, S, stride[1], padding[1], 1)
-        x = self._read((N, S * C, H, Q), S, stride[1], padding[1])
-        return Segment(x, rows, (stride[0], 1), (padding[0], 0))
+        unfolding = [S, stride[1], padding[1]]
+        return Segment(Map((N, S * C, H, Q)), rows, (stride[0], 1), (padding[0], 0)), unfolding
 
     def _read(self, shape: Shape, taps: int, stride: int, padding: int) -> Map:
         x, index = self._new_map(shape), self._num_inputs
@@ -305,12 +334,51 @@ class Region:
         self, x: Map, kind: str, window: Pair, stride: Pair, padding: Pair = (0, 0), *, count_include_pad: bool = True
     ) -> Map:
         """kind: "max" or "average"."""
-        N, C, H, W = x.shape
-        P, Q = (output_size(*side, 1) for side in zip((H, W), window, stride, padding))
-        out = self._new_map((N, C, P, Q))
-        what = [int(kind == "max"), int(count_include_pad)]
-        self._add(lambda: [_POOL, *what, self._number(x), self._number(out), *window, *stride, *padding], [x], out)
+        how = Pooling(kind, window, stride, padding, count_include_pad)
+        out = self._new_map(how.output_shape(x.shape))
+        what = how.kind_integers
+        self._add(lambda: [_POOL, *what, self._number(x), self._number(out), *how.window_integers], [x], out)
         return out
+
+    def pooled_stem(
+        self,
+        shape: Shape,
+        weight: Tensor,
+        stride: Pair,
+        padding: Pair,
+        bias: Optional[Tensor],
+        pooling: Pooling,
+        *,
+        activation: str = "none",
+        packed: Optional[Tensor] = None,
+    ) -> Map:
+        """`read_for` the next of the region's inputs, `convolve` and `pool`, some lines of the result at a time.
+
+        The two maps between them have no memory in the workspace: a thread keeps the lines that its band needs.
+        """
+        segment, unfolding = self._unfolded(shape, weight, stride, padding)
+        _check_epilogue("pooled_stem", segment.output_shape, bias, activation, None, [])
+        out = self._new_map(pooling.output_shape(segment.output_shape))
+        index, self._num_inputs = self._num_inputs, self._num_inputs + 1
+        weight = packed_weights([segment.weight], self.dtype) if packed is None else packed
+        numbers = (
+            self._keep(weight, self._weights),
+            self._keep(None if bias is None else layout.pack_bias(bias), self._biases),
+        )
+        window = [*segment.weight.shape[2:], *segment.stride, *segment.padding, 1, 1]
+        rest = [*unfolding, ACTIVATIONS.index(activation), *numbers, *window]
+        rest += [*pooling.kind_integers, *pooling.window_integers]
+        rest.append(self._lines_of_a_band(segment, pooling, weight.nbytes))
+        self._add(lambda: [_POOLED_STEM, self._number(out), index, self._first_image, *rest], [], out, weight)
+        return out
+
+    def _lines_of_a_band(self, segment: Segment, pooling: Pooling, weight_bytes: int) -> int:
+        """Of the pooling's output. What they need fits a part of a cache, or is as much as the weights."""
+        _, C, _, W = segment.x.shape
+        _, K, _, Q = segment.output_shape
+        lines_read = layout.blocks(C, self.dtype) * W * segment.stride[0]
+        line_bytes = (layout.blocks(K, self.dtype) * Q + lines_read) * pooling.stride[0] * layout.PIXEL_BYTES
+        return max(1, max(int(_FOR_A_BAND * second_level_cache_bytes()), weight_bytes) // line_bytes)
 
     def compile(self) -> CompiledRegion:
         if (why := compiled.load("cpu")) is not None:

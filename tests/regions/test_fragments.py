@@ -29,7 +29,9 @@ class Drawn:
         torch.manual_seed(seed)
         self.N, self.steps, self.weights, self.biases = self.draw.choice((1, 1, 2, 3, 5)), [], {}, {}
         self.shapes = [self.image() for _ in range(self.draw.choice((1, 1, 2)))]
-        self.values = list(self.shapes)
+        self.values, self.oldest = list(self.shapes), 0
+        if self.draw.random() < 0.3:
+            self.stem()
         for _ in range(self.draw.randint(2, 8)):
             self.draw.choices((self.convolution, self.pooling, self.classifier), (85, 10, 5))[0]()
         first = len(self.shapes)
@@ -45,7 +47,22 @@ class Drawn:
         self.values.append(shape)
 
     def source(self):
-        return self.draw.choice(range(max(0, len(self.values) - 4), len(self.values)))
+        return self.draw.choice(range(max(self.oldest, len(self.values) - 4), len(self.values)))
+
+    def known(self):
+        return [(value, self.values[value]) for value in range(self.oldest, len(self.values))]
+
+    def stem(self):
+        """A convolution of an image and a pooling of that, which nothing else reads."""
+        draw = self.draw
+        self.shapes[-1] = self.values[-1] = (self.N, draw.choice((1, 3, 5)), draw.randint(9, 21), draw.randint(9, 21))
+        size, stride = draw.choice(((3, 3), (7, 7), (2, 4))), (draw.choice((1, 1, 2)), draw.randint(1, 2))
+        padding = size[0] // 2, size[1] // 2
+        K, activation = draw.choice(CHANNELS), draw.choice(("none", "relu"))
+        self.weigh(len(self.values) - 1, K, size, stride, padding, activation=activation)
+        self.oldest = len(self.values) - 1
+        self.pooling()
+        self.oldest += 1
 
     def pooling(self):
         x, draw = self.source(), self.draw
@@ -77,7 +94,7 @@ class Drawn:
             window = size, (draw.randint(1, 3), draw.randint(1, 3)), padding, dilation
         if min(outputs_of(sides, window)) < 1:
             window = (1, 1), (1, 1), (0, 0), (1, 1)
-        alike = [value for value, shape in enumerate(self.values) if shape[2:] == outputs_of(sides, window)]
+        alike = [value for value, shape in self.known() if shape[2:] == outputs_of(sides, window)]
         residual = draw.choice(alike) if alike and draw.random() < 0.6 else None
         K = draw.choice(CHANNELS) if residual is None else self.values[residual][1]
         activation, is_winograd = draw.choice(("none", "none", "relu", "relu6")), chosen < 0.35 and draw.random() < 0.6
@@ -151,8 +168,10 @@ def test_random_fragments(monkeypatch, kernel, dtype, cache):
     An error may be four times what rounding each step's result makes, as `choosing.pieces` allows.
     """
     monkeypatch.setattr(program, "second_level_cache_bytes", lambda: cache)
-    for seed in range(10 if kernel.endswith("emulated") else 60):
-        assert_right(Drawn(1000 * cache + seed, dtype), kernel)
+    all_drawn = [Drawn(1000 * cache + seed, dtype) for seed in range(10 if kernel.endswith("emulated") else 60)]
+    for drawn in all_drawn:
+        assert_right(drawn, kernel)
+    assert any(fragment.pooled_stems(drawn.fragment) for drawn in all_drawn)
 
 
 def problem_of(C, K, size, side=6, *, residual=False, activation="none", N=2):

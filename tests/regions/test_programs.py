@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_resnet.kernels import compiled
-from fused_resnet.regions.program import Region, Segment
+from fused_resnet.regions.program import Pooling, Region, Segment
 from tests.support.regions import call, channels_last, fastest, kernels, table, threads
 
 if compiled.load("cpu") is not None:
@@ -158,7 +158,7 @@ def put(place, value):
 
 
 WRONG = {
-    "programs of version 3 are run": put(0, 1),
+    "programs of version 4 are run": put(0, 1),
     "number of buffers must be from": put(1, -1),
     "a buffer's C must be from 1": put(BUFFER + 1, 0),
     "a buffer's pitch must be from": put(BUFFER + 5, 6),
@@ -184,7 +184,7 @@ WRONG = {
     "channels of a phased map must be from 0 to 16": put(CONVOLUTION + 9, 17),
     "a dilation must be from 1": put(CONVOLUTION + 16, 0),
     "ends within a step": lambda call: call.program.pop(),
-    "a step must be from 0 to 6": lambda call: call.program.append(7),
+    "a step must be from 0 to 7": lambda call: call.program.append(8),
     "an input must have the shape": lambda call: call.inputs.reverse(),
     "an input must be float32 or bfloat16": lambda call: call.inputs.__setitem__(0, call.inputs[0].half()),
     "an input's number must be from 0 to -1": lambda call: call.inputs.clear(),
@@ -260,7 +260,49 @@ WRONG_WINOGRAD = {
 }
 
 
-OF_EACH = {Call: WRONG, CallOfPhases: WRONG_PHASES, CallOfWinograd: WRONG_WINOGRAD}
+class CallOfPooledStem(Call):
+    """A stem and its pooling in one step."""
+
+    def __init__(self):
+        super().__init__()
+        region, pooling = Region(torch.float32), Pooling("max", (3, 3), (2, 2), (1, 1))
+        region.write(region.pooled_stem((1, 3, 23, 24), torch.randn(32, 3, 7, 7), (2, 2), (3, 3), None, pooling))
+        self.region = region.compile()
+        self.program = self.region.program.tolist()
+        self.inputs = [channels_last(torch.randn(1, 3, 23, 24))]
+        self.weights, self.biases = self.region.weights, []
+        self.workspace = self.region.empty_workspace()
+
+
+STEM = 2 + 7
+# out, input, first image; taps, stride, padding; activation, weight, bias; window and dilation; kind; window; lines
+UNFOLDING, STEM_WINDOW = STEM + 4, STEM + 10
+KIND, POOL_WINDOW, LINES = STEM_WINDOW + 8, STEM_WINDOW + 10, STEM_WINDOW + 16
+WRONG_STEMS = {
+    "an input's number must be from 0 to 0": put(STEM + 2, 1),
+    "an input of 1 images has no 1 from image 1 on": put(STEM + 3, 1),
+    "an input must have the shape": lambda call: call.inputs.__setitem__(0, call.inputs[0][0]),
+    "an input must be float32 or bfloat16": lambda call: call.inputs.__setitem__(0, call.inputs[0].half()),
+    "the taps of an unfolding must be from 1": put(UNFOLDING, 0),
+    "31 taps and a window of 7x1 give nothing": put(UNFOLDING, 31),
+    "7 taps and a window of 30x1 give nothing": put(STEM_WINDOW, 30),
+    "a weight must have the shape of its convolution": put(STEM_WINDOW, 8),
+    "a weight must have the shape \\(1, 12": put(STEM_WINDOW, 6),
+    "a dilation must be from 1": put(STEM_WINDOW + 6, 0),
+    "its activations are none, relu and relu6": put(STEM + 7, 3),
+    "a weight's number must be from 0 to 0": put(STEM + 8, 1),
+    "a bias's number must be from -1 to -1": put(STEM + 9, 0),
+    "a pooling's kind must be from 0 to 1": put(KIND, 2),
+    "a window of 3x1 over .* lies outside of the map": put(POOL_WINDOW + 1, 1),
+    "a window of 3x3 over .* lies outside of the map": put(POOL_WINDOW + 2, 3),
+    "an average that counts padding must have its windows inside": put(POOL_WINDOW, 5),
+    "the lines of a band must be from 1": put(LINES, 0),
+    "a band of .* lines is too large": put(STEM_WINDOW + 5, 1 << 24),
+    "ends within a step": lambda call: call.program.__delitem__(slice(LINES, None)),
+}
+
+
+OF_EACH = {Call: WRONG, CallOfPhases: WRONG_PHASES, CallOfWinograd: WRONG_WINOGRAD, CallOfPooledStem: WRONG_STEMS}
 
 
 @pytest.mark.parametrize("make, sentence", [(make, sentence) for make, wrong in OF_EACH.items() for sentence in wrong])
@@ -276,11 +318,12 @@ def test_it_refuses(make, sentence):
     assert all(output.isnan().all() for output in call.outputs)
 
 
-def test_whatever_the_integers_nothing_outside_is_written():
+@pytest.mark.parametrize("make", [Call, CallOfPooledStem])
+def test_whatever_the_integers_nothing_outside_is_written(make):
     """Random ones in place of right ones, in a workspace between guards."""
-    refused, size = 0, Call().region.workspace_bytes
+    refused, size = 0, make().region.workspace_bytes
     for _ in range(500):
-        call = Call()
+        call = make()
         memory = torch.full((size + 2 * 4096,), 0x5A, dtype=torch.uint8)
         begin = 4096 - memory.data_ptr() % 64
         call.workspace = memory[begin : begin + size]

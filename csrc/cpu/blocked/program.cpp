@@ -17,6 +17,9 @@ constexpr int64_t kChunkBytes = 1 << 20;
 // Of weights that are fetched before their convolution begins.
 constexpr int64_t kMostAhead = 1 << 18;
 
+// Of each map that a band keeps.
+constexpr int64_t kMostBandBytes = 1 << 28;
+
 ScalarType scalar_type(Dtype dtype) {
   return dtype == Dtype::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
 }
@@ -40,6 +43,22 @@ winograd::Strides strides_of(const Layout& l) {
 
 std::string text(const Layout& l) {
   return in_parentheses(std::vector<int64_t>{l.N, l.C, l.H, l.W});
+}
+
+// From an image on. Its shape has been checked.
+Image image_of(const Tensor& input, int64_t first) {
+  const ScalarType type = input.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, kRegion,
+                  ": an input must be float32 or bfloat16, not ", dtype_text(input));
+  const auto* begin = static_cast<const char*>(input.const_data_ptr());
+  return {begin + first * input.stride(0) * input.element_size(),
+          input.size(1),
+          input.size(3),
+          input.stride(0),
+          input.stride(1),
+          input.stride(2),
+          input.stride(3),
+          type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kBFloat16};
 }
 
 }  // namespace
@@ -141,7 +160,7 @@ Program::Window Program::read_dilated_window() {
 }
 
 Step Program::next() {
-  switch (read_between("a step", 0, 6)) {
+  switch (read_between("a step", 0, 7)) {
     case 0:
       return read_input();
     case 1:
@@ -154,8 +173,10 @@ Step Program::next() {
       return read_pooling();
     case 5:
       return read_phases();
-    default:
+    case 6:
       return read_winograd();
+    default:
+      return read_pooled_stem();
   }
 }
 
@@ -165,30 +186,23 @@ Step Program::read_input() {
   read();
   const Buffer& buffer = read_buffer();
   const Layout& l = buffer.layout;
-  Unfolding u{};
-  u.taps = read_between("the taps of an unfolding", 1, kMostTaps);
-  u.stride = read_between("the stride of an unfolding", 1, kMost);
-  u.padding = read_between("the padding of an unfolding", 0, kMost);
+  const Unfolding u = read_unfolding();
   const int64_t C = l.C / u.taps, W = input.dim() == 4 ? input.size(3) : 0;
   STD_TORCH_CHECK(
       l.C % u.taps == 0 && W > 0 && W <= kMost && Window::outputs(W + 2 * u.padding - u.taps, u.stride) == l.W, kRegion,
       ": ", u.taps, " taps of an input of ", W, " columns do not give ", text(l));
-  const ScalarType type = input.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, kRegion,
-                  ": an input must be float32 or bfloat16, not ", dtype_text(input));
   std::swap(at_, first_image);
   const int64_t first = read_first_image("an input", input, C, W, l);
   std::swap(at_, first_image);
-  const auto* begin = static_cast<const char*>(input.const_data_ptr());
-  const Image image{begin + first * input.stride(0) * input.element_size(),
-                    C,
-                    W,
-                    input.stride(0),
-                    input.stride(1),
-                    input.stride(2),
-                    input.stride(3),
-                    type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kBFloat16};
-  return ReadInput{image, buffer, u};
+  return ReadInput{image_of(input, first), buffer, u};
+}
+
+Unfolding Program::read_unfolding() {
+  Unfolding u{};
+  u.taps = read_between("the taps of an unfolding", 1, kMostTaps);
+  u.stride = read_between("the stride of an unfolding", 1, kMost);
+  u.padding = read_between("the padding of an unfolding", 0, kMost);
+  return u;
 }
 
 Step Program::read_output() {
@@ -274,16 +288,21 @@ int64_t Program::read_segment(const Buffer& out, Segment* segment, bool* runs_on
                   std::max(w.padding_h, w.padding_w), " needs as much halo, the buffer has ", l.halo);
   *runs_on &= w.stride_h == 1 && w.stride_w == 1 && l.pitch == to.pitch;
   segment->stride_h = w.stride_h, segment->stride_w = w.stride_w;
+  set_offsets(l, w, segment);
+  return segment->steps;
+}
+
+void Program::set_offsets(const Layout& l, const Window& w, Segment* segment) {
   set_steps(l.used_blocks(), w, segment);
   for (int64_t block = 0; block < l.used_blocks(); ++block) {
     for (int64_t r = 0; r < w.R; ++r) {
       for (int64_t s = 0; s < w.S; ++s) {
-        offsets_.push_back(block * l.plane_bytes() + (r * w.dilation_h - w.padding_h) * segment->input.line +
-                           (s * w.dilation_w - w.padding_w) * kPixelBytes);
+        offsets_.push_back(block * l.plane_bytes() +
+                           ((r * w.dilation_h - w.padding_h) * l.pitch + (s * w.dilation_w - w.padding_w)) *
+                               kPixelBytes);
       }
     }
   }
-  return segment->steps;
 }
 
 // The same over the phases of a map, each as large as the output.
@@ -380,12 +399,22 @@ Step Program::read_winograd() {
 
 Step Program::read_pooling() {
   Pool step{};
-  Pooling& p = step.pooling;
-  p.is_max = read_between("a pooling's kind", 0, 1) == 1;
-  p.counts_padding = read_between("what an average counts", 0, 1) == 1;
+  read_kind(&step.pooling);
   const Buffer &input = read_buffer(), &out = read_buffer();
-  const Window w = read_window();
-  const Layout &l = input.layout, &to = out.layout;
+  set_window(read_window(), input.layout, out, &step.pooling);
+  check_disjoint("an input", input, out);
+  step.pooling.input = view(input);
+  step.images = input.layout.N;
+  return step;
+}
+
+void Program::read_kind(Pooling* p) {
+  p->is_max = read_between("a pooling's kind", 0, 1) == 1;
+  p->counts_padding = read_between("what an average counts", 0, 1) == 1;
+}
+
+void Program::set_window(const Window& w, const Layout& l, const Buffer& out, Pooling* p) const {
+  const Layout& to = out.layout;
   STD_TORCH_CHECK(l.N == to.N && l.C == to.C, kRegion, ": a pooling of ", text(l), " does not give ", text(to));
   STD_TORCH_CHECK(w.padding_h < w.R && w.padding_w < w.S && (to.H - 1) * w.stride_h - w.padding_h < l.H &&
                       (to.W - 1) * w.stride_w - w.padding_w < l.W,
@@ -393,14 +422,60 @@ Step Program::read_pooling() {
                   text(to));
   const bool fits_padded =
       (to.H - 1) * w.stride_h + w.R <= l.H + 2 * w.padding_h && (to.W - 1) * w.stride_w + w.S <= l.W + 2 * w.padding_w;
-  STD_TORCH_CHECK(!p.counts_padding || fits_padded, kRegion,
+  STD_TORCH_CHECK(!p->counts_padding || fits_padded, kRegion,
                   ": an average that counts padding must have its windows inside of it");
-  check_disjoint("an input", input, out);
-  p.input = view(input), p.out = view(out);
-  p.blocks = l.blocks(), p.H = l.H, p.W = l.W, p.P = to.H, p.Q = to.W;
-  p.R = w.R, p.S = w.S, p.stride_h = w.stride_h, p.stride_w = w.stride_w;
-  p.padding_h = w.padding_h, p.padding_w = w.padding_w;
-  step.images = l.N;
+  p->out = view(out);
+  p->blocks = l.blocks(), p->H = l.H, p->W = l.W, p->P = to.H, p->Q = to.W;
+  p->R = w.R, p->S = w.S, p->stride_h = w.stride_h, p->stride_w = w.stride_w;
+  p->padding_h = w.padding_h, p->padding_w = w.padding_w;
+}
+
+Step Program::read_pooled_stem() {
+  PooledStem step{};
+  const Buffer& out = read_buffer();
+  const Tensor& input = read_tensor("an input's number", tensors_.inputs);
+  const auto size = [&](int64_t dim) { return input.dim() == 4 ? input.size(dim) : 0; };
+  Layout& l = step.input;
+  l.N = out.layout.N, l.H = size(2), l.lanes = lanes_of(kernel_.dtype);
+  step.image = image_of(input, read_first_image("an input", input, size(1), size(3), l));
+  STD_TORCH_CHECK(std::max({size(1), size(2), size(3)}) <= kMost, kRegion, ": an input's sides are at most ", kMost);
+  const Unfolding& u = step.unfolding = read_unfolding();
+  l.C = size(1) * u.taps, l.W = Window::outputs(size(3) + 2 * u.padding - u.taps, u.stride);
+
+  Convolution& c = step.convolution;
+  c.activation = read_activation();
+  const Tensor& weight = read_tensor("a weight's number", tensors_.weights);
+  most_steps_ = weight.dim() == 5 ? weight.size(1) : 0;
+  c.images = 1;
+  c.channels = out.layout.C;
+  c.panels = (c.channels + kPanel - 1) / kPanel;
+  c.bias = read_bias(c.panels);
+  const Window w = read_dilated_window();
+  l.halo = w.padding_w, l.pitch = l.W + l.halo;
+  const Layout map{l.N, c.channels, w.outputs_h(l.H), w.outputs_w(l.W), 0, w.outputs_w(l.W), l.lanes};
+  STD_TORCH_CHECK(std::min({l.C, l.W, map.H, map.W}) > 0, kRegion, ": ", u.taps, " taps and a window of ", w.R, "x",
+                  w.S, " give nothing of ", text(l));
+
+  read_kind(&step.pooling);
+  const Window pool = read_window();
+  set_window(pool, map, out, &step.pooling);
+  step.lines = read_between("the lines of a band", 1, kMost);
+  step.of_convolution = {w.R, w.stride_h, w.padding_h, w.dilation_h};
+  step.of_pooling = {pool.R, pool.stride_h, pool.padding_h, 1};
+  const Lines kept = step.of_pooling.needed({0, std::min(step.lines, out.layout.H)});
+  step.convolved = {1, map.C, std::min(kept.count(), map.H), map.W, 0, map.pitch, l.lanes};
+  step.read = {1, l.C, step.of_convolution.needed({0, step.convolved.H}).count(), l.W, l.halo, l.pitch, l.lanes};
+  STD_TORCH_CHECK(fits(step.read, kMostBandBytes) && fits(step.convolved, kMostBandBytes), kRegion, ": a band of ",
+                  step.lines, " lines is too large, with ", text(step.read), " and ", text(step.convolved));
+
+  Segment& segment = c.segments[0];
+  segment.stride_h = w.stride_h, segment.stride_w = w.stride_w;
+  offsets_.clear();
+  set_offsets(step.read, w, &segment);
+  segment.offsets = offsets_.data();
+  c.steps = segment.steps;
+  check_weights(weight, &c);
+  set_next(&c);
   return step;
 }
 

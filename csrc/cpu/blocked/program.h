@@ -10,6 +10,8 @@
 //           | 5, in, out, window, dilation                                       the phases that the window meets
 //           | 6, in, out, adds to what out holds, activation, weight, bias or -1, height and width of the padding
 //                                                                                3x3 by Winograd's F(4x4, 3x3)
+//           | 7, out, input tensor, first image, taps, stride, padding, activation, weight, bias or -1, window,
+//             dilation, is a maximum, counts padding, window, lines of a band    an input's convolution and pooling
 //   segment = in, channels of the map that `in` has the phases of or 0, window, dilation
 //   window  = R, S, and height and width of the stride and of the padding
 //
@@ -22,6 +24,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "cpu/blocked/bands.h"
 #include "cpu/blocked/convolution.h"
 #include "cpu/blocked/kernels.h"
 #include "cpu/blocked/layout.h"
@@ -33,7 +36,7 @@ namespace fused_resnet {
 namespace blocked {
 
 constexpr const char* kRegion = "cpu_region";
-constexpr int64_t kProgramVersion = 3;
+constexpr int64_t kProgramVersion = 4;
 
 struct Buffer {
   Layout layout;
@@ -72,7 +75,7 @@ struct ByWinograd {
   bool adds_out;
   Activation activation;
 };
-using Step = std::variant<ReadInput, ToNhwc, ZeroHalo, Convolve, Pool, SplitPhases, ByWinograd>;
+using Step = std::variant<ReadInput, ToNhwc, ZeroHalo, Convolve, Pool, SplitPhases, ByWinograd, PooledStem>;
 
 struct RegionTensors {
   const std::vector<Tensor>&inputs, &weights, &biases;
@@ -112,18 +115,23 @@ class Program {
   Window read_window();
   Window read_dilated_window();
   Step read_input();
+  Unfolding read_unfolding();
   Step read_phases();
   Step read_winograd();
+  Step read_pooled_stem();
   Activation read_activation();
   const float* read_bias(int64_t panels);
   void read_buffers();
   Buffer read_new_buffer();
   Step read_convolution();
   Step read_pooling();
+  void read_kind(Pooling* p);
+  void set_window(const Window& w, const Layout& l, const Buffer& out, Pooling* p) const;
   int64_t read_segment(const Buffer& out, Segment* segment, bool* runs_on);
   int64_t read_phased(const Window& w, const Buffer& input, int64_t channels, const Buffer& out, Segment* segment,
                       bool* runs_on);
   void set_steps(int64_t blocks, const Window& w, Segment* segment);
+  void set_offsets(const Layout& l, const Window& w, Segment* segment);
   void read_residual(const Buffer& out, Convolution* c, bool* runs_on);
   void set_next(Convolution* c);
   void check_weights(const Tensor& weight, Convolution* c) const;

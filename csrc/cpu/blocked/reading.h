@@ -8,6 +8,7 @@
 
 #include "common/dtype.h"
 #include "common/inline.h"
+#include "cpu/blocked/convolution.h"
 #include "cpu/blocked/layout.h"
 #include "cpu/dispatch.h"
 
@@ -29,10 +30,11 @@ struct Unfolding {
   int64_t taps, stride, padding;
 };
 
-// One line of the input, its channels together, into all blocks of a line of the map. `readable`: bytes from its begin.
+// One line of the input, its channels together, into all blocks of a line of the map, `plane` bytes apart. `readable`:
+// bytes from its begin.
 FUSED_RESNET_INLINE void unfold_line(const Layout& l, const Unfolding& u, const char* from, int64_t line_bytes,
-                                     int64_t readable, char* to_plane, int64_t pixel_bytes) {
-  for (int64_t block = 0; block < l.blocks(); ++block, to_plane += l.plane_bytes()) {
+                                     int64_t readable, char* to_plane, int64_t plane, int64_t pixel_bytes) {
+  for (int64_t block = 0; block < l.blocks(); ++block, to_plane += plane) {
     const int64_t bytes = std::clamp<int64_t>(l.C - block * l.lanes, 0, l.lanes) * (kPixelBytes / l.lanes);
     uint64_t kept[kPixelBytes / 8] = {};
     std::memset(kept, 0xff, bytes);
@@ -91,9 +93,10 @@ FUSED_RESNET_INLINE void gather_line(const Image& image, int64_t n, int64_t h, c
   }
 }
 
-// Lines [begin, end) of the map, counted over all images. line: scratch for one of the input's and kPixelBytes more.
+// Lines [begin, end) of the map, counted over all images, to their places in a view of it. line: scratch for one of the
+// input's and kPixelBytes more.
 FUSED_RESNET_INLINE void read_lines(const Layout& l, const Unfolding& u, const Image& image, int64_t begin, int64_t end,
-                                    char* line, char* buffer) {
+                                    char* line, const View& to) {
   const int64_t pixel_bytes = image.C * (kPixelBytes / l.lanes), line_bytes = image.W * pixel_bytes;
   const bool is_bf16 = l.lanes == kPixelBytes / 2, is_alike = is_bf16 == (image.dtype == Dtype::kBFloat16);
   const bool is_ready = is_alike && image.is_nhwc(l.H);
@@ -112,23 +115,23 @@ FUSED_RESNET_INLINE void read_lines(const Layout& l, const Unfolding& u, const I
       gather_line<BFloat16, float>(image, n, h, line);
     }
     const int64_t readable = is_ready ? (l.N * l.H - index) * line_bytes : line_bytes + kPixelBytes;
-    unfold_line(l, u, from, line_bytes, readable, buffer + l.at(n, 0, h, 0), pixel_bytes);
+    unfold_line(l, u, from, line_bytes, readable, to.base + n * to.image + h * to.line, to.plane, pixel_bytes);
   }
 }
 
 inline void read_lines_anywhere(const Layout& l, const Unfolding& u, const Image& image, int64_t begin, int64_t end,
-                                char* line, char* buffer) {
-  read_lines(l, u, image, begin, end, line, buffer);
+                                char* line, const View& to) {
+  read_lines(l, u, image, begin, end, line, to);
 }
 
 FUSED_RESNET_AVX2 inline void read_lines_avx2(const Layout& l, const Unfolding& u, const Image& image, int64_t begin,
-                                              int64_t end, char* line, char* buffer) {
-  read_lines(l, u, image, begin, end, line, buffer);
+                                              int64_t end, char* line, const View& to) {
+  read_lines(l, u, image, begin, end, line, to);
 }
 
 FUSED_RESNET_AVX512 inline void read_lines_avx512(const Layout& l, const Unfolding& u, const Image& image,
-                                                  int64_t begin, int64_t end, char* line, char* buffer) {
-  read_lines(l, u, image, begin, end, line, buffer);
+                                                  int64_t begin, int64_t end, char* line, const View& to) {
+  read_lines(l, u, image, begin, end, line, to);
 }
 
 }  // namespace blocked

@@ -35,10 +35,9 @@ class Runner {
   Runner(const Program& program, const MicroKernel& kernel) : program_(program), kernel_(kernel) {}
 
   void operator()(const ReadInput& step) const {
-    using Run = void (*)(const Layout&, const Unfolding&, const Image&, int64_t, int64_t, char*, char*);
-    static const auto run = best_of<Run>(read_lines_anywhere, read_lines_avx2, read_lines_avx512);
+    const auto run = reading();
     const Layout& l = step.buffer.layout;
-    char* to = program_.memory(step.buffer);
+    const View to(l, program_.memory(step.buffer));
     over(l.N * l.H, l.blocks() * l.W * kPixelBytes, [&](int64_t begin, int64_t end) {
       const int64_t floats = step.image.C * step.image.W + kPixelBytes / static_cast<int64_t>(sizeof(float));
       run(l, step.unfolding, step.image, begin, end, reinterpret_cast<char*>(scratch(kRegion, floats)), to);
@@ -68,14 +67,27 @@ class Runner {
   }
 
   void operator()(const Pool& step) const {
-    using Run = void (*)(const Pooling&, int64_t, int64_t);
-    static const auto fp32 = best_of<Run>(pool_anywhere<float>, pool_avx2<float>, pool_avx512<float>);
-    static const auto bf16 = best_of<Run>(pool_anywhere<BFloat16>, pool_avx2<BFloat16>, pool_avx512<BFloat16>);
-    const Run run = kernel_.dtype == Dtype::kBFloat16 ? bf16 : fp32;
+    const auto run = pooling_of(kernel_.dtype);
     const Pooling& pooling = step.pooling;
     over(pooling.lines(step.images), pooling.Q * pooling.R * pooling.S * kPixelBytes, [&](int64_t begin, int64_t end) {
       FlushDenormals flush;
       run(pooling, begin, end);
+    });
+  }
+
+  // Each thread has neighbouring lines of the pooling's output.
+  void operator()(const PooledStem& step) const {
+    const int64_t P = step.pooling.P, lines = step.input.N * P;
+    if (lines == 0) return;
+    torch::stable::parallel_for(0, lines, step.lines, [&](int64_t begin, int64_t end) {
+      FlushDenormals flush;
+      char* memory = reinterpret_cast<char*>(scratch(kRegion, step.scratch_bytes() / 4));
+      BandsOfStem bands(step, kernel_, reading(), pooling_of(kernel_.dtype), memory);
+      while (begin < end) {
+        const int64_t image = begin / P, last = std::min(end, (image + 1) * P);
+        bands.run(image, {begin - image * P, last - image * P});
+        begin = last;
+      }
     });
   }
 
@@ -109,6 +121,18 @@ class Runner {
   }
 
  private:
+  static BandsOfStem::Read reading() {
+    static const auto run = best_of<BandsOfStem::Read>(read_lines_anywhere, read_lines_avx2, read_lines_avx512);
+    return run;
+  }
+
+  static BandsOfStem::Pool pooling_of(Dtype dtype) {
+    using Run = BandsOfStem::Pool;
+    static const auto fp32 = best_of<Run>(pool_anywhere<float>, pool_avx2<float>, pool_avx512<float>);
+    static const auto bf16 = best_of<Run>(pool_anywhere<BFloat16>, pool_avx2<BFloat16>, pool_avx512<BFloat16>);
+    return dtype == Dtype::kBFloat16 ? bf16 : fp32;
+  }
+
   template <class T>
   static void run_winograd(const ByWinograd& step) {
     T* out = reinterpret_cast<T*>(step.out);
