@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fused_resnet.kernels import winograd
 from fused_resnet.operators.problem import ConvProblem, dtype_name, output_size
+from fused_resnet.operators.quantized import Quantized
 from fused_resnet.regions import layout
 from fused_resnet.regions.program import (
     CompiledRegion,
@@ -85,12 +86,22 @@ Step = Union[ConvStep, PoolStep, FlattenStep]
 
 class Fragment(NamedTuple):
     """shapes: of the inputs. outputs: the steps' values that are read outside, in the order of the steps. Vectors count
-    as maps of one pixel."""
+    as maps of one pixel.
+
+    scales: in int8, how each value is kept, or None of a mean, which is fp32. An int8 region quantizes its inputs, and
+    its outputs are fp32.
+    """
 
     shapes: tuple[Shape, ...]
     steps: tuple[Step, ...]
     outputs: tuple[int, ...]
     dtype: torch.dtype
+    scales: tuple[Optional[Quantized], ...] = ()
+
+    @property
+    def dtype_outside(self) -> torch.dtype:
+        """Of its outputs."""
+        return torch.float32 if self.dtype == torch.int8 else self.dtype
 
     @property
     def convolutions(self) -> list[ConvProblem]:
@@ -129,14 +140,15 @@ class Fragment(NamedTuple):
         """What is read and written in NHWC: the inputs and the outputs, which are converted."""
         shapes = self.value_shapes
         values = (*range(len(self.shapes)), *self.outputs)
-        return sum(math.prod(shapes[value]) for value in values) * self.dtype.itemsize
+        return sum(math.prod(shapes[value]) for value in values) * self.dtype_outside.itemsize
 
     @property
     def text(self) -> str:
         """All of it but the batch: a readable beginning and a digest of the rest."""
         shapes = self.value_shapes
         ends = ["x".join(map(str, shapes[value][1:])) for value in (0, self.outputs[-1])]
-        parts = (*map(str, self.steps), str([shape[1:] for shape in self.shapes]), str(self.outputs))
+        parts = [*map(str, self.steps), str([shape[1:] for shape in self.shapes]), str(self.outputs)]
+        parts += [str(self.scales)] if self.scales else []
         digest = hashlib.sha256("\n".join((*parts, _code())).encode()).hexdigest()[:16]
         count = len(self.convolutions)
         return f"region of {count} convolutions, {' to '.join(ends)} {dtype_name(self.dtype)}, {digest}"
