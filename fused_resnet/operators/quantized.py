@@ -1,0 +1,214 @@
+"""The int8 contract: which bytes every kernel gives, and a reference that gives them.
+
+A tensor has one scale, and no zero point: u8 where it is never negative, s8 elsewhere. Weights are s8 with a scale per
+output channel, and sums are exact int32. Then, in fp32, with one rounding for each operation:
+
+    y = fma(float(sum), M, B)        M = sx*sw/sy,  B = bias/sy
+    y = fma(float(skip), R, y)       R = sr/sy,     with a residual
+    q = rint(min(max(y, low), high)) half to even;  NaN gives low
+
+M, B and R are computed in fp64 and rounded once. Nothing here is fast and nothing here is shared with a kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# 255 * 127 * K stays below 2**31, and so does every partial sum, in any order.
+LARGEST_REDUCTION = 66_310
+ACTIVATIONS = ("none", "relu", "relu6")
+
+
+class Quantized(NamedTuple):
+    """How a tensor is kept in bytes: x is about scale * q. scale: positive, finite; kernels read it in fp32."""
+
+    scale: float
+    is_signed: bool
+
+    @property
+    def low(self) -> float:
+        return -128.0 if self.is_signed else 0.0
+
+    @property
+    def high(self) -> float:
+        return 127.0 if self.is_signed else 255.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int8 if self.is_signed else torch.uint8
+
+
+class Epilogue(NamedTuple):
+    """What follows a convolution's sums. multiplier, bias: (K,) fp32. residual: R, an fp32 value, 0 without one."""
+
+    multiplier: Tensor
+    bias: Tensor
+    residual: float
+    low: float
+    high: float
+    is_signed: bool
+
+
+def quantized_over(least: float, largest: float) -> Quantized:
+    """How values from `least` to `largest` are kept: u8 with largest / 255, or s8 with max(-least, largest) / 127 where
+    some are negative. Where all are 0, or too small for an fp32 scale, the scale is 1. Raises ValueError for no range.
+    """
+    if not (math.isfinite(least) and math.isfinite(largest) and least <= largest):
+        raise ValueError(f"quantized_over: values from {least} to {largest} have no scale")
+    is_signed = least < 0
+    scale = max(-least, largest) / (127 if is_signed else 255)
+    return Quantized(scale if _fp32(scale) and math.isfinite(_fp32(1 / scale)) else 1.0, is_signed)
+
+
+def quantize(x: Tensor, how: Quantized) -> Tensor:
+    """rint(min(max(x * (1 / scale), low), high)) in fp32, 1 / scale rounded once: in how.dtype. NaN gives low."""
+    return _to_bytes(x.float() * _fp32(1 / how.scale), how.low, how.high, how.dtype)
+
+
+def dequantize(q: Tensor, how: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """float(q) * float(scale) in fp32, then rounded to `dtype`."""
+    return (q.float() * _fp32(how.scale)).to(dtype)
+
+
+def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(K, C, R, S) of any float dtype as (s8, its scales (K,) in fp64): rint(w / scale), scale = max|w| / 127 of each
+    output channel, 1 where all of it is 0. Raises ValueError where a weight is not finite.
+    """
+    weight = weight.detach().double()
+    if not weight.isfinite().all():
+        raise ValueError("quantized_weight: a weight is NaN or infinite, and has no scale")
+    largest = weight.abs().flatten(1).amax(1) if weight.numel() else weight.new_zeros(weight.shape[0])
+    scales = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    scaled = weight / scales.view(-1, 1, 1, 1)
+    return scaled.round().clamp(-127, 127).to(torch.int8), scales
+
+
+def epilogue_of(
+    x: Quantized,
+    weight_scales: Tensor,
+    out: Quantized,
+    bias: Optional[Tensor] = None,
+    residual: Optional[Quantized] = None,
+    activation: str = "none",
+) -> Epilogue:
+    """The constants of act(conv(x, w) + bias + residual), kept as `out`: computed in fp64, rounded once to fp32.
+
+    weight_scales: (K,), of `quantized_weight`. bias: (K,) of any float dtype. activation: "none", which gives s8;
+    "relu", "relu6", which give u8, the latter at most 6. Raises ValueError for other pairs, other activations and
+    constants that fp32 does not hold.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"epilogue_of: the activations are {', '.join(ACTIVATIONS)}, not {activation}")
+    if out.is_signed != (activation == "none"):
+        raise ValueError(f"epilogue_of: activation {activation} does not give {out.dtype}")
+    scales = weight_scales.double()
+    multiplier = (x.scale * scales / out.scale).float()
+    shift = (torch.zeros_like(scales) if bias is None else bias.to(scales) / out.scale).float()
+    factor = 0.0 if residual is None else _fp32(residual.scale / out.scale)
+    if not (multiplier.isfinite().all() and shift.isfinite().all() and math.isfinite(factor)):
+        raise ValueError(f"epilogue_of: an output of scale {out.scale} has constants beyond fp32")
+    high = min(out.high, _fp32(6 / out.scale)) if activation == "relu6" else out.high
+    return Epilogue(multiplier, shift, factor, out.low, high, out.is_signed)
+
+
+def conv_act(
+    x_q: Tensor,
+    w_q: Tensor,
+    epilogue: Epilogue,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    residual_q: Optional[Tensor] = None,
+) -> Tensor:
+    """The bytes of a convolution and its epilogue, (N, K, P, Q), u8 or s8 as the epilogue says.
+
+    x_q: (N, C, H, W), u8 or s8. w_q: (K, C/groups, R, S), s8. residual_q: of the output's shape, u8 or s8.
+    Raises TypeError for other dtypes, ValueError where the reduction is longer than LARGEST_REDUCTION.
+    """
+    return requantize(sums(x_q, w_q, stride, padding, dilation, groups), epilogue, residual_q)
+
+
+def sums(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """The exact int32 sums of a convolution of bytes: in fp64, which holds every integer up to 2**53."""
+    _check_bytes("x", x)
+    if weight.dtype != torch.int8:
+        raise TypeError(f"conv_act: the weight must be int8, not {weight.dtype}")
+    if (reason := why_not_reduced(weight.shape[1:].numel())) is not None:
+        raise ValueError(f"conv_act: {reason}")
+    y = F.conv2d(x.cpu().double(), weight.cpu().double(), None, stride, padding, dilation, groups)
+    return y.to(torch.int32).to(x.device)
+
+
+def why_not_reduced(reduction: int) -> Optional[str]:
+    """Why sums of so many products may leave int32, if they may."""
+    if reduction <= LARGEST_REDUCTION:
+        return None
+    return f"sums of {reduction:,} products may leave int32 (at most {LARGEST_REDUCTION:,} stay)"
+
+
+def requantize(total: Tensor, epilogue: Epilogue, residual: Optional[Tensor] = None) -> Tensor:
+    """The epilogue alone, of int32 sums (N, K, P, Q): the formula at the head of this module."""
+    per_channel = (1, -1, 1, 1)
+    multiplier, bias = (vector.to(total.device).view(per_channel) for vector in epilogue[:2])
+    y = fma(total.float(), multiplier, bias)
+    if residual is not None:
+        _check_bytes("the residual", residual)
+        y = fma(residual.float(), torch.tensor(epilogue.residual, device=total.device), y)
+    return _to_bytes(y, epilogue.low, epilogue.high, torch.int8 if epilogue.is_signed else torch.uint8)
+
+
+def max_pool(q: Tensor, window: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """The largest bytes in windows of (N, C, H, W); what lies outside counts as the lowest. The scale stays."""
+    _check_bytes("q", q)
+    return F.max_pool2d(q.float(), window, stride, padding).to(q.dtype)
+
+
+def average_pool(q: Tensor, how: Quantized) -> Tensor:
+    """float(sum) * float(scale / count) over each whole map, scale / count in fp64 rounded once: fp32, (N, C, 1, 1)."""
+    _check_bytes("q", q)
+    count = q.shape[2] * q.shape[3]
+    return q.long().sum((2, 3), keepdim=True).float() * _fp32(how.scale / count)
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c of fp32, rounded once to fp32, half to even.
+
+    A product of two fp32 is exact in fp64. Its sum with c is rounded to odd there, which no later rounding mistakes
+    for a tie.
+    """
+    product, c = a.double() * b.double(), c.double()
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)  # of the sum, exactly (Knuth's TwoSum)
+    bits = total.view(torch.int64)
+    away = torch.where((error > 0) == (total > 0), 1, -1)  # whether the true sum is larger in magnitude
+    inexact = total.isfinite() & (error != 0) & (bits % 2 == 0)
+    return torch.where(inexact, bits + away, bits).view(torch.float64).float()
+
+
+def _to_bytes(y: Tensor, low: float, high: float, dtype: torch.dtype) -> Tensor:
+    y = torch.where(y > low, y, low)  # NaN is not, and gives low
+    return torch.where(y < high, y, high).round().to(dtype)
+
+
+def _check_bytes(name: str, q: Tensor) -> None:
+    if q.dtype not in (torch.uint8, torch.int8):
+        raise TypeError(f"quantized: {name} must be uint8 or int8, not {q.dtype}")
+
+
+def _fp32(value: float) -> float:
+    """Rounded to fp32, half to even."""
+    return torch.tensor(value, dtype=torch.float64).float().item()

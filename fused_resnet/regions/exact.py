@@ -1,0 +1,48 @@
+"""An int8 fragment by the reference of the contract (`operators.quantized`): what its region must give."""
+
+from __future__ import annotations
+
+from typing import Mapping, Optional, Sequence
+
+from torch import Tensor
+
+from fused_resnet.operators import quantized
+from fused_resnet.operators.quantized import Epilogue
+from fused_resnet.regions.fragment import ConvStep, FlattenStep, Fragment
+
+
+def run_reference(
+    fragment: Fragment, weights: Mapping[int, Tensor], epilogues: Mapping[int, Epilogue], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """The outputs of an int8 fragment, fp32, to the last bit: maps (N, C, P, Q), and (N, C) of what was flattened.
+
+    weights: (K, C, R, S) in s8 by the place of the step; epilogues likewise. inputs: float tensors.
+    """
+    values: list[Tensor] = []
+    for x, how in zip(inputs, fragment.scales):
+        values.append(x if how is None else quantized.quantize(x, how))
+    for place, step in enumerate(fragment.steps):
+        x = values[step.x]
+        if isinstance(step, ConvStep):
+            p, residual = step.problem, None if step.residual is None else values[step.residual]
+            window = (p.stride, p.padding, p.dilation, p.groups)
+            y = quantized.conv_act(x, weights[place], epilogues[place], *window, residual)
+        elif isinstance(step, FlattenStep):
+            y = x
+        elif step.kind == "max":
+            y = quantized.max_pool(x, step.window, step.stride, step.padding)
+        else:
+            y = quantized.average_pool(x, _scale(fragment, step.x))
+        values.append(y)
+    outputs = []
+    for value, is_vectors in zip(fragment.outputs, fragment.has_vectors):
+        how = fragment.scales[value]
+        y = values[value] if how is None else quantized.dequantize(values[value], how)
+        outputs.append(y.flatten(1) if is_vectors else y)
+    return outputs
+
+
+def _scale(fragment: Fragment, value: int) -> quantized.Quantized:
+    how: Optional[quantized.Quantized] = fragment.scales[value]
+    assert how is not None
+    return how
