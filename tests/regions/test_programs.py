@@ -189,7 +189,7 @@ WRONG = {
     "channels of a phased map must be from 0 to 16": put(CONVOLUTION + 9, 17),
     "a dilation must be from 1": put(CONVOLUTION + 16, 0),
     "ends within a step": lambda call: call.program.pop(),
-    "a step must be from 0 to 7": lambda call: call.program.append(8),
+    "a step must be from 0 to 8": lambda call: call.program.append(9),
     "_fp32 has no step 7": lambda call: call.program.append(7),
     "an input must have the shape": lambda call: call.inputs.reverse(),
     "an input must be float32 or bfloat16": lambda call: call.inputs.__setitem__(0, call.inputs[0].half()),
