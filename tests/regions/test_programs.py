@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.cpu_check.cores import threads
 from fused_resnet.kernels import compiled
 from fused_resnet.regions.program import Region, Segment
-from tests.support.regions import call, channels_last, fastest, kernels, table, threads
+from tests.support.regions import call, channels_last, fastest, kernels, table
 
 if compiled.load("cpu") is not None:
     pytest.skip(compiled.load("cpu"), allow_module_level=True)
