@@ -4,6 +4,7 @@ import gc
 
 import torch
 
+from fused_resnet.machine import malloc
 from fused_resnet.machine.malloc import LargePages
 
 
@@ -37,3 +38,22 @@ def test_a_piece_outlives_its_allocator():
     del pages
     gc.collect()
     assert torch.equal(piece, torch.arange(100_000))
+
+
+def test_memory_of_a_piece_goes_with_it_though_others_stay():
+    """One weight that several plans share must not keep all that lay beside it."""
+    pages = LargePages(2**21)
+    first, second = (pages.empty(2**20).fill_(7) for _ in range(2))
+    chunk, begin = pages._chunk, pages._used - 2**21
+    assert chunk[begin] == chunk[begin + 2**20 - 1] == 7
+    del first
+    gc.collect()
+    assert not any(chunk[begin : begin + 2**20]) and second.eq(7).all()
+    del pages, chunk
+    gc.collect()
+    assert second.eq(7).all()
+
+
+def test_free_memory_is_given_back():
+    """Where there is glibc; elsewhere nothing happens."""
+    malloc.trim()
