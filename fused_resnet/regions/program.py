@@ -25,7 +25,6 @@ from fused_resnet.regions import layout
 
 _VERSION = 3
 _ACTIVATIONS = ACTIVATIONS[:3]  # the kernels have no others
-MOST_WORKSPACES = 8  # that wait for a call
 _READ, _WRITE, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES, _WINOGRAD = range(7)
 _TILE = 16  # rows of the largest tile
 _FOR_MAPS = 0.75  # of the second-level caches
