@@ -270,6 +270,19 @@ def test_weights_are_in_memory_once(by_rule):
     assert not any(isinstance(module, FrozenConv) for plan in frozen.plans() for module in plan.modules())
 
 
+def test_another_shape_takes_the_regions_and_the_weights_of_the_first(by_rule, monkeypatch):
+    """Where rules alone would take none, and where they would compute another convolution by Winograd."""
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.ReLU()).eval()
+    frozen = fused_resnet.freeze(model, torch.randn(2, 32, 16, 16))
+    monkeypatch.setattr(pieces, "_BY_RULE", ())
+    small = torch.randn(1, 32, 3, 3)
+    (first,), (second,) = (regions(frozen, x) for x in (torch.randn(2, 32, 16, 16), small))
+    assert second.why == pieces.SHARED and [conv.by_winograd for conv in second.convolutions] == [True, False]
+    assert [w.data_ptr() for w in first.compiled.weights] == [w.data_ptr() for w in second.compiled.weights]
+    equal_outputs(frozen(small), networks.in_fp64(model, small))
+    assert not regions(fused_resnet.freeze(model, small), small)
+
+
 class Classifier(nn.Module):
     """Two convolutions, a pooled map, and what a forward makes of its vectors."""
 

@@ -1,7 +1,10 @@
 """Memory in large pages: pieces side by side, each at a multiple of 64, that keep what they are parts of."""
 
 import gc
+import mmap
+from pathlib import Path
 
+import pytest
 import torch
 
 from fused_resnet.machine import malloc
@@ -54,6 +57,16 @@ def test_memory_of_a_piece_goes_with_it_though_others_stay():
     assert second.eq(7).all()
 
 
+@pytest.mark.skipif(not malloc._is_glibc(), reason="only glibc keeps what is freed")
 def test_free_memory_is_given_back():
-    """Where there is glibc; elsewhere nothing happens."""
+    """What lies below a piece that is in use, too."""
+    pieces = [torch.empty(2**16, dtype=torch.uint8).fill_(1) for _ in range(512)]
+    last = pieces.pop()
+    del pieces
+    before = resident_bytes()
     malloc.trim()
+    assert resident_bytes() < before - 2**24 and last.numel()
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
