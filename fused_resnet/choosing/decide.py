@@ -287,8 +287,8 @@ def not_wrong(problem: ConvProblem) -> list[Selection]:
 
 
 def try_new(problems: Sequence[ConvProblem], progress: Progress = silent) -> bool:
-    """Run each candidate of these once whose backend is new on this machine, in a process of its own, where no fault of
-    its can end this one. Keeps what does not run, and returns whether anything does not."""
+    """Run each candidate of these once whose backend is new on this machine. In a process of its own it cannot end this
+    one. Keeps what does not run, and returns whether anything does not."""
     jobs = {problem: _job(problem, not_wrong(problem), {}, "cpu")._replace(is_trial=True) for problem in problems}
     jobs = {problem: job for problem, job in jobs.items() if job.names}
     outcomes: Outcomes = {problem: {} for problem in jobs}

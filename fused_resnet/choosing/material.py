@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Callable, Optional, Sequence
 
@@ -49,9 +50,9 @@ class Material:
     def region(self, piece: Piece) -> CompiledRegion:
         of, packed = self.of(piece), {}
         for step, packing in packings(piece.fragment).items():
-            places = tuple(piece.places[part] for part in packing.parts)
+            key = packing._replace(parts=tuple(piece.places[part] for part in packing.parts))
             weights = [of[part][0] for part in packing.parts]
-            packed[step] = self._once((packing._replace(parts=places)), lambda p=packing, w=weights: p.of(w))
+            packed[step] = self._once(key, functools.partial(packing.of, weights))
         return compile_fragment(piece.fragment, packed, {step: bias for step, (_, bias) in of.items()})
 
     def separate(self, piece: Piece) -> Nodes:
@@ -59,8 +60,8 @@ class Material:
         of, calls, f = self.of(piece), list[Call](), piece.fragment
         for step, (one, how) in enumerate(zip(f.steps, piece.separate or ())):
             if isinstance(one, ConvStep) and how is not None:
-                p, selection, weight = one.problem, how.selection, of[step][0]
-                pack = lambda p=p, by=selection, weight=weight: by.backend.plan.pack(p, weight, by.config)  # noqa: E731
+                p, selection = one.problem, how.selection
+                pack = functools.partial(selection.backend.plan.pack, p, of[step][0], selection.config)
                 packed = self._once((str(selection), piece.places[step], p), pack)
                 calls.append(bound(p, selection, packed, of[step][1], in_place=how.in_place))
             elif isinstance(one, ConvStep):

@@ -1,10 +1,13 @@
 """Whether a run of convolutions is so much faster as a region that none of them need be measured by itself.
 
 The region of the whole run is held against the least that its convolutions might take separately. That is the sum of
-the least time of the fastest candidate of each, whoever that is. In the region's disfavour it counts too little: the
-candidates are not checked, a wrong one counts too; of a few rounds the best one counts; poolings, linear layers and
-what Python does between two calls count nothing. So `freeze` could not have found a faster plan without regions, where
-the region is faster than that.
+the least time of the fastest candidate of each, whoever that is. It counts too little, in the region's disfavour:
+
+- Candidates are not checked, so a wrong one counts, too.
+- Of a few rounds the best one counts.
+- Poolings, linear layers and what Python does between two calls count nothing.
+
+So where the region is faster, `freeze` could not have found a plan without regions that is as fast.
 
 A mixture of regions and convolutions might be faster still: where one stage of the run loses to its convolutions. Then,
 and wherever the region does not win by `CLEAR`, all is measured as if this had not been tried (`decide`, `pieces`).
@@ -86,7 +89,8 @@ def find_out(wholes: Sequence[Whole], tuning: decide.Tuning, *, is_tried: bool =
 
 
 def _unknown(wholes: Sequence[Whole]) -> list[Whole]:
-    return [one for one in wholes if why_wrong(one.piece) is None and times_of(one.piece) is None]
+    by_problem = {one.piece.problem: one for one in wholes}
+    return [one for one in by_problem.values() if why_wrong(one.piece) is None and times_of(one.piece) is None]
 
 
 def _timed(
@@ -96,8 +100,8 @@ def _timed(
     seconds: float,
     progress: timing.Progress,
 ) -> Found:
-    calls: dict[Union[ConvProblem, RegionProblem], Mapping[Any, Fed]] = {}
-    calls.update(decide.calls_of({problem: decide.not_wrong(problem) for problem in problems}))
+    separate = decide.calls_of({problem: decide.not_wrong(problem) for problem in problems})
+    calls: dict[Any, Mapping[Any, Fed]] = {**separate}
     for whole in wholes:
         for piece in (whole.piece, *whole.stages):
             calls[piece.problem] = calls_of(piece, material)

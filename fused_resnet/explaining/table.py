@@ -106,12 +106,13 @@ class Explanation(NamedTuple):
         times = [row.time_us for row in self.rows]
         apart = [row for row in self.rows if row.region is None]
         within = sum(region.bytes_moved for region in self.regions)
+        least_us = sum(row.least_us for row in apart) + sum(region.least_us for region in self.regions)
         return {
             "flops": sum(row.problem.flops for row in self.rows),
             "bytes_unfused": sum(row.problem.bytes_unfused for row in self.rows),
             "bytes_moved": sum(row.bytes_moved for row in apart) + within,
             "bytes_least": sum(row.problem.bytes_moved for row in apart) + within,
-            "least_us": sum(one.least_us for one in (*apart, *self.regions)),
+            "least_us": least_us,
             "time_us": None if None in times else sum(time for time in times if time is not None),
         }
 
