@@ -6,22 +6,18 @@ maps stay in blocks from one convolution to the next (`regions`).
 
 from __future__ import annotations
 
-import collections
 from typing import Callable, Optional
 
-import torch
 from torch import Tensor
 
-from fused_resnet.backends.cpu_kernels import why_no_kernel
+from fused_resnet.backends.cpu_kernels import packing, why_no_kernel
 from fused_resnet.backends.record import Backend, InPlan
 from fused_resnet.kernels import sources
 from fused_resnet.operators.layout import channels_last, empty_output
-from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
-from fused_resnet.regions import fragment, kernels
+from fused_resnet.regions import calls, fragment, kernels
 from fused_resnet.regions.fragment import ConvStep, Fragment, compile_fragment
 from fused_resnet.regions.layout import MOST_TAPS
-from fused_resnet.regions.program import MOST_WORKSPACES
 
 _MOST = 2**24  # csrc/cpu/blocked/program.cpp: of every number but a window's sides
 
@@ -43,8 +39,8 @@ def why_not(problem: ConvProblem) -> Optional[str]:
 
 
 def pack(problem: ConvProblem, weight: Tensor, config: None = None) -> Tensor:
-    """As `regions.fragment.pack` says."""
-    return fragment.pack(_fragment(problem), 0, [weight])
+    """As `regions.fragment.Packing` says."""
+    return fragment.packings(_fragment(problem))[0].of([weight])
 
 
 def _fragment(problem: ConvProblem) -> Fragment:
@@ -57,32 +53,21 @@ def bind(
     problem: ConvProblem, weight: Tensor, bias: Optional[Tensor], *, into_residual: bool = False
 ) -> Callable[..., Tensor]:
     p, region = problem, compile_fragment(_fragment(problem), {0: weight}, {0: bias})
-    kernel, name = torch.ops.fused_resnet.cpu_region.default, kernels.fastest_name(p.dtype)
-    workspaces = collections.deque([region.empty_workspace()], maxlen=MOST_WORKSPACES)
+    call = calls.bound(region, calls.new_workspaces(region))
 
     def run(x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
         inputs = [x] if residual is None else [x, channels_last(residual)]
         out = inputs[1] if into_residual and residual is not None else empty_output(p, x)
-        try:
-            workspace = workspaces.pop()
-        except IndexError:  # other threads have all
-            workspace = region.empty_workspace()
-        kernel(region.program, inputs, region.weights, region.biases, name, workspace, [out])
-        workspaces.append(workspace)
+        call(inputs, [out])
         return out
 
     return run
 
 
-def run(problem: ConvProblem, operands: ConvOperands) -> Tensor:
-    o = operands
-    return bind(problem, pack(problem, o.weight), o.bias)(o.x, o.residual)
-
-
 BACKEND = Backend(
     "blocked",
     why_not,
-    run,
+    packing(pack, bind),
     takes_bn=False,
     sources=sources.BLOCKED,
     plan=InPlan(pack, bind, only=True),

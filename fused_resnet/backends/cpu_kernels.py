@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_resnet.backends.record import NEEDS_FOLDED_BN, why_not_cpu
 from fused_resnet.operators.layout import channels_last
+from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem, dtype_name
 
 PANEL = 16  # output channels that lie together in their weights
@@ -27,6 +28,18 @@ def why_no_kernel(problem: ConvProblem) -> Optional[str]:
     if p.activation not in _ACTIVATIONS:
         return f"its activations are {', '.join(_ACTIVATIONS)}, not {p.activation}"
     return None
+
+
+def packing(
+    pack: Callable[[ConvProblem, Tensor], Tensor], bind: Callable[..., Callable[..., Tensor]]
+) -> Callable[[ConvProblem, ConvOperands], Tensor]:
+    """How a backend runs outside plans: it packs the weight at every call."""
+
+    def run(problem: ConvProblem, operands: ConvOperands) -> Tensor:
+        o = operands
+        return bind(problem, pack(problem, o.weight), o.bias)(o.x, o.residual)
+
+    return run
 
 
 def bind_kernel(

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.backends.cpu_kernels import PANEL, bind_kernel, why_no_kernel
+from fused_resnet.backends.cpu_kernels import PANEL, bind_kernel, packing, why_no_kernel
 from fused_resnet.backends.record import Auto, Backend, InPlan
 from fused_resnet.kernels import compiled, sources
-from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 
 
@@ -67,15 +66,10 @@ def bind(
     return bind_kernel(kernel, (problem.stride, problem.padding), problem, weight, bias, into_residual)
 
 
-def run(problem: ConvProblem, operands: ConvOperands) -> Tensor:
-    o = operands
-    return bind(problem, pack(problem, o.weight), o.bias)(o.x, o.residual)
-
-
 BACKEND = Backend(
     "grouped",
     why_not,
-    run,
+    packing(pack, bind),
     auto=Auto(("cpu",), pays),
     takes_bn=False,
     sources=sources.GROUPED,

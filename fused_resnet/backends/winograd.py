@@ -7,11 +7,10 @@ from typing import Callable, Optional
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.cpu_kernels import PANEL, bind_kernel, why_no_kernel
+from fused_resnet.backends.cpu_kernels import PANEL, bind_kernel, packing, why_no_kernel
 from fused_resnet.backends.record import Auto, Backend, InPlan, Rounding
 from fused_resnet.kernels import compiled, sources, winograd
 from fused_resnet.machine import onednn
-from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 
 
@@ -63,15 +62,10 @@ def bind(
     return bind_kernel(kernel, (problem.padding,), problem, weight, bias, into_residual)
 
 
-def run(problem: ConvProblem, operands: ConvOperands) -> Tensor:
-    o = operands
-    return bind(problem, pack(problem, o.weight), o.bias)(o.x, o.residual)
-
-
 BACKEND = Backend(
     "winograd",
     why_not,
-    run,
+    packing(pack, bind),
     auto=Auto(("cpu",), pays),
     takes_bn=False,
     rounding=Rounding(winograd=True),

@@ -69,6 +69,21 @@ class Checked(NamedTuple):
     call: Optional[Callable[[], Tensor]] = None
 
 
+def tried(subject: Subject, candidate: Selection) -> dict[str, Any]:
+    """Run a candidate once. {}, or as an outcome why it could not be run; whether it is right is not asked."""
+    try:
+        with torch.no_grad(), devices.on(subject.device):
+            subject.planned(candidate).call()
+    except Exception as error:
+        return _why_not_run(error)
+    return {}
+
+
+def _why_not_run(error: Exception) -> dict[str, Any]:
+    passes = {"is_passing": True} if is_out_of_memory(error) else {}
+    return {"why": one_line(error), **passes}
+
+
 def checked(subject: Subject, candidate: Selection, known: Optional[dict[str, Any]] = None) -> Checked:
     """Run a candidate and compare all of its output, twice, with other values at each place the second time.
 
@@ -85,8 +100,7 @@ def checked(subject: Subject, candidate: Selection, known: Optional[dict[str, An
             call = planned.call if subject.device == "cpu" else cuda_graphs.captured(planned.call)
             outcome = known or {"error_ratio": finite(_worst_of_two(subject, candidate, planned, call))}
     except Exception as error:
-        passes = {"is_passing": True} if is_out_of_memory(error) else {}
-        return Checked({"why": one_line(error), **passes})
+        return Checked(_why_not_run(error))
     return Checked(outcome, planned, call) if winners.why_wrong(outcome) is None else Checked(outcome)
 
 

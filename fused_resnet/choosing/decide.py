@@ -31,6 +31,7 @@ import torch
 
 from fused_resnet.choosing import process, timing, winners
 from fused_resnet.choosing.candidates import candidates, default_config
+from fused_resnet.choosing.cases import folded_operands, random_operands
 from fused_resnet.choosing.checking import Subject, checked
 from fused_resnet.choosing.choice import Selection, fixed_order, select
 from fused_resnet.choosing.planned import Planned, planned_call
@@ -38,6 +39,7 @@ from fused_resnet.choosing.timing import Fed, Progress, Stats, silent
 from fused_resnet.choosing.winners_file import Entry, Measured, Table
 from fused_resnet.machine import cuda_graphs, files
 from fused_resnet.machine.locks import new_lock
+from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
 
 CLOSE = 1.1  # times the best: the second best is tried in its place in a captured plan
@@ -250,7 +252,7 @@ def _decide_on_cpu(wanted: Sequence[ConvProblem], seconds: Optional[float], prog
     if seconds is not None:
         limits = dict(rounds=100 * ROUNDS, budget_s=seconds)
     with torch.no_grad():
-        calls = _calls_of(right)
+        calls = calls_of(right)
         times = timing.in_network_order(
             calls, **limits, progress=lambda fraction, text: progress((1 + fraction) / 2, text)
         )
@@ -277,6 +279,24 @@ def _checked(found: Mapping[ConvProblem, Sequence[Selection]], device: str, prog
                 subject = subject or Subject(problem, device)
                 outcomes[problem][str(one)] = checked(subject, one).outcome
     return outcomes
+
+
+def not_wrong(problem: ConvProblem) -> list[Selection]:
+    """The candidates that nothing is said against, checked or not."""
+    return [one for one in candidates(problem)[0] if winners.why_wrong(winners.outcome(problem, str(one))) is None]
+
+
+def try_new(problems: Sequence[ConvProblem], progress: Progress = silent) -> bool:
+    """Run each candidate of these once whose backend is new on this machine. In a process of its own it cannot end this
+    one. Keeps what does not run, and returns whether anything does not."""
+    jobs = {problem: _job(problem, not_wrong(problem), {}, "cpu")._replace(is_trial=True) for problem in problems}
+    jobs = {problem: job for problem, job in jobs.items() if job.names}
+    outcomes: Outcomes = {problem: {} for problem in jobs}
+    if jobs and (passed := _checked_elsewhere(jobs, "cpu", outcomes, lambda fraction, text: progress(0.0, text))):
+        winners.keep(Table.empty(str(winners.device_id("cpu")))._replace(trusted=winners.trust(passed, "cpu")))
+    wrong = {problem: {name: one for name, one in some.items() if one} for problem, some in outcomes.items()}
+    _keep_checks(wrong, "cpu")
+    return any(wrong.values())
 
 
 def _job(problem: ConvProblem, some: Sequence[Selection], known: Mapping[str, Any], kind: str) -> process.Job:
@@ -309,14 +329,21 @@ def _backend_of(name: str) -> str:
     return name.partition(" ")[0]
 
 
-def _calls_of(right: Mapping[ConvProblem, Sequence[Selection]]) -> dict[ConvProblem, dict[Selection, Fed]]:
-    """The calls of all right candidates, which take their input from the same memory."""
+def calls_of(right: Mapping[ConvProblem, Sequence[Selection]]) -> dict[ConvProblem, dict[Selection, Fed]]:
+    """The calls of these candidates, which take their input from the same memory."""
     memory = _Memory(list(right))
     calls = {}
     for problem, some in right.items():
-        images = Subject(problem, "cpu").images
-        calls[problem] = {one: memory.fed(planned_call(problem, one, images, in_place=True), problem) for one in some}
+        operands = _operands_of(problem)
+        calls[problem] = {one: memory.fed(planned_call(problem, one, operands, in_place=True), problem) for one in some}
     return calls
+
+
+def _operands_of(problem: ConvProblem) -> ConvOperands:
+    """Random ones, whose input is one window: `_Memory` has another."""
+    (H, W), p = ((size - 1) * step + 1 for size, step in zip((problem.R, problem.S), problem.dilation)), problem
+    live = random_operands(p._replace(N=1, H=H, W=W, stride=(1, 1), padding=(0, 0)), "cpu")
+    return live if p.has_bn else folded_operands(live, has_bias=p.has_bias)
 
 
 class _Memory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Callable, NamedTuple, Optional
 
+import torch
 from torch import Tensor
 
 from fused_resnet.choosing.choice import Selection
@@ -60,6 +61,17 @@ def bound(
         return lambda x, residual=None: run_placed(ConvOperands(x, weight, bias=bias, residual=residual))
     run = selection.run
     return lambda x, residual=None: run(problem, ConvOperands(x, weight, bias=bias, residual=residual))
+
+
+def pack_linear(weight: Tensor, batch: int) -> Tensor:
+    """The weight (K, C) of a linear layer as oneDNN reads it for this batch."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, batch)
+
+
+def bound_linear(weight: Tensor, bias: Optional[Tensor]) -> Callable[[Tensor], Tensor]:
+    """x (N, C) -> (N, K), as a plan calls a linear layer on a CPU. weight: packed."""
+    linear = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: linear(x, weight, bias, "none", [], "")
 
 
 class Planned(NamedTuple):

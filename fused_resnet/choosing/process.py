@@ -31,7 +31,7 @@ from fused_resnet import backends
 from fused_resnet.choosing import timing
 from fused_resnet.choosing.candidates import candidates
 from fused_resnet.choosing.case import why_unusable
-from fused_resnet.choosing.checking import Subject, checked
+from fused_resnet.choosing.checking import Subject, checked, tried
 from fused_resnet.machine import devices
 from fused_resnet.machine.locks import new_lock
 from fused_resnet.operators.problem import parsed_problem
@@ -47,11 +47,13 @@ _MODULE = "fused_resnet.choosing.process"
 
 
 class Job(NamedTuple):
-    """A problem, and of its candidates those that are asked for, by name. known: outcomes of earlier checks."""
+    """A problem, and of its candidates those that are asked for, by name. known: outcomes of earlier checks.
+    is_trial: they are run once and not checked (`checking.tried`)."""
 
     problem: str
     names: list[str]
     known: dict[str, dict[str, Any]]
+    is_trial: bool = False
 
 
 class Event(NamedTuple):
@@ -332,6 +334,9 @@ def _work(job: Job, device: str, seconds: Optional[float], say: Any) -> None:
         say("begun", name=name)
         if name not in known:
             say("checked", name=name, outcome=None)
+            continue
+        if job.is_trial:
+            say("checked", name=name, outcome=tried(subject, known[name]))
             continue
         one = checked(subject, known[name], job.known.get(name))
         if "why" in one.outcome and why_unusable(device):

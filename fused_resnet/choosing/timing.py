@@ -25,6 +25,18 @@ def silent(fraction: float, text: str) -> None:
     pass
 
 
+def never_back(progress: Progress) -> Progress:
+    """The same for what is done in several parts, of which each tells from its own beginning."""
+    most = 0.0
+
+    def told(fraction: float, text: str) -> None:
+        nonlocal most
+        most = max(most, fraction)
+        progress(most, text)
+
+    return told
+
+
 class Stats(NamedTuple):
     """Microseconds per call: median, least, 10th and 90th percentile, and over how many calls."""
 

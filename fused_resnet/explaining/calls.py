@@ -35,7 +35,8 @@ _CAST = torch.ops.aten._to_copy.default
 
 
 class Call(NamedTuple):
-    """A row before it is judged. backend: what is asked for, or None where torch's own module computes, and why."""
+    """A row before it is judged. backend: what is asked for, or None where torch's own module computes, and why.
+    region: the name of the call that it is part of, if there is one."""
 
     name: str
     problem: ConvProblem
@@ -43,6 +44,7 @@ class Call(NamedTuple):
     source: str = ""
     time_us: Optional[float] = None
     selection: Optional[choosing.Selection] = None
+    region: Optional[str] = None
 
 
 class RegionCall(NamedTuple):
@@ -200,8 +202,8 @@ def _of_plan(
             calls.append(Call(name, module.problem, frozen.backend, time_us=time_us, selection=module.selection))
         elif isinstance(module, FrozenRegion):
             time_us = statistics.median(run[node] for run in runs) if runs else None
-            calls += _of_region(module, name_of, frozen.backend, time_us)
             regions.append(RegionCall(prefix + node.name, module, time_us))
+            calls += _of_region(regions[-1], name_of, frozen.backend)
         elif isinstance(module, WideConv):
             reason = "it is computed in float32, because oneDNN is wrong there in 16 bits"
             left_alone.append(convert.LeftAlone(name_of(node), reason))
@@ -216,14 +218,13 @@ def _of_plan(
     return calls, left_alone, regions
 
 
-def _of_region(
-    region: FrozenRegion, name_of: Callable[[str], str], backend: str, time_us: Optional[float]
-) -> list[Call]:
+def _of_region(call: RegionCall, name_of: Callable[[str], str], backend: str) -> list[Call]:
     """A row for each of its convolutions, with its share of the region's time by arithmetic."""
+    region, time_us = call.region, call.time_us
     shares = (conv.problem.flops / region.flops for conv in region.convolutions)
     times = (None if time_us is None else time_us * share for share in shares)
     return [
-        Call(name_of(conv.name), conv.problem, backend, time_us=time, selection=region.selection)
+        Call(name_of(conv.name), conv.problem, backend, "", time, region.selection_of(conv), call.name)
         for conv, time in zip(region.convolutions, times)
     ]
 

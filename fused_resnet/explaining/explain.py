@@ -74,8 +74,9 @@ def _device_of(model: nn.Module, example: Any) -> torch.device:
 def _region(call: calls.RegionCall, roofline: rooflines.Roofline) -> RegionRow:
     r = call.region
     return RegionRow(
-        call.name, len(r.convolutions), r.micro_kernel, r.why, r.fragment.bytes_at_seams, r.compiled.workspace_bytes,
-        r.bytes_moved, r.flops, roofline.least_us(r.bytes_moved, r.flops), call.time_us,
+        call.name, len(r.convolutions), sum(conv.by_winograd for conv in r.convolutions), r.micro_kernel, r.why,
+        r.fragment.bytes_at_seams, r.compiled.workspace_bytes, r.bytes_moved, r.flops,
+        roofline.least_us(r.bytes_moved, r.flops), call.time_us,
     )  # fmt: skip
 
 
@@ -97,7 +98,7 @@ def _judged(call: calls.Call, roofline: rooflines.Roofline) -> Row:
     return Row(
         call.name, problem, chosen, source if selection is None else selection.source,
         None if config is None else config._asdict(), others, roofline.time_us(problem), call.time_us,
-        winners.measurement_of(problem),
+        winners.measurement_of(problem), call.region,
     )  # fmt: skip
 
 

@@ -29,6 +29,8 @@ class Row(NamedTuple):
     convolution, BN, addition and activation, a kernel one for all; problem.bytes_moved is the least.
     least_us: the roofline's time for that least. time_us: measured, median of a few runs of the model, if asked for.
     measured: what was measured for this problem when the choice was made, against what, and what was wrong.
+    region: the name of the call that it is part of (`RegionRow`), if there is one. Its bytes and its roofline are those
+    of the convolution by itself.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Row(NamedTuple):
     least_us: float
     time_us: Optional[float]
     measured: Optional[Measurement] = None
+    region: Optional[str] = None
 
     @property
     def bytes_moved(self) -> int:
@@ -52,13 +55,15 @@ class Row(NamedTuple):
 class RegionRow(NamedTuple):
     """Convolutions of a frozen plan that run as one call. Each is a row, too, with a share of time_us by arithmetic.
 
-    kernel: the micro-kernel. source: why they run together, and against what that was measured. bytes_converted: of
-    inputs and outputs, from NHWC to blocks and back. bytes_workspace: for the maps between them. bytes_moved: inputs,
-    weights and outputs once; least_us: the roofline's time for that and for flops. time_us: as a row's.
+    by_winograd: how many are computed by Winograd. kernel: the micro-kernel of the others. source: why they run
+    together, and against what that was measured. bytes_converted: of inputs and outputs, from NHWC to blocks and back.
+    bytes_workspace: for the maps between them. bytes_moved: inputs, weights and outputs once; least_us: the roofline's
+    time for that and for flops. time_us: as a row's.
     """
 
     name: str
     convolutions: int
+    by_winograd: int
     kernel: str
     source: str
     bytes_converted: int
@@ -69,11 +74,12 @@ class RegionRow(NamedTuple):
     time_us: Optional[float]
 
     def __str__(self) -> str:
-        share = "" if self.time_us is None else f", took {self.time_us:.0f} us"
+        winograd = f", {self.by_winograd} of them by Winograd" if self.by_winograd else ""
+        reached = "" if self.time_us is None else f", {100 * self.least_us / self.time_us:.0f} % of the roofline"
         return (
-            f"{self.name}: {self.convolutions} convolutions as one call by {self.kernel}: {self.source}; "
+            f"{self.name}: {self.convolutions} convolutions as one call by {self.kernel}{winograd}: {self.source}; "
             f"{self.bytes_converted / 1e6:.2f} MB converted at its seams, {self.bytes_workspace / 1e6:.2f} MB of "
-            f"workspace, {self.bytes_moved / 1e6:.2f} MB moved at least, {self.least_us:.0f} us at least{share}"
+            f"workspace{reached}"
         )
 
 
@@ -95,19 +101,29 @@ class Explanation(NamedTuple):
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Sums over the rows. bytes_unfused: with a pass over memory for each step of each row."""
+        """Sums over the rows. bytes_unfused: with a pass over memory for each step of each row. What a region moves,
+        and its roofline, count in place of those of its rows."""
         times = [row.time_us for row in self.rows]
+        apart = [row for row in self.rows if row.region is None]
+        within = sum(region.bytes_moved for region in self.regions)
+        least_us = sum(row.least_us for row in apart) + sum(region.least_us for region in self.regions)
         return {
             "flops": sum(row.problem.flops for row in self.rows),
             "bytes_unfused": sum(row.problem.bytes_unfused for row in self.rows),
-            "bytes_moved": sum(row.bytes_moved for row in self.rows),
-            "bytes_least": sum(row.problem.bytes_moved for row in self.rows),
-            "least_us": sum(row.least_us for row in self.rows),
+            "bytes_moved": sum(row.bytes_moved for row in apart) + within,
+            "bytes_least": sum(row.problem.bytes_moved for row in apart) + within,
+            "least_us": least_us,
             "time_us": None if None in times else sum(time for time in times if time is not None),
         }
 
+    @property
+    def rows_least_us(self) -> float:
+        """The roofline's time for all rows, each by itself."""
+        return sum(row.least_us for row in self.rows)
+
     def as_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers, for json.dumps. share: of the roofline's time for all rows."""
+        """Plain dicts, lists, strings and numbers, for json.dumps. share: of the roofline's time for all rows; a
+        region's, of that for all calls."""
         totals = self.totals
         return {
             "model": self.model,
@@ -117,10 +133,10 @@ class Explanation(NamedTuple):
                 dtype_name(dtype): {"gb_per_s": roof.bytes_per_s / 1e9, "tflops": roof.flops_per_s / 1e12}
                 for dtype, roof in self.rooflines.items()
             },
-            "rows": [_row_as_dict(row, totals["least_us"]) for row in self.rows],
+            "rows": [_row_as_dict(row, self.rows_least_us) for row in self.rows],
             "totals": totals,
             "left_alone": [entry._asdict() for entry in self.left_alone],
-            "regions": [region._asdict() for region in self.regions],
+            "regions": [{**one._asdict(), "share": one.least_us / totals["least_us"]} for one in self.regions],
         }
 
     def __str__(self) -> str:
@@ -143,6 +159,7 @@ def _row_as_dict(row: Row, total_us: float) -> dict[str, Any]:
         "share": row.least_us / total_us,
         "time_us": row.time_us,
         "measured": row.measured and row.measured._asdict(),
+        "region": row.region,
     }
 
 
@@ -154,7 +171,8 @@ def _lines(explanation: Explanation) -> list[str]:
         ceiling = f"{roof.bytes_per_s / 1e9:.3g} GB/s copy, {roof.flops_per_s / 1e12:.3g} TFLOP/s matmul"
         lines.append(f"roofline of this device in {dtype_name(dtype)}: {ceiling}")
     cells: list[tuple[str, ...]] = [_COLUMNS]
-    cells += [_cells(row, totals["least_us"]) for row in e.rows]
+    cells += [_cells(row, e.rows_least_us) for row in e.rows]
+    cells += [_cells_of_region(region, e) for region in e.regions]
     mb = (f"{totals[name] / 1e6:.1f}" for name in ("bytes_unfused", "bytes_moved", "bytes_least"))
     time_us = "-" if totals["time_us"] is None else f"{totals['time_us']:.0f}"
     cells.append(
@@ -190,6 +208,18 @@ def _cells(row: Row, total_us: float) -> tuple[str, ...]:
     measured = _measured(row)
     return (
         row.name, str(row.problem), row.backend or "none", *mb, gflop, f"{row.least_us:.0f}", share, time_us, *measured,
+    )  # fmt: skip
+
+
+def _cells_of_region(region: RegionRow, explanation: Explanation) -> tuple[str, ...]:
+    """As a convolution's, beside those of its own convolutions."""
+    r, unfused = region, sum(row.problem.bytes_unfused for row in explanation.rows if row.region == region.name)
+    mb = (f"{n / 1e6:.2f}" for n in (unfused, r.bytes_moved, r.bytes_moved))
+    share = f"{100 * r.least_us / explanation.totals['least_us']:.1f} %"
+    time_us = "-" if r.time_us is None else f"{r.time_us:.0f}"
+    return (
+        r.name, f"{r.convolutions} convolutions in one call", r.kernel, *mb, f"{r.flops / 1e9:.3f}",
+        f"{r.least_us:.0f}", share, time_us, "-", "-",
     )  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from fused_resnet import backends
 from fused_resnet.backends import blocked, winograd
-from fused_resnet.choosing import pieces, winners
-from fused_resnet.choosing.pieces import Piece, Separate
+from fused_resnet.choosing import outright, pieces, winners
+from fused_resnet.choosing.choice import FIXED_ORDER
+from fused_resnet.choosing.piece import Piece, Separate
 from fused_resnet.freezing.draft import Draft
 from fused_resnet.freezing.dtypes import facts_of
 from fused_resnet.freezing.region import FrozenRegion, RegionConv
@@ -24,20 +25,22 @@ from fused_resnet.nn.stock import has_stock_call
 from fused_resnet.operators.describe import Facts, conv_problem, pair
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.regions import kernels
 from fused_resnet.regions.fragment import (
     ConvStep,
     FlattenStep,
     Fragment,
+    Packing,
     PoolStep,
     Step,
     compile_fragment,
-    pack,
-    segments,
+    packings,
 )
 from fused_resnet.regions.layout import DTYPES, MOST_TAPS
 from fused_resnet.regions.program import Shape
 
 _LEAST = 2  # convolutions of a region
+_BY_PRODUCTS, _BY_WINOGRAD = "region", "region by Winograd"  # whose weights they are, in place of a backend's name
 _FLATTENS = (torch.flatten, torch.reshape, "flatten", "reshape")
 
 
@@ -50,15 +53,41 @@ class Run(NamedTuple):
     stages: list[tuple[int, int]]
 
 
+def form_clear_regions(draft: Draft) -> None:
+    """Have what is clearly faster as a region computed by one, before its convolutions are measured (`outright`).
+
+    It is tried where that is the rule. Elsewhere regions win by too little, and it would take its time for nothing.
+    """
+    if not _may_have_regions(draft):
+        return
+    runs = [run for run in _runs(draft) if pieces.is_by_rule(run.piece)]
+    if outright.find_out([_whole(run) for run in runs], draft.tuning):
+        runs = [run for run in _runs(draft) if pieces.is_by_rule(run.piece)]
+        outright.find_out([_whole(run) for run in runs], draft.tuning, is_tried=True)
+    reason = pieces.why_region if draft.tuning.tune == "check" else outright.why_region  # rules, where nothing is timed
+    for run in runs:
+        if (why := reason(_whole(run).piece)) is not None:
+            _replace(draft, run.nodes, run.piece.fragment, why)
+
+
+def _whole(run: Run) -> outright.Whole:
+    piece = run.piece._replace(separate=None)
+    return outright.Whole(piece, tuple(piece.part(*stage) for stage in run.stages if len(run.stages) > 1))
+
+
+def _may_have_regions(draft: Draft) -> bool:
+    if draft.device.type != "cpu" or draft.backend != "auto" or compiled.load("cpu") is not None:
+        return False
+    return blocked.BACKEND.name in backends.known("conv_bn_act")  # else left out, to see what regions bring
+
+
 def form_regions(draft: Draft) -> None:
     """Have what is faster as regions computed by them (`choosing.pieces`). Their convolutions leave the draft.
 
     Each run of nodes is measured as a whole and stage by stage. Neighbouring stages that are faster become one region,
     unless the whole run is faster than the best for each of its stages.
     """
-    if draft.device.type != "cpu" or draft.backend != "auto" or compiled.load("cpu") is not None:
-        return
-    if blocked.BACKEND.name not in backends.known("conv_bn_act"):  # left out, to see what regions bring
+    if not _may_have_regions(draft):
         return
     runs = _runs(draft)
     pieces.decide([piece for run in runs for piece in _alternatives(run)], draft.tuning)
@@ -193,13 +222,15 @@ def _run_of(draft: Draft, nodes: list[fx.Node], places: tuple[int, ...]) -> Run:
     inside = set(nodes)
     inputs = list(dict.fromkeys(source for node in nodes for source in _sources(node) if source not in inside))
     numbers = {node: number for number, node in enumerate([*inputs, *nodes])}
+    multiplies_tiles = kernels.fastest_name(_tensor(nodes[0]).dtype).startswith("amx")
     steps: list[Step] = []
     separate: list[Optional[Separate]] = []
     for node in nodes:
         x, residual, *_ = (*(numbers[source] for source in _sources(node)), None)
         conv = draft.convs.get(node)
         if conv is not None:
-            is_winograd = conv.selection.backend is winograd.BACKEND
+            # with AMX's products Winograd's in fp32 cannot compete
+            is_winograd = _is_winograd(draft, node) and not multiplies_tiles
             steps.append(ConvStep(conv.problem, x, residual, by_winograd=is_winograd))
             separate.append(Separate(conv.selection, conv.in_place))
         else:
@@ -213,7 +244,25 @@ def _run_of(draft: Draft, nodes: list[fx.Node], places: tuple[int, ...]) -> Run:
     outputs = tuple(numbers[node] for node in nodes if any(user not in inside for user in node.users))
     shapes = tuple(cast(Shape, tuple(_tensor(node).shape)) for node in inputs)  # none are vectors
     fragment = Fragment(shapes, tuple(steps), outputs, _tensor(nodes[0]).dtype)
-    return Run(nodes, inputs, Piece(fragment, tuple(separate), places), _stages(fragment))
+    packed = [True] * len(nodes)
+    for place, packing in packings(fragment).items():
+        packed[place] = draft.packed.has(nodes[place].name, _packed_as(packing))
+    return Run(nodes, inputs, Piece(fragment, places, tuple(separate), tuple(packed)), _stages(fragment))
+
+
+def _is_winograd(draft: Draft, node: fx.Node) -> bool:
+    """Whether a region should compute it so. A shape that was not measured takes the weight that another plan has."""
+    conv = draft.convs[node]
+    if not conv.selection.source.startswith(FIXED_ORDER) or winograd.BACKEND.why_not(conv.problem) is not None:
+        return conv.selection.backend is winograd.BACKEND
+    if draft.packed.has(node.name, _BY_WINOGRAD):
+        return True
+    return conv.selection.backend is winograd.BACKEND and not draft.packed.has(node.name, _BY_PRODUCTS)
+
+
+def _packed_as(packing: Packing) -> str:
+    """The name under which the model's plans share such a weight."""
+    return _BY_WINOGRAD if packing.by_winograd else _BY_PRODUCTS
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
@@ -299,17 +348,20 @@ def _made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, why: str) 
     """The module for these nodes. Its packed weights are those of the model's other plans, where they are equal."""
     decisions = {place: draft.convs.pop(node) for place, node in enumerate(nodes) if node in draft.convs}
     biases = {place: conv.bias for place, conv in decisions.items()}
-    convolutions = tuple(RegionConv(nodes[place].name, conv.problem) for place, conv in decisions.items())
+    packed_as = packings(fragment)
+    convolutions = tuple(
+        RegionConv(nodes[place].name, conv.problem, place in packed_as and packed_as[place].by_winograd)
+        for place, conv in decisions.items()
+    )
     weights = {place: conv.weight for place, conv in decisions.items()}
     decisions.clear()
     for place, node in enumerate(nodes):
         if isinstance(layer := draft.called_by(node), nn.Linear):
             weights[place], biases[place] = _weight_of(layer, fragment.dtype)
     packed = {  # each weight goes once it is packed
-        place: pack(fragment, place, [weights.pop(part) for part in parts])
-        for place, parts in segments(fragment).items()
+        place: packing.of([weights.pop(part) for part in packing.parts]) for place, packing in packed_as.items()
     }
     pages = LargePages(sum(LargePages.room(weight.nbytes) for weight in packed.values()))
     for place, weight in packed.items():
-        packed[place] = draft.packed.shared(nodes[place].name, "region", weight, pages.copied)
+        packed[place] = draft.packed.shared(nodes[place].name, _packed_as(packed_as[place]), weight, pages.copied)
     return FrozenRegion(fragment, convolutions, compile_fragment(fragment, packed, biases), why)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet import backends
 from fused_resnet.choosing.decide import Tune, Tuning, check_tune
-from fused_resnet.choosing.timing import Progress, silent
+from fused_resnet.choosing.timing import Progress, never_back, silent
 from fused_resnet.freezing.copies import unwrapped
 from fused_resnet.freezing.dtypes import is_floating
 from fused_resnet.freezing.frozen import Frozen, FrozenModel, FrozenParts, NothingToFreeze
@@ -97,7 +97,7 @@ def freeze(
         raise TypeError(f"freeze: dtype must be float32, bfloat16, float16 or float64, got {dtype}.")
     backends.check_name("freeze", backend)
     check_tune("freeze", tune)
-    tuning = Tuning(tune, progress or silent)
+    tuning = Tuning(tune, silent if progress is None else never_back(progress))
     frozen = [name for name, module in model.named_modules() if isinstance(module, Frozen)]
     if frozen:
         raise ValueError(f"freeze: {frozen[0] or 'the model'} is frozen already. Freeze what it was made from.")

@@ -17,7 +17,7 @@ from fused_resnet.freezing import dtypes
 from fused_resnet.freezing.biases import move_biases
 from fused_resnet.freezing.draft import Draft
 from fused_resnet.freezing.dtypes import Conversion
-from fused_resnet.freezing.fragments import form_regions
+from fused_resnet.freezing.fragments import form_clear_regions, form_regions
 from fused_resnet.freezing.lowering import (
     convert_the_rest,
     lower_convolutions,
@@ -38,6 +38,7 @@ SETTLE_PROBLEMS: tuple[Callable[[Draft], None], ...] = (
 )
 PASSES: tuple[Callable[[Draft], None], ...] = (
     *SETTLE_PROBLEMS,
+    form_clear_regions,
     choose_measured,
     reselect_stranded,
     mark_sums_in_place,

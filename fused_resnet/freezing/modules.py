@@ -63,15 +63,14 @@ class FrozenLinear(nn.Module):
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, batch: int) -> None:
         super().__init__()
         with torch.no_grad():
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.to(dtype), batch)
+            self.weight = planned.pack_linear(linear.weight.to(dtype), batch)
             self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bound()(x)
 
     def bound(self) -> Callable[[Tensor], Tensor]:
-        linear, weight, bias = torch.ops.mkldnn._linear_pointwise.default, self.weight, self.bias
-        return lambda x: linear(x, weight, bias, "none", [], "")
+        return planned.bound_linear(self.weight, self.bias)
 
 
 class FrozenMaxPool(nn.Module):
@@ -147,6 +146,10 @@ class PackedWeights:
         packed = kept(packed)
         self._weights[name, backend, layout] = packed
         return packed
+
+    def has(self, name: str, backend: str) -> bool:
+        """Whether a plan has a weight of this name, in whatever layout."""
+        return any(key[:2] == (name, backend) for key in list(self._weights))
 
 
 LOWERED = (FrozenConv, FrozenLinear, FrozenMaxPool, FrozenRegion)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from typing import Any, Callable, NamedTuple, Union
 
 import torch
@@ -11,23 +10,23 @@ from torch import Tensor, nn
 from fused_resnet.backends import blocked
 from fused_resnet.choosing import Selection
 from fused_resnet.operators.problem import ConvProblem
-from fused_resnet.regions import kernels
+from fused_resnet.regions import calls, kernels
 from fused_resnet.regions.fragment import Fragment
-from fused_resnet.regions.program import MOST_WORKSPACES, CompiledRegion
+from fused_resnet.regions.program import CompiledRegion
 
 
 class RegionConv(NamedTuple):
-    """A convolution within a region: the name of the node that it was, and what it computes."""
+    """A convolution within a region: the name of the node that it was, what it computes, and whether by Winograd."""
 
     name: str
     problem: ConvProblem
+    by_winograd: bool = False
 
 
 class FrozenRegion(nn.Module):
     """A fragment of a plan as one call. Returns a tensor, or a tuple of several.
 
-    convolutions: of the fragment, in its order. why: it runs as a region, as part of a sentence. Between calls its
-    workspaces wait in a pool. A call takes one, or makes one where other threads have all.
+    convolutions: of the fragment, in its order. why: it runs as a region, as part of a sentence.
     """
 
     def __init__(
@@ -40,25 +39,20 @@ class FrozenRegion(nn.Module):
         super().__init__()
         self.fragment, self.convolutions, self.compiled = fragment, convolutions, compiled
         self.why, self.micro_kernel = why, kernels.fastest_name(compiled.dtype)
-        self.workspaces = collections.deque([compiled.empty_workspace()], maxlen=MOST_WORKSPACES)
+        self.workspaces = calls.new_workspaces(compiled)
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.bound()(*inputs)
 
     def bound(self) -> Callable[..., Union[Tensor, tuple[Tensor, ...]]]:
         """(*inputs) -> outputs, with all else settled: what a plan calls."""
-        program, weights, biases, shapes, dtype, _ = compiled = self.compiled
-        call, kernel, pool = torch.ops.fused_resnet.cpu_region.default, self.micro_kernel, self.workspaces
+        compiled = self.compiled
+        call, shapes, dtype = calls.bound(compiled, self.workspaces), compiled.output_shapes, compiled.dtype
         empty, in_nhwc, has_vectors = torch.empty, torch.channels_last, self.fragment.has_vectors
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-            try:
-                workspace = pool.pop()
-            except IndexError:
-                workspace = compiled.empty_workspace()
             outputs = [empty(shape, dtype=dtype, memory_format=in_nhwc) for shape in shapes]
-            call(program, list(inputs), weights, biases, kernel, workspace, outputs)
-            pool.append(workspace)
+            call(list(inputs), outputs)
             return tuple(out.flatten(1) if flat else out for out, flat in zip(outputs, has_vectors))
 
         def run_for_one(*inputs: Tensor) -> Tensor:
@@ -75,10 +69,10 @@ class FrozenRegion(nn.Module):
         """The least that it can move: inputs, weights and outputs once. What lies between them stays in caches."""
         return self.fragment.bytes_at_seams + sum(weight.nbytes for weight in self.compiled.weights)
 
-    @property
-    def selection(self) -> Selection:
-        """Who computes each of its convolutions, and why."""
-        source = f"in a region of {len(self.convolutions)} convolutions by {self.micro_kernel} ({self.why})"
+    def selection_of(self, conv: RegionConv) -> Selection:
+        """Who computes one of its convolutions, and why."""
+        how = "Winograd" if conv.by_winograd else self.micro_kernel
+        source = f"by {how} in a region of {len(self.convolutions)} convolutions ({self.why})"
         return Selection(blocked.BACKEND, None, source)
 
     def extra_repr(self) -> str:

@@ -30,6 +30,7 @@ def warmed(plan: Plan, x: Tensor, turns: Turns) -> Plan:
     turns: of the graphs of the model's other plans.
     """
     if x.device.type == "cpu":
+        malloc.trim()  # measuring and packing took more than the plan works in
         malloc.keep(*_workspace_of(plan.module.graph))
     if not _has_graphs(x.device):
         _try_once(plan, x)

@@ -18,6 +18,8 @@ import contextlib
 import ctypes
 import mmap
 import os
+import weakref
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -48,36 +50,51 @@ def keep(largest: int, peak: int) -> bool:
         return bool(mallopt(_M_MMAP_THRESHOLD, _kept["largest"]) and mallopt(_M_TRIM_THRESHOLD, _kept["peak"]))
 
 
-def _is_ours_to_set() -> bool:
+def _is_glibc() -> bool:
     try:
-        is_glibc = (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
     except (AttributeError, ValueError, OSError):
-        is_glibc = False
+        return False
+
+
+def _is_ours_to_set() -> bool:
     names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
     is_set = any(name in os.environ for name in names) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    return is_glibc and not is_set
+    return _is_glibc() and not is_set
+
+
+def trim() -> None:
+    """Have malloc give what is free back to the system, as after much that was needed for a while. Only on glibc."""
+    if _is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class LargePages:
     """Memory in large pages, where Linux has them, for what a plan reads at every call: pieces of it, side by side.
 
     In pages of 4 KB the weights of ResNet-50 have more of them than a processor keeps translations of: in bf16 a call
-    took a tenth longer (Xeon with AMX, one thread, 2026-11). What is not written yet takes no memory.
+    took a tenth longer (Xeon with AMX, one thread, 2026-11). What is not written yet takes no memory, nor what a piece
+    has left that is not needed any more.
     """
 
     _PAGE, _LINE, _WORTH = 2**21, 64, 2**20
 
     def __init__(self, nbytes: int) -> None:
         """nbytes: for how much there is room before another piece of memory is asked for, as large again."""
-        self._size, self._used = nbytes, 0
-        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._size, self._used, self._end = nbytes, 0, 0
+        self._chunk: Optional[mmap.mmap] = None
 
     def empty(self, nbytes: int) -> Tensor:
-        """A vector of bytes that begins at a multiple of 64. It keeps the whole chunk alive."""
-        if self._used + nbytes > self._chunk.numel():
-            self._chunk, self._used = self._new_chunk(max(nbytes, self._size)), 0
+        """A vector of bytes that begins at a multiple of 64."""
+        if max(nbytes, self._size) < self._WORTH:  # a page for each of many small regions would be most of their memory
+            return torch.empty(nbytes, dtype=torch.uint8)
+        if self._chunk is None or self._used + nbytes > self._end:
+            self._begin_chunk(max(nbytes, self._size))
+        assert self._chunk is not None
         begin, self._used = self._used, self._used + self.room(nbytes)
-        return self._chunk[begin : begin + nbytes]
+        piece = memoryview(self._chunk)[begin : begin + nbytes]
+        weakref.finalize(piece, _give_back, self._chunk, begin, begin + nbytes).atexit = False
+        return torch.frombuffer(piece, dtype=torch.uint8)
 
     def copied(self, tensor: Tensor) -> Tensor:
         return self.empty(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
@@ -87,12 +104,17 @@ class LargePages:
         """What a piece of so many bytes takes."""
         return -(-nbytes // cls._LINE) * cls._LINE
 
-    def _new_chunk(self, nbytes: int) -> Tensor:
-        if nbytes < self._WORTH:  # a page for each of many small regions would be most of their memory
-            return torch.empty(nbytes, dtype=torch.uint8)
+    def _begin_chunk(self, nbytes: int) -> None:
         pages = mmap.mmap(-1, nbytes + self._PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(AttributeError, OSError):  # elsewhere than on Linux; a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
-        memory = torch.frombuffer(pages, dtype=torch.uint8)
-        begin = -memory.data_ptr() % self._PAGE
-        return memory[begin : begin + nbytes]
+        begin = -torch.frombuffer(pages, dtype=torch.uint8).data_ptr() % self._PAGE
+        self._chunk, self._used, self._end = pages, begin, begin + nbytes
+
+
+def _give_back(pages: mmap.mmap, begin: int, end: int) -> None:
+    """The pages that no other piece has a part of."""
+    first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last:
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            pages.madvise(mmap.MADV_DONTNEED, first, last - first)

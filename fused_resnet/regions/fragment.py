@@ -285,19 +285,34 @@ def pooled_stems(fragment: Fragment) -> dict[int, int]:
     return found
 
 
-def pack(fragment: Fragment, place: int, weights: Sequence[Tensor]) -> Tensor:
-    """The weights of one of the `segments` as its kernel reads them."""
-    if place in by_winograd(fragment):
-        return winograd.points(weights[0])
-    if place in stems(fragment).values():
-        weights = [rows_of_window(weights[0], fragment.dtype)]
-    return packed_weights(weights, fragment.dtype)
+class Packing(NamedTuple):
+    """How the weights of one of the `segments` are packed. parts: the places of the steps whose they are."""
+
+    parts: tuple[int, ...]
+    by_winograd: bool
+    by_rows: bool
+    dtype: torch.dtype
+
+    def of(self, weights: Sequence[Tensor]) -> Tensor:
+        """The parts' weights as their kernel reads them."""
+        if self.by_winograd:
+            return winograd.points(weights[0])
+        return packed_weights([rows_of_window(weights[0], self.dtype)] if self.by_rows else weights, self.dtype)
+
+
+def packings(fragment: Fragment) -> dict[int, Packing]:
+    """{the place of each of the `segments`: how its weights are packed}."""
+    points, by_rows = by_winograd(fragment), stems(fragment).values()
+    return {
+        place: Packing(parts, place in points, place in by_rows, fragment.dtype)
+        for place, parts in segments(fragment).items()
+    }
 
 
 def compile_fragment(
     fragment: Fragment, packed: Mapping[int, Tensor], biases: Mapping[int, Union[Tensor, Epilogue, None]]
 ) -> CompiledRegion:
-    """packed: the weights of the `segments` as `pack` gives them, by place. biases: of each convolution, None without
+    """packed: the weights of the `segments` as `packings` has them, by place. biases: of each convolution, None without
     one; in int8 its `Epilogue`.
 
     A sum replaces its residual where nothing reads that later. Raises ValueError for steps that int8 has not.

@@ -28,7 +28,6 @@ from fused_resnet.regions import layout
 _VERSION = 4
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 2, torch.int8: 3}  # of the dtypes
 _ACTIVATIONS = ACTIVATIONS[:3]  # the kernels have no others
-MOST_WORKSPACES = 8  # that wait for a call
 _READ, _WRITE, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES, _WINOGRAD, _WRITE_MEANS, _POOLED_STEM = range(9)
 _TILE = 16  # rows of the largest tile
 _FOR_MAPS = 0.75  # of the second-level caches

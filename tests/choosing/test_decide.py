@@ -17,7 +17,7 @@ from torch import nn
 import fused_resnet
 from fused_resnet import backends, choosing, models
 from fused_resnet.backends.record import REGISTRY
-from fused_resnet.choosing import decide, dispatch, pieces, process, timing, winners
+from fused_resnet.choosing import decide, dispatch, outright, pieces, process, timing, winners
 from fused_resnet.choosing.candidates import candidates
 from fused_resnet.choosing.case import poisoned_memory
 from fused_resnet.choosing.choice import FIXED_ORDER
@@ -92,6 +92,12 @@ def timed(monkeypatch):
 
     monkeypatch.setattr(timing, "in_network_order", in_network_order)
     return seen
+
+
+@pytest.fixture
+def by_themselves(monkeypatch):
+    """No run of convolutions is a region before they are measured."""
+    monkeypatch.setattr(outright, "find_out", lambda *args, **options: False)
 
 
 def chosen(one):
@@ -190,7 +196,7 @@ def frozen_resnet(**options):
     return model, x, fused_resnet.freeze(model, x, **options)
 
 
-def test_freeze_measures_once_and_is_right(measuring, no_child, timed):
+def test_freeze_measures_once_and_is_right(measuring, no_child, timed, by_themselves):
     model, x, frozen = frozen_resnet()
     distinct = set(problems_of(frozen, x))
     convs = [one for one in timed if one.op == "conv_bn_act"]

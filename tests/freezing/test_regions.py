@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 import fused_resnet
-from fused_resnet.choosing import pieces, winners
+from fused_resnet.choosing import decide, material, outright, pieces, region_checks, winners
 from fused_resnet.choosing.decide import Tuning
+from fused_resnet.choosing.material import Material
 from fused_resnet.choosing.pieces import REGION, SEPARATE, Times
 from fused_resnet.choosing.winners_file import Entry, Measured, Table
 from fused_resnet.freezing.modules import FrozenConv, FrozenMaxPool, FrozenRegion
 from fused_resnet.kernels import compiled
+from fused_resnet.measuring.rooflines import Roofline
 from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.regions import fragment, kernels
 from fused_resnet.regions.layout import DTYPES
@@ -268,6 +270,19 @@ def test_weights_are_in_memory_once(by_rule):
     assert not any(isinstance(module, FrozenConv) for plan in frozen.plans() for module in plan.modules())
 
 
+def test_another_shape_takes_the_regions_and_the_weights_of_the_first(by_rule, monkeypatch):
+    """Where rules alone would take none, and where they would compute another convolution by Winograd."""
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.ReLU()).eval()
+    frozen = fused_resnet.freeze(model, torch.randn(2, 32, 16, 16))
+    monkeypatch.setattr(pieces, "_BY_RULE", ())
+    small = torch.randn(1, 32, 3, 3)
+    (first,), (second,) = (regions(frozen, x) for x in (torch.randn(2, 32, 16, 16), small))
+    assert second.why == pieces.SHARED and [conv.by_winograd for conv in second.convolutions] == [True, False]
+    assert [w.data_ptr() for w in first.compiled.weights] == [w.data_ptr() for w in second.compiled.weights]
+    equal_outputs(frozen(small), networks.in_fp64(model, small))
+    assert not regions(fused_resnet.freeze(model, small), small)
+
+
 class Classifier(nn.Module):
     """Two convolutions, a pooled map, and what a forward makes of its vectors."""
 
@@ -511,8 +526,8 @@ def test_it_is_measured_once(piece, monkeypatch):
     assert pieces.times_of(piece) is None and pieces.why_wrong(piece) is None
     measure(piece)
     times = pieces.times_of(piece)
-    assert isinstance(times, Times) and min(times[:2]) > 0, winners.outcome(piece.problem, REGION)
-    assert 0 < winners.outcome(piece.problem, REGION)["error_ratio"] < 1
+    assert isinstance(times, Times) and min(times[:2]) > 0, winners.outcome(piece.region, REGION)
+    assert 0 < winners.outcome(piece.region, REGION)["error_ratio"] < 1
     winners.forget()  # from the file
     monkeypatch.setattr(pieces, "_measure", lambda *arguments: pytest.fail("it was measured again"))
     measure(piece)
@@ -558,7 +573,7 @@ def _without_zero_halo(program):
 
 @pytest.mark.parametrize("how", WRONG)
 def test_a_wrong_region_is_found_and_never_chosen(piece, monkeypatch, how):
-    right = pieces.compile_fragment
+    right = material.compile_fragment
 
     def wrong(*arguments):
         made = right(*arguments)
@@ -568,40 +583,59 @@ def test_a_wrong_region_is_found_and_never_chosen(piece, monkeypatch, how):
 
     monkeypatch.setattr(pieces, "_BY_RULE", ("amx_bf16", FP32.name))
     assert pieces.why_region(piece) == pieces.RULE
-    monkeypatch.setattr(pieces, "compile_fragment", wrong)
+    monkeypatch.setattr(material, "compile_fragment", wrong)
     measure(piece)
     assert "its error is" in (pieces.why_wrong(piece) or "") or "no number" in pieces.why_wrong(piece)
     assert pieces.times_of(piece) is None and pieces.why_region(piece) is None
-    monkeypatch.setattr(pieces, "compile_fragment", right)
+    monkeypatch.setattr(material, "compile_fragment", right)
     monkeypatch.setattr(pieces, "_measure", lambda *arguments: pytest.fail("what is wrong was measured again"))
     measure(piece)
     assert pieces.why_region(piece) is None
 
 
-def test_what_does_not_run_is_never_chosen(piece, monkeypatch):
+def test_what_does_not_run_is_not_chosen_by_this_process(piece, monkeypatch):
+    """The next one tries again: too little memory, or whatever it was, may be over."""
+
     def refuse(*arguments):
         raise RuntimeError("no such step")
 
-    monkeypatch.setattr(pieces, "compile_fragment", refuse)
+    with monkeypatch.context() as patched:
+        patched.setattr(material, "compile_fragment", refuse)
+        measure(piece)
+    assert pieces.why_wrong(piece) == "RuntimeError: no such step" and pieces.why_region(piece) is None
+    winners._SESSION.clear()
+    winners.forget()
+    assert pieces.why_wrong(piece) is None
     measure(piece)
-    assert pieces.why_wrong(piece) == "RuntimeError: no such step"
+    assert pieces.times_of(piece) is not None
 
 
 def test_what_is_wrong_with_the_nodes_is_not_kept_of_the_region(piece, monkeypatch):
     """Nor is anything chosen in this process: there is nothing to compare it with."""
-    nan = torch.full(piece.fragment.value_shapes[-1], torch.nan)
-    for effect, sentence in (([RuntimeError("no")], "do not run: RuntimeError: no"), ([[nan]], "no numbers")):
+    nan = torch.full((2, *piece.fragment.value_shapes[-1][1:]), torch.nan)
+    for effect, sentence in (([RuntimeError("no")], "RuntimeError: no"), ([[nan]], "no numbers")):
         call = mock.Mock(side_effect=effect)
-        monkeypatch.setattr(pieces.Material, "separate", lambda self, piece, call=call: call)
-        outcome = pieces.checked(piece)
+        monkeypatch.setattr(Material, "in_fp32", lambda self, piece, call=call: call)
+        outcome = region_checks.checked(piece, Material())
         assert sentence in outcome["why"] and outcome["is_passing"]
+
+
+def test_the_yardstick_is_the_nodes_in_the_dtype_of_the_fragment(piece):
+    """Not what a library makes of them: in fp64 with each result rounded, the errors are of the same size."""
+    images = material.images_of(piece.fragment)
+    exact = Material().in_fp64(piece)([x.double() for x in images])
+    found = Material().in_fp32(piece)(images)
+    eps = torch.finfo(piece.fragment.dtype).eps
+    for ours, right in zip(found, exact):
+        assert ours.dtype == piece.fragment.dtype and ours.shape == right.shape
+        assert 0 < networks.error(ours, right) < 32 * eps
 
 
 def test_a_new_shape_is_checked_alone(piece, monkeypatch):
     monkeypatch.setattr(pieces, "_BY_RULE", ("amx_bf16", FP32.name))
     monkeypatch.setattr(pieces, "_measure", lambda *arguments: pytest.fail("it was measured"))
     pieces.decide([piece], Tuning("check"))
-    assert winners.outcome(piece.problem, REGION) is not None and pieces.times_of(piece) is None
+    assert winners.outcome(piece.region, REGION) is not None and pieces.times_of(piece) is None
     assert pieces.why_region(piece) == pieces.RULE
 
 
@@ -620,7 +654,8 @@ def test_a_frozen_model_measures_and_remembers(tuned_files, monkeypatch):
     monkeypatch.delenv("FUSED_RESNET_TUNE", raising=False)
     model, x = networks.single(BasicBlock, stride=1, channels=16), torch.randn(2, 16, 8, 8)
     fused_resnet.freeze(model, x, tune=0.05)
-    monkeypatch.setattr(pieces, "_measure", lambda *arguments: pytest.fail("it was measured again"))
+    for module, name in ((pieces, "_measure"), (outright, "_timed"), (decide, "_checked")):
+        monkeypatch.setattr(module, name, lambda *arguments: pytest.fail("it was measured again"))
     frozen = fused_resnet.freeze(model, x, tune=0.05)
     equal_outputs(frozen(x), networks.in_fp64(model, x))
 
@@ -643,13 +678,33 @@ def test_explain_shows_them(by_rule):
         row.name in names and row.backend == "blocked" and "one call" not in row.source for row in explanation.rows
     )
     assert {row.source for row in explanation.rows} == {
-        f"in a region of {region.convolutions} convolutions by {FP32.name} ({pieces.RULE})"
+        f"by {FP32.name} in a region of {region.convolutions} convolutions ({pieces.RULE})"
     }
+    assert {row.region for row in explanation.rows} == {region.name}
     assert sum(row.time_us for row in explanation.rows) == pytest.approx(region.time_us)
     assert region.bytes_converted == 4 * (2 * 3 * 16 * 16 + 2 * 64 * 4 * 4)
     text = str(explanation)
     assert f"{region.convolutions} convolutions as one call by {FP32.name}" in text and "converted at its seams" in text
-    assert explanation.as_dict()["regions"][0]["least_us"] > 0
+    (record,), totals = explanation.as_dict()["regions"], explanation.totals
+    assert record["share"] == 1 and record["least_us"] == totals["least_us"] > 0
+    assert (
+        totals["bytes_moved"]
+        == totals["bytes_least"]
+        == region.bytes_moved
+        < sum(row.bytes_moved for row in explanation.rows)
+    )
+    (line,) = (line for line in text.splitlines() if line.startswith("region "))
+    cells = f"{region.bytes_moved / 1e6:.2f} 0.005 {region.least_us:.0f} 100.0 % {region.time_us:.0f} - -"
+    assert " ".join(line.split()).endswith(cells)
+    assert f"{100 * region.least_us / region.time_us:.0f} % of the roofline" in text
+
+
+def test_explain_tells_what_a_region_computes_by_winograd(by_rule):
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 1)).eval()
+    x = torch.randn(2, 32, 16, 16)
+    explanation = fused_resnet.explain(fused_resnet.freeze(model, x), x, roofline=Roofline(1e10, 1e11))
+    assert [row.source.partition(" in a region")[0] for row in explanation.rows] == ["by Winograd", f"by {FP32.name}"]
+    assert f"by {FP32.name}, 1 of them by Winograd" in str(explanation)
 
 
 def test_a_plan_made_in_inference_mode_serves_outside(by_rule):

@@ -1,9 +1,13 @@
 """Memory in large pages: pieces side by side, each at a multiple of 64, that keep what they are parts of."""
 
 import gc
+import mmap
+from pathlib import Path
 
+import pytest
 import torch
 
+from fused_resnet.machine import malloc
 from fused_resnet.machine.malloc import LargePages
 
 
@@ -37,3 +41,32 @@ def test_a_piece_outlives_its_allocator():
     del pages
     gc.collect()
     assert torch.equal(piece, torch.arange(100_000))
+
+
+def test_memory_of_a_piece_goes_with_it_though_others_stay():
+    """One weight that several plans share must not keep all that lay beside it."""
+    pages = LargePages(2**21)
+    first, second = (pages.empty(2**20).fill_(7) for _ in range(2))
+    chunk, begin = pages._chunk, pages._used - 2**21
+    assert chunk[begin] == chunk[begin + 2**20 - 1] == 7
+    del first
+    gc.collect()
+    assert not any(chunk[begin : begin + 2**20]) and second.eq(7).all()
+    del pages, chunk
+    gc.collect()
+    assert second.eq(7).all()
+
+
+@pytest.mark.skipif(not malloc._is_glibc(), reason="only glibc keeps what is freed")
+def test_free_memory_is_given_back():
+    """What lies below a piece that is in use, too."""
+    pieces = [torch.empty(2**16, dtype=torch.uint8).fill_(1) for _ in range(512)]
+    last = pieces.pop()
+    del pieces
+    before = resident_bytes()
+    malloc.trim()
+    assert resident_bytes() < before - 2**24 and last.numel()
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.cpu_check.cores import threads
 from fused_resnet.kernels import compiled
 from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.regions.program import Region, Segment
 from tests.support import networks
-from tests.support.regions import add_block, call, channels_last, fastest, kernels, threads
+from tests.support.regions import add_block, call, channels_last, fastest, kernels
 
 if compiled.load("cpu") is not None:
     pytest.skip(compiled.load("cpu"), allow_module_level=True)

@@ -6,6 +6,7 @@ Workspaces hold NaN before a call: a halo or a channel that is not written shows
 import pytest
 import torch
 
+from benchmarks.cpu_check.cores import threads
 from fused_resnet.backends import winograd
 from fused_resnet.kernels import compiled
 from fused_resnet.operators import reference
@@ -13,7 +14,7 @@ from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.regions import layout
 from fused_resnet.regions.program import Region, Segment
-from tests.support.regions import call, channels_last, fastest, kernels, threads
+from tests.support.regions import call, channels_last, fastest, kernels
 
 if compiled.load("cpu") is not None:
     pytest.skip(compiled.load("cpu"), allow_module_level=True)

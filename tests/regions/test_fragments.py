@@ -114,10 +114,9 @@ class Drawn:
         self.add(ConvStep(problem, x, **options), shape)
 
     def packed(self):
-        parts = fragment.segments(self.fragment)
         return {
-            place: fragment.pack(self.fragment, place, [self.weights[part] for part in of])
-            for place, of in parts.items()
+            place: packing.of([self.weights[part] for part in packing.parts])
+            for place, packing in fragment.packings(self.fragment).items()
         }
 
     def expected(self, inputs, rounded=lambda y: y):

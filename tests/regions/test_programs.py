@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.cpu_check.cores import threads
 from fused_resnet.kernels import compiled
 from fused_resnet.regions.program import Pooling, Region, Segment
-from tests.support.regions import call, channels_last, fastest, kernels, table, threads
+from tests.support.regions import call, channels_last, fastest, kernels, table
 
 if compiled.load("cpu") is not None:
     pytest.skip(compiled.load("cpu"), allow_module_level=True)
@@ -281,7 +282,7 @@ class CallOfPooledStem(Call):
         self.workspace = self.region.empty_workspace()
 
 
-STEM = 2 + 7
+STEM = 3 + 7
 # out, input, first image; taps, stride, padding; activation, weight, bias; window and dilation; kind; window; lines
 UNFOLDING, STEM_WINDOW = STEM + 4, STEM + 10
 KIND, POOL_WINDOW, LINES = STEM_WINDOW + 8, STEM_WINDOW + 10, STEM_WINDOW + 16

@@ -1,6 +1,5 @@
 """Regions of C++ in tests: which micro-kernels run here, and calls with workspaces full of NaN."""
 
-import contextlib
 from unittest import mock
 
 import torch
@@ -46,16 +45,6 @@ def call(region, inputs, kernel):
     torch_empty = torch.empty
     with mock.patch.object(torch, "empty", empty):
         return compiled_region(inputs, workspace, kernel)
-
-
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def folded(conv, bn, dtype):
