@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from benchmarks.cpu_check.cores import threads
 from fused_resnet.kernels import compiled
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.regions import fragment, program
 from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep
 from fused_resnet.regions.program import Pooling, Region, Segment
-from tests.support.regions import call, channels_last, kernels, threads
+from tests.support.regions import call, channels_last, kernels
 
 if compiled.load("cpu") is not None:
     pytest.skip(compiled.load("cpu"), allow_module_level=True)
@@ -126,7 +127,7 @@ def test_the_other_inputs_keep_their_order(monkeypatch):
     pool = PoolStep("average", 0, (2, 2), (2, 2), (0, 0), False)
     whole = whole._replace(steps=(*whole.steps, pool), outputs=(3, 4))
     weight, bias = torch.randn(8, 3, 3, 3), torch.randn(8)
-    region = fragment.compile_fragment(whole, {0: fragment.pack(whole, 0, [weight])}, {0: bias})
+    region = fragment.compile_fragment(whole, {0: fragment.packings(whole)[0].of([weight])}, {0: bias})
     inputs = [channels_last(torch.randn(shape)) for shape in whole.shapes]
     pooled, average = region(inputs, region.empty_workspace())
     expected = torch.max_pool2d(torch.relu(torch.conv2d(inputs[1], weight, bias, padding=1)), 2)

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from benchmarks.cpu_check.cores import threads
 from fused_resnet.kernels import compiled
 from fused_resnet.operators import quantized
 from fused_resnet.operators.describe import conv_problem
@@ -15,7 +16,7 @@ from fused_resnet.regions.exact import run_reference
 from fused_resnet.regions.fragment import ConvStep, FlattenStep, Fragment, PoolStep
 from fused_resnet.regions.program import Region, Requantizing, Segment
 from tests.regions.test_exact import Block
-from tests.support.regions import int8_kernels, threads
+from tests.support.regions import int8_kernels
 
 if compiled.load("cpu") is not None:
     pytest.skip(compiled.load("cpu"), allow_module_level=True)
@@ -145,7 +146,7 @@ class Drawn:
 
 
 def compile_(whole, weights, epilogues):
-    packed = {place: fragment.pack(whole, place, [weight]) for place, weight in weights.items()}
+    packed = {place: packing.of([weights[place]]) for place, packing in fragment.packings(whole).items()}
     return fragment.compile_fragment(whole, packed, epilogues)
 
 
