@@ -244,6 +244,7 @@ class TileShare {
 
 template <class Tiles, class Rows, Factors kFactors = Factors::kBFloat16>
 FUSED_RESNET_INLINE void run_tiles(const Convolution& c, const Share& share) {
+  if constexpr (!Tiles::kStreams) return TileShare<Tiles, Rows, Streamed::kNothing, kFactors>(c, share).run();
   switch (streamed_of(c)) {
     case Streamed::kNothing:
       return TileShare<Tiles, Rows, Streamed::kNothing, kFactors>(c, share).run();

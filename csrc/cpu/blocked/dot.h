@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "cpu/blocked/requantizing.h"
 
@@ -13,13 +15,31 @@ namespace blocked {
 
 constexpr int64_t kFour = 4;  // channels of a product
 
-FUSED_RESNET_INLINE uint32_t four_bytes(const char* from) {
-  uint32_t bytes;
-  std::memcpy(&bytes, from, kFour);
-  return bytes;
+// After a lambda's parameters: inlined, and so compiled for the instruction set of whoever calls it.
+#define FUSED_RESNET_INLINED __attribute__((always_inline))
+
+// run(0), ..., run(kCount - 1), each a constant: GCC keeps an array in registers if no loop indexes it before it is
+// unrolled, and it takes an instruction by assembly for too large to unroll early.
+template <class Run, int... kIndices>
+FUSED_RESNET_INLINE void run_each(const Run& run, std::integer_sequence<int, kIndices...>) {
+  (run(std::integral_constant<int, kIndices>()), ...);
+}
+
+template <int kCount, class Run>
+FUSED_RESNET_INLINE void unrolled(const Run& run) {
+  run_each(run, std::make_integer_sequence<int, kCount>());
 }
 
 #if defined(__x86_64__)
+
+// Four bytes everywhere: of GCC 12's own broadcast of an integer each lane is an instruction.
+template <class Vector>
+FUSED_RESNET_INLINE void broadcast(const char* from, Vector* to) {
+  struct Four {
+    char bytes[kFour];
+  };
+  asm("vpbroadcastd %1, %0" : "=v"(*to) : "m"(*reinterpret_cast<const Four*>(from)));
+}
 
 // VPDPBUSD in vectors of kBytes, encoded for AVX-512 where they have 64, else for AVX-VNNI. Its first factor is
 // unsigned: signed ones are taken 128 larger, and sums begin at -128 times the sum of the weights.
@@ -43,8 +63,8 @@ struct VnniDot {
 
   template <bool kSigned>
   static FUSED_RESNET_INLINE void load_pixel(const char* from, Pixel* pixel) {
-    const auto bytes = static_cast<int32_t>(kSigned ? four_bytes(from) ^ 0x80808080 : four_bytes(from));
-    *pixel = Pixel{} + bytes;
+    broadcast(from, pixel);
+    if constexpr (kSigned) *pixel ^= INT32_MIN + 0x808080;  // 0x80808080
   }
 
   static FUSED_RESNET_INLINE void add(const Pixel& pixel, const Weights& weights, Sums* sums) {
@@ -68,7 +88,7 @@ struct MaddDot {
   using Shorts = typename VectorOf<int16_t, kBytes>::Vector;
   using Unsigned = typename VectorOf<uint8_t, kBytes / 2>::Vector;
   using Signed = typename VectorOf<int8_t, kBytes / 2>::Vector;
-  using Fours = typename VectorOf<uint32_t, kBytes / 2>::Vector;
+  using Loaded = typename VectorOf<int8_t, kBytes / 2>::Unaligned;
   using Weights = Shorts;
   using Pixel = Shorts;
 
@@ -81,17 +101,35 @@ struct MaddDot {
     for (int i = 0; i < kOutputs; ++i) to[i] = sums[2 * i] + sums[2 * i + 1];
   }
   static FUSED_RESNET_INLINE void load(const char* from, Weights* weights) {
-    const Signed bytes = *reinterpret_cast<const typename VectorOf<int8_t, kBytes / 2>::Unaligned*>(from);
-    *weights = __builtin_convertvector(bytes, Shorts);
+    widen<true>(*reinterpret_cast<const Loaded*>(from), weights);
   }
 
   template <bool kSigned>
   static FUSED_RESNET_INLINE void load_pixel(const char* from, Pixel* pixel) {
-    const Fours bytes = Fours{} + four_bytes(from);
+    Loaded bytes;
+#if defined(__x86_64__)
+    if constexpr (kBytes == 32) broadcast(from, &bytes);
+#endif
+    if constexpr (kBytes == 16) std::memcpy(&bytes, from, 4), std::memcpy(reinterpret_cast<char*>(&bytes) + 4, from, 4);
+    widen<kSigned>(bytes, pixel);
+  }
+
+  template <bool kSigned>
+  static FUSED_RESNET_INLINE void widen(const Loaded& bytes, Shorts* shorts) {
+#if defined(__x86_64__)
+    if constexpr (kBytes == 32) {  // of which GCC 12 makes five instructions
+      if constexpr (kSigned) {
+        asm("vpmovsxbw %1, %0" : "=x"(*shorts) : "xm"(bytes));
+      } else {
+        asm("vpmovzxbw %1, %0" : "=x"(*shorts) : "xm"(bytes));
+      }
+      return;
+    }
+#endif
     if constexpr (kSigned) {
-      *pixel = __builtin_convertvector(reinterpret_cast<Signed>(bytes), Shorts);
+      *shorts = __builtin_convertvector(reinterpret_cast<const Signed&>(bytes), Shorts);
     } else {
-      *pixel = __builtin_convertvector(reinterpret_cast<Unsigned>(bytes), Shorts);
+      *shorts = __builtin_convertvector(reinterpret_cast<const Unsigned&>(bytes), Shorts);
     }
   }
 
@@ -179,12 +217,10 @@ class DotKernel {
 
   template <int kRows, bool kSigned>
   static FUSED_RESNET_INLINE void add_part(const Part& part, const char* a, const char* weights, int32_t* sums) {
-    typename Dot::Sums total[kRows][kWide];
-    for (int r = 0; r < kRows; ++r) {
-      for (int j = 0; j < kWide; ++j) {
-        Dot::begin(part.is_first ? part.begin + j * Dot::kOutputs : sums + place_of(r, j), &total[r][j]);
-      }
-    }
+    typename Dot::Sums total[kRows * kWide];
+    unrolled<kRows * kWide>([&](auto i) FUSED_RESNET_INLINED {
+      Dot::begin(part.is_first ? part.begin + i % kWide * Dot::kOutputs : sums + place_of(i), &total[i]);
+    });
     for (int64_t step = 0; step < part.steps; ++step, weights += kStepBytes) {
       const char* pixels = a + part.offsets[step];
       for (int r = 0; r < kRows; ++r) __builtin_prefetch(pixels + part.to_next_tile + r * part.stride);
@@ -195,27 +231,26 @@ class DotKernel {
         add_four<kRows, kSigned>(pixels + four * kFour, part.stride, weights + four * kLine, total);
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      for (int j = 0; j < kWide; ++j) Dot::end(total[r][j], sums + place_of(r, j));
-    }
+    unrolled<kRows * kWide>([&](auto i) FUSED_RESNET_INLINED { Dot::end(total[i], sums + place_of(i)); });
   }
 
-  static constexpr int place_of(int row, int vector) {
+  static constexpr int place_of(int i) {
+    const int row = i / kWide, vector = i % kWide;
     return vector / kPerHalf * kSumsOfHalf + row * kHalf + vector % kPerHalf * Dot::kOutputs;
   }
 
   template <int kRows, bool kSigned>
   static FUSED_RESNET_INLINE void add_four(const char* a, int64_t stride, const char* weights,
-                                           typename Dot::Sums (&total)[kRows][kWide]) {
+                                           typename Dot::Sums (&total)[kRows * kWide]) {
     typename Dot::Weights b[kWide];
-    for (int j = 0; j < kWide; ++j) {
+    unrolled<kWide>([&](auto j) FUSED_RESNET_INLINED {
       Dot::load(weights + j / kPerHalf * kHalfBytes + j % kPerHalf * kVectorBytes, &b[j]);
-    }
-    for (int r = 0; r < kRows; ++r) {
+    });
+    unrolled<kRows>([&](auto r) FUSED_RESNET_INLINED {
       typename Dot::Pixel pixel;
       Dot::template load_pixel<kSigned>(a + r * stride, &pixel);
-      for (int j = 0; j < kWide; ++j) Dot::add(pixel, b[j], &total[r][j]);
-    }
+      unrolled<kWide>([&](auto j) FUSED_RESNET_INLINED { Dot::add(pixel, b[j], &total[r * kWide + j]); });
+    });
   }
 
   int rows_;

@@ -1,6 +1,5 @@
 #include "cpu/blocked/int8.h"
 
-#include "cpu/blocked/amx.h"
 #include "cpu/blocked/dot.h"
 
 #if defined(__x86_64__)
@@ -32,16 +31,6 @@ const char* why_no_avx_vnni() {
   return has_bits(1, 0, kVnni) ? nullptr : "this CPU has no AVX-VNNI";
 }
 
-#if FUSED_RESNET_HAS_TILES
-FUSED_RESNET_AVX512 void run_amx_int8(const Convolution& c, const Share& share) {
-  run_byte_tiles<AmxTiles, Avx512ByteRows>(c, share);
-}
-#endif
-
-void run_emulated_amx_int8(const Convolution& c, const Share& share) {
-  run_byte_tiles<EmulatedTiles, PlainByteRows>(c, share);
-}
-
 #if defined(__x86_64__)
 FUSED_RESNET_AVX512 void run_avx512_vnni(const Convolution& c, const Share& share) {
   run_share<DotKernel<VnniDot<64>, 16, 2, 14, 8, 16>, uint8_t>(c, share);
@@ -63,12 +52,6 @@ void run_avx_vnni(const Convolution& c, const Share& share) {
   run_int8_anywhere(c, share);
 }
 void run_avx2_int8(const Convolution& c, const Share& share) {
-  run_int8_anywhere(c, share);
-}
-#endif
-
-#if !FUSED_RESNET_HAS_TILES
-void run_amx_int8(const Convolution& c, const Share& share) {
   run_int8_anywhere(c, share);
 }
 #endif

@@ -115,6 +115,8 @@ FUSED_RESNET_AVX2 inline void dot_bytes_avx2(const EmulatedTile& a, const Emulat
 
 class EmulatedTiles {
  public:
+  static constexpr bool kStreams = false;  // whether stream is anything but load
+
   explicit EmulatedTiles(const TileRows& rows) : rows_(rows) { std::memset(tiles_, 0, sizeof tiles_); }
   EmulatedTiles(const EmulatedTiles&) = delete;
   EmulatedTiles& operator=(const EmulatedTiles&) = delete;
@@ -179,6 +181,8 @@ class EmulatedTiles {
 // number is part of the instruction, hence %c.
 class AmxTiles {
  public:
+  static constexpr bool kStreams = true;
+
   explicit AmxTiles(const TileRows& rows) {
     Config config = {};
     config.palette = 1;
