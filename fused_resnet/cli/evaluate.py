@@ -62,7 +62,8 @@ def evaluate(
         x, _ = found.batch(order[:calibrate], normalize)
         options.update(calibrate=[x.to(device)], keep=_kept(keep))
         order = order[calibrate:]
-    network = models.create(model, weights=weights).eval().to(device, memory_format=torch.channels_last)
+    network: Any = models.create(model, weights=weights).eval()
+    network = network.to(device, memory_format=torch.channels_last)
     batches = order.split(batch)
     example, _ = found.batch(batches[0], normalize)
     title = f"eval {model} {dtype}"

@@ -191,9 +191,8 @@ def _moves(node: fx.Node) -> bool:
         return facts_of(node.all_input_nodes[0]) is not None
     if node.target not in (F.pad, torch._C._nn.pad):
         return False
-    _, _, mode, value, *_ = (*node.args, *[None] * 4)
-    mode, value = node.kwargs.get("mode", mode), node.kwargs.get("value", value)
-    return mode in (None, "constant") and value in (None, 0)
+    asked = {**dict(zip(("input", "pad", "mode", "value"), node.args)), **node.kwargs}
+    return asked.get("mode", "constant") == "constant" and asked.get("value") in (None, 0)
 
 
 def _in_bytes(fragment: Fragment, hows: Sequence[Optional[Quantized]]) -> Fragment:

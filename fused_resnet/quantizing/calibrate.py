@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Mapping, NamedTuple, Optional, Sequence, cast
 
 import torch
 import torch.nn.functional as F
@@ -157,8 +157,9 @@ class _Comparison(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         y = super().run_node(n)
         if n in self._convolutions:
-            x, residual, *_ = (*(self.env[node] for node in n.args), None)
-            of = [self._ranges[self._names[node]] for node in (n, *n.args)]
+            operands = cast("tuple[fx.Node, ...]", n.args)
+            x, residual, *_ = (*(self.env[node] for node in operands), None)
+            of = [self._ranges[self._names[node]] for node in (n, *operands)]
             error = self._convolutions[n].in_bytes(x, residual, of) - y
             self._found[self._names[n]] = sqnr_db(_energy(y), _energy(error))
         return y

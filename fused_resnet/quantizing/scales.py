@@ -76,5 +76,5 @@ def digest(model: nn.Module) -> str:
             continue  # a count changes nothing that is computed in eval mode
         values = tensor.detach().cpu().contiguous()
         found.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
-        found.update(values.flatten().view(torch.uint8).numpy())
+        found.update(values.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
