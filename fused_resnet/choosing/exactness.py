@@ -47,7 +47,7 @@ def check(
     if (why := winners.why_wrong(outcome)) is not None and not outcome.get("is_passing"):
         raise BackendError(
             f"freeze: the int8 kernel {kernel} is wrong on this machine: {why}, in a {problem}. Set "
-            "FUSED_RESNET_CPU_ISA to a smaller instruction set (fused-resnet info lists them), or freeze in bfloat16."
+            "FUSED_RESNET_CPU_ISA to a smaller instruction set (docs/environment.md), or freeze in bfloat16."
         )
 
 
