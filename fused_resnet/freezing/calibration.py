@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.backends import BackendError
+from fused_resnet.choosing.timing import Progress
 from fused_resnet.freezing.draft import Quantization
 from fused_resnet.freezing.quantized import kept_by
 from fused_resnet.machine import devices, onednn
@@ -27,7 +28,7 @@ class Calibration(NamedTuple):
     source: Source
     keep: Keep
 
-    def of(self, model: nn.Module, subject: Subject, example: Tensor) -> Quantization:
+    def of(self, model: nn.Module, subject: Subject, example: Tensor, progress: Progress) -> Quantization:
         """The scales, made now or read, and the names of the convolutions that stay in floats.
 
         Raises ValueError where the scales are of other weights, keep names no convolution or asks for the most
@@ -39,7 +40,8 @@ class Calibration(NamedTuple):
         elif isinstance(self.source, (str, os.PathLike)):
             scales = Scales.load(self.source)
         else:
-            scales, first = calibrate(subject, self.source, example, weights)
+            told = lambda images: progress(0.0, f"calibrating with {images} images")  # noqa: E731
+            scales, first = calibrate(subject, self.source, example, weights, told)
         if scales.weights != weights:
             raise ValueError(
                 f"freeze: these scales are of other weights (sha256 {scales.weights[:12]}, the model's is "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Mapping, NamedTuple, Optional, Sequence, cast
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +60,14 @@ class Subject(NamedTuple):
         return {node: module for node, module in called.items() if isinstance(module, FloatConv)}
 
 
-def calibrate(subject: Subject, batches: Iterable[Any], example: Tensor, weights: str) -> tuple[Scales, Tensor]:
-    """The ranges over all batches, and the first batch.
+def calibrate(
+    subject: Subject,
+    batches: Iterable[Any],
+    example: Tensor,
+    weights: str,
+    progress: Callable[[int], None] = lambda images: None,
+) -> tuple[Scales, Tensor]:
+    """The ranges over all batches, and the first batch. progress: is told how many images were seen.
 
     batches: tensors as the model takes them, or (tensor, label) pairs; the number of images may vary. A tensor that
     stays 0 is warned of once. Raises TypeError for other batches, ValueError where there are none, where one differs
@@ -83,6 +89,7 @@ def calibrate(subject: Subject, batches: Iterable[Any], example: Tensor, weights
                 )
             known = ranges.get(name, found)
             ranges[name] = min(known[0], found[0]), max(known[1], found[1])
+        progress(images)
     if first is None:
         raise ValueError("freeze: calibrate holds no images. Pass a loader of 16 or more, as the model takes them.")
     if zeros := [name for name, found in ranges.items() if found == (0.0, 0.0)]:
