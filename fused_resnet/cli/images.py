@@ -35,7 +35,7 @@ class Images(NamedTuple):
 def load(path: Path, size: int) -> Images:
     """An .npz with `images` (N, 3, H, W) in uint8 and perhaps `labels` (N,), or a folder of images.
 
-    A folder of folders has a class in each, numbered in the order of their names; images of any size are scaled and
+    A folder of folders has a class in each, numbered in the order of their names. Images of any size are scaled, and
     their middle is cut out. Raises FileNotFoundError and ValueError for what is neither.
     """
     if path.is_dir():

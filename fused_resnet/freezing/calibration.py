@@ -31,8 +31,8 @@ class Calibration(NamedTuple):
     def of(self, model: nn.Module, subject: Subject, example: Tensor, progress: Progress) -> Quantization:
         """The scales, made now or read, and the names of the convolutions that stay in floats.
 
-        Raises ValueError where the scales are of other weights, keep names no convolution or asks for the most
-        sensitive of a file's, and as `quantizing.calibrate` does.
+        Raises ValueError where the scales are of other weights, and where keep names no convolution or asks for the
+        most sensitive of a file's. Also what `quantizing.calibrate` raises.
         """
         weights, first = digest(model), None
         if isinstance(self.source, Scales):

@@ -45,9 +45,9 @@ def freeze(
     dtype: what the arithmetic runs in (fp32, bf16, fp16, fp64, int8); default, as the model computes. backend: "auto",
     or the one that every convolution must use.
 
-    calibrate: for int8, batches of 16 or more images as the model takes them, or (images, labels) pairs; or `Scales`,
+    calibrate: for int8, batches of 16 or more images as the model takes them, or (images, labels) pairs. Or `Scales`,
     or the path of a file of them. keep: the convolutions to leave in floats, by name or by the name of a module that
-    holds them; a number keeps so many of the most sensitive. In int8, dense convolutions with their ReLU or ReLU6 and
+    holds them. A number keeps so many of the most sensitive. In int8, dense convolutions with their ReLU or ReLU6 and
     residual, max-poolings and global averages compute by docs/int8.md's contract: all kernels give the same bytes.
     What else there is computes in bf16 where that is fast, and in fp32 elsewhere. On a CPU only.
 
@@ -83,8 +83,8 @@ def freeze(
     - it sets attributes of what was frozen in it
 
     TypeError when weights are quantized, sparse or otherwise no plain tensors. TypeError and ValueError when the
-    example does not fit the model or no part of it can be traced. ValueError for int8 without calibrate, without
-    images, with images unlike the example, with scales of other weights, and for a model that is frozen in parts.
+    example does not fit the model or no part of it can be traced. ValueError for int8 without calibrate, with no
+    images or images unlike the example, and with scales of other weights. It is raised for a model in parts, too.
     BackendError when `backend` cannot run one of its convolutions, and where int8 cannot run.
     """
     if not isinstance(model, nn.Module):

@@ -187,8 +187,8 @@ class FrozenModel(Frozen):
 
     def _made(self, graph: fx.GraphModule, x: Tensor) -> Plan:
         """A new plan, warmed up. Convolutions that a library refuses, which shows when they run, go to another."""
-        options = (self._conversion, self.backend, self._packed, self._tuning)
-        made = make_plan(graph, x, *options, quantization=self._quantization)
+        options = (self._conversion, self.backend, self._packed, self._tuning, {}, self._quantization)
+        made = make_plan(graph, x, *options)
         try:
             plan = warmed(made, x, self._turns)
             return self._swapped(plan, x) if plan.is_graphed else plan
@@ -210,9 +210,8 @@ class FrozenModel(Frozen):
 
     def _remade(self, x: Tensor, overrides: Overrides) -> Plan:
         """Measuring nothing more: what time did not allow before, it would not allow for each of them."""
-        options = (self._conversion, self.backend, self._packed, NOTHING, overrides)
-        made = make_plan(self._graph_for(x), x, *options, quantization=self._quantization)
-        return warmed(made, x, self._turns)
+        options = (self._conversion, self.backend, self._packed, NOTHING, overrides, self._quantization)
+        return warmed(make_plan(self._graph_for(x), x, *options), x, self._turns)
 
     def _graph_for(self, x: Tensor) -> fx.GraphModule:
         """The traced graph with all shapes for x, or the refusal of a wrong one, which is remembered."""

@@ -70,8 +70,8 @@ def calibrate(
     """The ranges over all batches, and the first batch. progress: is told how many images were seen.
 
     batches: tensors as the model takes them, or (tensor, label) pairs; the number of images may vary. A tensor that
-    stays 0 is warned of once. Raises TypeError for other batches, ValueError where there are none, where one differs
-    from the example in shape, dtype or device, and where a value is no number.
+    stays 0 is warned of once. Raises TypeError for other batches, and ValueError where there are none or a value is no
+    number. ValueError too where a batch differs from the example in shape, dtype or device.
     """
     ranges: Ranges = {}
     first, images = None, 0

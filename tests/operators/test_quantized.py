@@ -14,7 +14,7 @@ U8, S8 = Quantized(1.0, False), Quantized(1.0, True)
 
 
 def exact_fma(a, b, c):
-    """Of Python floats, rounded once to fp32 (an infinity is a float)."""
+    """a * b + c of Python floats, rounded once to fp32 (an infinity is a float)."""
     return rounded(Fraction(a) * Fraction(b) + Fraction(c), "f32")
 
 
