@@ -140,8 +140,10 @@ def test_a_shortcut_of_slices_and_zeros_keeps_its_scale(rest):
             return F.relu(self.c(y) + F.pad(y[:, :4, ::2, ::2], (0, 0, 0, 0, 2, 2)))
 
     model, x = Shortcut(), torch.randn(X)
-    first, second = int8_regions(in_int8(model, x), x)
+    frozen = in_int8(model, x)
+    first, second = int8_regions(frozen, x)
     assert first.fragment.scales[-1] == second.fragment.scales[0] == second.fragment.scales[1]
+    assert all(node.target != "to" for node in frozen.plan(x).graph.nodes)  # and no digit in bf16
 
 
 def test_grouped_convolutions_stay_in_floats():

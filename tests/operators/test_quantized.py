@@ -173,10 +173,19 @@ def test_quantize_and_back():
     assert quantized.dequantize(q, how, torch.bfloat16).dtype == torch.bfloat16
     ties = torch.tensor([0.5, 1.5, 2.5, 254.5])
     assert quantized.quantize(ties, U8).tolist() == [0, 2, 2, 254]
-    third = Quantized(3.0, False)  # x * (1 / 3), not x / 3
-    assert quantized.quantize(torch.tensor([1.5]), third).item() == round(
-        rounded(Fraction(1.5) * rounded(Fraction(1 / 3), "f32"), "f32")
-    )
+
+
+def test_floats_are_multiplied_by_the_reciprocal():
+    """Values at the middle between two bytes, where a division would often round the other way."""
+    g = torch.Generator().manual_seed(3)
+    differing = 0
+    for scale in (torch.rand(40, generator=g, dtype=torch.float64) + 0.01).tolist():
+        x = ((torch.randint(0, 255, (20,), generator=g) + 0.5) * scale).float()
+        factor = rounded(Fraction(1 / scale), "f32")
+        expected = [round(min(rounded(Fraction(value) * factor, "f32"), Fraction(255))) for value in x.tolist()]
+        assert quantized.quantize(x, Quantized(scale, False)).tolist() == expected
+        differing += expected != (x / scale).round().clamp(0, 255).tolist()
+    assert differing
 
 
 def test_pooling():
@@ -186,6 +195,10 @@ def test_pooling():
     mean = quantized.average_pool(q, Quantized(0.1, True))
     assert mean.shape == (1, 1, 1, 1) and mean.dtype == torch.float32
     assert mean.item() == float(exact_fma(-143.0, torch.tensor(0.1 / 4).item(), 0.0))
+    whole = torch.randint(0, 256, (1, 50, 7, 7), dtype=torch.uint8)
+    factor = rounded(Fraction(0.1 / 49), "f32")
+    expected = [float(rounded(total * factor, "f32")) for total in whole.long().sum((2, 3)).flatten().tolist()]
+    assert quantized.average_pool(whole, Quantized(0.1, False)).flatten().tolist() == expected
 
 
 def test_weights_of_a_channel_have_its_own_scale():
