@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -31,6 +32,7 @@ class Row(NamedTuple):
     measured: what was measured for this problem when the choice was made, against what, and what was wrong.
     region: the name of the call that it is part of (`RegionRow`), if there is one. Its bytes and its roofline are those
     of the convolution by itself.
+    scales: in int8, how x, the residual and the result are kept. not_int8: why not, in a model frozen in int8.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Row(NamedTuple):
     time_us: Optional[float]
     measured: Optional[Measurement] = None
     region: Optional[str] = None
+    scales: Optional[dict[str, str]] = None
+    not_int8: Optional[str] = None
 
     @property
     def bytes_moved(self) -> int:
@@ -160,6 +164,8 @@ def _row_as_dict(row: Row, total_us: float) -> dict[str, Any]:
         "time_us": row.time_us,
         "measured": row.measured and row.measured._asdict(),
         "region": row.region,
+        "scales": row.scales,
+        "not_int8": row.not_int8,
     }
 
 
@@ -182,6 +188,12 @@ def _lines(explanation: Explanation) -> list[str]:
     lines += [f"{backend or 'none'}: {n} of {len(e.rows)}: {source}"
               for (backend, source), n in Counter((row.backend, row.source) for row in e.rows).items()]  # fmt: skip
     lines += map(str, e.regions)
+    lines += [
+        f"int8: {row.name}: {', '.join(f'{name} {how}' for name, how in row.scales.items())}"
+        for row in e.rows
+        if row.scales
+    ]
+    lines += [f"not int8: {names}: {why}" for names, why in _by_reason((row.name, row.not_int8) for row in e.rows)]
     reasons = Counter(reason for row in e.rows for reason in row.why_not.items())
     lines += [f"not {backend}: {n} of {len(e.rows)}: {why}" for (backend, why), n in reasons.items()]
     lines += dict.fromkeys(
@@ -190,10 +202,16 @@ def _lines(explanation: Explanation) -> list[str]:
         if row.measured
         for name, why in row.measured.wrong.items()
     )
-    left_alone: dict[str, list[str]] = {}
-    for name, reason in e.left_alone:
-        left_alone.setdefault(reason, []).append(name)
-    return lines + [f"left alone: {_few(names)}: {reason}" for reason, names in left_alone.items()]
+    return lines + [f"left alone: {names}: {why}" for names, why in _by_reason(e.left_alone)]
+
+
+def _by_reason(entries: Iterable[tuple[str, Optional[str]]]) -> list[tuple[str, str]]:
+    """(names, reason), a pair for each reason."""
+    found: dict[str, list[str]] = {}
+    for name, reason in entries:
+        if reason is not None:
+            found.setdefault(reason, []).append(name)
+    return [(_few(names), reason) for reason, names in found.items()]
 
 
 def _few(names: list[str]) -> str:

@@ -47,8 +47,9 @@ class FrozenRegion(nn.Module):
     def bound(self) -> Callable[..., Union[Tensor, tuple[Tensor, ...]]]:
         """(*inputs) -> outputs, with all else settled: what a plan calls."""
         compiled = self.compiled
-        call, shapes, dtype = calls.bound(compiled, self.workspaces), compiled.output_shapes, compiled.dtype
+        call, shapes = calls.bound(compiled, self.workspaces), compiled.output_shapes
         empty, in_nhwc, has_vectors = torch.empty, torch.channels_last, self.fragment.has_vectors
+        dtype = self.fragment.dtype_outside
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
             outputs = [empty(shape, dtype=dtype, memory_format=in_nhwc) for shape in shapes]

@@ -133,8 +133,8 @@ class CompiledRegion(NamedTuple):
 
     def __call__(self, inputs: Sequence[Tensor], workspace: Tensor, kernel: str = "") -> list[Tensor]:
         """inputs: of any strides, in fp32 or bf16. kernel: a row of the table of micro-kernels, or the fastest here."""
-        options = {"dtype": self.output_dtype, "memory_format": torch.channels_last}
-        outputs = [torch.empty(shape, **options) for shape in self.output_shapes]
+        dtype, in_nhwc = self.output_dtype, torch.channels_last
+        outputs = [torch.empty(shape, dtype=dtype, memory_format=in_nhwc) for shape in self.output_shapes]
         torch.ops.fused_resnet.cpu_region(
             self.program, list(inputs), self.weights, self.biases, kernel, workspace, outputs
         )
@@ -193,7 +193,7 @@ class Region:
 
     def read(self, shape: Shape, how: Optional[Quantized] = None) -> Map:
         """The next of the region's inputs."""
-        return self._read(shape, 1, 1, 0, how)
+        return self._read(shape, [1, 1, 0], how)
 
     def read_for(
         self, shape: Shape, weight: Tensor, stride: Pair, padding: Pair, how: Optional[Quantized] = None
@@ -205,7 +205,7 @@ class Region:
         a block by themselves.
         """
         segment, unfolding = self._unfolded(shape, weight, stride, padding)
-        return segment._replace(x=self._read(segment.x.shape, *unfolding, how))
+        return segment._replace(x=self._read(segment.x.shape, unfolding, how))
 
     def _unfolded(self, shape: Shape, weight: Tensor, stride: Pair, padding: Pair) -> tuple[Segment, list[int]]:
         """A stem over the map that its input becomes. How: the taps, the stride and the padding along its lines."""
@@ -217,10 +217,10 @@ class Region:
         unfolding = [S, stride[1], padding[1]]
         return Segment(Map((N, S * C, H, Q)), rows, (stride[0], 1), (padding[0], 0)), unfolding
 
-    def _read(self, shape: Shape, taps: int, stride: int, padding: int, how: Optional[Quantized]) -> Map:
+    def _read(self, shape: Shape, unfolding: list[int], how: Optional[Quantized]) -> Map:
         x, index, tail = self._new_map(shape), self._num_inputs, self._quantized("read", how, lambda scale: 1 / scale)
         self._num_inputs += 1
-        self._add(lambda: [_READ, index, self._first_image, self._number(x), taps, stride, padding, *tail], [], x)
+        self._add(lambda: [_READ, index, self._first_image, self._number(x), *unfolding, *tail], [], x)
         return x
 
     def write(self, x: Map, how: Optional[Quantized] = None) -> None:
