@@ -8,7 +8,7 @@ namespace fused_resnet {
 
 constexpr int kChunkBytes = 16;    // one cp.async, one row of an 8x8 ldmatrix
 constexpr int kChunksPerRow = 8;   // 128 bytes of the reduction
-constexpr int kStepsPerStage = 4;  // one mma takes 32 bytes of the reduction: m16n8k16 half, m16n8k8 TF32
+constexpr int kStepsPerStage = 4;  // one mma takes 32 bytes of the reduction: m16n8k16 half, m16n8k8 TF32, m16n8k32 bytes
 
 // Shared memory of a tile is rows of eight chunks. The XOR spreads the same chunk of eight consecutive rows, which
 // is what one ldmatrix phase reads, over all 32 banks.
