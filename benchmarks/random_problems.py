@@ -40,7 +40,8 @@ def run_part(file: Path, problems: int, seed: int, device: str, kind: str) -> Op
         return None
     command = (sys.executable, "-m", ENGINE.get(kind, "fused_resnet"))
     if kind not in ENGINE:
-        command += ("verify", "--device", device, "--json", *(() if kind == "random" else (f"--{kind}",)))
+        drawn = {"random": (), "int8": ("--dtype", "int8")}.get(kind, (f"--{kind}",))
+        command += ("verify", "--device", device, "--json", *drawn)
     size = ("--problems", str(problems), "--seed", str(seed))
     interpret = {} if device.startswith("cuda") or kind in ENGINE else {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
@@ -91,6 +92,8 @@ def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 name, {"ok": 0, "mismatches": [], "cannot_run": {}, "worst_error": 0.0, "worst_case": None}
             )
             whole["ok"] += part["ok"]
+            for count in ("num_bytes", "num_differing") if part.get("num_bytes") else ():  # of int8
+                whole[count] = whole.get(count, 0) + part[count]
             whole["mismatches"] += part["mismatches"]
             for reason, count in part["cannot_run"].items():
                 whole["cannot_run"][reason] = whole["cannot_run"].get(reason, 0) + count
@@ -113,8 +116,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--seed", type=int, default=2000, help="of the first part; the others count up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="or sm_80, sm_90: the compiled kernels, in the PTX emulator")  # fmt: skip
-    parser.add_argument("--kind", choices=("random", "common", "strided", "mixed", *ENGINE), default="random",
-                        help="as `verify --common`, `verify --strided`; mixed: random and common in turn")  # fmt: skip
+    parser.add_argument("--kind", choices=("random", "common", "strided", "int8", "mixed", *ENGINE), default="random",
+                        help="as `verify --common` and so on; mixed: random and common in turn")  # fmt: skip
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="begin no part later, except the first")
     parser.add_argument("--parts", type=Path, default=ROOT / "out" / "random_problems")
     parser.add_argument(

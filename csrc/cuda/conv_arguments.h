@@ -20,6 +20,9 @@ struct EpilogueArguments {
   float eps;
   Activation activation;
   const void* residual;  // the output's dtype and layout, or null
+  // Of bytes, whose multiplier is bn_weight and whose bias is bn_bias; the activation is in the limits.
+  float residual_scale = 1.0f, low = 0.0f, high = 0.0f;
+  uint32_t residual_sign = 0;  // the bit that makes a byte of the residual negative: 0x80 in s8, none in u8
 };
 
 struct ConvArguments {
@@ -27,10 +30,10 @@ struct ConvArguments {
   EpilogueArguments epilogue;
   const void* x;              // N H W C
   const void* weight;         // K R S C/groups
-  void* out;                  // N P Q K
-  bool has_vector_rows;       // K, K / groups, out and residual allow 16-byte accesses
-  int splits = 1;             // parts of the reduction, each summed by blocks of its own
-  float* partials = nullptr;  // their sums, splits x N P Q K, where there is more than one
+  void* out;                 // N P Q K
+  bool has_vector_rows;      // K, K / groups, out and residual allow 16-byte accesses
+  int splits = 1;            // parts of the reduction, each summed by blocks of its own
+  void* partials = nullptr;  // their sums, splits x N P Q K, where there is more than one: fp32, of bytes int32
 };
 
 }  // namespace fused_resnet

@@ -1,16 +1,34 @@
 // The epilogue of every convolution: act(acc * scale + shift + residual) in fp32.
 //   scale = bn_weight / sqrt(bn_var + eps), shift = (bias - bn_mean) * scale + bn_bias; a null vector drops out.
+// Of bytes: rint(min(max(fma(residual, residual_scale, fma(acc, scale, shift)), low), high)), where NaN gives low. Each
+// operation rounds once, so that all kernels give the same bytes.
 #pragma once
 
 #include <torch/headeronly/util/Half.h>
 
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "cuda/conv_arguments.h"
 
 namespace fused_resnet {
 
 using Half = c10::Half;
+
+// Elements of one byte are u8 or s8, and their sums exact.
+template <class Element>
+constexpr bool kIsByte = sizeof(Element) == 1;
+template <class Element>
+using Sum = std::conditional_t<kIsByte<Element>, int32_t, float>;
+
+// The byte whose value is nearest to v, half to even, for v from -128 to 255: the last bit of 1.5 * 2^23 counts ones.
+FUSED_RESNET_HD uint8_t nearest_byte(float v) {
+  const float shifted = v + 12582912.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  return static_cast<uint8_t>(bits);
+}
 
 // Sixteen bytes as they travel, and as the elements they hold.
 struct alignas(16) Chunk {
@@ -25,7 +43,13 @@ union Packed {
 
   FUSED_RESNET_HD Packed() : chunk{} {}
   FUSED_RESNET_HD float get(int i) const { return static_cast<float>(elements[i]); }
-  FUSED_RESNET_HD void put(int i, float v) { elements[i] = static_cast<Element>(v); }
+  FUSED_RESNET_HD void put(int i, float v) {
+    if constexpr (kIsByte<Element>) {
+      elements[i] = static_cast<Element>(nearest_byte(v));
+    } else {
+      elements[i] = static_cast<Element>(v);
+    }
+  }
   // zero for null
   FUSED_RESNET_HD void load(int i, const Element* source) {
     elements[i] = source != nullptr ? *source : static_cast<Element>(0.0f);
@@ -82,14 +106,41 @@ FUSED_RESNET_HD float activate(float v, Activation activation) {
   }
 }
 
+// The steps of the formula.
+template <class Element>
+FUSED_RESNET_HD float scaled(Sum<Element> sum, ScaleShift affine) {
+  return fmaf(static_cast<float>(sum), affine.scale, affine.shift);
+}
+
+template <class Element>
+FUSED_RESNET_HD float add_residual(const EpilogueArguments& e, float v, const Packed<Element>& residual, int i) {
+  if constexpr (kIsByte<Element>) {  // u8 or s8, whatever x is
+    const uint32_t byte = static_cast<uint8_t>(residual.elements[i]);
+    const int32_t value = static_cast<int32_t>(byte) - static_cast<int32_t>((byte & e.residual_sign) << 1);
+    return fmaf(static_cast<float>(value), e.residual_scale, v);
+  } else {
+    return v + residual.get(i);
+  }
+}
+
+// The last step but for the rounding to an element. fmaxf and fminf drop NaN.
+template <class Element>
+FUSED_RESNET_HD float finished(const EpilogueArguments& e, float v, Activation activation) {
+  if constexpr (kIsByte<Element>) {
+    return fminf(fmaxf(v, e.low), e.high);
+  } else {
+    return activate(v, activation);
+  }
+}
+
 // kCount sums of which num_columns exist, to memory; sixteen bytes at a time if has_vectors.
-template <int kCount>
-FUSED_RESNET_HD void store_sums(float* to, int num_columns, bool has_vectors, const float* sums) {
+template <int kCount, class S>
+FUSED_RESNET_HD void store_sums(S* to, int num_columns, bool has_vectors, const S* sums) {
   if (has_vectors) {
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
-      Packed<float> four;
-      for (int e = 0; e < 4; ++e) four.put(e, sums[i + e]);
+      Packed<S> four;
+      for (int e = 0; e < 4; ++e) four.elements[e] = sums[i + e];
       *reinterpret_cast<Chunk*>(to + i) = four.chunk;
     }
   } else {
@@ -100,20 +151,19 @@ FUSED_RESNET_HD void store_sums(float* to, int num_columns, bool has_vectors, co
   }
 }
 
-// The sum, in order, of `splits` such stores that lie `distance` floats apart.
-template <int kCount>
-FUSED_RESNET_HD void add_sums(const float* from, int splits, int64_t distance, int num_columns, bool has_vectors,
-                              float* sums) {
+// The sum, in order, of `splits` such stores that lie `distance` sums apart.
+template <int kCount, class S>
+FUSED_RESNET_HD void add_sums(const S* from, int splits, int64_t distance, int num_columns, bool has_vectors, S* sums) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) sums[i] = 0.0f;
+  for (int i = 0; i < kCount; ++i) sums[i] = 0;
   if (has_vectors) {
 #pragma unroll 4  // as many loads on their way
     for (int split = 0; split < splits; ++split) {
 #pragma unroll
       for (int i = 0; i < kCount; i += 4) {
-        Packed<float> four;
+        Packed<S> four;
         four.chunk = *reinterpret_cast<const Chunk*>(from + split * distance + i);
-        for (int e = 0; e < 4; ++e) sums[i + e] += four.get(e);
+        for (int e = 0; e < 4; ++e) sums[i + e] += four.elements[e];
       }
     }
   } else {
@@ -129,7 +179,7 @@ FUSED_RESNET_HD void add_sums(const float* from, int splits, int64_t distance, i
 // Finishes a row's next Packed<Element>::kCount sums, of which num_columns exist, and stores them at `offset` of out.
 template <class Element>
 FUSED_RESNET_HD void store_chunk(const ConvArguments& args, int64_t offset, int num_columns, const ScaleShift* affine,
-                                 const float* sums) {
+                                 const Sum<Element>* sums) {
   constexpr int kChunk = Packed<Element>::kCount;
   const Element* residual = static_cast<const Element*>(args.epilogue.residual);
   Element* out = static_cast<Element*>(args.out);
@@ -137,12 +187,12 @@ FUSED_RESNET_HD void store_chunk(const ConvArguments& args, int64_t offset, int 
   if (residual != nullptr && args.has_vector_rows) skip.chunk = *reinterpret_cast<const Chunk*>(residual + offset);
 #pragma unroll
   for (int e = 0; e < kChunk; ++e) {
-    float v = fmaf(sums[e], affine[e].scale, affine[e].shift);
+    float v = scaled<Element>(sums[e], affine[e]);
     if (residual != nullptr) {
       if (!args.has_vector_rows) skip.load(e, e < num_columns ? residual + offset + e : nullptr);
-      v += skip.get(e);
+      v = add_residual(args.epilogue, v, skip, e);
     }
-    result.put(e, activate(v, args.epilogue.activation));
+    result.put(e, finished<Element>(args.epilogue, v, args.epilogue.activation));
   }
   if (args.has_vector_rows) {
     *reinterpret_cast<Chunk*>(out + offset) = result.chunk;

@@ -19,6 +19,9 @@ std::vector<ConvConfig> conv_bn_act_configs(const ConvShape& shape, int element_
 // Throws if the device cannot run the tile, or is older than sm_80.
 void launch_conv_bn_act(const ConvArguments& args, int tile, Dtype dtype, int device, void* stream);
 
+// The same for elements of one byte: x is s8, or else u8.
+void launch_conv_int8(const ConvArguments& args, int tile, bool is_signed, int device, void* stream);
+
 void launch_add_relu(const void* a, const void* b, void* out, int64_t numel, Dtype dtype, void* stream);
 void launch_add_relu_backward(const void* grad, const void* out, void* grad_input, int64_t numel, Dtype dtype,
                               void* stream);

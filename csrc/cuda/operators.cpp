@@ -112,23 +112,51 @@ ChannelVector channel_vector(const char* name, const std::optional<Tensor>& v, c
   return {v->const_data_ptr(), dtype_of(kConv, name, *v)};
 }
 
-void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
-                 std::optional<Tensor> bn_mean, std::optional<Tensor> bn_var, double eps, std::optional<Tensor> bias,
-                 std::optional<Tensor> residual, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
-                 std::string activation, bool allow_tf32, int64_t tile, std::optional<Tensor> partials, Tensor out) {
-  STD_TORCH_CHECK(tile >= 0 && tile < kNumTiles, kConv, ": there is no tile ", tile, " among ", kNumTiles);
-  ConvArguments args{};
-  args.shape = shape_of(conv_sizes(sizes_of(x), sizes_of(weight), stride, padding, dilation, groups));
-  const ConvShape& s = args.shape;
+// What a convolution computes from and into, and that all of it is as the kernel reads it.
+void set_tensors(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& residual,
+                 const std::optional<Tensor>& partials, ScalarType sum, Tensor& out, ConvArguments* args) {
+  const ConvShape& s = args->shape;
   check_shape(kConv, "out", out, {s.N, s.K, s.P, s.Q});
   if (residual.has_value()) check_shape(kConv, "residual", *residual, {s.N, s.K, s.P, s.Q});
   const std::pair<const char*, const Tensor*> activations[] = {
       {"x", &x}, {"weight", &weight}, {"out", &out}, {"residual", residual.has_value() ? &*residual : &x}};
   for (const auto& [name, tensor] : activations) {
     check_channels_last(kConv, name, *tensor);
+    check_device(kConv, name, *tensor, x);
+  }
+  if (residual.has_value()) args->epilogue.residual = residual->const_data_ptr();
+  args->x = x.const_data_ptr();
+  args->weight = weight.const_data_ptr();
+  args->out = out.mutable_data_ptr();
+  if (partials.has_value()) {
+    const char* type = sum == ScalarType::Int ? "int32" : "float32";
+    STD_TORCH_CHECK(partials->dim() == 2 && partials->size(0) > 1 && partials->size(1) == out.numel() &&
+                        partials->is_contiguous() && partials->scalar_type() == sum,
+                    kConv, ": partials must be a contiguous ", type, " matrix, two rows or more of ", out.numel(),
+                    " values, not ", layout_text(*partials), " of ", dtype_text(*partials));
+    check_device(kConv, "partials", *partials, x);
+    args->splits = as_int32("splits", partials->size(0));
+    args->partials = partials->mutable_data_ptr();
+  }
+}
+
+void check_tile(int64_t tile) {
+  STD_TORCH_CHECK(tile >= 0 && tile < kNumTiles, kConv, ": there is no tile ", tile, " among ", kNumTiles);
+}
+
+void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
+                 std::optional<Tensor> bn_mean, std::optional<Tensor> bn_var, double eps, std::optional<Tensor> bias,
+                 std::optional<Tensor> residual, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
+                 std::string activation, bool allow_tf32, int64_t tile, std::optional<Tensor> partials, Tensor out) {
+  check_tile(tile);
+  ConvArguments args{};
+  args.shape = shape_of(conv_sizes(sizes_of(x), sizes_of(weight), stride, padding, dilation, groups));
+  const ConvShape& s = args.shape;
+  const std::pair<const char*, const Tensor*> activations[] = {
+      {"weight", &weight}, {"out", &out}, {"residual", residual.has_value() ? &*residual : &x}};
+  for (const auto& [name, tensor] : activations) {
     STD_TORCH_CHECK(tensor->scalar_type() == x.scalar_type(), kConv, ": ", name, " must have the dtype of x, ",
                     dtype_text(x), ", not ", dtype_text(*tensor));
-    check_device(kConv, name, *tensor, x);
   }
   const Dtype dtype = dtype_of(kConv, "x", x);
   STD_TORCH_CHECK(dtype != Dtype::kFloat32 || allow_tf32, kConv,
@@ -142,25 +170,45 @@ void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::
                    static_cast<float>(eps),
                    parse_activation(kConv, activation, Activation::kSilu),
                    nullptr};
-  if (residual.has_value()) args.epilogue.residual = residual->const_data_ptr();
-  args.x = x.const_data_ptr();
-  args.weight = weight.const_data_ptr();
-  args.out = out.mutable_data_ptr();
-  if (partials.has_value()) {
-    STD_TORCH_CHECK(partials->dim() == 2 && partials->size(0) > 1 && partials->size(1) == out.numel() &&
-                        partials->is_contiguous() && partials->scalar_type() == ScalarType::Float,
-                    kConv, ": partials must be a contiguous float32 matrix, two rows or more of ", out.numel(),
-                    " values, not ", layout_text(*partials), " of ", dtype_text(*partials));
-    check_device(kConv, "partials", *partials, x);
-    args.splits = as_int32("splits", partials->size(0));
-    args.partials = static_cast<float*>(partials->mutable_data_ptr());
-  }
+  set_tensors(x, weight, residual, partials, ScalarType::Float, out, &args);
   const DeviceGuard guard(x.get_device_index());
   launch_conv_bn_act(args, static_cast<int>(tile), dtype, x.get_device_index(), current_stream(x));
 }
 
+bool is_signed_byte(const char* name, const Tensor& t) {
+  const bool is_signed = t.scalar_type() == ScalarType::Char;
+  STD_TORCH_CHECK(is_signed || t.scalar_type() == ScalarType::Byte, kConv, ": ", name,
+                  " must be uint8 or int8, not ", dtype_text(t));
+  return is_signed;
+}
+
+void conv_int8(Tensor x, Tensor weight, Tensor multiplier, Tensor bias, std::optional<Tensor> residual,
+               double residual_scale, double low, double high, Sizes stride, Sizes padding, Sizes dilation,
+               int64_t groups, int64_t tile, std::optional<Tensor> partials, Tensor out) {
+  check_tile(tile);
+  ConvArguments args{};
+  args.shape = shape_of(conv_sizes(sizes_of(x), sizes_of(weight), stride, padding, dilation, groups));
+  const bool is_signed = is_signed_byte("x", x);
+  is_signed_byte("out", out);
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, kConv, ": weight must be int8, not ", dtype_text(weight));
+  for (const auto& [name, vector] : {std::pair{"multiplier", &multiplier}, std::pair{"bias", &bias}}) {
+    STD_TORCH_CHECK(vector->scalar_type() == ScalarType::Float, kConv, ": ", name, " must be float32, not ",
+                    dtype_text(*vector));
+  }
+  EpilogueArguments& e = args.epilogue;
+  e.bn_weight = channel_vector("multiplier", multiplier, x, args.shape.K);
+  e.bn_bias = channel_vector("bias", bias, x, args.shape.K);
+  e.residual_scale = static_cast<float>(residual_scale);
+  e.low = static_cast<float>(low), e.high = static_cast<float>(high);
+  if (residual.has_value()) e.residual_sign = is_signed_byte("residual", *residual) ? 0x80 : 0;
+  set_tensors(x, weight, residual, partials, ScalarType::Int, out, &args);
+  const DeviceGuard guard(x.get_device_index());
+  launch_conv_int8(args, static_cast<int>(tile), is_signed, x.get_device_index(), current_stream(x));
+}
+
 void check_element_bytes(int64_t element_bytes) {
-  STD_TORCH_CHECK(element_bytes == 2 || element_bytes == 4, kConv, ": elements have 2 or 4 bytes, not ", element_bytes);
+  STD_TORCH_CHECK(element_bytes == 1 || element_bytes == 2 || element_bytes == 4, kConv,
+                  ": elements have 1, 2 or 4 bytes, not ", element_bytes);
 }
 
 // Empty where the kernel can index the problem.
@@ -195,4 +243,5 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet, CUDA, m) {
   m.impl("cuda_add_relu", TORCH_BOX(&fused_resnet::add_relu));
   m.impl("cuda_add_relu_backward", TORCH_BOX(&fused_resnet::add_relu_backward));
   m.impl("cuda_conv_bn_act", TORCH_BOX(&fused_resnet::conv_bn_act));
+  m.impl("cuda_conv_int8", TORCH_BOX(&fused_resnet::conv_int8));
 }

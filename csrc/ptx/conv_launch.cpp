@@ -16,8 +16,8 @@ uintptr_t address(const void* pointer) {
 
 EpilogueArguments epilogue_of(const PtxConv& conv) {
   const auto vector = [&](int i) { return ChannelVector{conv.vectors[i], static_cast<Dtype>(conv.vector_dtypes[i])}; };
-  return {vector(0),    vector(1), vector(2), vector(3), vector(4), conv.eps, static_cast<Activation>(conv.activation),
-          conv.residual};
+  return {vector(0), vector(1), vector(2), vector(3), vector(4), conv.eps, static_cast<Activation>(conv.activation),
+          conv.residual, conv.residual_scale, conv.low, conv.high, conv.residual_sign};
 }
 
 // What csrc/cuda/sm80/conv_bn_act.cu does before it starts a kernel.
@@ -28,7 +28,7 @@ std::string fill(const PtxConv& conv, PtxConvLaunch* launch) {
   if (std::string reason = derive(sizes, &args.shape); !reason.empty()) return reason;
   if (conv.tile < 0 || conv.tile >= kNumTiles) return "there is no tile " + std::to_string(conv.tile);
   const Tile& tile = kTiles[conv.tile];
-  const int element = static_cast<Dtype>(conv.dtype) == Dtype::kFloat32 ? 4 : 2, chunk = 16 / element;
+  const int element = conv.element_bytes, chunk = 16 / element;
   const ConvShape& shape = args.shape;
   const int bytes = copy_bytes(shape.group_channels, element, address(conv.x) | address(conv.weight));
   if (std::string reason = why_span_too_long(shape, offset_unit(bytes, element)); !reason.empty()) return reason;

@@ -10,11 +10,13 @@ struct PtxConv {
   const void *x, *weight, *residual;
   void* out;
   const void* vectors[5];  // bn_weight, bn_bias, bn_mean, bn_var, bias; or null
-  int32_t vector_dtypes[5], dtype;
+  int32_t vector_dtypes[5], element_bytes;
   float eps;
   int32_t activation, tile, splits;
-  float* partials;  // splits x N P Q K
+  void* partials;  // splits x N P Q K
   int32_t capability, smem_per_block;
+  float residual_scale, low, high;  // of bytes
+  uint32_t residual_sign;
 };
 
 struct PtxConvLaunch {

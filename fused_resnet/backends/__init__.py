@@ -6,6 +6,7 @@ own.
 
 import importlib
 
+from fused_resnet.backends import cuda, int8_regions, triton
 from fused_resnet.backends.add_relu import ADD_RELU
 from fused_resnet.backends.eager import EagerConfig
 from fused_resnet.backends.onednn import onednn_missing
@@ -48,3 +49,5 @@ for _name in (
     register("conv_bn_act", importlib.import_module(f"fused_resnet.backends.{_name}").BACKEND)
 for _backend in ADD_RELU:
     register("add_relu", _backend)
+for _backend in (cuda.INT8, triton.INT8, *int8_regions.BACKENDS):
+    register("conv_int8", _backend)

@@ -13,7 +13,7 @@ from fused_resnet.kernels import compiled, sources
 from fused_resnet.machine import devices
 from fused_resnet.operators import layout
 from fused_resnet.operators.layout import all_channels_last
-from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.operands import ConvOperands, Int8Operands
 from fused_resnet.operators.problem import ConvProblem, Problem
 
 
@@ -68,14 +68,34 @@ def run(problem: ConvProblem, operands: ConvOperands, config: Optional[CudaConfi
     """config: by default the likeliest, which also takes the place of one that needs better aligned operands."""
     p, o = problem, all_channels_last(operands)
     out = layout.empty_output(p, o.x)
-    is_aligned = (o.x.data_ptr() | o.weight.data_ptr()) % 16 == 0
-    tile, splits = _choice(p, config, is_aligned, out.device.index)
-    partials = None if splits == 1 else torch.empty(splits, out.numel(), dtype=torch.float32, device=out.device)
+    tile, partials = _tile_and_partials(p, o.x, o.weight, out, torch.float32, config)
     torch.ops.fused_resnet.cuda_conv_bn_act.default(
         *o, p.stride, p.padding, p.dilation, p.groups, p.activation, devices.allows_tf32(), tile, partials,
         out,
     )  # fmt: skip
     return out
+
+
+def run_int8(problem: ConvProblem, operands: Int8Operands, config: Optional[CudaConfig] = None) -> Tensor:
+    """As `run`."""
+    p, o = problem, all_channels_last(operands)
+    out = layout.empty_output(p, o.x)
+    tile, partials = _tile_and_partials(p, o.x, o.weight, out, torch.int32, config)
+    multiplier, bias, residual_scale, low, high, _ = o.epilogue
+    torch.ops.fused_resnet.cuda_conv_int8.default(
+        o.x, o.weight, multiplier, bias, o.residual, residual_scale, low, high, p.stride, p.padding, p.dilation,
+        p.groups, tile, partials, out,
+    )  # fmt: skip
+    return out
+
+
+def _tile_and_partials(
+    p: ConvProblem, x: Tensor, weight: Tensor, out: Tensor, dtype: torch.dtype, config: Optional[CudaConfig]
+) -> tuple[int, Optional[Tensor]]:
+    """The tile, and where it is split memory for the parts' sums, in this dtype."""
+    is_aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
+    tile, splits = _choice(p, config, is_aligned, out.device.index)
+    return tile, None if splits == 1 else torch.empty(splits, out.numel(), dtype=dtype, device=out.device)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -109,3 +129,4 @@ def worth(problem: ConvProblem) -> Sequence[CudaConfig]:
 
 
 BACKEND = Backend("cuda", why_not, run, sources=sources.CUDA, configs=Configs(worth, legal))
+INT8 = Backend("cuda", why_not, run_int8, takes_bn=False, sources=sources.CUDA, configs=Configs(worth, legal))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from typing import Optional, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from fused_resnet.kernels.triton.conv import configs, cost
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.operators import layout
 from fused_resnet.operators.layout import all_channels_last
-from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.operands import ConvOperands, Int8Operands
 from fused_resnet.operators.problem import ConvProblem
 
 
@@ -24,7 +24,9 @@ def why_not(problem: ConvProblem) -> Optional[str]:
     return launch.why_not(problem)
 
 
-def run(problem: ConvProblem, operands: ConvOperands, config: Optional[TritonConfig] = None) -> Tensor:
+def run(
+    problem: ConvProblem, operands: Union[ConvOperands, Int8Operands], config: Optional[TritonConfig] = None
+) -> Tensor:
     from fused_resnet.kernels.triton.conv import launch
 
     out = layout.empty_output(problem, operands.x)
@@ -72,3 +74,5 @@ BACKEND = Backend(
         reads_row_space=lambda config: config is not None and config.form == "rows_tma",
     ),
 )
+INT8 = Backend("triton", why_not, run, takes_bn=False, origin=BACKEND.origin, sources=BACKEND.sources,
+               configs=BACKEND.configs)  # fmt: skip

@@ -14,8 +14,8 @@ from torch import Tensor
 from fused_resnet import backends
 from fused_resnet.machine.devices import allows_tf32
 from fused_resnet.machine.locks import new_rlock
-from fused_resnet.operators import reference
-from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators import quantized, reference
+from fused_resnet.operators.operands import ConvOperands, Int8Operands
 from fused_resnet.operators.problem import AddReluProblem, Problem, dtype_name
 
 _POISONING = new_rlock()
@@ -34,11 +34,14 @@ class Case:
     """One call of an operator with its operands, and what the reference says about it."""
 
     problem: Problem
-    operands: Union[ConvOperands, AddReluOperands]
+    operands: Union[ConvOperands, AddReluOperands, Int8Operands]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.operands._asdict().items() if isinstance(value, Tensor)}
+        named = self.operands._asdict()
+        if isinstance(self.operands, Int8Operands):
+            named |= self.operands.epilogue._asdict() | {"residual": self.operands.residual}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
     @functools.cached_property
     def bounds(self) -> dict[tuple[Optional[torch.dtype], bool], Tensor]:
@@ -47,9 +50,12 @@ class Case:
 
     @functools.cached_property
     def expected(self) -> Tensor:
-        """The reference's result, fp64 on the CPU."""
+        """The reference's result on the CPU: in fp64, or the bytes of the int8 contract."""
         if isinstance(self.problem, AddReluProblem):
             return reference.add_relu(self.operands.a, self.operands.b)
+        if isinstance(self.operands, Int8Operands):
+            p, o = self.problem, self.operands.map(Tensor.cpu)
+            return quantized.conv_act(o.x, o.weight, o.epilogue, p.stride, p.padding, p.dilation, p.groups, o.residual)
         return reference.conv_bn_act(self.problem, self.operands)
 
     def __str__(self) -> str:
@@ -105,7 +111,7 @@ def poisoned_memory(like: Tensor) -> Iterator[None]:
     change which of cuDNN's algorithms run.
     """
     if like.device.type != "cpu":
-        poison = torch.full_like(like, torch.nan)
+        poison = torch.full_like(like, torch.nan if like.is_floating_point() else 85)
         del poison
         yield
         return

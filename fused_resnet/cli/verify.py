@@ -21,7 +21,7 @@ from fused_resnet.emulation import verify as emulated
 
 
 def _backend_names() -> list[str]:
-    return list(dict.fromkeys(name for op in ("conv_bn_act", "add_relu") for name in backends.known(op)))
+    return list(dict.fromkeys(name for op in ("conv_bn_act", "add_relu", "conv_int8") for name in backends.known(op)))
 
 
 @click.command()
@@ -34,6 +34,8 @@ def _backend_names() -> list[str]:
               help="Only 1x1 and 3x3 convolutions as plans of ResNets have them.")  # fmt: skip
 @click.option("--strided", "kind", flag_value="strided",
               help="Only bf16 convolutions with strides to 4 on maps of 1 to 33 columns.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["int8"]), default=None,
+              help="Convolutions of bytes instead: all bytes must be the reference's.")  # fmt: skip
 @click.option("--emulate", type=click.Choice(["sm_80", "sm_90"]), default=None,
               help="Run the compiled kernels in the PTX emulator, as this GPU would.")  # fmt: skip
 @click.option("--kernel", "kernels", multiple=True, type=Listed("kernel", lambda: emulated.known_names()),
@@ -43,13 +45,17 @@ def _backend_names() -> list[str]:
 @as_json_option
 @click.pass_context
 def verify(
-    ctx, problems: int, seed: int, device: str, chosen: tuple[str, ...], kind: str, emulate: Optional[str],
-    kernels: tuple[str, ...], large: Optional[bool], as_json: bool,
+    ctx, problems: int, seed: int, device: str, chosen: tuple[str, ...], kind: str, dtype: Optional[str],
+    emulate: Optional[str], kernels: tuple[str, ...], large: Optional[bool], as_json: bool,
 ) -> None:  # fmt: skip
     """Random problems on every backend against the fp64 reference. Exit code 1 when one differs.
 
     A backend or kernel asked for by name that could not run a single problem is a failure too.
     """
+    if dtype is not None:
+        if kind or large:
+            raise click.UsageError("--dtype draws problems of its own: leave out --common, --strided and --large.")
+        kind, large = dtype, False
     if emulate is not None:
         return _verify_emulated(ctx, emulate, problems, seed, chosen, kind or "any", kernels, as_json)
     if kernels:
@@ -68,7 +74,10 @@ def verify(
         _show_report(report, "operator/backend")
         for name in idle:
             click.echo(f"verify: backend {name!r} could not run any of these problems.", err=True)
-    ctx.exit(0 if report.passed and not idle else 1)
+    has_run = any(map(_ran, report.backends.values()))
+    if not has_run:
+        click.echo(f"verify: nothing ran on {device}; --emulate sm_80 needs no GPU.", err=True)
+    ctx.exit(0 if report.passed and has_run and not idle else 1)
 
 
 def _verify_emulated(ctx, emulate, problems, seed, chosen, kind, kernels, as_json) -> None:
@@ -116,10 +125,14 @@ def _show_report(report: testing.Report, column: str) -> None:
     entries = report.backends
     title = f"{report.counted_problems}, seed {report.seed}, {report.device}"
     out = stdout_console()
-    table = new_table(column, "ok", "mismatches", "not run", "worst error / bound", title=title)
+    has_bytes = any(entry.num_bytes for entry in entries.values())
+    last = "bytes that differ" if has_bytes else "worst error / bound"
+    table = new_table(column, "ok", "mismatches", "not run", last, title=title)
     for name, entry in sorted(entries.items()):
         wrong = f"[bold red]{len(entry.mismatches)}[/]" if entry.mismatches else "0"
         worst = f"{entry.worst_error:.3f}" if entry.ok else "-"
+        if has_bytes:
+            worst = f"{entry.num_differing:,} of {entry.num_bytes:,}"
         table.add_row(name, str(entry.ok), wrong, str(sum(entry.cannot_run.values())), worst)
     if not entries:
         out.print(f"{title}: nothing was compared", markup=False)

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from fused_resnet.emulation.interface import PtxConv, PtxConvLaunch
 from fused_resnet.emulation.kernel import Kernel, Outcome
 from fused_resnet.emulation.parser import kernel_names
 from fused_resnet.kernels.sources import ROOT
-from fused_resnet.operators.operands import VECTORS, ConvOperands
-from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.operators.operands import VECTORS, ConvOperands, Int8Operands
+from fused_resnet.operators.problem import BYTE_DTYPES, ConvProblem
 
 NUM_TILES, ANY_ALIGNMENT = 5, (1, 3)  # csrc/cuda/sm80/tiles.h
 CSRC = ROOT / "csrc"
@@ -30,8 +30,14 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common
 _ACTIVATIONS = ("none", "relu", "relu6", "silu")  # csrc/common/activation.h
 # (tile, bytes of a copy) of every instance that csrc/cuda/sm80/conv_bn_act.cu compiles
 INSTANCES = (*((tile, 16) for tile in range(NUM_TILES)), *((tile, copy) for tile in ANY_ALIGNMENT for copy in (8, 0)))
-_MANGLED = {torch.float16: "N3c104HalfE", torch.bfloat16: "NS_8BFloat16E", torch.float32: "f"}
-_ELEMENTS = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
+_MANGLED = {
+    torch.float16: "N3c104HalfE", torch.bfloat16: "NS_8BFloat16E", torch.float32: "f",
+    torch.uint8: "h", torch.int8: "a",
+}  # fmt: skip
+_ELEMENTS = {
+    torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16",
+    torch.uint8: "uint8_t", torch.int8: "int8_t",
+}  # fmt: skip
 _SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block's, CUDA C++ programming guide
 _MOST_POINTWISE_BLOCKS, _POINTWISE_THREADS = 1 << 14, 256  # csrc/cuda/add_relu.cu and .cuh
 
@@ -108,7 +114,8 @@ def conv_text(dtype: torch.dtype, arch: int, instances: tuple[tuple[int, int], .
 @functools.cache
 def add_relu_text(arch: int) -> str:
     """The PTX of the addition and of its gradient, for every dtype."""
-    pairs = [(element, op) for element in _ELEMENTS.values() for op in ("AddRelu", "AddReluBackward")]
+    elements = [_ELEMENTS[dtype] for dtype in _DTYPES]
+    pairs = [(element, op) for element in elements for op in ("AddRelu", "AddReluBackward")]
     kernels = [f"pointwise_kernel<{e}, {op}>(const {e}*, const {e}*, {e}*, int64_t)" for e, op in pairs]
     return _project(_instances("cuda/add_relu.cuh", kernels), arch)
 
@@ -128,19 +135,26 @@ def _kernel(text: str, part: str = "") -> Kernel:
 
 
 def prepare(
-    problem: ConvProblem, operands: ConvOperands, out: Tensor, partials: Optional[Tensor], tile: int, splits: int,
-    arch: int,
+    problem: ConvProblem, operands: Union[ConvOperands, Int8Operands], out: Tensor, partials: Optional[Tensor],
+    tile: int, splits: int, arch: int,
 ) -> PtxConvLaunch:  # fmt: skip
     """How csrc's launcher would start this. Raises ValueError with its reason where it would refuse."""
     p, o = problem, operands
     conv = PtxConv(
         x=o.x.data_ptr(), weight=o.weight.data_ptr(), residual=_pointer(o.residual), out=out.data_ptr(),
-        dtype=_DTYPES[p.dtype], eps=o.eps, activation=_ACTIVATIONS.index(p.activation), tile=tile, splits=splits,
-        partials=_pointer(partials), capability=arch, smem_per_block=1024 * _SHARED_KIB.get(arch, 99),
+        element_bytes=p.dtype.itemsize, tile=tile, splits=splits, partials=_pointer(partials), capability=arch,
+        smem_per_block=1024 * _SHARED_KIB.get(arch, 99),
     )  # fmt: skip
     conv.sizes[:] = [p.N, p.C, p.H, p.W, p.K, p.R, p.S, *p.stride, *p.padding, *p.dilation, p.groups]
+    if isinstance(o, Int8Operands):  # as csrc/cuda/operators.cpp names them
+        vectors = dict(bn_weight=o.epilogue.multiplier, bn_bias=o.epilogue.bias)
+        conv.residual_scale, conv.low, conv.high = o.epilogue.residual, o.epilogue.low, o.epilogue.high
+        conv.residual_sign = 0x80 if o.residual is not None and o.residual.dtype == torch.int8 else 0
+    else:
+        vectors = o._asdict()
+        conv.eps, conv.activation = o.eps, _ACTIVATIONS.index(p.activation)
     for i, name in enumerate(VECTORS):
-        vector = getattr(o, name)
+        vector = vectors.get(name)
         conv.vectors[i] = _pointer(vector)
         conv.vector_dtypes[i] = 0 if vector is None else _DTYPES[vector.dtype]
     launch = PtxConvLaunch()
@@ -154,19 +168,26 @@ def _pointer(tensor: Optional[Tensor]) -> Optional[int]:
 
 
 def conv_bn_act(
-    problem: ConvProblem, operands: ConvOperands, arch: int, tile: int, splits: int = 1, *,
-    instances: tuple[tuple[int, int], ...] = (), text: str = "", **how,
+    problem: ConvProblem, operands: Union[ConvOperands, Int8Operands], arch: int, tile: int, splits: int = 1, *,
+    out: Optional[Tensor] = None, instances: tuple[tuple[int, int], ...] = (), text: str = "", **how,
 ) -> tuple[Tensor, list[Outcome]]:  # fmt: skip
-    """The output, poisoned with NaN before, and the outcomes: of the convolution, and of what adds split sums up.
+    """The output and the outcomes: of the convolution, and of what adds split sums up.
+
+    out: by default a new tensor of NaN. Bytes have none: give one whose bytes all have to change.
 
     The operands are as csrc's operator wants them: channels_last, vectors contiguous. how: as `Kernel.run` takes it.
     instances: those to compile together, which takes a second each; by default all. text: PTX instead of theirs.
     """
     p = problem
-    out = torch.full(p.output_shape, torch.nan, dtype=p.dtype).contiguous(memory_format=torch.channels_last)
-    partials = torch.full((splits, out.numel()), torch.nan) if splits > 1 else None
+    if out is None:
+        out = torch.full(p.output_shape, torch.nan, dtype=p.dtype).contiguous(memory_format=torch.channels_last)
+    # NaN, or an integer that no sum reaches
+    poison = torch.tensor(-(2**31), dtype=torch.int32) if p.dtype in BYTE_DTYPES else torch.tensor(torch.nan)
+    partials = poison.repeat(splits, out.numel()) if splits > 1 else None
     launch = prepare(p, operands, out, partials, tile, splits, arch)
     memory: dict[str, Any] = {name: t for name, t in operands._asdict().items() if isinstance(t, Tensor)}
+    if isinstance(operands, Int8Operands):
+        memory |= dict(multiplier=operands.epilogue.multiplier, bias=operands.epilogue.bias)
     memory["out"] = out
     if partials is not None:
         memory["partials"] = partials

@@ -143,9 +143,10 @@ class PtxOutcome(ctypes.Structure):
 class PtxConv(ctypes.Structure):
     _fields_ = [
         ("sizes", c_int64 * 14), ("x", c_void_p), ("weight", c_void_p), ("residual", c_void_p), ("out", c_void_p),
-        ("vectors", c_void_p * 5), ("vector_dtypes", c_int32 * 5), ("dtype", c_int32), ("eps", c_float),
+        ("vectors", c_void_p * 5), ("vector_dtypes", c_int32 * 5), ("element_bytes", c_int32), ("eps", c_float),
         ("activation", c_int32), ("tile", c_int32), ("splits", c_int32), ("partials", c_void_p),
-        ("capability", c_int32), ("smem_per_block", c_int32),
+        ("capability", c_int32), ("smem_per_block", c_int32), ("residual_scale", c_float), ("low", c_float),
+        ("high", c_float), ("residual_sign", c_uint32),
     ]  # fmt: skip
 
 

@@ -14,8 +14,8 @@ from fused_resnet.emulation.tensor_map import SWIZZLES, TensorMap
 from fused_resnet.kernels.triton import add_relu, affine_act, aot, max_pool
 from fused_resnet.kernels.triton.conv import launch as conv
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
-from fused_resnet.kernels.triton.conv.epilogue import Epilogue
-from fused_resnet.kernels.triton.conv.launch import Launch
+from fused_resnet.kernels.triton.conv.epilogue import Epilogue, Int8Epilogue
+from fused_resnet.kernels.triton.conv.launch import Launch, Operands
 from fused_resnet.kernels.triton.runtime import TensorDescriptor, triton
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem, MaxPoolProblem
@@ -168,7 +168,7 @@ def _flat(values) -> list[Any]:
 
 
 def run_conv(
-    problem: ConvProblem, operands: ConvOperands, out: Tensor, arch: int, config: TritonConfig, *,
+    problem: ConvProblem, operands: Operands, out: Tensor, arch: int, config: TritonConfig, *,
     num_programs: int = 2, **how,
 ) -> list[Outcome]:  # fmt: skip
     """`conv.launch.launch` on the emulator; an Outcome for each kernel. The operands and out are as it wants them.
@@ -177,11 +177,11 @@ def run_conv(
     """
     outcomes: list[Outcome] = []
     for each in conv.prepare(problem, operands, out, config):
-        epilogue = next(value for value in each.arguments if isinstance(value, Epilogue))
+        epilogue = next(value for value in each.arguments if isinstance(value, (Epilogue, Int8Epilogue)))
         is_first = not outcomes
         written = out if epilogue.partial is None or not is_first else epilogue.partial
         if is_first and epilogue.partial is not None:
-            epilogue.partial.fill_(torch.nan)
+            epilogue.partial.fill_(torch.nan if epilogue.partial.is_floating_point() else -(2**31))
         programs = num_programs if is_first and config.persistent else None
         outcomes.append(run(each, arch, [written], num_programs=programs, **how))
         if outcomes[-1].faulted:
@@ -190,11 +190,12 @@ def run_conv(
 
 
 def conv_bn_act(
-    problem: ConvProblem, operands: ConvOperands, arch: int, config: TritonConfig, **how
+    problem: ConvProblem, operands: Operands, arch: int, config: TritonConfig, *, out: Optional[Tensor] = None, **how
 ) -> tuple[Tensor, list[Outcome]]:
-    """The output, poisoned with NaN before, and the outcomes."""
+    """The output and the outcomes. out: by default new memory of NaN; of bytes, of values that all have to change."""
     p = problem
-    out = torch.full(p.output_shape, torch.nan, dtype=p.dtype).contiguous(memory_format=torch.channels_last)
+    if out is None:
+        out = torch.full(p.output_shape, torch.nan, dtype=p.dtype).contiguous(memory_format=torch.channels_last)
     return out, run_conv(p, operands, out, arch, config, **how)
 
 

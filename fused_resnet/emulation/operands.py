@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.operators.operands import ConvOperands, Int8Operands
+from fused_resnet.operators.problem import BYTE_DTYPES, ConvProblem
+from fused_resnet.operators.quantized import Epilogue
 
 
 def operands_of(problem: ConvProblem, seed: int = 0) -> ConvOperands:
@@ -26,3 +27,23 @@ def operands_of(problem: ConvProblem, seed: int = 0) -> ConvOperands:
         gamma, beta, mean, var, 1e-5,
         draw(p.K).to(p.dtype) if p.has_bias else None, image(p.N, p.K, p.P, p.Q) if p.has_residual else None,
     )  # fmt: skip
+
+
+def int8_operands_of(problem: ConvProblem, seed: int = 0) -> Int8Operands:
+    """Bytes of all values, and constants by which results fill the output's bytes; channels_last."""
+    p, generator = problem, torch.Generator().manual_seed(seed)
+
+    def image(dtype: torch.dtype, *shape: int) -> Tensor:
+        least, most = (0, 255) if dtype == torch.uint8 else (-128, 127)
+        drawn = torch.randint(least, most + 1, shape, generator=generator)
+        return drawn.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    x, weight = image(p.dtype, p.N, p.C, p.H, p.W), image(torch.int8, p.K, p.C // p.groups, p.R, p.S).clamp(min=-127)
+    spread = (147 if p.dtype == torch.uint8 else 74) * 74 * p.reduction**0.5  # of a sum
+    multiplier = (torch.rand(p.K, generator=generator) + 0.5) * 60 / spread
+    is_signed = p.activation == "none"
+    low, high = (-128.0, 127.0) if is_signed else (0.0, 200.4 if p.activation == "relu6" else 255.0)
+    bias = torch.randn(p.K, generator=generator) * 30 + (0 if is_signed else 60)
+    epilogue = Epilogue(multiplier, bias, 0.37 if p.has_residual else 0.0, low, high, is_signed)
+    residual = image(BYTE_DTYPES[seed % 2], *p.output_shape) if p.has_residual else None
+    return Int8Operands(x, weight, epilogue, residual)

@@ -17,10 +17,10 @@ from fused_resnet.emulation.kernel import LANDINGS, SCHEDULES
 from fused_resnet.emulation.kernel import Outcome as Ran
 from fused_resnet.kernels.triton.conv import configs
 from fused_resnet.operators import layout
-from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.operands import ConvOperands, Int8Operands
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem
 from fused_resnet.testing import Outcome, Report, case_at
-from fused_resnet.testing.compare import exact, identical, within_bound
+from fused_resnet.testing.compare import exact, identical, same_bytes, within_bound
 
 ARCHITECTURES = (80, 90)
 KERNELS = (*(f"triton/{form}" for form in configs.FORMS), "triton/add_relu", "cuda/conv_bn_act", "cuda/add_relu")
@@ -110,7 +110,8 @@ def check(seed: int, index: int, arch: int, kernel: str, *, kind: str = "any") -
 
 def _check_conv(case: Case, arch: int, kernel: str, rng: random.Random, how: dict[str, Any]) -> Outcome:
     p = case.problem
-    assert isinstance(p, ConvProblem) and isinstance(case.operands, ConvOperands)
+    assert isinstance(p, ConvProblem) and isinstance(case.operands, (ConvOperands, Int8Operands))
+    is_int8 = isinstance(case.operands, Int8Operands)
     operands = layout.all_channels_last(case.operands)
     if not p.N:
         return Outcome(kernel, "cannot run", "an output without elements launches nothing")
@@ -122,8 +123,9 @@ def _check_conv(case: Case, arch: int, kernel: str, rng: random.Random, how: dic
         return Outcome(kernel, "cannot run", reason)
     label = f"{tuple(config)} {how}"
     before = operands.map(Tensor.clone)
+    poison = {"out": layout.channels_last(~case.expected)} if is_int8 else {}
     try:
-        out, outcomes = _RUN_CONV[maker](p, operands, arch, config, how)
+        out, outcomes = _RUN_CONV[maker](p, operands, arch, config, {**how, **poison})
     except Exception as error:  # whatever compiles, parses or runs
         return Outcome(kernel, "mismatch", f"{label}: {type(error).__name__}: {error}")
     pairs = zip(operands._fields, before, operands)
@@ -134,7 +136,8 @@ def _check_conv(case: Case, arch: int, kernel: str, rng: random.Random, how: dic
     ]
     if changed:
         return Outcome(kernel, "mismatch", f"{label}: {', '.join(changed)} written to")
-    return _judged(kernel, label, outcomes, within_bound(case, maker, out.double()))
+    compared = same_bytes(case, maker, out) if is_int8 else within_bound(case, maker, out.double())
+    return _judged(kernel, label, outcomes, compared)
 
 
 def _judged(kernel: str, label: str, outcomes: Sequence[Ran], compared: Outcome) -> Outcome:
@@ -142,7 +145,7 @@ def _judged(kernel: str, label: str, outcomes: Sequence[Ran], compared: Outcome)
     if reports:
         return Outcome(kernel, "mismatch", f"{label}: {len(reports)} reports, the first: {reports[0]}")
     if compared.status != "ok":
-        return Outcome(kernel, "mismatch", f"{label}: {compared.detail}")
+        return compared._replace(backend=kernel, detail=f"{label}: {compared.detail}")
     return compared._replace(backend=kernel)
 
 

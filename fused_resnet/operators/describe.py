@@ -5,13 +5,22 @@ from __future__ import annotations
 import functools
 import operator
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from fused_resnet.operators.operands import VECTORS, ConvOperands
-from fused_resnet.operators.problem import ACTIVATIONS, FLOAT_DTYPES, AddReluProblem, ConvProblem, dtype_name, pair_text
+from fused_resnet.operators import quantized
+from fused_resnet.operators.operands import VECTORS, ConvOperands, Int8Operands
+from fused_resnet.operators.problem import (
+    ACTIVATIONS,
+    BYTE_DTYPES,
+    FLOAT_DTYPES,
+    AddReluProblem,
+    ConvProblem,
+    dtype_name,
+    pair_text,
+)
 
 
 class Facts(NamedTuple):
@@ -47,6 +56,53 @@ def conv_problem(
     return _describe_conv.__wrapped__(*facts, stride, padding, dilation, groups, activation)
 
 
+def conv_int8_problem(
+    operands: Int8Operands,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    activation: str,
+) -> ConvProblem:
+    """Check the operands of a convolution of bytes and describe them.
+
+    Raises TypeError for dtypes and devices, ValueError for shapes and parameters, for an epilogue that is not the
+    activation's, and for sums that may leave int32.
+    """
+    op, (x, weight, epilogue, residual, filter_sums) = "conv_int8", operands
+    bytes_of = {"x": x} if residual is None else {"x": x, "residual": residual}
+    vectors = {"multiplier": epilogue.multiplier, "bias": epilogue.bias}
+    sums = {} if filter_sums is None else {"filter_sums": filter_sums}
+    for named, dtypes in (
+        (bytes_of, BYTE_DTYPES), ({"weight": weight}, (torch.int8,)), (vectors, (torch.float32,)),
+        (sums, (torch.int32,)),
+    ):  # fmt: skip
+        for name, tensor in named.items():
+            if tensor.dtype not in dtypes:
+                wanted = " or ".join(map(dtype_name, dtypes))
+                raise TypeError(f"{op}: {name} must be {wanted}, not {dtype_name(tensor.dtype)}.")
+            _check_device(op, name, _as_facts(tensor), "x", _as_facts(x))
+    if activation not in quantized.ACTIVATIONS:
+        known = ", ".join(quantized.ACTIVATIONS)
+        raise ValueError(f"{op}: unknown activation {activation!r}; known ones are {known}.")
+    if epilogue.is_signed != (activation == "none"):
+        wanted = "int8" if activation == "none" else "uint8"
+        raise ValueError(f"{op}: activation {activation!r} gives {wanted}, the epilogue's limits are of the other.")
+    facts = {name: _as_facts(tensor) for name, tensor in {**vectors, **sums}.items()}
+    skip = None if residual is None else _as_facts(residual)
+    problem = _shaped(
+        op, _as_facts(x), _as_facts(weight), facts, skip, stride, padding, dilation, groups, activation,
+        has_bn=False, has_bias=True,
+    )  # fmt: skip
+    if (reason := quantized.why_not_reduced(problem.reduction)) is not None:
+        raise ValueError(f"{op}: {reason}.")
+    return problem
+
+
+def _as_facts(tensor: Tensor) -> Facts:
+    return Facts(*_facts(tensor))
+
+
 def add_relu_problem(a: Tensor, b: Tensor) -> AddReluProblem:
     """Check the operands of add_relu and describe them. TypeError for dtypes and devices, ValueError for shapes."""
     facts = (_facts(a), a.stride(), _facts(b), b.stride())
@@ -68,12 +124,7 @@ def _describe_conv(
 ) -> ConvProblem:
     """conv_problem of operands as plain (shape, dtype, device), None where one is missing."""
     x, weight = Facts(*x), Facts(*weight)
-    if len(x.shape) != 4 or len(weight.shape) != 4:
-        name, facts = ("x", x) if len(x.shape) != 4 else ("weight", weight)
-        raise ValueError(
-            f"conv_bn_act: {name} must have 4 dimensions, {'(N, C, H, W)' if name == 'x' else '(K, C/groups, R, S)'}, "
-            f"got {len(facts.shape)} with shape {tuple(facts.shape)}."
-        )
+    _check_dimensions("conv_bn_act", x, weight)
     activations = {"x": x, "weight": weight}
     if residual is not None:
         residual = activations["residual"] = Facts(*residual)
@@ -81,41 +132,61 @@ def _describe_conv(
     vectors = {name: Facts(*facts) for name, facts in named if facts is not None}
     _check_dtypes("conv_bn_act", activations)
     _check_vector_dtypes(vectors, x)
-    _check_window(stride, padding, dilation, groups, activation)
+    return _shaped(
+        "conv_bn_act", x, weight, vectors, residual, stride, padding, dilation, groups, activation,
+        has_bn=any(name != "bias" for name in vectors), has_bias=bias is not None,
+    )  # fmt: skip
 
+
+def _check_dimensions(op: str, x: Facts, weight: Facts) -> None:
+    if len(x.shape) != 4 or len(weight.shape) != 4:
+        name, facts = ("x", x) if len(x.shape) != 4 else ("weight", weight)
+        raise ValueError(
+            f"{op}: {name} must have 4 dimensions, {'(N, C, H, W)' if name == 'x' else '(K, C/groups, R, S)'}, "
+            f"got {len(facts.shape)} with shape {tuple(facts.shape)}."
+        )
+
+
+def _shaped(
+    op: str, x: Facts, weight: Facts, vectors: dict[str, Facts], residual: Optional[Facts],
+    stride, padding, dilation, groups, activation, *, has_bn: bool, has_bias: bool,
+) -> ConvProblem:  # fmt: skip
+    """The problem, if the shapes fit each other."""
+    _check_dimensions(op, x, weight)
+    _check_window(op, stride, padding, dilation, groups, activation)
     N, C, H, W = x.shape
     K, channels_per_group, R, S = weight.shape
     if C != channels_per_group * groups:
         raise ValueError(
-            f"conv_bn_act: weight has {channels_per_group} input channels per group but x has {C} (groups={groups}): "
+            f"{op}: weight has {channels_per_group} input channels per group but x has {C} (groups={groups}): "
             f"x needs {channels_per_group * groups} channels."
         )
     if K == 0 or C == 0 or R == 0 or S == 0:
-        raise ValueError(f"conv_bn_act: weight of shape {tuple(weight.shape)} has an empty dimension.")
+        raise ValueError(f"{op}: weight of shape {tuple(weight.shape)} has an empty dimension.")
     if K % groups:
-        raise ValueError(f"conv_bn_act: {K} output channels cannot be split into groups={groups}.")
+        raise ValueError(f"{op}: {K} output channels cannot be split into groups={groups}.")
     for name, vector in vectors.items():
         if tuple(vector.shape) != (K,):
             raise ValueError(
-                f"conv_bn_act: {name} must have shape ({K},), one value per output channel, got {tuple(vector.shape)}."
+                f"{op}: {name} must have shape ({K},), one value per output channel, got {tuple(vector.shape)}."
             )
 
     problem = ConvProblem(
         N, C, H, W, K, R, S, stride, padding, dilation, groups, activation,
-        has_bn=any(name != "bias" for name in vectors),
-        has_bias=bias is not None,
+        has_bn=has_bn,
+        has_bias=has_bias,
         has_residual=residual is not None,
         dtype=x.dtype,
         device=x.device.type,
     )  # fmt: skip
     if problem.P <= 0 or problem.Q <= 0:
         raise ValueError(
-            f"conv_bn_act: the output would be empty ({problem.P} x {problem.Q}): a {R}x{S} filter with dilation "
+            f"{op}: the output would be empty ({problem.P} x {problem.Q}): a {R}x{S} filter with dilation "
             f"{pair_text(dilation)} does not fit into {H}x{W} with padding {pair_text(padding)}."
         )
     if residual is not None and tuple(residual.shape) != problem.output_shape:
         raise ValueError(
-            f"conv_bn_act: residual must have the output's shape {problem.output_shape}, got {tuple(residual.shape)}."
+            f"{op}: residual must have the output's shape {problem.output_shape}, got {tuple(residual.shape)}."
         )
     return problem
 
@@ -165,14 +236,14 @@ def _check_device(op: str, name: str, facts: Facts, first_name: str, first: Fact
         )
 
 
-def _check_window(stride, padding, dilation, groups, activation) -> None:
+def _check_window(op: str, stride, padding, dilation, groups, activation) -> None:
     for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if pair[0] < least or pair[1] < least:
-            raise ValueError(f"conv_bn_act: {name} must be at least {least}, got {pair_text(pair)}.")
+            raise ValueError(f"{op}: {name} must be at least {least}, got {pair_text(pair)}.")
     if groups < 1:
-        raise ValueError(f"conv_bn_act: groups must be at least 1, got {groups}.")
+        raise ValueError(f"{op}: groups must be at least 1, got {groups}.")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"conv_bn_act: unknown activation {activation!r}; known ones are {', '.join(ACTIVATIONS)}.")
+        raise ValueError(f"{op}: unknown activation {activation!r}; known ones are {', '.join(ACTIVATIONS)}.")
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:

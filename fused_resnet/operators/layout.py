@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.operands import ConvOperands, Int8Operands
+
+Operands = TypeVar("Operands", ConvOperands, Int8Operands)
 
 
 def empty_output(problem, like: Tensor, channels_last: bool = True) -> Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(problem.output_shape, dtype=problem.dtype, device=like.device, memory_format=memory_format)
+    return torch.empty(
+        problem.output_shape, dtype=problem.output_dtype, device=like.device, memory_format=memory_format
+    )
 
 
-def all_channels_last(operands: ConvOperands) -> ConvOperands:
+def all_channels_last(operands: Operands) -> Operands:
     return operands.map(lambda tensor: channels_last(tensor) if tensor.dim() == 4 else tensor.contiguous())
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple, Optional
 
 from torch import Tensor
 
+from fused_resnet.operators.quantized import Epilogue
+
 VECTORS = ("bn_weight", "bn_bias", "bn_mean", "bn_var", "bias")
 
 
@@ -29,6 +31,26 @@ class ConvOperands(NamedTuple):
     def map(self, fn) -> "ConvOperands":
         """The same operands with `fn` applied to every tensor among them."""
         return ConvOperands(*(fn(value) if isinstance(value, Tensor) else value for value in self))
+
+
+class Int8Operands(NamedTuple):
+    """The tensors of one convolution of bytes, `quantized.conv_act`'s: u8 or s8 activations, s8 weights.
+
+    filter_sums: (K,) int32, the sum of each filter, for kernels that need it with u8 activations. Without it they
+    compute it in each call.
+    """
+
+    x: Tensor
+    weight: Tensor
+    epilogue: Epilogue
+    residual: Optional[Tensor] = None
+    filter_sums: Optional[Tensor] = None
+
+    def map(self, fn) -> "Int8Operands":
+        """The same operands with `fn` applied to every tensor among them, and to the epilogue's."""
+        multiplier, bias, *rest = self.epilogue
+        x, weight, _, residual, filter_sums = (fn(one) if isinstance(one, Tensor) else one for one in self)
+        return Int8Operands(x, weight, Epilogue(fn(multiplier), fn(bias), *rest), residual, filter_sums)
 
 
 NUM_OPERANDS = len(ConvOperands._fields)

@@ -16,6 +16,7 @@ import torch
 ACTIVATIONS = ("none", "relu", "relu6", "silu")
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+BYTE_DTYPES = (torch.uint8, torch.int8)
 SHORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -29,6 +30,9 @@ class ConvProblem(NamedTuple):
 
     `has_bn` says that at least one BN vector is live; `has_bias` that a convolution bias (or an already folded BN)
     is. Activations and weights are channels_last: NHWC and KRSC in memory.
+
+    dtype: of x. Where that is uint8 or int8 this is a convolution of bytes (`quantized.conv_act`), with a bias and
+    without BN: another operator, whose backends are its own.
     """
 
     N: int
@@ -51,7 +55,14 @@ class ConvProblem(NamedTuple):
 
     @property
     def op(self) -> str:
-        return "conv_bn_act"
+        return "conv_int8" if self.dtype in BYTE_DTYPES else "conv_bn_act"
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """That of x. Of bytes, uint8 behind a ReLU or ReLU6, else int8."""
+        if self.dtype not in BYTE_DTYPES:
+            return self.dtype
+        return torch.int8 if self.activation == "none" else torch.uint8
 
     @property
     def P(self) -> int:
@@ -224,9 +235,13 @@ def parsed_problem(text: str, device: str) -> ConvProblem:
     parts = epilogue.split("+")
     problem = ConvProblem(
         N, C, H, W, K, R, S, pairs["s"], pairs["p"], pairs["d"], pairs["g"][0], activation,
-        "bn" in parts, "bias" in parts, "add" in parts, getattr(torch, dtype, torch.int8), device,
+        "bn" in parts, "bias" in parts, "add" in parts, getattr(torch, dtype, torch.int32), device,
     )  # fmt: skip
-    if problem.dtype not in FLOAT_DTYPES or activation not in ACTIVATIONS or str(problem) != text.strip():
+    if (
+        problem.dtype not in (*FLOAT_DTYPES, *BYTE_DTYPES)
+        or activation not in ACTIVATIONS
+        or str(problem) != text.strip()
+    ):
         raise ValueError(f"{text!r} is no convolution: its dtype, epilogue or activation is not known.")
     if min(N, C, K, R, S, *problem.stride, *problem.dilation, problem.groups) < 1:
         raise ValueError(f"{text!r} is no convolution: one of its sizes is 0.")

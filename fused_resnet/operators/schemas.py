@@ -47,6 +47,10 @@ KERNELS = {
         # partials: (splits, values of out) in fp32, for a config with more than one
         "cuda_conv_bn_act": f"({_CONV_OPERANDS}, bool allow_tf32, int tile, Tensor(a!)? partials, Tensor(b!) out) "
         "-> ()".replace("SymInt", "int"),
+        # of bytes, as `quantized.Epilogue` says; partials: in int32
+        "cuda_conv_int8": "(Tensor x, Tensor weight, Tensor multiplier, Tensor bias, Tensor? residual, "
+        "float residual_scale, float low, float high, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+        "int tile, Tensor(a!)? partials, Tensor(b!) out) -> ()",
         # why the kernel cannot index this problem, empty where it can
         "cuda_conv_why_not": "(int[4] x, int[4] weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
         "int element_bytes) -> str",

@@ -10,7 +10,8 @@ from torch import Tensor
 from fused_resnet import backends, functional
 from fused_resnet.choosing.case import Case, bound_of, poisoned_memory, rounding_of, stored_dtype, synchronize
 from fused_resnet.operators import detours, layout, reference
-from fused_resnet.operators.problem import AddReluProblem
+from fused_resnet.operators.operands import Int8Operands
+from fused_resnet.operators.problem import AddReluProblem, ConvProblem
 
 
 class Outcome(NamedTuple):
@@ -18,17 +19,22 @@ class Outcome(NamedTuple):
 
     status: "ok", "mismatch" or "cannot run". detail: what differs and where, or the backend's why_not. worst_error:
     the largest error as a fraction of what the reference allows there; 0 for an exact operator, None if not run.
+    num_bytes, num_differing: of an output of bytes, which must all be the reference's.
     """
 
     backend: str
     status: str
     detail: str = ""
     worst_error: Optional[float] = None
+    num_bytes: int = 0
+    num_differing: int = 0
 
 
 def run(case: Case, backend: str) -> Tensor:
-    """The public function's result, without gradients."""
+    """The public function's result, without gradients. Convolutions of bytes have none: the backend's."""
     with torch.no_grad():
+        if isinstance(case.operands, Int8Operands):
+            return backends.known(case.problem.op)[backend].run(case.problem, case.operands)
         if isinstance(case.problem, AddReluProblem):
             return functional.add_relu(case.operands.a, case.operands.b, backend=backend)
         p, o = case.problem, case.operands
@@ -53,7 +59,7 @@ def check(case: Case, backend: str) -> Outcome:
     before = {name: tensor.clone() for name, tensor in case.tensors.items()}
     try:
         shape = case.problem.shape if isinstance(case.problem, AddReluProblem) else case.problem.output_shape
-        like = torch.empty(shape, dtype=case.problem.dtype, device=case.problem.device)
+        like = torch.empty(shape, dtype=_output_dtype(case), device=case.problem.device)
         with poisoned_memory(like):
             actual = run(case, backend)
             is_addition = isinstance(case.problem, AddReluProblem)
@@ -71,6 +77,8 @@ def check(case: Case, backend: str) -> Outcome:
         return Outcome(backend, "mismatch", detail)
     if is_addition:
         return exact(case, backend, actual, grad)
+    if isinstance(case.operands, Int8Operands):
+        return same_bytes(case, backend, actual)
     return within_bound(case, backend, actual.cpu().double())
 
 
@@ -154,11 +162,27 @@ def exact(case: Case, backend: str, actual: Tensor, grad: Tensor) -> Outcome:
     return Outcome(backend, "ok", worst_error=0.0)
 
 
+def same_bytes(case: Case, backend: str, actual: Tensor) -> Outcome:
+    """Whether all bytes are those of the int8 contract."""
+    expected, actual = case.expected, actual.cpu()
+    differs = actual != expected
+    count, total = int(differs.sum()), differs.numel()
+    if not count:
+        return Outcome(backend, "ok", worst_error=0.0, num_bytes=total)
+    place = tuple(differs.nonzero()[0].tolist())
+    detail = f"{count} of {total} bytes differ; at (n, k, p, q) = {place}: got {actual[place]}, not {expected[place]}"
+    return Outcome(backend, "mismatch", detail, None, total, count)
+
+
+def _output_dtype(case: Case) -> torch.dtype:
+    return case.problem.output_dtype if isinstance(case.problem, ConvProblem) else case.problem.dtype
+
+
 def wrong_metadata(case: Case, actual: Tensor) -> Optional[str]:
     if isinstance(case.problem, AddReluProblem):
         promised = torch.empty_like(case.operands.a)
     else:
-        promised = torch.empty(case.problem.output_shape, dtype=case.problem.dtype, memory_format=torch.channels_last)
+        promised = torch.empty(case.problem.output_shape, dtype=_output_dtype(case), memory_format=torch.channels_last)
     for name, got, wanted in (
         ("shape", tuple(actual.shape), tuple(promised.shape)),
         ("dtype", actual.dtype, promised.dtype),

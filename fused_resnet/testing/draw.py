@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from fused_resnet.choosing.case import AddReluOperands, Case
-from fused_resnet.operators.describe import add_relu_problem, conv_problem
-from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import ACTIVATIONS, FLOAT_DTYPES, output_size
+from fused_resnet.operators import quantized
+from fused_resnet.operators.describe import add_relu_problem, conv_int8_problem, conv_problem
+from fused_resnet.operators.operands import ConvOperands, Int8Operands
+from fused_resnet.operators.problem import ACTIVATIONS, BYTE_DTYPES, FLOAT_DTYPES, output_size
 
 Pair = tuple[int, int]
-KINDS = ("any", "common", "strided")
+KINDS = ("any", "common", "strided", "int8")
 LAYOUTS = ("channels_last", "contiguous", "sliced", "expanded", "permuted")
 # Triton's interpreter, the slowest backend, takes about a millisecond for each tile and step of the reduction
 _MAX_TILE_STEPS = 150
@@ -39,6 +40,7 @@ def random_case(rng: random.Random, device: str = "cpu", *, kind: str = "any") -
     stride 1, or 3x3 with groups as wide as ResNeXt's.
     "strided": a convolution in bf16 with strides to 4 on maps of 1 to 33 rows and columns, where libraries err
     (`detours`).
+    "int8": a convolution of bytes (`quantized`). Half of the windows are those of "common".
     """
     if kind not in KINDS:
         raise ValueError(f"random_case: unknown kind {kind!r}; known ones are {', '.join(KINDS)}.")
@@ -46,7 +48,7 @@ def random_case(rng: random.Random, device: str = "cpu", *, kind: str = "any") -
     draw = _Draw(rng, generator, device)
     if kind == "any" and rng.random() < 0.2:
         return _random_add_relu(draw)
-    return _random_conv(draw, kind)
+    return _random_int8(draw) if kind == "int8" else _random_conv(draw, kind)
 
 
 class _Draw:
@@ -57,6 +59,14 @@ class _Draw:
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def bytes(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Of all values, or the two furthest apart alone, whose sums are the largest."""
+        limits = torch.iinfo(dtype)
+        drawn = torch.randint(limits.min, limits.max + 1, shape, generator=self.generator)
+        if self.rng.random() < 0.1:
+            drawn = torch.where(drawn * 2 > limits.min + limits.max, limits.max, limits.min)
+        return drawn.to(dtype)
 
     def tensor(self, values: Tensor, dtype: torch.dtype, layouts: Sequence[str] = LAYOUTS) -> Tensor:
         layout = "contiguous" if self.rng.random() < 0.2 else self.rng.choice(layouts)
@@ -78,7 +88,8 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     if layout == "channels_last" and tensor.dim() == 4:
         return tensor.contiguous(memory_format=torch.channels_last)
     if layout == "sliced" and tensor.dim():
-        around = tensor.new_full([2 * size + 1 for size in tensor.shape], torch.nan)
+        poison = torch.nan if tensor.is_floating_point() else 85
+        around = tensor.new_full([2 * size + 1 for size in tensor.shape], poison)
         view = around[tuple(slice(1, None, 2) for _ in tensor.shape)]
         return view.copy_(tensor)
     if layout == "expanded" and tensor.dim():
@@ -130,6 +141,41 @@ def _random_conv(draw: _Draw, kind: str) -> Case:
     )
     activations = (*ACTIVATIONS, "relu", "relu", "relu") if is_common else ACTIVATIONS
     return Case(conv_problem(operands, *window, rng.choice(activations)), operands)
+
+
+def _random_int8(draw: _Draw) -> Case:
+    rng = draw.rng
+    window, (N, C, H, W, K, R, S) = _common_window(rng) if rng.random() < 0.5 else _random_window(rng)
+    stride, padding, dilation, groups = window
+    P = output_size(H, R, stride[0], padding[0], dilation[0])
+    Q = output_size(W, S, stride[1], padding[1], dilation[1])
+    activation, x_dtype = rng.choice(quantized.ACTIVATIONS), rng.choice((torch.uint8, torch.uint8, torch.int8))
+    x, weight = draw.bytes(x_dtype, N, C, H, W), draw.bytes(torch.int8, K, C // groups, R, S).clamp(min=-127)
+    residual = draw.bytes(rng.choice(BYTE_DTYPES), N, K, P, Q) if rng.random() < 0.5 else None
+    epilogue = _random_epilogue(draw, K, R * S * C // groups, x_dtype, activation)
+    operands = Int8Operands(
+        draw.tensor(x, x_dtype),
+        draw.tensor(weight, torch.int8),
+        epilogue._replace(multiplier=epilogue.multiplier.to(draw.device), bias=epilogue.bias.to(draw.device)),
+        None if residual is None else draw.tensor(residual, residual.dtype),
+    )
+    return Case(conv_int8_problem(operands, *window, activation), operands)
+
+
+def _random_epilogue(draw: _Draw, K: int, reduction: int, x_dtype: torch.dtype, activation: str) -> quantized.Epilogue:
+    """From scales with which results fill the bytes, or with powers of two, by which many results are ties."""
+    rng, is_signed = draw.rng, activation == "none"
+    x_scale, weight_scales = 0.02 * rng.uniform(0.3, 3), (draw.normal(K).abs() + 0.1) * 1e-3
+    typical_sum = (147 if x_dtype == torch.uint8 else 74) * 74 * reduction**0.5
+    out = quantized.Quantized(x_scale * 1e-3 * typical_sum / 60 * rng.uniform(0.3, 3), is_signed)
+    skip = quantized.Quantized(out.scale * rng.uniform(0.1, 2), True)
+    kept_x = quantized.Quantized(x_scale, x_dtype == torch.int8)
+    bias = draw.normal(K) * 50 * out.scale
+    epilogue = quantized.epilogue_of(kept_x, weight_scales, out, bias, skip, activation)
+    if rng.random() < 0.7:
+        return epilogue
+    multiplier = torch.full((K,), 2.0 ** -rng.randint(0, 16))
+    return epilogue._replace(multiplier=multiplier, bias=(draw.normal(K) * 64).round().float() / 2, residual=0.5)
 
 
 def _random_window(

@@ -21,6 +21,8 @@ class BackendReport:
     cannot_run: dict[str, int] = field(default_factory=dict)
     worst_error: float = 0.0
     worst_case: Optional[str] = None
+    num_bytes: int = 0  # compared, of convolutions of bytes
+    num_differing: int = 0
 
 
 @dataclass
@@ -43,6 +45,8 @@ class Report:
     def add(self, name: str, outcome: Outcome, call: str, shown: Any) -> None:
         """Count an outcome. call: what repeats it; shown: the case, whose text the report keeps."""
         entry = self.backends.setdefault(name, BackendReport())
+        entry.num_bytes += outcome.num_bytes
+        entry.num_differing += outcome.num_differing
         if outcome.status == "cannot run":
             entry.cannot_run[outcome.detail] = entry.cannot_run.get(outcome.detail, 0) + 1
         elif outcome.status == "mismatch":

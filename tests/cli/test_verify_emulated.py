@@ -8,7 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from fused_resnet import testing
+from fused_resnet import backends, testing
 from fused_resnet.cli import main
 from fused_resnet.emulation import cuda_launches, library
 from fused_resnet.emulation import verify as emulated
@@ -42,6 +42,34 @@ def test_the_report_as_json(monkeypatch):
     kernels = record["backends"]
     assert set(kernels) == {"cuda/conv_bn_act", "cuda/add_relu"}
     assert sum(entry["ok"] for entry in kernels.values()) == 8 and kernels["cuda/conv_bn_act"]["worst_error"] == 0.25
+
+
+def test_bytes_that_differ_are_counted(monkeypatch):
+    kinds = []
+    monkeypatch.setattr(emulated, "why_not", lambda kernels: None)
+
+    def check(seed, index, arch, name, *, kind):
+        kinds.append(kind)
+        return testing.Outcome(name, *(("mismatch", "3 differ", None, 50, 3) if index else ("ok", "", 0.0, 1000, 0)))
+
+    monkeypatch.setattr(emulated, "check", check)
+    command = ("verify", "--dtype", "int8", "--emulate", "sm_90", "--kernel", "cuda")
+    result = run(*command, "--problems", 1)
+    assert result.exit_code == 0 and "0 of 1,000" in result.output and "no mismatch" in result.output
+    result = run(*command, "--problems", 2)
+    assert result.exit_code == 1 and "3 of 1,050" in result.output and set(kinds) == {"int8"}
+
+
+def test_int8_has_problems_of_its_own():
+    result = run("verify", "--dtype", "int8", "--common")
+    assert result.exit_code == 2 and "--dtype draws problems of its own" in result.output
+
+
+def test_where_no_kernel_of_bytes_runs_that_is_no_success(monkeypatch):
+    for name, backend in backends.known("conv_int8").items():
+        monkeypatch.setitem(backends.record.REGISTRY["conv_int8"], name, backend._replace(why_not=lambda p: "no GPU"))
+    result = run("verify", "--dtype", "int8", "--problems", 2)
+    assert result.exit_code == 1 and "nothing ran on cpu" in result.output and "no GPU" in result.output
 
 
 def test_a_mismatch_fails_and_says_how_to_see_it_again(monkeypatch):

@@ -25,7 +25,8 @@ FIRST_TIER = ("80", "90", "100")
 SECOND_TIER = ("86", "89", "120")
 ARCHS = [*FIRST_TIER, *(pytest.param(arch, marks=pytest.mark.full) for arch in SECOND_TIER)]
 INCLUDES = ["-I", CSRC, "-isystem", Path(torch.__file__).parent / "include"]
-ELEMENTS = {"f": "float", "N3c104HalfE": "Half", "NS_8BFloat16E": "BFloat16"}
+FLOATS = {"f": "float", "N3c104HalfE": "Half", "NS_8BFloat16E": "BFloat16"}
+ELEMENTS = {**FLOATS, "h": "uint8_t", "a": "int8_t"}
 
 
 class Kernel(NamedTuple):
@@ -125,16 +126,17 @@ def test_split_sums_compile_without_spills_and_overlap_their_loads(compiled, arc
     code = sass(compiled("cuda/sm80/conv_bn_act.cu", arch).cubin)
     for element, kernel in kernels.items():
         assert (kernel.stack_bytes, kernel.spill_store_bytes, kernel.spill_load_bytes) == (0, 0, 0), kernel
-        # the first sums wait for loads of four splits, 16 bytes each: two per split in half precision
-        before_sums = code[kernel.name].split("FADD")[0]
-        assert len(re.findall(r"LDG\.E\.128", before_sums)) == (4 if element == "float" else 8), element
+        # the first sums wait for loads of four splits, 16 bytes each: two per split in half precision, four of bytes
+        if element in FLOATS.values():
+            before_sums = code[kernel.name].split("FADD")[0]
+            assert len(re.findall(r"LDG\.E\.128", before_sums)) == (4 if element == "float" else 8), element
 
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHS)
 def test_pointwise_kernels_compile_without_spills(compiled, arch):
     kernels = compiled("cuda/add_relu.cu", arch).kernels
-    assert len(kernels) == 2 * len(ELEMENTS)
+    assert len(kernels) == 2 * len(FLOATS)
     for kernel in kernels:
         assert kernel[2:] == (0, 0, 0), kernel
         # 1280 threads with two 16-byte loads each: 40 KB on their way, where 4.8 TB/s * 0.7 us over 132
@@ -166,6 +168,8 @@ def test_conv_kernels_use_tensor_cores_and_wide_accesses(compiled, arch):
         "Half": r"HMMA\.16816\.F32\b(?!\.BF16)",
         "BFloat16": r"HMMA\.16816\.F32\.BF16",
         "float": r"HMMA\.1688\.F32\.TF32",
+        "uint8_t": r"IMMA\.16832\.U8\.S8",
+        "int8_t": r"IMMA\.16832\.S8\.S8",
     }
     for (element, _, copied), instructions in code.items():
         assert re.search(mma[element], instructions)
@@ -193,15 +197,16 @@ def test_conv_kernels_stage_their_output_in_wide_accesses(compiled, arch):
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHS)
 def test_conv_kernels_have_eight_residual_loads_in_flight(compiled, arch):
-    """Or as many rows as a thread has, before it stores the first one; for ReLU and for no activation."""
+    """Or as many rows as a thread has, before it stores the first one; for ReLU and for no activation. Bytes have one
+    epilogue for all."""
     checks = pytest.importorskip("fused_resnet._host_checks", reason="_host_checks is not built")
     for name, instructions in sass(compiled("cuda/sm80/conv_bn_act.cu", arch).cubin).items():
         if (key := conv_key(name)) is None:
             continue
-        tile, chunk = checks.tile(key[1]), 4 if key[0] == "float" else 8
+        tile, chunk = checks.tile(key[1]), {"float": 4, "uint8_t": 16, "int8_t": 16}.get(key[0], 8)
         rows = tile["block_m"] * tile["block_n"] // chunk // (32 * tile["warps_m"] * tile["warps_n"])
         loads = [len(re.findall(r"LDG\.E\.128", part)) for part in re.split(r"STG\.E\.128", instructions)]
-        assert sum(count >= min(rows, 8) for count in loads) >= 2, (key, rows, loads)
+        assert sum(count >= min(rows, 8) for count in loads) >= (1 if chunk == 16 else 2), (key, rows, loads)
 
 
 @needs_nvcc

@@ -156,6 +156,42 @@ def test_all_configs(compiler_environment, arch, dtype):
             assert report["stack_bytes"] == 0 and "max" not in report["instructions"], label
 
 
+_INT8 = """
+import json, sys
+from fused_resnet.operators.problem import parsed_problem
+from fused_resnet.kernels.triton import aot
+from fused_resnet.kernels.triton.conv.configs import configs, default_config
+
+arch, found = int(sys.argv[1]), []
+for text in (
+    "32x64x56x56 -> 256, 1x1 {} bias+add relu", "32x128x28x28 -> 128, 3x3 p1 {} bias relu",
+    "32x256x56x56 -> 512, 1x1 s2 {} bias none", "32x3x224x224 -> 64, 7x7 s2 p3 {} bias relu",
+):
+    for dtype in ("uint8", "int8"):
+        p = parsed_problem(text.format(dtype), "cuda")
+        chosen = {config.form: config for config in configs(p, arch)[::-1]}  # the first of each form
+        for config in {default_config(p), *chosen.values()} if sys.argv[2] == "all" else [default_config(p)]:
+            found.append((dtype, aot.compile_launches(p, arch, config)[0]._asdict()))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize(
+    "arch, which",
+    [(80, "default"), (90, "default"), *(pytest.param(a, "all", marks=pytest.mark.full) for a in (80, 90))],
+)
+def test_bytes(compiler_environment, arch, which):
+    """s8 tensor cores, no spills; on sm_90 no wgmma reads u8 from registers (Triton's issue 9433)."""
+    for dtype, report in json.loads(python(compiler_environment, "-c", _INT8, str(arch), which)):
+        found, loops = report["instructions"], report["loops"]
+        assert report["stack_bytes"] == 0 and "spill" not in found, report
+        by_wgmma = arch == 90 and dtype == "int8"
+        assert ("IGMMA" in found, "IMMA" in found) == (by_wgmma, not by_wgmma), report
+        assert not by_wgmma or loops[1] == 0, "A comes from shared memory"
+        if " 3x224x224" not in report["problem"]:
+            assert "LDGSTS" in found or "UTMALDG" in found, report
+
+
 _FORMS = """
 import itertools, json, sys, torch
 from fused_resnet.operators.problem import ConvProblem

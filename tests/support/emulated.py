@@ -16,8 +16,8 @@ import torch
 
 from fused_resnet.emulation import kernel, parser
 from fused_resnet.emulation.kernel import LANDINGS, SCHEDULES
-from fused_resnet.emulation.operands import operands_of
-from fused_resnet.operators import reference
+from fused_resnet.emulation.operands import int8_operands_of, operands_of
+from fused_resnet.operators import layout, quantized, reference
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, MaxPoolProblem, parsed_problem
 
@@ -103,6 +103,51 @@ def _in_row_space(p, o, arch: int, config, how: dict) -> tuple:
     outcomes = launches.run_conv(p, o, rows, arch, config, **how)
     out = row_space.unpack(rows, p.N, p.P, p.Q)
     if not out.isnan().any() and not torch.equal(row_space.pack(out), rows):
+        raise ValueError(f"{p}, {config}: the halo is not zero")
+    return out, outcomes
+
+
+def conv_int8(problem: str, how: list, arch: int, number: int, in_row_space: bool = False) -> dict:
+    """differing: of the output's bytes, those that are not the reference's. how: a config of Triton's kernels, or
+    (tile, splits) of csrc's."""
+    p = parsed_problem(problem, "cuda")
+    o = int8_operands_of(p, number)
+    expected = quantized.conv_act(o.x, o.weight, o.epilogue, p.stride, p.padding, p.dilation, p.groups, o.residual)
+    poison = layout.channels_last(~expected)
+    with _Watched() as watched:
+        if len(how) == 2:
+            out, outcomes = _int8_by_cuda(p, o, arch, how, poison, mode(number))
+        else:
+            out, outcomes = _int8_by_triton(p, o, arch, how, poison, in_row_space, mode(number))
+    counts = {name: sum(getattr(one.counts, name) for one in outcomes) for name in ("mma", "wgmma", "bulk_copies")}
+    reports = [report for one in outcomes for report in one.reports]
+    return dict(differing=int((out != expected).sum()), reports=reports[:3], register_a=watched.register_a, **counts)
+
+
+def _int8_by_cuda(p, o, arch: int, how: list, out, way: dict) -> tuple:
+    from fused_resnet.emulation import cuda_launches
+
+    tile, splits = how
+    copies = (16, 8, 0) if tile in cuda_launches.ANY_ALIGNMENT else (16,)
+    instances = tuple((tile, copy) for copy in copies)
+    return cuda_launches.conv_bn_act(p, o, arch, tile, splits, out=out, instances=instances, **way)
+
+
+def _int8_by_triton(p, o, arch: int, how: list, out, in_row_space: bool, way: dict) -> tuple:
+    """In row space lie the output and the residual."""
+    from fused_resnet.emulation import launches
+    from fused_resnet.kernels.triton.conv import configs, row_space
+
+    config = configs.TritonConfig(*how) if how else configs.default_config(p)
+    if reason := configs.why_illegal(p, config, arch):
+        raise ValueError(f"{config}: {reason}")
+    if not in_row_space:
+        return launches.conv_bn_act(p, o, arch, config, out=out, **way)
+    rows = row_space.pack(out) | 1  # the halo has to change, too
+    o = o._replace(residual=None if o.residual is None else row_space.pack(o.residual))
+    outcomes = launches.run_conv(p, o, rows, arch, config, **way)
+    out = row_space.unpack(rows, p.N, p.P, p.Q)
+    if not torch.equal(row_space.pack(out), rows):
         raise ValueError(f"{p}, {config}: the halo is not zero")
     return out, outcomes
 
@@ -236,7 +281,7 @@ def made_descriptors(arch: int, number: int) -> dict:
     return descriptor_copy.run(arch, **mode(number))
 
 
-CASES = (conv_triton, conv_cuda, add_relu, affine_act, max_pool, random_problem, gemm, made_descriptors)
+CASES = (conv_triton, conv_cuda, conv_int8, add_relu, affine_act, max_pool, random_problem, gemm, made_descriptors)
 ASKED = {one.__name__: one for one in CASES}
 
 

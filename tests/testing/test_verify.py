@@ -13,6 +13,7 @@ from fused_resnet.backends.record import REGISTRY
 from fused_resnet.choosing import case as choosing_case
 from fused_resnet.kernels import compiled
 from fused_resnet.kernels.triton import runtime
+from fused_resnet.operators import layout, quantized
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem
@@ -102,6 +103,52 @@ def test_draws_cover_what_they_should():
         [c for c in cases if c.problem.op == "add_relu" and len(c.problem.shape) != 4],
     ):  # fmt: skip
         assert len(interesting) >= 5
+
+
+def test_draws_of_bytes_cover_what_they_should():
+    """Over 300 cases: signs of x, output and residual, windows, layouts, ties, and every byte as a result."""
+    cases = [testing.case_at(SEED, index, kind="int8") for index in range(300)]
+    assert {case.problem.op for case in cases} == {"conv_int8"}
+    problems, some = [case.problem for case in cases], [case for case in cases if case.problem.N]
+    assert {p.dtype for p in problems} == {torch.uint8, torch.int8}
+    assert {p.activation for p in problems} == {"none", "relu", "relu6"}
+    for interesting in (
+        [p for p in problems if p.groups > 1], [p for p in problems if p.is_pointwise],
+        [p for p in problems if p.C % 16 and p.K % 16], [p for p in problems if p.stride != (1, 1)],
+        [c for c in cases if c.operands.residual is not None and c.operands.residual.dtype == torch.int8],
+        [c for c in cases if c.operands.residual is not None and c.operands.residual.dtype == torch.uint8],
+        [c for c in cases if not c.operands.x.is_contiguous(memory_format=torch.channels_last)],
+        [c for c in cases if c.operands.epilogue.residual == 0.5],
+        [c for c in some if c.operands.x.unique().numel() <= 2 < c.operands.x.numel()],
+        [c for c in some if c.problem.activation == "relu6" and c.expected.max() < 255],
+        [c for c in some if c.expected.unique().numel() > 200],
+    ):  # fmt: skip
+        assert len(interesting) >= 5
+
+
+def test_a_byte_that_differs_is_counted_and_shown(monkeypatch):
+    """Of a backend that is the reference with its result spoilt; one that is right compares all bytes."""
+
+    def run(problem, operands):
+        p, o = problem, operands
+        out = quantized.conv_act(o.x, o.weight, o.epilogue, p.stride, p.padding, p.dilation, p.groups, o.residual)
+        return spoil(layout.channels_last(out))
+
+    backend = backends.Backend("spoilt", lambda problem: None, run)
+    monkeypatch.setitem(REGISTRY["conv_int8"], "spoilt", backend)
+    case = next(case for index in range(99) if (case := testing.case_at(SEED, index, kind="int8")).problem.N)
+    spoil = lambda out: out  # noqa: E731
+    right = testing.check(case, "spoilt")
+    assert (right.status, right.num_bytes, right.num_differing) == ("ok", case.expected.numel(), 0)
+    spoil = _poke(case.expected[-1, -1, -1, -1] ^ 1)
+    wrong = testing.check(case, "spoilt")
+    assert (wrong.status, wrong.num_differing) == ("mismatch", 1) and "1 of " in wrong.detail
+    spoil = lambda out: out.float()  # noqa: E731
+    assert "dtype is torch.float32, promised was" in testing.check(case, "spoilt").detail
+    spoil = _poke(case.expected[-1, -1, -1, -1] ^ 1)
+    report = testing.verify(20, SEED, backends=["spoilt"], kind="int8")
+    entry = report.backends["conv_int8/spoilt"]
+    assert not report.passed and entry.num_differing == len(entry.mismatches) > 0
 
 
 def _vector_dtypes(case):

@@ -26,6 +26,12 @@ int capability(int device) {
          attribute(cudaDevAttrComputeCapabilityMinor, device);
 }
 
+void check_capability(int device) {
+  if (capability(device) < 80) {
+    throw std::runtime_error("cuda_conv_bn_act: compute capability 8.0 or later is needed.");
+  }
+}
+
 DeviceLimits device_limits(int device) {
   return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), capability(device)};
@@ -106,9 +112,7 @@ std::vector<ConvConfig> conv_bn_act_configs(const ConvShape& shape, int element_
 }
 
 void launch_conv_bn_act(const ConvArguments& args, int tile, Dtype dtype, int device, void* stream) {
-  if (capability(device) < 80) {
-    throw std::runtime_error("cuda_conv_bn_act: compute capability 8.0 or later is needed.");
-  }
+  check_capability(device);
   if (num_rows(args.shape) == 0) return;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (dtype) {
@@ -122,6 +126,13 @@ void launch_conv_bn_act(const ConvArguments& args, int tile, Dtype dtype, int de
       launch_element<BFloat16>(args, tile, device, cuda_stream);
       break;
   }
+}
+
+void launch_conv_int8(const ConvArguments& args, int tile, bool is_signed, int device, void* stream) {
+  check_capability(device);
+  if (num_rows(args.shape) == 0) return;
+  const auto launch = is_signed ? launch_element<int8_t> : launch_element<uint8_t>;
+  launch(args, tile, device, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace fused_resnet

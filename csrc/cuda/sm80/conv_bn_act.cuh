@@ -1,5 +1,6 @@
 // out[m, k] = act(scale[k] * sum x[n, p*stride - pad + r*dilation, ..., c] * w[k, r, s, c] + shift[k] + residual[m, k])
-// Implicit GEMM for sm_80 and later: cp.async ring, ldmatrix, mma.sync, fp32 sums, output through shared memory.
+// Implicit GEMM for sm_80 and later: cp.async ring, ldmatrix, mma.sync, output through shared memory. Sums are fp32; of
+// elements of one byte, u8 or s8 with s8 weights, int32.
 // row m = (n, p, q), column k; reduction (r, s, c), c fastest.
 #pragma once
 
@@ -137,7 +138,7 @@ struct StageLoader {
 template <class Element, int kTileIndex>
 __device__ __forceinline__ void multiply_stage(
     const unsigned char* stage, int warp_row, int warp_column, int lane,
-    float (&acc)[TileTraits<Element, kTileIndex>::kMmaM][TileTraits<Element, kTileIndex>::kMmaN][4]) {
+    Sum<Element> (&acc)[TileTraits<Element, kTileIndex>::kMmaM][TileTraits<Element, kTileIndex>::kMmaN][4]) {
   using Traits = TileTraits<Element, kTileIndex>;
   const Chunk* a_tile = reinterpret_cast<const Chunk*>(stage);
   const Chunk* b_tile = a_tile + Traits::kBlockM * kChunksPerRow;
@@ -165,21 +166,20 @@ __device__ __forceinline__ void multiply_stage(
   }
 }
 
+template <class S>
 struct alignas(8) Pair {
-  float first, second;
-};
-struct alignas(16) Quad {
-  float values[4];
+  S first, second;
 };
 
 // A row's next Traits::kChunk staged sums, sixteen bytes at a time.
-template <class Traits>
-__device__ __forceinline__ void load_staged(const float* staged, int row, int column, float (&sums)[Traits::kChunk]) {
+template <class Traits, class S>
+__device__ __forceinline__ void load_staged(const S* staged, int row, int column, S (&sums)[Traits::kChunk]) {
 #pragma unroll
   for (int q = 0; q < Traits::kChunk; q += 4) {
-    const Quad quad = *reinterpret_cast<const Quad*>(staged + staging_position(row, column + q, Traits::kPitch));
+    Packed<S> quad;
+    quad.chunk = *reinterpret_cast<const Chunk*>(staged + staging_position(row, column + q, Traits::kPitch));
 #pragma unroll
-    for (int e = 0; e < 4; ++e) sums[q + e] = quad.values[e];
+    for (int e = 0; e < 4; ++e) sums[q + e] = quad.elements[e];
   }
 }
 
@@ -194,7 +194,7 @@ struct RowWriter {
 
   template <Activation kActivation, bool kHasResidual>
   static __device__ __forceinline__ void write(const ConvArguments& args, int64_t offset, int num_rows, int first,
-                                               const ScaleShift* affine, const float* staged, int column) {
+                                               const ScaleShift* affine, const Sum<Element>* staged, int column) {
     const Element* residual = static_cast<const Element*>(args.epilogue.residual) + offset;
     Element* out = static_cast<Element*>(args.out) + offset;
     const int64_t pitch = static_cast<int64_t>(kStep) * args.shape.K;
@@ -210,14 +210,14 @@ struct RowWriter {
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         if (row + j * kStep >= num_rows) break;
-        float sums[kChunk];
+        Sum<Element> sums[kChunk];
         load_staged<Traits>(staged, row + j * kStep, column, sums);
         Packed<Element> result;
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) {
-          float v = fmaf(sums[e], affine[e].scale, affine[e].shift);
-          if constexpr (kHasResidual) v += skip[j].get(e);
-          result.put(e, activate(v, kActivation));
+          float v = scaled<Element>(sums[e], affine[e]);
+          if constexpr (kHasResidual) v = add_residual(args.epilogue, v, skip[j], e);
+          result.put(e, finished<Element>(args.epilogue, v, kActivation));
         }
         *reinterpret_cast<Chunk*>(out + j * pitch) = result.chunk;
       }
@@ -228,7 +228,7 @@ struct RowWriter {
 
   template <Activation kActivation>
   static __device__ __forceinline__ void write(const ConvArguments& args, int64_t offset, int num_rows, int first,
-                                               const ScaleShift* affine, const float* staged, int column) {
+                                               const ScaleShift* affine, const Sum<Element>* staged, int column) {
     if (args.epilogue.residual != nullptr)
       write<kActivation, true>(args, offset, num_rows, first, affine, staged, column);
     else
@@ -236,11 +236,11 @@ struct RowWriter {
   }
 };
 
-// Staged fp32 sums to finished output, or to the partial sums of this block's split. A thread keeps to one chunk of
+// Staged sums to finished output, or to the partial sums of this block's split. A thread keeps to one chunk of
 // columns, so its BN values stay in registers.
 template <class Element, int kTileIndex>
 __device__ __forceinline__ void store_output(const ConvArguments& args, const BlockOrigin& origin, int split,
-                                             const float* staged, int thread) {
+                                             const Sum<Element>* staged, int thread) {
   using Traits = TileTraits<Element, kTileIndex>;
   constexpr int kChunk = Traits::kChunk, kChunks = Traits::kBlockN / kChunk;
   const ConvShape& shape = args.shape;
@@ -252,7 +252,7 @@ __device__ __forceinline__ void store_output(const ConvArguments& args, const Bl
   const int num_tile_rows = rows_left < Traits::kBlockM ? static_cast<int>(rows_left) : Traits::kBlockM;
 
   ScaleShift affine[kChunk];
-  float* partials = args.partials;
+  auto* partials = static_cast<Sum<Element>*>(args.partials);
   if (partials == nullptr) {
     scale_and_shift_chunk<Element>(args.epilogue, first_channel, num_columns, affine);
   } else {
@@ -262,7 +262,7 @@ __device__ __forceinline__ void store_output(const ConvArguments& args, const Bl
     using Writer = RowWriter<Element, kTileIndex>;
     const int first = thread / kChunks;
     const int64_t offset = (origin.m + first) * shape.K + first_channel;
-    switch (args.epilogue.activation) {
+    switch (kIsByte<Element> ? Activation::kNone : args.epilogue.activation) {
       case Activation::kRelu:
         Writer::template write<Activation::kRelu>(args, offset, num_tile_rows, first, affine, staged, column);
         return;
@@ -275,7 +275,7 @@ __device__ __forceinline__ void store_output(const ConvArguments& args, const Bl
   }
   for (int row = thread / kChunks; row < num_tile_rows; row += Traits::kThreads / kChunks) {
     const int64_t offset = (origin.m + row) * shape.K + first_channel;
-    float sums[kChunk];
+    Sum<Element> sums[kChunk];
     load_staged<Traits>(staged, row, column, sums);
     if (partials == nullptr) {
       store_chunk<Element>(args, offset, num_columns, affine, sums);
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(TileTraits<Element, kTileIndex>::kThreads,
   }
 
   // Main loop: one stage is multiplied while later ones arrive.
-  float acc[Traits::kMmaM][Traits::kMmaN][4] = {};
+  Sum<Element> acc[Traits::kMmaM][Traits::kMmaN][4] = {};
   int read = 0;
   for (int step = steps.first; step < steps.last; ++step) {
     wait_copies<kStages - 2>();
@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(TileTraits<Element, kTileIndex>::kThreads,
   sync_block();
 
   // Epilogue: the sums through shared memory, which is free again, so that rows are written as they lie.
-  float* staged = reinterpret_cast<float*>(smem);
+  auto* staged = reinterpret_cast<Sum<Element>*>(smem);
 #pragma unroll
   for (int i = 0; i < Traits::kMmaM; ++i) {
 #pragma unroll
@@ -336,8 +336,8 @@ __global__ void __launch_bounds__(TileTraits<Element, kTileIndex>::kThreads,
       for (int e = 0; e < 4; e += 2) {  // two neighbours: one 64-bit store, which meets every bank once a half-warp
         const int row = warp_row + i * 16 + accumulator_row(lane, e);
         const int column = warp_column + j * 8 + accumulator_column(lane, e);
-        *reinterpret_cast<Pair*>(staged + staging_position(row, column, Traits::kPitch)) = {acc[i][j][e],
-                                                                                            acc[i][j][e + 1]};
+        *reinterpret_cast<Pair<Sum<Element>>*>(staged + staging_position(row, column, Traits::kPitch)) = {
+            acc[i][j][e], acc[i][j][e + 1]};
       }
     }
   }
@@ -363,8 +363,9 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocksPerSm)
   const int64_t offset = int64_t{row} * args.shape.K + channel;
 
   // Sum, then the same epilogue as without splits.
-  float sums[kChunk];
-  add_sums<kChunk>(args.partials + offset, args.splits, rows * args.shape.K, num_columns, args.has_vector_rows, sums);
+  Sum<Element> sums[kChunk];
+  const auto* partials = static_cast<const Sum<Element>*>(args.partials) + offset;
+  add_sums<kChunk>(partials, args.splits, rows * args.shape.K, num_columns, args.has_vector_rows, sums);
   ScaleShift affine[kChunk];
   scale_and_shift_chunk<Element>(args.epilogue, channel, num_columns, affine);
   store_chunk<Element>(args, offset, num_columns, affine, sums);

@@ -56,33 +56,47 @@ __device__ __forceinline__ void prepare_fragment<float>(uint32_t (&r)[4]) {
   for (int i = 0; i < 4; ++i) asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r[i]) : "f"(__uint_as_float(r[i])));
 }
 
-#define FUSED_RESNET_MMA(SHAPE_AND_TYPES)                        \
+#define FUSED_RESNET_MMA(SHAPE_AND_TYPES, SUM)                   \
   asm volatile("mma.sync.aligned." SHAPE_AND_TYPES               \
                " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
                "{%0, %1, %2, %3};"                               \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])  \
+               : SUM(d[0]), SUM(d[1]), SUM(d[2]), SUM(d[3])      \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 
-// d (16 x 8) += a (16 x 32 bytes) * b (32 bytes x 8), fp32 accumulation.
+// d (16 x 8) += a (16 x 32 bytes) * b (32 bytes x 8), fp32 accumulation; of bytes exact.
 template <class Element>
-__device__ __forceinline__ void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+__device__ __forceinline__ void multiply_accumulate(Sum<Element> (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                    uint32_t b1);
 
 template <>
 __device__ __forceinline__ void multiply_accumulate<Half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                                           uint32_t b1) {
-  FUSED_RESNET_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+  FUSED_RESNET_MMA("m16n8k16.row.col.f32.f16.f16.f32", "+f");
 }
 
 template <>
 __device__ __forceinline__ void multiply_accumulate<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                                               uint32_t b1) {
-  FUSED_RESNET_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+  FUSED_RESNET_MMA("m16n8k16.row.col.f32.bf16.bf16.f32", "+f");
 }
 
 template <>
 __device__ __forceinline__ void multiply_accumulate<float>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                                            uint32_t b1) {
-  FUSED_RESNET_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+  FUSED_RESNET_MMA("m16n8k8.row.col.f32.tf32.tf32.f32", "+f");
+}
+
+// The weights are s8.
+template <>
+__device__ __forceinline__ void multiply_accumulate<uint8_t>(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                             uint32_t b1) {
+  FUSED_RESNET_MMA("m16n8k32.row.col.s32.u8.s8.s32", "+r");
+}
+
+template <>
+__device__ __forceinline__ void multiply_accumulate<int8_t>(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                            uint32_t b1) {
+  FUSED_RESNET_MMA("m16n8k32.row.col.s32.s8.s8.s32", "+r");
 }
 
 #undef FUSED_RESNET_MMA

@@ -31,6 +31,8 @@ ARCHITECTURES = (80, 90, 100)
 _KINDS = {
     "HMMA": ("sass", r"\bHMMA\."),
     "HGMMA": ("sass", r"\bHGMMA\."),
+    "IMMA": ("sass", r"\bIMMA\."),
+    "IGMMA": ("sass", r"\bIGMMA\."),
     "UTCHMMA": ("sass", r"\bUTC\w*MMA\b"),
     "FFMA": ("sass", r"\bFFMA2?\b"),
     "UTMALDG": ("sass", r"\bUTMALDG\b"),
@@ -44,7 +46,10 @@ _KINDS = {
 }
 # A product and the type of its first operand: a shared-memory descriptor, or a tensor, which lives in registers.
 _DOT = re.compile(r"(ttng\.warp_group_dot|ttng\.tc_gen5_mma|tt\.dot) .* : ((?:!ttg\.memdesc|tensor)<.*?)(?: \*|, !ttg)")
-_DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_DTYPE_NAMES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32",
+}  # fmt: skip
 
 
 class LoopFacts(NamedTuple):

@@ -1,7 +1,8 @@
-"""Triton's interpreter, with bfloat16 as a GPU computes it. Nothing here runs on a GPU.
+"""Triton's interpreter, with arithmetic as a GPU's. Nothing here runs on a GPU.
 
 The interpreter keeps bfloat16 in numpy as its 16 bits. Triton 3.7.1 then multiplies those bits as integers in
-`tl.dot`, and cuts fp32 off to bfloat16 where the GPU rounds to nearest even. Both are put right for one launch.
+`tl.dot`, and cuts fp32 off to bfloat16 where the GPU rounds to nearest even. It rounds `tl.fma` twice, and its maximum
+and minimum of a number and NaN are NaN where the GPU's are the number. All are put right for one launch.
 
 It also spends more than half of its time in vain, which `_without_waste` spares it.
 """
@@ -16,12 +17,15 @@ import numpy as np
 import torch
 import triton.language as tl
 
+from fused_resnet.operators import quantized
+
 
 @contextlib.contextmanager
 def gpu_arithmetic():
     """Inside, interpreted kernels have `tl.dot` on bfloat16 values and round-to-nearest-even conversions to it.
 
-    Infinities and NaN come without numpy's warnings.
+    `tl.fma` of fp32 rounds once, and `tl.maximum` and `tl.minimum` drop NaN unless told otherwise. Infinities and NaN
+    come without numpy's warnings.
     """
     from triton.runtime.interpreter import TensorHandle
     from triton.runtime.interpreter import interpreter_builder as builder
@@ -41,12 +45,19 @@ def gpu_arithmetic():
             return handle
         return TensorHandle(_from_bits(handle.data), tl.float32)
 
-    builder.cast_impl, builder.create_dot = cast, dot
+    def fma(x, y, z):
+        factors = (torch.from_numpy(np.array(one.data, np.float32)) for one in (x, y, z))
+        return TensorHandle(quantized.fma(*factors).numpy(), z.dtype.scalar)
+
+    builder.cast_impl, builder.create_dot, builder.create_fma = cast, dot, fma
+    builder.create_maxnumf = lambda x, y: builder.binary_op(x, y, np.fmax)
+    builder.create_minnumf = lambda x, y: builder.binary_op(x, y, np.fmin)
     try:
         with np.errstate(all="ignore"), _without_waste():
             yield
     finally:
-        del builder.cast_impl, builder.create_dot  # the class's own show again
+        for name in ("cast_impl", "create_dot", "create_fma", "create_maxnumf", "create_minnumf"):
+            delattr(builder, name)  # the class's own shows again
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ Without Triton the kernel files still import: `jit` is then the identity, and `w
 from __future__ import annotations
 
 import functools
-from typing import Optional
+from typing import Optional, Sequence
 
 import numpy
 import torch
@@ -43,14 +43,14 @@ def _probe_kernel():
 INTERPRETED = IMPORT_ERROR is None and type(_probe_kernel).__name__ == "InterpretedFunction"
 
 
-def why_not(device: str, dtype: torch.dtype) -> Optional[str]:
-    """Why no kernel of ours can run on tensors of this device type and dtype, or None."""
+def why_not(device: str, dtype: torch.dtype, dtypes: Sequence[torch.dtype] = _DTYPES) -> Optional[str]:
+    """Why no kernel of ours for these dtypes can run on tensors of this device type and dtype, or None."""
     if isinstance(IMPORT_ERROR, ModuleNotFoundError) and IMPORT_ERROR.name == "triton":
         return "Triton is not installed"
     if IMPORT_ERROR is not None:
         return f"Triton cannot be imported ({one_line(IMPORT_ERROR)})"
-    if dtype not in _DTYPES:
-        return f"{dtype_name(dtype)} is not supported ({', '.join(map(dtype_name, _DTYPES))} are)"
+    if dtype not in dtypes:
+        return f"{dtype_name(dtype)} is not supported ({', '.join(map(dtype_name, dtypes))} are)"
     if INTERPRETED and device in ("cpu", "cuda"):
         return _interpreter_error(triton.__version__, numpy.__version__)
     if device == "cpu":

@@ -36,6 +36,8 @@ _TMA_TILES = {
     "rows_tma": (*_LARGE_TILES, (256, 64, 8, 3), (128, 64, 4, 4), (64, 64, 4, 4)),
     "lines_tma": (*_LARGE_TILES, (128, 64, 8, 4), (64, 64, 4, 4)),  # with stride 1 a thread holds two sets of sums
 }
+# Those that mma.sync multiplies on sm_90, too (`_why_not_wgmma`)
+_UINT8_TILES = ((64, 64, 2, 4), (32, 256, 4, 3), (32, 128, 4, 4), (32, 64, 4, 4), (32, 32, 2, 4))
 
 
 class TritonConfig(NamedTuple):
@@ -89,7 +91,9 @@ def default_config(problem: ConvProblem) -> TritonConfig:
 def _pointer_tiles(problem: ConvProblem) -> list[TritonConfig]:
     """All fit into 99 KiB of shared memory, so that they run on every GPU from sm_80 on. Eight warps are for pointwise
     convolutions only (SAFE_WARPS), since `default_config` takes these unmeasured."""
-    if problem.C // problem.groups % _step(problem):  # masks and divisions for each element take registers
+    if problem.dtype == torch.uint8:
+        tiles = [tile for tile in _UINT8_TILES if tile[1] <= 128]
+    elif problem.C // problem.groups % _step(problem):  # masks and divisions for each element take registers
         tiles = [(64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 3)]
     elif problem.dtype == torch.float32:
         tiles = [(64, 64, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3), (32, 32, 4, 3)]
@@ -109,7 +113,7 @@ def _tma_tiles(problem: ConvProblem) -> list[TritonConfig]:
     return [
         TritonConfig(m, min(n, widest), step, 8, warps, stages, form)
         for form in _tma_forms(problem)
-        for m, n, warps, stages in _TMA_TILES[form]
+        for m, n, warps, stages in (_UINT8_TILES if problem.dtype == torch.uint8 else _TMA_TILES[form])
     ]
 
 
@@ -127,9 +131,11 @@ def _persistent(tile: TritonConfig) -> list[TritonConfig]:
 
 def _step(problem: ConvProblem) -> int:
     """BLOCK_K: the largest that divides the channels of a group, 128 bytes at most, or else 32 with masks."""
-    for step in (128 // problem.dtype.itemsize, 32, 16):
+    step, least = 128 // problem.dtype.itemsize, 32 if problem.dtype.itemsize == 1 else 16  # of tl.dot
+    while step >= least:
         if problem.C // problem.groups % step == 0:
             return step
+        step //= 2
     return 32
 
 
@@ -149,7 +155,9 @@ def _tma_forms(problem: ConvProblem) -> tuple[str, ...]:
     if (p.R, p.S, p.padding) == (1, 1, (0, 0)):
         return ("gemm_tma",)
     if (p.R, p.S, p.padding, p.dilation) == (3, 3, (1, 1), (1, 1)):
-        return ("rows_tma", "lines_tma") if p.stride == (1, 1) else ("lines_tma",)
+        forms = ("rows_tma", "lines_tma") if p.stride == (1, 1) else ("lines_tma",)
+        # of bytes, the taps that lines_tma leaves out would have to count as -128 (`epilogue.add_products`)
+        return tuple(form for form in forms if p.dtype.itemsize > 1 or form != "lines_tma")
     return ()
 
 
@@ -181,6 +189,8 @@ def why_illegal(problem: ConvProblem, config: TritonConfig, arch: int) -> Option
     if c.form not in FORMS:
         return f"there is no form {c.form!r} ({', '.join(FORMS)} are)"
     if c.form != "pointer" and (reason := _why_not_tma(problem, config, arch)):
+        return reason
+    if reason := _why_not_wgmma(problem, config, arch):
         return reason
     if c.persistent and (c.form in ("pointer", "lines_tma") or c.split_k > 1):
         return "persistent programs are for gemm_tma and rows_tma without split_k"
@@ -220,6 +230,13 @@ def _why_not_tma(problem: ConvProblem, config: TritonConfig, arch: int) -> Optio
         return f"lines of {p.W * p.C} and {p.Q * p.K} elements are too long"
     if rows == "halo" and num_rows(problem, rows) > MAX_ROWS:
         return f"{num_rows(problem, rows)} rows with their halo are too many (at most {MAX_ROWS})"
+    return None
+
+
+def _why_not_wgmma(problem: ConvProblem, config: TritonConfig, arch: int) -> Optional[str]:
+    """u8 is made s8 in registers. A wgmma may read those too late: Triton's issue 9433, mended in ptxas 13.3 alone."""
+    if problem.dtype == torch.uint8 and arch == 90 and config.BLOCK_M % 64 == 0 and config.num_warps % 4 == 0:
+        return "wgmma would read uint8 from registers, where ptxas errs (Triton's issue 9433)"
     return None
 
 

@@ -10,6 +10,10 @@ What is None in `Epilogue` is a compile-time constant and costs nothing. Rows ar
     "lines"    n * P + p, the column q is the program's own
 
 A kernel computes its rows in one space (ROWS) and may write, and read a residual, in another.
+
+Sums of bytes are int32, and what follows them is the int8 contract (`operators.quantized`), in fp32:
+
+    out = rint(min(max(fma(residual, R, fma(float(sum), M, B)), low), high))
 """
 
 from __future__ import annotations
@@ -37,6 +41,38 @@ class Epilogue(NamedTuple):
     residual: Optional[Tensor]
     out: Any
     partial: Optional[Tensor]
+
+
+class Int8Epilogue(NamedTuple):
+    """The same for a convolution of bytes. filter_sums: (K,) int32, with u8 activations (`add_products`)."""
+
+    multiplier: Tensor
+    bias: Tensor
+    residual_scale: float
+    low: float
+    high: float
+    filter_sums: Optional[Tensor]
+    residual: Optional[Tensor]
+    out: Any
+    partial: Optional[Tensor]
+
+
+@jit
+def no_sums(ELEMENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile of zeros: int32 for sums of bytes, else fp32."""
+    return tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if ELEMENT.is_int() else tl.float32)
+
+
+@jit
+def add_products(x, weight, acc, INPUT_PRECISION: tl.constexpr):
+    """acc + x @ weight.
+
+    Triton multiplies s8 by s8 alone. u8 is made s8 by its upper bit, which subtracts 128 from it, also where x was
+    masked or padded: `rescaled` adds 128 times the sum of the filter.
+    """
+    if x.dtype == tl.uint8:
+        x = (x ^ 0x80).to(tl.int8, bitcast=True)
+    return tl.dot(x, weight, acc, input_precision=INPUT_PRECISION, out_dtype=acc.dtype)
 
 
 @jit
@@ -130,12 +166,34 @@ def activated(y, ACTIVATION: tl.constexpr):
 
 
 @jit
+def rescaled(acc, channels, live_channels, epilogue):
+    """fma(float(sum), M, B) of a tile of int32 sums."""
+    if epilogue.filter_sums is not None:
+        acc += 128 * tl.load(epilogue.filter_sums + channels, mask=live_channels, other=0)[None, :]
+    multiplier = tl.load(epilogue.multiplier + channels, mask=live_channels, other=0.0)
+    bias = tl.load(epilogue.bias + channels, mask=live_channels, other=0.0)
+    return tl.fma(acc.to(tl.float32), multiplier[None, :], bias[None, :])
+
+
+@jit
+def as_bytes(y, epilogue):
+    """rint(min(max(y, low), high)) in the lowest byte of an int32, half to even; NaN gives low."""
+    y = tl.maximum(y, tl.cast(epilogue.low, tl.float32))
+    y = tl.minimum(y, tl.cast(epilogue.high, tl.float32))
+    return (y + 12582912.0).to(tl.int32, bitcast=True)  # 1.5 * 2**23, whose last bit counts ones
+
+
+@jit
 def apply_epilogue(
     acc, first_row, channels, live_channels, column, epilogue, M, K, P, Q,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Finish a tile of sums and store it. M: how many rows there are in ROWS."""
-    y = normalised(acc, channels, live_channels, epilogue, AXIS=0)
+    HAS_BYTES: tl.constexpr = acc.dtype.is_int()
+    if HAS_BYTES:
+        y = rescaled(acc, channels, live_channels, epilogue)
+    else:
+        y = normalised(acc, channels, live_channels, epilogue, AXIS=0)
 
     rows = first_row + tl.arange(0, BLOCK_M)
     live_rows = rows < M
@@ -148,11 +206,18 @@ def apply_epilogue(
         first = _row_in(first_row, column, P, Q, ROWS, RESIDUAL)
         offsets = (_row_in(rows, column, P, Q, ROWS, RESIDUAL) - first)[:, None] * K + channels[None, :]
         mask = live_residual[:, None] & live_channels[None, :]
-        y += tl.load(epilogue.residual + first.to(tl.int64) * K + offsets, mask=mask, other=0.0).to(tl.float32)
-    y = activated(y, ACTIVATION)
+        skip = tl.load(epilogue.residual + first.to(tl.int64) * K + offsets, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BYTES:
+            y = tl.fma(skip, tl.cast(epilogue.residual_scale, tl.float32), y)
+        else:
+            y += skip
+    if HAS_BYTES:
+        y = as_bytes(y, epilogue)
+    else:
+        y = activated(y, ACTIVATION)
 
     if ROWS == "halo" and OUT == "halo":
-        y = tl.where(is_inside[:, None], y, 0.0)
+        y = tl.where(is_inside[:, None], y, 0)
     elif ROWS == "halo":
         live_rows &= is_inside
     first = _row_in(first_row, column, P, Q, ROWS, OUT)
@@ -200,7 +265,7 @@ def sum_parts_kernel(
     live_channels = channels < K
     live = (first_row + tl.arange(0, BLOCK_M) < M)[:, None] & live_channels[None, :]
     offsets = tl.arange(0, BLOCK_M)[:, None] * K + channels[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=epilogue.partial.dtype.element_ty)
     for part in range(SPLIT_K):
         place = (tl.cast(part, tl.int64) * M + first_row) * K
         acc += tl.load(epilogue.partial + place + offsets, mask=live, other=0.0)

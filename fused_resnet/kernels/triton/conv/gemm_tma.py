@@ -7,7 +7,7 @@ matrix, from 2 * q * C on: a plain 2-D tile, without a copy and without reading 
 
 from __future__ import annotations
 
-from fused_resnet.kernels.triton.conv.epilogue import finish, part_and_tile, steps_of_part
+from fused_resnet.kernels.triton.conv.epilogue import add_products, finish, no_sums, part_and_tile, steps_of_part
 from fused_resnet.kernels.triton.runtime import jit, tl
 
 
@@ -30,12 +30,12 @@ def _gemm_tma_kernel(
         first_row, first_channel = tile_m // num_columns * BLOCK_M, tile_n * BLOCK_N
         first_c = column * 2 * C
 
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc = no_sums(x_desc.dtype, BLOCK_M, BLOCK_N)
         first, last = steps_of_part(part, tl.cdiv(C, BLOCK_K), SPLIT_K)
         for step in range(first, last):
             x = x_desc.load([first_row, first_c + step * BLOCK_K])
             weight = weight_desc.load([first_channel, step * BLOCK_K])
-            acc = tl.dot(x, weight.T, acc, input_precision=INPUT_PRECISION)
+            acc = add_products(x, weight.T, acc, INPUT_PRECISION)
 
         channels = first_channel + tl.arange(0, BLOCK_N)
         finish(

@@ -7,7 +7,7 @@ The kernels are in `pointer`, `gemm_tma`, `rows_tma` and `lines_tma`; a config n
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -25,11 +25,13 @@ from fused_resnet.kernels.triton.conv.configs import (
     rows_of,
     why_illegal,
 )
-from fused_resnet.kernels.triton.conv.epilogue import Epilogue, sum_parts_kernel
+from fused_resnet.kernels.triton.conv.epilogue import Epilogue, Int8Epilogue, sum_parts_kernel
 from fused_resnet.machine import devices
-from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.operators.operands import ConvOperands, Int8Operands
+from fused_resnet.operators.problem import BYTE_DTYPES, ConvProblem
+from fused_resnet.operators.quantized import Epilogue as Requantization
 
+Operands = Union[ConvOperands, Int8Operands]
 _SUM_TILE = dict(BLOCK_M=32, BLOCK_N=64, num_warps=4)  # of the kernel that adds up the parts of a reduction
 
 
@@ -49,11 +51,13 @@ def why_not(problem: ConvProblem) -> Optional[str]:
         return f"{rows} output pixels are too many (at most {MAX_ROWS})"
     if channels > MAX_PITCH:
         return f"{channels} channels are too many (at most {MAX_PITCH})"
+    if problem.dtype in BYTE_DTYPES:
+        return runtime.why_not(problem.device, problem.dtype, BYTE_DTYPES)
     return runtime.why_not(problem.device, problem.dtype)
 
 
-def launch(problem: ConvProblem, operands: ConvOperands, out: Tensor, config: Optional[TritonConfig] = None) -> None:
-    """out = act(scale * conv(x, w) + shift + residual), accumulated in fp32; NaN stays NaN.
+def launch(problem: ConvProblem, operands: Operands, out: Tensor, config: Optional[TritonConfig] = None) -> None:
+    """out = act(scale * conv(x, w) + shift + residual), accumulated in fp32; NaN stays NaN. Of bytes, `quantized`'s.
 
     x, residual and out are NHWC, the weight KRSC in memory, all dense, and the vectors are contiguous: the caller has
     seen to it. Strides are not read, since those of dimensions of size 1 may be anything. Each of x, residual and out
@@ -74,12 +78,12 @@ def launch(problem: ConvProblem, operands: ConvOperands, out: Tensor, config: Op
         runtime.start(*each, like=out)
 
 
-def prepare(problem: ConvProblem, operands: ConvOperands, out: Any, config: TritonConfig) -> list[Launch]:
+def prepare(problem: ConvProblem, operands: Operands, out: Any, config: TritonConfig) -> list[Launch]:
     """What `launch` starts, in order: the convolution, and behind a split reduction the kernel that adds it up.
 
     With rows_tma an x that is not in row space yet is copied there first.
     """
-    p, o = problem, operands
+    p, o = problem, operands  # type: ConvProblem, Any
     if config.form == "rows_tma" and o.x.dim() == 4:
         o = o._replace(x=row_space.pack(o.x))
     x_has_halo = o.x.dim() == 2
@@ -89,9 +93,9 @@ def prepare(problem: ConvProblem, operands: ConvOperands, out: Any, config: Trit
     M = num_rows(p, rows)
     partial = None
     if config.split_k > 1:
-        columns = p.Q if rows == "lines" else 1
-        partial = torch.empty(config.split_k, M * columns, p.K, dtype=torch.float32, device=o.x.device)
-    epilogue = Epilogue(o.bn_weight, o.bn_bias, o.bn_mean, o.bn_var, float(o.eps), o.bias, o.residual, out, partial)
+        columns, dtype = p.Q if rows == "lines" else 1, torch.int32 if isinstance(o, Int8Operands) else torch.float32
+        partial = torch.empty(config.split_k, M * columns, p.K, dtype=dtype, device=o.x.device)
+    epilogue = _epilogue(o, out, partial)
     spaces = dict(
         ACTIVATION=p.activation,
         RESIDUAL="halo" if o.residual is not None and o.residual.dim() == 2 else "compact",
@@ -107,6 +111,19 @@ def prepare(problem: ConvProblem, operands: ConvOperands, out: Any, config: Trit
     return [first] if partial is None else [first, _sum(p, tuple(partial.shape), epilogue, rows, spaces)]
 
 
+def _epilogue(o: Operands, out: Any, partial: Optional[Tensor]) -> Union[Epilogue, Int8Epilogue]:
+    if isinstance(o, ConvOperands):
+        vectors = (o.bn_weight, o.bn_bias, o.bn_mean, o.bn_var, float(o.eps), o.bias)
+        return Epilogue(*vectors, o.residual, out, partial)
+    e, filter_sums = o.epilogue, o.filter_sums
+    if o.x.dtype == torch.int8:
+        filter_sums = None  # of use with u8 alone
+    elif filter_sums is None:
+        filter_sums = o.weight.sum((1, 2, 3), dtype=torch.int32)
+    constants = (e.multiplier, e.bias, float(e.residual), float(e.low), float(e.high))
+    return Int8Epilogue(*constants, filter_sums, o.residual, out, partial)
+
+
 def launches(
     problem: ConvProblem, config: TritonConfig, bias_dtype: torch.dtype, *, row_space_output: bool = False
 ) -> list[Launch]:
@@ -114,24 +131,26 @@ def launches(
 
     row_space_output: the output, and a residual, lie in row space, as between two convolutions of a plan.
     """
-    p, vector = problem, torch.empty(problem.K, device="meta") if problem.has_bn else None
+    p = problem
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=p.dtype, device="meta")
+    def empty(*shape: int, dtype: torch.dtype = p.output_dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     out = empty(row_space.num_rows(p.N, p.P, p.Q), p.K) if row_space_output else empty(*p.output_shape)
-    operands = ConvOperands(
-        empty(p.N, p.C, p.H, p.W),
-        empty(p.K, p.C // p.groups, p.R, p.S),
-        *(vector, vector, vector, vector),
-        bias=torch.empty(p.K, dtype=bias_dtype, device="meta") if p.has_bias else None,
-        residual=out if p.has_residual else None,
-    )
-    return prepare(problem, operands, out, config)
+    x, weight_shape = empty(p.N, p.C, p.H, p.W, dtype=p.dtype), (p.K, p.C // p.groups, p.R, p.S)
+    residual = out if p.has_residual else None
+    if p.dtype in BYTE_DTYPES:
+        constants = Requantization(*(empty(p.K, dtype=torch.float32),) * 2, 1.0, 0.0, 255.0, False)
+        weight = empty(*weight_shape, dtype=torch.int8)
+        return prepare(p, Int8Operands(x, weight, constants, residual), out, config)
+    vector = empty(p.K, dtype=torch.float32) if p.has_bn else None
+    bias = empty(p.K, dtype=bias_dtype) if p.has_bias else None
+    operands = ConvOperands(x, empty(*weight_shape), *(vector,) * 4, bias=bias, residual=residual)
+    return prepare(p, operands, out, config)
 
 
 def _pointer(
-    p: ConvProblem, o: ConvOperands, config: TritonConfig, epilogue: Epilogue, M: int, options: dict[str, Any]
+    p: ConvProblem, o: Operands, config: TritonConfig, epilogue: Any, M: int, options: dict[str, Any]
 ) -> Launch:
     options.update(SPLIT_K=config.split_k, WHOLE_STEPS=p.C // p.groups % config.BLOCK_K == 0)
     num_programs = num_tiles(p, config, options["ROWS"])
@@ -142,9 +161,7 @@ def _pointer(
     return Launch(pointer._conv_bn_act_kernel, num_programs, (*arguments, *window), options)
 
 
-def _tma(
-    p: ConvProblem, o: ConvOperands, config: TritonConfig, epilogue: Epilogue, M: int, options: dict[str, Any]
-) -> Launch:
+def _tma(p: ConvProblem, o: Operands, config: TritonConfig, epilogue: Any, M: int, options: dict[str, Any]) -> Launch:
     c = config
     width = p.C if options["ROWS"] != "lines" else p.stride[0] * p.W * p.C
     # M: in every form a row of x for a row of the output
@@ -163,7 +180,7 @@ def _tma(
     return Launch(gemm_tma._gemm_tma_kernel, num_programs, (*arguments, p.C, tiles), options)
 
 
-def _sum(p: ConvProblem, shape: tuple[int, ...], epilogue: Epilogue, rows: str, spaces: dict) -> Launch:
+def _sum(p: ConvProblem, shape: tuple[int, ...], epilogue: Any, rows: str, spaces: dict) -> Launch:
     """shape: of epilogue.partial."""
     split_k, M, K = shape
     options = dict(spaces, ROWS="halo" if rows == "halo" else "compact", SPLIT_K=split_k, **_SUM_TILE)

@@ -5,7 +5,7 @@ Row m = (n, p, q) of dense NHWC, column k; reduction (r, s, c), c fastest. The e
 
 from __future__ import annotations
 
-from fused_resnet.kernels.triton.conv.epilogue import finish, part_and_tile, steps_of_part
+from fused_resnet.kernels.triton.conv.epilogue import add_products, finish, no_sums, part_and_tile, steps_of_part
 from fused_resnet.kernels.triton.runtime import jit, tl
 
 
@@ -29,7 +29,7 @@ def _pointwise_bn_act_kernel(
     x_offsets = local_rows[:, None] * C + steps[None, :]
     weight_offsets = tl.arange(0, BLOCK_N)[None, :] * C + steps[:, None]
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = no_sums(x_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)
     first, last = steps_of_part(part, tl.cdiv(C, BLOCK_K), SPLIT_K)
     for c in range(first * BLOCK_K, last * BLOCK_K, BLOCK_K):
         if WHOLE_STEPS:
@@ -40,7 +40,7 @@ def _pointwise_bn_act_kernel(
             x = tl.load(x_tile + c + x_offsets, mask=live_rows[:, None] & live_steps[None, :], other=0.0)
             live_weights = live_channels[None, :] & live_steps[:, None]
             weight = tl.load(weight_tile + c + weight_offsets, mask=live_weights, other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=INPUT_PRECISION)
+        acc = add_products(x, weight, acc, INPUT_PRECISION)
 
     finish(
         acc, first_row, channels, live_channels, 0, part, epilogue, M, K, P, Q,
@@ -76,7 +76,7 @@ def _conv_bn_act_kernel(
     x_rows = x_ptr + ((image.to(tl.int64) * H + h0) * W + w0) * C + group * group_C
     weight_rows = weight_ptr + channels.to(tl.int64) * reduction
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = no_sums(x_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)
     first, last = steps_of_part(part, tl.cdiv(reduction, BLOCK_K), SPLIT_K)
     r, s, c = 0, 0, 0
     if SPLIT_K > 1:
@@ -108,7 +108,7 @@ def _conv_bn_act_kernel(
             x = tl.load(x_rows[:, None] + tap[None, :], mask=inside, other=0.0)
             live_weights = live_channels[None, :] & live_steps[:, None]
             weight = tl.load(weight_rows[None, :] + (k + steps)[:, None], mask=live_weights, other=0.0)
-        acc = tl.dot(x, weight, acc, input_precision=INPUT_PRECISION)
+        acc = add_products(x, weight, acc, INPUT_PRECISION)
 
     finish(
         acc, first_row, channels, live_channels, 0, part, epilogue, M, K, P, Q,

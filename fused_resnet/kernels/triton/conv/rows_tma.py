@@ -8,7 +8,7 @@ no masks and no index arithmetic. The price is (H + 1) * (W + 1) / (H * W) as ma
 
 from __future__ import annotations
 
-from fused_resnet.kernels.triton.conv.epilogue import finish, part_and_tile, steps_of_part
+from fused_resnet.kernels.triton.conv.epilogue import add_products, finish, no_sums, part_and_tile, steps_of_part
 from fused_resnet.kernels.triton.runtime import jit, tl
 
 
@@ -28,14 +28,14 @@ def _rows_tma_kernel(
         part, tile_m, tile_n = part_and_tile(tile, num_m, num_n, GROUP_M)
         first_row, first_channel = tile_m * BLOCK_M, tile_n * BLOCK_N
 
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc = no_sums(x_desc.dtype, BLOCK_M, BLOCK_N)
         first, last = steps_of_part(part, 9 * STEPS_PER_TAP, SPLIT_K)
         for step in range(first, last):
             tap = step // STEPS_PER_TAP
             shift = (tap // 3 - 1) * (Q + 1) + tap % 3 - 1
             x = x_desc.load([first_row + shift, step % STEPS_PER_TAP * BLOCK_K])
             weight = weight_desc.load([first_channel, step * BLOCK_K])
-            acc = tl.dot(x, weight.T, acc, input_precision=INPUT_PRECISION)
+            acc = add_products(x, weight.T, acc, INPUT_PRECISION)
 
         channels = first_channel + tl.arange(0, BLOCK_N)
         finish(
