@@ -74,6 +74,8 @@ def all_steps(setup: Setup) -> list[Step]:
         step = script_that_stops(f"{name}-{threads}", 60, share, "benchmarks.cpu_check.tables", name, *arguments)
         return step if threads <= cores() else step._replace(needs_s=0, run=lambda seconds: too_few_cores(threads))
 
+    watched = ("benchmarks.cpu_check.sanitizers", "--problems", str(max(setup.problems // 15, 1)))
+    watched += ("--out", str(setup.out / "sanitizers.json"))
     soak = ("benchmarks.cpu_check.soak", "--seconds", str(setup.soak_s), "--out", str(setup.out / "soak.json"))
     footprint = ("benchmarks.cpu_check.footprint", "--out", str(setup.out / "footprint.json"))
     return [
@@ -81,6 +83,7 @@ def all_steps(setup: Setup) -> list[Step]:
         Step("kernels", 0, 60, 0, lambda seconds: kernels_here()),
         randomly("regions", setup.problems, 500),
         randomly("networks", setup.networks, 50),
+        script("sanitizers", 300, 3600, *watched),
         script("soak", setup.soak_s + 60, setup.soak_s + 600, *soak),
         Step("accuracy", 60, 1800, 0, lambda seconds: accuracy(setup, seconds)),
         script("footprint", 30, 600, *footprint),
