@@ -47,7 +47,7 @@ class Sanitizer(NamedTuple):
 
 SANITIZERS = {
     "address,undefined": Sanitizer(
-        # as calls the checks are quickly compiled; in line they make kernels of thousands of loads slow to compile
+        # checks as calls and not in line: there are thousands in a kernel
         (
             "-fsanitize=address,undefined",
             "-fno-sanitize-recover=undefined",
@@ -61,7 +61,7 @@ SANITIZERS = {
     "thread": Sanitizer(
         ("-fsanitize=thread",),
         "libtsan.so",
-        # memcpy and free in torch and Python, whose locks are partly atomics that are not seen
+        # nothing of what torch and Python do: their locks are partly atomics that are not seen
         {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1"},
     ),
 }
@@ -145,7 +145,8 @@ def rows_of(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         row = _row(name, Path(folder), options)
         yield row
         for narrower in reversed(SETS[: SETS.index(row.get("instruction_set", SETS[0]))]):
-            yield _row(name, Path(folder), options, {"FUSED_RESNET_CPU_ISA": narrower})
+            variables = {"FUSED_RESNET_CPU_ISA": narrower}
+            yield {"instruction_set": narrower, **_row(name, Path(folder), options, variables)}
 
 
 def _row(
