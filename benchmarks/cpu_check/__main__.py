@@ -170,7 +170,7 @@ def parse_arguments(arguments: Optional[Sequence[str]] = None) -> argparse.Names
         ("--budget", 1500.0, 6 * 3600.0, "seconds in all"),
         ("--problems", 300, 20_000, "random convolutions"),
         ("--networks", 50, 2_000, "random networks"),
-        ("--sanitized", 10, 100, "random problems of each kind under sanitizers"),
+        ("--sanitized", 30, 300, "random problems of each kind under sanitizers"),
         ("--soak", 10.0, 600.0, "seconds of many threads"),
         ("--row", 20.0, 40.0, "seconds of timing for each row of a table"),
     ):

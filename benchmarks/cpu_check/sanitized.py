@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import itertools
 import json
-import os
 import random
 import re
 import sys
@@ -42,13 +41,16 @@ CALLERS = 3
 _SOAK_S = 2.0
 
 
+_PROCESS, _POISON = ctypes.CDLL(None), "__asan_poison_memory_region"  # there where AddressSanitizer is
+
+
 class Apart(CompiledRegion):
     """A region with GAP bytes before each of its maps and behind the last, which AddressSanitizer lets nobody touch."""
 
     gaps: list[int]
 
     def empty_workspace(self) -> Tensor:
-        poison = ctypes.CDLL(None)["__asan_poison_memory_region"]
+        poison = _PROCESS[_POISON]
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8)  # malloc's, which forgets it all once freed
         for begin in self.gaps:
             poison(ctypes.c_void_p(workspace.data_ptr() + begin), ctypes.c_size_t(GAP))
@@ -201,14 +203,13 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
     options = parser.parse_args(arguments)
-    is_address = "libasan" in os.environ.pop("LD_PRELOAD", "")  # what is started from here does without
     with mock.patch.object(compiled, "_DIRECTORY", options.folder):
         why = compiled.load("cpu")
     if why is not None or loaded_libraries() != {str(options.folder / "_C_cpu.so")}:
         print(f"cpu_check.sanitized: {why or loaded_libraries()}", file=sys.stderr)
         return 2
     reports = []
-    with maps_apart() if is_address else contextlib.nullcontext():
+    with maps_apart() if hasattr(_PROCESS, _POISON) else contextlib.nullcontext():
         for part in options.parts:
             print(f"{part} ...", file=sys.stderr, flush=True)
             reports.append({**PARTS[part](options.problems, options.seed).as_dict(), "kind": part})

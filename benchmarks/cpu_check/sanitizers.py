@@ -1,4 +1,4 @@
-"""The CPU engine under GCC's sanitizers: python -m benchmarks.cpu_check.sanitizers --problems 20
+"""The CPU engine under GCC's sanitizers: python -m benchmarks.cpu_check.sanitizers --problems 30
 
 csrc/cpu is compiled twice more, into folders that are removed: for addresses and undefined behaviour, and for threads.
 A process with such a library runs what `sanitized` draws, within each instruction set that this processor has.
@@ -171,7 +171,7 @@ def reported(output: str) -> dict[str, Any]:
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--problems", type=int, default=20, help="of each kind, for each sanitizer and instruction set")
+    parser.add_argument("--problems", type=int, default=30, help="of each kind, for each sanitizer and instruction set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=tuple(SANITIZERS), help="this one alone")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds for a compilation or a process")
