@@ -22,7 +22,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Sequence
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -212,8 +212,11 @@ def flags(part: Part, tools: Toolchain) -> Flags:
     return Flags([*cxx, "-DUSE_CUDA"], nvcc, [f"-ccbin={tools.cxx}", "-cudart=static", *through_nvcc])
 
 
-def write_ninja(parts: list[Part], tools: Toolchain, build_dir: Path) -> list[str]:
-    """build.ninja for all parts that can be built. Returns the targets, relative to build_dir."""
+def write_ninja(parts: list[Part], tools: Toolchain, build_dir: Path, more: Sequence[str] = ()) -> list[str]:
+    """build.ninja for all parts that can be built. Returns the targets, relative to build_dir.
+
+    more: flags for the C++ compiler besides, where it compiles and where it links.
+    """
     lines = [
         "rule cxx",
         f"  command = {tools.cxx} $flags -MMD -MF $out.d -c $in -o $out",
@@ -233,7 +236,8 @@ def write_ninja(parts: list[Part], tools: Toolchain, build_dir: Path) -> list[st
     for part in parts:
         if not part.is_built:
             continue
-        part_flags, objects = flags(part, tools), []
+        plain, objects = flags(part, tools), []
+        part_flags = plain._replace(cxx=[*plain.cxx, *more], link=[*plain.link, *more])
         for source in part.sources:
             rule, compile_flags = ("nvcc", part_flags.nvcc) if source.endswith(".cu") else ("cxx", part_flags.cxx)
             objects.append(f"{source}.o")

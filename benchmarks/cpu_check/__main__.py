@@ -1,7 +1,9 @@
 """Everything that shows the CPU engine right and how fast it is: python -m benchmarks.cpu_check [--out folder].
 
-Correctness first: random convolutions by every micro-kernel that runs here, random small networks, many threads on one
-frozen model, accuracy with real weights. Then memory and the first freeze, and the tables against other libraries.
+Correctness first: random convolutions by every micro-kernel that runs here, random small networks, all kernels under
+sanitizers, many threads on one frozen model, accuracy with real weights. Then memory and the first freeze, and the
+tables against other libraries.
+
 Each step is a process group of its own. Writes check.json after each, beside it log.txt and a record for each step, in
 benchmarks/results/<processor>/.
 
@@ -20,6 +22,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
 
+from benchmarks.cpu_check import sanitizers
 from benchmarks.gpu_check.budget import Step, chosen, run_steps
 from benchmarks.gpu_check.isolated import FAILED, NOT_RUN, PASSED, Result, execute
 from fused_resnet.kernels import compiled, sources
@@ -36,6 +39,7 @@ class Setup(NamedTuple):
     out: Path
     problems: int
     networks: int
+    sanitized: int
     soak_s: float
     row_s: float
 
@@ -81,6 +85,7 @@ def all_steps(setup: Setup) -> list[Step]:
         Step("kernels", 0, 60, 0, lambda seconds: kernels_here()),
         randomly("regions", setup.problems, 500),
         randomly("networks", setup.networks, 50),
+        Step("sanitizers", 300, 7200, 0, lambda seconds: under_sanitizers(setup, seconds)),
         script("soak", setup.soak_s + 60, setup.soak_s + 600, *soak),
         Step("accuracy", 60, 1800, 0, lambda seconds: accuracy(setup, seconds)),
         script("footprint", 30, 600, *footprint),
@@ -98,6 +103,14 @@ def kernels_here() -> Result:
     ran = [kernel.name for kernel in table if not kernel.why_not]
     missing = [f"{kernel.name}: {kernel.why_not}" for kernel in table if kernel.why_not]
     return Result(PASSED, "; ".join([", ".join(ran), *missing]))
+
+
+def under_sanitizers(setup: Setup, limit_s: float) -> Result:
+    missing = [why for name in sanitizers.SANITIZERS if (why := sanitizers.why_not(name)) is not None]
+    if len(missing) == len(sanitizers.SANITIZERS):
+        return Result(NOT_RUN, "; ".join(missing))
+    options = ("--problems", str(setup.sanitized), "--out", str(setup.out / "sanitizers.json"))
+    return execute((PYTHON, "-m", "benchmarks.cpu_check.sanitizers", *options), limit_s, setup.log)
 
 
 def accuracy(setup: Setup, limit_s: float) -> Result:
@@ -132,7 +145,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     name = devices.device_name("cpu")
     out = options.out or sources.ROOT / "benchmarks" / "results" / folder_of(name, devices.cpu_flags())
     out.mkdir(parents=True, exist_ok=True)
-    setup = Setup(out, options.problems, options.networks, options.soak, options.row)
+    setup = Setup(out, options.problems, options.networks, options.sanitized, options.soak, options.row)
     steps, file = all_steps(setup), out / "check.json"
     unknown = set(options.only or ()) - {"rest", *(step.name for step in steps)}
     if unknown:
@@ -157,6 +170,7 @@ def parse_arguments(arguments: Optional[Sequence[str]] = None) -> argparse.Names
         ("--budget", 1500.0, 6 * 3600.0, "seconds in all"),
         ("--problems", 300, 20_000, "random convolutions"),
         ("--networks", 50, 2_000, "random networks"),
+        ("--sanitized", 30, 300, "random problems of each kind under sanitizers"),
         ("--soak", 10.0, 600.0, "seconds of many threads"),
         ("--row", 20.0, 40.0, "seconds of timing for each row of a table"),
     ):

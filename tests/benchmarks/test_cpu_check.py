@@ -379,8 +379,8 @@ def test_steps_and_their_records(tmp_path, monkeypatch, capsys):
 
 def test_evidence_is_more_of_everything():
     little, much = (cpu_check.parse_arguments(arguments) for arguments in ([], ["--evidence"]))
-    assert (little.problems, little.networks, little.soak) == (300, 50, 10.0)
-    assert (much.problems, much.networks, much.soak) == (20_000, 2_000, 600.0)
+    assert (little.problems, little.networks, little.sanitized, little.soak) == (300, 50, 30, 10.0)
+    assert (much.problems, much.networks, much.sanitized, much.soak) == (20_000, 2_000, 300, 600.0)
     assert cpu_check.parse_arguments(["--evidence", "--problems", "5"]).problems == 5
 
 
