@@ -4,6 +4,7 @@
 | --- | --- |
 | resnet50 | ResNet-50 in bf16 and fp32 at batch 1 and 8 against OpenVINO and ONNX Runtime, beside what is required |
 | networks | thirteen networks in both dtypes at batch 1, also without regions, against OpenVINO and torch.compile |
+| int8 | ResNet-50 in int8 at batch 1 and 8, and five others, against OpenVINO (quantised by NNCF) and ONNX Runtime |
 
 A row is one interleaved run: each variant is called five times in its turn, and timed the last time. Each is compared
 with fp64 first; a wrong one is listed and not timed. The process keeps to as many cores as it has threads. With
@@ -40,17 +41,41 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     **{name: functools.partial(models.create, name) for name in OURS},
     **{name: wild.MODELS[name] for name in THEIRS},
 }
-RIVALS = {"bf16": ("openvino",), "fp32": ("openvino", "onnxruntime")}
-# (dtype, batch): how many times as fast as the best rival ResNet-50 must be on one core, with AMX and without
+IN_INT8 = ("resnet50", "resnet18", "resnet101", "resnext50_32x4d", "timm seresnet50", "torchvision vgg16_bn")
+DTYPES = {**SHORT_DTYPES, "int8": torch.int8}
+# whose best is what ResNet-50 must be so many times as fast as
+RIVALS = {"bf16": ("openvino",), "fp32": ("openvino", "onnxruntime"), "int8": ("openvino",)}
+# (dtype, batch): how many times that is on one core, with AMX and without
 REQUIRED = {
-    True: {("bf16", 1): 1.6, ("bf16", 8): 1.4, ("fp32", 1): 1.0, ("fp32", 8): 1.15},
-    False: {("bf16", 1): 1.1, ("bf16", 8): 1.1, ("fp32", 1): 1.1, ("fp32", 8): 1.2},
+    True: {("bf16", 1): 1.6, ("bf16", 8): 1.4, ("fp32", 1): 1.0, ("fp32", 8): 1.15, ("int8", 1): 2.0, ("int8", 8): 1.4},
+    False: {("bf16", 1): 1.1, ("bf16", 8): 1.1, ("fp32", 1): 1.1, ("fp32", 8): 1.2, ("int8", 1): 1.1, ("int8", 8): 1.1},
 }
 KEPT_BY_TWO = 0.9  # of the ratio on one core, at least, on two
 SLOWER_BELOW = 0.97  # two runs of the same plan differ by up to so much
 REPEATS = 4  # then a call takes what it takes later, but for a twentieth
 PAUSE_S = 0.005  # between calls of several threads
-OK, MISSED, WRONG, NO_RIVAL = "ok", "MISSED", "WRONG", "no rival"
+OK, MISSED, WRONG, NO_RIVAL, NOT_ASKED = "ok", "MISSED", "WRONG", "no rival", "nothing required"
+
+
+class Table(NamedTuple):
+    """What its rows are, and what takes turns in each: the baselines, and the networks that are frozen."""
+
+    models: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    batches: tuple[int, ...]
+    baselines: tuple[str, ...]
+    frozen: tuple[str, ...] = ("auto",)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*(f"frozen {name}".removesuffix(" auto") for name in self.frozen), *self.baselines)
+
+
+TABLES = {
+    "resnet50": Table(("resnet50",), ("bf16", "fp32"), (1, 8), ("openvino", "onnxruntime")),
+    "networks": Table(tuple(MODELS), ("bf16", "fp32"), (1,), ("openvino", "compile"), ("auto", WITHOUT_REGIONS)),
+    "int8": Table(IN_INT8, ("int8",), (1, 8), ("openvino", "onnxruntime")),
+}
 
 
 class Bar(NamedTuple):
@@ -74,7 +99,7 @@ class Bar(NamedTuple):
         image = (3, self.size, self.size)
         model = measuring.calibrated(MODELS[self.model](), image)
         subject = NetworkSubject(
-            self.name, model, (self.batch, *image), "cpu", [SHORT_DTYPES[self.dtype]], self.baselines, self.frozen,
+            self.name, model, (self.batch, *image), "cpu", [DTYPES[self.dtype]], self.baselines, self.frozen,
             only_right=True, pause_s=PAUSE_S if self.threads > 1 else 0.0, repeats=REPEATS,
         )  # fmt: skip
         row = subject.measured(self.budget_s, rounds, progress)
@@ -95,7 +120,9 @@ def ratio(row: Row, rivals: Sequence[str]) -> Optional[float]:
 
 
 def required(row: Row, has_amx: bool, one_thread: Mapping[str, float]) -> Optional[float]:
-    """On one core as the table says; on more, so much of the ratio on one. None where that is not known."""
+    """On one core as REQUIRED says; on more, so much of the ratio on one. None where that is not known."""
+    if row["model"] != "resnet50":
+        return None
     if row["threads"] == 1:
         return REQUIRED[has_amx].get((row["dtype"], row["batch"]))
     return KEPT_BY_TWO * one_thread[row["problem"]] if row["problem"] in one_thread else None
@@ -106,15 +133,17 @@ def verdict(row: Row, found: Optional[float], least: Optional[float]) -> str:
         return WRONG
     if ms_of(row, "frozen") is None:
         return MISSED
-    return NO_RIVAL if found is None or least is None else OK if found >= least else MISSED
+    if found is None:
+        return NO_RIVAL
+    return NOT_ASKED if least is None else OK if found >= least else MISSED
 
 
 def judged(table: str, row: Row, has_amx: bool, one_thread: Mapping[str, float]) -> Row:
     """The row with what it comes to: "ratio", "required" and "verdict"."""
-    if table == "resnet50":
-        found, least = ratio(row, RIVALS[row["dtype"]]), required(row, has_amx, one_thread)
-    else:
+    if table == "networks":
         found, least = ratio(row, [f"frozen {WITHOUT_REGIONS}"]), SLOWER_BELOW
+    else:
+        found, least = ratio(row, RIVALS[row["dtype"]]), required(row, has_amx, one_thread)
     return {**row, "ratio": found, "required": least, "verdict": verdict(row, found, least)}
 
 
@@ -138,15 +167,9 @@ def cell(row: Row, variant: str) -> str:
     return f"wrong: {row['wrong'][name]}" if name in row["wrong"] else row["skipped"].get(name, "missing")
 
 
-def columns_of(table: str) -> tuple[str, ...]:
-    if table == "resnet50":
-        return "frozen", "openvino", "onnxruntime"
-    return "frozen", f"frozen {WITHOUT_REGIONS}", "openvino", "compile"
-
-
 def markdown(table: str, record: Record) -> str:
     """The table as it is printed, with every loss and every result that was wrong below."""
-    columns = columns_of(table)
+    columns = TABLES[table].columns
     times = [f"{name}, ms" for name in columns]
     head = ["network", "dtype", "batch", "threads", *times, "ratio", "required", "verdict"]
     lines = [f"{record.device}, {', '.join(record.environment['cpu_flags'])}", "",
@@ -166,13 +189,13 @@ def markdown(table: str, record: Record) -> str:
 
 
 def bars(options: argparse.Namespace) -> list[Bar]:
-    batches = options.batch or ((1, 8) if options.table == "resnet50" else (1,))
-    names = options.model or (("resnet50",) if options.table == "resnet50" else tuple(MODELS))
-    frozen = ("auto",) if options.table == "resnet50" else ("auto", WITHOUT_REGIONS)
+    table = TABLES[options.table]
     return [
         Bar(name, dtype, batch, options.threads, options.size, options.budget,
-            RIVALS[dtype] if options.table == "resnet50" else ("openvino", "compile"), frozen)
-        for name in names for dtype in options.dtype for batch in batches
+            tuple(rival for rival in table.baselines if rival != "onnxruntime" or dtype != "bf16"), table.frozen)
+        for name in options.model or table.models
+        for dtype in options.dtype or table.dtypes
+        for batch in options.batch or table.batches
     ]  # fmt: skip
 
 
@@ -220,13 +243,13 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_check.tables", description=__doc__.splitlines()[0])
-    parser.add_argument("table", choices=("resnet50", "networks"))
+    parser.add_argument("table", choices=list(TABLES))
     parser.add_argument("--threads", type=int, default=1, help="and cores (default: 1)")
     parser.add_argument("--one-thread", type=Path, help="the record of one thread, for what several must keep of it")
     parser.add_argument("--out", type=Path, help="JSON file for the record, written after each row")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --out has")
     parser.add_argument("--model", nargs="+", choices=list(MODELS), metavar="NAME", help="default: as the table says")
-    parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=list(RIVALS))
+    parser.add_argument("--dtype", nargs="+", choices=list(RIVALS), help="default: as the table says")
     parser.add_argument("--batch", nargs="+", type=int, help="images (default: as the table says)")
     parser.add_argument("--size", type=int, default=224, help="pixels (default: 224)")
     parser.add_argument("--budget", type=float, default=40.0, help="seconds of timing for each row (default: 40)")

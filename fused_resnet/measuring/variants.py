@@ -21,6 +21,7 @@ from fused_resnet.freezing.frozen import FrozenModel
 from fused_resnet.fusing import convert
 from fused_resnet.machine.errors import why_missing
 from fused_resnet.measuring.rivals import (
+    calibration_images,
     compiled_nhwc,
     in_onnxruntime,
     in_openvino,
@@ -64,7 +65,8 @@ def variant_builders(
     | frozen | `freeze`; with UNTUNED as if nothing had been measured by `fused-resnet tune` |
     | frozen, WITHOUT_REGIONS | `freeze` without what computes blocked maps on a CPU |
 
-    Frozen variants get x and convert it themselves; the others get it in their own dtype.
+    Frozen variants get x and convert it themselves; the others get it in their own dtype. In int8 all of them are
+    calibrated with the same random images.
     """
     wide = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
     is_on_cuda = x.device.type == "cuda"
@@ -116,8 +118,9 @@ def _fused(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Any]
 
 def _frozen(model: nn.Module, x: Tensor, backend: str, dtype: torch.dtype) -> Callable[[], Any]:
     special = {UNTUNED: winners.ignored, WITHOUT_REGIONS: as_before_regions}
+    images = calibration_images(x) if dtype == torch.int8 else None
     with special.get(backend, contextlib.nullcontext)():
-        frozen = freeze(model, x, dtype=dtype, backend="auto" if backend in special else backend)
+        frozen = freeze(model, x, dtype=dtype, backend="auto" if backend in special else backend, calibrate=images)
     is_nvidia = x.is_cuda and torch.version.hip is None
     if is_nvidia and isinstance(frozen, FrozenModel) and not frozen.is_graphed(x):
         raise RuntimeError("it cannot be captured as a CUDA graph")  # as `freeze` has just warned, with the reason

@@ -206,8 +206,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def short_name(dtype: torch.dtype) -> str:
-    """The key of a dtype in SHORT_DTYPES."""
-    return {known: short for short, known in SHORT_DTYPES.items()}[dtype]
+    """The key of a dtype in SHORT_DTYPES; for others as torch calls them."""
+    return {known: short for short, known in SHORT_DTYPES.items()}.get(dtype, dtype_name(dtype))
 
 
 def pair_text(value) -> str:

@@ -216,11 +216,11 @@ def test_what_is_too_much():
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def row_of(dtype="bf16", batch=1, threads=1, wrong=(), **ms):
+def row_of(dtype="bf16", batch=1, threads=1, wrong=(), model="resnet50", **ms):
     names = {"without": f"frozen {dtype} without regions"}
     variants = {names.get(name, f"{name} {dtype}"): {"median_us": 1e3 * value} for name, value in ms.items()}
-    name = f"resnet50 {dtype} batch {batch}"
-    return {"problem": name, "model": "resnet50", "dtype": dtype, "batch": batch, "threads": threads,
+    name = f"{model} {dtype} batch {batch}"
+    return {"problem": name, "model": model, "dtype": dtype, "batch": batch, "threads": threads,
             "variants": variants, "skipped": {}, "wrong": dict(wrong)}  # fmt: skip
 
 
@@ -237,7 +237,10 @@ def row_of(dtype="bf16", batch=1, threads=1, wrong=(), **ms):
         (row_of("fp32", frozen=10, onnxruntime=5, openvino=20, wrong={}), 0.5, 1.0, tables.MISSED),
         (row_of(threads=2, frozen=10, openvino=17), 1.7, 1.62, tables.OK),
         (row_of(threads=2, frozen=10, openvino=16), 1.6, 1.62, tables.MISSED),
-        (row_of(batch=8, threads=2, frozen=10, openvino=16), 1.6, None, tables.NO_RIVAL),
+        (row_of(batch=8, threads=2, frozen=10, openvino=16), 1.6, None, tables.NOT_ASKED),
+        (row_of("int8", frozen=5, openvino=11, onnxruntime=4), 2.2, 2.0, tables.OK),  # over OpenVINO alone
+        (row_of("int8", 8, frozen=5, openvino=6), 1.2, 1.4, tables.MISSED),
+        (row_of("int8", model="resnet18", frozen=5, openvino=4), 0.8, None, tables.NOT_ASKED),
     ],
 )
 def test_a_row_is_judged(row, ratio, required, verdict):
@@ -250,14 +253,15 @@ def test_a_row_is_judged(row, ratio, required, verdict):
 
 def test_without_amx_less_is_asked_of_bf16_and_more_of_fp32():
     asked = {key: tables.required(row_of(*key), False, {}) for key in tables.REQUIRED[True]}
-    assert asked == {("bf16", 1): 1.1, ("bf16", 8): 1.1, ("fp32", 1): 1.1, ("fp32", 8): 1.2}
+    in_int8 = {("int8", 1): 1.1, ("int8", 8): 1.1}
+    assert asked == {("bf16", 1): 1.1, ("bf16", 8): 1.1, ("fp32", 1): 1.1, ("fp32", 8): 1.2, **in_int8}
 
 
 def test_the_other_table_asks_for_what_we_had():
     slower = tables.judged("networks", row_of(frozen=10, without=9.5, openvino=5), True, {})
     assert slower["verdict"] == tables.MISSED and slower["ratio"] == pytest.approx(0.95)
     assert tables.judged("networks", row_of(frozen=10, without=9.8, openvino=5), True, {})["verdict"] == tables.OK
-    assert tables.losses(slower, tables.columns_of("networks")) == [
+    assert tables.losses(slower, tables.TABLES["networks"].columns) == [
         "resnet50 bf16 batch 1: 0.95x of frozen without regions", "resnet50 bf16 batch 1: 0.50x of openvino",
     ]  # fmt: skip
 
