@@ -149,7 +149,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
               f"first freeze {row['freeze_s']:.1f} s")  # fmt: skip
     if options.out is not None:
         settings = {"model": options.model, "size": options.size, "batch": options.batch, "limits": LIMITS}
-        Record.here("footprint", "cpu", settings)._replace(more={"rows": rows}).write(options.out)
+        Record.here("footprint", "cpu", settings)._replace(rows=rows).write(options.out)
     over = [f"{row['dtype']}: {one}" for row in rows for one in row["missed"]]
     print(f"too much: {'; '.join(over)}" if over else "all within their limits")
     return 1 if over else 0

@@ -135,9 +135,15 @@ def common_operators(count: int, seed: int) -> Report:
         return testing.verify(count, seed, "cpu", ours(), kind="common")
 
 
-def ours() -> list[str]:
+def convolutions_of_bytes(count: int, seed: int) -> Report:
+    """The same in int8, by every micro-kernel of regions."""
+    with threads(problems.THREADS[seed % len(problems.THREADS)]):
+        return testing.verify(count, seed, "cpu", ours("conv_int8"), kind="int8")
+
+
+def ours(op: str = "conv_bn_act") -> list[str]:
     """The backends that csrc/cpu computes. The addition's names no sources."""
-    known = backends.known("conv_bn_act").values()
+    known = backends.known(op).values()
     return ["cpu", *(one.name for one in known if any(file.startswith("csrc/cpu/") for file in one.sources))]
 
 
@@ -186,7 +192,7 @@ def callers(count: int, seed: int) -> Report:
 
 PARTS: dict[str, Callable[[int, int], Report]] = {
     "regions": regions, "chains": chains, "operators": operators, "common operators": common_operators,
-    "poolings": poolings, "networks": whole_networks, "callers": callers,
+    "bytes": convolutions_of_bytes, "poolings": poolings, "networks": whole_networks, "callers": callers,
 }  # fmt: skip
 
 

@@ -188,7 +188,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     passed = FAILED not in outcomes and PASSED in outcomes
     if options.out is not None:
         settings = {"problems": options.problems, "seed": options.seed}
-        Record.here("sanitizers", "cpu", settings)._replace(more={"rows": rows, "passed": passed}).write(options.out)
+        Record.here("sanitizers", "cpu", settings)._replace(rows=rows, more={"passed": passed}).write(options.out)
     print("; ".join(f"{row['sanitizer']} {row.get('instruction_set', '')} {row['outcome']}" for row in rows))
     return 0 if passed else 1
 

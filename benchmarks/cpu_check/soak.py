@@ -79,7 +79,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     passed = not any(row["wrong"] or row["raised"] for row in rows)
     if options.out is not None:
         settings = {"model": options.model, "size": options.size, "seconds": options.seconds}
-        Record.here("soak", "cpu", settings)._replace(more={"rows": rows, "passed": passed}).write(options.out)
+        Record.here("soak", "cpu", settings)._replace(rows=rows, more={"passed": passed}).write(options.out)
     calls, wrong = (sum(row[name] for row in rows) for name in ("calls", "wrong"))
     print(f"{calls} calls, {wrong} with a wrong byte")
     return 0 if passed else 1

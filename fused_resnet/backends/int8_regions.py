@@ -39,8 +39,8 @@ def run(name: str, problem: ConvProblem, operands: Int8Operands) -> Tensor:
     scales = tuple(Quantized(1.0, dtype == torch.int8) for dtype in (*(q.dtype for q in bytes_in), p.output_dtype))
     shapes = tuple((int(N), int(C), int(H), int(W)) for N, C, H, W in (q.shape for q in bytes_in))
     region_of = Fragment(shapes, (step,), (len(bytes_in),), torch.int8, scales)
-    packed = fragment.pack(region_of, 0, [o.weight])
-    region = fragment.compile_fragment(region_of, {0: packed}, {0: o.epilogue})
+    packed = {place: packing.of([o.weight]) for place, packing in fragment.packings(region_of).items()}
+    region = fragment.compile_fragment(region_of, packed, {0: o.epilogue})
     (y,) = region([q.float() for q in bytes_in], region.empty_workspace(), name)
     return y.to(p.output_dtype)
 

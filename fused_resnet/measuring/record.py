@@ -25,6 +25,9 @@ _ROWS = {
     "demo": "runs",
     "choices": "rows",
     "cpu-check table": "rows",
+    "footprint": "rows",
+    "sanitizers": "rows",
+    "soak": "rows",
 }
 # the form of the other fields; a summary is a list of contests, the tuner's one dictionary
 _FORMS: dict[str, Any] = {

@@ -159,6 +159,10 @@ class AddReluProblem(NamedTuple):
         return "add_relu"
 
     @property
+    def output_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
 
@@ -191,6 +195,10 @@ class MaxPoolProblem(NamedTuple):
         P = output_size(self.H, self.R, self.stride[0], self.padding[0], 1)
         Q = output_size(self.W, self.S, self.stride[1], self.padding[1], 1)
         return (self.N, self.C, P, Q)
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        return self.dtype
 
     def __str__(self) -> str:
         window = f"{self.R}x{self.S} s{pair_text(self.stride)} p{pair_text(self.padding)}"

@@ -443,7 +443,7 @@ class Region:
         return out
 
     def _lines_of_a_band(self, segment: Segment, pooling: Pooling, weight_bytes: int) -> int:
-        """Of the pooling's output. What they need fits a part of a cache, or is as much as the weights."""
+        """How many of the pooling's lines a band has. What they need fits a part of a cache, or is as much as weights."""
         _, C, _, W = segment.x.shape
         _, K, _, Q = segment.output_shape
         lines_read = layout.blocks(C, self.dtype) * W * segment.stride[0]
@@ -589,7 +589,7 @@ class Region:
 
 
 def _bits(value: float) -> int:
-    """Of a number rounded to fp32."""
+    """The bits of a number rounded to fp32."""
     return struct.unpack("I", struct.pack("f", value))[0]
 
 

@@ -11,7 +11,7 @@ from fused_resnet import backends, functional
 from fused_resnet.choosing.case import Case, bound_of, poisoned_memory, rounding_of, stored_dtype, synchronize
 from fused_resnet.operators import detours, layout, reference
 from fused_resnet.operators.operands import Int8Operands
-from fused_resnet.operators.problem import AddReluProblem, ConvProblem
+from fused_resnet.operators.problem import AddReluProblem
 
 
 class Outcome(NamedTuple):
@@ -59,7 +59,7 @@ def check(case: Case, backend: str) -> Outcome:
     before = {name: tensor.clone() for name, tensor in case.tensors.items()}
     try:
         shape = case.problem.shape if isinstance(case.problem, AddReluProblem) else case.problem.output_shape
-        like = torch.empty(shape, dtype=_output_dtype(case), device=case.problem.device)
+        like = torch.empty(shape, dtype=case.problem.output_dtype, device=case.problem.device)
         with poisoned_memory(like):
             actual = run(case, backend)
             is_addition = isinstance(case.problem, AddReluProblem)
@@ -174,15 +174,13 @@ def same_bytes(case: Case, backend: str, actual: Tensor) -> Outcome:
     return Outcome(backend, "mismatch", detail, None, total, count)
 
 
-def _output_dtype(case: Case) -> torch.dtype:
-    return case.problem.output_dtype if isinstance(case.problem, ConvProblem) else case.problem.dtype
-
-
 def wrong_metadata(case: Case, actual: Tensor) -> Optional[str]:
     if isinstance(case.problem, AddReluProblem):
         promised = torch.empty_like(case.operands.a)
     else:
-        promised = torch.empty(case.problem.output_shape, dtype=_output_dtype(case), memory_format=torch.channels_last)
+        promised = torch.empty(
+            case.problem.output_shape, dtype=case.problem.output_dtype, memory_format=torch.channels_last
+        )
     for name, got, wanted in (
         ("shape", tuple(actual.shape), tuple(promised.shape)),
         ("dtype", actual.dtype, promised.dtype),

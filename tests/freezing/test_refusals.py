@@ -210,7 +210,7 @@ REFUSED = {
     "integers": (lambda m: fused_resnet.freeze(m, torch.ones(X).int()), TypeError, "floating-point tensor .* int32"),
     "not a tensor": (lambda m: fused_resnet.freeze(m, [1.0]), TypeError, "example_input must be .*list"),
     "not a module": (lambda m: fused_resnet.freeze(torch.relu, torch.ones(X)), TypeError, "expected an nn.Module"),
-    "dtype": (lambda m: fused_resnet.freeze(m, torch.ones(X), dtype=torch.int8), TypeError, "dtype must be float32"),
+    "dtype": (lambda m: fused_resnet.freeze(m, torch.ones(X), dtype=torch.uint8), TypeError, "dtype must be float32"),
     "unknown backend": (
         lambda m: fused_resnet.freeze(m, torch.ones(X), backend="tpu"), BackendError, "unknown backend 'tpu'; known"),
     "forced backend": (

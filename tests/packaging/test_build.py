@@ -323,6 +323,9 @@ def test_an_edit_anywhere_in_csrc_builds_again(sources, ninja, make):
         commands = ninja()
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
         linked = {command.split()[1] for command in commands if command.startswith("link")}
+        if file.parent.name == "sanitized":  # only what benchmarks/cpu_check/sanitizers.py compiles has it
+            assert commands == []
+            continue
         assert linked >= libraries[file.relative_to(sources / "csrc").parts[0]] and linked, file
         if file.suffix in (".cpp", ".cu"):
             assert len(commands) == 2 and commands[0].endswith(str(file)), commands
