@@ -169,7 +169,7 @@ std::string kernels() {
   std::string lines;
   for (const MicroKernel& kernel : micro_kernels()) {
     const char* dtype = kernel.dtype == Dtype::kBFloat16 ? "bfloat16" : "float32";
-    const char* taken = kernel.is_chosen ? "chosen" : "named";
+    const char* taken = is_chosen(kernel) ? "chosen" : "named";
     for (const char* field : {kernel.name, dtype, taken, kernel.registers, kernel.reason}) {
       lines += std::string(field) + "\t";
     }
