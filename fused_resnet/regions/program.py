@@ -373,7 +373,7 @@ class Region:
         return out
 
     def _lines_of_a_band(self, segment: Segment, pooling: Pooling, weight_bytes: int) -> int:
-        """Of the pooling's output. What they need fits a part of a cache, or is as much as the weights."""
+        """Lines of the pooling's output whose inputs fit a part of a cache, or are as much as the weights."""
         _, C, _, W = segment.x.shape
         _, K, _, Q = segment.output_shape
         lines_read = layout.blocks(C, self.dtype) * W * segment.stride[0]
