@@ -443,7 +443,7 @@ class Region:
         return out
 
     def _lines_of_a_band(self, segment: Segment, pooling: Pooling, weight_bytes: int) -> int:
-        """How many of the pooling's lines a band has. What they need fits a part of a cache, or is as much as weights."""
+        """Lines of the pooling's output whose inputs fit a part of a cache, or are as much as the weights."""
         _, C, _, W = segment.x.shape
         _, K, _, Q = segment.output_shape
         lines_read = layout.blocks(C, self.dtype) * W * segment.stride[0]

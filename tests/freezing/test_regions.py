@@ -560,8 +560,8 @@ WRONG = {
 
 def _without_zero_halo(program):
     """Zeros go into the halo of the first buffer instead, which needs none."""
-    integers, buffers = program.tolist(), program[1].item()
-    place = 2 + 7 * buffers
+    integers, buffers = program.tolist(), program[2].item()
+    place = 3 + 7 * buffers
     sizes = {0: 7, 1: 4, 4: 11, 5: 11, 6: 9}
     while place < len(integers):
         kind = integers[place]

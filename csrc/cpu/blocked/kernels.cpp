@@ -6,6 +6,7 @@
 #include "cpu/blocked/amx.h"
 #include "cpu/blocked/fma.h"
 #include "cpu/blocked/int8.h"
+#include "cpu/blocked/pair_products.h"
 
 namespace fused_resnet {
 namespace blocked {
@@ -23,16 +24,28 @@ void run_emulated_amx_bf16(const Convolution& c, const Share& share) {
   run_tiles<EmulatedTiles, PlainRows>(c, share);
 }
 
+#if defined(__x86_64__)
+FUSED_RESNET_AVX512 void run_avx512_bf16(const Convolution& c, const Share& share) {
+  run_share<FmaKernel<Bf16Products, 16, 2, 14, 8, 16>, BFloat16>(c, share);
+}
+#else
+constexpr void (*run_avx512_bf16)(const Convolution&, const Share&) = nullptr;
+#endif
+
+void run_bf16_anywhere(const Convolution& c, const Share& share) {
+  run_share<FmaKernel<WidenedBf16Products, 4, 1, 4, 16, 32>, BFloat16>(c, share);
+}
+
 FUSED_RESNET_AVX512 void run_avx512_fp32(const Convolution& c, const Share& share) {
-  run_share<FmaKernel<16, 2, 14, 8, 16>, float>(c, share);
+  run_share<FmaKernel<Fp32Products, 16, 2, 14, 8, 16>, float>(c, share);
 }
 
 FUSED_RESNET_AVX2 void run_avx2_fp32(const Convolution& c, const Share& share) {
-  run_share<FmaKernel<8, 1, 6, 16, 32>, float>(c, share);
+  run_share<FmaKernel<Fp32Products, 8, 1, 6, 16, 32>, float>(c, share);
 }
 
 void run_fp32_anywhere(const Convolution& c, const Share& share) {
-  run_share<FmaKernel<4, 1, 4, 16, 32>, float>(c, share);
+  run_share<FmaKernel<Fp32Products, 4, 1, 4, 16, 32>, float>(c, share);
 }
 
 // FUSED_RESNET_CPU_ISA=avx512 means AVX-512 and no more; narrower limits end it through the set. Asked once.
@@ -67,8 +80,13 @@ const std::vector<MicroKernel>& micro_kernels() {
   static const std::vector<MicroKernel> kernels = {
       {"amx_bf16", Set::kAvx512, Dtype::kBFloat16, 16, 2, true, "4 tiles of sums, 2 of pixels, 2 of weights",
        "each load serves two products, and no other shape of 8 tiles has so few loads", why_no_amx_here, run_amx_bf16},
+      {"avx512_bf16", Set::kAvx512, Dtype::kBFloat16, 14, 1, true, "28 zmm of sums, 2 of weights, 1 pixel",
+       "as avx512_fp32, with two channels to a lane; by itself only where that is faster", why_no_avx512_bf16,
+       run_avx512_bf16, pair_products_pay},
       {"amx_bf16_emulated", Set::kPortable, Dtype::kBFloat16, 16, 2, false, "as amx_bf16, in memory",
        "the same source without the instructions: for tests", nothing, run_emulated_amx_bf16},
+      {"portable_bf16", Set::kPortable, Dtype::kBFloat16, 4, 1, false, "as portable_fp32",
+       "avx512_bf16 without the instruction: for tests", nothing, run_bf16_anywhere},
       {"avx512_fp32", Set::kAvx512, Dtype::kFloat32, 14, 1, true, "28 zmm of sums, 2 of weights, 1 pixel",
        "14 divides the widths of ResNet's maps, and 28 sums hide a multiply-add's latency", nothing, run_avx512_fp32},
       {"avx2_fp32", Set::kAvx2, Dtype::kFloat32, 6, 1, true, "12 ymm of sums, 2 of weights, 1 pixel",
@@ -100,11 +118,16 @@ std::string why_not(const MicroKernel& kernel) {
   return why == nullptr ? "" : why;
 }
 
+bool is_chosen(const MicroKernel& kernel) {
+  return kernel.is_chosen && (kernel.pays == nullptr || !why_not(kernel).empty() || kernel.pays());
+}
+
 const MicroKernel& choose_kernel(const std::string& op, const std::string& name, Dtype dtype) {
   std::string reasons;
   for (const MicroKernel& kernel : micro_kernels()) {
     if (kernel.dtype != dtype || (name.empty() ? !kernel.is_chosen : name != kernel.name)) continue;
-    const std::string why = why_not(kernel);
+    std::string why = why_not(kernel);
+    if (why.empty() && name.empty() && !is_chosen(kernel)) why = "it is not faster than fp32 here";
     if (why.empty()) return kernel;
     reasons += std::string(reasons.empty() ? "" : "; ") + kernel.name + ": " + why;
   }

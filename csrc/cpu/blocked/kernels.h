@@ -21,6 +21,7 @@ struct MicroKernel {
   const char* reason;
   const char* (*why_not)();  // what this process lacks beyond the set, or null
   void (*run)(const Convolution&, const Share&);
+  bool (*pays)() = nullptr;  // measured where it runs: whether it is chosen
 };
 
 // As torch calls it.
@@ -31,6 +32,9 @@ const std::vector<MicroKernel>& micro_kernels();
 
 // Why this process cannot run it, empty where it can.
 std::string why_not(const MicroKernel& kernel);
+
+// Whether it may run without being named.
+bool is_chosen(const MicroKernel& kernel);
 
 // The one of this name; without a name, the first that runs here. Throws with the reasons.
 const MicroKernel& choose_kernel(const std::string& op, const std::string& name, Dtype dtype);

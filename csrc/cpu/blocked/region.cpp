@@ -187,7 +187,7 @@ void region(Tensor program, std::vector<Tensor> inputs, std::vector<Tensor> weig
 std::string kernels() {
   std::string lines;
   for (const MicroKernel& kernel : micro_kernels()) {
-    const char* taken = kernel.is_chosen ? "chosen" : "named";
+    const char* taken = is_chosen(kernel) ? "chosen" : "named";
     for (const char* field : {kernel.name, name_of(kernel.dtype), taken, kernel.registers, kernel.reason}) {
       lines += std::string(field) + "\t";
     }
