@@ -54,7 +54,8 @@ def freeze(
     tune: what to do about convolutions that nobody has measured on this machine. "auto" checks every backend that can
     run them against the reference. It times the right ones as a plan runs them. What it finds is kept in the user's
     cache. It takes 3 s of timing on a CPU or 10 to 30 calls, 60 s on a GPU, and the checks beside. On a CPU, runs of
-    convolutions are also compared with one call for all of them, which takes 2 s or 5 to 20 calls. A number allows so
+    convolutions are also compared with one call for all of them, which takes 2 s or 5 to 20 calls. With AMX in bf16
+    that comes first. Where one call is clearly faster than they could be, they are not measured. A number allows so
     many seconds instead, for either. False measures nothing, and neither does FUSED_RESNET_TUNE=0: then rules decide.
     The next freeze of the model on this machine measures nothing. Shapes that are first seen in a call are checked
     alone.

@@ -40,10 +40,12 @@ def clock(monkeypatch):
     """Says what regions take, the whole first; lists what is timed."""
 
     class Clock:
-        regions, timed = (), []
+        def __init__(self):
+            self.regions, self.timed, self.candidates = (), [], {}
 
         def time(self, groups, **options):
             self.timed += groups
+            self.candidates.update((group, set(map(str, calls))) for group, calls in groups.items())
             left, found = list(self.regions), {}
             for group, calls in groups.items():
                 times = {one: CONV_US + place for place, one in enumerate(calls)}
@@ -53,7 +55,6 @@ def clock(monkeypatch):
             return found
 
     clock = Clock()
-    clock.timed = []
     monkeypatch.setattr(timing, "in_network_order", clock.time)
     return clock
 
@@ -131,6 +132,47 @@ def test_what_is_wrong_by_itself_is_not_counted(measuring, clock):
     checks = winners.checks_of(problem, {str(first): {"why": "it ended the process (SIGSEGV)"}})
     winners.keep(winners.Table.empty(str(winners.device_id("cpu")))._replace(checks=checks))
     assert first not in decide.not_wrong(problem)
+
+
+@pytest.fixture
+def crashing(monkeypatch):
+    """Give it a backend, which then ends the child on the first problem. It lists what is tried."""
+
+    def let(backend):
+        def run(jobs, device):
+            for index, job in enumerate(jobs):
+                assert job.is_trial
+                for name in job.names:
+                    ends = name == backend and index == 0 and not tried
+                    outcome = {"why": "it ended the process (SIGSEGV)"} if ends else {}
+                    yield process.Event(index, name, outcome, has_ended=ends)
+            tried.extend(jobs)
+
+        tried = []
+        monkeypatch.setattr(process, "run", run)
+        return tried
+
+    return let
+
+
+def test_a_new_backend_is_tried_in_a_process_of_its_own(measuring, clock, crashing):
+    """Where it ends that, it is not run here, and it is tried again another time."""
+    tried, clock.regions = crashing("direct"), (100.0, 50.0, 25.0, 25.0)
+    (region,) = frozen_network()
+    first, *others = dict.fromkeys(conv.problem for conv in region.convolutions)
+    assert [job.problem for job in tried] == [str(one) for one in (first, *others)]
+    assert winners.outcome(first, "direct")["why"].startswith("it ended the process")
+    assert "direct" not in clock.candidates[first] and all("direct" in clock.candidates[one] for one in others)
+    assert winners.is_trusted("eager", "cpu") and not winners.is_trusted("direct", "cpu")
+
+
+def test_a_kernel_of_regions_that_ends_the_process_leaves_its_convolution_out(measuring, clock, crashing):
+    crashing("blocked")
+    conv, *others = frozen_network()
+    assert isinstance(conv, FrozenConv) and winners.outcome(conv.problem, "blocked")["why"]
+    assert [len(region.convolutions) for region in others] == [11]
+    timed, _ = len(clock.timed), frozen_network()
+    assert len(clock.timed) == timed
 
 
 def test_it_depends_on_every_backend(measuring, clock, monkeypatch):
