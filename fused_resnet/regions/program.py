@@ -110,8 +110,8 @@ class CompiledRegion(NamedTuple):
 
     def __call__(self, inputs: Sequence[Tensor], workspace: Tensor, kernel: str = "") -> list[Tensor]:
         """inputs: of any strides, in fp32 or bf16. kernel: a row of the table of micro-kernels, or the fastest here."""
-        options = {"dtype": self.output_dtype, "memory_format": torch.channels_last}
-        outputs = [torch.empty(shape, **options) for shape in self.output_shapes]
+        dtype, in_nhwc = self.output_dtype, torch.channels_last
+        outputs = [torch.empty(shape, dtype=dtype, memory_format=in_nhwc) for shape in self.output_shapes]
         torch.ops.fused_resnet.cpu_region(
             self.program, list(inputs), self.weights, self.biases, kernel, workspace, outputs
         )
