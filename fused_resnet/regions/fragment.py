@@ -101,7 +101,7 @@ class Fragment(NamedTuple):
 
     @property
     def dtype_outside(self) -> torch.dtype:
-        """Of its outputs."""
+        """What its outputs are in."""
         return torch.float32 if self.dtype == torch.int8 else self.dtype
 
     @property
