@@ -187,7 +187,8 @@ class FrozenModel(Frozen):
 
     def _made(self, graph: fx.GraphModule, x: Tensor) -> Plan:
         """A new plan, warmed up. Convolutions that a library refuses, which shows when they run, go to another."""
-        options = (self._conversion, self.backend, self._packed, self._tuning, {}, self._quantization)
+        overrides: Overrides = {}
+        options = (self._conversion, self.backend, self._packed, self._tuning, overrides, self._quantization)
         made = make_plan(graph, x, *options)
         try:
             plan = warmed(made, x, self._turns)
