@@ -131,8 +131,9 @@ def freeze(
 def _refuse_int8_in_parts(calibration: Optional[Calibration], reason: str) -> None:
     if calibration is not None:
         raise ValueError(
-            f"freeze: int8 needs a model that is frozen as a whole, and this one is not: {reason}. Freeze its network "
-            "by itself in int8, or the model in torch.bfloat16."
+            "freeze: int8 needs a model that is frozen as a whole, and this one is not: "
+            f"{reason.removeprefix('freeze: ').rstrip('.')}. Freeze its network by itself in int8, or the model in "
+            "torch.bfloat16."
         )
 
 

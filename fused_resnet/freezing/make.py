@@ -36,12 +36,11 @@ from fused_resnet.quantizing.calibrate import Subject
 
 SETTLE_PROBLEMS: tuple[Callable[[Draft], None], ...] = (
     lower_convolutions,
+    form_quantized,
     move_biases,
 )
 PASSES: tuple[Callable[[Draft], None], ...] = (
-    lower_convolutions,
-    form_quantized,
-    move_biases,
+    *SETTLE_PROBLEMS,
     form_clear_regions,
     choose_measured,
     reselect_stranded,

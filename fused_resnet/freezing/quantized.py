@@ -117,7 +117,7 @@ class _Tensors:
 
     def _found(self, node: fx.Node) -> Optional[Quantized]:
         conv, pooling = self._draft.convs.get(node), pooling_of(self._draft, node)
-        if pooling is not None and pooling.kind == "max" or _moves(node):
+        if pooling is not None and pooling.kind == "max" or _moves(node) or _casts(node):
             source = self.how(node.all_input_nodes[0])
             if source is not None:
                 return source
@@ -193,6 +193,11 @@ def _moves(node: fx.Node) -> bool:
         return False
     asked = {**dict(zip(("input", "pad", "mode", "value"), node.args)), **node.kwargs}
     return asked.get("mode", "constant") == "constant" and asked.get("value") in (None, 0)
+
+
+def _casts(node: fx.Node) -> bool:
+    """Whether it is its input in another dtype, as a conversion of the model may put before a convolution."""
+    return node.op == "call_method" and node.target == "to" and len(node.all_input_nodes) == 1
 
 
 def _in_bytes(fragment: Fragment, hows: Sequence[Optional[Quantized]]) -> Fragment:

@@ -146,6 +146,14 @@ def test_a_shortcut_of_slices_and_zeros_keeps_its_scale(rest):
     assert all(node.target != "to" for node in frozen.plan(x).graph.nodes)  # and no digit in bf16
 
 
+def test_a_step_in_fp32_is_between_regions(rest):
+    """A conversion to bf16 casts what follows the step, which calibration has not seen as a node of its own."""
+    model, x = Forward(lambda x, a, b, c: b(F.local_response_norm(F.relu(a(x)), 3))).eval(), torch.randn(X)
+    frozen = in_int8(model, x)
+    assert [len(region.convolutions) for region in int8_regions(frozen, x)] == [1, 1]
+    assert not frozen.plan(x).meta["not_int8"] and sqnr(model, frozen, x) > 20
+
+
 def test_grouped_convolutions_stay_in_floats():
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU()), torch.randn(X)
     frozen = in_int8(model, x)
