@@ -192,6 +192,10 @@ class MaxPoolProblem(NamedTuple):
         Q = output_size(self.W, self.S, self.stride[1], self.padding[1], 1)
         return (self.N, self.C, P, Q)
 
+    @property
+    def output_dtype(self) -> torch.dtype:
+        return self.dtype
+
     def __str__(self) -> str:
         window = f"{self.R}x{self.S} s{pair_text(self.stride)} p{pair_text(self.padding)}"
         epilogue = f"{'bias' if self.has_bias else 'plain'} {self.activation}"

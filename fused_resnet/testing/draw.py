@@ -61,7 +61,7 @@ class _Draw:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def bytes(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Of all values, or the two furthest apart alone, whose sums are the largest."""
+        """All values, or the two furthest apart alone, whose sums are the largest."""
         limits = torch.iinfo(dtype)
         drawn = torch.randint(limits.min, limits.max + 1, shape, generator=self.generator)
         if self.rng.random() < 0.1:
