@@ -1,7 +1,7 @@
 """Residual networks that touch memory as rarely as the arithmetic allows.
 
 fuse(model) for training and editing, freeze(model, example_input) for serving, functional and nn for building;
-explain(model, example_input) says who computes what, and why.
+explain(model, example_input) says who computes what, and why. agreement(model, fast, loader) compares their answers.
 """
 
 # under their own name: what docs/api.md has for those who extend it
@@ -17,12 +17,14 @@ from fused_resnet.fusing import adapters as adapters
 from fused_resnet.fusing import convert as convert
 from fused_resnet.fusing.convert import fuse, unfuse
 from fused_resnet.fusing.warm_up import warm_up
+from fused_resnet.measuring.agreement import agreement
 from fused_resnet.operators import reference as reference
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "agreement",
     "explain",
     "freeze",
     "functional",

@@ -13,6 +13,7 @@ import click
 import fused_resnet
 from fused_resnet import backends
 from fused_resnet.cli.bench import bench_group
+from fused_resnet.cli.evaluate import evaluate
 from fused_resnet.cli.explain import explain
 from fused_resnet.cli.info import info
 from fused_resnet.cli.report import report
@@ -26,7 +27,7 @@ def cli() -> None:
     """Fused residual networks: what works here, is it right, is it fast."""
 
 
-for _command in (info, explain, verify, tune, bench_group, report):
+for _command in (info, explain, verify, evaluate, tune, bench_group, report):
     cli.add_command(_command)
 
 

@@ -26,6 +26,7 @@ from fused_resnet.nn.bypass import why_not_fused
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import FLOAT_DTYPES, ConvProblem, dtype_name
+from fused_resnet.regions.fragment import ConvStep, Fragment
 
 _RUNS = 5
 _OPERANDS = len(ConvOperands._fields)
@@ -35,7 +36,8 @@ _CAST = torch.ops.aten._to_copy.default
 
 
 class Call(NamedTuple):
-    """A row before it is judged. backend: what is asked for, or None where torch's own module computes, and why."""
+    """A row before it is judged. backend: what is asked for, or None where torch's own module computes, and why.
+    scales, not_int8: as a row's."""
 
     name: str
     problem: ConvProblem
@@ -43,6 +45,8 @@ class Call(NamedTuple):
     source: str = ""
     time_us: Optional[float] = None
     selection: Optional[choosing.Selection] = None
+    scales: Optional[dict[str, str]] = None
+    not_int8: Optional[str] = None
 
 
 class RegionCall(NamedTuple):
@@ -187,6 +191,7 @@ def _of_plan(
     names["model"] = "model"
     modules = dict(plan.named_modules())
     calls, left_alone, regions = [], [], []
+    not_int8: dict[str, str] = plan.meta.get("not_int8", {})
 
     def name_of(node: Union[fx.Node, str]) -> str:
         stem = (node if isinstance(node, str) else node.name).removeprefix("fused_")
@@ -197,10 +202,13 @@ def _of_plan(
         module = modules.get(node.target) if node.op == "call_module" else None
         if isinstance(module, FrozenConv):
             name, time_us = name_of(node), statistics.median(run[node] for run in runs) if runs else None
-            calls.append(Call(name, module.problem, frozen.backend, time_us=time_us, selection=module.selection))
+            call = Call(name, module.problem, frozen.backend, time_us=time_us, selection=module.selection)
+            calls.append(call._replace(not_int8=not_int8.get(node.name)))
         elif isinstance(module, FrozenRegion):
             time_us = statistics.median(run[node] for run in runs) if runs else None
-            calls += _of_region(module, name_of, frozen.backend, time_us)
+            found = _of_region(module, name_of, frozen.backend, time_us)
+            reasons = (not_int8.get(conv.name) for conv in module.convolutions)
+            calls += [call._replace(not_int8=reason) for call, reason in zip(found, reasons)]
             regions.append(RegionCall(prefix + node.name, module, time_us))
         elif isinstance(module, WideConv):
             reason = "it is computed in float32, because oneDNN is wrong there in 16 bits"
@@ -223,9 +231,21 @@ def _of_region(
     shares = (conv.problem.flops / region.flops for conv in region.convolutions)
     times = (None if time_us is None else time_us * share for share in shares)
     return [
-        Call(name_of(conv.name), conv.problem, backend, time_us=time, selection=region.selection)
-        for conv, time in zip(region.convolutions, times)
+        Call(name_of(conv.name), conv.problem, backend, time_us=time, selection=region.selection, scales=scales)
+        for conv, time, scales in zip(region.convolutions, times, _scales_of(region.fragment))
     ]
+
+
+def _scales_of(fragment: Fragment) -> list[Optional[dict[str, str]]]:
+    """How each convolution's operands and result are kept in int8: {"x": "u8 0.0123"}."""
+    found: list[Optional[dict[str, str]]] = []
+    for value, step in enumerate(fragment.steps, len(fragment.shapes)):
+        if isinstance(step, ConvStep) and not step.is_linear:
+            values = {"x": step.x, "residual": step.residual, "out": value}
+            hows = {name: fragment.scales[v] for name, v in values.items() if v is not None} if fragment.scales else {}
+            texts = {name: f"{'s8' if how.is_signed else 'u8'} {how.scale:.4g}" for name, how in hows.items() if how}
+            found.append(texts or None)
+    return found
 
 
 class _TimedPlan(fx.Interpreter):

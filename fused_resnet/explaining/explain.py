@@ -91,13 +91,13 @@ def _judged(call: calls.Call, roofline: rooflines.Roofline) -> Row:
     others = {
         other.name: other.why_not(problem) or _why_not_chosen(problem, other, selection, call.backend)
         for other in backends.known(problem.op).values()
-        if other.name != chosen
+        if other.name != chosen and problem.dtype != torch.int8  # which no other has
     }
     config = getattr(selection, "config", None)
     return Row(
         call.name, problem, chosen, source if selection is None else selection.source,
         None if config is None else config._asdict(), others, roofline.time_us(problem), call.time_us,
-        winners.measurement_of(problem),
+        winners.measurement_of(problem), call.scales, call.not_int8,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -29,6 +30,7 @@ class Row(NamedTuple):
     convolution, BN, addition and activation, a kernel one for all; problem.bytes_moved is the least.
     least_us: the roofline's time for that least. time_us: measured, median of a few runs of the model, if asked for.
     measured: what was measured for this problem when the choice was made, against what, and what was wrong.
+    scales: in int8, how x, the residual and the result are kept. not_int8: why not, in a model frozen in int8.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Row(NamedTuple):
     least_us: float
     time_us: Optional[float]
     measured: Optional[Measurement] = None
+    scales: Optional[dict[str, str]] = None
+    not_int8: Optional[str] = None
 
     @property
     def bytes_moved(self) -> int:
@@ -143,6 +147,8 @@ def _row_as_dict(row: Row, total_us: float) -> dict[str, Any]:
         "share": row.least_us / total_us,
         "time_us": row.time_us,
         "measured": row.measured and row.measured._asdict(),
+        "scales": row.scales,
+        "not_int8": row.not_int8,
     }
 
 
@@ -164,6 +170,12 @@ def _lines(explanation: Explanation) -> list[str]:
     lines += [f"{backend or 'none'}: {n} of {len(e.rows)}: {source}"
               for (backend, source), n in Counter((row.backend, row.source) for row in e.rows).items()]  # fmt: skip
     lines += map(str, e.regions)
+    lines += [
+        f"int8: {row.name}: {', '.join(f'{name} {how}' for name, how in row.scales.items())}"
+        for row in e.rows
+        if row.scales
+    ]
+    lines += [f"not int8: {names}: {why}" for names, why in _by_reason((row.name, row.not_int8) for row in e.rows)]
     reasons = Counter(reason for row in e.rows for reason in row.why_not.items())
     lines += [f"not {backend}: {n} of {len(e.rows)}: {why}" for (backend, why), n in reasons.items()]
     lines += dict.fromkeys(
@@ -172,10 +184,16 @@ def _lines(explanation: Explanation) -> list[str]:
         if row.measured
         for name, why in row.measured.wrong.items()
     )
-    left_alone: dict[str, list[str]] = {}
-    for name, reason in e.left_alone:
-        left_alone.setdefault(reason, []).append(name)
-    return lines + [f"left alone: {_few(names)}: {reason}" for reason, names in left_alone.items()]
+    return lines + [f"left alone: {names}: {why}" for names, why in _by_reason(e.left_alone)]
+
+
+def _by_reason(entries: Iterable[tuple[str, Optional[str]]]) -> list[tuple[str, str]]:
+    """(names, reason), a pair for each reason."""
+    found: dict[str, list[str]] = {}
+    for name, reason in entries:
+        if reason is not None:
+            found.setdefault(reason, []).append(name)
+    return [(_few(names), reason) for reason, names in found.items()]
 
 
 def _few(names: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Mapping, NamedTuple, Optional
+from typing import Callable, Mapping, NamedTuple, Optional
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +14,7 @@ from fused_resnet.freezing.dtypes import Conversion
 from fused_resnet.freezing.modules import PackedWeights
 from fused_resnet.graphs.nodes import add_child, module_of
 from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.quantizing import Scales
 
 
 class Decision(NamedTuple):
@@ -31,6 +32,13 @@ class Decision(NamedTuple):
     placed: Optional[Placed] = None
 
 
+class Quantization(NamedTuple):
+    """How a model becomes int8: the ranges of its tensors, and the convolutions that stay in floats (by name)."""
+
+    scales: Scales
+    kept: frozenset[str] = frozenset()
+
+
 class Draft(NamedTuple):
     """The traced model for one input shape, and what was asked for.
 
@@ -39,18 +47,21 @@ class Draft(NamedTuple):
     replacing what is kept there. backend: "auto", or the one that every convolution must use. device: where the plan
     will run. conversion: of the caller's dtypes, if there is one. packed: the weights that the model's plans share.
     tuning: what may be measured of what is not known (`choosing.decide`). overrides: who computes some problems,
-    whatever is known of them.
+    whatever is known of them. quantization: what becomes int8. folds: of each of convs, a function that folds it anew
+    in another dtype.
     """
 
     module: fx.GraphModule
     modules: dict[str, nn.Module]
     convs: dict[fx.Node, Decision]
+    folds: dict[fx.Node, Callable[[torch.dtype], tuple[Tensor, Optional[Tensor]]]]
     backend: str
     device: torch.device
     conversion: Optional[Conversion]
     packed: PackedWeights
     tuning: Tuning = NOTHING
     overrides: Mapping[ConvProblem, Selection] = {}
+    quantization: Optional[Quantization] = None
 
     @property
     def graph(self) -> fx.Graph:

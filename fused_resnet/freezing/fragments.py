@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from typing import NamedTuple, Optional, Sequence, cast
+from typing import Callable, NamedTuple, Optional, Sequence, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -67,36 +67,56 @@ def form_regions(draft: Draft) -> None:
     for run, part in chosen:
         piece = run.piece.part(*part)
         if (why := pieces.why_region(piece)) is not None:
-            _replace(draft, run.nodes[slice(*part)], piece.fragment, why)
+            nodes = run.nodes[slice(*part)]
+            outputs = outputs_of(nodes, piece.fragment)
+            replace(draft, nodes, outputs, _made(draft, nodes, piece.fragment, why))
 
 
 # --------------------------------------------------------------------------------------------- which nodes, and in what
 
 
 def _runs(draft: Draft) -> list[Run]:
-    """The longest runs of nodes, in the graph's order, that a region can compute. What computes nothing ends none."""
-    found: list[list[fx.Node]] = [[]]
-    for node in draft.graph.nodes:
-        if (fits := _fits(draft, node)) and (not found[-1] or _facts(found[-1][0]) == _facts(node)):
-            found[-1].append(node)
-        elif found[-1] and _goes_on(draft, node, found[-1]):
-            found[-1].append(node)
-        elif node.op not in ("get_attr", "placeholder"):
-            found.append([node] if fits else [])
+    found = grouped(
+        draft.graph,
+        fits=lambda node: _fits(draft, node),
+        joins=lambda node, run: _facts(run[0]) == _facts(node),
+        goes_on=lambda node, run: _goes_on(draft, node, run),
+    )
     places = itertools.count()
     runs = []
     for nodes in found:
-        nodes = _from_the_first_convolution(draft, nodes)
+        nodes = from_the_first_convolution(draft, nodes)
         if sum(node in draft.convs for node in nodes) >= _LEAST:
-            runs.append(_run_of(draft, nodes, tuple(itertools.islice(places, len(nodes)))))
+            runs.append(run_of(draft, nodes, tuple(itertools.islice(places, len(nodes)))))
     return runs
 
 
-def _from_the_first_convolution(draft: Draft, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+def grouped(
+    graph: fx.Graph,
+    fits: Callable[[fx.Node], bool],
+    joins: Callable[[fx.Node, list[fx.Node]], bool],
+    goes_on: Callable[[fx.Node, list[fx.Node]], bool],
+) -> list[list[fx.Node]]:
+    """The longest runs of nodes, in the graph's order, that a region can compute. What computes nothing ends none.
+
+    fits: whether a node can begin a run. joins: whether such a node goes on with one. goes_on: whether another does.
+    """
+    found: list[list[fx.Node]] = [[]]
+    for node in graph.nodes:
+        if (is_fit := fits(node)) and (not found[-1] or joins(node, found[-1])):
+            found[-1].append(node)
+        elif found[-1] and goes_on(node, found[-1]):
+            found[-1].append(node)
+        elif node.op not in ("get_attr", "placeholder"):
+            found.append([node] if is_fit else [])
+    return found
+
+
+def from_the_first_convolution(draft: Draft, nodes: Sequence[fx.Node]) -> list[fx.Node]:
     """Up to what would flatten, or be a linear layer of, a map that is then outside."""
     left = list(itertools.dropwhile(lambda node: node not in draft.convs, nodes))
     for index, node in enumerate(left):
-        if (_flattens(draft, node) or _linear(draft, node)) and node.args[0] not in left[:index]:
+        if (flattens(draft, node) or _linear(draft, node)) and node.args[0] not in left[:index]:
             return left[:index]
     return left
 
@@ -106,11 +126,11 @@ def _goes_on(draft: Draft, node: fx.Node, run: Sequence[fx.Node]) -> bool:
     if len(node.all_input_nodes) != 1 or node.all_input_nodes[0] not in run or node.kwargs:
         return False
     (source,) = node.all_input_nodes
-    is_flattened = _flattens(draft, source)
-    return _flattens(draft, node) if not is_flattened else _linear(draft, node) is not None
+    is_flattened = flattens(draft, source)
+    return flattens(draft, node) if not is_flattened else _linear(draft, node) is not None
 
 
-def _flattens(draft: Draft, node: fx.Node) -> bool:
+def flattens(draft: Draft, node: fx.Node) -> bool:
     """Whether it makes (N, C) of (N, C, 1, 1), by whatever means."""
     facts, source = facts_of(node), facts_of(node.args[0]) if node.args else None
     if facts is None or source is None or facts.dtype != source.dtype or len(node.all_input_nodes) != 1:
@@ -157,14 +177,14 @@ def _fits(draft: Draft, node: fx.Node) -> bool:
         return False
     conv = draft.convs.get(node)
     if conv is None:
-        return _pooling(draft, node) is not None
+        return pooling_of(draft, node) is not None
     problem = conv.problem
     if not problem.N or blocked.BACKEND.why_not(problem) is not None:
         return False
     return winners.why_wrong(winners.outcome(problem, blocked.BACKEND.name)) is None
 
 
-def _pooling(draft: Draft, node: fx.Node) -> Optional[PoolStep]:
+def pooling_of(draft: Draft, node: fx.Node) -> Optional[PoolStep]:
     """What a node pools, if it calls torch's own pooling of images as a region can do it. Its input: number 0."""
     pool, facts, source = draft.called_by(node), facts_of(node), facts_of(node.args[0]) if node.args else None
     if node.op == "call_function" and node.target is F.adaptive_avg_pool2d:  # as exported models call it
@@ -189,7 +209,7 @@ def _pooling(draft: Draft, node: fx.Node) -> Optional[PoolStep]:
     return PoolStep("average", 0, window, stride, padding, pool.count_include_pad) if is_plain else None
 
 
-def _run_of(draft: Draft, nodes: list[fx.Node], places: tuple[int, ...]) -> Run:
+def run_of(draft: Draft, nodes: list[fx.Node], places: tuple[int, ...]) -> Run:
     inside = set(nodes)
     inputs = list(dict.fromkeys(source for node in nodes for source in _sources(node) if source not in inside))
     numbers = {node: number for number, node in enumerate([*inputs, *nodes])}
@@ -204,7 +224,7 @@ def _run_of(draft: Draft, nodes: list[fx.Node], places: tuple[int, ...]) -> Run:
             separate.append(Separate(conv.selection, conv.in_place))
         else:
             separate.append(None)
-            if (pooling := _pooling(draft, node)) is not None:
+            if (pooling := pooling_of(draft, node)) is not None:
                 steps.append(pooling._replace(x=x))
             elif (problem := _linear(draft, node)) is not None:
                 steps.append(ConvStep(problem, x, is_linear=True))
@@ -272,13 +292,11 @@ def _faster(run: Run) -> list[tuple[int, int]]:
 # ----------------------------------------------------------------------------------------------------- what they become
 
 
-def _replace(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, why: str) -> None:
-    """One node for these where the last of them is, and one for each of its outputs if there are several."""
-    first = len(fragment.shapes)
+def replace(draft: Draft, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], region: FrozenRegion) -> list[fx.Node]:
+    """One node for these where the last of them is, and one for each of its outputs if there are several: the latter
+    are returned."""
     inside = set(nodes)
     inputs = list(dict.fromkeys(source for node in nodes for source in _sources(node) if source not in inside))
-    outputs = [nodes[value - first] for value in fragment.outputs]
-    region = _made(draft, nodes, fragment, why)
     with draft.graph.inserting_after(nodes[-1]):
         called = draft.graph.call_module(draft.add("region", region), tuple(inputs))
     if len(outputs) == 1:
@@ -293,6 +311,12 @@ def _replace(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, why: st
         output.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
     for node in reversed(nodes):
         draft.graph.erase_node(node)
+    return results
+
+
+def outputs_of(nodes: Sequence[fx.Node], fragment: Fragment) -> list[fx.Node]:
+    """The nodes whose values the fragment of these nodes gives outside."""
+    return [nodes[value - len(fragment.shapes)] for value in fragment.outputs]
 
 
 def _made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, why: str) -> FrozenRegion:
@@ -309,7 +333,12 @@ def _made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, why: str) 
         place: pack(fragment, place, [weights.pop(part) for part in parts])
         for place, parts in segments(fragment).items()
     }
+    share_packed(draft, nodes, packed)
+    return FrozenRegion(fragment, convolutions, compile_fragment(fragment, packed, biases), why)
+
+
+def share_packed(draft: Draft, nodes: Sequence[fx.Node], packed: dict[int, Tensor]) -> None:
+    """Have the weights of some nodes, by place, lie in large pages, or where another plan of the model has them."""
     pages = LargePages(sum(LargePages.room(weight.nbytes) for weight in packed.values()))
     for place, weight in packed.items():
         packed[place] = draft.packed.shared(nodes[place].name, "region", weight, pages.copied)
-    return FrozenRegion(fragment, convolutions, compile_fragment(fragment, packed, biases), why)

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from fused_resnet import backends
 from fused_resnet.choosing.decide import Tune, Tuning, check_tune
 from fused_resnet.choosing.timing import Progress, silent
+from fused_resnet.freezing.calibration import Calibration, Keep, Source, checked
 from fused_resnet.freezing.copies import unwrapped
 from fused_resnet.freezing.dtypes import is_floating
 from fused_resnet.freezing.frozen import Frozen, FrozenModel, FrozenParts, NothingToFreeze
@@ -31,6 +32,8 @@ def freeze(
     example_input: Any,
     *,
     dtype: Optional[torch.dtype] = None,
+    calibrate: Optional[Source] = None,
+    keep: Keep = 0,
     backend: str = "auto",
     tune: Tune = "auto",
     progress: Optional[Progress] = None,
@@ -39,8 +42,14 @@ def freeze(
 
     model: in eval mode; it is not changed, and later changes to it do not reach the frozen copy. example_input: what
     the model takes, a tensor or a list or dict of them; its plan is made now, others when their shape is first seen.
-    dtype: what the arithmetic runs in (fp32, bf16, fp16, fp64); default, as the model computes. backend: "auto", or the
-    one that every convolution must use.
+    dtype: what the arithmetic runs in (fp32, bf16, fp16, fp64, int8); default, as the model computes. backend: "auto",
+    or the one that every convolution must use.
+
+    calibrate: for int8, batches of 16 or more images as the model takes them, or (images, labels) pairs. Or `Scales`,
+    or the path of a file of them. keep: the convolutions to leave in floats, by name or by the name of a module that
+    holds them. A number keeps so many of the most sensitive. In int8, dense convolutions with their ReLU or ReLU6 and
+    residual, max-poolings and global averages compute by docs/int8.md's contract: all kernels give the same bytes.
+    What else there is computes in bf16 where that is fast, and in fp32 elsewhere. On a CPU only.
 
     tune: what to do about convolutions that nobody has measured on this machine. "auto" checks every backend that can
     run them against the reference. It times the right ones as a plan runs them. What it finds is kept in the user's
@@ -74,8 +83,9 @@ def freeze(
     - it sets attributes of what was frozen in it
 
     TypeError when weights are quantized, sparse or otherwise no plain tensors. TypeError and ValueError when the
-    example does not fit the model or no part of it can be traced. BackendError when `backend` cannot run one of its
-    convolutions.
+    example does not fit the model or no part of it can be traced. ValueError for int8 without calibrate, with no
+    images or images unlike the example, and with scales of other weights. It is raised for a model in parts, too.
+    BackendError when `backend` cannot run one of its convolutions, and where int8 cannot run.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: expected an nn.Module, got {type(model).__name__}.")
@@ -93,9 +103,10 @@ def freeze(
     device = next((p.device for p in model.parameters()), example.device)
     if example.device != device:
         raise TypeError(f"freeze: example_input is on {example.device} but the model is on {device}.")
-    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"freeze: dtype must be float32, bfloat16, float16 or float64, got {dtype}.")
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8):
+        raise TypeError(f"freeze: dtype must be float32, bfloat16, float16, float64 or int8, got {dtype}.")
     backends.check_name("freeze", backend)
+    calibration = checked(dtype, calibrate, keep, backend, device)
     check_tune("freeze", tune)
     tuning = Tuning(tune, progress or silent)
     frozen = [name for name, module in model.named_modules() if isinstance(module, Frozen)]
@@ -103,16 +114,26 @@ def freeze(
         raise ValueError(f"freeze: {frozen[0] or 'the model'} is frozen already. Freeze what it was made from.")
     with torch.inference_mode(False), torch.no_grad():  # copies made in inference mode could not be written to outside
         if not isinstance(example_input, Tensor):
-            return FrozenParts(
-                model, example_input, dtype, backend, tuning, f"it takes a {type(example_input).__name__}"
-            )
+            reason = f"it takes a {type(example_input).__name__}"
+            _refuse_int8_in_parts(calibration, reason)
+            return FrozenParts(model, example_input, dtype, backend, tuning, reason)
         try:
-            return FrozenModel(model, example_input, dtype, backend, tuning)
+            return FrozenModel(model, example_input, dtype, backend, tuning, calibration=calibration)
         except Untraceable as error:
+            _refuse_int8_in_parts(calibration, str(error))
             try:
                 return FrozenParts(model, example_input, dtype, backend, tuning, str(error))
             except NothingToFreeze:
                 raise error from None
+
+
+def _refuse_int8_in_parts(calibration: Optional[Calibration], reason: str) -> None:
+    if calibration is not None:
+        raise ValueError(
+            "freeze: int8 needs a model that is frozen as a whole, and this one is not: "
+            f"{reason.removeprefix('freeze: ').rstrip('.')}. Freeze its network by itself in int8, or the model in "
+            "torch.bfloat16."
+        )
 
 
 def _refuse_other_weights(model: nn.Module) -> None:

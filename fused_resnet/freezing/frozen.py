@@ -14,9 +14,11 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet.choosing import winners
 from fused_resnet.choosing.decide import NOTHING, Tuning
-from fused_resnet.freezing.copies import copy_of, copy_tensors, copy_with_parameters
+from fused_resnet.freezing.calibration import Calibration, beside_int8
+from fused_resnet.freezing.copies import copy_of, copy_tensors, copy_with_parameters, unwrapped
+from fused_resnet.freezing.draft import Quantization
 from fused_resnet.freezing.dtypes import conversion, is_floating, main_dtype, propagated
-from fused_resnet.freezing.make import make_plan
+from fused_resnet.freezing.make import calibration_subject, make_plan
 from fused_resnet.freezing.modules import FrozenConv, PackedWeights
 from fused_resnet.freezing.parts import freeze_parts
 from fused_resnet.freezing.plan import Plan, Turns, plainly
@@ -27,6 +29,7 @@ from fused_resnet.machine.cuda_graphs import is_captured
 from fused_resnet.machine.locks import new_lock
 from fused_resnet.nn.scripting import NotScriptable
 from fused_resnet.operators.problem import dtype_name
+from fused_resnet.quantizing import Scales
 
 log = logging.getLogger("fused_resnet")
 
@@ -91,14 +94,21 @@ class FrozenModel(Frozen):
         backend: str,
         tuning: Tuning = NOTHING,
         main: Optional[torch.dtype] = None,  # of the whole, where the model is a part
+        calibration: Optional[Calibration] = None,  # for dtype int8
     ) -> None:
         super().__init__(model)
         own = main_dtype(model, example_input.dtype)
         self.dtype, self.backend = dtype or own, backend
         self.device, self.input_dtype = example_input.device, example_input.dtype
+        self._quantization: Optional[Quantization] = None
         with plainly(self.device):
             self.__dict__["_traced"] = trace(model)
-            self._conversion = conversion(self._traced, example_input.detach(), main or own, dtype)
+            example = example_input.detach()
+            if calibration is not None:
+                subject = calibration_subject(self._traced, example, own)
+                self._quantization = calibration.of(unwrapped(model), subject, example, tuning.progress)
+                dtype = beside_int8()
+            self._conversion = conversion(self._traced, example, main or own, dtype)
         self._reset_plans()
         self.__dict__["_tuning"] = tuning  # for the first plan
         self._plan_for(example_input)
@@ -126,6 +136,15 @@ class FrozenModel(Frozen):
         """x as the plan for it takes it."""
         self._check_input(x)
         return self._plan_for(x).taken(x)
+
+    def scales(self) -> Scales:
+        """The ranges that an int8 model was calibrated with: `save(path)` writes what `freeze(calibrate=path)` reads.
+
+        Raises TypeError for a model that was frozen in another dtype.
+        """
+        if self._quantization is None:
+            raise TypeError(f"scales: the model is frozen in {dtype_name(self.dtype)}; int8 alone has scales.")
+        return self._quantization.scales
 
     def is_graphed(self, x: Tensor) -> bool:
         """Whether inputs like x are served by replaying a CUDA graph. Without one, a warning has said why."""
@@ -168,7 +187,9 @@ class FrozenModel(Frozen):
 
     def _made(self, graph: fx.GraphModule, x: Tensor) -> Plan:
         """A new plan, warmed up. Convolutions that a library refuses, which shows when they run, go to another."""
-        made = make_plan(graph, x, self._conversion, self.backend, self._packed, self._tuning)
+        overrides: Overrides = {}
+        options = (self._conversion, self.backend, self._packed, self._tuning, overrides, self._quantization)
+        made = make_plan(graph, x, *options)
         try:
             plan = warmed(made, x, self._turns)
             return self._swapped(plan, x) if plan.is_graphed else plan
@@ -190,7 +211,7 @@ class FrozenModel(Frozen):
 
     def _remade(self, x: Tensor, overrides: Overrides) -> Plan:
         """Measuring nothing more: what time did not allow before, it would not allow for each of them."""
-        options = (self._conversion, self.backend, self._packed, NOTHING, overrides)
+        options = (self._conversion, self.backend, self._packed, NOTHING, overrides, self._quantization)
         return warmed(make_plan(self._graph_for(x), x, *options), x, self._turns)
 
     def _graph_for(self, x: Tensor) -> fx.GraphModule:

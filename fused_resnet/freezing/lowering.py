@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Optional, Union, cast
 
@@ -66,6 +67,7 @@ def _lower(draft: Draft, match: Match) -> None:
         fused.meta = dict(tail.meta)
         selection = choosing.select(problem, draft.backend, in_plan=True)
         draft.convs[fused] = Decision(problem, selection, weight, bias)
+        draft.folds[fused] = functools.partial(folded_weights, conv, norm)
         for called in then:
             name = draft.add(f"{match.conv.name}_{type(called).__name__.lower()}", called)
             fused = draft.graph.call_module(name, (fused,))

@@ -15,7 +15,7 @@ from fused_resnet.choosing import Selection, winners
 from fused_resnet.choosing.decide import NOTHING, Tuning
 from fused_resnet.freezing import dtypes
 from fused_resnet.freezing.biases import move_biases
-from fused_resnet.freezing.draft import Draft
+from fused_resnet.freezing.draft import Draft, Quantization
 from fused_resnet.freezing.dtypes import Conversion
 from fused_resnet.freezing.fragments import form_regions
 from fused_resnet.freezing.lowering import (
@@ -29,11 +29,14 @@ from fused_resnet.freezing.modules import PackedWeights
 from fused_resnet.freezing.placing import choose_measured, mark_sums_in_place, place_in_row_space, reselect_stranded
 from fused_resnet.freezing.plan import Plan, plainly
 from fused_resnet.freezing.pooling import pool_after_convolutions, replace_max_pools
+from fused_resnet.freezing.quantized import form_quantized, observed
 from fused_resnet.freezing.trace import trace
 from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.quantizing.calibrate import Subject
 
 SETTLE_PROBLEMS: tuple[Callable[[Draft], None], ...] = (
     lower_convolutions,
+    form_quantized,
     move_biases,
 )
 PASSES: tuple[Callable[[Draft], None], ...] = (
@@ -60,13 +63,15 @@ def make_plan(
     packed: PackedWeights,
     tuning: Tuning = NOTHING,
     overrides: Mapping[ConvProblem, Selection] = {},
+    quantization: Optional[Quantization] = None,
 ) -> Plan:
     """The plan for inputs like x: as the model computes, or with its dtypes converted. packed: of its other plans.
 
-    graph: what `propagated` returned for x; it becomes the plan's. tuning: what may be measured for it. overrides: as
-    `Draft` says.
+    graph: what `propagated` returned for x; it becomes the plan's. tuning: what may be measured for it. overrides,
+    quantization: as `Draft` says.
     """
-    draft = _draft_of(graph, conversion, backend, x.device, packed)._replace(tuning=tuning, overrides=overrides)
+    draft = _draft_of(graph, conversion, backend, x.device, packed)
+    draft = draft._replace(tuning=tuning, overrides=overrides, quantization=quantization)
     for run in PASSES:
         run(draft)
     draft.module.delete_all_unused_submodules()
@@ -88,6 +93,14 @@ def planned_problems(model: nn.Module, x: Tensor, dtype: torch.dtype, device: to
     return [draft.convs[node].problem for node in draft.graph.nodes if node in draft.convs]
 
 
+def calibration_subject(traced: fx.GraphModule, x: Tensor, main: torch.dtype) -> Subject:
+    """The traced model as it computes, for inputs like x, to be calibrated."""
+    to = dtypes.conversion(traced, x, main, None)
+    draft = _draft_of(dtypes.propagated(traced, x, to), to, "eager", x.device, PackedWeights())
+    lower_convolutions(draft)
+    return observed(draft, x.dtype if to is None else to.input)
+
+
 def _draft_of(
     graph: fx.GraphModule,
     conversion: Optional[Conversion],
@@ -95,4 +108,4 @@ def _draft_of(
     device: torch.device,
     packed: PackedWeights,
 ) -> Draft:
-    return Draft(graph, dict(graph.named_modules()), {}, backend, device, conversion, packed)
+    return Draft(graph, dict(graph.named_modules()), {}, {}, backend, device, conversion, packed)

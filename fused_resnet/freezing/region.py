@@ -39,7 +39,7 @@ class FrozenRegion(nn.Module):
     ) -> None:
         super().__init__()
         self.fragment, self.convolutions, self.compiled = fragment, convolutions, compiled
-        self.why, self.micro_kernel = why, kernels.fastest_name(compiled.dtype)
+        self.why, self.micro_kernel = why, kernels.fastest_name(fragment.dtype)
         self.workspaces = collections.deque([compiled.empty_workspace()], maxlen=MOST_WORKSPACES)
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -47,9 +47,10 @@ class FrozenRegion(nn.Module):
 
     def bound(self) -> Callable[..., Union[Tensor, tuple[Tensor, ...]]]:
         """(*inputs) -> outputs, with all else settled: what a plan calls."""
-        program, weights, biases, shapes, dtype, _ = compiled = self.compiled
+        program, weights, biases, shapes, _, _ = compiled = self.compiled
         call, kernel, pool = torch.ops.fused_resnet.cpu_region.default, self.micro_kernel, self.workspaces
         empty, in_nhwc, has_vectors = torch.empty, torch.channels_last, self.fragment.has_vectors
+        dtype = self.fragment.dtype_outside
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
             try:

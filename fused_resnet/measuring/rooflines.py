@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Optional, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 import torch
+from torch import Tensor
 
 from fused_resnet.choosing.timing import Variants, interleaved
 from fused_resnet.operators.problem import AddReluProblem, ConvProblem
@@ -47,8 +48,10 @@ def roofline(device: str, dtype: torch.dtype) -> Roofline:
     source = torch.randn(2**28 if on_cuda else 2**25, device=device)
     n = 8192 if on_cuda else 1536
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    target, product = torch.empty_like(source), torch.empty_like(a)
-    calls: Variants = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b, out=product)}
+    target, is_int8 = torch.empty_like(source), dtype == torch.int8
+    product = torch.empty_like(a, dtype=torch.int32 if is_int8 else dtype)
+    multiply: Callable[..., Tensor] = torch._int_mm if is_int8 else torch.mm
+    calls: Variants = {"copy": lambda: target.copy_(source), "matmul": lambda: multiply(a, b, out=product)}
     l2_bytes = 0
     if on_cuda and runtime.why_not("cuda", torch.float32) is None and not runtime.INTERPRETED:
         cached = source[: 2**22]  # 16 MiB

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# 255 * 127 * K stays below 2**31, and so does every partial sum, in any order.
+# 255 * 127 * K stays below 2**31 in magnitude, and so does every partial sum, in any order.
 LARGEST_REDUCTION = 66_310
 ACTIVATIONS = ("none", "relu", "relu6")
 
@@ -54,14 +54,16 @@ class Epilogue(NamedTuple):
     is_signed: bool
 
 
-def quantized_over(least: float, largest: float) -> Quantized:
-    """How values from `least` to `largest` are kept: u8 with largest / 255, or s8 with max(-least, largest) / 127 where
-    some are negative. Where all are 0, or too small for an fp32 scale, the scale is 1. Raises ValueError for no range.
+def quantized_over(least: float, largest: float, is_signed: Optional[bool] = None) -> Quantized:
+    """How values from `least` to `largest` are kept: u8 with largest / 255, or s8 with max(-least, largest) / 127.
+
+    is_signed: whether s8; default, where some are negative. Where all are 0, or too small for an fp32 scale, the scale
+    is 1. Raises ValueError for no range.
     """
     if not (math.isfinite(least) and math.isfinite(largest) and least <= largest):
         raise ValueError(f"quantized_over: values from {least} to {largest} have no scale")
-    is_signed = least < 0
-    scale = max(-least, largest) / (127 if is_signed else 255)
+    is_signed = least < 0 if is_signed is None else is_signed
+    scale = max(-least, largest) / 127 if is_signed else max(largest, 0.0) / 255
     return Quantized(scale if _fp32(scale) and math.isfinite(_fp32(1 / scale)) else 1.0, is_signed)
 
 

@@ -9,20 +9,21 @@ import functools
 import hashlib
 import math
 from pathlib import Path
-from typing import Mapping, NamedTuple, Optional, Sequence, Union
+from typing import Mapping, NamedTuple, Optional, Sequence, Union, cast
 
 import torch
 from torch import Tensor
 
 from fused_resnet.kernels import winograd
 from fused_resnet.operators.problem import ConvProblem, dtype_name, output_size
-from fused_resnet.operators.quantized import Quantized
+from fused_resnet.operators.quantized import Epilogue, Quantized
 from fused_resnet.regions import layout
 from fused_resnet.regions.program import (
     CompiledRegion,
     Map,
     Pair,
     Region,
+    Requantizing,
     Segment,
     Shape,
     packed_weights,
@@ -100,7 +101,7 @@ class Fragment(NamedTuple):
 
     @property
     def dtype_outside(self) -> torch.dtype:
-        """Of its outputs."""
+        """What its outputs are in."""
         return torch.float32 if self.dtype == torch.int8 else self.dtype
 
     @property
@@ -165,8 +166,11 @@ def projections(fragment: Fragment) -> dict[int, int]:
     """{the place of a step: that of the step which becomes its second segment}, instead of a map for its residual.
 
     That is a convolution with neither activation nor residual, whose result is nothing but another's residual. What is
-    to be computed by Winograd has no second segment, and is none.
+    to be computed by Winograd has no second segment, and is none. In int8 there are none: the sums of two convolutions
+    have different scales.
     """
+    if fragment.dtype == torch.int8:
+        return {}
     first, readers = len(fragment.shapes), _readers(fragment)
     found: dict[int, int] = {}
     for place, step in enumerate(fragment.steps):
@@ -183,7 +187,8 @@ def projections(fragment: Fragment) -> dict[int, int]:
 
 def _is_winograd(step: ConvStep) -> bool:
     """Whether it is to be computed so, and has the channels for it."""
-    return step.by_winograd and step.problem.C % layout.PANEL == step.problem.K % layout.PANEL == 0
+    is_float = step.problem.dtype != torch.int8
+    return is_float and step.by_winograd and step.problem.C % layout.PANEL == step.problem.K % layout.PANEL == 0
 
 
 def _readers(fragment: Fragment) -> dict[int, list[int]]:
@@ -227,10 +232,11 @@ def replacing(fragment: Fragment) -> set[int]:
 
 
 def _map_of(fragment: Fragment, value: int) -> int:
-    """The value whose map it has: what is flattened stays where it is."""
-    while value >= len(fragment.shapes) and isinstance(
-        step := fragment.steps[value - len(fragment.shapes)], FlattenStep
-    ):
+    """The value whose map it has: what is flattened stays where it is, and means of int8 are made when written."""
+    while value >= len(fragment.shapes):
+        step = fragment.steps[value - len(fragment.shapes)]
+        if not isinstance(step, FlattenStep) and (fragment.dtype != torch.int8 or fragment.scales[value] is not None):
+            break
         value = step.x
     return value
 
@@ -268,13 +274,93 @@ def pack(fragment: Fragment, place: int, weights: Sequence[Tensor]) -> Tensor:
 
 
 def compile_fragment(
-    fragment: Fragment, packed: Mapping[int, Tensor], biases: Mapping[int, Optional[Tensor]]
+    fragment: Fragment, packed: Mapping[int, Tensor], biases: Mapping[int, Union[Tensor, Epilogue, None]]
 ) -> CompiledRegion:
     """packed: the weights of the `segments` as `pack` gives them, by place. biases: of each convolution, None without
-    one.
+    one; in int8 its `Epilogue`.
 
-    A sum replaces its residual where nothing reads that later.
+    A sum replaces its residual where nothing reads that later. Raises ValueError for steps that int8 has not.
     """
+    if fragment.dtype == torch.int8:
+        return _compile_int8(fragment, packed, cast(Mapping[int, Epilogue], biases))
+    return _compile_floats(fragment, packed, cast(Mapping[int, Optional[Tensor]], biases))
+
+
+def _compile_int8(
+    fragment: Fragment, packed: Mapping[int, Tensor], epilogues: Mapping[int, Epilogue]
+) -> CompiledRegion:
+    region, first, scales = Region(fragment.dtype), len(fragment.shapes), fragment.scales
+    replaced, stem_of = replacing(fragment), stems(fragment)
+    maps: dict[int, Map] = {}
+    stem_segments: dict[int, Segment] = {}
+    for value, shape in enumerate(fragment.shapes):
+        if value in stem_of:
+            step = fragment.steps[stem_of[value]]
+            stem_segments[stem_of[value]] = _stem(region, shape, step, scales[value])
+        else:
+            maps[value] = region.read(shape, scales[value])
+    for place, step in enumerate(fragment.steps):
+        _check_int8(fragment, place)
+        value = first + place
+        if isinstance(step, ConvStep):
+            maps[value] = region.convolve(
+                [stem_segments[place] if place in stem_segments else _segment(step, maps)],
+                None,
+                residual=None if step.residual is None else maps[step.residual],
+                in_place=place in replaced,
+                packed=packed[place],
+                requantizing=Requantizing(
+                    epilogues[place], _is_signed(fragment, step.x), _is_signed(fragment, step.residual)
+                ),
+            )
+        elif isinstance(step, PoolStep) and step.kind == "max":
+            window = (step.window, step.stride, step.padding)
+            maps[value] = region.pool(maps[step.x], step.kind, *window, how=scales[value])
+        else:
+            maps[value] = maps[step.x]
+        if value in fragment.outputs:
+            if scales[value] is None:
+                region.write_means(maps[value], _scale_of_mean(fragment, value))
+            else:
+                region.write(maps[value], scales[value])
+    return region.compile()
+
+
+def _check_int8(fragment: Fragment, place: int) -> None:
+    """Raises ValueError for what bytes cannot be, or where the scales do not say it."""
+    step, scales, value = fragment.steps[place], fragment.scales, len(fragment.shapes) + place
+    shape = fragment.value_shapes[step.x]
+    if isinstance(step, ConvStep):
+        wrong = "a linear layer" if step.is_linear else "a convolution of groups" if step.problem.groups != 1 else None
+        fits = None not in [scales[read] for read in (*step.reads, value)]
+    elif isinstance(step, PoolStep) and step.kind == "average":
+        is_whole = step.window == shape[2:] and step.padding == (0, 0)
+        wrong = None if is_whole else f"an average over {step.window} of {shape[2:]} pixels"
+        fits = scales[value] is None and scales[step.x] is not None
+    else:
+        wrong, fits = None, scales[value] == scales[step.x]
+        if isinstance(step, PoolStep) and scales[step.x] is None:
+            wrong = "a maximum of means"
+    if wrong is not None:
+        raise ValueError(f"int8 has no step for {wrong}: {step}")
+    if not fits:
+        raise ValueError(f"int8: step {step} has scales that do not belong to it")
+
+
+def _is_signed(fragment: Fragment, value: Optional[int]) -> bool:
+    how = None if value is None else fragment.scales[value]
+    return how is not None and how.is_signed
+
+
+def _scale_of_mean(fragment: Fragment, value: int) -> Quantized:
+    how = fragment.scales[_map_of(fragment, value)]
+    assert how is not None
+    return how
+
+
+def _compile_floats(
+    fragment: Fragment, packed: Mapping[int, Tensor], biases: Mapping[int, Optional[Tensor]]
+) -> CompiledRegion:
     region, parts, first = Region(fragment.dtype), segments(fragment), len(fragment.shapes)
     replaced, stem_of, points = replacing(fragment), stems(fragment), by_winograd(fragment)
     maps: dict[int, Map] = {}
@@ -324,10 +410,10 @@ def _segment(step: Step, maps: Mapping[int, Map]) -> Segment:
     return Segment(maps[step.x], _shape_of_weight(p), p.stride, p.padding, p.dilation)
 
 
-def _stem(region: Region, shape: Shape, step: Step) -> Segment:
+def _stem(region: Region, shape: Shape, step: Step, how: Optional[Quantized] = None) -> Segment:
     assert isinstance(step, ConvStep)
     p = step.problem
-    return region.read_for(shape, _shape_of_weight(p), p.stride, p.padding)
+    return region.read_for(shape, _shape_of_weight(p), p.stride, p.padding, how)
 
 
 def _shape_of_weight(problem: ConvProblem) -> Tensor:

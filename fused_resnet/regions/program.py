@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import struct
 from dataclasses import dataclass, field
 from typing import Callable, NamedTuple, Optional, Sequence
 
@@ -21,12 +22,14 @@ from fused_resnet.kernels import compiled
 from fused_resnet.machine.devices import second_level_cache_bytes
 from fused_resnet.machine.malloc import LargePages
 from fused_resnet.operators.problem import ACTIVATIONS, output_size
+from fused_resnet.operators.quantized import Epilogue, Quantized, why_not_reduced
 from fused_resnet.regions import layout
 
-_VERSION = 3
+_VERSION = 4
+_NUMBERS = {torch.float32: 0, torch.bfloat16: 2, torch.int8: 3}  # of the dtypes
 _ACTIVATIONS = ACTIVATIONS[:3]  # the kernels have no others
 MOST_WORKSPACES = 8  # that wait for a call
-_READ, _WRITE, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES, _WINOGRAD = range(7)
+_READ, _WRITE, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES, _WINOGRAD, _WRITE_MEANS = range(8)
 _TILE = 16  # rows of the largest tile
 _FOR_MAPS = 0.75  # of the second-level caches
 _SAVED = 0.8  # of the tiles: phases are split where no more are left
@@ -63,6 +66,14 @@ class Segment(NamedTuple):
         return N, K, P, Q
 
 
+class Requantizing(NamedTuple):
+    """What follows a convolution's sums in int8, and whether the bytes that it reads are signed."""
+
+    epilogue: Epilogue
+    is_input_signed: bool
+    is_residual_signed: bool = False
+
+
 def rows_of_window(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A stem's weight (K, C, R, S) as (K, S * C, R, 1), for an input unfolded along its lines.
 
@@ -89,14 +100,18 @@ class CompiledRegion(NamedTuple):
     dtype: torch.dtype
     workspace_bytes: int
 
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """Maps of int8 are written as fp32."""
+        return torch.float32 if self.dtype == torch.int8 else self.dtype
+
     def empty_workspace(self) -> Tensor:
         return LargePages(self.workspace_bytes).empty(self.workspace_bytes)
 
     def __call__(self, inputs: Sequence[Tensor], workspace: Tensor, kernel: str = "") -> list[Tensor]:
         """inputs: of any strides, in fp32 or bf16. kernel: a row of the table of micro-kernels, or the fastest here."""
-        outputs = [
-            torch.empty(shape, dtype=self.dtype, memory_format=torch.channels_last) for shape in self.output_shapes
-        ]
+        dtype, in_nhwc = self.output_dtype, torch.channels_last
+        outputs = [torch.empty(shape, dtype=dtype, memory_format=in_nhwc) for shape in self.output_shapes]
         torch.ops.fused_resnet.cpu_region(
             self.program, list(inputs), self.weights, self.biases, kernel, workspace, outputs
         )
@@ -136,7 +151,10 @@ class _Wave(NamedTuple):
 
 @dataclass
 class Region:
-    """Takes the steps one by one. Maps get their place only when all readers are known."""
+    """Takes the steps one by one. Maps get their place only when all readers are known.
+
+    In int8 what reads or writes a map is told how it is quantised, and convolutions take `Requantizing`.
+    """
 
     dtype: torch.dtype
     _maps: list[Map] = field(default_factory=list)
@@ -150,11 +168,13 @@ class Region:
     _num_inputs: int = 0
     _output_shapes: list[Shape] = field(default_factory=list)
 
-    def read(self, shape: Shape) -> Map:
+    def read(self, shape: Shape, how: Optional[Quantized] = None) -> Map:
         """The next of the region's inputs."""
-        return self._read(shape, 1, 1, 0)
+        return self._read(shape, 1, 1, 0, how)
 
-    def read_for(self, shape: Shape, weight: Tensor, stride: Pair, padding: Pair) -> Segment:
+    def read_for(
+        self, shape: Shape, weight: Tensor, stride: Pair, padding: Pair, how: Optional[Quantized] = None
+    ) -> Segment:
         """The next of the region's inputs as the one convolution that reads it wants it: a stem.
 
         Where that takes fewer k steps, a pixel of the map holds a row of the window over all channels:
@@ -163,23 +183,38 @@ class Region:
         """
         rows = rows_of_window(weight, self.dtype)
         if rows is weight:
-            return Segment(self.read(shape), weight, stride, padding)
+            return Segment(self.read(shape, how), weight, stride, padding)
         (N, C, H, W), S = shape, weight.shape[3]
         Q = output_size(W, S, stride[1], padding[1], 1)
-        x = self._read((N, S * C, H, Q), S, stride[1], padding[1])
+        x = self._read((N, S * C, H, Q), S, stride[1], padding[1], how)
         return Segment(x, rows, (stride[0], 1), (padding[0], 0))
 
-    def _read(self, shape: Shape, taps: int, stride: int, padding: int) -> Map:
-        x, index = self._new_map(shape), self._num_inputs
+    def _read(self, shape: Shape, taps: int, stride: int, padding: int, how: Optional[Quantized]) -> Map:
+        x, index, tail = self._new_map(shape), self._num_inputs, self._quantized("read", how, lambda scale: 1 / scale)
         self._num_inputs += 1
-        self._add(lambda: [_READ, index, self._first_image, self._number(x), taps, stride, padding], [], x)
+        self._add(lambda: [_READ, index, self._first_image, self._number(x), taps, stride, padding, *tail], [], x)
         return x
 
-    def write(self, x: Map) -> None:
+    def write(self, x: Map, how: Optional[Quantized] = None) -> None:
         """x becomes the next of the region's outputs."""
-        index = len(self._output_shapes)
+        index, tail = len(self._output_shapes), self._quantized("write", how, lambda scale: scale)
         self._output_shapes.append(x.shape)
-        self._add(lambda: [_WRITE, self._number(x), index, self._first_image], [x])
+        self._add(lambda: [_WRITE, self._number(x), index, self._first_image, *tail], [x])
+
+    def write_means(self, x: Map, how: Quantized) -> None:
+        """The mean of each of x's maps becomes the next of the region's outputs, (N, C, 1, 1): in int8."""
+        (N, C, H, W), index = x.shape, len(self._output_shapes)
+        tail = self._quantized("write_means", how, lambda scale: scale / (H * W))
+        self._output_shapes.append((N, C, 1, 1))
+        self._add(lambda: [_WRITE_MEANS, self._number(x), index, self._first_image, *tail], [x])
+
+    def _quantized(
+        self, caller: str, how: Optional[Quantized], factor: Callable[[float], float] = lambda scale: scale
+    ) -> list[int]:
+        """What a step says at its end: a factor made of the scale, and whether the bytes are signed."""
+        if (how is None) == (self.dtype == torch.int8):
+            raise ValueError(f"{caller}: a scale belongs to regions of int8 alone, and this one is of {self.dtype}")
+        return [] if how is None else [_bits(factor(how.scale)), int(how.is_signed)]
 
     def convolve(
         self,
@@ -190,8 +225,11 @@ class Region:
         residual: Optional[Map] = None,
         in_place: bool = False,
         packed: Optional[Tensor] = None,
+        requantizing: Optional[Requantizing] = None,
     ) -> Map:
         """act(sum of the segments' convolutions + bias + residual). in_place: the residual's map takes the result.
+
+        requantizing: in int8, in place of a bias and an activation.
 
         packed: the segments' weights as `packed_weights` gives them, by somebody who keeps them for several regions.
         The segments' own then only say their shapes.
@@ -200,24 +238,27 @@ class Region:
         """
         shape = segments[0].output_shape
         self._check(segments, bias, activation, residual, in_place)
+        self._check_requantizing(requantizing, segments, bias, activation)
         out = residual if in_place and residual is not None else self._new_map(shape)
         weight = packed_weights([segment.weight for segment in segments], self.dtype) if packed is None else packed
-        numbers = (
-            self._keep(weight, self._weights),
-            self._keep(None if bias is None else layout.pack_bias(bias), self._biases),
-        )
+        if requantizing is not None:
+            constants: Optional[Tensor] = layout.pack_constants(requantizing.epilogue, weight)
+        else:
+            constants = None if bias is None else layout.pack_bias(bias)
+        numbers = self._keep(weight, self._weights), self._keep(constants, self._biases)
         segments = self._split_phases(segments, shape)
         for segment in segments:
             if segment.phases is None:
                 segment.x.halo = max(segment.x.halo, *segment.padding)
         pixels = sum(math.prod(segment.x.shape[1:]) for segment in segments)
+        tail = [] if requantizing is None else _integers_of_epilogue(requantizing)
 
         def integers() -> list[int]:
             added = -1 if residual is None else self._number(residual)
             # what is larger is read once: by one thread, and by all of them together
             by_channels = int(weight.nbytes > self._images_now * pixels * self.dtype.itemsize)
             head = [_CONVOLVE, self._number(out), added, ACTIVATIONS.index(activation), by_channels, *numbers]
-            return [*head, len(segments), *itertools.chain(*map(self._integers_of, segments))]
+            return [*head, len(segments), *itertools.chain(*map(self._integers_of, segments)), *tail]
 
         read = [segment.phases or segment.x for segment in segments] + ([] if residual is None else [residual])
         self._add(integers, read, None if out is residual else out, weight)
@@ -301,15 +342,45 @@ class Region:
             raise ValueError("convolve: in place there must be a residual that no segment reads")
         _check_epilogue("convolve", shape, bias, activation, residual, [x for x, *_ in segments] if in_place else [])
 
+    def _check_requantizing(
+        self,
+        requantizing: Optional[Requantizing],
+        segments: Sequence[Segment],
+        bias: Optional[Tensor],
+        activation: str,
+    ) -> None:
+        if (requantizing is None) == (self.dtype == torch.int8):
+            raise ValueError(f"convolve: constants of int8 belong to its regions alone, and this one is {self.dtype}")
+        if requantizing is None:
+            return
+        K, *reduced = segments[0].weight.shape
+        if len(segments) > 1 or bias is not None or activation != "none":
+            raise ValueError("convolve: in int8 there is one segment, and constants in place of bias and activation")
+        if requantizing.epilogue.multiplier.shape != (K,) or requantizing.epilogue.bias.shape != (K,):
+            raise ValueError(f"convolve: {K} channels have as many constants, not {requantizing.epilogue[:2]}")
+        if (reason := why_not_reduced(math.prod(reduced))) is not None:
+            raise ValueError(f"convolve: {reason}")
+
     def pool(
-        self, x: Map, kind: str, window: Pair, stride: Pair, padding: Pair = (0, 0), *, count_include_pad: bool = True
+        self,
+        x: Map,
+        kind: str,
+        window: Pair,
+        stride: Pair,
+        padding: Pair = (0, 0),
+        *,
+        count_include_pad: bool = True,
+        how: Optional[Quantized] = None,
     ) -> Map:
-        """kind: "max" or "average"."""
+        """kind: "max", or "average", which int8 has only as `write_means`."""
+        if self.dtype == torch.int8 and kind != "max":
+            raise ValueError("pool: in int8 there is no average but write_means")
+        tail = self._quantized("pool", how)[1:]
         N, C, H, W = x.shape
         P, Q = (output_size(*side, 1) for side in zip((H, W), window, stride, padding))
         out = self._new_map((N, C, P, Q))
-        what = [int(kind == "max"), int(count_include_pad)]
-        self._add(lambda: [_POOL, *what, self._number(x), self._number(out), *window, *stride, *padding], [x], out)
+        what, tail = [int(kind == "max"), int(count_include_pad)], [*window, *stride, *padding, *tail]
+        self._add(lambda: [_POOL, *what, self._number(x), self._number(out), *tail], [x], out)
         return out
 
     def compile(self) -> CompiledRegion:
@@ -326,7 +397,7 @@ class Region:
                     if step.written is not None and step.written.halo > 0:
                         steps += [_ZERO_HALO, self._number(step.written)]
                     steps += step.integers()
-        integers = [_VERSION, len(buffers), *itertools.chain(*buffers), *steps]
+        integers = [_VERSION, _NUMBERS[self.dtype], len(buffers), *itertools.chain(*buffers), *steps]
         size = max((place + self._bytes(x, waves) for x, place in places.items()), default=0)
         program = torch.tensor(integers, dtype=torch.int64)
         return CompiledRegion(program, self._weights, self._biases, self._output_shapes, self.dtype, size)
@@ -448,6 +519,16 @@ class Region:
                 place = max(place, upper)
             places[x] = place
         return places
+
+
+def _bits(value: float) -> int:
+    """Of a number rounded to fp32."""
+    return struct.unpack("I", struct.pack("f", value))[0]
+
+
+def _integers_of_epilogue(requantizing: Requantizing) -> list[int]:
+    epilogue, *signs = requantizing
+    return [*map(_bits, (epilogue.residual, epilogue.low, epilogue.high)), *map(int, signs)]
 
 
 def _check_epilogue(

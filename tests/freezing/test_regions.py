@@ -25,7 +25,7 @@ from tests.support.plans import Traced, equal_outputs
 if compiled.load("cpu") is not None:
     pytest.skip(compiled.load("cpu"), allow_module_level=True)
 
-RUNNING = [kernel for kernel in kernels.table() if not kernel.why_not]
+RUNNING = [kernel for kernel in kernels.table() if not kernel.why_not and kernel.dtype in DTYPES]
 FP32 = next(kernel for kernel in RUNNING if kernel.dtype == torch.float32)
 X = (2, 3, 16, 16)
 

@@ -97,7 +97,10 @@ def test_inputs_may_lie_anyhow_and_have_either_dtype(dtype, kernel, given, name)
 
 
 def test_emulated_kernels_run_only_by_name():
-    assert {name for name, (_, taken, _) in table().items() if taken == "named"} == {"amx_bf16_emulated"}
+    assert {name for name, (_, taken, _) in table().items() if taken == "named"} == {
+        "amx_bf16_emulated",
+        "amx_int8_emulated",
+    }
     has_amx = not table()["amx_bf16"][2]
     x = channels_last(torch.randn(1, 32, 4, 4).bfloat16())
     region = Region(torch.bfloat16)
@@ -149,8 +152,8 @@ class Call:
         )
 
 
-# version, number of buffers, three buffers of 7, two steps of 7 with a halo's 2 between, the convolution, the output
-BUFFER, INPUT, CONVOLUTION = 2, 2 + 3 * 7 + 2, 2 + 3 * 7 + 7 + 2 + 7
+# version, dtype, number of buffers, three buffers of 7, two steps of 7 with a halo's 2 between, the convolution, output
+BUFFER, INPUT, CONVOLUTION = 3, 3 + 3 * 7 + 2, 3 + 3 * 7 + 7 + 2 + 7
 
 
 def put(place, value):
@@ -158,8 +161,10 @@ def put(place, value):
 
 
 WRONG = {
-    "programs of version 3 are run": put(0, 1),
-    "number of buffers must be from": put(1, -1),
+    "programs of version 4 are run": put(0, 1),
+    "dtype is 0, 2 or 3, for float32, bfloat16 and int8, not 1": put(1, 1),
+    "has a header of 2 integers, not 1": lambda call: call.program.__delitem__(slice(1, None)),
+    "number of buffers must be from": put(2, -1),
     "a buffer's C must be from 1": put(BUFFER + 1, 0),
     "a buffer's pitch must be from": put(BUFFER + 5, 6),
     "offset must be a multiple of 64": put(BUFFER + 6, 8),
@@ -184,14 +189,16 @@ WRONG = {
     "channels of a phased map must be from 0 to 16": put(CONVOLUTION + 9, 17),
     "a dilation must be from 1": put(CONVOLUTION + 16, 0),
     "ends within a step": lambda call: call.program.pop(),
-    "a step must be from 0 to 6": lambda call: call.program.append(7),
+    "a step must be from 0 to 7": lambda call: call.program.append(8),
+    "_fp32 has no step 7": lambda call: call.program.append(7),
     "an input must have the shape": lambda call: call.inputs.reverse(),
     "an input must be float32 or bfloat16": lambda call: call.inputs.__setitem__(0, call.inputs[0].half()),
     "an input's number must be from 0 to -1": lambda call: call.inputs.clear(),
     "a region has at least one output": lambda call: call.outputs.clear(),
     "an output must be channels_last": lambda call: call.outputs.__setitem__(0, call.outputs[0].contiguous()),
-    "the dtype must be float32 or bfloat16": lambda call: call.outputs.__setitem__(0, call.outputs[0].half()),
-    "an output must be of the dtype": lambda call: (put(-2, 1)(call), call.outputs.append(call.outputs[0].bfloat16())),
+    "an output must be Float beside .*_fp32, not BFloat16": lambda call: call.outputs.__setitem__(
+        0, call.outputs[0].bfloat16()
+    ),
     "a weight must have the shape": lambda call: call.weights.__setitem__(0, call.weights[0][:, 1:].contiguous()),
     "a bias must have the shape": lambda call: call.biases.__setitem__(0, call.biases[0][:16]),
     "workspace must begin at a multiple of 64": lambda call: setattr(call, "workspace", call.workspace[1:]),
@@ -213,7 +220,7 @@ class CallOfPhases(Call):
         self.workspace = self.region.empty_workspace()
 
 
-PHASES = 2 + 3 * 7 + 7 + 2
+PHASES = 3 + 3 * 7 + 7 + 2
 SEGMENT = PHASES + 11 + 8
 WRONG_PHASES = {
     "the phases of \\(1, 16, 12, 12\\) for a window of 2x3 are not": put(PHASES + 3, 2),
@@ -245,7 +252,7 @@ def of_16_channels(call):
     call.inputs[0] = channels_last(torch.randn(1, 16, 6, 6))
 
 
-AT = 2 + 2 * 7 + 7 + 7
+AT = 3 + 2 * 7 + 7 + 7
 WRONG_WINOGRAD = {
     "whether out is added must be from 0 to 1": put(AT + 3, 2),
     "its activations are none, relu and relu6": put(AT + 4, 3),
@@ -286,7 +293,7 @@ def test_whatever_the_integers_nothing_outside_is_written():
         call.workspace = memory[begin : begin + size]
         for _ in range(random.randint(1, 2)):
             value = random.choice((-1, 0, 1, 2, 3, 7, 64, 1 << 20, 1 << 24, (1 << 62) + 1, random.randint(0, 9000)))
-            call.program[random.randrange(2, len(call.program))] = value
+            call.program[random.randrange(3, len(call.program))] = value
         try:
             call.run()
         except RuntimeError:

@@ -20,8 +20,13 @@ def table():
 
 
 def kernels():
-    """{name: dtype} of those that run here."""
-    return {name: dtype for name, (dtype, _, why) in table().items() if not why}
+    """{name: dtype} of those of floats that run here."""
+    return {name: dtype for name, (dtype, _, why) in table().items() if not why and dtype != torch.int8}
+
+
+def int8_kernels():
+    """The names of those of bytes that run here."""
+    return [name for name, (dtype, _, why) in table().items() if not why and dtype == torch.int8]
 
 
 def fastest(dtype):

@@ -1,4 +1,5 @@
-// The micro-kernel of the tile unit: two tiles of pixels x two halves of a panel, bf16 summed in fp32. No torch here.
+// The micro-kernel of the tile unit: two tiles of pixels x two halves of a panel, bf16 summed in fp32 or bytes summed
+// in int32. No torch here.
 #pragma once
 
 #include <algorithm>
@@ -24,13 +25,16 @@ inline Streamed streamed_of(const Convolution& c) {
   return c.panels_outermost || c.steps >= kFewSteps ? Streamed::kPixels : Streamed::kNothing;
 }
 
+// What is multiplied: bf16, or unsigned or signed bytes with signed weights.
+enum class Factors { kBFloat16, kUnsigned, kSigned };
+
 // A share of a convolution, block after block: two tiles of pixels, a group, and a panel. Tiles 0 to 3 hold its sums as
 // [tile][half], 4 and 5 pixels, 6 and 7 weights.
 //
 // The tile unit works on its own. At each k step the vector unit meanwhile finishes some rows of the block before, so
 // that where the reduction is short a block costs the longer of both. And a part of the weights that come next is
 // fetched into the second-level cache: those of the next panel, or the first of the next convolution.
-template <class Tiles, class Rows, Streamed kStreamed>
+template <class Tiles, class Rows, Streamed kStreamed, Factors kFactors>
 class TileShare {
  public:
   TileShare(const Convolution& c, const Share& share) : c_(c), share_(share), tiles_(rows_of(c.tiling.rows())) {}
@@ -126,7 +130,8 @@ class TileShare {
     pending_.row = 0;
     pending_.sums = sums;
     pending_.rows = Rows(c_, panel);
-    for (int t = 0; t < kTiles; ++t) pending_.tiles[t] = FinishedTile(c_, block_.tiles[kTiles * g + t], panel);
+    for (int t = 0; t < kTiles; ++t)
+      pending_.tiles[t] = FinishedTile(c_, block_.tiles[kTiles * g + t], panel * Rows::kPanelBytes);
   }
 
   // As few rows a step as finish all of them within the segment.
@@ -170,19 +175,30 @@ class TileShare {
       }
       load<6, Streamed::kWeights>(weights, kPixelBytes);
       load<4, Streamed::kPixels>(steps->a0 + offset, steps->stride);
-      tiles_.template dot_bf16<0, 4, 6>();
+      dot<0, 4, 6>();
       load<5, Streamed::kPixels>(steps->a1 + offset, steps->stride);
-      tiles_.template dot_bf16<2, 5, 6>();
+      dot<2, 5, 6>();
       finish_rows<kRows, kResidual>(pending, 0);
       load<7, Streamed::kWeights>(weights + kHalfBytes, kPixelBytes);
-      tiles_.template dot_bf16<3, 5, 7>();
+      dot<3, 5, 7>();
       finish_rows<kRows, kResidual>(pending, 1);
-      tiles_.template dot_bf16<1, 4, 7>();
+      dot<1, 4, 7>();
       pending.row += kRows;
     }
     pending_.row = pending.row;
     ahead_.at = at;
     steps->skip(count);
+  }
+
+  template <int kSum, int kA, int kB>
+  FUSED_RESNET_INLINE void dot() {
+    if constexpr (kFactors == Factors::kBFloat16) {
+      tiles_.template dot_bf16<kSum, kA, kB>();
+    } else if constexpr (kFactors == Factors::kUnsigned) {
+      tiles_.template dot_u8<kSum, kA, kB>();
+    } else {
+      tiles_.template dot_s8<kSum, kA, kB>();
+    }
   }
 
   template <int kTile, Streamed kWhat>
@@ -226,15 +242,30 @@ class TileShare {
   alignas(64) float sums_[2][kTiles * kSumsOfTile];
 };
 
-template <class Tiles, class Rows>
+template <class Tiles, class Rows, Factors kFactors = Factors::kBFloat16>
 FUSED_RESNET_INLINE void run_tiles(const Convolution& c, const Share& share) {
+  if constexpr (!Tiles::kStreams) return TileShare<Tiles, Rows, Streamed::kNothing, kFactors>(c, share).run();
   switch (streamed_of(c)) {
     case Streamed::kNothing:
-      return TileShare<Tiles, Rows, Streamed::kNothing>(c, share).run();
+      return TileShare<Tiles, Rows, Streamed::kNothing, kFactors>(c, share).run();
     case Streamed::kPixels:
-      return TileShare<Tiles, Rows, Streamed::kPixels>(c, share).run();
+      return TileShare<Tiles, Rows, Streamed::kPixels, kFactors>(c, share).run();
     case Streamed::kWeights:
-      return TileShare<Tiles, Rows, Streamed::kWeights>(c, share).run();
+      return TileShare<Tiles, Rows, Streamed::kWeights, kFactors>(c, share).run();
+  }
+}
+
+// In int8. Signed inputs, an image's or a sum's without an activation, are too few for a choice of what streams.
+template <class Tiles, template <bool> class Rows>
+FUSED_RESNET_INLINE void run_byte_tiles(const Convolution& c, const Share& share) {
+  constexpr Factors kUnsigned = Factors::kUnsigned, kSigned = Factors::kSigned;
+  const bool adds_signed = c.requantizing.is_residual_signed;
+  if (c.requantizing.is_input_signed) {
+    adds_signed ? TileShare<Tiles, Rows<true>, Streamed::kNothing, kSigned>(c, share).run()
+                : TileShare<Tiles, Rows<false>, Streamed::kNothing, kSigned>(c, share).run();
+  } else {
+    adds_signed ? run_tiles<Tiles, Rows<true>, kUnsigned>(c, share)
+                : run_tiles<Tiles, Rows<false>, kUnsigned>(c, share);
   }
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/activation.h"
 #include "common/inline.h"
@@ -35,6 +36,16 @@ struct Segment {
   const int64_t* offsets = nullptr;
 };
 
+// The epilogue in int8 (fused_resnet/operators/quantized.py): of a panel's 32 outputs M, B, and what their sums begin
+// at where a kernel takes signed inputs as unsigned ones.
+struct Requantizing {
+  static constexpr int64_t kVectors = 3;
+
+  const float* constants = nullptr;  // panels x 3 x 32
+  float residual = 0.f, low = 0.f, high = 0.f;
+  bool is_input_signed = false, is_residual_signed = false;
+};
+
 struct Convolution {
   Segment segments[kMaxSegments];
   int num_segments = 1;
@@ -44,6 +55,7 @@ struct Convolution {
   const float* bias = nullptr;    // panels * 32 values, or null
   View out, residual;             // the residual's base may be null, and may be out's
   Activation activation = Activation::kNone;
+  Requantizing requantizing;           // in int8, in place of a bias and an activation
   const char* next_weights = nullptr;  // what the next convolution reads first, to be fetched meanwhile
   int64_t next_bytes = 0;
   int64_t chunk = 1;              // groups that take turns where panels are outermost
@@ -128,9 +140,13 @@ FUSED_RESNET_INLINE void finish_half(const Convolution& c, const PlacedTile& pla
   }
 }
 
+// What products of T are summed in.
+template <class T>
+using SumOf = std::conditional_t<sizeof(T) == 1, int32_t, float>;
+
 template <class Kernel, class T>
 FUSED_RESNET_INLINE void run_block(const Convolution& c, const Block<Kernel::kBlock>& block, int64_t panel,
-                                   Kernel* kernel, float* sums) {
+                                   Kernel* kernel, SumOf<T>* sums) {
   kernel->multiply(c, block, c.weights + panel * c.steps * kStepBytes, sums);
   for (int64_t t = 0; t < block.num_tiles; ++t) {
     for (int64_t half = 0; half < 2; ++half) {
@@ -143,7 +159,7 @@ FUSED_RESNET_INLINE void run_block(const Convolution& c, const Block<Kernel::kBl
 // A share of c by a micro-kernel, a class with
 //   kTiles       tiles that are always multiplied together, a group
 //   kBlock       the most tiles that are multiplied before their epilogue, in whole groups
-//   kSumsOfHalf  floats between the halves of a tile's sums: [tile][half][row][16]
+//   kSumsOfHalf  sums between the halves of a tile's: [tile][half][row][16]
 //   kLanes       of the epilogue's vectors
 //   multiply(c, block, panel's weights, sums)
 // It lives for the share, since a thread's tiles are set up once for it.
@@ -151,7 +167,7 @@ template <class Kernel, class T>
 FUSED_RESNET_INLINE void run_share(const Convolution& c, const Share& share) {
   constexpr int64_t kGroups = Kernel::kBlock / Kernel::kTiles;
   Kernel kernel(c.tiling.rows());
-  alignas(64) float sums[Kernel::kBlock * 2 * Kernel::kSumsOfHalf];
+  alignas(64) SumOf<T> sums[Kernel::kBlock * 2 * Kernel::kSumsOfHalf];
   Block<Kernel::kBlock> block;
   const int64_t passes = c.panels_outermost ? share.panel_end - share.panel_begin : 1;
   const int64_t panels = (share.panel_end - share.panel_begin) / passes;

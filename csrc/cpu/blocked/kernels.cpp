@@ -5,6 +5,7 @@
 
 #include "cpu/blocked/amx.h"
 #include "cpu/blocked/fma.h"
+#include "cpu/blocked/int8.h"
 
 namespace fused_resnet {
 namespace blocked {
@@ -35,23 +36,31 @@ void run_fp32_anywhere(const Convolution& c, const Share& share) {
 }
 
 // FUSED_RESNET_CPU_ISA=avx512 means AVX-512 and no more; narrower limits end it through the set. Asked once.
-const char* why_no_amx_here() {
-  static const char* const why = [] {
+bool is_without_amx() {
+  static const bool is_without = [] {
     const char* limit = std::getenv("FUSED_RESNET_CPU_ISA");
-    return limit != nullptr && std::string(limit) == "avx512" ? "FUSED_RESNET_CPU_ISA=avx512" : why_no_amx();
+    return limit != nullptr && std::string(limit) == "avx512";
   }();
-  return why;
+  return is_without;
+}
+
+const char* why_no_amx_here() {
+  return is_without_amx() ? "FUSED_RESNET_CPU_ISA=avx512" : why_no_amx();
+}
+
+const char* why_no_amx_int8_here() {
+  return is_without_amx() ? "FUSED_RESNET_CPU_ISA=avx512" : why_no_amx_int8();
 }
 
 const char* nothing() {
   return nullptr;
 }
 
-const char* name_of(Dtype dtype) {
-  return dtype == Dtype::kBFloat16 ? "bfloat16" : "float32";
-}
-
 }  // namespace
+
+const char* name_of(Dtype dtype) {
+  return dtype == Dtype::kBFloat16 ? "bfloat16" : dtype == kInt8 ? "int8" : "float32";
+}
 
 const std::vector<MicroKernel>& micro_kernels() {
   using Set = InstructionSet;
@@ -66,6 +75,18 @@ const std::vector<MicroKernel>& micro_kernels() {
        "the most sums that 16 registers leave, with two vectors for each pixel that is read", nothing, run_avx2_fp32},
       {"portable_fp32", Set::kPortable, Dtype::kFloat32, 4, 1, true, "16 vectors of sums, 4 of weights, 1 pixel",
        "fits the 32 registers of 64-bit Arm", nothing, run_fp32_anywhere},
+      {"amx_int8", Set::kAvx512, kInt8, 16, 2, true, "4 tiles of sums, 2 of pixels, 2 of weights",
+       "as amx_bf16, with four products to a sum", why_no_amx_int8_here, run_amx_int8},
+      {"amx_int8_emulated", Set::kPortable, kInt8, 16, 2, false, "as amx_int8, in memory",
+       "the same source without the instructions: for tests", nothing, run_emulated_amx_int8},
+      {"avx512_vnni", Set::kAvx512, kInt8, 14, 1, true, "28 zmm of sums, 2 of weights, 1 pixel",
+       "as avx512_fp32, with four products to a lane", why_no_avx512_vnni, run_avx512_vnni},
+      {"avx_vnni", Set::kAvx2, kInt8, 6, 1, true, "12 ymm of sums, 2 of weights, 1 pixel",
+       "as avx2_fp32, with four products to a lane", why_no_avx_vnni, run_avx_vnni},
+      {"avx2_int8", Set::kAvx2, kInt8, 2, 1, true, "8 ymm of halves of sums, 4 of weights, 1 pixel",
+       "VPMADDWD is exact, and VPMADDUBSW saturates", nothing, run_avx2_int8},
+      {"portable_int8", Set::kPortable, kInt8, 1, 1, true, "8 vectors of halves of sums", "any vectors of 16 bytes",
+       nothing, run_int8_anywhere},
   };
   return kernels;
 }

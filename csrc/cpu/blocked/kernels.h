@@ -23,6 +23,9 @@ struct MicroKernel {
   void (*run)(const Convolution&, const Share&);
 };
 
+// As torch calls it.
+const char* name_of(Dtype dtype);
+
 // The fastest first.
 const std::vector<MicroKernel>& micro_kernels();
 

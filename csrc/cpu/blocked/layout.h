@@ -1,13 +1,15 @@
 // How the blocked kernels lay out what they read and write. No torch here.
 //
-// Activations are [image][block][pixel][lane]: a pixel of a block is 64 bytes, 32 channels in bf16 or 16 in fp32, so
-// that neighbouring pixels are the rows of an A tile. The map has `halo` pixels of zeros on each side. Lines are
-// `pitch` pixels apart, and the zeros to the right of one are those to the left of the next. Channels beyond C are
-// zero.
+// Activations are [image][block][pixel][lane]: a pixel of a block is 64 bytes, 64 channels in int8, 32 in bf16 or 16 in
+// fp32, so that neighbouring pixels are the rows of an A tile. The map has `halo` pixels of zeros on each side. Lines
+// are `pitch` pixels apart, and the zeros to the right of one are those to the left of the next. Channels beyond C are
+// zero within a panel. In int8 the last block may have a half beyond the last panel: it holds anything, and meets
+// zeros.
 //
 // Weights are [panel][k step][half][16 x 64 bytes], in the order in which they are used. A panel is 32 output channels,
 // a half 16 of them. A k step is a tap and a block of input channels, blocks outermost. Its 64-byte rows are one input
-// channel x 16 output channels in fp32, and a pair of input channels x 16, as [output][pair], in bf16.
+// channel x 16 output channels in fp32. In bf16 they are pairs of input channels x 16, as [output][pair], and in int8
+// fours of them.
 #pragma once
 
 #include <algorithm>
@@ -15,10 +17,15 @@
 #include <cstring>
 #include <vector>
 
+#include "common/dtype.h"
 #include "common/inline.h"
+#include "cpu/dispatch.h"
 
 namespace fused_resnet {
 namespace blocked {
+
+// A dtype of these kernels alone: bytes, unsigned or signed as each step says.
+constexpr Dtype kInt8 = static_cast<Dtype>(3);
 
 constexpr int64_t kPixelBytes = 64, kPanel = 32, kHalf = 16, kHalfBytes = 1024, kStepBytes = 2 * kHalfBytes;
 
@@ -27,7 +34,10 @@ struct Layout {
   int64_t lanes;  // channels in a block
 
   // Whole panels of channels are kept, but a reduction reads only the blocks that have some of C.
-  int64_t blocks() const { return (C + kPanel - 1) / kPanel * (kPanel / lanes); }
+  int64_t blocks() const {
+    const int64_t unit = std::max(kPanel, lanes);
+    return (C + unit - 1) / unit * (unit / lanes);
+  }
   int64_t used_blocks() const { return (C + lanes - 1) / lanes; }
   int64_t pixels() const { return (H + 2 * halo - 1) * pitch + W + 2 * halo; }
   int64_t plane_bytes() const { return pixels() * kPixelBytes; }
@@ -52,6 +62,34 @@ inline void to_nhwc(const Layout& l, const char* buffer, int64_t begin, int64_t 
       for (int64_t w = 0; w < l.W; ++w, from += kPixelBytes, to += l.C * channel_bytes) std::memcpy(to, from, bytes);
     }
   }
+}
+
+// The same of bytes, as float(q) * scale.
+template <class Byte>
+FUSED_RESNET_INLINE void to_floats(const Layout& l, const char* buffer, float scale, int64_t begin, int64_t end,
+                                   float* nhwc) {
+  for (int64_t line = begin; line < end; ++line) {
+    for (int64_t block = 0; block < l.used_blocks(); ++block) {
+      const auto* from = reinterpret_cast<const Byte*>(buffer + l.at(line / l.H, block, line % l.H, 0));
+      const int64_t count = std::min(l.C - block * l.lanes, l.lanes);
+      float* to = nhwc + line * l.W * l.C + block * l.lanes;
+      for (int64_t w = 0; w < l.W; ++w, from += kPixelBytes, to += l.C) {
+        for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]) * scale;
+      }
+    }
+  }
+}
+
+inline void to_floats_anywhere(const Layout& l, const char* buffer, float scale, bool is_signed, int64_t begin,
+                               int64_t end, float* nhwc) {
+  is_signed ? to_floats<int8_t>(l, buffer, scale, begin, end, nhwc)
+            : to_floats<uint8_t>(l, buffer, scale, begin, end, nhwc);
+}
+
+FUSED_RESNET_AVX2 inline void to_floats_avx2(const Layout& l, const char* buffer, float scale, bool is_signed,
+                                             int64_t begin, int64_t end, float* nhwc) {
+  is_signed ? to_floats<int8_t>(l, buffer, scale, begin, end, nhwc)
+            : to_floats<uint8_t>(l, buffer, scale, begin, end, nhwc);
 }
 
 // A convolution of stride s meets, at each tap, every s-th line, and every s-th pixel of it: a phase of the map. With

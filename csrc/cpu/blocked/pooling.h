@@ -8,7 +8,7 @@
 
 #include "common/dtype.h"
 #include "common/inline.h"
-#include "cpu/blocked/convolution.h"
+#include "cpu/blocked/requantizing.h"
 #include "cpu/vectors.h"
 
 namespace fused_resnet {
@@ -123,6 +123,65 @@ FUSED_RESNET_INLINE void pool_lines(const Pooling& s, int64_t begin, int64_t end
   }
 }
 
+// The largest bytes of windows, line by line as above.
+template <class Byte, int kBytes>
+FUSED_RESNET_INLINE void pool_bytes(const Pooling& s, int64_t begin, int64_t end) {
+  using V = typename VectorOf<Byte, kBytes>::Vector;
+  using U = typename VectorOf<Byte, kBytes>::Unaligned;
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t p = index % s.P, block = index / s.P % s.blocks, image = index / s.P / s.blocks;
+    const char* plane = s.input.base + image * s.input.image + block * s.input.plane;
+    char* out = s.out.base + image * s.out.image + block * s.out.plane + p * s.out.line;
+    const Extent h(p, s.stride_h, s.padding_h, s.R, s.H);
+    for (int64_t q = 0; q < s.Q; ++q, out += kPixelBytes) {
+      const Extent w(q, s.stride_w, s.padding_w, s.S, s.W);
+      for (int64_t at = 0; at < kPixelBytes; at += kBytes) {
+        V found = V{} + std::numeric_limits<Byte>::min();
+        for (int64_t i = h.begin; i < h.end; ++i) {
+          const char* line = plane + i * s.input.line + at;
+          for (int64_t j = w.begin; j < w.end; ++j) {
+            const V value = *reinterpret_cast<const U*>(line + j * kPixelBytes);
+            found = value > found ? value : found;
+          }
+        }
+        *reinterpret_cast<U*>(out + at) = found;
+      }
+    }
+  }
+}
+
+// Sums of a map's bytes, times a factor: the mean of each channel of images [begin, end).
+template <class Byte>
+FUSED_RESNET_INLINE void average_bytes(const Layout& l, const char* buffer, float factor, int64_t begin, int64_t end,
+                                       float* means) {
+  for (int64_t image = begin; image < end; ++image) {
+    for (int64_t block = 0; block < l.used_blocks(); ++block) {
+      int32_t sums[kPixelBytes] = {};
+      for (int64_t h = 0; h < l.H; ++h) {
+        const auto* pixel = reinterpret_cast<const Byte*>(buffer + l.at(image, block, h, 0));
+        for (int64_t w = 0; w < l.W; ++w, pixel += kPixelBytes) {
+          for (int i = 0; i < kPixelBytes; ++i) sums[i] += pixel[i];
+        }
+      }
+      float* to = means + image * l.C + block * l.lanes;
+      const int64_t count = std::min(l.C - block * l.lanes, l.lanes);
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(sums[i]) * factor;
+    }
+  }
+}
+
+inline void average_anywhere(const Layout& l, const char* buffer, float factor, bool is_signed, int64_t begin,
+                             int64_t end, float* means) {
+  is_signed ? average_bytes<int8_t>(l, buffer, factor, begin, end, means)
+            : average_bytes<uint8_t>(l, buffer, factor, begin, end, means);
+}
+
+FUSED_RESNET_AVX2 inline void average_avx2(const Layout& l, const char* buffer, float factor, bool is_signed,
+                                           int64_t begin, int64_t end, float* means) {
+  is_signed ? average_bytes<int8_t>(l, buffer, factor, begin, end, means)
+            : average_bytes<uint8_t>(l, buffer, factor, begin, end, means);
+}
+
 // The same lines compiled for each instruction set.
 template <class T>
 void pool_anywhere(const Pooling& s, int64_t begin, int64_t end) {
@@ -137,6 +196,18 @@ FUSED_RESNET_AVX2 void pool_avx2(const Pooling& s, int64_t begin, int64_t end) {
 template <class T>
 FUSED_RESNET_AVX512 void pool_avx512(const Pooling& s, int64_t begin, int64_t end) {
   pool_lines<16, T>(s, begin, end);
+}
+
+inline void pool_bytes_anywhere(const Pooling& s, bool is_signed, int64_t begin, int64_t end) {
+  is_signed ? pool_bytes<int8_t, 16>(s, begin, end) : pool_bytes<uint8_t, 16>(s, begin, end);
+}
+
+FUSED_RESNET_AVX2 inline void pool_bytes_avx2(const Pooling& s, bool is_signed, int64_t begin, int64_t end) {
+  is_signed ? pool_bytes<int8_t, 32>(s, begin, end) : pool_bytes<uint8_t, 32>(s, begin, end);
+}
+
+FUSED_RESNET_AVX512 inline void pool_bytes_avx512(const Pooling& s, bool is_signed, int64_t begin, int64_t end) {
+  is_signed ? pool_bytes<int8_t, 64>(s, begin, end) : pool_bytes<uint8_t, 64>(s, begin, end);
 }
 
 }  // namespace blocked

@@ -1,6 +1,7 @@
 #include "cpu/blocked/program.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace fused_resnet {
 namespace blocked {
@@ -17,13 +18,18 @@ constexpr int64_t kChunkBytes = 1 << 20;
 // Of weights that are fetched before their convolution begins.
 constexpr int64_t kMostAhead = 1 << 18;
 
+constexpr int64_t kHeader = 2;  // a program's version and dtype
+
 ScalarType scalar_type(Dtype dtype) {
-  return dtype == Dtype::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+  return dtype == Dtype::kBFloat16 ? ScalarType::BFloat16 : dtype == kInt8 ? ScalarType::Char : ScalarType::Float;
 }
 
 int64_t lanes_of(Dtype dtype) {
-  return dtype == Dtype::kBFloat16 ? 32 : 16;
+  return dtype == Dtype::kBFloat16 ? 32 : dtype == kInt8 ? 64 : 16;
 }
+
+// Of a map whose bytes are summed in int32.
+constexpr int64_t kMostSummed = 1 << 23;
 
 // Whether N images of this layout fit `bytes`, without a product that could overflow.
 bool fits(const Layout& l, int64_t bytes) {
@@ -44,11 +50,23 @@ std::string text(const Layout& l) {
 
 }  // namespace
 
-Program::Program(const Tensor& program, const RegionTensors& tensors, const MicroKernel& kernel)
-    : tensors_(tensors), kernel_(kernel) {
+Dtype dtype_of(const Tensor& program) {
   STD_TORCH_CHECK(program.scalar_type() == ScalarType::Long && program.dim() == 1 && program.is_contiguous(), kRegion,
                   ": program must be a contiguous vector of int64, not ", layout_text(program), " of ",
                   dtype_text(program));
+  STD_TORCH_CHECK(program.numel() >= kHeader, kRegion, ": a program has a header of ", kHeader, " integers, not ",
+                  program.numel());
+  const auto* header = static_cast<const int64_t*>(program.const_data_ptr());
+  STD_TORCH_CHECK(header[0] == kProgramVersion, kRegion, ": programs of version ", kProgramVersion,
+                  " are run, this one is of version ", header[0]);
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, kInt8}) {
+    if (header[1] == static_cast<int64_t>(dtype)) return dtype;
+  }
+  STD_TORCH_CHECK(false, kRegion, ": a program's dtype is 0, 2 or 3, for float32, bfloat16 and int8, not ", header[1]);
+}
+
+Program::Program(const Tensor& program, const RegionTensors& tensors, const MicroKernel& kernel)
+    : tensors_(tensors), kernel_(kernel) {
   const Tensor& workspace = tensors.workspace;
   STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Byte && workspace.dim() == 1 && workspace.is_contiguous(),
                   kRegion, ": workspace must be a contiguous vector of bytes, not ", layout_text(workspace), " of ",
@@ -57,11 +75,8 @@ Program::Program(const Tensor& program, const RegionTensors& tensors, const Micr
   workspace_bytes_ = workspace.numel();
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(workspace_) % kPixelBytes == 0, kRegion,
                   ": workspace must begin at a multiple of 64 bytes");
-  at_ = static_cast<const int64_t*>(program.const_data_ptr());
-  end_ = at_ + program.numel();
-  const int64_t version = read();
-  STD_TORCH_CHECK(version == kProgramVersion, kRegion, ": programs of version ", kProgramVersion,
-                  " are run, this one is of version ", version);
+  at_ = static_cast<const int64_t*>(program.const_data_ptr()) + kHeader;
+  end_ = at_ - kHeader + program.numel();
   read_buffers();
   first_step_ = at_;
 }
@@ -75,6 +90,14 @@ int64_t Program::read_between(const char* what, int64_t least, int64_t most) {
   const int64_t value = read();
   STD_TORCH_CHECK(value >= least && value <= most, kRegion, ": ", what, " must be from ", least, " to ", most, ", not ",
                   value);
+  return value;
+}
+
+float Program::read_fp32(const char* what) {
+  const auto bits = static_cast<uint32_t>(read_between(what, 0, UINT32_MAX));
+  float value;
+  std::memcpy(&value, &bits, 4);
+  STD_TORCH_CHECK(std::isfinite(value), kRegion, ": ", what, " must be finite, not ", value);
   return value;
 }
 
@@ -141,7 +164,9 @@ Program::Window Program::read_dilated_window() {
 }
 
 Step Program::next() {
-  switch (read_between("a step", 0, 6)) {
+  const int64_t step = read_between("a step", 0, 7);
+  STD_TORCH_CHECK(step != (is_int8() ? 6 : 7), kRegion, ": ", kernel_.name, " has no step ", step);
+  switch (step) {
     case 0:
       return read_input();
     case 1:
@@ -154,8 +179,10 @@ Step Program::next() {
       return read_pooling();
     case 5:
       return read_phases();
-    default:
+    case 6:
       return read_winograd();
+    default:
+      return read_means();
   }
 }
 
@@ -180,6 +207,12 @@ Step Program::read_input() {
   const int64_t first = read_first_image("an input", input, C, W, l);
   std::swap(at_, first_image);
   const auto* begin = static_cast<const char*>(input.const_data_ptr());
+  Quantizer quantizer{};
+  if (is_int8()) {
+    quantizer.inverse = read_fp32("1 / scale");
+    const bool is_signed = read_is_signed();
+    quantizer.low = is_signed ? -128.f : 0.f, quantizer.high = is_signed ? 127.f : 255.f;
+  }
   const Image image{begin + first * input.stride(0) * input.element_size(),
                     C,
                     W,
@@ -187,7 +220,8 @@ Step Program::read_input() {
                     input.stride(1),
                     input.stride(2),
                     input.stride(3),
-                    type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kBFloat16};
+                    type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kBFloat16,
+                    quantizer};
   return ReadInput{image, buffer, u};
 }
 
@@ -195,12 +229,33 @@ Step Program::read_output() {
   const Buffer& buffer = read_buffer();
   const Layout& l = buffer.layout;
   const Tensor& output = read_tensor("an output's number", tensors_.outputs);
-  STD_TORCH_CHECK(output.scalar_type() == scalar_type(kernel_.dtype), kRegion, ": an output must be of the dtype of ",
-                  kernel_.name, ", not ", dtype_text(output));
+  check_output_dtype(output);
   const int64_t first = read_first_image("an output", output, l.C, l.W, l);
   check_channels_last(kRegion, "an output", output);
   const int64_t image_bytes = l.H * l.W * l.C * output.element_size();
-  return ToNhwc{buffer, static_cast<char*>(output.mutable_data_ptr()) + first * image_bytes};
+  ToNhwc step{buffer, static_cast<char*>(output.mutable_data_ptr()) + first * image_bytes, 0.f, false};
+  if (is_int8()) step.scale = read_fp32("a scale"), step.is_signed = read_is_signed();
+  return step;
+}
+
+void Program::check_output_dtype(const Tensor& output) const {
+  const ScalarType type = is_int8() ? ScalarType::Float : scalar_type(kernel_.dtype);
+  STD_TORCH_CHECK(output.scalar_type() == type, kRegion, ": an output must be ", torch::headeronly::toString(type),
+                  " beside ", kernel_.name, ", not ", dtype_text(output));
+}
+
+Step Program::read_means() {
+  const Buffer& buffer = read_buffer();
+  const Layout& l = buffer.layout;
+  const Tensor& output = read_tensor("an output's number", tensors_.outputs);
+  check_output_dtype(output);
+  const Layout means{l.N, l.C, 1, 1, 0, 1, l.lanes};
+  const int64_t first = read_first_image("an output", output, l.C, 1, means);
+  check_channels_last(kRegion, "an output", output);
+  STD_TORCH_CHECK(l.H * l.W <= kMostSummed, kRegion, ": a mean is of at most ", kMostSummed, " pixels, not ", text(l));
+  ToMeans step{buffer, static_cast<float*>(output.mutable_data_ptr()) + first * l.C, 0.f, false};
+  step.scale = read_fp32("a scale"), step.is_signed = read_is_signed();
+  return step;
 }
 
 Step Program::read_phases() {
@@ -230,7 +285,8 @@ Step Program::read_convolution() {
   c.out = view(out);
   const Tensor& weight = read_tensor("a weight's number", tensors_.weights);
   most_steps_ = weight.dim() == 5 ? weight.size(1) : 0;  // known before any step is written down
-  c.bias = read_bias(c.panels);
+  const float* constants = is_int8() ? read_constants(c.panels) : nullptr;
+  if (!is_int8()) c.bias = read_bias(c.panels);
   c.num_segments = static_cast<int>(read_between("the number of segments", 1, kMaxSegments));
   offsets_.clear();
   for (int s = 0; s < c.num_segments; ++s) c.steps += read_segment(out, &c.segments[s], &runs_on);
@@ -238,6 +294,7 @@ Step Program::read_convolution() {
     c.segments[s].offsets = offsets_.data() + first;
   }
   check_weights(weight, &c);
+  if (is_int8()) read_requantizing(constants, &c);
   c.tiling = Tiling(l.H, l.W, l.pitch, runs_on, kernel_.max_rows);
   set_next(&c);
   int64_t group_bytes = 0;
@@ -353,6 +410,27 @@ const float* Program::read_bias(int64_t panels) {
   return static_cast<const float*>(vector.const_data_ptr());
 }
 
+const float* Program::read_constants(int64_t panels) {
+  const Tensor& constants = read_tensor("the constants' number", tensors_.biases);
+  STD_TORCH_CHECK(constants.scalar_type() == ScalarType::Float && constants.is_contiguous(), kRegion,
+                  ": constants must be contiguous and float32, not ", layout_text(constants), " of ",
+                  dtype_text(constants));
+  check_shape(kRegion, "a convolution's constants", constants, {panels, Requantizing::kVectors, kPanel});
+  return static_cast<const float*>(constants.const_data_ptr());
+}
+
+void Program::read_requantizing(const float* constants, Convolution* c) {
+  STD_TORCH_CHECK(c->num_segments == 1 && c->activation == Activation::kNone, kRegion,
+                  ": in int8 a convolution has one segment and no activation, not ", c->num_segments, " and ",
+                  kActivationNames[static_cast<int>(c->activation)]);
+  Requantizing& r = c->requantizing;
+  r.constants = constants;
+  r.residual = read_fp32("a residual's factor"), r.low = read_fp32("a lower bound"), r.high = read_fp32("an upper one");
+  r.is_input_signed = read_is_signed(), r.is_residual_signed = read_is_signed();
+  STD_TORCH_CHECK((r.low == 0.f && r.high >= 0.f && r.high <= 255.f) || (r.low == -128.f && r.high == 127.f), kRegion,
+                  ": the bounds of bytes are 0 and at most 255, or -128 and 127, not ", r.low, " and ", r.high);
+}
+
 Step Program::read_winograd() {
   const Buffer &input = read_buffer(), &out = read_buffer();
   ByWinograd step{};
@@ -396,6 +474,8 @@ Step Program::read_pooling() {
   STD_TORCH_CHECK(!p.counts_padding || fits_padded, kRegion,
                   ": an average that counts padding must have its windows inside of it");
   check_disjoint("an input", input, out);
+  if (is_int8()) step.is_signed = read_is_signed();
+  STD_TORCH_CHECK(p.is_max || !is_int8(), kRegion, ": in int8 poolings are maxima");
   p.input = view(input), p.out = view(out);
   p.blocks = l.blocks(), p.H = l.H, p.W = l.W, p.P = to.H, p.Q = to.W;
   p.R = w.R, p.S = w.S, p.stride_h = w.stride_h, p.stride_w = w.stride_w;

@@ -1,6 +1,6 @@
 // What cpu_region runs, read from integers and checked: a program must not become a wrong memory access.
 //
-//   program = version, number of buffers, buffers, steps
+//   program = version, dtype, number of buffers, buffers, steps                  0 fp32, 2 bf16, 3 int8
 //   buffer  = N, C, H, W, halo, pitch, offset in the workspace in bytes
 //   step    = 0, input tensor, first image, buffer, taps, stride, padding        an input, unfolded along its lines
 //           | 1, buffer, output tensor, first image                              to NHWC
@@ -10,8 +10,14 @@
 //           | 5, in, out, window, dilation                                       the phases that the window meets
 //           | 6, in, out, adds to what out holds, activation, weight, bias or -1, height and width of the padding
 //                                                                                3x3 by Winograd's F(4x4, 3x3)
+//           | 7, in, output tensor, first image, scale / pixels, is signed       int8: the mean of each map, in fp32
 //   segment = in, channels of the map that `in` has the phases of or 0, window, dilation
 //   window  = R, S, and height and width of the stride and of the padding
+//
+// In int8 there are no steps of Winograd, poolings are maxima, and some steps say more at their end: an input 1 / scale
+// and whether its bytes are signed, an output scale and the same, a pooling the same alone. A convolution has one
+// segment and no activation, its bias are the constants of `Requantizing`, and at its end stand R, low, high, whether
+// its input is signed, and whether its residual is. Numbers that are no integers are the bits of their fp32.
 //
 // fused_resnet/regions/program.py writes it.
 #pragma once
@@ -33,7 +39,7 @@ namespace fused_resnet {
 namespace blocked {
 
 constexpr const char* kRegion = "cpu_region";
-constexpr int64_t kProgramVersion = 3;
+constexpr int64_t kProgramVersion = 4;
 
 struct Buffer {
   Layout layout;
@@ -48,6 +54,14 @@ struct ReadInput {
 struct ToNhwc {
   Buffer buffer;
   char* output;
+  float scale;  // in int8
+  bool is_signed;
+};
+struct ToMeans {
+  Buffer buffer;
+  float* output;
+  float scale;
+  bool is_signed;
 };
 struct ZeroHalo {
   Buffer buffer;
@@ -59,6 +73,7 @@ struct Convolve {
 struct Pool {
   Pooling pooling;
   int64_t images;
+  bool is_signed;  // in int8
 };
 struct SplitPhases {
   Buffer from, to;
@@ -72,13 +87,16 @@ struct ByWinograd {
   bool adds_out;
   Activation activation;
 };
-using Step = std::variant<ReadInput, ToNhwc, ZeroHalo, Convolve, Pool, SplitPhases, ByWinograd>;
+using Step = std::variant<ReadInput, ToNhwc, ZeroHalo, Convolve, Pool, SplitPhases, ByWinograd, ToMeans>;
 
 struct RegionTensors {
   const std::vector<Tensor>&inputs, &weights, &biases;
   Tensor workspace;
   const std::vector<Tensor>& outputs;
 };
+
+// What a program is for; throws where it is none, or of another version.
+Dtype dtype_of(const Tensor& program);
 
 // Reads a program step by step: once to check it, once more to run it. What a step points to lives until the next one
 // is read.
@@ -107,6 +125,8 @@ class Program {
 
   int64_t read();
   int64_t read_between(const char* what, int64_t least, int64_t most);
+  float read_fp32(const char* what);
+  bool read_is_signed() { return read_between("whether bytes are signed", 0, 1) == 1; }
   const Buffer& read_buffer();
   const Tensor& read_tensor(const char* what, const std::vector<Tensor>& tensors);
   Window read_window();
@@ -116,9 +136,12 @@ class Program {
   Step read_winograd();
   Activation read_activation();
   const float* read_bias(int64_t panels);
+  const float* read_constants(int64_t panels);
   void read_buffers();
   Buffer read_new_buffer();
   Step read_convolution();
+  Step read_means();
+  void read_requantizing(const float* constants, Convolution* c);
   Step read_pooling();
   int64_t read_segment(const Buffer& out, Segment* segment, bool* runs_on);
   int64_t read_phased(const Window& w, const Buffer& input, int64_t channels, const Buffer& out, Segment* segment,
@@ -130,6 +153,8 @@ class Program {
   void check_disjoint(const char* what, const Buffer& a, const Buffer& out) const;
   int64_t read_first_image(const char* what, const Tensor& tensor, int64_t C, int64_t W, const Layout& l);
   Step read_output();
+  void check_output_dtype(const Tensor& output) const;
+  bool is_int8() const { return kernel_.dtype == kInt8; }
   View view(const Buffer& buffer) const { return View(buffer.layout, memory(buffer)); }
 
   const int64_t *at_, *end_, *first_step_;

@@ -14,11 +14,34 @@
 namespace fused_resnet {
 namespace blocked {
 
+// rint(min(max(x * inverse, low), high)) as a byte, half to even; NaN gives low. The numbers lie where their neighbours
+// in fp32 are one apart after kShift is added, and its lowest byte is theirs.
+struct Quantizer {
+  float inverse, low, high;
+
+  FUSED_RESNET_INLINE uint8_t operator()(float x) const {
+    constexpr float kShift = 12582912.f;  // 1.5 * 2^23
+    float y = x * inverse;
+    y = y > low ? y : low;
+    y = y < high ? y : high;
+    y += kShift;
+    uint32_t bits;
+    std::memcpy(&bits, &y, 4);
+    return static_cast<uint8_t>(bits);
+  }
+};
+
+template <class To>
+struct Cast {
+  FUSED_RESNET_INLINE To operator()(float x) const { return static_cast<To>(x); }
+};
+
 // A tensor (n, c, h, w), its strides in elements.
 struct Image {
   const char* base;
   int64_t C, W, stride_n, stride_c, stride_h, stride_w;
   Dtype dtype;
+  Quantizer quantizer;  // in int8
 
   // Whether lines lie one after the other as the map's do, pixel by pixel.
   bool is_nhwc(int64_t H) const { return stride_c == 1 && stride_w == C && stride_h == W * C && stride_n == H * W * C; }
@@ -54,40 +77,43 @@ FUSED_RESNET_INLINE void unfold_line(const Layout& l, const Unfolding& u, const 
 }
 
 // One channel of a line, every C-th of the pixels' values. Neighbours are converted together.
-template <class From, class To>
-FUSED_RESNET_INLINE void gather(const From* from, int64_t stride, int64_t W, int64_t C, To* to) {
+template <class From, class To, class Convert>
+FUSED_RESNET_INLINE void gather(const From* from, int64_t stride, int64_t W, int64_t C, const Convert& convert,
+                                To* to) {
   constexpr int64_t kTogether = 64;
   To values[kTogether];
   for (int64_t begin = 0; begin < W; begin += kTogether) {
     const int64_t count = std::min(kTogether, W - begin);
     if (stride == 1) {
-      for (int64_t i = 0; i < count; ++i) values[i] = static_cast<To>(static_cast<float>(from[begin + i]));
+      for (int64_t i = 0; i < count; ++i) values[i] = convert(static_cast<float>(from[begin + i]));
     } else {
-      for (int64_t i = 0; i < count; ++i) values[i] = static_cast<To>(static_cast<float>(from[(begin + i) * stride]));
+      for (int64_t i = 0; i < count; ++i) values[i] = convert(static_cast<float>(from[(begin + i) * stride]));
     }
     for (int64_t i = 0; i < count; ++i) to[(begin + i) * C] = values[i];
   }
 }
 
 // An image's three colours, which the compiler then interleaves by vectors.
-template <class From, class To>
-FUSED_RESNET_INLINE void gather_colours(const From* red, const From* green, const From* blue, int64_t W, To* to) {
+template <class From, class To, class Convert>
+FUSED_RESNET_INLINE void gather_colours(const From* red, const From* green, const From* blue, int64_t W,
+                                        const Convert& convert, To* to) {
   for (int64_t i = 0; i < W; ++i) {
-    to[3 * i] = static_cast<To>(static_cast<float>(red[i]));
-    to[3 * i + 1] = static_cast<To>(static_cast<float>(green[i]));
-    to[3 * i + 2] = static_cast<To>(static_cast<float>(blue[i]));
+    to[3 * i] = convert(static_cast<float>(red[i]));
+    to[3 * i + 1] = convert(static_cast<float>(green[i]));
+    to[3 * i + 2] = convert(static_cast<float>(blue[i]));
   }
 }
 
-template <class From, class To>
-FUSED_RESNET_INLINE void gather_line(const Image& image, int64_t n, int64_t h, char* to) {
+template <class From, class To, class Convert = Cast<To>>
+FUSED_RESNET_INLINE void gather_line(const Image& image, int64_t n, int64_t h, char* to,
+                                     const Convert& convert = Convert()) {
   const From* from = reinterpret_cast<const From*>(image.base) + n * image.stride_n + h * image.stride_h;
   if (image.C == 3 && image.stride_w == 1) {
     const int64_t step = image.stride_c;
-    return gather_colours(from, from + step, from + 2 * step, image.W, reinterpret_cast<To*>(to));
+    return gather_colours(from, from + step, from + 2 * step, image.W, convert, reinterpret_cast<To*>(to));
   }
   for (int64_t c = 0; c < image.C; ++c) {
-    gather(from + c * image.stride_c, image.stride_w, image.W, image.C, reinterpret_cast<To*>(to) + c);
+    gather(from + c * image.stride_c, image.stride_w, image.W, image.C, convert, reinterpret_cast<To*>(to) + c);
   }
 }
 
@@ -95,13 +121,18 @@ FUSED_RESNET_INLINE void gather_line(const Image& image, int64_t n, int64_t h, c
 FUSED_RESNET_INLINE void read_lines(const Layout& l, const Unfolding& u, const Image& image, int64_t begin, int64_t end,
                                     char* line, char* buffer) {
   const int64_t pixel_bytes = image.C * (kPixelBytes / l.lanes), line_bytes = image.W * pixel_bytes;
-  const bool is_bf16 = l.lanes == kPixelBytes / 2, is_alike = is_bf16 == (image.dtype == Dtype::kBFloat16);
+  const bool is_int8 = l.lanes == kPixelBytes, is_bf16 = l.lanes == kPixelBytes / 2;
+  const bool is_alike = !is_int8 && is_bf16 == (image.dtype == Dtype::kBFloat16);
   const bool is_ready = is_alike && image.is_nhwc(l.H);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t n = index / l.H, h = index % l.H;
     const char* from = line;
     if (is_ready) {
       from = image.base + index * line_bytes;
+    } else if (is_int8 && image.dtype == Dtype::kBFloat16) {
+      gather_line<BFloat16, uint8_t>(image, n, h, line, image.quantizer);
+    } else if (is_int8) {
+      gather_line<float, uint8_t>(image, n, h, line, image.quantizer);
     } else if (is_bf16 && is_alike) {
       gather_line<BFloat16, BFloat16>(image, n, h, line);
     } else if (is_bf16) {

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <variant>
 #include <vector>
@@ -17,7 +18,6 @@ namespace fused_resnet {
 namespace {
 
 using namespace blocked;
-using torch::headeronly::ScalarType;
 
 constexpr int64_t kGrainProducts = 1 << 18;  // a few microseconds of arithmetic for each thread at least
 constexpr int64_t kGrainBytes = 1 << 16;
@@ -56,8 +56,24 @@ class Runner {
   void operator()(const ToNhwc& step) const {
     const Layout& l = step.buffer.layout;
     const char* from = program_.memory(step.buffer);
+    if (kernel_.dtype == kInt8) {
+      using Run = void (*)(const Layout&, const char*, float, bool, int64_t, int64_t, float*);
+      static const auto run = best_of<Run>(to_floats_anywhere, to_floats_avx2, nullptr);
+      auto* to = reinterpret_cast<float*>(step.output);
+      return over(l.N * l.H, l.blocks() * l.W * kPixelBytes,
+                  [&](int64_t begin, int64_t end) { run(l, from, step.scale, step.is_signed, begin, end, to); });
+    }
     over(l.N * l.H, l.blocks() * l.W * kPixelBytes,
          [&](int64_t begin, int64_t end) { to_nhwc(l, from, begin, end, step.output); });
+  }
+
+  void operator()(const ToMeans& step) const {
+    using Run = void (*)(const Layout&, const char*, float, bool, int64_t, int64_t, float*);
+    static const auto run = best_of<Run>(average_anywhere, average_avx2, nullptr);
+    const Layout& l = step.buffer.layout;
+    const char* from = program_.memory(step.buffer);
+    over(l.N, l.image_bytes(),
+         [&](int64_t begin, int64_t end) { run(l, from, step.scale, step.is_signed, begin, end, step.output); });
   }
 
   void operator()(const ZeroHalo& step) const {
@@ -73,6 +89,7 @@ class Runner {
     static const auto bf16 = best_of<Run>(pool_anywhere<BFloat16>, pool_avx2<BFloat16>, pool_avx512<BFloat16>);
     const Run run = kernel_.dtype == Dtype::kBFloat16 ? bf16 : fp32;
     const Pooling& pooling = step.pooling;
+    if (kernel_.dtype == kInt8) return pool_bytes(step);
     over(pooling.lines(step.images), pooling.Q * pooling.R * pooling.S * kPixelBytes, [&](int64_t begin, int64_t end) {
       FlushDenormals flush;
       run(pooling, begin, end);
@@ -99,7 +116,8 @@ class Runner {
     const int64_t second = std::clamp<int64_t>(threads / first, 1, step.splits_channels ? groups : c.panels);
     const int64_t panel_parts = step.splits_channels ? first : second, group_parts = first * second / panel_parts;
     torch::stable::parallel_for(0, first * second, 1, [&](int64_t begin, int64_t end) {
-      FlushDenormals flush;
+      std::optional<FlushDenormals> flush;
+      if (kernel_.dtype != kInt8) flush.emplace();  // whose bytes depend on no mode
       for (int64_t index = begin; index < end; ++index) {
         const int64_t group = index / panel_parts, panel = index % panel_parts;
         kernel_.run(c, {group * groups / group_parts, (group + 1) * groups / group_parts,
@@ -109,6 +127,14 @@ class Runner {
   }
 
  private:
+  static void pool_bytes(const Pool& step) {
+    using Run = void (*)(const Pooling&, bool, int64_t, int64_t);
+    static const auto run = best_of<Run>(pool_bytes_anywhere, pool_bytes_avx2, pool_bytes_avx512);
+    const Pooling& s = step.pooling;
+    over(s.lines(step.images), s.Q * s.R * s.S * kPixelBytes,
+         [&](int64_t begin, int64_t end) { run(s, step.is_signed, begin, end); });
+  }
+
   template <class T>
   static void run_winograd(const ByWinograd& step) {
     T* out = reinterpret_cast<T*>(step.out);
@@ -120,18 +146,11 @@ class Runner {
   const MicroKernel& kernel_;
 };
 
-Dtype dtype_of(const std::vector<Tensor>& outputs) {
-  STD_TORCH_CHECK(!outputs.empty(), kRegion, ": a region has at least one output");
-  const ScalarType type = outputs[0].scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, kRegion,
-                  ": the dtype must be float32 or bfloat16, not ", dtype_text(outputs[0]));
-  return type == ScalarType::Float ? Dtype::kFloat32 : Dtype::kBFloat16;
-}
-
 // The whole program is checked before any of it runs.
 void region(Tensor program, std::vector<Tensor> inputs, std::vector<Tensor> weights, std::vector<Tensor> biases,
             std::string kernel_name, Tensor workspace, std::vector<Tensor> outputs) {
-  const MicroKernel& kernel = choose_kernel(kRegion, kernel_name, dtype_of(outputs));
+  STD_TORCH_CHECK(!outputs.empty(), kRegion, ": a region has at least one output");
+  const MicroKernel& kernel = choose_kernel(kRegion, kernel_name, dtype_of(program));
   const RegionTensors tensors{inputs, weights, biases, workspace, outputs};
   Program steps(program, tensors, kernel);
   while (steps.has_more()) steps.next();
@@ -144,9 +163,8 @@ void region(Tensor program, std::vector<Tensor> inputs, std::vector<Tensor> weig
 std::string kernels() {
   std::string lines;
   for (const MicroKernel& kernel : micro_kernels()) {
-    const char* dtype = kernel.dtype == Dtype::kBFloat16 ? "bfloat16" : "float32";
     const char* taken = kernel.is_chosen ? "chosen" : "named";
-    for (const char* field : {kernel.name, dtype, taken, kernel.registers, kernel.reason}) {
+    for (const char* field : {kernel.name, name_of(kernel.dtype), taken, kernel.registers, kernel.reason}) {
       lines += std::string(field) + "\t";
     }
     lines += why_not(kernel) + "\n";

@@ -1,6 +1,8 @@
-// The epilogue of tiles, row by row: act(sums + bias + residual) of a pixel's 32 outputs, from fp32 to bf16. In two
-// implementations: AVX-512's instructions, and C++ for any machine. No torch here.
+// The epilogue of tiles, row by row: act(sums + bias + residual) of a pixel's 32 outputs, from fp32 to bf16, or that of
+// int8 from int32 to bytes. Each in two implementations: AVX-512's instructions, and C++ for any machine. No torch
+// here.
 //
+//   kPanelBytes                                 of 32 outputs of a pixel
 //   Rows(c, panel)                              what the rows of a block share
 //   finish<kResidual>(sums, tile, row)          row of a tile: written if it is one that the tile has to write
 #pragma once
@@ -11,6 +13,7 @@
 
 #include "common/dtype.h"
 #include "cpu/blocked/convolution.h"
+#include "cpu/blocked/requantizing.h"
 #include "cpu/blocked/tiles.h"
 #include "cpu/vectors.h"
 
@@ -24,14 +27,17 @@ struct FinishedTile {
   uint32_t written = 0;
 
   FinishedTile() = default;
-  FUSED_RESNET_INLINE FinishedTile(const Convolution& c, const PlacedTile& placed, int64_t panel)
-      : out(placed.out + panel * c.out.plane),
-        residual(placed.residual + panel * c.residual.plane),
+  // at: of the panel in a pixel of all blocks, in bytes.
+  FUSED_RESNET_INLINE FinishedTile(const Convolution& c, const PlacedTile& placed, int64_t at)
+      : out(placed.out + at / kPixelBytes * c.out.plane + at % kPixelBytes),
+        residual(placed.residual + at / kPixelBytes * c.residual.plane + at % kPixelBytes),
         written(placed.tile.written) {}
 };
 
 class PlainRows {
  public:
+  static constexpr int64_t kPanelBytes = 64;
+
   PlainRows() = default;
   PlainRows(const Convolution& c, int64_t panel)
       : activation_(c.activation),
@@ -59,12 +65,40 @@ class PlainRows {
   int64_t channels_ = 0;
 };
 
+// kSigned: the residual's bytes are.
+template <bool kSigned>
+class PlainByteRows {
+ public:
+  static constexpr int64_t kPanelBytes = 32;
+
+  PlainByteRows() = default;
+  PlainByteRows(const Convolution& c, int64_t panel) : requantizing_(&c.requantizing), channel_(panel * kPanel) {}
+
+  template <bool kResidual>
+  void finish(const float* sums, const FinishedTile& tile, int row) const {
+    if ((tile.written >> row & 1) == 0) return;
+    for (int half = 0; half < 2; ++half) {
+      const HalfConstants<4> constants(*requantizing_, channel_ + half * kHalf);
+      const int64_t at = row * kPixelBytes + half * kHalf;
+      requantize<4>(reinterpret_cast<const int32_t*>(sums) + (half * kMaxTileRows + row) * kHalf, constants,
+                    kResidual ? reinterpret_cast<const uint8_t*>(tile.residual + at) : nullptr,
+                    reinterpret_cast<uint8_t*>(tile.out + at));
+    }
+  }
+
+ private:
+  const Requantizing* requantizing_ = nullptr;
+  int64_t channel_ = 0;
+};
+
 #if defined(__x86_64__)
 
 // By inline assembly, since a template without a target cannot call intrinsics that have one. No branch: rows that are
 // not written have an empty mask, with which memory is neither read nor written.
 class Avx512Rows {
  public:
+  static constexpr int64_t kPanelBytes = 64;
+
   Avx512Rows() = default;
   FUSED_RESNET_INLINE Avx512Rows(const Convolution& c, int64_t panel) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -113,6 +147,80 @@ class Avx512Rows {
 
   V bias_[2], least_, most_;
   uint32_t kept_;
+};
+
+// The lower bound is applied last, to 16-bit numbers: NaN and what int32 does not hold are its least number by then,
+// since the upper bound keeps NaN and leaves nothing large.
+template <bool kSigned>
+class Avx512ByteRows {
+ public:
+  static constexpr int64_t kPanelBytes = 32;
+
+  Avx512ByteRows() = default;
+  FUSED_RESNET_INLINE Avx512ByteRows(const Convolution& c, int64_t panel) {
+    const Requantizing& r = c.requantizing;
+    const float* constants = r.constants + panel * Requantizing::kVectors * kPanel;
+    for (int half = 0; half < 2; ++half) {
+      load<kHalf>(constants + half * kHalf, &multiplier_[half]);
+      load<kHalf>(constants + kPanel + half * kHalf, &bias_[half]);
+    }
+    residual_ = V{} + r.residual;
+    most_ = V{} + r.high;
+    least_ = Words{} + static_cast<int16_t>(r.low);
+  }
+
+  template <bool kResidual>
+  FUSED_RESNET_INLINE void finish(const float* sums, const FinishedTile& tile, int row) const {
+    const uint32_t written = -(tile.written >> row & 1);
+    V value[2];
+    for (int half = 0; half < 2; ++half) {
+      V total;
+      const float* from = sums + (half * kMaxTileRows + row) * kHalf;
+      asm("vcvtdq2ps %1, %0" : "=v"(total) : "m"(*reinterpret_cast<const Line*>(from)));
+      asm("vfmadd213ps %2, %1, %0" : "+v"(total) : "v"(multiplier_[half]), "v"(bias_[half]));
+      if (kResidual) {
+        V wide;
+        const char* skip = tile.residual + row * kPixelBytes + half * sizeof(Quarter);
+        if (kSigned) {
+          asm("vpmovsxbd %1, %0%{%2%}%{z%}" : "=v"(wide) : "m"(*reinterpret_cast<const Quarter*>(skip)), "Yk"(written));
+        } else {
+          asm("vpmovzxbd %1, %0%{%2%}%{z%}" : "=v"(wide) : "m"(*reinterpret_cast<const Quarter*>(skip)), "Yk"(written));
+        }
+        asm("vcvtdq2ps %0, %0" : "+v"(wide));
+        asm("vfmadd231ps %2, %1, %0" : "+v"(total) : "v"(wide), "v"(residual_));
+      }
+      asm("vminps %1, %2, %0" : "=v"(total) : "v"(total), "v"(most_));  // of NaN and a number the former
+      asm("vcvtps2dq %1, %0" : "=v"(value[half]) : "v"(total));
+    }
+    V words;
+    asm("vpackssdw %1, %2, %0" : "=v"(words) : "v"(value[1]), "v"(value[0]));
+    asm("vpmaxsw %1, %0, %0" : "+v"(words) : "v"(least_));
+    asm("vpermb %0, %1, %0" : "+v"(words) : "v"(kOrder));
+    asm("vmovdqu8 %t1, %0%{%2%}"
+        : "+m"(*reinterpret_cast<HalfLine*>(tile.out + row * kPixelBytes))
+        : "v"(words), "Yk"(written));
+  }
+
+ private:
+  using V = typename Lanes<kHalf>::Vector;
+  typedef int16_t Words __attribute__((vector_size(64)));
+  typedef uint8_t Bytes __attribute__((vector_size(64)));
+  struct Quarter {
+    char bytes[kPixelBytes / 4];
+  };
+  struct HalfLine {
+    char bytes[kPixelBytes / 2];
+  };
+  struct Line {
+    char bytes[kPixelBytes];
+  };
+
+  // Of 16-bit numbers packed within lanes of 16 bytes, four of the first half and four of the second: the lower bytes.
+  static constexpr Bytes kOrder = {0, 2,  4,  6,  16, 18, 20, 22, 32, 34, 36, 38, 48, 50, 52, 54,
+                                   8, 10, 12, 14, 24, 26, 28, 30, 40, 42, 44, 46, 56, 58, 60, 62};
+
+  V multiplier_[2], bias_[2], residual_, most_;
+  Words least_;
 };
 
 #endif

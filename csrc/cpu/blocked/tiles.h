@@ -7,6 +7,8 @@
 //   stream<t>(from, stride) the same, with the hint that they need not stay in the first-level cache
 //   store<t>(to, stride)    the other way
 //   dot_bf16<c, a, b>()     c[m][n] += sum over k of a[m][k] * b[k][n]: fp32 sums of bf16, b as pairs [k/2][n][2]
+//   dot_u8<c, a, b>()       the same: int32 sums of unsigned bytes times signed ones, b as fours [k/4][n][4]
+//   dot_s8<c, a, b>()       of signed ones times signed ones
 #pragma once
 
 #include <algorithm>
@@ -81,8 +83,40 @@ FUSED_RESNET_AVX2 inline void dot_bf16_avx2(const EmulatedTile& a, const Emulate
   dot_bf16_rows(a, b, rows, sums);
 }
 
+// TDPBUSD, or TDPBSSD where A is signed. Sums wrap around.
+template <class A>
+FUSED_RESNET_INLINE void dot_byte_rows(const EmulatedTile& a, const EmulatedTile& b, int rows, EmulatedTile* sums) {
+  constexpr int kColumns = kRowBytes / 4;
+  for (int m = 0; m < rows; ++m) {
+    uint32_t total[kColumns];
+    std::memcpy(total, sums->dwords[m], kRowBytes);
+    for (int k = 0; k < kMaxTileRows; ++k) {
+      for (int shift = 0; shift < 32; shift += 8) {
+        const int32_t left = static_cast<A>(a.dwords[m][k] >> shift);
+        for (int n = 0; n < kColumns; ++n) {
+          total[n] += static_cast<uint32_t>(left * static_cast<int8_t>(b.dwords[k][n] >> shift));
+        }
+      }
+    }
+    std::memcpy(sums->dwords[m], total, kRowBytes);
+  }
+}
+
+template <class A>
+inline void dot_bytes_anywhere(const EmulatedTile& a, const EmulatedTile& b, int rows, EmulatedTile* sums) {
+  dot_byte_rows<A>(a, b, rows, sums);
+}
+
+template <class A>
+FUSED_RESNET_AVX2 inline void dot_bytes_avx2(const EmulatedTile& a, const EmulatedTile& b, int rows,
+                                             EmulatedTile* sums) {
+  dot_byte_rows<A>(a, b, rows, sums);
+}
+
 class EmulatedTiles {
  public:
+  static constexpr bool kStreams = false;  // whether stream is anything but load
+
   explicit EmulatedTiles(const TileRows& rows) : rows_(rows) { std::memset(tiles_, 0, sizeof tiles_); }
   EmulatedTiles(const EmulatedTiles&) = delete;
   EmulatedTiles& operator=(const EmulatedTiles&) = delete;
@@ -119,7 +153,24 @@ class EmulatedTiles {
     dot(tiles_[kA], tiles_[kB], std::min(rows_[kSum], rows_[kA]), &tiles_[kSum]);
   }
 
+  template <int kSum, int kA, int kB>
+  void dot_u8() {
+    dot_bytes<kSum, kA, kB, uint8_t>();
+  }
+
+  template <int kSum, int kA, int kB>
+  void dot_s8() {
+    dot_bytes<kSum, kA, kB, int8_t>();
+  }
+
  private:
+  template <int kSum, int kA, int kB, class A>
+  void dot_bytes() {
+    using Dot = void (*)(const EmulatedTile&, const EmulatedTile&, int, EmulatedTile*);
+    static const Dot dot = best_of<Dot>(dot_bytes_anywhere<A>, dot_bytes_avx2<A>, nullptr);
+    dot(tiles_[kA], tiles_[kB], std::min(rows_[kSum], rows_[kA]), &tiles_[kSum]);
+  }
+
   TileRows rows_;
   EmulatedTile tiles_[kNumTiles];
 };
@@ -130,6 +181,8 @@ class EmulatedTiles {
 // number is part of the instruction, hence %c.
 class AmxTiles {
  public:
+  static constexpr bool kStreams = true;
+
   explicit AmxTiles(const TileRows& rows) {
     Config config = {};
     config.palette = 1;
@@ -168,6 +221,16 @@ class AmxTiles {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
   }
 
+  template <int kSum, int kA, int kB>
+  FUSED_RESNET_INLINE void dot_u8() {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
+  }
+
+  template <int kSum, int kA, int kB>
+  FUSED_RESNET_INLINE void dot_s8() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
+  }
+
  private:
   struct alignas(64) Config {
     uint8_t palette, start_row, reserved[14];
@@ -183,6 +246,18 @@ inline bool ask_for_tiles() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+// Why this process cannot use AMX's int8 and what its epilogue takes; null if it can. Asked once.
+inline const char* why_no_amx_int8() {
+  static const char* const why = [] {
+    constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25, kVbmi = 1u << 1;
+    unsigned a, b, c, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (kAmxInt8 | kAmxTile)) != 0) return "this CPU has no AMX";
+    if ((c & kVbmi) == 0) return "this CPU has no AVX-512 VBMI";
+    return ask_for_tiles() ? nullptr : "the operating system gives no permission to use AMX";
+  }();
+  return why;
+}
+
 // Why this process cannot use AMX's bf16; null if it can. Asked once.
 inline const char* why_no_amx() {
   static const char* const why = [] {
@@ -196,6 +271,10 @@ inline const char* why_no_amx() {
 }
 
 #else
+
+inline const char* why_no_amx_int8() {
+  return "AMX is used on x86-64 under Linux";
+}
 
 inline const char* why_no_amx() {
   return "AMX is used on x86-64 under Linux";

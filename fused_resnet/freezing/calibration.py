@@ -1,0 +1,104 @@
+"""What `freeze` was given to make a model int8, checked, and what follows from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet.backends import BackendError
+from fused_resnet.choosing.timing import Progress
+from fused_resnet.freezing.draft import Quantization
+from fused_resnet.freezing.quantized import kept_by
+from fused_resnet.machine import devices, onednn
+from fused_resnet.quantizing.calibrate import Subject, calibrate, sensitivity
+from fused_resnet.quantizing.scales import Scales, digest
+from fused_resnet.regions import kernels
+
+Source = Union[Scales, str, "os.PathLike[str]", Iterable[Any]]
+Keep = Union[int, str, Sequence[str]]
+
+
+class Calibration(NamedTuple):
+    """calibrate and keep, as `freeze` takes them."""
+
+    source: Source
+    keep: Keep
+
+    def of(self, model: nn.Module, subject: Subject, example: Tensor, progress: Progress) -> Quantization:
+        """The scales, made now or read, and the names of the convolutions that stay in floats.
+
+        Raises ValueError where the scales are of other weights, and where keep names no convolution or asks for the
+        most sensitive of a file's. Also what `quantizing.calibrate` raises.
+        """
+        weights, first = digest(model), None
+        if isinstance(self.source, Scales):
+            scales = self.source
+        elif isinstance(self.source, (str, os.PathLike)):
+            scales = Scales.load(self.source)
+        else:
+            told = lambda images: progress(0.0, f"calibrating with {images} images")  # noqa: E731
+            scales, first = calibrate(subject, self.source, example, weights, told)
+        if scales.weights != weights:
+            raise ValueError(
+                f"freeze: these scales are of other weights (sha256 {scales.weights[:12]}, the model's is "
+                f"{weights[:12]}). Calibrate again: pass a loader as calibrate."
+            )
+        names = [subject.names[node] for node in subject.convolutions]
+        if not isinstance(self.keep, int):
+            return Quantization(scales, kept_by(names, [self.keep] if isinstance(self.keep, str) else self.keep))
+        if not self.keep:
+            return Quantization(scales)
+        if first is None:
+            raise ValueError(
+                f"freeze: keep={self.keep} asks for the most sensitive convolutions, which only images show. Name them "
+                "in keep, or pass a loader as calibrate."
+            )
+        found = sensitivity(subject, scales.ranges, first)
+        return Quantization(scales, frozenset(sorted(found, key=found.__getitem__)[: self.keep]))
+
+
+def checked(
+    dtype: Optional[torch.dtype], calibrate: Optional[Source], keep: Keep, backend: str, device: torch.device
+) -> Optional[Calibration]:
+    """None where another dtype was asked for.
+
+    Raises TypeError and ValueError for arguments that do not fit together, BackendError where int8 cannot run.
+    """
+    is_named = isinstance(keep, (str, Sequence)) and all(isinstance(name, str) for name in keep)
+    if not is_named and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 0):
+        raise TypeError(f"freeze: keep must be names of convolutions or how many of them, got {keep!r}.")
+    if dtype != torch.int8:
+        for name, value in (("calibrate", calibrate), ("keep", keep or None)):
+            if value is not None:
+                raise ValueError(f"freeze: {name} is for dtype=torch.int8, got dtype={dtype}.")
+        return None
+    if calibrate is None:
+        raise ValueError(
+            "freeze: dtype=torch.int8 needs calibrate: a loader of 16 or more images as the model takes them, or the "
+            "file that frozen.scales().save(path) wrote."
+        )
+    if not isinstance(calibrate, (Scales, str, os.PathLike, Iterable)) or isinstance(calibrate, Tensor):
+        raise TypeError(
+            f"freeze: calibrate must be batches of images, a path or Scales, got a {type(calibrate).__name__}. One "
+            "batch x is [x]."
+        )
+    if backend != "auto":
+        raise ValueError(f"freeze: backend={backend!r} computes in floats; int8 needs backend='auto'.")
+    if device.type != "cpu":
+        raise BackendError(f"freeze: int8 plans run on CPUs, not on {device}. Freeze in torch.float16 there.")
+    if (why := kernels.why_none(torch.int8)) is not None:
+        raise BackendError(
+            f"freeze: int8 cannot run here: {why}. Build the C++ library (pip install . with a compiler), or freeze "
+            "in torch.bfloat16 or torch.float32."
+        )
+    return Calibration(calibrate, keep)
+
+
+def beside_int8() -> torch.dtype:
+    """What stays in floats is bf16 where this processor multiplies it faster than fp32."""
+    is_fast = onednn.has_amx() or onednn.has_bf16() and "avx512_bf16" in devices.cpu_flags()
+    return torch.bfloat16 if is_fast else torch.float32

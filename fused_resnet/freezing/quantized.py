@@ -1,0 +1,276 @@
+"""The pass that has convolutions and poolings computed in int8, and what it wants to know of their tensors.
+
+What int8 computes becomes regions, and always does: it is what was asked for. Between them, and for what stays in
+floats, tensors are fp32 or bf16.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections import Counter
+from typing import Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fused_resnet.backends import blocked
+from fused_resnet.choosing import exactness
+from fused_resnet.freezing.draft import Draft
+from fused_resnet.freezing.dtypes import facts_of
+from fused_resnet.freezing.fragments import (
+    flattens,
+    from_the_first_convolution,
+    grouped,
+    outputs_of,
+    pooling_of,
+    replace,
+    run_of,
+    share_packed,
+)
+from fused_resnet.freezing.region import FrozenRegion, RegionConv
+from fused_resnet.operators import quantized
+from fused_resnet.operators.quantized import Epilogue, Quantized, quantized_over
+from fused_resnet.quantizing.calibrate import FloatConv, Subject
+from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, compile_fragment, pack
+from fused_resnet.regions.layout import DTYPES
+
+_WHY = "int8 was asked for"
+
+
+def observed(draft: Draft, dtype: torch.dtype) -> Subject:
+    """A draft whose convolutions are lowered and nothing else, as `calibrate` wants it: every value that a convolution
+    or a pooling reads or writes is looked at. Its convolutions leave the draft."""
+    names = tensor_names(draft.graph)
+    looked_at: dict[fx.Node, None] = {}
+    for node in draft.graph.nodes:
+        if node in draft.convs or pooling_of(draft, node) is not None:
+            looked_at.update(dict.fromkeys((*node.all_input_nodes, node)))
+    for node in list(draft.convs):
+        conv = draft.convs.pop(node)
+        node.op, node.target = "call_module", draft.add(node.name, FloatConv(conv.problem, conv.weight, conv.bias))
+    draft.module.recompile()
+    return Subject(draft.module, {node: names[node] for node in looked_at}, dtype)
+
+
+def tensor_names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """What tensors are called in scales: by the module that makes them, with underscores."""
+    short = {node: re.sub("^(fused_)?model_", "", node.name) for node in graph.nodes}
+    counts = Counter(short.values())
+    return {node: name if counts[name] == 1 else node.name for node, name in short.items()}
+
+
+def kept_by(names: Sequence[str], asked: Sequence[str]) -> frozenset[str]:
+    """The convolutions of these names that `asked` keeps in floats: convolutions, or modules that hold some.
+
+    Raises ValueError for what is neither.
+    """
+    found: set[str] = set()
+    for one in asked:
+        name = one.replace(".", "_")
+        inside = {known for known in names if known == name or known.startswith(f"{name}_")}
+        if not inside:
+            shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+            raise ValueError(f"freeze: keep names {one!r}, which holds no convolution. Known ones are {shown}.")
+        found |= inside
+    return frozenset(found)
+
+
+def form_quantized(draft: Draft) -> None:
+    """Have what can be computed in int8 by regions. Its convolutions leave the draft. meta["not_int8"] of the graph
+    says of the others why, by node."""
+    if draft.quantization is None:
+        return
+    tensors = _Tensors(draft)
+    reasons = {node: reason for node in draft.convs if (reason := tensors.why_not(node)) is not None}
+    draft.module.meta["not_int8"] = {node.name: reason for node, reason in reasons.items()}
+    found = []
+    for nodes in grouped(draft.graph, tensors.fits, tensors.joins, tensors.goes_on):
+        nodes = from_the_first_convolution(draft, nodes)
+        if nodes:
+            run = run_of(draft, nodes, tuple(range(len(nodes))))
+            found.append((nodes, _in_bytes(run.piece.fragment, [tensors.how(node) for node in (*run.inputs, *nodes)])))
+    results = []
+    for nodes, fragment in found:
+        outputs = outputs_of(nodes, fragment)
+        results += replace(draft, nodes, outputs, made(draft, nodes, fragment))
+    for result in results:
+        _convert(draft, result)
+
+
+class _Tensors:
+    """How the values of a draft are kept in int8, as long as none of its convolutions has been replaced."""
+
+    def __init__(self, draft: Draft) -> None:
+        assert draft.quantization is not None
+        self._draft, self._names = draft, tensor_names(draft.graph)
+        self._ranges, self._kept = draft.quantization.scales.ranges, draft.quantization.kept
+        self._hows: dict[fx.Node, Optional[Quantized]] = {}
+        self._reasons: dict[fx.Node, Optional[str]] = {}
+
+    def how(self, node: fx.Node) -> Optional[Quantized]:
+        """None of what was not calibrated, and of means, which are fp32."""
+        if node not in self._hows:
+            self._hows[node] = self._found(node)
+        return self._hows[node]
+
+    def _found(self, node: fx.Node) -> Optional[Quantized]:
+        conv, pooling = self._draft.convs.get(node), pooling_of(self._draft, node)
+        if pooling is not None and pooling.kind == "max" or _moves(node) or _casts(node):
+            source = self.how(node.all_input_nodes[0])
+            if source is not None:
+                return source
+        known = self._ranges.get(self._names[node])
+        if known is None:
+            return None
+        activation = None if conv is None else conv.problem.activation
+        return quantized_over(*known, is_signed={"none": True, "relu": False, "relu6": False}.get(activation))
+
+    def why_not(self, node: fx.Node) -> Optional[str]:
+        """Why a lowered convolution stays in floats."""
+        if node not in self._reasons:
+            self._reasons[node] = self._why_not(node)
+        return self._reasons[node]
+
+    def _why_not(self, node: fx.Node) -> Optional[str]:
+        p = self._draft.convs[node].problem
+        if self._names[node] in self._kept:
+            return "keep asked for it"
+        if p.groups != 1:
+            return f"int8 convolutions are of one group, not of {p.groups}"
+        if p.activation not in quantized.ACTIVATIONS:
+            return f"{p.activation} has no int8 form"
+        if p.dtype not in DTYPES:
+            return f"it computes in {p.dtype}".replace("torch.", "")
+        if not p.N:
+            return "the batch is empty"
+        if (reason := quantized.why_not_reduced(p.reduction)) is not None:
+            return reason
+        if (reason := blocked.why_not(p._replace(dtype=torch.float32))) is not None:
+            return reason
+        unknown = [self._names[value] for value in (*node.all_input_nodes, node) if self.how(value) is None]
+        return f"{unknown[0]} was not calibrated" if unknown else None
+
+    def fits(self, node: fx.Node) -> bool:
+        if not node.users:
+            return False
+        if node in self._draft.convs:
+            return self.why_not(node) is None
+        pooling = pooling_of(self._draft, node)
+        if pooling is None or self.how(node.all_input_nodes[0]) is None:
+            return False
+        return pooling.kind == "max" or self._is_mean(node)
+
+    def joins(self, node: fx.Node, run: list[fx.Node]) -> bool:
+        """Whether it is of as many images, and reads no mean of the run."""
+        facts, first = facts_of(node), facts_of(run[0])
+        assert facts is not None and first is not None
+        is_float = any(source in run and self._is_float(source) for source in node.all_input_nodes)
+        return facts.shape[0] == first.shape[0] and not is_float
+
+    def goes_on(self, node: fx.Node, run: list[fx.Node]) -> bool:
+        return flattens(self._draft, node) and node.args[0] in run
+
+    def _is_float(self, node: fx.Node) -> bool:
+        return self._is_mean(node) or flattens(self._draft, node)
+
+    def _is_mean(self, node: fx.Node) -> bool:
+        """Whether it averages whole maps."""
+        pooling, source = pooling_of(self._draft, node), facts_of(node.all_input_nodes[0]) if node.args else None
+        if pooling is None or source is None or pooling.kind != "average":
+            return False
+        return pooling.window == tuple(source.shape[2:]) and pooling.padding == (0, 0)
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether its values are some of its input's, and zeros: a slice, or zeros around."""
+    if node.op != "call_function" or len(node.all_input_nodes) != 1 or facts_of(node) is None:
+        return False
+    if node.target is operator.getitem:
+        return facts_of(node.all_input_nodes[0]) is not None
+    if node.target not in (F.pad, torch._C._nn.pad):
+        return False
+    asked = {**dict(zip(("input", "pad", "mode", "value"), node.args)), **node.kwargs}
+    return asked.get("mode", "constant") == "constant" and asked.get("value") in (None, 0)
+
+
+def _casts(node: fx.Node) -> bool:
+    """Whether it is its input in another dtype, as a conversion of the model may put before a convolution."""
+    return node.op == "call_method" and node.target == "to" and len(node.all_input_nodes) == 1
+
+
+def _in_bytes(fragment: Fragment, hows: Sequence[Optional[Quantized]]) -> Fragment:
+    """A fragment of floats as one in int8. hows: how each value is kept; means and vectors are fp32."""
+    steps, scales = [], list(hows)
+    for value, step in enumerate(fragment.steps, len(fragment.shapes)):
+        if isinstance(step, ConvStep):
+            problem = step.problem._replace(dtype=torch.int8)
+            step = step._replace(problem=problem, by_winograd=False)
+        elif isinstance(step, PoolStep) and step.kind == "average":
+            scales[value] = None
+        elif not isinstance(step, PoolStep):
+            scales[value] = scales[step.x]
+        steps.append(step)
+    return fragment._replace(steps=tuple(steps), dtype=torch.int8, scales=tuple(scales))
+
+
+def made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment) -> FrozenRegion:
+    """The module for these nodes: its weights are folded in fp64 and quantized from there."""
+    weights: dict[int, Tensor] = {}
+    epilogues: dict[int, Epilogue] = {}
+    convolutions = []
+    for place, (node, step) in enumerate(zip(nodes, fragment.steps)):
+        if isinstance(step, ConvStep):
+            del draft.convs[node]
+            convolutions.append(RegionConv(node.name, step.problem))
+            weights[place], epilogues[place] = _quantized(fragment, place, *draft.folds.pop(node)(torch.float64))
+    return region_of(draft, nodes, fragment, tuple(convolutions), weights, epilogues)
+
+
+def region_of(
+    draft: Draft,
+    nodes: Sequence[fx.Node],
+    fragment: Fragment,
+    convolutions: tuple[RegionConv, ...],
+    weights: dict[int, Tensor],
+    epilogues: dict[int, Epilogue],
+) -> FrozenRegion:
+    packed = {place: pack(fragment, place, [weight]) for place, weight in weights.items()}
+    share_packed(draft, nodes, packed)
+    compiled = compile_fragment(fragment, packed, epilogues)
+    exactness.check(fragment, weights, epilogues, compiled, draft.tuning)
+    return FrozenRegion(fragment, convolutions, compiled, _WHY)
+
+
+def _quantized(fragment: Fragment, place: int, weight: Tensor, bias: Optional[Tensor]) -> tuple[Tensor, Epilogue]:
+    """A convolution's weight in s8, and its epilogue."""
+    step = fragment.steps[place]
+    assert isinstance(step, ConvStep)
+    q, scales = quantized.quantized_weight(weight)
+    x, out = fragment.scales[step.x], fragment.scales[len(fragment.shapes) + place]
+    residual = None if step.residual is None else fragment.scales[step.residual]
+    assert x is not None and out is not None
+    return q, quantized.epilogue_of(x, scales, out, bias, residual, step.problem.activation)
+
+
+def _convert(draft: Draft, node: fx.Node) -> None:
+    """Give the fp32 result of a region the dtype that its readers compute in. Regions take either, and what moves
+    values keeps the finer one."""
+    facts = facts_of(node)
+    assert facts is not None
+    if facts.dtype == torch.float32:
+        return
+    node.meta["facts"] = facts._replace(dtype=torch.float32)
+    cast: Optional[fx.Node] = None
+    for user in list(node.users):
+        if user.op == "output" or isinstance(draft.called_by(user), FrozenRegion):
+            continue
+        if _moves(user):
+            _convert(draft, user)
+            continue
+        if cast is None:
+            with draft.graph.inserting_after(node):
+                cast = draft.graph.call_method("to", (node, facts.dtype))
+            cast.meta = {**node.meta, "facts": facts}
+        user.replace_input_with(node, cast)

@@ -1,0 +1,193 @@
+"""Calibration: run a traced model over some batches, and keep the range of every tensor that int8 may hold."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.operators.quantized import dequantize, quantize, quantized_over, quantized_weight
+from fused_resnet.quantizing.scales import Scales
+
+Range = tuple[float, float]
+Ranges = dict[str, Range]
+_ACTIVATE = {"none": lambda y: y, "relu": torch.relu, "relu6": F.relu6, "silu": F.silu}
+
+log = logging.getLogger("fused_resnet")
+
+
+class FloatConv(nn.Module):
+    """act(conv(x) + bias + residual) by torch, for any batch: a lowered convolution while a model is calibrated."""
+
+    def __init__(self, problem: ConvProblem, weight: Tensor, bias: Optional[Tensor]) -> None:
+        super().__init__()
+        self.problem, self.weight, self.bias = problem, weight, bias
+
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        return self._by(self.weight, x, residual)
+
+    def _by(self, weight: Tensor, x: Tensor, residual: Optional[Tensor]) -> Tensor:
+        p = self.problem
+        y = F.conv2d(x, weight, self.bias, p.stride, p.padding, p.dilation, p.groups)
+        return _ACTIVATE[p.activation](y if residual is None else y + residual)
+
+    def in_bytes(self, x: Tensor, residual: Optional[Tensor], of: Sequence[Range]) -> Tensor:
+        """About what the convolution alone gives in int8. of: the ranges of its result, of x and of the residual."""
+        q, scales = quantized_weight(self.weight)
+        weight = (q * scales.view(-1, 1, 1, 1)).to(self.weight.dtype)
+        added = None if residual is None else _rounded(residual, of[2])
+        return _rounded(self._by(weight, _rounded(x, of[1]), added), of[0])
+
+
+class Subject(NamedTuple):
+    """A traced model whose lowered convolutions are `FloatConv`s. names: of the nodes whose values are looked at.
+    dtype: of the input that it takes."""
+
+    graph: fx.GraphModule
+    names: Mapping[fx.Node, str]
+    dtype: torch.dtype
+
+    @property
+    def convolutions(self) -> dict[fx.Node, FloatConv]:
+        modules = dict(self.graph.named_modules())
+        called = {node: modules[str(node.target)] for node in self.names if node.op == "call_module"}
+        return {node: module for node, module in called.items() if isinstance(module, FloatConv)}
+
+
+def calibrate(
+    subject: Subject,
+    batches: Iterable[Any],
+    example: Tensor,
+    weights: str,
+    progress: Callable[[int], None] = lambda images: None,
+) -> tuple[Scales, Tensor]:
+    """The ranges over all batches, and the first batch. progress: is told how many images were seen.
+
+    batches: tensors as the model takes them, or (tensor, label) pairs; the number of images may vary. A tensor that
+    stays 0 is warned of once. Raises TypeError for other batches, and ValueError where there are none or a value is no
+    number. ValueError too where a batch differs from the example in shape, dtype or device.
+    """
+    ranges: Ranges = {}
+    first, images = None, 0
+    for index, x in enumerate(images_of("freeze", batches)):
+        _check(x, index, example)
+        if not len(x):
+            continue
+        first = x if first is None else first
+        images += len(x)
+        for name, found in _Observer(subject).ranges_of(x).items():
+            if not all(map(math.isfinite, found)):
+                raise ValueError(
+                    f"freeze: {name} is NaN or infinite in batch {index} of calibrate, and has no scale. Leave such "
+                    "images out, or freeze in a float dtype."
+                )
+            known = ranges.get(name, found)
+            ranges[name] = min(known[0], found[0]), max(known[1], found[1])
+        progress(images)
+    if first is None:
+        raise ValueError("freeze: calibrate holds no images. Pass a loader of 16 or more, as the model takes them.")
+    if zeros := [name for name, found in ranges.items() if found == (0.0, 0.0)]:
+        log.warning("0 in all %d images of calibrate, and kept with scale 1: %s", images, ", ".join(zeros))
+    return Scales(ranges, weights, images), first
+
+
+def images_of(caller: str, batches: Iterable[Any]) -> Iterator[Tensor]:
+    """The images of batches of images, or of (images, labels)."""
+    return (images for images, _ in pairs_of(caller, batches))
+
+
+def pairs_of(caller: str, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Optional[Tensor]]]:
+    """(images, labels) of such pairs; labels None of batches of images alone. TypeError for what is neither."""
+    for index, batch in enumerate(batches):
+        is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        images, labels = batch if is_pair else (batch, None)
+        if not isinstance(images, Tensor) or not (labels is None or isinstance(labels, Tensor)):
+            raise TypeError(
+                f"{caller}: batch {index} is a {type(batch).__name__}; batches are tensors as the model takes them, or "
+                "(images, labels) pairs of tensors."
+            )
+        yield images, labels
+
+
+def _check(x: Tensor, index: int, example: Tensor) -> None:
+    for what, got, wanted in (
+        ("shape", (..., *x.shape[1:]), (..., *example.shape[1:])),
+        ("device", x.device, example.device),
+        ("dtype", x.dtype, example.dtype),
+    ):
+        if got != wanted:
+            shown = [str(value).replace("Ellipsis", "N") for value in (got, wanted)]
+            raise ValueError(
+                f"freeze: batch {index} of calibrate has {what} {shown[0]}, but the example has {shown[1]}. Calibrate "
+                "with batches like the example."
+            )
+
+
+class _Observer(fx.Interpreter):
+    """Runs a batch, and notes the least and the largest of each node's value."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject.graph)
+        self._names, self._dtype = subject.names, subject.dtype
+
+    def ranges_of(self, x: Tensor) -> Ranges:
+        self._ranges: Ranges = {}
+        self.run(x.to(self._dtype))
+        return self._ranges
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self._names:
+            least, largest = value.aminmax()
+            self._ranges[self._names[n]] = least.item(), largest.item()
+        return value
+
+
+class _Comparison(fx.Interpreter):
+    """Runs a batch, and compares what each convolution gives with the same in int8."""
+
+    def __init__(self, subject: Subject, ranges: Ranges) -> None:
+        super().__init__(subject.graph)
+        self._names, self._ranges, self._convolutions = subject.names, ranges, subject.convolutions
+
+    def sqnr_of(self, x: Tensor) -> dict[str, float]:
+        self._found: dict[str, float] = {}
+        self.run(x)
+        return self._found
+
+    def run_node(self, n: fx.Node) -> Any:
+        y = super().run_node(n)
+        if n in self._convolutions:
+            operands = cast("tuple[fx.Node, ...]", n.args)
+            x, residual, *_ = (*(self.env[node] for node in operands), None)
+            of = [self._ranges[self._names[node]] for node in (n, *operands)]
+            error = self._convolutions[n].in_bytes(x, residual, of) - y
+            self._found[self._names[n]] = sqnr_db(_energy(y), _energy(error))
+        return y
+
+
+def sensitivity(subject: Subject, ranges: Ranges, x: Tensor) -> dict[str, float]:
+    """{convolution: the ratio in dB of what it gives on a batch to the error of its int8 form on the same operands}."""
+    return _Comparison(subject, ranges).sqnr_of(x.to(subject.dtype))
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """10 log10(signal / noise), of energies. Infinite without noise."""
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def _energy(x: Tensor) -> float:
+    return x.double().square().sum().item()
+
+
+def _rounded(x: Tensor, found: Range) -> Tensor:
+    how = quantized_over(*found)
+    return dequantize(quantize(x, how), how, x.dtype)

@@ -1,0 +1,357 @@
+"""Models frozen in int8, by the contract's reference: what becomes int8, with which scales, and what is refused."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fused_resnet
+from fused_resnet.backends import BackendError
+from fused_resnet.freezing import calibration
+from fused_resnet.measuring.rooflines import Roofline
+from fused_resnet.nn import BasicBlock, Bottleneck
+from fused_resnet.operators import quantized
+from fused_resnet.operators.quantized import quantized_over
+from fused_resnet.quantizing import Scales
+from fused_resnet.regions import kernels
+from tests.support import networks
+from tests.support.quantized import by_reference, int8_regions
+
+X = (2, 3, 16, 16)
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    by_reference(monkeypatch)
+
+
+@pytest.fixture(params=(torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+def rest(request, monkeypatch):
+    """What stays in floats is in this dtype."""
+    monkeypatch.setattr("fused_resnet.freezing.frozen.beside_int8", lambda: request.param)
+    return request.param
+
+
+def images(count=4, batches=2, shape=X[1:]):
+    return [torch.randn(count, *shape) for _ in range(batches)]
+
+
+def in_int8(model, x, **options):
+    options = {"calibrate": images(shape=x.shape[1:]), **options}
+    return fused_resnet.freeze(model.eval(), x, dtype=torch.int8, **options)
+
+
+def sqnr(model, frozen, x):
+    return fused_resnet.agreement(lambda x: model(x).flatten(1), lambda x: frozen(x).flatten(1), [x]).sqnr_db
+
+
+class Forward(nn.Module):
+    """A forward given as a function of (x, a, b, c): three 3x3 convolutions of eight channels, the first of three."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(x, self.a, self.b, self.c)
+
+
+# ------------------------------------------------------------------------------------------------ what becomes int8
+
+
+@pytest.mark.parametrize("block", (BasicBlock, Bottleneck))
+def test_a_resnet_is_one_region(block, rest):
+    model, x = networks.small(block), torch.randn(X)
+    frozen = in_int8(model, x)
+    (region,) = int8_regions(frozen, x)
+    assert len(region.convolutions) == sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert frozen(x).dtype == torch.float32 and frozen.dtype == torch.int8
+    assert sqnr(model, frozen, x) > 20
+    other = torch.randn(3, 3, 20, 13)
+    assert sqnr(model, frozen, other) > 18  # by the same scales
+    assert [r.fragment.scales for r in int8_regions(frozen, other)] == [region.fragment.scales]
+
+
+def test_scales_follow_from_the_ranges():
+    model, x = Forward(lambda x, a, b, c: F.relu(c(F.relu(b(F.relu6(a(x))))) + a(x))), torch.randn(X)
+    with torch.no_grad():
+        for parameter in model.a.parameters():
+            parameter.mul_(20)  # so that relu6 cuts
+    batches = images()
+    frozen = in_int8(model, x, calibrate=batches)
+    (region,) = int8_regions(frozen, x)
+    seen = torch.cat(batches)
+    with torch.no_grad():
+        a = model.a(seen)
+        b = F.relu(model.b(F.relu6(a)))
+        c = model.c(b)
+    # the later convolution takes the sum: a's second call
+    expected = [(seen, None), (F.relu6(a), False), (b, False), (c, True), (F.relu(c + a), False)]
+    for how, (value, is_signed) in zip(region.fragment.scales, expected, strict=True):
+        wanted = quantized_over(value.min().item(), value.max().item(), is_signed)
+        assert how.is_signed == wanted.is_signed and how.scale == pytest.approx(wanted.scale, rel=1e-5)
+
+
+def test_weights_are_folded_in_fp64(rest):
+    model = networks.randomize(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()))
+    (region,) = int8_regions(in_int8(model, torch.randn(X)), torch.randn(X))
+    conv, bn = copy.deepcopy(model[0]).double(), copy.deepcopy(model[1]).double()
+    factor = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+    q, scales = quantized.quantized_weight(conv.weight * factor.view(-1, 1, 1, 1))
+    assert torch.equal(region.weights[0], q)
+    x, out = region.fragment.scales
+    wanted = quantized.epilogue_of(x, scales, out, bn.bias - bn.running_mean * factor, None, "relu")
+    assert torch.equal(region.epilogues[0].multiplier, wanted.multiplier)
+    assert torch.equal(region.epilogues[0].bias, wanted.bias)
+
+
+CUTS = {  # forward: (how many convolutions each region has, the reason of those that stay in floats)
+    "silu": (lambda x, a, b, c: c(F.silu(b(F.relu(a(x))))), [1, 1], "silu has no int8 form"),
+    "sigmoid": (lambda x, a, b, c: c(torch.sigmoid(b(F.relu(a(x))))), [2, 1], None),
+    "concatenated": (lambda x, a, b, c: c(torch.cat([b(F.relu(a(x)))[:, :4], a(x)[:, 4:]], 1)), [2, 1, 1], None),
+    "gated": (lambda x, a, b, c: c(F.relu(a(x)) * b(F.relu(a(x)).mean((2, 3), keepdim=True))), [2, 1, 1], None),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_what_has_no_int8_form_is_between_regions(name, rest):
+    forward, counts, reason = CUTS[name]
+    model, x = Forward(forward).eval(), torch.randn(X)
+    frozen = in_int8(model, x)
+    assert [len(region.convolutions) for region in int8_regions(frozen, x)] == counts
+    reasons = set(frozen.plan(x).meta["not_int8"].values())
+    assert reasons == ({reason} if reason else set())
+    assert sqnr(model, frozen, x) > 20
+
+
+def test_a_shortcut_of_slices_and_zeros_keeps_its_scale(rest):
+    class Shortcut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1)
+
+        def forward(self, x):
+            y = F.relu(self.a(x))
+            return F.relu(self.c(y) + F.pad(y[:, :4, ::2, ::2], (0, 0, 0, 0, 2, 2)))
+
+    model, x = Shortcut(), torch.randn(X)
+    frozen = in_int8(model, x)
+    first, second = int8_regions(frozen, x)
+    assert first.fragment.scales[-1] == second.fragment.scales[0] == second.fragment.scales[1]
+    assert all(node.target != "to" for node in frozen.plan(x).graph.nodes)  # and no digit in bf16
+
+
+def test_a_step_in_fp32_is_between_regions(rest):
+    """A conversion to bf16 casts what follows the step, which calibration has not seen as a node of its own."""
+    model, x = Forward(lambda x, a, b, c: b(F.local_response_norm(F.relu(a(x)), 3))).eval(), torch.randn(X)
+    frozen = in_int8(model, x)
+    assert [len(region.convolutions) for region in int8_regions(frozen, x)] == [1, 1]
+    assert not frozen.plan(x).meta["not_int8"] and sqnr(model, frozen, x) > 20
+
+
+def test_grouped_convolutions_stay_in_floats():
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU()), torch.randn(X)
+    frozen = in_int8(model, x)
+    assert frozen.plan(x).meta["not_int8"] == {"fused_model_2": "int8 convolutions are of one group, not of 2"}
+
+
+def test_long_sums_stay_in_floats():
+    model = nn.Sequential(nn.Conv2d(7400, 2, 3), nn.ReLU())
+    x = torch.randn(1, 7400, 3, 3)
+    frozen = in_int8(model, x, calibrate=[x])
+    (reason,) = frozen.plan(x).meta["not_int8"].values()
+    assert reason == "sums of 66,600 products may leave int32 (at most 66,310 stay)"
+    assert not int8_regions(frozen, x)
+
+
+def test_an_empty_batch_has_a_plan():
+    model = networks.small()
+    assert in_int8(model, torch.randn(X))(torch.randn(0, *X[1:])).shape == (0, 10)
+
+
+def test_other_input_dtypes():
+    model, x = networks.small().double(), torch.randn(X).double()
+    frozen = in_int8(model, x, calibrate=[x])
+    assert int8_regions(frozen, x) and frozen(x).dtype == torch.float64
+    assert sqnr(model, frozen, x) > 20
+
+
+# ------------------------------------------------------------------------------------------------------------- scales
+
+
+def test_scales_outlive_the_model(tmp_path):
+    model, x = networks.small(), torch.randn(X)
+    frozen = in_int8(model, x, calibrate=[(x, torch.zeros(2)), (torch.randn(5, 3, 16, 16), torch.zeros(5))])
+    path = frozen.scales().save(tmp_path / "scales.json")
+    assert frozen.scales().images == 7
+    for source in (path, str(path), frozen.scales(), Scales.load(path)):
+        assert torch.equal(in_int8(model, x, calibrate=source)(x), frozen(x))
+    with pytest.raises(TypeError, match="frozen in float32; int8 alone has scales"):
+        fused_resnet.freeze(model, x).scales()
+
+
+def test_a_copy_in_a_pickle_answers_alike():
+    model, x = networks.small(), torch.randn(X)
+    frozen = in_int8(model, x)
+    assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), frozen(x))
+
+
+def test_a_generator_is_read_once_and_eval_mode_is_kept():
+    model, x = networks.small(), torch.randn(X)
+    before = copy.deepcopy(model.state_dict())
+    frozen = in_int8(model, x, calibrate=(batch for batch in images()))
+    assert frozen.scales().images == 8
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_tensor_that_stays_zero_is_warned_of_once(caplog):
+    model, x = Forward(lambda x, a, b, c: F.relu(c(F.relu(b(F.relu(a(x)))))) + 1).eval(), torch.randn(X)
+    with torch.no_grad():
+        model.b.weight.zero_()
+        model.b.bias.fill_(-1.0)
+    with caplog.at_level(logging.WARNING, logger="fused_resnet"):
+        frozen = in_int8(model, x)
+    (message,) = [record.getMessage() for record in caplog.records if "kept with scale 1" in record.getMessage()]
+    assert message == "0 in all 8 images of calibrate, and kept with scale 1: b"
+    (region,) = int8_regions(frozen, x)
+    assert region.fragment.scales[2] == (1.0, False)
+    torch.testing.assert_close(frozen(x), model(x).detach(), rtol=0, atol=0.02)
+
+
+# --------------------------------------------------------------------------------------------------------------- keep
+
+
+@pytest.mark.parametrize(
+    "keep, kept",
+    (
+        ("conv1", ["conv1"]),
+        (["conv1", "layer2.0.conv2"], ["conv1", "layer2_0_conv2"]),
+        (["layer2_0"], ["layer2_0_conv1", "layer2_0_conv2", "layer2_0_downsample_0"]),
+    ),
+    ids=str,
+)
+def test_named_convolutions_stay_in_floats(keep, kept, rest):
+    model, x = networks.small(BasicBlock), torch.randn(X)
+    frozen = in_int8(model, x, keep=keep)
+    expected = {f"fused_model_{name}": "keep asked for it" for name in kept}
+    assert frozen.plan(x).meta["not_int8"] == expected
+    inside = sum(len(region.convolutions) for region in int8_regions(frozen, x))
+    assert inside + len(kept) == sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert sqnr(model, frozen, x) > 20
+
+
+def test_a_number_keeps_the_most_sensitive():
+    model, x = Forward(lambda x, a, b, c: c(F.relu(b(F.relu(a(x)))))).eval(), torch.randn(X)
+    with torch.no_grad():
+        model.b.weight[:, 0] *= 50  # one input channel has all of the range of the weights
+        model.a.weight[0], model.a.bias[0] = 0, -1  # and is always 0
+    kept = [in_int8(model, x, keep=k).plan(x).meta["not_int8"] for k in range(4)]
+    assert [len(one) for one in kept] == [0, 1, 2, 3]
+    assert list(kept[1]) == ["fused_model_b"]
+    scales = in_int8(model, x).scales()
+    with pytest.raises(ValueError, match="keep=1 asks for the most sensitive convolutions, which only images show"):
+        in_int8(model, x, calibrate=scales, keep=1)
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+def refused(error, match, model=None, **options):
+    x = torch.randn(X)
+    with pytest.raises(error, match=match):
+        fused_resnet.freeze(model or networks.small(), x, **{"dtype": torch.int8, "calibrate": [x], **options})
+
+
+def test_arguments_that_do_not_fit_together():
+    refused(ValueError, "dtype=torch.int8 needs calibrate: a loader", calibrate=None)
+    refused(ValueError, "calibrate is for dtype=torch.int8, got dtype=torch.bfloat16", dtype=torch.bfloat16)
+    refused(ValueError, "keep is for dtype=torch.int8, got dtype=None", dtype=None, calibrate=None, keep=2)
+    refused(TypeError, "keep must be names of convolutions or how many of them, got -1", keep=-1)
+    refused(TypeError, "keep must be names of convolutions or how many of them, got 1.5", keep=1.5)
+    refused(ValueError, "keep names 'conv9', which holds no convolution. Known ones are conv1, ", keep=["conv9"])
+    refused(TypeError, r"got a Tensor. One batch x is \[x\]", calibrate=torch.randn(X))
+    refused(TypeError, "must be batches of images, a path or Scales, got a int", calibrate=16)
+    refused(ValueError, "backend='eager' computes in floats", backend="eager")
+
+
+def test_batches_that_do_not_fit():
+    refused(ValueError, "calibrate holds no images", calibrate=[])
+    refused(ValueError, "calibrate holds no images", calibrate=iter([torch.randn(0, 3, 16, 16)]))
+    other = r"batch 1 of calibrate has shape \(N, 3, 8, 16\), but the example has \(N, 3, 16, 16\)"
+    refused(ValueError, other, calibrate=[torch.randn(X), torch.randn(2, 3, 8, 16)])
+    refused(ValueError, "batch 0 of calibrate has dtype torch.float64, but the example has torch.float32",
+            calibrate=[torch.randn(X).double()])  # fmt: skip
+    refused(ValueError, "has device meta, but the example has cpu", calibrate=[torch.empty(X, device="meta")])
+    refused(TypeError, "batch 0 is a dict; batches are tensors", calibrate=[{"x": torch.randn(X)}])
+    refused(TypeError, "batch 0 is a list", calibrate=[[torch.randn(X)] * 3])
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_what_is_no_number_is_named(value):
+    broken = torch.randn(X)
+    broken[1, 2, 3, 4] = value
+    refused(ValueError, "x is NaN or infinite in batch 1 of calibrate", calibrate=[torch.randn(X), broken])
+    model = networks.small()
+    with torch.no_grad():
+        model.layer2[0].bn1.bias[1] = float("inf")
+    refused(ValueError, "layer2_0_conv1 is NaN or infinite in batch 0 of calibrate", model)
+
+
+def test_scales_of_other_weights():
+    model, x = networks.small(), torch.randn(X)
+    scales = in_int8(model, x).scales()
+    with torch.no_grad():
+        model.conv1.weight[0, 0, 0, 0] += 1e-3
+    refused(ValueError, "these scales are of other weights .*Calibrate again", model, calibrate=scales)
+
+
+def test_a_model_in_parts():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x) if x.sum() > 0 else x
+
+    refused(ValueError, "int8 needs a model that is frozen as a whole", Branching().eval())
+    model, x = networks.small(), torch.randn(X)
+    with pytest.raises(ValueError, match="frozen as a whole, and this one is not: it takes a list"):
+        fused_resnet.freeze(model, [x], dtype=torch.int8, calibrate=[x])
+
+
+def test_without_a_kernel(monkeypatch):
+    monkeypatch.setattr(kernels, "why_none", lambda dtype: "no compiler was found")
+    refused(BackendError, r"int8 cannot run here: no compiler was found. Build the C\+\+ library .*or freeze in")
+
+
+def test_what_stays_in_floats_is_bf16_where_that_is_fast(monkeypatch):
+    monkeypatch.setattr(calibration.onednn, "has_amx", lambda: False)
+    monkeypatch.setattr(calibration.onednn, "has_bf16", lambda: True)
+    monkeypatch.setattr(calibration.devices, "cpu_flags", lambda: ["avx512f"])
+    assert calibration.beside_int8() == torch.float32
+    monkeypatch.setattr(calibration.devices, "cpu_flags", lambda: ["avx512f", "avx512_bf16"])
+    assert calibration.beside_int8() == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------------------ explain
+
+
+def test_explain_says_how_and_why_not(rest):
+    model, x = networks.small(BasicBlock), torch.randn(X)
+    frozen = in_int8(model, x, keep=["layer1"])
+    found = fused_resnet.explain(frozen, x, roofline=Roofline(1e10, 1e11))
+    rows = {row.name: row for row in found.rows}
+    (first, *_) = [region.fragment.scales for region in int8_regions(frozen, x)]
+    assert rows["conv1"].problem.dtype == torch.int8
+    assert rows["conv1"].scales == {"x": f"s8 {first[0].scale:.4g}", "out": f"u8 {first[1].scale:.4g}"}
+    assert set(rows["layer2.0.downsample.0"].scales) == {"x", "residual", "out"}
+    assert rows["layer1.0.conv1"].not_int8 == "keep asked for it" and rows["layer1.0.conv1"].scales is None
+    text = str(found)
+    assert "not int8: layer1.0.conv1, layer1.0.conv2, " in text and ": keep asked for it" in text
+    assert f"int8: conv1: x s8 {first[0].scale:.4g}, out u8" in text

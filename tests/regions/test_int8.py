@@ -1,0 +1,424 @@
+"""Regions of int8: every kernel that runs here, by its name, gives the bytes of the reference. Nothing may differ."""
+
+import random
+
+import pytest
+import torch
+
+from fused_resnet.kernels import compiled
+from fused_resnet.operators import quantized
+from fused_resnet.operators.describe import conv_problem
+from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.quantized import Epilogue, Quantized
+from fused_resnet.regions import fragment, layout, program
+from fused_resnet.regions.exact import run_reference
+from fused_resnet.regions.fragment import ConvStep, FlattenStep, Fragment, PoolStep
+from fused_resnet.regions.program import Region, Requantizing, Segment
+from tests.regions.test_exact import Block
+from tests.support.regions import int8_kernels, threads
+
+if compiled.load("cpu") is not None:
+    pytest.skip(compiled.load("cpu"), allow_module_level=True)
+
+KERNELS = int8_kernels()
+CHANNELS = (1, 3, 5, 17, 32, 33, 40, 64, 64, 70, 100, 130)
+
+
+class Drawn:
+    """A fragment with its weights, constants and inputs. Sums meet ties, and reach beyond bytes and beyond int32."""
+
+    def __init__(self, seed, steps=8):
+        self.draw, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.N, self.steps, self.weights, self.epilogues = self.draw.choice((1, 1, 2, 3)), [], {}, {}
+        self.shapes = [self.image() for _ in range(self.draw.choice((1, 1, 2)))]
+        self.values, self.scales = list(self.shapes), [self.kept(self.draw.random() < 0.5) for _ in self.shapes]
+        for _ in range(self.draw.randint(1, steps)):
+            self.draw.choices((self.convolution, self.maximum, self.means), (80, 15, 5))[0]()
+        first = len(self.shapes)
+        kept = [value for value in range(first, len(self.values)) if self.draw.random() < 0.2]
+        outputs = tuple(sorted({len(self.values) - 1, *kept}))
+        self.fragment = Fragment(tuple(self.shapes), tuple(self.steps), outputs, torch.int8, scales=tuple(self.scales))
+
+    def image(self):
+        return self.N, self.draw.choice(CHANNELS), self.draw.randint(1, 13), self.draw.randint(1, 19)
+
+    def kept(self, is_signed):
+        return Quantized(self.draw.choice((1.0, 0.25, 0.0173, 3.1)), is_signed)
+
+    def source(self):
+        """A map, of the last ones."""
+        return self.draw.choice([value for value, how in enumerate(self.scales) if how is not None][-4:])
+
+    def add(self, step, shape, how):
+        self.steps.append(step)
+        self.values.append(shape)
+        self.scales.append(how)
+
+    def maximum(self):
+        x, draw = self.source(), self.draw
+        N, C, H, W = self.values[x]
+        window = draw.randint(1, min(3, H)), draw.randint(1, min(3, W))
+        stride, padding = (draw.randint(1, 3), draw.randint(1, 3)), tuple(draw.randint(0, side // 2) for side in window)
+        P, Q = ((size + 2 * p - k) // s + 1 for size, k, s, p in zip((H, W), window, stride, padding))
+        self.add(PoolStep("max", x, window, stride, padding, False), (N, C, P, Q), self.scales[x])
+
+    def means(self):
+        x = self.source()
+        N, C, *sides = self.values[x]
+        self.add(PoolStep("average", x, tuple(sides), tuple(sides), (0, 0), False), (N, C, 1, 1), None)
+        self.add(FlattenStep(len(self.values) - 1), (N, C, 1, 1), None)
+
+    def convolution(self):
+        x, draw = self.source(), self.draw
+        sides, window = self.values[x][2:], ((1, 1), (1, 1), (0, 0), (1, 1))
+        chosen = draw.random()
+        if chosen < 0.3:
+            window = (3, 3), (draw.choice((1, 1, 2)),) * 2, (1, 1), (1, 1)
+        elif chosen < 0.7:
+            size = draw.choice((1, 1, 2, 3, 5, 7)), draw.choice((1, 1, 2, 3, 4, 7))
+            dilation = draw.choice(((1, 1), (1, 1), (2, 1), (1, 3)))
+            window = size, (draw.randint(1, 3), draw.randint(1, 3)), tuple(draw.randint(0, s) for s in size), dilation
+        if min(outputs_of(sides, window)) < 1:
+            window = (1, 1), (1, 1), (0, 0), (1, 1)
+        alike = [
+            value
+            for value, shape in enumerate(self.values)
+            if shape[2:] == outputs_of(sides, window) and self.scales[value] is not None
+        ]
+        residual = draw.choice(alike) if alike and draw.random() < 0.6 else None
+        K = draw.choice(CHANNELS) if residual is None else self.values[residual][1]
+        self.weigh(x, K, *window, residual=residual, activation=draw.choice(("none", "relu", "relu6")))
+
+    def weigh(self, x, K, size, stride=(1, 1), padding=(0, 0), dilation=(1, 1), activation="relu", residual=None):
+        N, C, *sides = self.values[x]
+        place, shape = len(self.steps), (N, K, *outputs_of(sides, (size, stride, padding, dilation)))
+        self.weights[place] = self.bytes((K, C, *size), -127, 128)
+        self.epilogues[place] = self.constants(K, C * size[0] * size[1], activation, residual)
+        meta = lambda shape: torch.empty(shape, device="meta")  # noqa: E731
+        added = None if residual is None else meta(shape)
+        operands = ConvOperands(meta((N, C, *sides)), self.weights[place].float().to("meta"), residual=added)
+        problem = conv_problem(operands, stride, padding, dilation, 1, activation)
+        self.add(
+            ConvStep(problem._replace(device="cpu", dtype=torch.int8), x, residual),
+            shape,
+            self.kept(activation == "none"),
+        )
+
+    def bytes(self, shape, low, high):
+        """Of all sizes, or extreme ones alone."""
+        if self.draw.random() < 0.1:
+            choice = torch.randint(0, 2, shape, generator=self.generator)
+            return (low + choice * (high - 1 - low)).to(torch.int8)
+        return torch.randint(low, high, shape, generator=self.generator).to(torch.int8)
+
+    def constants(self, K, reduced, activation, residual):
+        spread = 100 / (reduced**0.5 * 100 * 74)
+        multiplier = torch.rand(K, generator=self.generator) * spread
+        bias = torch.randn(K, generator=self.generator) * 40
+        factor = torch.tensor(self.draw.random() if residual is not None else 0.0).item()
+        kind = self.draw.random()
+        if kind < 0.4:  # ties
+            multiplier = torch.full((K,), 2.0 ** round(torch.tensor(spread).log2().item()))
+            bias, factor = (bias * 2).round() / 2, factor and 0.5
+        elif kind < 0.5:
+            multiplier = multiplier * self.draw.choice((1e6, 1e12, 1e36))
+        elif kind < 0.55:
+            bias = bias * 1e37
+        is_signed = activation == "none"
+        high = 127.0 if is_signed else torch.tensor(100.3).item() if activation == "relu6" else 255.0
+        return Epilogue(multiplier, bias, factor, -128.0 if is_signed else 0.0, high, is_signed)
+
+    def inputs(self):
+        found = []
+        for shape, how in zip(self.shapes, self.scales):
+            x = torch.randn(shape, generator=self.generator) * 100 * how.scale
+            if self.draw.random() < 0.5:
+                x = (x / how.scale * 2).round() / 2 * how.scale  # ties
+            for value in (torch.nan, torch.inf, -torch.inf):
+                x.view(-1)[self.draw.randrange(x.numel())] = value
+            x = x.bfloat16() if self.draw.random() < 0.3 else x
+            found.append(x.contiguous(memory_format=torch.channels_last) if self.draw.random() < 0.5 else x)
+        return found
+
+    def region(self):
+        return compile_(self.fragment, self.weights, self.epilogues)
+
+
+def compile_(whole, weights, epilogues):
+    packed = {place: fragment.pack(whole, place, [weight]) for place, weight in weights.items()}
+    return fragment.compile_fragment(whole, packed, epilogues)
+
+
+def outputs_of(sides, window):
+    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(sides, *window))
+
+
+def call(region, inputs, kernel):
+    """Neither the workspace nor the outputs hold numbers before."""
+    outputs = [
+        torch.full(shape, torch.nan).contiguous(memory_format=torch.channels_last) for shape in region.output_shapes
+    ]
+    workspace = region.empty_workspace().fill_(0xA5)
+    torch.ops.fused_resnet.cpu_region(
+        region.program, list(inputs), region.weights, region.biases, kernel, workspace, outputs
+    )
+    return outputs
+
+
+def differing(outputs, expected):
+    return sum((y.flatten() != right.flatten()).sum().item() for y, right in zip(outputs, expected))
+
+
+def test_there_is_a_kernel_for_any_machine():
+    assert {"portable_int8", "amx_int8_emulated"} <= set(KERNELS)
+
+
+@pytest.mark.parametrize("cache", [0, 2000, 30_000, 2**21], ids=lambda cache: f"{cache} bytes of cache")
+def test_no_byte_differs_in_random_fragments(monkeypatch, cache):
+    monkeypatch.setattr(program, "second_level_cache_bytes", lambda: cache)
+    for seed in range(40):
+        drawn = Drawn(1000 * cache + seed)
+        inputs, region = drawn.inputs(), drawn.region()
+        expected = run_reference(drawn.fragment, drawn.weights, drawn.epilogues, inputs)
+        assert len(expected) == len(region.output_shapes)
+        for kernel in KERNELS:
+            assert differing(call(region, inputs, kernel), expected) == 0, (kernel, seed, drawn.fragment)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_threads_change_no_byte(kernel):
+    """Whether they split pixels or output channels."""
+    for shape, size, K in (((3, 40, 14, 14), 3, 100), ((1, 300, 3, 5), 1, 600)):
+        drawn = Drawn(7)
+        drawn.N, drawn.shapes = shape[0], [shape]
+        drawn.values, drawn.scales = [shape], [Quantized(0.1, False)]
+        drawn.steps, drawn.weights, drawn.epilogues = [], {}, {}
+        drawn.weigh(0, K, (size, size), padding=(size // 2,) * 2)
+        drawn.fragment = Fragment((shape,), tuple(drawn.steps), (1,), torch.int8, tuple(drawn.scales))
+        inputs, results = drawn.inputs(), []
+        for count in (1, 2, 3, 16):
+            with threads(count):
+                results.append(call(drawn.region(), inputs, kernel)[0])
+        assert all(torch.equal(result, results[0]) for result in results) and results[0].unique().numel() > 20
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_longest_reduction_of_the_largest_bytes(kernel):
+    """255 * 127 * 66,310 and its like stay within int32; a longer reduction is refused."""
+    for is_signed, value, weight in ((False, 255, 127), (False, 255, -127), (True, -128, 127), (True, 127, -128)):
+        how, K = Quantized(1.0, is_signed), 66_310
+        region = Region(torch.int8)
+        x, w = region.read((1, K, 1, 1), how), torch.full((3, K, 1, 1), weight, dtype=torch.int8)
+        exact = value * weight * K
+        # the sum less what fp32 makes of it, and a number that tells a bit of it from another
+        shift = -torch.tensor(exact, dtype=torch.float64).float() * 2.0**-7
+        epilogue = Epilogue(torch.full((3,), 2.0**-7), shift + torch.tensor([0.0, 5.0, 77.0]), 0.0, 0.0, 255.0, False)
+        requantizing = Requantizing(epilogue, is_signed)
+        region.write(region.convolve([Segment(x, w)], None, requantizing=requantizing), Quantized(1.0, False))
+        images = torch.full((1, K, 1, 1), float(value))
+        expected = quantized.conv_act(quantized.quantize(images, how), w, epilogue)
+        assert torch.equal(call(region.compile(), [images], kernel)[0], expected.float())
+    longer = torch.zeros(3, K + 1, 1, 1, dtype=torch.int8)
+    with pytest.raises(ValueError, match="sums of 66,311 products may leave int32"):
+        region.convolve([Segment(region.read((1, K + 1, 1, 1), how), longer)], None, requantizing=requantizing)
+
+
+def test_weights_and_constants_lie_in_the_order_of_their_use():
+    K, C, R, S = 40, 70, 2, 3
+    weight = torch.randint(-127, 128, (K, C, R, S)).to(torch.int8)
+    packed = layout.pack_weight(weight, torch.int8)
+    assert packed.shape == (2, 2 * R * S, 2, 16, 64) and packed.is_contiguous()
+    for k, c, r, s in ((0, 0, 0, 0), (39, 69, 1, 2), (17, 33, 0, 2), (31, 15, 1, 0)):
+        step = (c // 64 * R + r) * S + s
+        assert packed[k // 32, step, k % 32 // 16, c % 64 // 4, k % 16 * 4 + c % 4] == weight[k, c, r, s]
+    assert packed[1, :, 1].count_nonzero() == 0  # outputs 48 to 63
+    constants = layout.pack_constants(Epilogue(torch.rand(K), torch.rand(K), 0.0, 0.0, 255.0, False), packed)
+    assert constants.shape == (2, 3, 32) and constants[1, :, 8:].count_nonzero() == 0
+    assert torch.equal(constants[:, 2].flatten()[:K], -128 * weight.sum((1, 2, 3), dtype=torch.float32))
+    with pytest.raises(TypeError, match="a weight of torch.float32 is not packed as torch.int8"):
+        layout.pack_weight(weight.float(), torch.int8)
+
+
+def test_what_does_not_fit_together_is_refused():
+    region, how = Region(torch.int8), Quantized(0.5, False)
+    x, weight = region.read((1, 16, 4, 4), how), torch.zeros(32, 16, 1, 1, dtype=torch.int8)
+    right = Requantizing(Epilogue(torch.ones(32), torch.ones(32), 0.0, 0.0, 255.0, False), False)
+    wrong = right._replace(epilogue=right.epilogue._replace(multiplier=torch.ones(31)))
+    for bias, options, sentence in (
+        (None, {}, "constants of int8 belong to its regions alone, and this one is torch.int8"),
+        (torch.ones(32), dict(requantizing=right), "constants in place of bias and activation"),
+        (None, dict(requantizing=right, activation="relu"), "constants in place of bias and activation"),
+        (None, dict(requantizing=wrong), "32 channels have as many constants"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            region.convolve([Segment(x, weight)], bias, **options)
+    with pytest.raises(ValueError, match="write: a scale belongs to regions of int8 alone"):
+        region.write(x)
+    with pytest.raises(ValueError, match="read: a scale belongs to regions of int8 alone"):
+        Region(torch.float32).read((1, 16, 4, 4), how)
+    with pytest.raises(ValueError, match="there is no average but write_means"):
+        region.pool(x, "average", (2, 2), (2, 2), how=how)
+
+
+def test_fragments_that_are_no_int8_are_refused():
+    block = Block()
+    steps, scales = block.fragment.steps, block.fragment.scales
+    for place, step, sentence in (
+        (0, steps[0]._replace(is_linear=True), "int8 has no step for a linear layer"),
+        (0, steps[0]._replace(problem=steps[0].problem._replace(groups=2)), "no step for a convolution of groups"),
+        (5, steps[5]._replace(window=(2, 2)), r"no step for an average over \(2, 2\) of \(6, 5\) pixels"),
+    ):
+        whole = block.fragment._replace(steps=(*steps[:place], step, *steps[place + 1 :]))
+        with pytest.raises(ValueError, match=sentence):
+            compile_(whole, block.q, block.epilogues)
+    for value, how in ((1, None), (2, Quantized(9.0, False)), (6, Quantized(1.0, False))):
+        whole = block.fragment._replace(scales=(*scales[:value], how, *scales[value + 1 :]))
+        with pytest.raises(ValueError, match="scales that do not belong to it"):
+            compile_(whole, block.q, block.epilogues)
+
+
+class Call:
+    """A convolution with a residual, a maximum of its result and the mean of that, as the operator takes them."""
+
+    def __init__(self):
+        region, how = Region(torch.int8), Quantized(0.5, False)
+        x, y = region.read((1, 16, 6, 6), how), region.read((1, 32, 6, 6), how)
+        weight, ones = torch.ones(32, 16, 3, 3, dtype=torch.int8), torch.ones(32)
+        epilogue = Epilogue(ones / 64, ones, 1.0, 0.0, 255.0, False)
+        requantizing = Requantizing(epilogue, False)
+        z = region.convolve([Segment(x, weight, padding=(1, 1))], None, residual=y, requantizing=requantizing)
+        pooled = region.pool(z, "max", (2, 2), (2, 2), how=how)
+        region.write(pooled, how)
+        region.write_means(pooled, how)
+        self.region = region.compile()
+        self.program = self.region.program.tolist()
+        self.inputs = [torch.randn(1, 16, 6, 6), torch.randn(1, 32, 6, 6)]
+        self.weights, self.biases = list(self.region.weights), list(self.region.biases)
+        self.workspace = self.region.empty_workspace()
+        self.outputs = [torch.full(shape, torch.nan).contiguous(memory_format=torch.channels_last)
+                        for shape in self.region.output_shapes]  # fmt: skip
+
+    def run(self):
+        program = torch.tensor(self.program, dtype=torch.int64)
+        torch.ops.fused_resnet.cpu_region(
+            program, self.inputs, self.weights, self.biases, "", self.workspace, self.outputs
+        )
+
+
+def put(place, value):
+    return lambda call: call.program.__setitem__(place, value)
+
+
+# version, dtype, number of buffers, four buffers of 7, two inputs of 9 and a halo's 2, the convolution of 23, a maximum
+# of 12, an output of 6, means of 6
+INPUT = 3 + 4 * 7 + 2
+CONVOLUTION = INPUT + 2 * 9
+MAXIMUM = CONVOLUTION + 23
+OUTPUT = MAXIMUM + 12
+INFINITE, ONE = 0x7F800000, 0x3F800000
+WRONG = {
+    "1 / scale must be finite, not inf": put(INPUT + 7, INFINITE),
+    "1 / scale must be from 0 to 4294967295": put(INPUT + 7, -1),
+    "whether bytes are signed must be from 0 to 1, not 2": put(INPUT + 8, 2),
+    "one segment and no activation, not 1 and relu": put(CONVOLUTION + 3, 1),
+    "the constants' number must be from 0 to 0, not -1": put(CONVOLUTION + 6, -1),
+    "a residual's factor must be finite": put(CONVOLUTION + 18, INFINITE),
+    "the bounds of bytes are 0 and at most 255, or -128 and 127, not 1 and 255": put(CONVOLUTION + 19, ONE),
+    "the bounds of bytes .*, not 0 and -2": put(CONVOLUTION + 20, 0xC0000000),
+    "in int8 poolings are maxima": put(MAXIMUM + 1, 0),
+    "a scale must be finite": put(OUTPUT + 4, INFINITE),
+    "_int8 has no step 6|_vnni has no step 6": put(OUTPUT, 6),
+    "an output must be Float beside .*, not Char": lambda call: call.outputs.__setitem__(0, call.outputs[0].char()),
+    "an output must have the shape \\(1, 32, 1, 1\\)": put(OUTPUT + 6 + 2, 0),
+    "a weight must be contiguous and of the dtype": lambda call: call.weights.__setitem__(0, call.weights[0].float()),
+    "a weight must have the shape": lambda call: call.weights.__setitem__(0, call.weights[0][:, 1:].contiguous()),
+    "a convolution's constants must have the shape": lambda call: call.biases.__setitem__(
+        0, call.biases[0][:, :2].contiguous()
+    ),
+    "constants must be contiguous and float32": lambda call: call.biases.__setitem__(0, call.biases[0].double()),
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG)
+def test_it_refuses(sentence):
+    """And nothing of the program has run then. As it was, it runs."""
+    call = Call()
+    call.run()
+    assert not any(output.isnan().any() for output in call.outputs)
+    for output in call.outputs:
+        output.fill_(torch.nan)
+    WRONG[sentence](call)
+    with pytest.raises(RuntimeError, match=sentence):
+        call.run()
+    assert all(output.isnan().all() for output in call.outputs if output.is_floating_point())
+
+
+class Network(Drawn):
+    """A whole ResNet without its classifier, to the mean of its last map: ResNet-20's or ResNet-50's blocks."""
+
+    def __init__(self, N, side, blocks, is_bottleneck, seed=0):
+        self.draw, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.N, self.steps, self.weights, self.epilogues = N, [], {}, {}
+        self.shapes, self.values, self.scales = [(N, 3, side, side)], [(N, 3, side, side)], [Quantized(0.02, True)]
+        if is_bottleneck:
+            y = self.conv(0, 64, 7, 2)
+            P = (self.values[y][2] - 1) // 2 + 1
+            self.add(PoolStep("max", y, (3, 3), (2, 2), (1, 1), False), (N, 64, P, P), self.scales[y])
+        else:
+            self.conv(0, 16, 3, 1)
+        for stage, count in enumerate(blocks):
+            for block in range(count):
+                stride, x = 2 if stage > 0 and block == 0 else 1, len(self.values) - 1
+                width = (64 if is_bottleneck else 16) * 2**stage
+                K = width * (4 if is_bottleneck else 1)
+                y = self.conv(self.conv(x, width, 1, 1), width, 3, stride) if is_bottleneck else x
+                y = y if is_bottleneck else self.conv(x, width, 3, stride)
+                skip = self.conv(x, K, 1, stride, "none") if block == 0 and K != self.values[x][1] else x
+                self.conv(y, K, 1 if is_bottleneck else 3, 1, residual=skip)
+        self.means()
+        self.fragment = Fragment(
+            tuple(self.shapes), tuple(self.steps), (len(self.values) - 1,), torch.int8, scales=tuple(self.scales)
+        )
+
+    def source(self):
+        return len(self.values) - 1
+
+    def conv(self, x, K, size, stride, activation="relu", residual=None):
+        self.weigh(x, K, (size, size), (stride, stride), (size // 2,) * 2, (1, 1), activation, residual)
+        return len(self.values) - 1
+
+    def kept(self, is_signed):
+        return Quantized(0.05, is_signed)
+
+    def constants(self, K, reduced, activation, residual):
+        multiplier = (0.5 + torch.rand(K, generator=self.generator)) / (reduced**0.5 * 100)
+        bias = torch.randn(K, generator=self.generator) * 20
+        factor = torch.tensor(0.0 if residual is None else 0.8).item()
+        is_signed = activation == "none"
+        low, high = (-128.0, 127.0) if is_signed else (0.0, 255.0)
+        return Epilogue(multiplier, bias, factor, low, high, is_signed)
+
+
+def resnet20(N):
+    return Network(N, 32, (3, 3, 3), False)
+
+
+def resnet50(N, side=224):
+    return Network(N, side, (3, 4, 6, 3), True)
+
+
+def assert_no_byte_differs(drawn):
+    inputs, region = drawn.inputs(), drawn.region()
+    expected = run_reference(drawn.fragment, drawn.weights, drawn.epilogues, inputs)
+    assert expected[0].unique().numel() > 50  # neither zeros nor the largest bytes alone
+    for kernel in KERNELS:
+        assert differing(call(region, inputs, kernel), expected) == 0, kernel
+
+
+def test_no_byte_differs_in_resnet20():
+    assert_no_byte_differs(resnet20(2))
+
+
+@pytest.mark.full
+def test_no_byte_differs_in_resnet50():
+    assert_no_byte_differs(resnet50(1))
