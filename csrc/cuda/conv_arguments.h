@@ -28,8 +28,8 @@ struct EpilogueArguments {
 struct ConvArguments {
   ConvShape shape;
   EpilogueArguments epilogue;
-  const void* x;              // N H W C
-  const void* weight;         // K R S C/groups
+  const void* x;             // N H W C
+  const void* weight;        // K R S C/groups
   void* out;                 // N P Q K
   bool has_vector_rows;      // K, K / groups, out and residual allow 16-byte accesses
   int splits = 1;            // parts of the reduction, each summed by blocks of its own

@@ -177,8 +177,8 @@ void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::
 
 bool is_signed_byte(const char* name, const Tensor& t) {
   const bool is_signed = t.scalar_type() == ScalarType::Char;
-  STD_TORCH_CHECK(is_signed || t.scalar_type() == ScalarType::Byte, kConv, ": ", name,
-                  " must be uint8 or int8, not ", dtype_text(t));
+  STD_TORCH_CHECK(is_signed || t.scalar_type() == ScalarType::Byte, kConv, ": ", name, " must be uint8 or int8, not ",
+                  dtype_text(t));
   return is_signed;
 }
 

@@ -16,8 +16,18 @@ uintptr_t address(const void* pointer) {
 
 EpilogueArguments epilogue_of(const PtxConv& conv) {
   const auto vector = [&](int i) { return ChannelVector{conv.vectors[i], static_cast<Dtype>(conv.vector_dtypes[i])}; };
-  return {vector(0), vector(1), vector(2), vector(3), vector(4), conv.eps, static_cast<Activation>(conv.activation),
-          conv.residual, conv.residual_scale, conv.low, conv.high, conv.residual_sign};
+  return {vector(0),
+          vector(1),
+          vector(2),
+          vector(3),
+          vector(4),
+          conv.eps,
+          static_cast<Activation>(conv.activation),
+          conv.residual,
+          conv.residual_scale,
+          conv.low,
+          conv.high,
+          conv.residual_sign};
 }
 
 // What csrc/cuda/sm80/conv_bn_act.cu does before it starts a kernel.

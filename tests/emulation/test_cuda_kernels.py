@@ -13,12 +13,13 @@ from fused_resnet import backends, choosing
 from fused_resnet.backends import cuda
 from fused_resnet.emulation import cuda_launches, library
 from fused_resnet.emulation.kernel import LANDINGS, SCHEDULES
-from fused_resnet.emulation.operands import operands_of
+from fused_resnet.emulation.operands import int8_operands_of, operands_of
 from fused_resnet.machine import devices
-from fused_resnet.operators import layout, reference
-from fused_resnet.operators.describe import conv_problem
-from fused_resnet.operators.operands import VECTORS, ConvOperands
+from fused_resnet.operators import layout, quantized, reference
+from fused_resnet.operators.describe import conv_int8_problem, conv_problem
+from fused_resnet.operators.operands import VECTORS, ConvOperands, Int8Operands
 from fused_resnet.operators.problem import ACTIVATIONS, ConvProblem, parsed_problem
+from fused_resnet.operators.quantized import Epilogue
 
 pytestmark = [
     pytest.mark.skipif(library.why_missing() is not None, reason=library.why_missing() or ""),
@@ -202,6 +203,19 @@ def emulated_library(monkeypatch):
         p = conv_problem(o, *map(tuple, window), groups, activation)
         out.copy_(run(p, layout.all_channels_last(o), tile, splits))
 
+    def of_bytes(x, weight, multiplier, bias, residual, factor, low, high, *arguments):
+        (*window, groups, tile, partials, out), is_signed = arguments, low < 0
+        tensors = [t for t in (x, weight, residual, out) if t is not None]
+        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+        splits = 1 if partials is None else partials.shape[0]
+        assert splits == 1 or (partials.shape == (splits, out.numel()) and partials.dtype == torch.int32)
+        ran.append((tile, splits))
+        o = Int8Operands(x, weight, Epilogue(multiplier, bias, factor, low, high, is_signed), residual)
+        activation = "none" if is_signed else "relu"
+        p = conv_int8_problem(o, *map(tuple, window), groups, activation)
+        _, outcomes = cuda_launches.conv_bn_act(p, o, 80, tile, splits, out=out)
+        assert [report for outcome in outcomes for report in outcome.reports] == []
+
     def configs(x, weight, stride, padding, dilation, groups, element_bytes, is_aligned, index):
         per_filter = weight[1] * weight[2] * weight[3]
         shape = checks.ConvShape((x[0], *x[2:], x[1]), (weight[0], *weight[2:], weight[1]), tuple(stride),
@@ -219,6 +233,7 @@ def emulated_library(monkeypatch):
     cuda._choice.cache_clear()
     with torch.library._scoped_library("fused_resnet", "IMPL") as scoped:
         scoped.impl("cuda_conv_bn_act", kernel, "CPU")
+        scoped.impl("cuda_conv_int8", of_bytes, "CPU")
         scoped.impl("cuda_conv_configs", configs, "CompositeExplicitAutograd")
         yield ran
     cuda._choice.cache_clear()
@@ -240,6 +255,20 @@ def test_every_config_of_the_backend_is_right(emulated_library, dtype):
     for config in (None, *configs):
         assert_close(p, o, choosing.Selection(CUDA, config).run(p, o))
         assert emulated_library[-1] == (config or default)
+
+
+@pytest.mark.parametrize("dtype, activation", [("uint8", "relu6"), ("int8", "none")])
+def test_bytes_reach_the_operator(emulated_library, dtype, activation):
+    """From operands in any layout, with the default and with a split config."""
+    p = parsed_problem(f"{SMALL_BATCH} {dtype} bias+add {activation}", "cpu")
+    o = int8_operands_of(p)
+    o = o._replace(x=o.x.contiguous(), residual=o.residual.contiguous())
+    expected = quantized.conv_act(o.x, o.weight, o.epilogue, p.stride, p.padding, p.dilation, p.groups, o.residual)
+    for config in (None, cuda.CudaConfig(3, 2)):
+        out = cuda.INT8.run(p, o) if config is None else cuda.INT8.run(p, o, config=config)
+        assert torch.equal(out, expected) and out.dtype == p.output_dtype
+        assert out.is_contiguous(memory_format=torch.channels_last)
+    assert emulated_library[-1] == (3, 2) and len(emulated_library) == 2
 
 
 def test_where_operands_are_not_aligned_a_config_that_needs_it_gives_way(emulated_library):

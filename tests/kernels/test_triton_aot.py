@@ -188,7 +188,7 @@ def test_bytes(compiler_environment, arch, which):
         by_wgmma = arch == 90 and dtype == "int8"
         assert ("IGMMA" in found, "IMMA" in found) == (by_wgmma, not by_wgmma), report
         assert not by_wgmma or loops[1] == 0, "A comes from shared memory"
-        if " 3x224x224" not in report["problem"]:
+        if "x3x224x224" not in report["problem"]:
             assert "LDGSTS" in found or "UTMALDG" in found, report
 
 

@@ -8,7 +8,7 @@ namespace fused_resnet {
 
 constexpr int kChunkBytes = 16;    // one cp.async, one row of an 8x8 ldmatrix
 constexpr int kChunksPerRow = 8;   // 128 bytes of the reduction
-constexpr int kStepsPerStage = 4;  // one mma takes 32 bytes of the reduction: m16n8k16 half, m16n8k8 TF32, m16n8k32 bytes
+constexpr int kStepsPerStage = 4;  // one mma takes 32 bytes of the reduction: m16n8k16 half, m16n8k8 TF32, k32 bytes
 
 // Shared memory of a tile is rows of eight chunks. The XOR spreads the same chunk of eight consecutive rows, which
 // is what one ldmatrix phase reads, over all 32 banks.
@@ -47,10 +47,10 @@ FUSED_RESNET_HD int accumulator_column(int lane, int i) {
   return 2 * (lane % 4) + i % 2;
 }
 
-// Index of (row, column) in the staged sums, `pitch` of them per row: staging_pitch() of a tile. A thread reads 16 bytes
-// of them at a time, up to 16 columns in a row. It would meet the banks of its neighbours, eight or sixteen columns on,
-// if quads were not exchanged from one group of 32 columns to the next. Narrow rows lie two in a line of 32 banks:
-// there they are exchanged from one line to the next, and by half a row from one to its neighbour.
+// Index of (row, column) in the staged sums, `pitch` of them per row: staging_pitch() of a tile. A thread reads 16
+// bytes of them at a time, up to 16 columns in a row. It would meet the banks of its neighbours, eight or sixteen
+// columns on, if quads were not exchanged from one group of 32 columns to the next. Narrow rows lie two in a line of 32
+// banks: there they are exchanged from one line to the next, and by half a row from one to its neighbour.
 FUSED_RESNET_HD int staging_position(int row, int column, int pitch) {
   const int line = row >> 1;
   const int swizzle = (pitch < 32 ? line ^ (line << 1) : column >> 5) & 3;

@@ -91,9 +91,10 @@ def default_config(problem: ConvProblem) -> TritonConfig:
 def _pointer_tiles(problem: ConvProblem) -> list[TritonConfig]:
     """All fit into 99 KiB of shared memory, so that they run on every GPU from sm_80 on. Eight warps are for pointwise
     convolutions only (SAFE_WARPS), since `default_config` takes these unmeasured."""
+    has_masks = problem.C // problem.groups % _step(problem) != 0  # for each element, with divisions: registers
     if problem.dtype == torch.uint8:
-        tiles = [tile for tile in _UINT8_TILES if tile[1] <= 128]
-    elif problem.C // problem.groups % _step(problem):  # masks and divisions for each element take registers
+        tiles = [tile for tile in _UINT8_TILES if tile[0] * tile[1] <= (32 * 64 if has_masks else 32 * 128)]
+    elif has_masks:
         tiles = [(64, 64, 4, 3), (64, 32, 4, 3), (32, 32, 4, 3)]
     elif problem.dtype == torch.float32:
         tiles = [(64, 64, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3), (32, 32, 4, 3)]
