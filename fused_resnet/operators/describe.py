@@ -66,13 +66,8 @@ def conv_int8_problem(
 ) -> ConvProblem:
     """Check the operands of a convolution of bytes and describe them.
 
-    <<<<<<< HEAD
-        Raises TypeError for dtypes and devices. Raises ValueError for shapes and parameters, for an epilogue that is not
-        the activation's, and for sums that may leave int32.
-    =======
-        Raises TypeError for dtypes and devices, ValueError for shapes and parameters. Another ValueError is for an epilogue
-        that is not the activation's, or for sums that may leave int32.
-    >>>>>>> int8-gpu
+    Raises TypeError for dtypes and devices, ValueError for shapes and parameters. Another ValueError is for an epilogue
+    that is not the activation's, or for sums that may leave int32.
     """
     op, (x, weight, epilogue, residual, filter_sums) = "conv_int8", operands
     bytes_of = {"x": x} if residual is None else {"x": x, "residual": residual}

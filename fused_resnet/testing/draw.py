@@ -61,11 +61,7 @@ class _Draw:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def bytes(self, dtype: torch.dtype, *shape: int) -> Tensor:
-<<<<<<< HEAD
-        """Bytes of all values, or the two furthest apart alone, whose sums are the largest."""
-=======
         """All values, or the two furthest apart alone, whose sums are the largest."""
->>>>>>> int8-gpu
         limits = torch.iinfo(dtype)
         drawn = torch.randint(limits.min, limits.max + 1, shape, generator=self.generator)
         if self.rng.random() < 0.1:

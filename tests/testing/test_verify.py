@@ -127,11 +127,7 @@ def test_draws_of_bytes_cover_what_they_should():
 
 
 def test_a_byte_that_differs_is_counted_and_shown(monkeypatch):
-<<<<<<< HEAD
-    """A backend that is the reference with its result spoilt is found; one that is right compares all bytes."""
-=======
     """A backend that is the reference compares all bytes; with its result spoilt, one differs."""
->>>>>>> int8-gpu
 
     def run(problem, operands):
         p, o = problem, operands
