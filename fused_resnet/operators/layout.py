@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar, Union
 
 import torch
 from torch import Tensor
 
 from fused_resnet.operators.operands import ConvOperands, Int8Operands
 
-Operands = TypeVar("Operands", ConvOperands, Int8Operands)
+Operands = TypeVar("Operands", bound=Union[ConvOperands, Int8Operands])
 
 
 def empty_output(problem, like: Tensor, channels_last: bool = True) -> Tensor:
@@ -20,7 +20,8 @@ def empty_output(problem, like: Tensor, channels_last: bool = True) -> Tensor:
 
 
 def all_channels_last(operands: Operands) -> Operands:
-    return operands.map(lambda tensor: channels_last(tensor) if tensor.dim() == 4 else tensor.contiguous())
+    moved: Any = operands.map(lambda tensor: channels_last(tensor) if tensor.dim() == 4 else tensor.contiguous())
+    return moved
 
 
 def channels_last(tensor: Tensor) -> Tensor:
