@@ -228,8 +228,9 @@ def verify(problems: int, seed: int, here: dict[str, torch.dtype]) -> Report:
 
 
 def kernels_here() -> dict[str, torch.dtype]:
-    """{name: dtype} of the micro-kernels that run on this machine; none without the library."""
-    return {kernel.name: kernel.dtype for kernel in kernels.table() if not kernel.why_not}
+    """{name: dtype} of the micro-kernels for floats that run on this machine; none without the library."""
+    here = [kernel for kernel in kernels.table() if not kernel.why_not]
+    return {kernel.name: kernel.dtype for kernel in here if kernel.dtype in layout.DTYPES}
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
