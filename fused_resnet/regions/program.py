@@ -522,7 +522,7 @@ class Region:
 
 
 def _bits(value: float) -> int:
-    """Of a number rounded to fp32."""
+    """The bits of a number rounded to fp32."""
     return struct.unpack("I", struct.pack("f", value))[0]
 
 

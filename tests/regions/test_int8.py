@@ -105,7 +105,7 @@ class Drawn:
         )
 
     def bytes(self, shape, low, high):
-        """Of all sizes, or extreme ones alone."""
+        """Weights of all sizes, or extreme ones alone."""
         if self.draw.random() < 0.1:
             choice = torch.randint(0, 2, shape, generator=self.generator)
             return (low + choice * (high - 1 - low)).to(torch.int8)

@@ -85,6 +85,7 @@ struct MaddDot {
   static constexpr int kOutputs = kBytes / 8;
   static constexpr bool kIsOffset = false;
   using Sums = typename Ints<kBytes / 4>::Vector;
+  using Pairs = typename VectorOf<uint64_t, kBytes>::Vector;  // of a sum's parts
   using Shorts = typename VectorOf<int16_t, kBytes>::Vector;
   using Unsigned = typename VectorOf<uint8_t, kBytes / 2>::Vector;
   using Signed = typename VectorOf<int8_t, kBytes / 2>::Vector;
@@ -93,12 +94,13 @@ struct MaddDot {
   using Pixel = Shorts;
 
   static FUSED_RESNET_INLINE void begin(const int32_t* from, Sums* sums) {
-    Sums value = {};
-    for (int i = 0; i < kOutputs; ++i) value[2 * i] = from[i];
-    *sums = value;
+    const auto begun = *reinterpret_cast<const typename VectorOf<uint32_t, kBytes / 2>::Unaligned*>(from);
+    *sums = reinterpret_cast<Sums>(__builtin_convertvector(begun, Pairs));
   }
   static FUSED_RESNET_INLINE void end(const Sums& sums, int32_t* to) {
-    for (int i = 0; i < kOutputs; ++i) to[i] = sums[2 * i] + sums[2 * i + 1];
+    const Pairs parts = reinterpret_cast<Pairs>(sums), total = parts + (parts >> 32);
+    *reinterpret_cast<typename VectorOf<uint32_t, kBytes / 2>::Unaligned*>(to) =
+        __builtin_convertvector(total, typename VectorOf<uint32_t, kBytes / 2>::Vector);
   }
   static FUSED_RESNET_INLINE void load(const char* from, Weights* weights) {
     widen<true>(*reinterpret_cast<const Loaded*>(from), weights);
@@ -127,9 +129,9 @@ struct MaddDot {
     }
 #endif
     if constexpr (kSigned) {
-      *shorts = __builtin_convertvector(reinterpret_cast<const Signed&>(bytes), Shorts);
+      *shorts = __builtin_convertvector(reinterpret_cast<Signed>(bytes), Shorts);
     } else {
-      *shorts = __builtin_convertvector(reinterpret_cast<const Unsigned&>(bytes), Shorts);
+      *shorts = __builtin_convertvector(reinterpret_cast<Unsigned>(bytes), Shorts);
     }
   }
 
