@@ -106,11 +106,7 @@ class Drawn:
         )
 
     def bytes(self, shape, low, high):
-<<<<<<< HEAD
-        """Bytes of all sizes, or extreme ones alone."""
-=======
         """Weights of all sizes, or extreme ones alone."""
->>>>>>> int8-kernels
         if self.draw.random() < 0.1:
             choice = torch.randint(0, 2, shape, generator=self.generator)
             return (low + choice * (high - 1 - low)).to(torch.int8)

@@ -90,8 +90,7 @@ struct ByWinograd {
   bool adds_out;
   Activation activation;
 };
-using Step =
-    std::variant<ReadInput, ToNhwc, ZeroHalo, Convolve, Pool, SplitPhases, ByWinograd, ToMeans, PooledStem>;
+using Step = std::variant<ReadInput, ToNhwc, ZeroHalo, Convolve, Pool, SplitPhases, ByWinograd, ToMeans, PooledStem>;
 
 struct RegionTensors {
   const std::vector<Tensor>&inputs, &weights, &biases;
