@@ -228,15 +228,9 @@ def verify(problems: int, seed: int, here: dict[str, torch.dtype]) -> Report:
 
 
 def kernels_here() -> dict[str, torch.dtype]:
-<<<<<<< HEAD
-    """{name: dtype} of the micro-kernels in floats that run on this machine; none without the library."""
-    here = (kernel for kernel in kernels.table() if not kernel.why_not)
-    return {kernel.name: kernel.dtype for kernel in here if kernel.dtype.is_floating_point}
-=======
     """{name: dtype} of the micro-kernels for floats that run on this machine; none without the library."""
     here = [kernel for kernel in kernels.table() if not kernel.why_not]
     return {kernel.name: kernel.dtype for kernel in here if kernel.dtype in layout.DTYPES}
->>>>>>> int8
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
