@@ -44,7 +44,7 @@ def test_the_build_says_what_the_cuda_kernels_were_compiled_from(monkeypatch):
     "name, compiled_from",
     [
         ("winograd", ["winograd"]), ("grouped", ["grouped"]), ("direct", ["direct"]), ("cpu_pass", ["affine_act"]),
-        ("blocked", ["blocked/region", "blocked/program", "blocked/kernels"]),
+        ("blocked", ["blocked/region", "blocked/program", "blocked/kernels", "blocked/int8", "blocked/int8_amx"]),
     ],
 )  # fmt: skip
 def test_a_cpu_kernel_s_digest_covers_all_it_includes(name, compiled_from):

@@ -345,12 +345,14 @@ __global__ void __launch_bounds__(TileTraits<Element, kTileIndex>::kThreads,
   store_output<Element, kTileIndex>(args, origin, split, staged, thread);
 }
 
-constexpr int kSumBlocksPerSm = 8;
+// A thread of bytes has twice as many sums, and their loads, in registers.
+template <class Element>
+constexpr int kSumBlocksPerSm = Packed<Element>::kCount > 8 ? 4 : 8;
 
 // The splits' sums, added in order, to finished output: the second kernel. One thread per chunk of a row, fewer than
 // 2^31 of them.
 template <class Element>
-__global__ void __launch_bounds__(kSumThreads, kSumBlocksPerSm)
+__global__ void __launch_bounds__(kSumThreads, kSumBlocksPerSm<Element>)
     sum_splits_kernel(const __grid_constant__ ConvArguments args) {
   constexpr int kChunk = Packed<Element>::kCount;
   const int64_t rows = num_rows(args.shape);
