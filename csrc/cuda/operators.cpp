@@ -162,6 +162,7 @@ void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::
   STD_TORCH_CHECK(dtype != Dtype::kFloat32 || allow_tf32, kConv,
                   ": in float32 it multiplies in TF32, which is not allowed");
 
+  set_tensors(x, weight, residual, partials, ScalarType::Float, out, &args);
   args.epilogue = {channel_vector("bn_weight", bn_weight, x, s.K),
                    channel_vector("bn_bias", bn_bias, x, s.K),
                    channel_vector("bn_mean", bn_mean, x, s.K),
@@ -169,8 +170,7 @@ void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::
                    channel_vector("bias", bias, x, s.K),
                    static_cast<float>(eps),
                    parse_activation(kConv, activation, Activation::kSilu),
-                   nullptr};
-  set_tensors(x, weight, residual, partials, ScalarType::Float, out, &args);
+                   args.epilogue.residual};
   const DeviceGuard guard(x.get_device_index());
   launch_conv_bn_act(args, static_cast<int>(tile), dtype, x.get_device_index(), current_stream(x));
 }
@@ -190,18 +190,19 @@ void conv_int8(Tensor x, Tensor weight, Tensor multiplier, Tensor bias, std::opt
   args.shape = shape_of(conv_sizes(sizes_of(x), sizes_of(weight), stride, padding, dilation, groups));
   const bool is_signed = is_signed_byte("x", x);
   is_signed_byte("out", out);
+  const bool is_skip_signed = residual.has_value() && is_signed_byte("residual", *residual);
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, kConv, ": weight must be int8, not ", dtype_text(weight));
   for (const auto& [name, vector] : {std::pair{"multiplier", &multiplier}, std::pair{"bias", &bias}}) {
     STD_TORCH_CHECK(vector->scalar_type() == ScalarType::Float, kConv, ": ", name, " must be float32, not ",
                     dtype_text(*vector));
   }
+  set_tensors(x, weight, residual, partials, ScalarType::Int, out, &args);
   EpilogueArguments& e = args.epilogue;
   e.bn_weight = channel_vector("multiplier", multiplier, x, args.shape.K);
   e.bn_bias = channel_vector("bias", bias, x, args.shape.K);
   e.residual_scale = static_cast<float>(residual_scale);
   e.low = static_cast<float>(low), e.high = static_cast<float>(high);
-  if (residual.has_value()) e.residual_sign = is_signed_byte("residual", *residual) ? 0x80 : 0;
-  set_tensors(x, weight, residual, partials, ScalarType::Int, out, &args);
+  e.residual_sign = is_skip_signed ? 0x80 : 0;
   const DeviceGuard guard(x.get_device_index());
   launch_conv_int8(args, static_cast<int>(tile), is_signed, x.get_device_index(), current_stream(x));
 }

@@ -264,6 +264,11 @@ good = [x, w, v, v, v, v, 1e-5, v, out, [1, 1], [1, 1], [1, 1], 1, "relu", True,
 def conv(**change):
     names = "x w bw bb bm bv eps bias residual stride padding dilation groups activation tf32 tile partials out".split()
     return "cuda_conv_bn_act", [change.get(name, value) for name, value in zip(names, good)]
+x8, w8, out8 = (t.to(torch.int8) for t in (x, w, out))
+bytes_in = [x8, w8, v, v, out8, 1.0, -128.0, 127.0, [1, 1], [1, 1], [1, 1], 1, 0, None, out8]
+def int8(**change):
+    names = "x w multiplier bias residual scale low high stride padding dilation groups tile partials out".split()
+    return "cuda_conv_int8", [change.get(name, value) for name, value in zip(names, bytes_in)]
 def configs(groups, element_bytes, stride=[1, 1], dilation=[1, 1]):
     return "cuda_conv_configs", [[2, 8, 5, 5], [16, 8, 3, 3], stride, [1, 1], dilation, groups, element_bytes, True, 0]
 def why_not(groups=1, H=5, padding=[1, 1]):
@@ -275,6 +280,8 @@ calls = [
     conv(tile=-1), conv(tile=99), configs(3, 2), configs(1, 8),
     conv(stride=[2, 1], dilation=[4, 1]), configs(1, 2, stride=[2, 1], dilation=[4, 1]),
     why_not(groups=3), why_not(padding=[-1, 0]), why_not(H=2**28), why_not(),
+    int8(), int8(residual=None), int8(x=x), int8(w=w), int8(multiplier=v.double()), int8(bias=v[:3]), int8(residual=x),
+    int8(out=x), int8(tile=99), int8(groups=3), int8(padding=[0, 0]),
 ]
 assert {name for name, _ in calls} == set(schemas.KERNELS["cuda"])
 for name, args in calls:
@@ -304,10 +311,14 @@ def test_cuda_operators_unpack_their_arguments_and_check_them(tmp_path):
         "x is on another device", "do not fit 3 groups", "stride must have 2 values, not 1", "padding 1099511627776 is",
         "out must have the shape (2, 16, 5, 5), not (2, 8, 5, 5)", "residual must have the shape (2, 16, 5, 5)",
         "must be positive, not (0, 1)", "out must have the shape (2, 16, 3, 3)",
-        "there is no tile -1", "there is no tile 99", "do not fit 3 groups", "elements have 2 or 4 bytes, not 8",
+        "there is no tile -1", "there is no tile 99", "do not fit 3 groups", "elements have 1, 2 or 4 bytes, not 8",
         "the output would be empty: a window of 9x3 over 7x7 pixels", "the output would be empty",
         "do not fit 3 groups", "padding must be at least 0, not (-1, 0)",
         "no error an input of 268435456x5 is too large", "no error ",
+        "x is on another device", "x is on another device", "x must be uint8 or int8", "weight must be int8",
+        "multiplier must be float32", "x is on another device", "residual must be uint8 or int8",
+        "out must be uint8 or int8", "there is no tile 99", "do not fit 3 groups",
+        "out must have the shape (2, 16, 3, 3)",
     ]  # fmt: skip
     messages = result.stdout.splitlines()
     assert len(messages) == len(expected)
