@@ -74,7 +74,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _middle(path: Path, size: int) -> Tensor:
-    """The middle of an image, (3, size, size) in uint8."""
+    """The middle of an image, (3, size, size) in uint8; one of that size as it is."""
     import numpy as np
 
     try:
@@ -83,6 +83,8 @@ def _middle(path: Path, size: int) -> Tensor:
         raise ValueError("--images: reading image files needs Pillow: pip install pillow.") from None
     with Image.open(path) as opened:
         image = opened.convert("RGB")
+    if image.size == (size, size):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     side = round(size * _ZOOM)
     scale = side / min(image.size)
     image = image.resize((max(side, round(image.width * scale)), max(side, round(image.height * scale))))

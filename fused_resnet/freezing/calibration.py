@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fused_resnet.backends import BackendError
 from fused_resnet.choosing.timing import Progress
 from fused_resnet.freezing.draft import Quantization
-from fused_resnet.freezing.quantized import kept_by
+from fused_resnet.freezing.quantized import kept_by, why_no_int8
 from fused_resnet.machine import devices, onednn
 from fused_resnet.quantizing.calibrate import Subject, calibrate, sensitivity
 from fused_resnet.quantizing.scales import Scales, digest
@@ -47,18 +47,21 @@ class Calibration(NamedTuple):
                 f"freeze: these scales are of other weights (sha256 {scales.weights[:12]}, the model's is "
                 f"{weights[:12]}). Calibrate again: pass a loader as calibrate."
             )
-        names = [subject.names[node] for node in subject.convolutions]
+        problems = {subject.names[node]: conv.problem for node, conv in subject.convolutions.items()}
+        forms = {name: (problem.activation, problem.has_residual) for name, problem in problems.items()}
         if not isinstance(self.keep, int):
-            return Quantization(scales, kept_by(names, [self.keep] if isinstance(self.keep, str) else self.keep))
+            asked = [self.keep] if isinstance(self.keep, str) else self.keep
+            return Quantization(scales, forms, kept_by(list(problems), asked))
         if not self.keep:
-            return Quantization(scales)
+            return Quantization(scales, forms)
         if first is None:
             raise ValueError(
                 f"freeze: keep={self.keep} asks for the most sensitive convolutions, which only images show. Name them "
                 "in keep, or pass a loader as calibrate."
             )
-        found = sensitivity(subject, scales.ranges, first)
-        return Quantization(scales, frozenset(sorted(found, key=found.__getitem__)[: self.keep]))
+        errors = sensitivity(subject, scales.ranges, first)
+        possible = [name for name in errors if why_no_int8(problems[name]) is None]
+        return Quantization(scales, forms, frozenset(sorted(possible, key=errors.__getitem__)[: self.keep]))
 
 
 def checked(

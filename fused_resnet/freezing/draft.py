@@ -33,9 +33,13 @@ class Decision(NamedTuple):
 
 
 class Quantization(NamedTuple):
-    """How a model becomes int8: the ranges of its tensors, and the convolutions that stay in floats (by name)."""
+    """How a model becomes int8: the ranges of its tensors, and the convolutions that stay in floats (by name).
+
+    forms: of each convolution, its activation and whether it has a residual, as its range was found.
+    """
 
     scales: Scales
+    forms: Mapping[str, tuple[str, bool]]
     kept: frozenset[str] = frozenset()
 
 

@@ -30,7 +30,9 @@ from fused_resnet.freezing.fragments import (
     share_packed,
 )
 from fused_resnet.freezing.region import FrozenRegion, RegionConv
+from fused_resnet.graphs.memory import memory_of, writes_in_place, written
 from fused_resnet.operators import quantized
+from fused_resnet.operators.problem import ConvProblem
 from fused_resnet.operators.quantized import Epilogue, Quantized, quantized_over
 from fused_resnet.quantizing.calibrate import FloatConv, Subject
 from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, compile_fragment, packings
@@ -77,6 +79,15 @@ def kept_by(names: Sequence[str], asked: Sequence[str]) -> frozenset[str]:
     return frozenset(found)
 
 
+def why_no_int8(problem: ConvProblem) -> Optional[str]:
+    """Why no convolution like this one, of whatever dtype and images, has an int8 form."""
+    if problem.groups != 1:
+        return f"int8 convolutions are of one group, not of {problem.groups}"
+    if problem.activation not in quantized.ACTIVATIONS:
+        return f"{problem.activation} has no int8 form"
+    return quantized.why_not_reduced(problem.reduction)
+
+
 def form_quantized(draft: Draft) -> None:
     """Have what can be computed in int8 by regions. Its convolutions leave the draft. meta["not_int8"] of the graph
     says of the others why, by node."""
@@ -105,7 +116,8 @@ class _Tensors:
     def __init__(self, draft: Draft) -> None:
         assert draft.quantization is not None
         self._draft, self._names = draft, tensor_names(draft.graph)
-        self._ranges, self._kept = draft.quantization.scales.ranges, draft.quantization.kept
+        scales, self._forms, self._kept = draft.quantization
+        self._ranges = scales.ranges
         self._hows: dict[fx.Node, Optional[Quantized]] = {}
         self._reasons: dict[fx.Node, Optional[str]] = {}
 
@@ -137,16 +149,14 @@ class _Tensors:
         p = self._draft.convs[node].problem
         if self._names[node] in self._kept:
             return "keep asked for it"
-        if p.groups != 1:
-            return f"int8 convolutions are of one group, not of {p.groups}"
-        if p.activation not in quantized.ACTIVATIONS:
-            return f"{p.activation} has no int8 form"
+        if (reason := why_no_int8(p)) is not None:
+            return reason
         if p.dtype not in DTYPES:
             return f"it computes in {p.dtype}".replace("torch.", "")
         if not p.N:
             return "the batch is empty"
-        if (reason := quantized.why_not_reduced(p.reduction)) is not None:
-            return reason
+        if self._forms.get(self._names[node]) != (p.activation, p.has_residual):
+            return "it was calibrated with another sum or activation behind it"
         if (reason := blocked.why_not(p._replace(dtype=torch.float32))) is not None:
             return reason
         unknown = [self._names[value] for value in (*node.all_input_nodes, node) if self.how(value) is None]
@@ -255,19 +265,29 @@ def _quantized(fragment: Fragment, place: int, weight: Tensor, bias: Optional[Te
     return q, quantized.epilogue_of(x, scales, out, bias, residual, step.problem.activation)
 
 
+def _is_written(draft: Draft, node: fx.Node) -> bool:
+    """Whether something may write into the memory of this value."""
+    memory = memory_of(draft.graph, draft.modules)
+    writes = (one for one in draft.graph.nodes if writes_in_place(one, draft.modules))
+    return any(node in memory[argument] for write in writes for argument in written(write))
+
+
 def _convert(draft: Draft, node: fx.Node) -> None:
     """Give the fp32 result of a region the dtype that its readers compute in. Regions take either, and what moves
-    values keeps the finer one."""
+    values keeps the finer one. A value that is written in place is one tensor for all of its readers."""
     facts = facts_of(node)
     assert facts is not None
     if facts.dtype == torch.float32:
         return
+    is_written = _is_written(draft, node)
+    is_converted_later = draft.conversion is not None  # what the plan returns
     node.meta["facts"] = facts._replace(dtype=torch.float32)
     cast: Optional[fx.Node] = None
     for user in list(node.users):
-        if user.op == "output" or isinstance(draft.called_by(user), FrozenRegion):
+        takes_either = isinstance(draft.called_by(user), FrozenRegion) or user.op == "output" and is_converted_later
+        if takes_either and not is_written:
             continue
-        if _moves(user):
+        if _moves(user) and not is_written:
             _convert(draft, user)
             continue
         if cast is None:

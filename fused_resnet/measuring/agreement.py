@@ -56,7 +56,7 @@ def agreement(
     signal = noise = 0.0
     for x, labels in pairs_of("agreement", loader):
         with torch.no_grad():
-            exact, actual = model(x), fast(x)
+            exact, actual = model(x.clone()), fast(x)  # a model may write into its input
         for name, logits in (("model", exact), ("fast", actual)):
             if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
                 got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -67,6 +67,10 @@ def agreement(
         noise += (exact - actual).square().sum().item()
         changed += int((exact.argmax(1) != actual.argmax(1)).sum())
         if labels is not None:
+            if labels.shape != (len(x),):
+                raise ValueError(
+                    f"agreement: {len(x)} images have labels of shape {tuple(labels.shape)}, not ({len(x)},)."
+                )
             labelled += len(x)
             right += torch.tensor([_right(logits, labels.cpu(), k) for logits in (exact, actual) for k in (1, 5)])
         if progress is not None:

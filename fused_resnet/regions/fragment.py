@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.kernels import winograd
+from fused_resnet.operators import quantized
 from fused_resnet.operators.problem import ConvProblem, dtype_name, output_size
 from fused_resnet.operators.quantized import Epilogue, Quantized
 from fused_resnet.regions import layout
@@ -160,8 +161,8 @@ class Fragment(NamedTuple):
 
 @functools.lru_cache(maxsize=None)
 def _code() -> str:
-    """A digest of what lays out regions: after a change of it they are checked and measured anew."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    """A digest of what lays out regions, and of int8's contract: after a change they are checked and measured anew."""
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(quantized.__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -99,7 +99,7 @@ def test_a_write_into_the_input_is_an_error():
         Region(spoil=lambda outputs, inputs: inputs[0][0, 0, 0, :1].add_(1)).check()
 
 
-def test_what_raises_is_an_error_but_for_want_of_memory():
+def test_what_raises_is_an_error_but_for_want_of_memory(tuned_files):
     def raising(error):
         def spoil(outputs, inputs):
             raise error
@@ -108,6 +108,8 @@ def test_what_raises_is_an_error_but_for_want_of_memory():
 
     with pytest.raises(BackendError, match="wrong on this machine: .*no such step"):
         raising(RuntimeError("no such step")).check()
+    kept = tuned_files.path(tuned_files.user)
+    assert not kept.exists() or "no such step" not in kept.read_text()
     region = raising(torch.OutOfMemoryError("out of memory"))
     region.fragment = region.fragment._replace(scales=(Quantized(0.05, True), region.fragment.scales[1]))
     region.check()

@@ -154,6 +154,44 @@ def test_a_step_in_fp32_is_between_regions(rest):
     assert not frozen.plan(x).meta["not_int8"] and sqnr(model, frozen, x) > 20
 
 
+IN_PLACE = {
+    "a module that is written into": lambda x, a, b, c: (lambda y: F.relu_(y) * 0 + c(b(y)) + y)(a(x)),
+    "a function": lambda x, a, b, c: (lambda y: F.hardswish(y, inplace=True) * 0 + c(y))(a(x)),
+}
+
+
+@pytest.mark.parametrize("how", IN_PLACE)
+def test_what_is_written_in_place_is_seen_by_all_its_readers(how, rest):
+    model, x = Forward(IN_PLACE[how]), torch.randn(X)
+    assert sqnr(model, in_int8(model, x), x) > 20
+
+
+def test_a_convolution_that_was_calibrated_with_more_behind_it_stays_in_floats(rest):
+    """In a bf16 plan the sum with an fp32 tensor is not the convolution's, and the range that was found is the sum's."""
+
+    def forward(x, a, b, c):
+        y = F.relu(a(x))
+        return c(F.relu(b(y) + (y + 4).float()))
+
+    model, x = Forward(forward), torch.randn(X)
+    with torch.no_grad():
+        model.b.bias.sub_(4)
+    assert sqnr(model, in_int8(model, x), x) > 20
+
+
+def test_a_bf16_model_returns_bf16(rest):
+    model, x = Forward(lambda x, a, b, c: c(F.relu(b(F.relu(a(x)))))).bfloat16(), torch.randn(X).bfloat16()
+    frozen = in_int8(model, x, calibrate=[batch.bfloat16() for batch in images()])
+    assert frozen(x).dtype == model(x).dtype == torch.bfloat16
+
+
+def test_the_most_sensitive_are_such_as_could_be_int8(monkeypatch):
+    model, x = Forward(lambda x, a, b, c: c(F.relu(b(F.relu(a(x)))))), torch.randn(X)
+    model.b = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+    monkeypatch.setattr(calibration, "sensitivity", lambda *args: {"b": 1.0, "a": 2.0, "c": 3.0})
+    assert in_int8(model, x, keep=1)._quantization.kept == {"a"}
+
+
 def test_grouped_convolutions_stay_in_floats():
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU()), torch.randn(X)
     frozen = in_int8(model, x)
