@@ -167,7 +167,7 @@ def test_what_is_written_in_place_is_seen_by_all_its_readers(how, rest):
 
 
 def test_a_convolution_that_was_calibrated_with_more_behind_it_stays_in_floats(rest):
-    """In a bf16 plan the sum with an fp32 tensor is not the convolution's, and the range that was found is the sum's."""
+    """In a bf16 plan the sum with an fp32 tensor is not the convolution's. The range that was found is the sum's."""
 
     def forward(x, a, b, c):
         y = F.relu(a(x))

@@ -307,7 +307,8 @@ class Call:
 
 
 def put(place, value):
-    return lambda call: call.program.__setitem__(place, value)
+    values = value if isinstance(value, list) else [value]
+    return lambda call: call.program.__setitem__(slice(place, place + len(values)), values)
 
 
 # version, dtype, number of buffers, four buffers of 7, two inputs of 9 and a halo's 2, the convolution of 23, a maximum
@@ -326,6 +327,7 @@ WRONG = {
     "a residual's factor must be finite": put(CONVOLUTION + 18, INFINITE),
     "the bounds of bytes are 0 and at most 255, or -128 and 127, not 1 and 255": put(CONVOLUTION + 19, ONE),
     "the bounds of bytes .*, not 0 and -2": put(CONVOLUTION + 20, 0xC0000000),
+    "sums of .* products may leave int32, at most 66310 stay": put(CONVOLUTION + 10, [1024, 1024]),
     "in int8 poolings are maxima": put(MAXIMUM + 1, 0),
     "a scale must be finite": put(OUTPUT + 4, INFINITE),
     "_int8 has no step 6|_vnni has no step 6": put(OUTPUT, 6),

@@ -18,6 +18,9 @@ constexpr int64_t kChunkBytes = 1 << 20;
 // Of weights that are fetched before their convolution begins.
 constexpr int64_t kMostAhead = 1 << 18;
 
+// Of bytes: 255 * 127 * kMostProducts stays below 2^31.
+constexpr int64_t kMostProducts = 66310;
+
 // Of each map that a band keeps.
 constexpr int64_t kMostBandBytes = 1 << 28;
 
@@ -336,6 +339,9 @@ int64_t Program::read_segment(const Buffer& out, Segment* segment, bool* runs_on
   const int64_t channels = read_between("the channels of a phased map", 0, l.C);
   const Window w = read_dilated_window();
   check_disjoint("an input", input, out);
+  const int64_t products = (channels > 0 ? channels : l.C) * w.R * w.S;
+  STD_TORCH_CHECK(!is_int8() || products <= kMostProducts, kRegion, ": sums of ", products,
+                  " products may leave int32, at most ", kMostProducts, " stay");
   STD_TORCH_CHECK(l.N == to.N, kRegion, ": a convolution of ", text(l), " does not give ", text(to));
   segment->input = view(input);
   if (channels > 0) return read_phased(w, input, channels, out, segment, runs_on);

@@ -96,7 +96,8 @@ class Runner {
   void operator()(const PooledStem& step) const {
     const int64_t P = step.pooling.P, lines = step.input.N * P;
     if (lines == 0) return;
-    torch::stable::parallel_for(0, lines, step.lines, [&](int64_t begin, int64_t end) {
+    const int64_t threads = torch::stable::get_num_threads(), share = (lines + threads - 1) / threads;
+    torch::stable::parallel_for(0, lines, std::min(step.lines, share), [&](int64_t begin, int64_t end) {
       FlushDenormals flush;
       char* memory = reinterpret_cast<char*>(scratch(kRegion, step.scratch_bytes() / 4));
       BandsOfStem bands(step, kernel_, reading(), pooling_of(kernel_.dtype), memory);
@@ -124,16 +125,21 @@ class Runner {
     const int64_t products = c.tiles() * c.tiling.rows() * c.panels * c.steps * kStepBytes / 4;
     const int64_t threads =
         std::min<int64_t>(torch::stable::get_num_threads(), (products + kGrainProducts - 1) / kGrainProducts);
-    const int64_t first = std::min(threads, step.splits_channels ? c.panels : groups);
-    const int64_t second = std::clamp<int64_t>(threads / first, 1, step.splits_channels ? groups : c.panels);
+    // in bytes two panels lie in one line of a cache
+    const int64_t together = kernel_.dtype == kInt8 ? 2 : 1, panels = (c.panels + together - 1) / together;
+    const auto panel_at = [&](int64_t part, int64_t parts) {
+      return std::min(part * panels / parts * together, c.panels);
+    };
+    const int64_t first = std::min(threads, step.splits_channels ? panels : groups);
+    const int64_t second = std::clamp<int64_t>(threads / first, 1, step.splits_channels ? groups : panels);
     const int64_t panel_parts = step.splits_channels ? first : second, group_parts = first * second / panel_parts;
     torch::stable::parallel_for(0, first * second, 1, [&](int64_t begin, int64_t end) {
       std::optional<FlushDenormals> flush;
       if (kernel_.dtype != kInt8) flush.emplace();  // whose bytes depend on no mode
       for (int64_t index = begin; index < end; ++index) {
         const int64_t group = index / panel_parts, panel = index % panel_parts;
-        kernel_.run(c, {group * groups / group_parts, (group + 1) * groups / group_parts,
-                        panel * c.panels / panel_parts, (panel + 1) * c.panels / panel_parts});
+        kernel_.run(c, {group * groups / group_parts, (group + 1) * groups / group_parts, panel_at(panel, panel_parts),
+                        panel_at(panel + 1, panel_parts)});
       }
     });
   }
