@@ -199,7 +199,8 @@ def plan_of(name, short):
     frozen = fused_resnet.freeze(model, x, dtype=DTYPES[short])
     modules = list(frozen.plan(x).modules())
     used = [conv.backend.name for conv in modules if hasattr(conv, "backend")]
-    used += [region.selection.backend.name for region in modules if isinstance(region, FrozenRegion)]
+    regions = [module for module in modules if isinstance(module, FrozenRegion)]
+    used += [region.selection_of(region.convolutions[0]).backend.name for region in regions]
     exact = networks.in_fp64(model, x)
     with torch.no_grad():
         plain = model.to(DTYPES[short])(x.to(DTYPES[short]))
