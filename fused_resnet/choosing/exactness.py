@@ -7,12 +7,12 @@ from typing import Any, Mapping, Optional
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import BackendError, blocked
+from fused_resnet.backends import BackendError
 from fused_resnet.choosing import winners
 from fused_resnet.choosing.cases import in_order, order_of
 from fused_resnet.choosing.decide import Tuning, is_on
-from fused_resnet.choosing.pieces import RegionProblem
-from fused_resnet.choosing.winners_file import Table
+from fused_resnet.choosing.piece import RegionProblem
+from fused_resnet.choosing.region_checks import REGION, keep_check
 from fused_resnet.machine.errors import is_out_of_memory, one_line
 from fused_resnet.operators.quantized import Epilogue
 from fused_resnet.regions import kernels
@@ -36,14 +36,11 @@ def check(
         return
     kernel = kernels.fastest_name(torch.int8)
     problem = RegionProblem(fragment.shapes[0][0], f"{fragment.text} by {kernel}", torch.int8, "cpu")
-    name = blocked.BACKEND.name
-    outcome = winners.outcome(problem, name)
+    outcome = winners.outcome(problem, REGION)
     if outcome is None:
         tuning.progress(1.0, f"checking a {problem}")
         outcome = _checked(fragment, weights, epilogues, compiled, kernel)
-        keep = winners.keep_here if outcome.get("is_passing") else winners.keep
-        table = Table.empty(str(winners.device_id("cpu")))
-        keep(table._replace(checks=winners.checks_of(problem, {name: outcome})))
+        keep_check(problem, outcome)
     if (why := winners.why_wrong(outcome)) is not None:
         raise BackendError(
             f"freeze: the int8 kernel {kernel} is wrong on this machine: {why}, in a {problem}. Set "

@@ -19,7 +19,7 @@ from fused_resnet.backends import blocked
 from fused_resnet.choosing import winners
 from fused_resnet.choosing.cases import finite, in_order, order_of
 from fused_resnet.choosing.material import Material, images_of
-from fused_resnet.choosing.piece import Piece
+from fused_resnet.choosing.piece import Piece, RegionProblem
 from fused_resnet.choosing.winners_file import Table
 from fused_resnet.machine.errors import one_line
 from fused_resnet.regions import kernels
@@ -39,10 +39,15 @@ def check(piece: Piece, material: Material) -> dict[str, Any]:
         return known
     with torch.no_grad():
         outcome = checked(piece, material)
+    keep_check(piece.region, outcome)
+    return outcome
+
+
+def keep_check(region: RegionProblem, outcome: dict[str, Any]) -> None:
+    """In the user's file, or for this process alone what the next one may find otherwise."""
     keep = winners.keep_here if outcome.get("is_passing") else winners.keep
     table = Table.empty(str(winners.device_id("cpu")))
-    keep(table._replace(checks=winners.checks_of(piece.region, {REGION: outcome})))
-    return outcome
+    keep(table._replace(checks=winners.checks_of(region, {REGION: outcome})))
 
 
 def checked(piece: Piece, material: Material) -> dict[str, Any]:

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fused_resnet.operators import composites
 from fused_resnet.operators.problem import ConvProblem
 from fused_resnet.operators.quantized import dequantize, quantize, quantized_over, quantized_weight
 from fused_resnet.quantizing.scales import Scales
 
 Range = tuple[float, float]
 Ranges = dict[str, Range]
-_ACTIVATE = {"none": lambda y: y, "relu": torch.relu, "relu6": F.relu6, "silu": F.silu}
 
 log = logging.getLogger("fused_resnet")
 
@@ -35,7 +35,7 @@ class FloatConv(nn.Module):
     def _by(self, weight: Tensor, x: Tensor, residual: Optional[Tensor]) -> Tensor:
         p = self.problem
         y = F.conv2d(x, weight, self.bias, p.stride, p.padding, p.dilation, p.groups)
-        return _ACTIVATE[p.activation](y if residual is None else y + residual)
+        return composites.activate(y if residual is None else y + residual, p.activation)
 
     def in_bytes(self, x: Tensor, residual: Optional[Tensor], of: Sequence[Range]) -> Tensor:
         """About what the convolution alone gives in int8. of: the ranges of its result, of x and of the residual."""
