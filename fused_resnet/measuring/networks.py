@@ -19,7 +19,6 @@ from fused_resnet.measuring.variants import (
     build_variants,
     variant_builders,
 )
-from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.operators.problem import SHORT_DTYPES, short_name
 
 
@@ -31,9 +30,10 @@ def calibrated(model: nn.Module, image_shape: Sequence[int], *, batch: int = 4, 
     training mode; the model is returned in eval mode with its BN momenta as they were.
     """
     for block in model.modules():
-        if isinstance(block, (BasicBlock, Bottleneck)):
-            last: Any = getattr(block, "bn3", block.bn2)
-            nn.init.constant_(last.weight, 0.25)
+        if hasattr(block, "downsample"):  # torchvision's and timm's residual blocks have it, too
+            last: Any = getattr(block, "bn3", None) or getattr(block, "bn2", None)
+            if last is not None:
+                nn.init.constant_(last.weight, 0.25)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

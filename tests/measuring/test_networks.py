@@ -1,7 +1,9 @@
 """Networks and their blocks as subjects: variants that cannot be built or break."""
 
+import pytest
 import torch
 
+from benchmarks import data, wild
 from fused_resnet import measuring, models
 
 
@@ -45,6 +47,15 @@ def test_calibrated_model_has_sane_activations_and_its_momenta_back():
     with torch.no_grad():
         model(torch.randn(8, 3, 32, 32))
     assert 0.3 < outputs[0].std() < 3
+
+
+@pytest.mark.parametrize("name", ("torchvision fcn_resnet50", "timm resnet50d"))
+def test_other_peoples_blocks_are_calibrated_as_ours(name):
+    data.let_torchvision_import()
+    model = measuring.calibrated(wild.MODELS[name](), (3, 32, 32))
+    blocks = [module for module in model.modules() if type(module).__name__ == "Bottleneck"]
+    assert len(blocks) == 16 and all((block.bn3.weight == 0.25).all() for block in blocks)
+    assert all((block.bn2.weight == 1).all() for block in blocks)
 
 
 def test_blocks_of_the_stages():
