@@ -419,10 +419,7 @@ void Program::check_weights(const Tensor& weight, Convolution* c) const {
 }
 
 Activation Program::read_activation() {
-  const int64_t activation = read_between("an activation", 0, 3);
-  STD_TORCH_CHECK(activation <= static_cast<int64_t>(Activation::kRelu6), kRegion,
-                  ": its activations are none, relu and relu6, not ", kActivationNames[activation]);
-  return static_cast<Activation>(activation);
+  return static_cast<Activation>(read_between("an activation", 0, static_cast<int64_t>(Activation::kSilu)));
 }
 
 const float* Program::read_bias(int64_t panels) {
