@@ -28,7 +28,7 @@ from fused_resnet.regions import kernels, layout
 from fused_resnet.regions.program import Region, Segment
 from fused_resnet.testing import Outcome, Report
 
-ACTIVATIONS = ("none", "relu", "relu6")
+ACTIVATIONS = ("none", "relu", "relu6", "silu")
 THREADS = (2, 3, 5)
 _MOST_PRODUCTS = 4e6  # emulated tiles make about a hundred million a second
 Pair = tuple[int, int]

@@ -134,7 +134,7 @@ const float* read_affine(const std::optional<Tensor>& weight, const std::optiona
 
 void affine_act(Tensor y, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> mean,
                 std::optional<Tensor> var, double eps, std::optional<Tensor> residual, std::string activation) {
-  const Activation parsed = parse_activation(kOp, activation, Activation::kRelu6);
+  const Activation parsed = parse_activation(kOp, activation, Activation::kSilu);
   const Layout s = layout_of(y);
   if (residual.has_value()) {
     STD_TORCH_CHECK(residual->scalar_type() == y.scalar_type() && same_layout(*residual, y), kOp,

@@ -81,7 +81,7 @@ Epilogue<T> epilogue_of(const std::optional<Tensor>& bias, const std::optional<T
 template <class Run>
 void with_epilogue(const char* op, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                    const std::string& activation, const Tensor& out, const Run& run) {
-  const Activation parsed = parse_activation(op, activation, Activation::kRelu6);
+  const Activation parsed = parse_activation(op, activation, Activation::kSilu);
   check_epilogue(op, bias, residual, out);
   if (out.size(0) == 0) return;
   switch (out.scalar_type()) {

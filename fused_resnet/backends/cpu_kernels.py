@@ -13,7 +13,6 @@ from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem, dtype_name
 
 PANEL = 16  # output channels that lie together in their weights
-_ACTIVATIONS = ("none", "relu", "relu6")
 
 
 def why_no_kernel(problem: ConvProblem) -> Optional[str]:
@@ -25,8 +24,6 @@ def why_no_kernel(problem: ConvProblem) -> Optional[str]:
         return NEEDS_FOLDED_BN
     if p.dtype not in (torch.float32, torch.bfloat16):
         return f"{dtype_name(p.dtype)} is not supported (float32, bfloat16 are)"
-    if p.activation not in _ACTIVATIONS:
-        return f"its activations are {', '.join(_ACTIVATIONS)}, not {p.activation}"
     return None
 
 

@@ -15,7 +15,6 @@ from fused_resnet.operators.layout import channels_last, empty_output, nchw
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem, dtype_name
 
-_ACTIVATIONS = ("none", "relu", "relu6")
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -27,8 +26,6 @@ def why_not(problem: ConvProblem) -> Optional[str]:
         return "it is for live BN; what has folded BN is computed in one pass by others"
     if p.dtype not in _DTYPES:
         return f"{dtype_name(p.dtype)} is not supported (float32, bfloat16 are)"
-    if p.activation not in _ACTIVATIONS:
-        return f"its activations are {', '.join(_ACTIVATIONS)}, not {p.activation}"
     return compiled.load("cpu")
 
 

@@ -17,7 +17,7 @@ _FOLDERS = ("csrc", "fused_resnet/kernels/triton")
 _SUFFIXES = {".cu", ".cuh", ".h", ".cpp", ".py"}
 # A star also stands for folders.
 _TRITON = "fused_resnet/kernels/triton"
-_CPU = ("csrc/common/*", *(f"csrc/cpu/{name}.h" for name in ("operator", "vectors", "epilogue", "dispatch")))
+_CPU = ("csrc/common/*", *(f"csrc/cpu/{name}.h" for name in ("operator", "vectors", "epilogue", "silu", "dispatch")))
 CUDA = ("csrc/common/*", "csrc/cuda/*")
 TRITON = (f"{_TRITON}/conv/*", f"{_TRITON}/add_relu.py", f"{_TRITON}/runtime.py")
 CPU_PASS = (*_CPU, "csrc/cpu/affine_act.cpp")

@@ -27,7 +27,6 @@ from fused_resnet.regions import layout
 
 _VERSION = 4
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 2, torch.int8: 3}  # of the dtypes
-_ACTIVATIONS = ACTIVATIONS[:3]  # the kernels have no others
 _READ, _WRITE, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES, _WINOGRAD, _WRITE_MEANS, _POOLED_STEM = range(9)
 _TILE = 16  # rows of the largest tile
 _FOR_MAPS = 0.75  # of the second-level caches
@@ -608,8 +607,8 @@ def _check_epilogue(
 ) -> None:
     if bias is not None and bias.shape != shape[1:2]:
         raise ValueError(f"{caller}: a bias of {tuple(bias.shape)} is added to {shape[1]} channels")
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"{caller}: the activations are {', '.join(_ACTIVATIONS)}, not {activation}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{caller}: the activations are {', '.join(ACTIVATIONS)}, not {activation}")
     if residual is not None and residual.shape != shape:
         raise ValueError(f"{caller}: a residual of {residual.shape} is added to {shape}")
     if any(x is residual for x in kept):

@@ -70,7 +70,6 @@ def test_the_sum_may_replace_the_residual(dtype):
     (dict(device="cuda"), "it runs on the CPU"),
     (dict(has_bn=True), "folded BN"),
     (dict(groups=2), "convolutions of one group, not of 2"),
-    (dict(activation="silu"), "none, relu, relu6, not silu"),
     (dict(H=0, padding=(2, 2)), "a map of one pixel at least, not 0x4"),
     (dict(R=1025, padding=(600, 1)), "at most 1024 pixels high and wide, not 1025x3"),
     (dict(N=2**24 + 1), "sizes are at most 16777216, not 16777217"),

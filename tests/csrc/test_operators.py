@@ -167,7 +167,7 @@ def batch_norm_act(y, vectors, eps, residual, activation):
     var, eps = (torch.ones_like(mean), 0.0) if var is None else (var, eps)
     out = F.batch_norm(y.double(), mean, var, weight, bias, False, 0.0, eps)
     out = out if residual is None else out + residual.double()
-    return {"none": lambda v: v, "relu": torch.relu, "relu6": F.relu6}[activation](out).to(y.dtype)
+    return {"none": lambda v: v, "relu": torch.relu, "relu6": F.relu6, "silu": F.silu}[activation](out).to(y.dtype)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=("nchw", "nhwc"))
@@ -179,7 +179,7 @@ def test_cpu_affine_act_equals_batch_norm(shape, dtype, layout):
     y = torch.randn(shape).mul(3).to(dtype).contiguous(memory_format=layout)
     residual = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
     vectors = [torch.randn(C), torch.randn(C), torch.randn(C), torch.rand(C) + 0.1]
-    for missing, activation in itertools.product(range(5), ("none", "relu", "relu6")):
+    for missing, activation in itertools.product(range(5), ("none", "relu", "relu6", "silu")):
         some = [None if i == missing else v.to(dtype) if i == 2 else v for i, v in enumerate(vectors)]
         for added in (None, residual):
             out = cpu_affine_act(y, some, residual=added, activation=activation)
@@ -217,7 +217,7 @@ def test_cpu_affine_act_in_parallel_and_empty():
     (dict(residual=torch.ones(1, 8, 5, 4)), "residual must have y's shape, layout and dtype"),
     (dict(residual=torch.ones(1, 8, 5, 5).bfloat16()), "residual must have y's shape, layout and dtype"),
     (dict(residual=torch.ones(1, 8, 5, 5).to(memory_format=torch.channels_last)), "y's shape, layout and dtype"),
-    (dict(activation="silu"), "unknown activation silu; known ones are none, relu, relu6"),
+    (dict(activation="gelu"), "unknown activation gelu; known ones are none, relu, relu6, silu"),
 ])  # fmt: skip
 def test_cpu_affine_act_refuses_what_would_leave_its_memory(change, message):
     call = dict(y=torch.ones(1, 8, 5, 5), vectors=[None, None, None, None]) | change

@@ -58,7 +58,7 @@ class Drawn:
         self.shapes[-1] = self.values[-1] = (self.N, draw.choice((1, 3, 5)), draw.randint(9, 21), draw.randint(9, 21))
         size, stride = draw.choice(((3, 3), (7, 7), (2, 4))), (draw.choice((1, 1, 2)), draw.randint(1, 2))
         padding = size[0] // 2, size[1] // 2
-        K, activation = draw.choice(CHANNELS), draw.choice(("none", "relu"))
+        K, activation = draw.choice(CHANNELS), draw.choice(("none", "relu", "silu"))
         self.weigh(len(self.values) - 1, K, size, stride, padding, activation=activation)
         self.oldest = len(self.values) - 1
         self.pooling()
@@ -97,7 +97,10 @@ class Drawn:
         alike = [value for value, shape in self.known() if shape[2:] == outputs_of(sides, window)]
         residual = draw.choice(alike) if alike and draw.random() < 0.6 else None
         K = draw.choice(CHANNELS) if residual is None else self.values[residual][1]
-        activation, is_winograd = draw.choice(("none", "none", "relu", "relu6")), chosen < 0.35 and draw.random() < 0.6
+        activation, is_winograd = (
+            draw.choice(("none", "none", "relu", "relu6", "silu")),
+            chosen < 0.35 and draw.random() < 0.6,
+        )
         self.weigh(x, K, *window, residual=residual, activation=activation, by_winograd=is_winograd)
 
     def weigh(self, x, K, size, stride=(1, 1), padding=(0, 0), dilation=(1, 1), activation="none", **options):
@@ -135,7 +138,7 @@ class Drawn:
                 weight, bias = self.weights[place].double(), None if bias is None else bias.double()
                 y = F.conv2d(x, weight, bias, p.stride, p.padding, p.dilation)
                 y = y if step.residual is None else y + values[step.residual]
-                values.append({"none": lambda y: y, "relu": F.relu, "relu6": F.relu6}[p.activation](y))
+                values.append({"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}[p.activation](y))
             values[-1] = rounded(values[-1])
         return [values[value] for value in self.fragment.outputs]
 

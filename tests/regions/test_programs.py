@@ -173,7 +173,7 @@ WRONG = {
     "does not fit the workspace": put(BUFFER, 1000),
     "a buffer's number must be from 0 to 2": put(CONVOLUTION + 1, 3),
     "a residual of \\(1, 16, 6, 6\\) is added to an output": put(CONVOLUTION + 2, 0),
-    "its activations are none, relu and relu6, not silu": put(CONVOLUTION + 3, 3),
+    "an activation must be from 0 to 3": put(CONVOLUTION + 3, 4),
     "a weight's number must be from 0 to 0": put(CONVOLUTION + 5, 1),
     "a bias's number must be from -1 to 0": put(CONVOLUTION + 6, 1),
     "number of segments must be from 1 to 2": put(CONVOLUTION + 7, 3),
@@ -257,7 +257,7 @@ def of_16_channels(call):
 AT = 3 + 2 * 7 + 7 + 7
 WRONG_WINOGRAD = {
     "whether out is added must be from 0 to 1": put(AT + 3, 2),
-    "its activations are none, relu and relu6": put(AT + 4, 3),
+    "an activation must be from 0 to 3": put(AT + 4, 4),
     "a bias must have the shape": lambda call: call.biases.__setitem__(0, call.biases[0][:16]),
     "a 3x3 convolution of \\(1, 32, 6, 6\\) does not give": put(AT + 7, 0),
     "an input of .* and the output of .* overlap": put(AT + 2, 0),
@@ -298,7 +298,7 @@ WRONG_STEMS = {
     "a weight must have the shape of its convolution": put(STEM_WINDOW, 8),
     "a weight must have the shape \\(1, 12": put(STEM_WINDOW, 6),
     "a dilation must be from 1": put(STEM_WINDOW + 6, 0),
-    "its activations are none, relu and relu6": put(STEM + 7, 3),
+    "an activation must be from 0 to 3": put(STEM + 7, 4),
     "a weight's number must be from 0 to 0": put(STEM + 8, 1),
     "a bias's number must be from -1 to -1": put(STEM + 9, 0),
     "a pooling's kind must be from 0 to 1": put(KIND, 2),

@@ -13,15 +13,21 @@ namespace blocked {
 namespace {
 
 #if FUSED_RESNET_HAS_TILES
-FUSED_RESNET_AVX512 void run_amx_bf16(const Convolution& c, const Share& share) {
-  run_tiles<AmxTiles, Avx512Rows>(c, share);
+template <bool kSilu>
+FUSED_RESNET_AVX512 void run_amx_bf16_with(const Convolution& c, const Share& share) {
+  run_tiles<AmxTiles, Avx512Rows<kSilu>>(c, share);
+}
+
+void run_amx_bf16(const Convolution& c, const Share& share) {
+  c.activation == Activation::kSilu ? run_amx_bf16_with<true>(c, share) : run_amx_bf16_with<false>(c, share);
 }
 #else
 constexpr void (*run_amx_bf16)(const Convolution&, const Share&) = nullptr;
 #endif
 
 void run_emulated_amx_bf16(const Convolution& c, const Share& share) {
-  run_tiles<EmulatedTiles, PlainRows>(c, share);
+  c.activation == Activation::kSilu ? run_tiles<EmulatedTiles, PlainRows<true>>(c, share)
+                                    : run_tiles<EmulatedTiles, PlainRows<false>>(c, share);
 }
 
 #if defined(__x86_64__)

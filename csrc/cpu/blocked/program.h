@@ -156,6 +156,7 @@ class Program {
   void set_steps(int64_t blocks, const Window& w, Segment* segment);
   void set_offsets(const Layout& l, const Window& w, Segment* segment);
   void read_residual(const Buffer& out, Convolution* c, bool* runs_on);
+  bool passes_panels(const Convolution& c) const;
   void set_next(Convolution* c);
   void check_weights(const Tensor& weight, Convolution* c) const;
   void check_disjoint(const char* what, const Buffer& a, const Buffer& out) const;

@@ -15,6 +15,7 @@
 #include "cpu/blocked/convolution.h"
 #include "cpu/blocked/requantizing.h"
 #include "cpu/blocked/tiles.h"
+#include "cpu/silu.h"
 #include "cpu/vectors.h"
 
 namespace fused_resnet {
@@ -34,6 +35,8 @@ struct FinishedTile {
         written(placed.tile.written) {}
 };
 
+// kSilu: that is the activation.
+template <bool kSilu>
 class PlainRows {
  public:
   static constexpr int64_t kPanelBytes = 64;
@@ -53,8 +56,12 @@ class PlainRows {
       float value = sums[(channel / kHalf * kMaxTileRows + row) * kHalf + channel % kHalf];
       if (bias_ != nullptr) value += bias_[channel];
       if (kResidual) value += static_cast<float>(residual[channel]);
-      if (activation_ != Activation::kNone) value = value < 0.f ? 0.f : value;
-      if (activation_ == Activation::kRelu6) value = value > 6.f ? 6.f : value;
+      if (kSilu) {
+        silu<uint32_t>(&value);
+      } else if (activation_ != Activation::kNone) {
+        value = value < 0.f ? 0.f : value;
+        if (activation_ == Activation::kRelu6) value = value > 6.f ? 6.f : value;
+      }
       out[channel] = BFloat16(channel < channels_ ? value : 0.f);
     }
   }
@@ -95,6 +102,7 @@ class PlainByteRows {
 
 // By inline assembly, since a template without a target cannot call intrinsics that have one. No branch: rows that are
 // not written have an empty mask, with which memory is neither read nor written.
+template <bool kSilu>
 class Avx512Rows {
  public:
   static constexpr int64_t kPanelBytes = 64;
@@ -124,6 +132,10 @@ class Avx512Rows {
         const char* from = tile.residual + row * kPixelBytes + half * sizeof(HalfLine);
         asm("vpmovzxwd %1, %0%{%2%}%{z%}" : "=v"(wide) : "m"(*reinterpret_cast<const HalfLine*>(from)), "Yk"(written));
         value[half] += reinterpret_cast<V>(wide << 16);
+      }
+      if (kSilu) {
+        silu<typename Lanes<kHalf>::Bits>(&value[half]);
+        continue;
       }
       // of NaN and a number either gives the second
       asm("vmaxps %1, %2, %0" : "=v"(value[half]) : "v"(value[half]), "v"(least_));
