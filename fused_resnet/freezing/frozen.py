@@ -106,7 +106,7 @@ class FrozenModel(Frozen):
             example = example_input.detach()
             if calibration is not None:
                 subject = calibration_subject(self._traced, example, own)
-                self._quantization = calibration.of(unwrapped(model), subject, example, tuning.progress)
+                self._quantization = calibration.of(unwrapped(model), self._traced, subject, example, tuning.progress)
                 dtype = beside_int8()
             self._conversion = conversion(self._traced, example, main or own, dtype)
         self._reset_plans()

@@ -348,6 +348,24 @@ def test_scales_of_other_weights():
     refused(ValueError, "these scales are of other weights .*Calibrate again", model, calibrate=scales)
 
 
+def test_scales_of_other_steps(caplog):
+    """Stride in the first convolution of a block or in the second; ReLU6 in the place of ReLU."""
+    x = torch.randn(X)
+    v15 = networks.small(Bottleneck)
+    scales = in_int8(v15, x).scales()
+    v1, other = copy.deepcopy(v15), copy.deepcopy(v15)
+    block = v1.layer2[0]
+    block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+    other.layer1[0].relu = nn.ReLU6()
+    for model in (v1, other):
+        refused(ValueError, "of a model with the same weights and other steps: strides", model, calibrate=scales)
+    for wrapped in (copy.deepcopy(v15), nn.DataParallel(v15)):
+        fused_resnet.freeze(wrapped, torch.randn(1, 3, 20, 20), dtype=torch.int8, calibrate=scales)
+    assert not caplog.records
+    assert int8_regions(in_int8(v1, x, calibrate=scales._replace(steps=None)), x)
+    assert "are taken for its weights alone. Calibrate again" in caplog.text
+
+
 def test_a_model_in_parts():
     class Branching(nn.Module):
         def __init__(self):
