@@ -55,7 +55,7 @@ class Calibration(NamedTuple):
             )
         if scales.steps is None:
             log.warning(
-                "freeze: an older version wrote these scales, and they say nothing of the model's strides and activations. "
+                "freeze: an older version wrote these scales, and they say nothing of strides and activations. "
                 "They are taken for its weights alone. Calibrate again to have that checked."
             )
         elif scales.steps != steps:

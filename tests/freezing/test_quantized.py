@@ -198,13 +198,29 @@ def test_grouped_convolutions_stay_in_floats():
     assert frozen.plan(x).meta["not_int8"] == {"fused_model_2": "int8 convolutions are of one group, not of 2"}
 
 
-def test_long_sums_stay_in_floats():
+def test_nothing_in_int8_is_warned_of(caplog, rest):
+    model, x = networks.small(), torch.randn(X)
+    in_int8(model, x, keep="conv1")
+    assert not caplog.records
+    count = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    in_int8(model, x, keep=count)
+    (text,) = caplog.messages
+    name = str(rest).removeprefix("torch.")
+    assert f"nothing became int8, and the model computes in {name}: {count} of its convolutions: keep asked for" in text
+    assert f"Keep fewer of them, or freeze it in {rest}" in text
+    caplog.clear()
+    in_int8(nn.Sequential(nn.Flatten(), nn.Linear(768, 3)), x)
+    assert "no convolution of it could be lowered" in caplog.text
+
+
+def test_long_sums_stay_in_floats(caplog):
     model = nn.Sequential(nn.Conv2d(7400, 2, 3), nn.ReLU())
     x = torch.randn(1, 7400, 3, 3)
     frozen = in_int8(model, x, calibrate=[x])
     (reason,) = frozen.plan(x).meta["not_int8"].values()
     assert reason == "sums of 66,600 products may leave int32 (at most 66,310 stay)"
     assert not int8_regions(frozen, x)
+    assert f"1 of its convolutions: {reason}." in caplog.text
 
 
 def test_an_empty_batch_has_a_plan():
