@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
 
-from benchmarks.cpu_check import sanitizers
+from benchmarks.cpu_check import accuracy, sanitizers
 from benchmarks.gpu_check.budget import Step, chosen, run_steps
 from benchmarks.gpu_check.isolated import FAILED, NOT_RUN, PASSED, Result, execute
 from fused_resnet.kernels import compiled, sources
@@ -79,6 +79,8 @@ def all_steps(setup: Setup) -> list[Step]:
         return step if threads <= cores() else step._replace(needs_s=0, run=lambda seconds: too_few_cores(threads))
 
     soak = ("benchmarks.cpu_check.soak", "--seconds", str(setup.soak_s), "--out", str(setup.out / "soak.json"))
+    accuracy_step = script_that_stops("accuracy", 60, 0, "benchmarks.cpu_check.accuracy", "--resume",
+                                      "--out", str(setup.out / "accuracy.json"))  # fmt: skip
     footprint = ("benchmarks.cpu_check.footprint", "--out", str(setup.out / "footprint.json"))
     return [
         script("environment", 5, 120, "fused_resnet", "info", "--json"),
@@ -87,7 +89,7 @@ def all_steps(setup: Setup) -> list[Step]:
         randomly("networks", setup.networks, 50),
         Step("sanitizers", 300, 7200, 0, lambda seconds: under_sanitizers(setup, seconds)),
         script("soak", setup.soak_s + 60, setup.soak_s + 600, *soak),
-        Step("accuracy", 60, 1800, 0, lambda seconds: accuracy(setup, seconds)),
+        accuracy_step._replace(run=lambda seconds: why_no_accuracy() or accuracy_step.run(seconds)),
         script("footprint", 30, 600, *footprint),
         table("resnet50", 1, 1),
         table("resnet50", 2, 1),
@@ -113,13 +115,10 @@ def under_sanitizers(setup: Setup, limit_s: float) -> Result:
     return execute((PYTHON, "-m", "benchmarks.cpu_check.sanitizers", *options), limit_s, setup.log)
 
 
-def accuracy(setup: Setup, limit_s: float) -> Result:
-    """The tests with trained weights and labelled images, which skip where those are not there."""
-    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "full or not full", "-k", "accuracy_frozen")
-    result = execute((PYTHON, *tests, "tests/models/test_models.py"), limit_s, setup.log)
-    if result.outcome == PASSED and not re.search(r"\d+ passed", result.detail):
-        return Result(NOT_RUN, f"weights or images are missing (FUSED_RESNET_DATA): {result.detail}")
-    return result
+def why_no_accuracy() -> Optional[Result]:
+    """What is not there of every network's trained weights and labelled images, if so much is missing."""
+    missing = {network.why_not() for network in accuracy.NETWORKS.values()}
+    return None if None in missing else Result(NOT_RUN, "; ".join(sorted(filter(None, missing))))
 
 
 def cores() -> int:

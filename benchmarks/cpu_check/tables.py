@@ -50,6 +50,9 @@ REQUIRED = {
     True: {("bf16", 1): 1.6, ("bf16", 8): 1.4, ("fp32", 1): 1.0, ("fp32", 8): 1.15, ("int8", 1): 2.0, ("int8", 8): 1.4},
     False: {("bf16", 1): 1.1, ("bf16", 8): 1.1, ("fp32", 1): 1.1, ("fp32", 8): 1.2, ("int8", 1): 1.1, ("int8", 8): 1.1},
 }
+# MLPerf Inference, closed division, ResNet-50 offline in int8: images a second and core, of samples a second and cores
+MLPERF = {"two Xeon Platinum 8592+ (v4.0)": 25_290 / 128, "two Xeon 6980P (v5.0)": 46_041 / 256}
+MLPERF_SOURCE = "https://mlcommons.org/benchmarks/inference-datacenter"
 KEPT_BY_TWO = 0.9  # of the ratio on one core, at least, on two
 SLOWER_BELOW = 0.97  # two runs of the same plan differ by up to so much
 REPEATS = 4  # then a call takes what it takes later, but for a twentieth
@@ -167,6 +170,20 @@ def cell(row: Row, variant: str) -> str:
     return f"wrong: {row['wrong'][name]}" if name in row["wrong"] else row["skipped"].get(name, "missing")
 
 
+def beside_mlperf(rows: Sequence[Row]) -> list[str]:
+    """A line of what ResNet-50 in int8 does for each core, and of what others have published; none without its rows."""
+    own = []
+    for row in rows:
+        ms = ms_of(row, "frozen") if (row["model"], row["dtype"]) == ("resnet50", "int8") else None
+        if ms is not None:
+            own.append(f"{1000 * row['batch'] / ms / row['threads']:.0f} at batch {row['batch']}")
+    if not own:
+        return []
+    published = ", ".join(f"{value:.0f} by {machine}" for machine, value in MLPERF.items())
+    return [f"Images a second and core, ResNet-50 in int8: {', '.join(own)}. Published by MLPerf (closed division, "
+            f"offline): {published}; {MLPERF_SOURCE}."]  # fmt: skip
+
+
 def markdown(table: str, record: Record) -> str:
     """The table as it is printed, with every loss and every result that was wrong below."""
     columns = TABLES[table].columns
@@ -181,6 +198,7 @@ def markdown(table: str, record: Record) -> str:
     lost = [loss for row in record.rows for loss in losses(row, columns)]
     wrong = [f"{row['problem']}: {name}, {why}" for row in record.rows for name, why in row["wrong"].items()]
     lines += ["", f"Losses: {'; '.join(lost) or 'none'}.", f"Wrong, and not timed: {'; '.join(wrong) or 'none'}."]
+    lines += beside_mlperf(record.rows)
     for name, why in (record.broken or {}).items():
         lines.append(f"Not measured: {name}: {why}.")
     if record.left:

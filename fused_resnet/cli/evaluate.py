@@ -7,6 +7,7 @@ from typing import Any, Optional, Union
 
 import click
 import torch
+from click.core import ParameterSource
 
 from fused_resnet import models
 from fused_resnet.cli import images
@@ -50,6 +51,9 @@ def evaluate(
     normalize: str, batch: int, image: Optional[int], threads: Optional[int], device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Top-1 and top-5 of a network in fp32 and frozen, predictions changed, SQNR of the logits."""
+    given = [f"--{name}" for name in ("keep", "calibrate") if ctx.get_parameter_source(name) != ParameterSource.DEFAULT]
+    if dtype != "int8" and given:
+        raise click.UsageError(f"{' and '.join(given)}: for --dtype int8 alone, got --dtype {dtype}.")
     prepare(device, threads)
     found = images.load(path, image_shape(model, image)[1])
     if max_drop is not None and found.labels is None:

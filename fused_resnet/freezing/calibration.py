@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fused_resnet.backends import BackendError
 from fused_resnet.choosing.timing import Progress
@@ -15,11 +16,13 @@ from fused_resnet.freezing.draft import Quantization
 from fused_resnet.freezing.quantized import kept_by, why_no_int8
 from fused_resnet.machine import devices, onednn
 from fused_resnet.quantizing.calibrate import Subject, calibrate, sensitivity
-from fused_resnet.quantizing.scales import Scales, digest
+from fused_resnet.quantizing.scales import Scales, digest, digest_of_steps
 from fused_resnet.regions import kernels
 
 Source = Union[Scales, str, "os.PathLike[str]", Iterable[Any]]
 Keep = Union[int, str, Sequence[str]]
+
+log = logging.getLogger("fused_resnet")
 
 
 class Calibration(NamedTuple):
@@ -28,13 +31,15 @@ class Calibration(NamedTuple):
     source: Source
     keep: Keep
 
-    def of(self, model: nn.Module, subject: Subject, example: Tensor, progress: Progress) -> Quantization:
+    def of(
+        self, model: nn.Module, traced: fx.GraphModule, subject: Subject, example: Tensor, progress: Progress
+    ) -> Quantization:
         """The scales, made now or read, and the names of the convolutions that stay in floats.
 
-        Raises ValueError where the scales are of other weights, and where keep names no convolution or asks for the
-        most sensitive of a file's. Also what `quantizing.calibrate` raises.
+        Raises ValueError where the scales are of other weights or steps, and where keep names no convolution or asks
+        for the most sensitive of a file's. Also what `quantizing.calibrate` raises.
         """
-        weights, first = digest(model), None
+        weights, steps, first = digest(model), digest_of_steps(traced), None
         if isinstance(self.source, Scales):
             scales = self.source
         elif isinstance(self.source, (str, os.PathLike)):
@@ -42,10 +47,22 @@ class Calibration(NamedTuple):
         else:
             told = lambda images: progress(0.0, f"calibrating with {images} images")  # noqa: E731
             scales, first = calibrate(subject, self.source, example, weights, told)
+            scales = scales._replace(steps=steps)
         if scales.weights != weights:
             raise ValueError(
                 f"freeze: these scales are of other weights (sha256 {scales.weights[:12]}, the model's is "
                 f"{weights[:12]}). Calibrate again: pass a loader as calibrate."
+            )
+        if scales.steps is None:
+            log.warning(
+                "freeze: an older version wrote these scales, and they say nothing of strides and activations. "
+                "They are taken for its weights alone. Calibrate again to have that checked."
+            )
+        elif scales.steps != steps:
+            raise ValueError(
+                "freeze: these scales are of a model with the same weights and other steps: strides, paddings, "
+                f"activations, or how they follow each other (sha256 {scales.steps[:12]} by torch {scales.torch}, the "
+                f"model's is {steps[:12]}). Calibrate again: pass a loader as calibrate."
             )
         problems = {subject.names[node]: conv.problem for node, conv in subject.convolutions.items()}
         forms = {name: (problem.activation, problem.has_residual) for name, problem in problems.items()}

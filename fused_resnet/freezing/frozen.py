@@ -22,6 +22,7 @@ from fused_resnet.freezing.make import calibration_subject, make_plan
 from fused_resnet.freezing.modules import FrozenConv, PackedWeights
 from fused_resnet.freezing.parts import freeze_parts
 from fused_resnet.freezing.plan import Plan, Turns, plainly
+from fused_resnet.freezing.quantized import warn_without_int8
 from fused_resnet.freezing.swapping import SECONDS, Overrides, swapped
 from fused_resnet.freezing.trace import trace
 from fused_resnet.freezing.warm import refused, warmed
@@ -106,12 +107,14 @@ class FrozenModel(Frozen):
             example = example_input.detach()
             if calibration is not None:
                 subject = calibration_subject(self._traced, example, own)
-                self._quantization = calibration.of(unwrapped(model), subject, example, tuning.progress)
+                self._quantization = calibration.of(unwrapped(model), self._traced, subject, example, tuning.progress)
                 dtype = beside_int8()
             self._conversion = conversion(self._traced, example, main or own, dtype)
         self._reset_plans()
         self.__dict__["_tuning"] = tuning  # for the first plan
-        self._plan_for(example_input)
+        plan = self._plan_for(example_input)
+        if self._quantization is not None and dtype is not None:
+            warn_without_int8(plan.module, dtype)
         self.__dict__["_tuning"] = Tuning(tuning.tune and "check")
 
     def forward(self, x: Tensor) -> Any:

@@ -6,6 +6,7 @@ floats, tensors are fp32 or bf16.
 
 from __future__ import annotations
 
+import logging
 import operator
 import re
 from collections import Counter
@@ -32,13 +33,15 @@ from fused_resnet.freezing.fragments import (
 from fused_resnet.freezing.region import FrozenRegion, RegionConv
 from fused_resnet.graphs.memory import memory_of, writes_in_place, written
 from fused_resnet.operators import quantized
-from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.operators.problem import ConvProblem, dtype_name
 from fused_resnet.operators.quantized import Epilogue, Quantized, quantized_over
 from fused_resnet.quantizing.calibrate import FloatConv, Subject
 from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, compile_fragment, packings
 from fused_resnet.regions.layout import DTYPES
 
 _WHY = "int8 was asked for"
+
+log = logging.getLogger("fused_resnet")
 
 
 def observed(draft: Draft, dtype: torch.dtype) -> Subject:
@@ -108,6 +111,19 @@ def form_quantized(draft: Draft) -> None:
         results += replace(draft, nodes, outputs, made(draft, nodes, fragment))
     for result in results:
         _convert(draft, result)
+
+
+def warn_without_int8(plan: fx.GraphModule, dtype: torch.dtype) -> None:
+    """Say so where a plan that was to be int8 computes all in floats, of which most is in dtype."""
+    if any(isinstance(module, FrozenRegion) and module.fragment.scales for module in plan.modules()):
+        return
+    reasons = Counter(plan.meta["not_int8"].values())
+    counted = [f"{count} of its convolutions: {why}" for why, count in reasons.most_common()]
+    log.warning(
+        "freeze: nothing became int8, and the model computes in %s: %s. Keep fewer of them, or freeze it in %s, which "
+        "needs no images. docs/int8.md says what has an int8 form.",
+        dtype_name(dtype), "; ".join(counted) or "no convolution of it could be lowered", dtype,
+    )  # fmt: skip
 
 
 class _Tensors:

@@ -28,6 +28,7 @@ _ROWS = {
     "footprint": "rows",
     "sanitizers": "rows",
     "soak": "rows",
+    "accuracy": "rows",
 }
 # the form of the other fields; a summary is a list of contests, the tuner's one dictionary
 _FORMS: dict[str, Any] = {

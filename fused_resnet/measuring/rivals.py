@@ -6,7 +6,7 @@ import copy
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor, nn
@@ -175,18 +175,33 @@ def in_openvino(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[],
     import openvino
 
     _only_on_cpu("openvino", x, dtype, torch.float32, torch.bfloat16, torch.int8)
-    hint = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(dtype)
+    if dtype == torch.int8:
+        return quantized_in_openvino(model, x, calibration_images(x))
+    hint = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    return _by_openvino(openvino.convert_model(model, example_input=x, input=[tuple(x.shape)]), x, hint)
+
+
+def quantized_in_openvino(
+    model: nn.Module, x: Tensor, images: list[Tensor], rest: Optional[str] = None
+) -> Callable[[], Any]:
+    """As NNCF quantises by default, with these images, for what x holds at each call. rest: what OpenVINO computes in
+    where that leaves floats, "f32" or "bf16"; default, as it likes."""
+    import nncf
+    import openvino
+
+    converted = openvino.convert_model(model, example_input=x, input=[(-1, *x.shape[1:])])
+    converted = nncf.quantize(converted, nncf.Dataset([image.numpy() for image in images]))
+    converted.reshape(list(x.shape))
+    return _by_openvino(converted, x, rest)
+
+
+def _by_openvino(converted: Any, x: Tensor, hint: Optional[str]) -> Callable[[], Any]:
+    import openvino
+
     # latency, one stream and pinned threads are what it takes by itself for one request at a time
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    if hint is None:
-        import nncf
-
-        converted = openvino.convert_model(model, example_input=x, input=[(-1, *x.shape[1:])])
-        converted = nncf.quantize(converted, nncf.Dataset([image.numpy() for image in calibration_images(x)]))
-        converted.reshape(list(x.shape))
-    else:
+    if hint is not None:
         settings["INFERENCE_PRECISION_HINT"] = hint
-        converted = openvino.convert_model(model, example_input=x, input=[tuple(x.shape)])
     network = openvino.Core().compile_model(converted, "CPU", settings)
     used = network.get_property("INFERENCE_PRECISION_HINT").to_string()
     if hint is not None and used != hint:

@@ -125,13 +125,14 @@ def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 
 
 def summarise_rows(kind: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The entries of a summary over the rows of a benchmark of operators ("bench ops"), or of networks."""
+    """The entries of a summary over the rows of a benchmark of operators ("bench ops"), or of networks. Rows without
+    times have none."""
     return summarise_ops(rows) if kind == "bench ops" else summarise_networks(rows)
 
 
 def summarise_networks(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Each of our variants beside eager NCHW fp32, and beside the fastest competitor in its own dtype."""
-    names = {name: None for row in rows for name in row["variants"]}
+    names = {name: None for row in rows for name in row.get("variants", ())}
     entries = []
     for name in names:
         if not is_ours(name):

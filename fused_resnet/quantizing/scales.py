@@ -6,29 +6,33 @@ import hashlib
 import json
 import math
 import os
+import re
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
 from fused_resnet.machine import files
 from fused_resnet.machine.errors import one_line
 
-_FORMAT = "fused_resnet scales 1"
+_FORMAT = "fused_resnet scales 2"
+_FORMATS = ("fused_resnet scales 1", _FORMAT)  # the first says nothing of steps
 
 
 class Scales(NamedTuple):
     """What calibration found: ranges of values, from which the scales of int8 follow.
 
     ranges: {tensor: (least, largest)}, by its name in the traced model. weights: `digest` of the model that was
-    calibrated. images: how many were seen. torch: its version then, for people.
+    calibrated. images: how many were seen. torch: its version then, for people. steps: `digest_of_steps` of that model,
+    None in files of older versions.
     """
 
     ranges: dict[str, tuple[float, float]]
     weights: str
     images: int
     torch: str = torch.__version__
+    steps: Optional[str] = None
 
     def save(self, path: Union[str, os.PathLike[str]]) -> Path:
         """Write it as JSON, whole or not at all. Raises OSError where the folder cannot be written to."""
@@ -36,6 +40,7 @@ class Scales(NamedTuple):
             "format": _FORMAT,
             "torch": self.torch,
             "weights_sha256": self.weights,
+            "steps_sha256": self.steps,
             "images": self.images,
             "ranges": {name: list(found) for name, found in self.ranges.items()},
         }
@@ -59,22 +64,67 @@ class Scales(NamedTuple):
 
     @classmethod
     def _parsed(cls, record: Any) -> Scales:
-        if record["format"] != _FORMAT:
+        if record["format"] not in _FORMATS:
             raise ValueError(f"its format is {record['format']!r}, not {_FORMAT!r}")
+        steps = record["steps_sha256"] if record["format"] == _FORMAT else None
         ranges = {str(name): (float(least), float(largest)) for name, (least, largest) in record["ranges"].items()}
         for name, (least, largest) in ranges.items():
             if not (math.isfinite(least) and math.isfinite(largest) and least <= largest):
                 raise ValueError(f"the range of {name} is {least} to {largest}")
-        return cls(ranges, str(record["weights_sha256"]), int(record["images"]), str(record["torch"]))
+        weights, images, version = str(record["weights_sha256"]), int(record["images"]), str(record["torch"])
+        return cls(ranges, weights, images, version, None if steps is None else str(steps))
 
 
 def digest(model: nn.Module) -> str:
     """SHA-256 of a model's parameters and buffers: their names, shapes, dtypes and values."""
     found = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        if name.endswith("num_batches_tracked") or not isinstance(tensor, torch.Tensor):
+        if name.endswith("num_batches_tracked") or not isinstance(tensor, Tensor):
             continue  # a count changes nothing that is computed in eval mode
-        values = tensor.detach().cpu().contiguous()
-        found.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
-        found.update(values.flatten().view(torch.uint8).numpy().data)
+        for line in _contents(name, tensor):
+            found.update(line)
     return found.hexdigest()
+
+
+def digest_of_steps(traced: fx.GraphModule) -> str:
+    """SHA-256 of what a traced model computes with its weights: each step, its settings, and whose results it reads.
+
+    It holds strides, paddings and activations, and what the trace has of constants. No shape of the input is in it.
+    """
+    found, numbers = hashlib.sha256(), dict[fx.Node, int]()
+    modules = dict(traced.named_modules())
+    for number, node in enumerate(traced.graph.nodes):
+        numbers[node] = number
+        read = fx.node.map_arg((node.args, node.kwargs), lambda value: f"%{numbers[value]}")
+        called = modules.get(str(node.target)) if node.op == "call_module" else None
+        parts = (
+            node.op,
+            _name_of(node.target),
+            "" if called is None else f"{type(called).__qualname__} {called}",
+            read,
+        )
+        found.update(f"{_ADDRESS.sub('', str(parts))}\n".encode())
+    for name, buffer in traced.named_buffers():
+        if not name.endswith("num_batches_tracked"):
+            for line in _contents(name, buffer):
+                found.update(line)
+    return found.hexdigest()
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def _name_of(target: Any) -> str:
+    if isinstance(target, str):
+        return target
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', None) or target}"
+
+
+def _contents(name: str, tensor: Tensor) -> list[Any]:
+    """A tensor's name, shape, dtype and values as bytes. Of a sparse one, the places of its values and these."""
+    values = tensor.detach().cpu()
+    if values.layout != torch.strided:
+        values = values.to_sparse_coo().coalesce()
+        return [*_contents(f"{name} {tuple(tensor.shape)}", values.indices()), *_contents(name, values.values())]
+    values = values.contiguous()
+    return [f"{name} {tuple(values.shape)} {values.dtype}\n".encode(), values.flatten().view(torch.uint8).numpy().data]

@@ -149,11 +149,14 @@ class Fragment(NamedTuple):
 
     @property
     def text(self) -> str:
-        """All of it but the batch: a readable beginning and a digest of the rest."""
+        """All of it but the batch and the values of scales: a readable beginning and a digest of the rest.
+
+        A region's program is the same for all scales, which are factors in it.
+        """
         shapes = self.value_shapes
         ends = ["x".join(map(str, shapes[value][1:])) for value in (0, self.outputs[-1])]
         parts = [*map(str, self.steps), str([shape[1:] for shape in self.shapes]), str(self.outputs)]
-        parts += [str(self.scales)] if self.scales else []
+        parts += [str([how and how.is_signed for how in self.scales])] if self.scales else []
         digest = hashlib.sha256("\n".join((*parts, _code())).encode()).hexdigest()[:16]
         count = len(self.convolutions)
         return f"region of {count} convolutions, {' to '.join(ends)} {dtype_name(self.dtype)}, {digest}"

@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,15 +11,18 @@ from torch import nn
 import fused_resnet
 from benchmarks import random_problems
 from benchmarks.cpu_check import __main__ as cpu_check
-from benchmarks.cpu_check import cores, footprint, networks, problems, soak, tables
+from benchmarks.cpu_check import accuracy, cores, footprint, networks, problems, soak, tables
+from benchmarks.data import trained
 from fused_resnet import backends, measuring
 from fused_resnet.choosing import winners
 from fused_resnet.freezing.region import FrozenRegion
 from fused_resnet.kernels import compiled
 from fused_resnet.measuring import Record
+from fused_resnet.measuring import agreement as measuring_agreement
 from fused_resnet.measuring import networks as measured_networks
 from fused_resnet.regions import kernels
 from tests.support.networks import small
+from tests.support.quantized import by_reference
 
 needs_kernels = pytest.mark.skipif(compiled.load("cpu") is not None, reason=str(compiled.load("cpu")))
 
@@ -388,7 +390,82 @@ def test_evidence_is_more_of_everything():
     assert cpu_check.parse_arguments(["--evidence", "--problems", "5"]).problems == 5
 
 
-@pytest.mark.parametrize("closing, outcome", [("12 passed, 3 skipped", "passed"), ("14 skipped", "not run")])
-def test_accuracy_without_weights_is_not_run(tmp_path, monkeypatch, closing, outcome):
-    monkeypatch.setattr(cpu_check, "execute", lambda *_: cpu_check.Result(cpu_check.PASSED, closing))
-    assert cpu_check.accuracy(SimpleNamespace(log=tmp_path / "log.txt"), 1).outcome == outcome
+def test_accuracy_without_weights_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(trained, "FOLDER", tmp_path)
+    assert cpu_check.main(["--out", str(tmp_path), "--only", "accuracy"]) == 0
+    step = json.loads((tmp_path / "check.json").read_text())["steps"]["accuracy"]
+    assert (
+        step["outcome"] == "not run" and "needs cifar10/resnet20-12fca82f.th under $FUSED_RESNET_DATA" in step["detail"]
+    )
+    assert accuracy.main(["--out", str(tmp_path / "accuracy.json")]) == 0
+    assert len(json.loads((tmp_path / "accuracy.json").read_text())["skipped"]) == 12
+
+
+# ----------------------------------------------------------------------------------------------------------- accuracy
+
+
+@pytest.fixture
+def a_network(monkeypatch):
+    """A network of random weights in the place of the trained ones."""
+    monkeypatch.setenv("FUSED_RESNET_TUNE", "0")
+    by_reference(monkeypatch)
+    torch.manual_seed(0)
+    model, inputs = small(), torch.randn(40, 3, 9, 9)
+    with torch.no_grad():
+        images = accuracy.Images(inputs, model(inputs).argmax(1))
+
+    def made(count):
+        return accuracy.Images(*(values[:count] for values in images))
+
+    network = accuracy.Network(lambda: model, made, lambda: (inputs[:16], torch.arange(16, 40)), 10, accuracy.CIFAR)
+    monkeypatch.setattr(accuracy, "NETWORKS", {"small": network})
+    accuracy.plain_logits.cache_clear()
+    yield model
+    accuracy.plain_logits.cache_clear()
+
+
+def test_accuracy_of_a_small_network(a_network, tmp_path, monkeypatch):
+    noise = [1e-4]
+    monkeypatch.setattr(accuracy, "by_nncf", lambda model, *_: lambda x: model(x) * (1 + noise[0]))
+    out = tmp_path / "accuracy.json"
+    assert accuracy.main(["--network", "small", "--out", str(out)]) == 1
+    exact, rough, quantized = json.loads(out.read_text())["rows"]
+    assert (exact["images"], exact["changed"], exact["missed"], exact["top1"]) == (40, 0, [], 1.0)
+    assert exact["sqnr_db"] > 90 > rough["sqnr_db"] > 30 and "nncf" not in rough
+    assert (quantized["images"], quantized["calibration_images"]) == (24, 16)
+    assert (
+        quantized["nncf"]["sqnr_db"] == pytest.approx(80, abs=0.1)
+        and "NNCF's default 80.0 dB" in quantized["missed"][-1]
+    )
+    noise[0] = 0.5
+    assert accuracy.main(["--network", "small", "--dtype", "int8", "--out", str(out)]) == bool(quantized["missed"][:-1])
+    (ahead,) = json.loads(out.read_text())["rows"]
+    assert ahead["missed"] == quantized["missed"][:-1]
+    assert "| 24 | 100.00 | " in out.with_suffix(".md").read_text()
+
+
+def test_accuracy_goes_on_with_its_rows(a_network, tmp_path, monkeypatch):
+    out, measured = tmp_path / "accuracy.json", []
+    of_subject = accuracy.Subject.measured
+    monkeypatch.setattr(
+        accuracy.Subject, "measured", lambda self, *args: measured.append(self.name) or of_subject(self, *args)
+    )
+    arguments = ["--network", "small", "--out", str(out), "--resume", "--dtype"]
+    for dtypes in (["fp32"], ["fp32", "bf16"]):
+        accuracy.main([*arguments, *dtypes])
+    assert measured == ["small fp32", "small bf16"]
+
+
+def test_what_accuracy_misses():
+    found = measuring_agreement.Agreement(10_000, 0.92, 1.0, 0.9165, 1.0, 101, 28.9)
+    assert accuracy.CIFAR["int8"].missed(found) == [
+        "top-1 differs by +0.35 points, more than 0.3", "1.01 % changed, more than 1 %", "28.9 dB, less than 29",
+    ]  # fmt: skip
+    assert accuracy.CIFAR["int8"].missed(found._replace(fast_top1=0.917, changed=100, sqnr_db=29.0)) == []
+    assert accuracy.IMAGENET["fp32"].missed(found._replace(changed=1)) == ["0.01 % changed, more than 0 %"]
+
+
+def test_images_a_second_beside_mlperfs():
+    (line,) = tables.beside_mlperf([row_of("int8", 8, threads=2, frozen=20.0), row_of("bf16", frozen=8.0)])
+    assert "int8: 200 at batch 8." in line and "198 by two Xeon Platinum 8592+ (v4.0), 180 by two Xeon 6980P" in line
+    assert tables.beside_mlperf([row_of("int8", openvino=8.0), row_of("int8", model="resnet18", frozen=2.0)]) == []

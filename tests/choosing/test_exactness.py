@@ -27,11 +27,11 @@ def checking(tuned_files, monkeypatch):
 class Region:
     """What a compiled region is to the check: here the reference, and what `spoil` makes of its outputs and inputs."""
 
-    def __init__(self, N=3, spoil=lambda outputs, inputs: None):
+    def __init__(self, N=3, spoil=lambda outputs, inputs: None, scale=0.02, is_signed=True):
         x, weight = torch.empty(N, 4, 6, 5, device="meta"), torch.randn(8, 4, 3, 3)
         problem = conv_problem(ConvOperands(x, weight.to("meta")), (1, 1), (1, 1), (1, 1), 1, "relu")
         step = ConvStep(problem._replace(dtype=torch.int8, device="cpu"), 0)
-        scales = Quantized(0.02, True), Quantized(0.03, False)
+        scales = Quantized(scale, is_signed), Quantized(0.03, False)
         self.fragment = Fragment((tuple(x.shape),), (step,), (1,), torch.int8, scales)
         q, of_weight = quantized.quantized_weight(weight)
         self.weights, self.epilogues = (
@@ -100,19 +100,28 @@ def test_a_write_into_the_input_is_an_error():
 
 
 def test_what_raises_is_an_error_but_for_want_of_memory(tuned_files):
-    def raising(error):
+    def raising(error, **options):
         def spoil(outputs, inputs):
             raise error
 
-        return Region(spoil=spoil)
+        return Region(spoil=spoil, **options)
 
     with pytest.raises(BackendError, match="wrong on this machine: .*no such step"):
         raising(RuntimeError("no such step")).check()
     kept = tuned_files.path(tuned_files.user)
     assert not kept.exists() or "no such step" not in kept.read_text()
-    region = raising(torch.OutOfMemoryError("out of memory"))
-    region.fragment = region.fragment._replace(scales=(Quantized(0.05, True), region.fragment.scales[1]))
-    region.check()
+    raising(torch.OutOfMemoryError("out of memory"), N=1).check()
+
+
+def test_a_check_speaks_for_all_scales(tuned_files):
+    Region().check()
+    kept = tuned_files.path(tuned_files.user).read_text()
+    other = Region(scale=0.0123)
+    other.check()
+    assert not other.batches and tuned_files.path(tuned_files.user).read_text() == kept
+    unsigned = Region(is_signed=False)
+    unsigned.check()
+    assert len(unsigned.batches) == 2
 
 
 def test_it_is_kept_by_kernel(monkeypatch):

@@ -89,5 +89,9 @@ def test_refusals(weights, npz, tmp_path):
             images.load(tmp_path / name, 32)
     done = run(weights, tmp_path / "none.npz", "--max-drop", 1)
     assert done.exit_code == 2 and "--max-drop needs labels" in done.output
+    done = run(weights, npz, "--keep", "conv1", "--calibrate", 16, "--dtype", "bf16")
+    assert done.exit_code == 2 and "--keep and --calibrate: for --dtype int8 alone, got --dtype bf16." in done.output
+    done = run(weights, npz, "--calibrate", 4)
+    assert done.exit_code == 2 and "Error: --calibrate: for --dtype int8 alone, got --dtype fp32" in done.output
     done = run(weights, npz, "--dtype", "int4")
     assert done.exit_code == 2 and "known ones are fp32, fp16, bf16, int8" in done.output

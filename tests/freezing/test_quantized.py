@@ -198,13 +198,29 @@ def test_grouped_convolutions_stay_in_floats():
     assert frozen.plan(x).meta["not_int8"] == {"fused_model_2": "int8 convolutions are of one group, not of 2"}
 
 
-def test_long_sums_stay_in_floats():
+def test_nothing_in_int8_is_warned_of(caplog, rest):
+    model, x = networks.small(), torch.randn(X)
+    in_int8(model, x, keep="conv1")
+    assert not caplog.records
+    count = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    in_int8(model, x, keep=count)
+    (text,) = caplog.messages
+    name = str(rest).removeprefix("torch.")
+    assert f"nothing became int8, and the model computes in {name}: {count} of its convolutions: keep asked for" in text
+    assert f"Keep fewer of them, or freeze it in {rest}" in text
+    caplog.clear()
+    in_int8(nn.Sequential(nn.Flatten(), nn.Linear(768, 3)), x)
+    assert "no convolution of it could be lowered" in caplog.text
+
+
+def test_long_sums_stay_in_floats(caplog):
     model = nn.Sequential(nn.Conv2d(7400, 2, 3), nn.ReLU())
     x = torch.randn(1, 7400, 3, 3)
     frozen = in_int8(model, x, calibrate=[x])
     (reason,) = frozen.plan(x).meta["not_int8"].values()
     assert reason == "sums of 66,600 products may leave int32 (at most 66,310 stay)"
     assert not int8_regions(frozen, x)
+    assert f"1 of its convolutions: {reason}." in caplog.text
 
 
 def test_an_empty_batch_has_a_plan():
@@ -346,6 +362,24 @@ def test_scales_of_other_weights():
     with torch.no_grad():
         model.conv1.weight[0, 0, 0, 0] += 1e-3
     refused(ValueError, "these scales are of other weights .*Calibrate again", model, calibrate=scales)
+
+
+def test_scales_of_other_steps(caplog):
+    """Stride in the first convolution of a block or in the second; ReLU6 in the place of ReLU."""
+    x = torch.randn(X)
+    v15 = networks.small(Bottleneck)
+    scales = in_int8(v15, x).scales()
+    v1, other = copy.deepcopy(v15), copy.deepcopy(v15)
+    block = v1.layer2[0]
+    block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+    other.layer1[0].relu = nn.ReLU6()
+    for model in (v1, other):
+        refused(ValueError, "of a model with the same weights and other steps: strides", model, calibrate=scales)
+    for wrapped in (copy.deepcopy(v15), nn.DataParallel(v15)):
+        fused_resnet.freeze(wrapped, torch.randn(1, 3, 20, 20), dtype=torch.int8, calibrate=scales)
+    assert not caplog.records
+    assert int8_regions(in_int8(v1, x, calibrate=scales._replace(steps=None)), x)
+    assert "are taken for its weights alone. Calibrate again" in caplog.text
 
 
 def test_a_model_in_parts():
