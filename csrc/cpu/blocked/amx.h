@@ -61,7 +61,7 @@ class TileShare {
   }
 
  private:
-  static constexpr int kTiles = 2, kSumsOfHalf = kMaxTileRows * kHalf, kSumsOfTile = 2 * kSumsOfHalf;
+  static constexpr int kTiles = kTilesOfBlock;
   static constexpr int64_t kMostGroups = 16, kLine = 64;
 
   // A block whose sums are in memory. Rows from `row` on are not finished yet; those beyond the last are not written.
@@ -178,10 +178,10 @@ class TileShare {
       dot<0, 4, 6>();
       load<5, Streamed::kPixels>(steps->a1 + offset, steps->stride);
       dot<2, 5, 6>();
-      finish_rows<kRows, kResidual>(pending, 0);
+      finish_rows<kRows / 2, kResidual>(pending, 0);
       load<7, Streamed::kWeights>(weights + kHalfBytes, kPixelBytes);
       dot<3, 5, 7>();
-      finish_rows<kRows, kResidual>(pending, 1);
+      finish_rows<kRows - kRows / 2, kResidual>(pending, kRows / 2);
       dot<1, 4, 7>();
       pending.row += kRows;
     }
@@ -211,21 +211,19 @@ class TileShare {
   }
 
   template <int kRows, bool kResidual>
-  static FUSED_RESNET_INLINE void finish_rows(const Pending& pending, int tile) {
-    for (int r = 0; r < kRows; ++r) {
-      pending.rows.template finish<kResidual>(pending.sums + tile * kSumsOfTile, pending.tiles[tile], pending.row + r);
+  static FUSED_RESNET_INLINE void finish_rows(const Pending& pending, int first) {
+    for (int r = first; r < first + kRows; ++r) {
+      pending.rows.template finish<kResidual>(pending.sums, pending.tiles, pending.row + r);
     }
   }
 
   // What no step had time for.
   FUSED_RESNET_INLINE void finish() {
     for (; pending_.row < kMaxTileRows; ++pending_.row) {
-      for (int tile = 0; tile < kTiles; ++tile) {
-        if (c_.residual.base != nullptr) {
-          finish_rows<1, true>(pending_, tile);
-        } else {
-          finish_rows<1, false>(pending_, tile);
-        }
+      if (c_.residual.base != nullptr) {
+        finish_rows<1, true>(pending_, 0);
+      } else {
+        finish_rows<1, false>(pending_, 0);
       }
     }
   }
@@ -255,18 +253,29 @@ FUSED_RESNET_INLINE void run_tiles(const Convolution& c, const Share& share) {
   }
 }
 
-// In int8. Signed inputs, an image's or a sum's without an activation, are too few for a choice of what streams.
-template <class Tiles, template <bool> class Rows>
+// In int8. Signed inputs, an image's or a sum's without an activation, are too few for a choice of what streams, and so
+// are sums that bounds of their own end.
+template <class Tiles, template <Ending, bool> class Rows>
 FUSED_RESNET_INLINE void run_byte_tiles(const Convolution& c, const Share& share) {
-  constexpr Factors kUnsigned = Factors::kUnsigned, kSigned = Factors::kSigned;
-  const bool adds_signed = c.requantizing.is_residual_signed;
-  if (c.requantizing.is_input_signed) {
-    adds_signed ? TileShare<Tiles, Rows<true>, Streamed::kNothing, kSigned>(c, share).run()
-                : TileShare<Tiles, Rows<false>, Streamed::kNothing, kSigned>(c, share).run();
-  } else {
-    adds_signed ? run_tiles<Tiles, Rows<true>, kUnsigned>(c, share)
-                : run_tiles<Tiles, Rows<false>, kUnsigned>(c, share);
+  const Requantizing& r = c.requantizing;
+  constexpr Ending kUnsigned = Ending::kUnsigned, kSigned = Ending::kSigned, kAny = Ending::kAny;
+  constexpr Streamed kNothing = Streamed::kNothing;
+  const bool is_out_signed = r.low < 0.f;
+  const bool saturates = r.fits_int32 && (is_out_signed ? !r.is_residual_signed : r.high == 255.f);
+  if (r.is_input_signed) {
+    if (saturates && !is_out_signed && !r.is_residual_signed) {
+      return TileShare<Tiles, Rows<kUnsigned, false>, kNothing, Factors::kSigned>(c, share).run();
+    }
+    return r.is_residual_signed ? TileShare<Tiles, Rows<kAny, true>, kNothing, Factors::kSigned>(c, share).run()
+                                : TileShare<Tiles, Rows<kAny, false>, kNothing, Factors::kSigned>(c, share).run();
   }
+  if (!saturates) {
+    return r.is_residual_signed ? TileShare<Tiles, Rows<kAny, true>, kNothing, Factors::kUnsigned>(c, share).run()
+                                : TileShare<Tiles, Rows<kAny, false>, kNothing, Factors::kUnsigned>(c, share).run();
+  }
+  if (is_out_signed) return run_tiles<Tiles, Rows<kSigned, false>, Factors::kUnsigned>(c, share);
+  r.is_residual_signed ? run_tiles<Tiles, Rows<kUnsigned, true>, Factors::kUnsigned>(c, share)
+                       : run_tiles<Tiles, Rows<kUnsigned, false>, Factors::kUnsigned>(c, share);
 }
 
 }  // namespace blocked

@@ -43,6 +43,7 @@ struct Requantizing {
 
   const float* constants = nullptr;  // panels x 3 x 32
   float residual = 0.f, low = 0.f, high = 0.f;
+  bool fits_int32 = false;  // y, whatever the bytes are
   bool is_input_signed = false, is_residual_signed = false;
 };
 

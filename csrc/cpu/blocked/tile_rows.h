@@ -2,9 +2,9 @@
 // int8 from int32 to bytes. Each in two implementations: AVX-512's instructions, and C++ for any machine. No torch
 // here.
 //
-//   kPanelBytes                                 of 32 outputs of a pixel
-//   Rows(c, panel)                              what the rows of a block share
-//   finish<kResidual>(sums, tile, row)          row of a tile: written if it is one that the tile has to write
+//   kPanelBytes                          of 32 outputs of a pixel
+//   Rows(c, panel)                       what the rows of a block share
+//   finish<kResidual>(sums, tiles, row)  row of each of a block's two tiles: written if the tile has to write it
 #pragma once
 
 #include <algorithm>
@@ -20,6 +20,8 @@
 
 namespace fused_resnet {
 namespace blocked {
+
+constexpr int kTilesOfBlock = 2, kSumsOfHalf = kMaxTileRows * kHalf, kSumsOfTile = 2 * kSumsOfHalf;
 
 // Where a tile's rows go.
 struct FinishedTile {
@@ -48,7 +50,13 @@ class PlainRows {
         channels_(std::min(c.channels - panel * kPanel, kPanel)) {}
 
   template <bool kResidual>
-  void finish(const float* sums, const FinishedTile& tile, int row) const {
+  void finish(const float* sums, const FinishedTile (&tiles)[kTilesOfBlock], int row) const {
+    for (int t = 0; t < kTilesOfBlock; ++t) finish_one<kResidual>(sums + t * kSumsOfTile, tiles[t], row);
+  }
+
+ private:
+  template <bool kResidual>
+  void finish_one(const float* sums, const FinishedTile& tile, int row) const {
     if ((tile.written >> row & 1) == 0) return;
     auto* out = reinterpret_cast<BFloat16*>(tile.out + row * kPixelBytes);
     auto* residual = reinterpret_cast<const BFloat16*>(tile.residual + row * kPixelBytes);
@@ -66,14 +74,16 @@ class PlainRows {
     }
   }
 
- private:
   Activation activation_ = Activation::kNone;
   const float* bias_ = nullptr;
   int64_t channels_ = 0;
 };
 
+// What y becomes: bytes of this kind, saturated, of a y that int32 holds, or bytes between any bounds, of any y.
+enum class Ending { kUnsigned, kSigned, kAny };
+
 // kSigned: the residual's bytes are.
-template <bool kSigned>
+template <Ending kEnding, bool kSigned>
 class PlainByteRows {
  public:
   static constexpr int64_t kPanelBytes = 32;
@@ -82,7 +92,13 @@ class PlainByteRows {
   PlainByteRows(const Convolution& c, int64_t panel) : requantizing_(&c.requantizing), channel_(panel * kPanel) {}
 
   template <bool kResidual>
-  void finish(const float* sums, const FinishedTile& tile, int row) const {
+  void finish(const float* sums, const FinishedTile (&tiles)[kTilesOfBlock], int row) const {
+    for (int t = 0; t < kTilesOfBlock; ++t) finish_one<kResidual>(sums + t * kSumsOfTile, tiles[t], row);
+  }
+
+ private:
+  template <bool kResidual>
+  void finish_one(const float* sums, const FinishedTile& tile, int row) const {
     if ((tile.written >> row & 1) == 0) return;
     for (int half = 0; half < 2; ++half) {
       const HalfConstants<4> constants(*requantizing_, channel_ + half * kHalf);
@@ -93,7 +109,6 @@ class PlainByteRows {
     }
   }
 
- private:
   const Requantizing* requantizing_ = nullptr;
   int64_t channel_ = 0;
 };
@@ -121,7 +136,21 @@ class Avx512Rows {
   }
 
   template <bool kResidual>
-  FUSED_RESNET_INLINE void finish(const float* sums, const FinishedTile& tile, int row) const {
+  FUSED_RESNET_INLINE void finish(const float* sums, const FinishedTile (&tiles)[kTilesOfBlock], int row) const {
+    for (int t = 0; t < kTilesOfBlock; ++t) finish_one<kResidual>(sums + t * kSumsOfTile, tiles[t], row);
+  }
+
+ private:
+  using V = typename Lanes<kHalf>::Vector;
+  struct HalfLine {
+    char bytes[kPixelBytes / 2];
+  };
+  struct Line {
+    char bytes[kPixelBytes];
+  };
+
+  template <bool kResidual>
+  FUSED_RESNET_INLINE void finish_one(const float* sums, const FinishedTile& tile, int row) const {
     const uint32_t written = -(tile.written >> row & 1);
     V value[2];
     for (int half = 0; half < 2; ++half) {
@@ -148,22 +177,16 @@ class Avx512Rows {
         : "v"(result), "Yk"(written));
   }
 
- private:
-  using V = typename Lanes<kHalf>::Vector;
-  struct HalfLine {
-    char bytes[kPixelBytes / 2];
-  };
-  struct Line {
-    char bytes[kPixelBytes];
-  };
-
   V bias_[2], least_, most_;
   uint32_t kept_;
 };
 
-// The lower bound is applied last, to 16-bit numbers: NaN and what int32 does not hold are its least number by then,
-// since the upper bound keeps NaN and leaves nothing large.
-template <bool kSigned>
+// Beyond int32 a conversion gives its least number, as of NaN. Where y may be there the upper bound, which keeps NaN, is
+// applied before, and the lower one after it.
+//
+// Rows that are not written go to a line of the object's own, and read it for a residual: without a mask there is more
+// time for arithmetic, by which a short reduction is bound.
+template <Ending kEnding, bool kSigned>
 class Avx512ByteRows {
  public:
   static constexpr int64_t kPanelBytes = 32;
@@ -182,41 +205,27 @@ class Avx512ByteRows {
   }
 
   template <bool kResidual>
-  FUSED_RESNET_INLINE void finish(const float* sums, const FinishedTile& tile, int row) const {
-    const uint32_t written = -(tile.written >> row & 1);
-    V value[2];
-    for (int half = 0; half < 2; ++half) {
-      V total;
-      const float* from = sums + (half * kMaxTileRows + row) * kHalf;
-      asm("vcvtdq2ps %1, %0" : "=v"(total) : "m"(*reinterpret_cast<const Line*>(from)));
-      asm("vfmadd213ps %2, %1, %0" : "+v"(total) : "v"(multiplier_[half]), "v"(bias_[half]));
-      if (kResidual) {
-        V wide;
-        const char* skip = tile.residual + row * kPixelBytes + half * sizeof(Quarter);
-        if (kSigned) {
-          asm("vpmovsxbd %1, %0%{%2%}%{z%}" : "=v"(wide) : "m"(*reinterpret_cast<const Quarter*>(skip)), "Yk"(written));
-        } else {
-          asm("vpmovzxbd %1, %0%{%2%}%{z%}" : "=v"(wide) : "m"(*reinterpret_cast<const Quarter*>(skip)), "Yk"(written));
-        }
-        asm("vcvtdq2ps %0, %0" : "+v"(wide));
-        asm("vfmadd231ps %2, %1, %0" : "+v"(total) : "v"(wide), "v"(residual_));
-      }
-      asm("vminps %1, %2, %0" : "=v"(total) : "v"(total), "v"(most_));  // of NaN and a number the former
-      asm("vcvtps2dq %1, %0" : "=v"(value[half]) : "v"(total));
+  FUSED_RESNET_INLINE void finish(const float* sums, const FinishedTile (&tiles)[kTilesOfBlock], int row) const {
+    V words[kTilesOfBlock], bytes;
+    alignas(kPixelBytes) char nowhere[kPixelBytes];
+    for (int t = 0; t < kTilesOfBlock; ++t) {
+      const char* skip = chosen<const char>(tiles[t].written >> row & 1, tiles[t].residual + row * kPixelBytes, nowhere);
+      words_of<kResidual>(sums + t * kSumsOfTile + row * kHalf, skip, &words[t]);
     }
-    V words;
-    asm("vpackssdw %1, %2, %0" : "=v"(words) : "v"(value[1]), "v"(value[0]));
-    asm("vpmaxsw %1, %0, %0" : "+v"(words) : "v"(least_));
-    asm("vpermb %0, %1, %0" : "+v"(words) : "v"(kOrder));
-    asm("vmovdqu8 %t1, %0%{%2%}"
-        : "+m"(*reinterpret_cast<HalfLine*>(tile.out + row * kPixelBytes))
-        : "v"(words), "Yk"(written));
+    if (kEnding == Ending::kSigned) {
+      asm("vpacksswb %1, %2, %0" : "=v"(bytes) : "v"(words[1]), "v"(words[0]));
+    } else {
+      asm("vpackuswb %1, %2, %0" : "=v"(bytes) : "v"(words[1]), "v"(words[0]));
+    }
+    asm("vpermd %0, %1, %0" : "+v"(bytes) : "v"(kOrder));
+    asm("vmovdqu %t1, %0" : "=m"(*line_of(tiles[0], row, nowhere)) : "v"(bytes));
+    asm("vextracti64x4 $1, %1, %0" : "=m"(*line_of(tiles[1], row, nowhere)) : "v"(bytes));
   }
 
  private:
   using V = typename Lanes<kHalf>::Vector;
+  typedef int32_t Order __attribute__((vector_size(64)));
   typedef int16_t Words __attribute__((vector_size(64)));
-  typedef uint8_t Bytes __attribute__((vector_size(64)));
   struct Quarter {
     char bytes[kPixelBytes / 4];
   };
@@ -227,9 +236,50 @@ class Avx512ByteRows {
     char bytes[kPixelBytes];
   };
 
-  // Of 16-bit numbers packed within lanes of 16 bytes, four of the first half and four of the second: the lower bytes.
-  static constexpr Bytes kOrder = {0, 2,  4,  6,  16, 18, 20, 22, 32, 34, 36, 38, 48, 50, 52, 54,
-                                   8, 10, 12, 14, 24, 26, 28, 30, 40, 42, 44, 46, 56, 58, 60, 62};
+  // Without a branch, which would be mispredicted.
+  template <class T>
+  static FUSED_RESNET_INLINE T* chosen(uint32_t is_first, T* first, T* second) {
+    const auto a = reinterpret_cast<uintptr_t>(first), b = reinterpret_cast<uintptr_t>(second);
+    return reinterpret_cast<T*>(b + ((a - b) & -static_cast<uintptr_t>(is_first)));
+  }
+
+  static FUSED_RESNET_INLINE HalfLine* line_of(const FinishedTile& tile, int row, char* nowhere) {
+    return reinterpret_cast<HalfLine*>(chosen(tile.written >> row & 1, tile.out + row * kPixelBytes, nowhere));
+  }
+
+  // 32 outputs as 16-bit numbers, packed within lanes of 16 bytes: four of the first half and four of the second.
+  template <bool kResidual>
+  FUSED_RESNET_INLINE void words_of(const float* sums, const char* skip, V* words) const {
+    V value[2];
+    for (int half = 0; half < 2; ++half) {
+      V total;
+      asm("vcvtdq2ps %1, %0" : "=v"(total) : "m"(*reinterpret_cast<const Line*>(sums + half * kSumsOfHalf)));
+      asm("vfmadd213ps %2, %1, %0" : "+v"(total) : "v"(multiplier_[half]), "v"(bias_[half]));
+      if (kResidual) {
+        V wide;
+        const auto* from = reinterpret_cast<const Quarter*>(skip + half * sizeof(Quarter));
+        if (kSigned) {
+          asm("vpmovsxbd %1, %0" : "=v"(wide) : "m"(*from));
+        } else {
+          asm("vpmovzxbd %1, %0" : "=v"(wide) : "m"(*from));
+        }
+        asm("vcvtdq2ps %0, %0" : "+v"(wide));
+        asm("vfmadd231ps %2, %1, %0" : "+v"(total) : "v"(wide), "v"(residual_));
+      }
+      if (kEnding == Ending::kAny) {  // of NaN and a number the former
+        asm("vminps %1, %2, %0" : "=v"(total) : "v"(total), "v"(most_));
+      }
+      asm("vcvtps2dq %1, %0" : "=v"(value[half]) : "v"(total));
+    }
+    asm("vpackssdw %1, %2, %0" : "=v"(*words) : "v"(value[1]), "v"(value[0]));
+    if (kEnding == Ending::kAny) {
+      asm("vpmaxsw %1, %0, %0" : "+v"(*words) : "v"(least_));
+      asm("vpandd %1, %0, %0" : "+v"(*words) : "v"(Words{} + int16_t{0xff}));  // which nothing saturates then
+    }
+  }
+
+  // Of bytes packed twice within lanes of 16, four by four.
+  static constexpr Order kOrder = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
 
   V multiplier_[2], bias_[2], residual_, most_;
   Words least_;
