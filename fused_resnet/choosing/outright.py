@@ -12,11 +12,13 @@ So where the region is faster, `freeze` could not have found a plan without regi
 A mixture of regions and convolutions might be faster still: where one stage of the run loses to its convolutions. Then,
 and wherever the region does not win by `CLEAR`, all is measured as if this had not been tried (`decide`, `pieces`).
 
-What was found is kept as a piece's times are: "separate" stands for the sum.
+What was found is kept as a piece's times are: "separate" stands for the sum, and wins where all is to be measured.
+Who gives seconds to measure with has asked for that, whatever wins here.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from typing import Any, Mapping, NamedTuple, Optional, Sequence, Union
@@ -67,10 +69,11 @@ def find_out(wholes: Sequence[Whole], tuning: decide.Tuning, *, is_tried: bool =
     if tune == "check":
         pieces.decide([whole.piece for whole in wholes], tuning)
         return False
-    if not _unknown(wholes):
+    unknown = functools.partial(_unknown, wholes, wants_all=not isinstance(tune, str))
+    if not unknown():
         return False
-    with decide.measuring_alone(lambda: _unknown(wholes), "cpu"):
-        wanted = _unknown(wholes)  # another thread or process may have found out meanwhile
+    with decide.measuring_alone(unknown, "cpu"):
+        wanted = unknown()  # another thread or process may have found out meanwhile
         problems = list(dict.fromkeys(problem for one in wanted for problem in one.piece.fragment.convolutions))
         if not problems:
             return False
@@ -83,14 +86,20 @@ def find_out(wholes: Sequence[Whole], tuning: decide.Tuning, *, is_tried: bool =
         with torch.no_grad():
             found = _timed(wanted, problems, material, seconds, progress)
         for whole in wanted:
-            _judge(whole, found, material, progress)
+            _judge(whole, found, material, tuning)
         log.info("measured in %.1f s", time.monotonic() - begun)
     return False
 
 
-def _unknown(wholes: Sequence[Whole]) -> list[Whole]:
+def _unknown(wholes: Sequence[Whole], wants_all: bool) -> list[Whole]:
+    """Those of which nothing is known; with wants_all also those that are taken without measuring the rest."""
     by_problem = {one.piece.problem: one for one in wholes}
-    return [one for one in by_problem.values() if why_wrong(one.piece) is None and times_of(one.piece) is None]
+    found = []
+    for one in by_problem.values():
+        times = times_of(one.piece)
+        if why_wrong(one.piece) is None and (times is None or wants_all and times.is_region_faster):
+            found.append(one)
+    return found
 
 
 def _timed(
@@ -109,16 +118,16 @@ def _timed(
     return timing.in_network_order(calls, **limits, progress=lambda fraction, text: progress(0.0, text))
 
 
-def _judge(whole: Whole, found: Found, material: Material, progress: timing.Progress) -> None:
+def _judge(whole: Whole, found: Found, material: Material, tuning: decide.Tuning) -> None:
     ours = found[whole.piece.problem][REGION].min_us
     separate, stages = _least_us(whole.piece, found), []
     for stage in whole.stages:
         stages.append((found[stage.problem][REGION].min_us, _least_us(stage, found)))
-    is_clear = ours < (1 - CLEAR) * separate
+    is_clear = isinstance(tuning.tune, str) and ours < (1 - CLEAR) * separate
     is_clear &= all(region < least for region, least in stages) or ours <= sum(map(min, stages))
-    outcome: Mapping[str, Any] = {"error_ratio": 0.0}
+    outcome: Mapping[str, Any] = winners.outcome(whole.piece.region, REGION) or {}
     if is_clear:  # else the check is left to those that it may still be right for
-        progress(0.0, f"checking a {whole.piece.problem}")
+        tuning.progress(0.0, f"checking a {whole.piece.problem}")
         outcome = check(whole.piece, material)
         if winners.why_wrong(outcome) is not None:
             return

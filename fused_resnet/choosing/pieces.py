@@ -123,8 +123,8 @@ def keep(found: Mapping[RegionProblem, tuple[dict[str, float], str, Mapping[str,
     table = Table.empty(str(winners.device_id("cpu")))
     table.runs[run] = {"date": run, "threads": torch.get_num_threads(), "kernels": winners.kernel_digests()}
     for problem, (times, winner, outcome) in found.items():
-        errors = {REGION: outcome["error_ratio"], SEPARATE: 0.0}
-        best = {name: Measured(None, time_us, errors[name]) for name, time_us in times.items()}
+        errors = {REGION: outcome.get("error_ratio")}  # the separate nodes are checked one by one
+        best = {name: Measured(None, time_us, errors.get(name)) for name, time_us in times.items()}
         table.entries.setdefault(winners.key(problem), {})[problem.N] = Entry(winner, SEPARATE, run, best)
     if table.entries:
         winners.keep(table)

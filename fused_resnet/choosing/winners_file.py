@@ -17,11 +17,12 @@ SCHEMA = 2
 
 
 class Measured(NamedTuple):
-    """One candidate of an entry. error_ratio: its worst error as a fraction of what the reference allows."""
+    """One candidate of an entry. error_ratio: its worst error as a fraction of what the reference allows, None where it
+    was not checked as a whole."""
 
     config: Optional[dict]
     time_us: float
-    error_ratio: float
+    error_ratio: Optional[float]
 
 
 class Entry(NamedTuple):
@@ -45,9 +46,11 @@ class Entry(NamedTuple):
         """What `files.read_json` takes for a bad file is raised for anything that `as_json` would not have written."""
         candidates = {}
         for name, one in record["candidates"].items():
-            config, measured = one["config"], Measured(one["config"], float(one["time_us"]), float(one["error_ratio"]))
+            config, error = one["config"], one["error_ratio"]
+            measured = Measured(config, float(one["time_us"]), None if error is None else float(error))
             is_plain = config is None or all(isinstance(value, (int, str)) for value in config.values())
-            if not (is_plain and 0 < measured.time_us < math.inf and 0 <= measured.error_ratio <= 1):
+            is_right = measured.error_ratio is None or 0 <= measured.error_ratio <= 1
+            if not (is_plain and 0 < measured.time_us < math.inf and is_right):
                 raise ValueError(f"its candidate {name} is {one}")
             candidates[name] = measured
         if record["winner"] not in candidates:

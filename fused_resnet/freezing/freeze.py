@@ -56,9 +56,9 @@ def freeze(
     cache. It takes 3 s of timing on a CPU or 10 to 30 calls, 60 s on a GPU, and the checks beside. On a CPU, runs of
     convolutions are also compared with one call for all of them, which takes 2 s or 5 to 20 calls. With AMX in bf16
     that comes first. Where one call is clearly faster than they could be, they are not measured. A number allows so
-    many seconds instead, for either. False measures nothing, and neither does FUSED_RESNET_TUNE=0: then rules decide.
-    The next freeze of the model on this machine measures nothing. Shapes that are first seen in a call are checked
-    alone.
+    many seconds instead, for either, and has all measured. False measures nothing, and neither does
+    FUSED_RESNET_TUNE=0: then rules decide. The next freeze of the model on this machine measures nothing. Shapes that
+    are first seen in a call are checked alone.
     progress: while measuring, is told which fraction is done, and what is being done.
 
     With a dtype, the input and what most of the model is in are converted, as by `model.to(dtype)`, and the rest is as

@@ -83,8 +83,11 @@ def test_what_is_clearly_faster_is_taken_and_remembered(measuring, clock, monkey
 
 
 def winners_problem(region):
-    places = tuple(range(len(region.fragment.steps)))
-    return outright.Piece(region.fragment, places).region
+    return piece_of(region).region
+
+
+def piece_of(region):
+    return outright.Piece(region.fragment, tuple(range(len(region.fragment.steps))))
 
 
 NOT_CLEAR = {
@@ -132,6 +135,30 @@ def test_what_is_wrong_by_itself_is_not_counted(measuring, clock):
     checks = winners.checks_of(problem, {str(first): {"why": "it ended the process (SIGSEGV)"}})
     winners.keep(winners.Table.empty(str(winners.device_id("cpu")))._replace(checks=checks))
     assert first not in decide.not_wrong(problem)
+
+
+def test_who_gives_seconds_has_all_measured(measuring, clock, monkeypatch):
+    """Also where it was taken outright before; and afterwards what was measured counts, whoever asks."""
+    clock.regions = (100.0, 50.0, 25.0, 25.0)
+    (region,) = frozen_network()
+    assert not is_measured(region)
+    clock.regions = (100.0, 50.0, 25.0, 25.0)
+    frozen_network(tune=60)
+    assert all(winners.entry_of(conv.problem) is not None for conv in region.convolutions)
+    winners.forget()
+    clock.timed.clear()
+    for tune in (60, "auto"):
+        assert frozen_network(tune=tune)
+        assert not clock.timed and outright.why_region(piece_of(region)) is None
+
+
+def test_what_was_not_checked_has_no_error(measuring, clock):
+    clock.regions = (150.0, 50.0, 25.0, 25.0)
+    frozen_network()
+    (problem,) = [one for one in clock.timed[:50] if getattr(one, "op", "") == "region"][:1]
+    assert {name: one.error_ratio for name, one in winners.entry_of(problem).candidates.items()} == {
+        REGION: None, pieces.SEPARATE: None,
+    }  # fmt: skip
 
 
 @pytest.fixture
