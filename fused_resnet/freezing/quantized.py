@@ -250,7 +250,11 @@ def made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment) -> FrozenRe
         if isinstance(step, ConvStep):
             del draft.convs[node]
             convolutions.append(RegionConv(node.name, step.problem))
-            weights[place], epilogues[place] = _quantized(fragment, place, *draft.folds.pop(node)(torch.float64))
+            try:
+                weights[place], epilogues[place] = _quantized(fragment, place, *draft.folds.pop(node)(torch.float64))
+            except ValueError as error:
+                name = re.sub("^(fused_)?model_", "", node.name)
+                raise ValueError(f"freeze: {name} has no int8 form: {error}. Name it in keep.") from None
     return region_of(draft, nodes, fragment, tuple(convolutions), weights, epilogues)
 
 

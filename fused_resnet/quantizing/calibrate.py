@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fused_resnet.operators import composites
 from fused_resnet.operators.problem import ConvProblem
-from fused_resnet.operators.quantized import dequantize, quantize, quantized_over, quantized_weight
+from fused_resnet.operators.quantized import dequantize, is_too_small, quantize, quantized_over, quantized_weight
 from fused_resnet.quantizing.scales import Scales
 
 Range = tuple[float, float]
@@ -70,8 +70,8 @@ def calibrate(
     """The ranges over all batches, and the first batch. progress: is told how many images were seen.
 
     batches: tensors as the model takes them, or (tensor, label) pairs; the number of images may vary. A tensor that
-    stays 0 is warned of once. Raises TypeError for other batches, and ValueError where there are none or a value is no
-    number. ValueError too where a batch differs from the example in shape, dtype or device.
+    stays 0, or too small for a scale, is warned of once. Raises TypeError for other batches, and ValueError where there
+    are none or a value is no number. ValueError too where a batch differs from the example in shape, dtype or device.
     """
     ranges: Ranges = {}
     first, images = None, 0
@@ -92,8 +92,11 @@ def calibrate(
         progress(images)
     if first is None:
         raise ValueError("freeze: calibrate holds no images. Pass a loader of 16 or more, as the model takes them.")
-    if zeros := [name for name, found in ranges.items() if found == (0.0, 0.0)]:
-        log.warning("0 in all %d images of calibrate, and kept with scale 1: %s", images, ", ".join(zeros))
+    zeros = [name for name, found in ranges.items() if found == (0.0, 0.0)]
+    small = [name for name, found in ranges.items() if found != (0.0, 0.0) and is_too_small(*found)]
+    for what, names in (("0", zeros), ("too small for a scale", small)):
+        if names:
+            log.warning("%s in all %d images of calibrate, and kept with scale 1: %s", what, images, ", ".join(names))
     return Scales(ranges, weights, images), first
 
 

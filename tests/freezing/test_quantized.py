@@ -277,6 +277,33 @@ def test_a_tensor_that_stays_zero_is_warned_of_once(caplog):
     torch.testing.assert_close(frozen(x), model(x).detach(), rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("size", (1e-40, 1e-37, 1e-30, 1e30, 1e36))
+def test_tensors_of_any_size(size, caplog):
+    """Those below fp32's normal scales are 0, and a warning names them. All others are as precise as any."""
+    model, x = Forward(lambda x, a, b, c: c(F.relu(b(F.relu(a(x)))))).eval(), torch.randn(X) * size
+    with torch.no_grad():
+        for conv in (model.a, model.b, model.c):
+            conv.bias.mul_(size)
+    frozen = in_int8(model, x, calibrate=[x])
+    (region,) = int8_regions(frozen, x)
+    if size < 3e-36:
+        assert "too small for a scale in all 2 images of calibrate, and kept with scale 1: x, a, b, c" in caplog.text
+        assert {how.scale for how in region.fragment.scales} == {1.0} and not frozen(x).any()
+    else:
+        assert not caplog.records and sqnr(model, frozen, x) > 25
+
+
+def test_constants_beyond_fp32_are_an_error():
+    model, x = Forward(lambda x, a, b, c: c(F.relu(b(F.relu(a(x)))))).eval(), torch.randn(X)
+    with torch.no_grad():
+        for parameter in model.b.parameters():
+            parameter.mul_(1e-35)
+        model.b.bias[0] = -1e6  # over a scale of 1e-37
+    with pytest.raises(ValueError, match="freeze: b has no int8 form: .* constants beyond fp32. Name it in keep."):
+        in_int8(model, x)
+    assert sqnr(model, in_int8(model, x, keep="b"), x) > 20
+
+
 # --------------------------------------------------------------------------------------------------------------- keep
 
 
