@@ -26,6 +26,7 @@ from fused_resnet.nn.bypass import why_not_fused
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import FLOAT_DTYPES, ConvProblem, dtype_name
+from fused_resnet.quantizing.scales import Effect
 from fused_resnet.regions.fragment import ConvStep, Fragment
 
 _RUNS = 5
@@ -37,7 +38,7 @@ _CAST = torch.ops.aten._to_copy.default
 
 class Call(NamedTuple):
     """A row before it is judged. backend: what is asked for, or None where torch's own module computes, and why.
-    region: the name of the call that it is part of, if there is one. scales, not_int8: as a row's."""
+    region: the name of the call that it is part of, if there is one. scales, not_int8, effect: as a row's."""
 
     name: str
     problem: ConvProblem
@@ -48,6 +49,7 @@ class Call(NamedTuple):
     region: Optional[str] = None
     scales: Optional[dict[str, str]] = None
     not_int8: Optional[str] = None
+    effect: Optional[Effect] = None
 
 
 class RegionCall(NamedTuple):
@@ -193,6 +195,7 @@ def _of_plan(
     modules = dict(plan.named_modules())
     calls, left_alone, regions = [], [], []
     not_int8: dict[str, str] = plan.meta.get("not_int8", {})
+    effects: dict[str, Effect] = plan.meta.get("effects", {})
 
     def name_of(node: Union[fx.Node, str]) -> str:
         stem = (node if isinstance(node, str) else node.name).removeprefix("fused_")
@@ -209,8 +212,9 @@ def _of_plan(
             time_us = statistics.median(run[node] for run in runs) if runs else None
             regions.append(RegionCall(prefix + node.name, module, time_us))
             found = _of_region(regions[-1], name_of, frozen.backend)
-            reasons = (not_int8.get(conv.name) for conv in module.convolutions)
-            calls += [call._replace(not_int8=reason) for call, reason in zip(found, reasons)]
+            for call, conv in zip(found, module.convolutions):
+                effect = effects.get(conv.name) if call.scales else None
+                calls.append(call._replace(not_int8=not_int8.get(conv.name), effect=effect))
         elif isinstance(module, WideConv):
             reason = "it is computed in float32, because oneDNN is wrong there in 16 bits"
             left_alone.append(convert.LeftAlone(name_of(node), reason))

@@ -98,7 +98,7 @@ def _judged(call: calls.Call, roofline: rooflines.Roofline) -> Row:
     return Row(
         call.name, problem, chosen, source if selection is None else selection.source,
         None if config is None else config._asdict(), others, roofline.time_us(problem), call.time_us,
-        winners.measurement_of(problem), call.region, call.scales, call.not_int8,
+        winners.measurement_of(problem), call.region, call.scales, call.not_int8, call.effect,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from fused_resnet.choosing.winners import Measurement
 from fused_resnet.fusing import convert
 from fused_resnet.measuring import rooflines
 from fused_resnet.operators.problem import ConvProblem, dtype_name
+from fused_resnet.quantizing.scales import Effect
 
 _COLUMNS = (
     "convolution", "problem", "backend", "MB unfused", "MB moved", "MB least", "GFLOP", "least us", "share", "time us",
@@ -32,7 +33,8 @@ class Row(NamedTuple):
     measured: what was measured for this problem when the choice was made, against what, and what was wrong.
     region: the name of the call that it is part of (`RegionRow`), if there is one. Its bytes and its roofline are those
     of the convolution by itself.
-    scales: in int8, how x, the residual and the result are kept. not_int8: why not, in a model frozen in int8.
+    scales: in int8, how x, the residual and the result are kept. not_int8: why not, in a model frozen in int8. effect:
+    what int8 does to it by itself, as the scales say.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Row(NamedTuple):
     region: Optional[str] = None
     scales: Optional[dict[str, str]] = None
     not_int8: Optional[str] = None
+    effect: Optional[Effect] = None
 
     @property
     def bytes_moved(self) -> int:
@@ -166,6 +169,7 @@ def _row_as_dict(row: Row, total_us: float) -> dict[str, Any]:
         "region": row.region,
         "scales": row.scales,
         "not_int8": row.not_int8,
+        "effect": row.effect and row.effect._asdict(),
     }
 
 
@@ -188,11 +192,7 @@ def _lines(explanation: Explanation) -> list[str]:
     lines += [f"{backend or 'none'}: {n} of {len(e.rows)}: {source}"
               for (backend, source), n in Counter((row.backend, row.source) for row in e.rows).items()]  # fmt: skip
     lines += map(str, e.regions)
-    lines += [
-        f"int8: {row.name}: {', '.join(f'{name} {how}' for name, how in row.scales.items())}"
-        for row in e.rows
-        if row.scales
-    ]
+    lines += [f"int8: {row.name}: {_in_int8(row.scales, row.effect)}" for row in e.rows if row.scales]
     lines += [f"not int8: {names}: {why}" for names, why in _by_reason((row.name, row.not_int8) for row in e.rows)]
     reasons = Counter(reason for row in e.rows for reason in row.why_not.items())
     lines += [f"not {backend}: {n} of {len(e.rows)}: {why}" for (backend, why), n in reasons.items()]
@@ -203,6 +203,14 @@ def _lines(explanation: Explanation) -> list[str]:
         for name, why in row.measured.wrong.items()
     )
     return lines + [f"left alone: {names}: {why}" for names, why in _by_reason(e.left_alone)]
+
+
+def _in_int8(scales: dict[str, str], effect: Optional[Effect]) -> str:
+    parts = [f"{name} {how}" for name, how in scales.items()]
+    if effect is not None:
+        parts += [] if effect.sqnr_db is None else [f"SQNR by itself {effect.sqnr_db:.1f} dB"]
+        parts.append(f"{100 * effect.clipped:.2f} % clipped")
+    return ", ".join(parts)
 
 
 def _by_reason(entries: Iterable[tuple[str, Optional[str]]]) -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ class Calibration(NamedTuple):
     ) -> Quantization:
         """The scales, made now or read, and the names of the convolutions that stay in floats.
 
-        Raises ValueError where the scales are of other weights or steps, and where keep names no convolution or asks
+        Raises ValueError where the scales are of other weights or steps. Also where keep names no convolution, or asks
         for the most sensitive of a file's. Also what `quantizing.calibrate` raises.
         """
         weights, steps, first = digest(model), digest_of_steps(traced), None

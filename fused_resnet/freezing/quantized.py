@@ -36,6 +36,7 @@ from fused_resnet.operators import quantized
 from fused_resnet.operators.problem import ConvProblem, dtype_name
 from fused_resnet.operators.quantized import Epilogue, Quantized, quantized_over
 from fused_resnet.quantizing.calibrate import FloatConv, Subject
+from fused_resnet.quantizing.scales import Effect
 from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, compile_fragment, packings
 from fused_resnet.regions.layout import DTYPES
 
@@ -93,12 +94,13 @@ def why_no_int8(problem: ConvProblem) -> Optional[str]:
 
 def form_quantized(draft: Draft) -> None:
     """Have what can be computed in int8 by regions. Its convolutions leave the draft. meta["not_int8"] of the graph
-    says of the others why, by node."""
+    says of the others why, by node, and meta["effects"] what was found of each when it was calibrated."""
     if draft.quantization is None:
         return
     tensors = _Tensors(draft)
     reasons = {node: reason for node in draft.convs if (reason := tensors.why_not(node)) is not None}
     draft.module.meta["not_int8"] = {node.name: reason for node, reason in reasons.items()}
+    draft.module.meta["effects"] = tensors.effects()
     found = []
     for nodes in grouped(draft.graph, tensors.fits, tensors.joins, tensors.goes_on):
         nodes = from_the_first_convolution(draft, nodes)
@@ -133,7 +135,7 @@ class _Tensors:
         assert draft.quantization is not None
         self._draft, self._names = draft, tensor_names(draft.graph)
         scales, self._forms, self._kept = draft.quantization
-        self._ranges = scales.ranges
+        self._ranges, self._effects = scales.ranges, scales.effects
         self._hows: dict[fx.Node, Optional[Quantized]] = {}
         self._reasons: dict[fx.Node, Optional[str]] = {}
 
@@ -154,6 +156,11 @@ class _Tensors:
             return None
         activation = None if conv is None else conv.problem.activation
         return quantized_over(*known, is_signed={"none": True, "relu": False, "relu6": False}.get(activation))
+
+    def effects(self) -> dict[str, Effect]:
+        """What is known of int8's effect on each convolution, by node."""
+        found = {node.name: self._effects.get(self._names[node]) for node in self._draft.convs}
+        return {name: effect for name, effect in found.items() if effect is not None}
 
     def why_not(self, node: fx.Node) -> Optional[str]:
         """Why a lowered convolution stays in floats."""
@@ -250,7 +257,11 @@ def made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment) -> FrozenRe
         if isinstance(step, ConvStep):
             del draft.convs[node]
             convolutions.append(RegionConv(node.name, step.problem))
-            weights[place], epilogues[place] = _quantized(fragment, place, *draft.folds.pop(node)(torch.float64))
+            try:
+                weights[place], epilogues[place] = _quantized(fragment, place, *draft.folds.pop(node)(torch.float64))
+            except ValueError as error:
+                name = re.sub("^(fused_)?model_", "", node.name)
+                raise ValueError(f"freeze: {name} has no int8 form: {error}. Name it in keep.") from None
     return region_of(draft, nodes, fragment, tuple(convolutions), weights, epilogues)
 
 

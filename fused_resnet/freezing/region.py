@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fused_resnet.backends import blocked
 from fused_resnet.choosing import Selection
 from fused_resnet.operators.problem import ConvProblem
-from fused_resnet.regions import calls, kernels
+from fused_resnet.regions import calls, kernels, layout
 from fused_resnet.regions.fragment import Fragment
 from fused_resnet.regions.program import CompiledRegion
 
@@ -49,7 +49,7 @@ class FrozenRegion(nn.Module):
         compiled = self.compiled
         call, shapes = calls.bound(compiled, self.workspaces), compiled.output_shapes
         empty, in_nhwc, has_vectors = torch.empty, torch.channels_last, self.fragment.has_vectors
-        dtype = self.fragment.dtype_outside
+        dtype = layout.outside(self.fragment.dtype)
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
             outputs = [empty(shape, dtype=dtype, memory_format=in_nhwc) for shape in shapes]

@@ -78,10 +78,7 @@ def conv_int8_problem(
         (sums, (torch.int32,)),
     ):  # fmt: skip
         for name, tensor in named.items():
-            if tensor.dtype not in dtypes:
-                wanted = " or ".join(map(dtype_name, dtypes))
-                raise TypeError(f"{op}: {name} must be {wanted}, not {dtype_name(tensor.dtype)}.")
-            _check_device(op, name, _as_facts(tensor), "x", _as_facts(x))
+            _check_operand(op, name, _as_facts(tensor), dtypes, _as_facts(x))
     if activation not in quantized.ACTIVATIONS:
         known = ", ".join(quantized.ACTIVATIONS)
         raise ValueError(f"{op}: unknown activation {activation!r}; known ones are {known}.")
@@ -221,12 +218,17 @@ def _check_dtypes(op: str, operands: dict[str, Facts]) -> None:
 def _check_vector_dtypes(vectors: dict[str, Facts], x: Facts) -> None:
     allowed = FLOAT_DTYPES if x.dtype == torch.float64 else FLOAT_DTYPES[:3]
     for name, vector in vectors.items():
-        if vector.dtype not in allowed:
-            raise TypeError(
-                f"conv_bn_act: {name} has dtype {dtype_name(vector.dtype)}; with x in {dtype_name(x.dtype)} it may be "
-                f"{', '.join(map(dtype_name, allowed))}."
-            )
-        _check_device("conv_bn_act", name, vector, "x", x)
+        _check_operand("conv_bn_act", name, vector, allowed, x, f"with x in {dtype_name(x.dtype)} ")
+
+
+def _check_operand(
+    op: str, name: str, facts: Facts, dtypes: tuple[torch.dtype, ...], x: Facts, where: str = ""
+) -> None:
+    """One of these dtypes, and on x's device."""
+    if facts.dtype not in dtypes:
+        allowed = ", ".join(map(dtype_name, dtypes))
+        raise TypeError(f"{op}: {name} has dtype {dtype_name(facts.dtype)}; {where}it may be {allowed}.")
+    _check_device(op, name, facts, "x", x)
 
 
 def _check_device(op: str, name: str, facts: Facts, first_name: str, first: Facts) -> None:

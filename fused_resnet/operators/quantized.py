@@ -57,14 +57,19 @@ class Epilogue(NamedTuple):
 def quantized_over(least: float, largest: float, is_signed: Optional[bool] = None) -> Quantized:
     """How values from `least` to `largest` are kept: u8 with largest / 255, or s8 with max(-least, largest) / 127.
 
-    is_signed: whether s8; default, where some are negative. Where all are 0, or too small for an fp32 scale, the scale
-    is 1. Raises ValueError for no range.
+    is_signed: whether s8; default, where some are negative. Where all are 0, or `is_too_small`, the scale is 1. Raises
+    ValueError for no range.
     """
     if not (math.isfinite(least) and math.isfinite(largest) and least <= largest):
         raise ValueError(f"quantized_over: values from {least} to {largest} have no scale")
     is_signed = least < 0 if is_signed is None else is_signed
     scale = max(-least, largest) / 127 if is_signed else max(largest, 0.0) / 255
-    return Quantized(scale if _fp32(scale) and math.isfinite(_fp32(1 / scale)) else 1.0, is_signed)
+    return Quantized(1.0 if is_too_small(least, largest) else scale, is_signed)
+
+
+def is_too_small(least: float, largest: float) -> bool:
+    """Whether values from `least` to `largest` have no scale: in fp32 it would be subnormal, with few digits, or 0."""
+    return max(-least, largest) / 255 < torch.finfo(torch.float32).tiny
 
 
 def quantize(x: Tensor, how: Quantized) -> Tensor:

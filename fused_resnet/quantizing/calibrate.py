@@ -13,8 +13,10 @@ from torch import Tensor, fx, nn
 
 from fused_resnet.operators import composites
 from fused_resnet.operators.problem import ConvProblem
-from fused_resnet.operators.quantized import dequantize, quantize, quantized_over, quantized_weight
-from fused_resnet.quantizing.scales import Scales
+from fused_resnet.operators.quantized import dequantize, is_too_small, quantize, quantized_over, quantized_weight
+from fused_resnet.quantizing.scales import Effect, Scales
+
+_FEW = 4  # images that show what int8 does to each convolution
 
 Range = tuple[float, float]
 Ranges = dict[str, Range]
@@ -37,12 +39,18 @@ class FloatConv(nn.Module):
         y = F.conv2d(x, weight, self.bias, p.stride, p.padding, p.dilation, p.groups)
         return composites.activate(y if residual is None else y + residual, p.activation)
 
-    def in_bytes(self, x: Tensor, residual: Optional[Tensor], of: Sequence[Range]) -> Tensor:
-        """About what the convolution alone gives in int8. of: the ranges of its result, of x and of the residual."""
+    def in_bytes(self, x: Tensor, residual: Optional[Tensor], of: Sequence[Range]) -> tuple[Tensor, float]:
+        """About what the convolution alone gives in int8, and the share of that which bytes cut off.
+
+        of: the ranges of its result, of x and of the residual.
+        """
         q, scales = quantized_weight(self.weight)
         weight = (q * scales.view(-1, 1, 1, 1)).to(self.weight.dtype)
         added = None if residual is None else _rounded(residual, of[2])
-        return _rounded(self._by(weight, _rounded(x, of[1]), added), of[0])
+        y, how = self._by(weight, _rounded(x, of[1]), added), quantized_over(*of[0])
+        levels = y / how.scale
+        is_cut = (levels < how.low - 0.5) | (levels > how.high + 0.5)
+        return _rounded(y, of[0]), is_cut.float().mean().item()
 
 
 class Subject(NamedTuple):
@@ -70,8 +78,8 @@ def calibrate(
     """The ranges over all batches, and the first batch. progress: is told how many images were seen.
 
     batches: tensors as the model takes them, or (tensor, label) pairs; the number of images may vary. A tensor that
-    stays 0 is warned of once. Raises TypeError for other batches, and ValueError where there are none or a value is no
-    number. ValueError too where a batch differs from the example in shape, dtype or device.
+    stays 0, or too small for a scale, is warned of once. Raises TypeError for other batches, and ValueError where there
+    are none or a value is no number. ValueError too where a batch differs from the example in shape, dtype or device.
     """
     ranges: Ranges = {}
     first, images = None, 0
@@ -92,9 +100,12 @@ def calibrate(
         progress(images)
     if first is None:
         raise ValueError("freeze: calibrate holds no images. Pass a loader of 16 or more, as the model takes them.")
-    if zeros := [name for name, found in ranges.items() if found == (0.0, 0.0)]:
-        log.warning("0 in all %d images of calibrate, and kept with scale 1: %s", images, ", ".join(zeros))
-    return Scales(ranges, weights, images), first
+    zeros = [name for name, found in ranges.items() if found == (0.0, 0.0)]
+    small = [name for name, found in ranges.items() if found != (0.0, 0.0) and is_too_small(*found)]
+    for what, names in (("0", zeros), ("too small for a scale", small)):
+        if names:
+            log.warning("%s in all %d images of calibrate, and kept with scale 1: %s", what, images, ", ".join(names))
+    return Scales(ranges, weights, images, effects=effects(subject, ranges, first[:_FEW])), first
 
 
 def images_of(caller: str, batches: Iterable[Any]) -> Iterator[Tensor]:
@@ -156,8 +167,9 @@ class _Comparison(fx.Interpreter):
         super().__init__(subject.graph)
         self._names, self._ranges, self._convolutions = subject.names, ranges, subject.convolutions
 
-    def sqnr_of(self, x: Tensor) -> dict[str, float]:
-        self._found: dict[str, float] = {}
+    def effects_of(self, x: Tensor) -> dict[str, tuple[float, float]]:
+        """{convolution: its SQNR in dB, and the share that is cut off}."""
+        self._found: dict[str, tuple[float, float]] = {}
         self.run(x)
         return self._found
 
@@ -167,14 +179,20 @@ class _Comparison(fx.Interpreter):
             operands = cast("tuple[fx.Node, ...]", n.args)
             x, residual, *_ = (*(self.env[node] for node in operands), None)
             of = [self._ranges[self._names[node]] for node in (n, *operands)]
-            error = self._convolutions[n].in_bytes(x, residual, of) - y
-            self._found[self._names[n]] = sqnr_db(_energy(y), _energy(error))
+            actual, cut = self._convolutions[n].in_bytes(x, residual, of)
+            self._found[self._names[n]] = sqnr_db(_energy(y), _energy(actual - y)), cut
         return y
 
 
 def sensitivity(subject: Subject, ranges: Ranges, x: Tensor) -> dict[str, float]:
     """{convolution: the ratio in dB of what it gives on a batch to the error of its int8 form on the same operands}."""
-    return _Comparison(subject, ranges).sqnr_of(x.to(subject.dtype))
+    return {name: sqnr for name, (sqnr, _) in _Comparison(subject, ranges).effects_of(x.to(subject.dtype)).items()}
+
+
+def effects(subject: Subject, ranges: Ranges, x: Tensor) -> dict[str, Effect]:
+    """What int8 does to each convolution by itself on a batch."""
+    found = _Comparison(subject, ranges).effects_of(x.to(subject.dtype))
+    return {name: Effect(sqnr if math.isfinite(sqnr) else None, cut) for name, (sqnr, cut) in found.items()}
 
 
 def sqnr_db(signal: float, noise: float) -> float:

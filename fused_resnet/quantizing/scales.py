@@ -8,7 +8,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Mapping, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,12 +20,22 @@ _FORMAT = "fused_resnet scales 2"
 _FORMATS = ("fused_resnet scales 1", _FORMAT)  # the first says nothing of steps
 
 
+class Effect(NamedTuple):
+    """What int8 does to a convolution by itself, of exact operands, on a few of the images that calibrated.
+
+    sqnr_db: of its result, None where that or its error is 0. clipped: the share of its results beyond their bytes.
+    """
+
+    sqnr_db: Optional[float]
+    clipped: float
+
+
 class Scales(NamedTuple):
     """What calibration found: ranges of values, from which the scales of int8 follow.
 
     ranges: {tensor: (least, largest)}, by its name in the traced model. weights: `digest` of the model that was
     calibrated. images: how many were seen. torch: its version then, for people. steps: `digest_of_steps` of that model,
-    None in files of older versions.
+    None in files of older versions. effects: on each convolution, by its name; none in those files.
     """
 
     ranges: dict[str, tuple[float, float]]
@@ -33,6 +43,7 @@ class Scales(NamedTuple):
     images: int
     torch: str = torch.__version__
     steps: Optional[str] = None
+    effects: Mapping[str, Effect] = {}
 
     def save(self, path: Union[str, os.PathLike[str]]) -> Path:
         """Write it as JSON, whole or not at all. Raises OSError where the folder cannot be written to."""
@@ -43,6 +54,7 @@ class Scales(NamedTuple):
             "steps_sha256": self.steps,
             "images": self.images,
             "ranges": {name: list(found) for name, found in self.ranges.items()},
+            "effects": {name: effect._asdict() for name, effect in self.effects.items()},
         }
         return files.write_json(Path(path), record)
 
@@ -66,13 +78,22 @@ class Scales(NamedTuple):
     def _parsed(cls, record: Any) -> Scales:
         if record["format"] not in _FORMATS:
             raise ValueError(f"its format is {record['format']!r}, not {_FORMAT!r}")
-        steps = record["steps_sha256"] if record["format"] == _FORMAT else None
+        is_old = record["format"] != _FORMAT
+        steps, effects = (None, {}) if is_old else (record["steps_sha256"], record["effects"])
         ranges = {str(name): (float(least), float(largest)) for name, (least, largest) in record["ranges"].items()}
         for name, (least, largest) in ranges.items():
             if not (math.isfinite(least) and math.isfinite(largest) and least <= largest):
                 raise ValueError(f"the range of {name} is {least} to {largest}")
         weights, images, version = str(record["weights_sha256"]), int(record["images"]), str(record["torch"])
-        return cls(ranges, weights, images, version, None if steps is None else str(steps))
+        understood = {str(name): _effect(**effect) for name, effect in effects.items()}
+        return cls(ranges, weights, images, version, None if steps is None else str(steps), understood)
+
+
+def _effect(sqnr_db: Optional[float], clipped: float) -> Effect:
+    effect = Effect(None if sqnr_db is None else float(sqnr_db), float(clipped))
+    if not (math.isfinite(effect.sqnr_db or 0.0) and 0 <= effect.clipped <= 1):
+        raise ValueError(f"an effect is {effect}")
+    return effect
 
 
 def digest(model: nn.Module) -> str:

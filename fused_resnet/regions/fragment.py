@@ -104,11 +104,6 @@ class Fragment(NamedTuple):
     scales: tuple[Optional[Quantized], ...] = ()
 
     @property
-    def dtype_outside(self) -> torch.dtype:
-        """What its outputs are in."""
-        return torch.float32 if self.dtype == torch.int8 else self.dtype
-
-    @property
     def convolutions(self) -> list[ConvProblem]:
         return [
             step.problem
@@ -145,7 +140,7 @@ class Fragment(NamedTuple):
         """What is read and written in NHWC: the inputs and the outputs, which are converted."""
         shapes = self.value_shapes
         values = (*range(len(self.shapes)), *self.outputs)
-        return sum(math.prod(shapes[value]) for value in values) * self.dtype_outside.itemsize
+        return sum(math.prod(shapes[value]) for value in values) * layout.outside(self.dtype).itemsize
 
     @property
     def text(self) -> str:

@@ -25,6 +25,11 @@ def blocks(channels: int, dtype: torch.dtype) -> int:
     return -(-channels // unit) * (unit // lanes(dtype))
 
 
+def outside(dtype: torch.dtype) -> torch.dtype:
+    """What the outputs of a region of this dtype are in: those of int8 are written as fp32."""
+    return torch.float32 if dtype == torch.int8 else dtype
+
+
 def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """(K, C, R, S) as (panels, k steps, 2 halves, 16 rows, values of a row). Missing channels are zero.
 

@@ -122,17 +122,12 @@ class CompiledRegion(NamedTuple):
     dtype: torch.dtype
     workspace_bytes: int
 
-    @property
-    def output_dtype(self) -> torch.dtype:
-        """Maps of int8 are written as fp32."""
-        return torch.float32 if self.dtype == torch.int8 else self.dtype
-
     def empty_workspace(self) -> Tensor:
         return LargePages(self.workspace_bytes).empty(self.workspace_bytes)
 
     def __call__(self, inputs: Sequence[Tensor], workspace: Tensor, kernel: str = "") -> list[Tensor]:
         """inputs: of any strides, in fp32 or bf16. kernel: a row of the table of micro-kernels, or the fastest here."""
-        dtype, in_nhwc = self.output_dtype, torch.channels_last
+        dtype, in_nhwc = layout.outside(self.dtype), torch.channels_last
         outputs = [torch.empty(shape, dtype=dtype, memory_format=in_nhwc) for shape in self.output_shapes]
         torch.ops.fused_resnet.cpu_region(
             self.program, list(inputs), self.weights, self.biases, kernel, workspace, outputs

@@ -300,7 +300,10 @@ BAD = {
     "a batch of 0": damaged(lambda record: record["entries"].update({"x": {"0": {}}})),
     "an unmeasured winner": _in_entry(winner="cuda"),
     "a wrong winner": _in_entry(candidates={"onednn": {"config": None, "time_us": 1.0, "error_ratio": 1.5}}),
-    "no error": _in_entry(candidates={"onednn": {"config": None, "time_us": 1.0, "error_ratio": None}}),
+    "no error": _in_entry(candidates={"onednn": {"config": None, "time_us": 1.0}}),
+    "a time with an error in words": _in_entry(
+        candidates={"onednn": {"config": None, "time_us": 1.0, "error_ratio": "small"}}
+    ),
     "no time": _in_entry(candidates={"onednn": {"config": None, "time_us": float("nan"), "error_ratio": 0.1}}),
     "a time beyond floats": _in_entry(candidates={"onednn": {"config": None, "time_us": 10**400, "error_ratio": 0.1}}),
     "no end": _in_entry(candidates={"onednn": {"config": None, "time_us": float("inf"), "error_ratio": 0.1}}),

@@ -5,7 +5,10 @@ import torch
 from torch import nn
 
 import fused_resnet
+from benchmarks.cpu_check import footprint
+from fused_resnet import models
 from fused_resnet.choosing import exactness, winners
+from fused_resnet.freezing import calibration
 from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.regions import kernels
 from tests.support import networks
@@ -72,3 +75,22 @@ def test_memory_holds_the_weights_as_bytes(kernel):
     model, x = networks.small(Bottleneck), torch.randn(X)
     (region,) = int8_regions(in_int8(model, x), x)
     assert {weight.dtype for weight in region.compiled.weights} <= {torch.int8, torch.uint8}
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not RUNNING, reason="needs a kernel of int8")
+def test_memory_holds_the_weights_of_a_resnet50_once():
+    """As bytes, however many plans there are: 23.5 million. The classifier, in floats, is packed for each batch."""
+    model, x = models.create("resnet50").eval(), torch.randn(2, 3, 64, 64)
+    frozen = in_int8(model, x)
+    for other in (x, torch.randn(1, 3, 96, 80)):
+        frozen(other)
+    assert len(frozen.plans()) == 2
+    held = {torch.int8: 0, calibration.beside_int8(): 0}
+    for tensor in footprint.tensors_of(*frozen.plans()):
+        if tensor.dtype in held:
+            held[tensor.dtype] += footprint.bytes_of(tensor)
+    convolutions = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Conv2d))
+    as_bytes, in_floats = held.values()
+    assert convolutions <= as_bytes < 1.01 * convolutions
+    assert in_floats < 2.3 * model.fc.weight.numel() * calibration.beside_int8().itemsize

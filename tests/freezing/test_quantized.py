@@ -15,8 +15,11 @@ from fused_resnet.freezing import calibration
 from fused_resnet.measuring.rooflines import Roofline
 from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.operators import quantized
+from fused_resnet.operators.describe import conv_problem
+from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.quantized import quantized_over
 from fused_resnet.quantizing import Scales
+from fused_resnet.quantizing.calibrate import FloatConv
 from fused_resnet.regions import kernels
 from tests.support import networks
 from tests.support.quantized import by_reference, int8_regions
@@ -277,6 +280,33 @@ def test_a_tensor_that_stays_zero_is_warned_of_once(caplog):
     torch.testing.assert_close(frozen(x), model(x).detach(), rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("size", (1e-40, 1e-37, 1e-30, 1e30, 1e36))
+def test_tensors_of_any_size(size, caplog):
+    """Those below fp32's normal scales are 0, and a warning names them. All others are as precise as any."""
+    model, x = Forward(lambda x, a, b, c: c(F.relu(b(F.relu(a(x)))))).eval(), torch.randn(X) * size
+    with torch.no_grad():
+        for conv in (model.a, model.b, model.c):
+            conv.bias.mul_(size)
+    frozen = in_int8(model, x, calibrate=[x])
+    (region,) = int8_regions(frozen, x)
+    if size < 3e-36:
+        assert "too small for a scale in all 2 images of calibrate, and kept with scale 1: x, a, b, c" in caplog.text
+        assert {how.scale for how in region.fragment.scales} == {1.0} and not frozen(x).any()
+    else:
+        assert not caplog.records and sqnr(model, frozen, x) > 25
+
+
+def test_constants_beyond_fp32_are_an_error():
+    model, x = Forward(lambda x, a, b, c: c(F.relu(b(F.relu(a(x)))))).eval(), torch.randn(X)
+    with torch.no_grad():
+        for parameter in model.b.parameters():
+            parameter.mul_(1e-35)
+        model.b.bias[0] = -1e6  # over a scale of 1e-37
+    with pytest.raises(ValueError, match="freeze: b has no int8 form: .* constants beyond fp32. Name it in keep."):
+        in_int8(model, x)
+    assert sqnr(model, in_int8(model, x, keep="b"), x) > 20
+
+
 # --------------------------------------------------------------------------------------------------------------- keep
 
 
@@ -414,6 +444,24 @@ def test_what_stays_in_floats_is_bf16_where_that_is_fast(monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ explain
 
 
+def test_effects_are_those_of_each_convolution_by_itself():
+    model, x = Forward(lambda x, a, b, c: c(F.relu(b(F.relu(a(x)))))).eval(), torch.randn(X)
+    with torch.no_grad():
+        model.b.weight[:, 0] *= 50  # one input channel has all of the range of the weights
+        model.a.weight[0], model.a.bias[0] = 0, -1  # and is always 0
+    effects = in_int8(model, x).scales().effects
+    assert set(effects) == {"a", "b", "c"}
+    assert effects["b"].sqnr_db < 20 and min(effects["a"].sqnr_db, effects["c"].sqnr_db) > 30
+
+
+def test_what_bytes_cut_off_is_counted():
+    conv = FloatConv(conv_problem(ConvOperands(torch.empty(1, 1, 2, 2), torch.ones(1, 1, 1, 1)), (1, 1), (0, 0), (1, 1),
+                                  1, "none"), torch.ones(1, 1, 1, 1), None)  # fmt: skip
+    x = torch.tensor([[[[0.0, 127.0], [-64.0, 1.0]]]])
+    y, cut = conv.in_bytes(x, None, [(-63.5, 63.5), (-127.0, 127.0)])
+    assert cut == 0.25 and y.flatten().tolist() == [0.0, 63.5, -64.0, 1.0]
+
+
 def test_explain_says_how_and_why_not(rest):
     model, x = networks.small(BasicBlock), torch.randn(X)
     frozen = in_int8(model, x, keep=["layer1"])
@@ -424,6 +472,12 @@ def test_explain_says_how_and_why_not(rest):
     assert rows["conv1"].scales == {"x": f"s8 {first[0].scale:.4g}", "out": f"u8 {first[1].scale:.4g}"}
     assert set(rows["layer2.0.downsample.0"].scales) == {"x", "residual", "out"}
     assert rows["layer1.0.conv1"].not_int8 == "keep asked for it" and rows["layer1.0.conv1"].scales is None
+    effect = rows["layer2.0.conv2"].effect
+    assert 25 < effect.sqnr_db < 60 and 0 <= effect.clipped < 0.01 and rows["layer1.0.conv1"].effect is None
     text = str(found)
+    assert f"SQNR by itself {effect.sqnr_db:.1f} dB, {100 * effect.clipped:.2f} % clipped" in text
+    assert [row["effect"] for row in found.as_dict()["rows"] if row["name"] == "layer2.0.conv2"] == [effect._asdict()]
+    again = fused_resnet.explain(in_int8(model, x, calibrate=frozen.scales()), x, roofline=Roofline(1e10, 1e11))
+    assert {row.name: row.effect for row in again.rows}["layer2.0.conv2"] == effect
     assert "not int8: layer1.0.conv1, layer1.0.conv2, " in text and ": keep asked for it" in text
     assert f"int8: conv1: x s8 {first[0].scale:.4g}, out u8" in text

@@ -36,11 +36,11 @@ def test_operands_are_mapped_with_their_epilogue():
 @pytest.mark.parametrize(
     "spoilt, error, message",
     [
-        (dict(x=torch.zeros(2, 6, 5, 7)), TypeError, "x must be uint8 or int8, not float32"),
-        (dict(weight=torch.zeros(8, 3, 3, 3, dtype=torch.uint8)), TypeError, "weight must be int8, not uint8"),
-        (dict(residual=torch.zeros(2, 8, 5, 7)), TypeError, "residual must be uint8 or int8, not float32"),
-        (dict(filter_sums=torch.zeros(8)), TypeError, "filter_sums must be int32, not float32"),
-        (dict(multiplier=torch.zeros(8, dtype=torch.float64)), TypeError, "multiplier must be float32, not float64"),
+        (dict(x=torch.zeros(2, 6, 5, 7)), TypeError, "x has dtype float32; it may be uint8, int8"),
+        (dict(weight=torch.zeros(8, 3, 3, 3, dtype=torch.uint8)), TypeError, "weight has dtype uint8; it may be int8"),
+        (dict(residual=torch.zeros(2, 8, 5, 7)), TypeError, "residual has dtype float32; it may be uint8, int8"),
+        (dict(filter_sums=torch.zeros(8)), TypeError, "filter_sums has dtype float32; it may be int32"),
+        (dict(multiplier=torch.zeros(8).double()), TypeError, "multiplier has dtype float64; it may be float32"),
         (dict(bias=torch.zeros(8, device="meta")), TypeError, "bias is on meta but x is on cpu"),
         (dict(bias=torch.zeros(7)), ValueError, "bias must have shape (8,), one value per output channel, got (7,)"),
         (dict(x=torch.zeros(6, 5, 7, dtype=torch.uint8)), ValueError, "x must have 4 dimensions"),

@@ -157,7 +157,10 @@ def test_scales():
     assert quantized_over(0.0, 5.1) == (5.1 / 255, False)
     assert quantized_over(-2.0, 1.0) == (2 / 127, True) and quantized_over(-1.0, 2.0) == (2 / 127, True)
     assert quantized_over(0.0, 0.0) == (1.0, False)
-    assert quantized_over(0.0, 1e-320).scale == quantized_over(0.0, 1e-39).scale == 1.0  # 1 / scale is no fp32
+    for small in (1e-320, 1e-40, 2.9e-36):  # whose scales are subnormal in fp32, or 0
+        assert quantized_over(0.0, small) == (1.0, False) and quantized_over(-small, 0.0) == (1.0, True)
+    for found in (3.1e-36, 1e30, 3.4e38):
+        assert quantized_over(0.0, found) == (found / 255, False)
     for least, largest in ((0.0, math.nan), (-math.inf, 1.0), (1.0, 0.0)):
         with pytest.raises(ValueError, match="have no scale"):
             quantized_over(least, largest)

@@ -10,7 +10,7 @@ from torch import nn
 
 from fused_resnet.freezing.trace import trace
 from fused_resnet.quantizing import Scales
-from fused_resnet.quantizing.scales import digest, digest_of_steps
+from fused_resnet.quantizing.scales import Effect, digest, digest_of_steps
 
 FOUND = Scales({"x": (-2.1179, 2.64), "conv1": (0.0, 1.0 / 3)}, "0123abcd", 16)
 
@@ -24,6 +24,11 @@ def test_a_file_gives_them_back(tmp_path):
     assert (record["torch"], record["weights_sha256"]) == (torch.__version__, "0123abcd")
 
 
+def test_effects_are_kept(tmp_path):
+    found = FOUND._replace(effects={"conv1": Effect(31.5, 0.001), "conv2": Effect(None, 0.0)})
+    assert Scales.load(found.save(tmp_path / "scales.json")) == found
+
+
 def test_files_of_others_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file .*Make one with"):
         Scales.load(tmp_path / "none.json")
@@ -32,6 +37,8 @@ def test_files_of_others_are_refused(tmp_path):
     for broken in (
         "{", "[]", json.dumps({**record, "format": "other"}), json.dumps({**record, "ranges": {"x": [1]}}),
         json.dumps({**record, "ranges": {"x": [1, 0]}}), json.dumps({**record, "ranges": {"x": [0, float("nan")]}}),
+        json.dumps({**record, "effects": {"x": [1, 2]}}),
+        json.dumps({**record, "effects": {"x": {"sqnr_db": 30, "clipped": 1.5}}}),
         json.dumps({name: value for name, value in record.items() if name != "images"}),
     ):  # fmt: skip
         path.write_text(broken)
@@ -42,7 +49,7 @@ def test_files_of_others_are_refused(tmp_path):
 def test_a_file_of_an_older_version_says_nothing_of_steps(tmp_path):
     path = FOUND._replace(steps="89ab").save(tmp_path / "scales.json")
     record = json.loads(path.read_text())
-    assert Scales.load(path).steps == record.pop("steps_sha256") == "89ab"
+    assert Scales.load(path).steps == record.pop("steps_sha256") == "89ab" and record.pop("effects") == {}
     path.write_text(json.dumps({**record, "format": "fused_resnet scales 1"}))
     assert Scales.load(path) == FOUND
 

@@ -7,6 +7,7 @@ from fused_resnet.operators import quantized
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.quantized import Quantized, quantized_over
+from fused_resnet.regions import layout
 from fused_resnet.regions.exact import run_reference
 from fused_resnet.regions.fragment import ConvStep, FlattenStep, Fragment, PoolStep
 
@@ -107,10 +108,11 @@ def test_steps_follow_the_contract():
     assert all(map(torch.equal, actual, expected))
 
 
-def test_scales_are_part_of_the_text():
+def test_which_values_are_signed_is_part_of_the_text():
     block = Block()
-    other = block.fragment._replace(scales=(Quantized(0.5, True), *block.scales[1:]))
-    assert other.text != block.fragment.text and " int8, " in other.text
+    first, *rest = block.scales
+    alike, other = (block.fragment._replace(scales=(Quantized(0.5, sign), *rest)) for sign in (first[1], not first[1]))
+    assert other.text != block.fragment.text == alike.text and " int8, " in other.text
     floats = block.fragment._replace(scales=(), dtype=torch.float32)
-    assert floats.dtype_outside == block.fragment.dtype_outside == torch.float32
+    assert [layout.outside(dtype) for dtype in layout.DTYPES] == list(layout.DTYPES)
     assert floats.bytes_at_seams == block.fragment.bytes_at_seams
