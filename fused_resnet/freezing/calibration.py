@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from fused_resnet.backends import BackendError
 from fused_resnet.choosing.timing import Progress
 from fused_resnet.freezing.draft import Quantization
-from fused_resnet.freezing.quantized import kept_by, why_no_int8
+from fused_resnet.freezing.quantized import kept_by, linear_names, why_no_int8
 from fused_resnet.machine import devices, onednn
 from fused_resnet.quantizing.calibrate import Subject, calibrate, sensitivity
 from fused_resnet.quantizing.scales import Scales, digest, digest_of_steps
@@ -68,7 +68,7 @@ class Calibration(NamedTuple):
         forms = {name: (problem.activation, problem.has_residual) for name, problem in problems.items()}
         if not isinstance(self.keep, int):
             asked = [self.keep] if isinstance(self.keep, str) else self.keep
-            return Quantization(scales, forms, kept_by(list(problems), asked))
+            return Quantization(scales, forms, kept_by([*problems, *linear_names(subject)], asked))
         if not self.keep:
             return Quantization(scales, forms)
         if first is None:

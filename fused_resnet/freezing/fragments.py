@@ -143,7 +143,7 @@ def from_the_first_convolution(draft: Draft, nodes: Sequence[fx.Node]) -> list[f
     """Up to what would flatten, or be a linear layer of, a map that is then outside."""
     left = list(itertools.dropwhile(lambda node: node not in draft.convs, nodes))
     for index, node in enumerate(left):
-        if (flattens(draft, node) or _linear(draft, node)) and node.args[0] not in left[:index]:
+        if (flattens(draft, node) or linear_of(draft, node)) and node.args[0] not in left[:index]:
             return left[:index]
     return left
 
@@ -154,7 +154,7 @@ def _goes_on(draft: Draft, node: fx.Node, run: Sequence[fx.Node]) -> bool:
         return False
     (source,) = node.all_input_nodes
     is_flattened = flattens(draft, source)
-    return flattens(draft, node) if not is_flattened else _linear(draft, node) is not None
+    return flattens(draft, node) if not is_flattened else linear_of(draft, node) is not None
 
 
 def flattens(draft: Draft, node: fx.Node) -> bool:
@@ -167,7 +167,7 @@ def flattens(draft: Draft, node: fx.Node) -> bool:
     return is_known and has_stock_call(module or nn.Identity()) and tuple(source.shape) == (*facts.shape, 1, 1)
 
 
-def _linear(draft: Draft, node: fx.Node) -> Optional[ConvProblem]:
+def linear_of(draft: Draft, node: fx.Node) -> Optional[ConvProblem]:
     """What a plain linear layer is over maps of one pixel, if a region can compute it."""
     layer, facts, source = draft.called_by(node), facts_of(node), facts_of(node.args[0]) if node.args else None
     if type(layer) is not nn.Linear or not has_stock_call(layer) or type(layer.weight) is not nn.Parameter:
@@ -184,7 +184,7 @@ def _linear(draft: Draft, node: fx.Node) -> Optional[ConvProblem]:
     return problem if blocked.BACKEND.why_not(problem) is None else None
 
 
-def _weight_of(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Optional[Tensor]]:
+def weight_of(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Optional[Tensor]]:
     """A linear layer's weight and bias as those of a convolution."""
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     return layer.weight.detach().to(dtype)[:, :, None, None], bias
@@ -255,7 +255,7 @@ def run_of(draft: Draft, nodes: list[fx.Node], places: tuple[int, ...]) -> Run:
             separate.append(None)
             if (pooling := pooling_of(draft, node)) is not None:
                 steps.append(pooling._replace(x=x))
-            elif (problem := _linear(draft, node)) is not None:
+            elif (problem := linear_of(draft, node)) is not None:
                 steps.append(ConvStep(problem, x, is_linear=True))
             else:
                 steps.append(FlattenStep(x))
@@ -384,7 +384,7 @@ def _made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, why: str) 
     decisions.clear()
     for place, node in enumerate(nodes):
         if isinstance(layer := draft.called_by(node), nn.Linear):
-            weights[place], biases[place] = _weight_of(layer, fragment.dtype)
+            weights[place], biases[place] = weight_of(layer, fragment.dtype)
     packed = {  # each weight goes once it is packed
         place: packing.of([weights.pop(part) for part in packing.parts]) for place, packing in packed_as.items()
     }

@@ -1,4 +1,4 @@
-"""The pass that has convolutions and poolings computed in int8, and what it wants to know of their tensors.
+"""The pass that has convolutions, poolings and classifiers computed in int8, and what it wants to know of tensors.
 
 What int8 computes becomes regions, and always does: it is what was asked for. Between them, and for what stays in
 floats, tensors are fp32 or bf16.
@@ -7,6 +7,7 @@ floats, tensors are fp32 or bf16.
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import re
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Optional, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fused_resnet.backends import blocked
 from fused_resnet.choosing import exactness
@@ -24,11 +25,13 @@ from fused_resnet.freezing.fragments import (
     flattens,
     from_the_first_convolution,
     grouped,
+    linear_of,
     outputs_of,
     pooling_of,
     replace,
     run_of,
     share_packed,
+    weight_of,
 )
 from fused_resnet.freezing.region import FrozenRegion, RegionConv
 from fused_resnet.graphs.memory import memory_of, writes_in_place, written
@@ -37,7 +40,7 @@ from fused_resnet.operators.problem import ConvProblem, dtype_name
 from fused_resnet.operators.quantized import Epilogue, Quantized, quantized_over
 from fused_resnet.quantizing.calibrate import FloatConv, Subject
 from fused_resnet.quantizing.scales import Effect
-from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, compile_fragment, packings
+from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, compile_fragment, map_of, packings
 from fused_resnet.regions.layout import DTYPES
 
 _WHY = "int8 was asked for"
@@ -67,8 +70,19 @@ def tensor_names(graph: fx.Graph) -> dict[fx.Node, str]:
     return {node: name if counts[name] == 1 else node.name for node, name in short.items()}
 
 
+def linear_names(subject: Subject) -> list[str]:
+    """What `keep` calls the linear layers of a model."""
+    names, modules = tensor_names(subject.graph.graph), dict(subject.graph.named_modules())
+    return [
+        name
+        for node, name in names.items()
+        if node.op == "call_module" and isinstance(modules[str(node.target)], nn.Linear)
+    ]
+
+
 def kept_by(names: Sequence[str], asked: Sequence[str]) -> frozenset[str]:
-    """The convolutions of these names that `asked` keeps in floats: convolutions, or modules that hold some.
+    """The convolutions and linear layers of these names that `asked` keeps in floats: themselves, or modules that hold
+    some.
 
     Raises ValueError for what is neither.
     """
@@ -78,7 +92,9 @@ def kept_by(names: Sequence[str], asked: Sequence[str]) -> frozenset[str]:
         inside = {known for known in names if known == name or known.startswith(f"{name}_")}
         if not inside:
             shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-            raise ValueError(f"freeze: keep names {one!r}, which holds no convolution. Known ones are {shown}.")
+            raise ValueError(
+                f"freeze: keep names {one!r}, which holds no convolution and no linear layer. Known ones are {shown}."
+            )
         found |= inside
     return frozenset(found)
 
@@ -203,7 +219,21 @@ class _Tensors:
         return facts.shape[0] == first.shape[0] and not is_float
 
     def goes_on(self, node: fx.Node, run: list[fx.Node]) -> bool:
-        return flattens(self._draft, node) and node.args[0] in run
+        if flattens(self._draft, node) and node.args[0] in run:
+            return True
+        return linear_of(self._draft, node) is not None and self._is_of_means(node, run)
+
+    def _is_of_means(self, node: fx.Node, run: list[fx.Node]) -> bool:
+        """Whether a linear layer reads means of the run that have an int8 form, and `keep` does not name it."""
+        (flat,) = node.all_input_nodes
+        if flat not in run or not flattens(self._draft, flat) or self._names[node] in self._kept or not node.users:
+            return False
+        (mean,) = flat.all_input_nodes
+        source = mean.all_input_nodes[0]
+        how, facts = self.how(source), facts_of(source)
+        if not self._is_mean(mean) or how is None or facts is None:
+            return False
+        return quantized.why_no_linear(how, math.prod(facts.shape[2:])) is None
 
     def _is_float(self, node: fx.Node) -> bool:
         return self._is_mean(node) or flattens(self._draft, node)
@@ -240,6 +270,7 @@ def _in_bytes(fragment: Fragment, hows: Sequence[Optional[Quantized]]) -> Fragme
         if isinstance(step, ConvStep):
             problem = step.problem._replace(dtype=torch.int8)
             step = step._replace(problem=problem, by_winograd=False)
+            scales[value] = None if step.is_linear else scales[value]
         elif isinstance(step, PoolStep) and step.kind == "average":
             scales[value] = None
         elif not isinstance(step, PoolStep):
@@ -255,10 +286,14 @@ def made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment) -> FrozenRe
     convolutions = []
     for place, (node, step) in enumerate(zip(nodes, fragment.steps)):
         if isinstance(step, ConvStep):
-            del draft.convs[node]
-            convolutions.append(RegionConv(node.name, step.problem))
+            if isinstance(layer := draft.called_by(node), nn.Linear):
+                folded = weight_of(layer, torch.float64)
+            else:
+                del draft.convs[node]
+                convolutions.append(RegionConv(node.name, step.problem))
+                folded = draft.folds.pop(node)(torch.float64)
             try:
-                weights[place], epilogues[place] = _quantized(fragment, place, *draft.folds.pop(node)(torch.float64))
+                weights[place], epilogues[place] = _quantized(fragment, place, *folded)
             except ValueError as error:
                 name = re.sub("^(fused_)?model_", "", node.name)
                 raise ValueError(f"freeze: {name} has no int8 form: {error}. Name it in keep.") from None
@@ -282,10 +317,15 @@ def region_of(
 
 
 def _quantized(fragment: Fragment, place: int, weight: Tensor, bias: Optional[Tensor]) -> tuple[Tensor, Epilogue]:
-    """A convolution's weight in s8, and its epilogue."""
+    """A convolution's weight in s8, and its epilogue; or a linear layer's."""
     step = fragment.steps[place]
     assert isinstance(step, ConvStep)
     q, scales = quantized.quantized_weight(weight)
+    if step.is_linear:
+        source = map_of(fragment, step.x)
+        how, (_, _, H, W) = fragment.scales[source], fragment.value_shapes[source]
+        assert how is not None
+        return q, quantized.epilogue_of_linear(how, H * W, scales, bias)
     x, out = fragment.scales[step.x], fragment.scales[len(fragment.shapes) + place]
     residual = None if step.residual is None else fragment.scales[step.residual]
     assert x is not None and out is not None

@@ -7,6 +7,12 @@ output channel, and sums are exact int32. Then, in fp32, with one rounding for e
     y = fma(float(skip), R, y)       R = sr/sy,     with a residual
     q = rint(min(max(y, low), high)) half to even;  NaN gives low
 
+A linear layer of the means of u8 maps is two convolutions, of the lower and of the upper byte of each map's sum. Its
+result is fp32:
+
+    y = fma(float(low), M, B)        M = sx*sw/pixels,  B = bias
+    y = fma(float(high), 256*M, y)
+
 M, B and R are computed in fp64 and rounded once. Nothing here is fast and nothing here is shared with a kernel.
 """
 
@@ -21,6 +27,8 @@ from torch import Tensor
 
 # 255 * 127 * K stays below 2**31 in magnitude, and so does every partial sum, in any order.
 LARGEST_REDUCTION = 66_310
+# The sum of so many u8 fits two bytes.
+MOST_PIXELS_OF_A_MEAN = 257
 ACTIVATIONS = ("none", "relu", "relu6")
 
 
@@ -44,7 +52,10 @@ class Quantized(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What follows a convolution's sums. multiplier, bias: (K,) fp32. residual: R, an fp32 value, 0 without one."""
+    """What follows a convolution's sums. multiplier, bias: (K,) fp32. residual: R, an fp32 value, 0 without one.
+
+    low and high are infinite where the result is fp32: of a linear layer.
+    """
 
     multiplier: Tensor
     bias: Tensor
@@ -121,6 +132,46 @@ def epilogue_of(
         raise ValueError(f"epilogue_of: an output of scale {out.scale} has constants beyond fp32")
     high = min(out.high, _fp32(6 / out.scale)) if activation == "relu6" else out.high
     return Epilogue(multiplier, shift, factor, out.low, high, out.is_signed)
+
+
+def epilogue_of_linear(x: Quantized, pixels: int, weight_scales: Tensor, bias: Optional[Tensor] = None) -> Epilogue:
+    """The constants of a linear layer of the means of maps of so many pixels, kept as x: in fp64, rounded once to fp32.
+
+    Raises ValueError where there is a reason in `why_no_linear`, and for constants that fp32 does not hold.
+    """
+    if (reason := why_no_linear(x, pixels)) is not None:
+        raise ValueError(f"epilogue_of_linear: {reason}")
+    scales = weight_scales.double()
+    multiplier = (x.scale * scales / pixels).float()
+    shift = (torch.zeros_like(scales) if bias is None else bias.to(scales)).float()
+    if not ((256 * multiplier).isfinite().all() and shift.isfinite().all()):
+        raise ValueError(f"epilogue_of_linear: an input of scale {x.scale} has constants beyond fp32")
+    return Epilogue(multiplier, shift, 0.0, -math.inf, math.inf, False)
+
+
+def why_no_linear(x: Quantized, pixels: int) -> Optional[str]:
+    """Why a linear layer of the means of such maps has no int8 form, if it has none."""
+    if x.is_signed:
+        return "a linear layer in int8 is of means of u8 maps"
+    if pixels > MOST_PIXELS_OF_A_MEAN:
+        return f"sums of {pixels} bytes may leave two bytes (at most {MOST_PIXELS_OF_A_MEAN} stay)"
+    return None
+
+
+def linear_of_means(q: Tensor, weight: Tensor, epilogue: Epilogue) -> Tensor:
+    """A linear layer of the means of the maps q, (N, C, H, W) u8: fp32, (N, K, 1, 1).
+
+    weight: (K, C, 1, 1), s8. epilogue: of `epilogue_of_linear`. Raises TypeError for other dtypes, ValueError where
+    maps have more than MOST_PIXELS_OF_A_MEAN pixels.
+    """
+    if q.dtype != torch.uint8:
+        raise TypeError(f"linear_of_means: q must be uint8, not {q.dtype}")
+    if (reason := why_no_linear(Quantized(1.0, False), q.shape[2] * q.shape[3])) is not None:
+        raise ValueError(f"linear_of_means: {reason}")
+    total = q.long().sum((2, 3), keepdim=True)
+    low, high = (total % 256).to(torch.uint8), (total // 256).to(torch.uint8)
+    multiplier, bias = (vector.to(q.device).view(1, -1, 1, 1) for vector in epilogue[:2])
+    return fma(sums(high, weight).float(), 256 * multiplier, fma(sums(low, weight).float(), multiplier, bias))
 
 
 def conv_act(

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from fused_resnet.operators import quantized
 from fused_resnet.operators.quantized import Epilogue
-from fused_resnet.regions.fragment import ConvStep, FlattenStep, Fragment
+from fused_resnet.regions.fragment import ConvStep, FlattenStep, Fragment, map_of
 
 
 def run_reference(
     fragment: Fragment, weights: Mapping[int, Tensor], epilogues: Mapping[int, Epilogue], inputs: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The outputs of an int8 fragment, fp32, to the last bit: maps (N, C, P, Q), and (N, C) of what was flattened.
+    """The outputs of an int8 fragment, fp32, to the last bit: maps (N, C, P, Q), and (N, C) of what was flattened
+    or is a linear layer's.
 
     weights: (K, C, R, S) in s8 by the place of the step; epilogues likewise. inputs: float tensors.
     """
@@ -23,7 +24,9 @@ def run_reference(
         values.append(x if how is None else quantized.quantize(x, how))
     for place, step in enumerate(fragment.steps):
         x = values[step.x]
-        if isinstance(step, ConvStep):
+        if isinstance(step, ConvStep) and step.is_linear:
+            y = quantized.linear_of_means(values[map_of(fragment, step.x)], weights[place], epilogues[place])
+        elif isinstance(step, ConvStep):
             p, residual = step.problem, None if step.residual is None else values[step.residual]
             window = (p.stride, p.padding, p.dilation, p.groups)
             y = quantized.conv_act(x, weights[place], epilogues[place], *window, residual)

@@ -93,8 +93,8 @@ class Fragment(NamedTuple):
     """shapes: of the inputs. outputs: the steps' values that are read outside, in the order of the steps. Vectors count
     as maps of one pixel.
 
-    scales: in int8, how each value is kept, or None of a mean, which is fp32. An int8 region quantizes its inputs, and
-    its outputs are fp32.
+    scales: in int8, how each value is kept, or None of a mean and of a linear layer of means, which are fp32. An int8
+    region quantizes its inputs, and its outputs are fp32.
     """
 
     shapes: tuple[Shape, ...]
@@ -217,23 +217,23 @@ def replacing(fragment: Fragment) -> set[int]:
     parts, last_read = segments(fragment), dict[int, int]()
     for place, step in enumerate(fragment.steps):
         if not isinstance(step, ConvStep):
-            last_read[_map_of(fragment, step.x)] = place
+            last_read[map_of(fragment, step.x)] = place
         elif place in parts:  # a second segment is read there
             read = [fragment.steps[part].x for part in parts[place]]
             read += [] if step.residual is None or len(parts[place]) > 1 else [step.residual]
-            last_read.update((_map_of(fragment, value), place) for value in read)
+            last_read.update((map_of(fragment, value), place) for value in read)
     found = set()
     for place, of in parts.items():
         step = fragment.steps[place]
         assert isinstance(step, ConvStep)
         if step.residual is not None and len(of) == 1:
-            replaced = _map_of(fragment, step.residual)
-            if last_read[replaced] == place and replaced != _map_of(fragment, step.x):
+            replaced = map_of(fragment, step.residual)
+            if last_read[replaced] == place and replaced != map_of(fragment, step.x):
                 found.add(place)
     return found
 
 
-def _map_of(fragment: Fragment, value: int) -> int:
+def map_of(fragment: Fragment, value: int) -> int:
     """The value whose map it has: what is flattened stays where it is, and means of int8 are made when written."""
     while value >= len(fragment.shapes):
         step = fragment.steps[value - len(fragment.shapes)]
@@ -337,6 +337,9 @@ def _compile_int8(
     for place, step in enumerate(fragment.steps):
         _check_int8(fragment, place)
         value = first + place
+        if isinstance(step, ConvStep) and step.is_linear:
+            region.write_linear(maps[step.x], packed[place], epilogues[place])
+            continue
         if isinstance(step, ConvStep):
             maps[value] = region.convolve(
                 [stem_segments[place] if place in stem_segments else _segment(step, maps)],
@@ -365,8 +368,11 @@ def _check_int8(fragment: Fragment, place: int) -> None:
     """Raises ValueError for what bytes cannot be, or where the scales do not say it."""
     step, scales, value = fragment.steps[place], fragment.scales, len(fragment.shapes) + place
     shape = fragment.value_shapes[step.x]
-    if isinstance(step, ConvStep):
-        wrong = "a linear layer" if step.is_linear else "a convolution of groups" if step.problem.groups != 1 else None
+    if isinstance(step, ConvStep) and step.is_linear:
+        wrong = _why_no_linear(fragment, step)
+        fits = scales[value] is None and scales[step.x] is None and value in fragment.outputs
+    elif isinstance(step, ConvStep):
+        wrong = "a convolution of groups" if step.problem.groups != 1 else None
         fits = None not in [scales[read] for read in (*step.reads, value)]
     elif isinstance(step, PoolStep) and step.kind == "average":
         is_whole = step.window == shape[2:] and step.padding == (0, 0)
@@ -382,13 +388,22 @@ def _check_int8(fragment: Fragment, place: int) -> None:
         raise ValueError(f"int8: step {step} has scales that do not belong to it")
 
 
+def _why_no_linear(fragment: Fragment, step: ConvStep) -> Optional[str]:
+    """What else than the means of maps of bytes it is of, if it is."""
+    source = map_of(fragment, step.x)
+    how, (_, _, H, W) = fragment.scales[source], fragment.value_shapes[source]
+    if source == step.x or how is None or (reason := quantized.why_no_linear(how, H * W)) is not None:
+        return "a linear layer of no means" if source == step.x or how is None else f"a linear layer: {reason}"
+    return None
+
+
 def _is_signed(fragment: Fragment, value: Optional[int]) -> bool:
     how = None if value is None else fragment.scales[value]
     return how is not None and how.is_signed
 
 
 def _scale_of_mean(fragment: Fragment, value: int) -> Quantized:
-    how = fragment.scales[_map_of(fragment, value)]
+    how = fragment.scales[map_of(fragment, value)]
     assert how is not None
     return how
 

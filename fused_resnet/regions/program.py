@@ -22,12 +22,13 @@ from fused_resnet.kernels import compiled
 from fused_resnet.machine.devices import second_level_cache_bytes
 from fused_resnet.machine.malloc import LargePages
 from fused_resnet.operators.problem import ACTIVATIONS, output_size
-from fused_resnet.operators.quantized import Epilogue, Quantized, why_not_reduced
+from fused_resnet.operators.quantized import Epilogue, Quantized, why_no_linear, why_not_reduced
 from fused_resnet.regions import layout
 
-_VERSION = 4
+_VERSION = 5
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 2, torch.int8: 3}  # of the dtypes
 _READ, _WRITE, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES, _WINOGRAD, _WRITE_MEANS, _POOLED_STEM = range(9)
+_WRITE_LINEAR = 9
 _TILE = 16  # rows of the largest tile
 _FOR_MAPS = 0.75  # of the second-level caches
 _FOR_A_BAND = 0.125  # of one of them
@@ -230,6 +231,24 @@ class Region:
         self._output_shapes.append((N, C, 1, 1))
         self._add(lambda: [_WRITE_MEANS, self._number(x), index, self._first_image, *tail], [x])
 
+    def write_linear(self, x: Map, packed: Tensor, epilogue: Epilogue) -> None:
+        """A linear layer of the means of x's maps becomes the next of the region's outputs, (N, K, 1, 1): in int8.
+
+        x: of u8, at most MOST_PIXELS_OF_A_MEAN pixels. packed: its weight (K, C, 1, 1), as `packed_weights` gives it.
+        Raises ValueError for what does not fit together.
+        """
+        (N, C, H, W), index, K = x.shape, len(self._output_shapes), len(epilogue.multiplier)
+        if self.dtype != torch.int8 or (reason := why_no_linear(Quantized(1.0, False), H * W)) is not None:
+            raise ValueError(f"write_linear: {reason if self.dtype == torch.int8 else f'the region is {self.dtype}'}")
+        if packed.shape[:2] != (-(-K // layout.PANEL), -(-C // layout.lanes(self.dtype))):
+            raise ValueError(f"write_linear: a weight packed as {tuple(packed.shape)} is not of {K} x {C} channels")
+        numbers = (
+            self._keep(packed, self._weights),
+            self._keep(layout.pack_constants(epilogue, packed), self._biases),
+        )
+        self._output_shapes.append((N, K, 1, 1))
+        self._add(lambda: [_WRITE_LINEAR, self._number(x), index, self._first_image, *numbers], [x], weight=packed)
+
     def _quantized(
         self, caller: str, how: Optional[Quantized], factor: Callable[[float], float] = lambda scale: scale
     ) -> list[int]:
@@ -273,7 +292,8 @@ class Region:
             if segment.phases is None:
                 segment.x.halo = max(segment.x.halo, *segment.padding)
         pixels = sum(math.prod(segment.x.shape[1:]) for segment in segments)
-        tail = [] if requantizing is None else _integers_of_epilogue(requantizing)
+        reduction = math.prod(segments[0].weight.shape[1:])
+        tail = [] if requantizing is None else _integers_of_epilogue(requantizing, reduction)
 
         def integers() -> list[int]:
             added = -1 if residual is None else self._number(residual)
@@ -587,9 +607,16 @@ def _bits(value: float) -> int:
     return struct.unpack("I", struct.pack("f", value))[0]
 
 
-def _integers_of_epilogue(requantizing: Requantizing) -> list[int]:
+def _integers_of_epilogue(requantizing: Requantizing, reduction: int) -> list[int]:
     epilogue, *signs = requantizing
-    return [*map(_bits, (epilogue.residual, epilogue.low, epilogue.high)), *map(int, signs)]
+    bounds = map(_bits, (epilogue.residual, epilogue.low, epilogue.high))
+    return [*bounds, int(_fits_int32(epilogue, reduction)), *map(int, signs)]
+
+
+def _fits_int32(epilogue: Epilogue, reduction: int) -> bool:
+    """Whether y stays within int32, rounding included, whatever the bytes are."""
+    most = 255 * (127 * reduction * epilogue.multiplier.double().abs() + epilogue.residual)
+    return bool((most + epilogue.bias.double().abs() < 2**30).all())
 
 
 def _check_epilogue(

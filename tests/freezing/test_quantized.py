@@ -329,6 +329,50 @@ def test_named_convolutions_stay_in_floats(keep, kept, rest):
     assert sqnr(model, frozen, x) > 20
 
 
+HEADS = {
+    "large": (lambda h: h(F.relu), (3, 3, 2, 129), False),
+    "largest": (lambda h: h(F.relu), (3, 3, 1, 257), True),
+    "signed": (lambda h: h(lambda y: y), X, False),
+    "after an activation": (lambda h: h(F.relu, F.relu), X, False),
+    "read twice": (lambda h: (h(F.relu), h.mean), X, True),
+}
+
+
+class Head(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.conv, self.pool, self.linear = nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
+        self.run = forward
+
+    def forward(self, x):
+        def head(activation, between=lambda y: y):
+            head.mean = torch.flatten(self.pool(activation(self.conv(x))), 1)
+            return self.linear(between(head.mean))
+
+        return self.run(head)
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_linear_layers_of_means_of_bytes_are_int8(case, rest):
+    forward, shape, is_inside = HEADS[case]
+    model, x = Head(forward).eval(), torch.randn(shape)
+    frozen = in_int8(model, x)
+    (region,) = int8_regions(frozen, x)
+    assert (5 in [shape[1] for shape in region.compiled.output_shapes]) == is_inside
+    expected, actual = model(x), frozen(x)
+    for right, y in zip(*((one if isinstance(one, tuple) else (one,)) for one in (expected, actual))):
+        torch.testing.assert_close(y, right.detach(), rtol=0, atol=0.05)
+
+
+def test_keep_names_linear_layers(rest):
+    model, x = Head(HEADS["largest"][0]).eval(), torch.randn(X)
+    frozen, kept = in_int8(model, x), in_int8(model, x, keep="linear")
+    (region,), (other,) = int8_regions(frozen, x), int8_regions(kept, x)
+    assert [one.compiled.output_shapes for one in (region, other)] == [[(2, 5, 1, 1)], [(2, 8, 1, 1)]]
+    assert frozen(x).dtype == kept(x).dtype == torch.float32 and not torch.equal(frozen(x), kept(x))
+    assert sqnr(model, frozen, x) > 30
+
+
 def test_a_number_keeps_the_most_sensitive():
     model, x = Forward(lambda x, a, b, c: c(F.relu(b(F.relu(a(x)))))).eval(), torch.randn(X)
     with torch.no_grad():
@@ -357,7 +401,8 @@ def test_arguments_that_do_not_fit_together():
     refused(ValueError, "keep is for dtype=torch.int8, got dtype=None", dtype=None, calibrate=None, keep=2)
     refused(TypeError, "keep must be names of convolutions or how many of them, got -1", keep=-1)
     refused(TypeError, "keep must be names of convolutions or how many of them, got 1.5", keep=1.5)
-    refused(ValueError, "keep names 'conv9', which holds no convolution. Known ones are conv1, ", keep=["conv9"])
+    unknown = "keep names .conv9., which holds no convolution and no linear layer. Known ones are conv1, "
+    refused(ValueError, unknown, keep=["conv9"])
     refused(TypeError, r"got a Tensor. One batch x is \[x\]", calibrate=torch.randn(X))
     refused(TypeError, "must be batches of images, a path or Scales, got a int", calibrate=16)
     refused(ValueError, "backend='eager' computes in floats", backend="eager")

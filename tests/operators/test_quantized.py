@@ -1,5 +1,6 @@
 """The int8 contract's reference: against exact rational arithmetic, and cases by hand."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -202,6 +203,36 @@ def test_pooling():
     factor = rounded(Fraction(0.1 / 49), "f32")
     expected = [float(rounded(total * factor, "f32")) for total in whole.long().sum((2, 3)).flatten().tolist()]
     assert quantized.average_pool(whole, Quantized(0.1, False)).flatten().tolist() == expected
+
+
+def test_a_linear_layer_of_means_is_near_floats_and_by_integers():
+    """Of the largest maps, one of which is full."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 256, (3, 40, 1, 257), generator=generator).to(torch.uint8)
+    q[1] = 255
+    weight, bias, how = (
+        torch.randn(7, 40, generator=generator),
+        torch.randn(7, generator=generator),
+        Quantized(0.01, False),
+    )
+    w, scales = quantized.quantized_weight(weight[:, :, None, None])
+    epilogue = quantized.epilogue_of_linear(how, 257, scales, bias)
+    y = quantized.linear_of_means(q, w, epilogue)
+    for n, k in itertools.product(range(3), range(7)):
+        total, column = q[n].long().sum((1, 2)), w[k, :, 0, 0].long()
+        low, high = (rounded(Fraction(int((part * column).sum())), "f32") for part in (total % 256, total // 256))
+        M, B = (vector[k].item() for vector in epilogue[:2])
+        assert y[n, k, 0, 0].item() == float(exact_fma(high, 256 * M, exact_fma(low, M, B)))
+    floats = (q.double() * 0.01).mean((2, 3)) @ weight.double().T + bias
+    assert (y[..., 0, 0] - floats).square().sum() < 1e-4 * floats.square().sum()
+    with pytest.raises(TypeError, match="q must be uint8, not torch.int8"):
+        quantized.linear_of_means(q.to(torch.int8), w, epilogue)
+    with pytest.raises(ValueError, match="sums of 514 bytes may leave two bytes .at most 257 stay."):
+        quantized.linear_of_means(torch.cat([q, q], 2), w, epilogue)
+    with pytest.raises(ValueError, match="epilogue_of_linear: a linear layer in int8 is of means of u8 maps"):
+        quantized.epilogue_of_linear(Quantized(1.0, True), 4, scales)
+    with pytest.raises(ValueError, match="of scale 1e.38 has constants beyond fp32"):
+        quantized.epilogue_of_linear(Quantized(1e38, False), 1, scales * 10)
 
 
 def test_weights_of_a_channel_have_its_own_scale():

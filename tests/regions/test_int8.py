@@ -1,5 +1,6 @@
 """Regions of int8: every kernel that runs here, by its name, gives the bytes of the reference. Nothing may differ."""
 
+import math
 import random
 
 import pytest
@@ -29,7 +30,7 @@ class Drawn:
     """A fragment with its weights, constants and inputs. Sums meet ties, and reach beyond bytes and beyond int32."""
 
     def __init__(self, seed, steps=8):
-        self.draw, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.draw, self.generator, self.linears = random.Random(seed), torch.Generator().manual_seed(seed), []
         self.N, self.steps, self.weights, self.epilogues = self.draw.choice((1, 1, 2, 3)), [], {}, {}
         self.shapes = [self.image() for _ in range(self.draw.choice((1, 1, 2)))]
         self.values, self.scales = list(self.shapes), [self.kept(self.draw.random() < 0.5) for _ in self.shapes]
@@ -37,7 +38,7 @@ class Drawn:
             self.draw.choices((self.convolution, self.maximum, self.means), (80, 15, 5))[0]()
         first = len(self.shapes)
         kept = [value for value in range(first, len(self.values)) if self.draw.random() < 0.2]
-        outputs = tuple(sorted({len(self.values) - 1, *kept}))
+        outputs = tuple(sorted({len(self.values) - 1, *kept, *self.linears}))
         self.fragment = Fragment(tuple(self.shapes), tuple(self.steps), outputs, torch.int8, scales=tuple(self.scales))
 
     def image(self):
@@ -68,6 +69,19 @@ class Drawn:
         N, C, *sides = self.values[x]
         self.add(PoolStep("average", x, tuple(sides), tuple(sides), (0, 0), False), (N, C, 1, 1), None)
         self.add(FlattenStep(len(self.values) - 1), (N, C, 1, 1), None)
+        if not self.scales[x].is_signed and self.draw.random() < 0.7:
+            self.linear(self.draw.choice(CHANNELS))
+
+    def linear(self, K):
+        """Of the vectors that are there last."""
+        x, place = len(self.values) - 1, len(self.steps)
+        N, C, *_ = self.values[x]
+        self.weights[place] = self.bytes((K, C, 1, 1), -127, 128)
+        self.epilogues[place] = self.constants(K, C, "none", None)
+        operands = ConvOperands(torch.empty(N, C, 1, 1, device="meta"), self.weights[place].float().to("meta"))
+        problem = conv_problem(operands, (1, 1), (0, 0), (1, 1), 1, "none")
+        self.linears.append(len(self.values))
+        self.add(ConvStep(problem._replace(device="cpu", dtype=torch.int8), x, is_linear=True), (N, K, 1, 1), None)
 
     def convolution(self):
         x, draw = self.source(), self.draw
@@ -203,6 +217,27 @@ def test_threads_change_no_byte(kernel):
         assert all(torch.equal(result, results[0]) for result in results) and results[0].unique().numel() > 20
 
 
+@pytest.mark.parametrize("N", [1, 3, 8, 9, 21])
+def test_no_value_of_a_classifier_differs(N):
+    """Of any number of images, of maps that are as large as they may be, and full."""
+    shape = (N, 100, 1, quantized.MOST_PIXELS_OF_A_MEAN)
+    drawn = Drawn(3)
+    drawn.N, drawn.shapes, drawn.values, drawn.scales = N, [shape], [shape], [Quantized(0.1, False)]
+    drawn.steps, drawn.weights, drawn.epilogues, drawn.linears = [], {}, {}, []
+    drawn.add(PoolStep("average", 0, shape[2:], shape[2:], (0, 0), False), (N, 100, 1, 1), None)
+    drawn.add(FlattenStep(1), (N, 100, 1, 1), None)
+    drawn.linear(70)
+    drawn.fragment = Fragment((shape,), tuple(drawn.steps), (3,), torch.int8, tuple(drawn.scales))
+    images = torch.randint(0, 256, shape).float() * 0.1
+    images[-1] = 255 * 0.1
+    expected = run_reference(drawn.fragment, drawn.weights, drawn.epilogues, [images])
+    for kernel in KERNELS:
+        for count in (1, 3):
+            with threads(count):
+                (y,) = call(drawn.region(), [images], kernel)
+            assert torch.equal(y.flatten(1), expected[0]) and y.unique().numel() > 20, kernel
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_longest_reduction_of_the_largest_bytes(kernel):
     """255 * 127 * 66,310 and its like stay within int32; a longer reduction is refused."""
@@ -257,6 +292,13 @@ def test_what_does_not_fit_together_is_refused():
         region.write(x)
     with pytest.raises(ValueError, match="read: a scale belongs to regions of int8 alone"):
         Region(torch.float32).read((1, 16, 4, 4), how)
+    large, linear = region.read((1, 16, 2, 129), how), layout.pack_weight(weight, torch.int8)
+    for source, packed, sentence in (
+        (large, linear, "sums of 258 bytes may leave two bytes"),
+        (x, torch.cat([linear, linear]), "is not of 32 x 16 channels"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            region.write_linear(source, packed, right.epilogue)
     with pytest.raises(ValueError, match="there is no average but write_means"):
         region.pool(x, "average", (2, 2), (2, 2), how=how)
 
@@ -265,7 +307,7 @@ def test_fragments_that_are_no_int8_are_refused():
     block = Block()
     steps, scales = block.fragment.steps, block.fragment.scales
     for place, step, sentence in (
-        (0, steps[0]._replace(is_linear=True), "int8 has no step for a linear layer"),
+        (0, steps[0]._replace(is_linear=True), "int8 has no step for a linear layer of no means"),
         (0, steps[0]._replace(problem=steps[0].problem._replace(groups=2)), "no step for a convolution of groups"),
         (5, steps[5]._replace(window=(2, 2)), r"no step for an average over \(2, 2\) of \(6, 5\) pixels"),
     ):
@@ -279,7 +321,8 @@ def test_fragments_that_are_no_int8_are_refused():
 
 
 class Call:
-    """A convolution with a residual, a maximum of its result and the mean of that, as the operator takes them."""
+    """A convolution with a residual, a maximum of its result, and the mean and a linear layer of that, as the operator
+    takes them."""
 
     def __init__(self):
         region, how = Region(torch.int8), Quantized(0.5, False)
@@ -291,6 +334,8 @@ class Call:
         pooled = region.pool(z, "max", (2, 2), (2, 2), how=how)
         region.write(pooled, how)
         region.write_means(pooled, how)
+        linear = layout.pack_weight(torch.ones(5, 32, 1, 1, dtype=torch.int8), torch.int8)
+        region.write_linear(pooled, linear, Epilogue(torch.ones(5), torch.ones(5), 0.0, -math.inf, math.inf, False))
         self.region = region.compile()
         self.program = self.region.program.tolist()
         self.inputs = [torch.randn(1, 16, 6, 6), torch.randn(1, 32, 6, 6)]
@@ -311,28 +356,33 @@ def put(place, value):
     return lambda call: call.program.__setitem__(slice(place, place + len(values)), values)
 
 
-# version, dtype, number of buffers, four buffers of 7, two inputs of 9 and a halo's 2, the convolution of 23, a maximum
-# of 12, an output of 6, means of 6
+# version, dtype, number of buffers, four buffers of 7, two inputs of 9 and a halo's 2, the convolution of 24, a maximum
+# of 12, an output of 6, means of 6, a linear layer of 6
 INPUT = 3 + 4 * 7 + 2
 CONVOLUTION = INPUT + 2 * 9
-MAXIMUM = CONVOLUTION + 23
+MAXIMUM = CONVOLUTION + 24
 OUTPUT = MAXIMUM + 12
+LINEAR = OUTPUT + 2 * 6
 INFINITE, ONE = 0x7F800000, 0x3F800000
 WRONG = {
     "1 / scale must be finite, not inf": put(INPUT + 7, INFINITE),
     "1 / scale must be from 0 to 4294967295": put(INPUT + 7, -1),
     "whether bytes are signed must be from 0 to 1, not 2": put(INPUT + 8, 2),
     "one segment and no activation, not 1 and relu": put(CONVOLUTION + 3, 1),
-    "the constants' number must be from 0 to 0, not -1": put(CONVOLUTION + 6, -1),
+    "the constants' number must be from 0 to 1, not -1": put(CONVOLUTION + 6, -1),
     "a residual's factor must be finite": put(CONVOLUTION + 18, INFINITE),
     "the bounds of bytes are 0 and at most 255, or -128 and 127, not 1 and 255": put(CONVOLUTION + 19, ONE),
     "the bounds of bytes .*, not 0 and -2": put(CONVOLUTION + 20, 0xC0000000),
+    "whether values fit int32 must be from 0 to 1, not 2": put(CONVOLUTION + 21, 2),
     "sums of .* products may leave int32, at most 66310 stay": put(CONVOLUTION + 10, [1024, 1024]),
     "in int8 poolings are maxima": put(MAXIMUM + 1, 0),
     "a scale must be finite": put(OUTPUT + 4, INFINITE),
     "_int8 has no step 6|_vnni has no step 6": put(OUTPUT, 6),
     "an output must be Float beside .*, not Char": lambda call: call.outputs.__setitem__(0, call.outputs[0].char()),
     "an output must have the shape \\(1, 32, 1, 1\\)": put(OUTPUT + 6 + 2, 0),
+    "an output must have the shape \\(1, 32, 1, 1\\), .* \\(1, 32, 3, 3\\)": put(LINEAR + 2, 0),
+    "a weight must have the shape \\(1, 1, 2, 16, 64\\)": put(LINEAR + 4, 0),
+    "the constants' number must be from 0 to 1, not 2": put(LINEAR + 5, 2),
     "a weight must be contiguous and of the dtype": lambda call: call.weights.__setitem__(0, call.weights[0].float()),
     "a weight must have the shape": lambda call: call.weights.__setitem__(0, call.weights[0][:, 1:].contiguous()),
     "a convolution's constants must have the shape": lambda call: call.biases.__setitem__(
@@ -357,10 +407,10 @@ def test_it_refuses(sentence):
 
 
 class Network(Drawn):
-    """A whole ResNet without its classifier, to the mean of its last map: ResNet-20's or ResNet-50's blocks."""
+    """A whole ResNet with its classifier: ResNet-20's or ResNet-50's blocks."""
 
     def __init__(self, N, side, blocks, is_bottleneck, seed=0):
-        self.draw, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.draw, self.generator, self.linears = random.Random(seed), torch.Generator().manual_seed(seed), []
         self.N, self.steps, self.weights, self.epilogues = N, [], {}, {}
         self.shapes, self.values, self.scales = [(N, 3, side, side)], [(N, 3, side, side)], [Quantized(0.02, True)]
         if is_bottleneck:
@@ -378,13 +428,13 @@ class Network(Drawn):
                 y = y if is_bottleneck else self.conv(x, width, 3, stride)
                 skip = self.conv(x, K, 1, stride, "none") if block == 0 and K != self.values[x][1] else x
                 self.conv(y, K, 1 if is_bottleneck else 3, 1, residual=skip)
-        self.means()
+        x = len(self.values) - 1
+        self.add(PoolStep("average", x, *2 * (tuple(self.values[x][2:]),), (0, 0), False), (N, K, 1, 1), None)
+        self.add(FlattenStep(x + 1), (N, K, 1, 1), None)
+        self.linear(1000 if is_bottleneck else 10)
         self.fragment = Fragment(
             tuple(self.shapes), tuple(self.steps), (len(self.values) - 1,), torch.int8, scales=tuple(self.scales)
         )
-
-    def source(self):
-        return len(self.values) - 1
 
     def conv(self, x, K, size, stride, activation="relu", residual=None):
         self.weigh(x, K, (size, size), (stride, stride), (size // 2,) * 2, (1, 1), activation, residual)

@@ -163,7 +163,7 @@ def put(place, value):
 
 
 WRONG = {
-    "programs of version 4 are run": put(0, 1),
+    "programs of version 5 are run": put(0, 1),
     "dtype is 0, 2 or 3, for float32, bfloat16 and int8, not 1": put(1, 1),
     "has a header of 2 integers, not 1": lambda call: call.program.__delitem__(slice(1, None)),
     "number of buffers must be from": put(2, -1),
@@ -191,8 +191,9 @@ WRONG = {
     "channels of a phased map must be from 0 to 16": put(CONVOLUTION + 9, 17),
     "a dilation must be from 1": put(CONVOLUTION + 16, 0),
     "ends within a step": lambda call: call.program.pop(),
-    "a step must be from 0 to 8": lambda call: call.program.append(9),
+    "a step must be from 0 to 9": lambda call: call.program.append(10),
     "_fp32 has no step 7": lambda call: call.program.append(7),
+    "_fp32 has no step 9": lambda call: call.program.append(9),
     "an input must have the shape": lambda call: call.inputs.reverse(),
     "an input must be float32 or bfloat16": lambda call: call.inputs.__setitem__(0, call.inputs[0].half()),
     "an input's number must be from 0 to -1": lambda call: call.inputs.clear(),

@@ -260,6 +260,7 @@ FUSED_RESNET_INLINE void run_byte_tiles(const Convolution& c, const Share& share
   const Requantizing& r = c.requantizing;
   constexpr Ending kUnsigned = Ending::kUnsigned, kSigned = Ending::kSigned, kAny = Ending::kAny;
   constexpr Streamed kNothing = Streamed::kNothing;
+  if (c.keeps_sums) return TileShare<Tiles, SumRows, kNothing, Factors::kUnsigned>(c, share).run();
   const bool is_out_signed = r.low < 0.f;
   const bool saturates = r.fits_int32 && (is_out_signed ? !r.is_residual_signed : r.high == 255.f);
   if (r.is_input_signed) {

@@ -57,6 +57,7 @@ struct Convolution {
   View out, residual;             // the residual's base may be null, and may be out's
   Activation activation = Activation::kNone;
   Requantizing requantizing;           // in int8, in place of a bias and an activation
+  bool keeps_sums = false;             // in int8, in place of an epilogue: `out` has 16 int32 in a block's pixel
   const char* next_weights = nullptr;  // what the next convolution reads first, to be fetched meanwhile
   int64_t next_bytes = 0;
   int64_t chunk = 1;              // groups that take turns where panels are outermost

@@ -190,8 +190,9 @@ Program::Window Program::read_dilated_window() {
 }
 
 Step Program::next() {
-  const int64_t step = read_between("a step", 0, 8);
-  STD_TORCH_CHECK(is_int8() ? step != 6 && step != 8 : step != 7, kRegion, ": ", kernel_.name, " has no step ", step);
+  const int64_t step = read_between("a step", 0, 9);
+  STD_TORCH_CHECK(is_int8() ? step != 6 && step != 8 : step != 7 && step != 9, kRegion, ": ", kernel_.name,
+                  " has no step ", step);
   switch (step) {
     case 0:
       return read_input();
@@ -209,6 +210,8 @@ Step Program::next() {
       return read_winograd();
     case 7:
       return read_means();
+    case 9:
+      return read_linear();
     default:
       return read_pooled_stem();
   }
@@ -278,6 +281,39 @@ Step Program::read_means() {
   return step;
 }
 
+Step Program::read_linear() {
+  LinearOfMeans step{};
+  const Buffer& buffer = read_buffer();
+  const Layout& l = step.maps = buffer.layout;
+  const Tensor& output = read_tensor("an output's number", tensors_.outputs);
+  check_output_dtype(output);
+  const int64_t K = output.dim() == 4 ? output.size(1) : 0;
+  const int64_t first = read_first_image("an output", output, K, 1, {l.N, K, 1, 1, 0, 1, l.lanes});
+  check_channels_last(kRegion, "an output", output);
+  STD_TORCH_CHECK(K > 0 && l.C <= kMostProducts && l.H * l.W <= kMostPixelsOfAMean, kRegion,
+                  ": a linear layer is of the means of at most ", kMostProducts, " maps of at most ",
+                  kMostPixelsOfAMean, " pixels, not of ", text(l), " to ", K, " outputs");
+  step.input = memory(buffer);
+  step.output = static_cast<float*>(output.mutable_data_ptr()) + first * K;
+  const int64_t pixels = 2 * std::max<int64_t>(l.N, 1);
+  step.halves = {1, l.C, 1, pixels, 0, pixels, l.lanes};
+  step.sums = {1, K, 1, pixels, 0, pixels, lanes_of(Dtype::kFloat32)};
+  Convolution& c = step.convolution;
+  c.images = 1, c.channels = K, c.panels = (K + kPanel - 1) / kPanel, c.steps = l.used_blocks();
+  check_weights(read_tensor("a weight's number", tensors_.weights), &c);
+  c.requantizing.constants = read_constants(c.panels);
+  c.keeps_sums = c.panels_outermost = true;
+  c.tiling = Tiling(1, pixels, pixels, true, kernel_.max_rows);
+  offsets_.clear();
+  for (int64_t block = 0; block < c.steps; ++block) offsets_.push_back(block * step.halves.plane_bytes());
+  Segment& segment = c.segments[0];
+  segment.blocks = segment.steps = c.steps;
+  segment.offsets = offsets_.data();
+  set_chunk(&c);
+  set_next(&c);
+  return step;
+}
+
 Step Program::read_phases() {
   const Buffer &from = read_buffer(), &to = read_buffer();
   const Window w = read_dilated_window();
@@ -318,9 +354,7 @@ Step Program::read_convolution() {
   c.panels_outermost = step.splits_channels || passes_panels(c);
   c.tiling = Tiling(l.H, l.W, l.pitch, runs_on, kernel_.max_rows);
   set_next(&c);
-  int64_t group_bytes = 0;
-  for (int s = 0; s < c.num_segments; ++s) group_bytes += c.segments[s].blocks * c.tiling.rows() * kPixelBytes;
-  c.chunk = std::max<int64_t>(1, kChunkBytes / (group_bytes * kernel_.tiles));
+  set_chunk(&c);
   return step;
 }
 
@@ -333,6 +367,12 @@ bool Program::passes_panels(const Convolution& c) const {
     if (c.segments[s].steps > c.segments[s].blocks) return false;
   }
   return kernel_.tiles > 1 && c.steps >= kManySteps && c.panels * c.steps * kStepBytes > kFewWeights;
+}
+
+void Program::set_chunk(Convolution* c) const {
+  int64_t group_bytes = 0;
+  for (int s = 0; s < c->num_segments; ++s) group_bytes += c->segments[s].blocks * c->tiling.rows() * kPixelBytes;
+  c->chunk = std::max<int64_t>(1, kChunkBytes / (group_bytes * kernel_.tiles));
 }
 
 void Program::read_residual(const Buffer& out, Convolution* c, bool* runs_on) {
@@ -463,6 +503,7 @@ void Program::read_requantizing(const float* constants, Convolution* c) {
   Requantizing& r = c->requantizing;
   r.constants = constants;
   r.residual = read_fp32("a residual's factor"), r.low = read_fp32("a lower bound"), r.high = read_fp32("an upper one");
+  r.fits_int32 = read_between("whether values fit int32", 0, 1) == 1;
   r.is_input_signed = read_is_signed(), r.is_residual_signed = read_is_signed();
   STD_TORCH_CHECK((r.low == 0.f && r.high >= 0.f && r.high <= 255.f) || (r.low == -128.f && r.high == 127.f), kRegion,
                   ": the bounds of bytes are 0 and at most 255, or -128 and 127, not ", r.low, " and ", r.high);

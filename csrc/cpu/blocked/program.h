@@ -13,13 +13,17 @@
 //           | 7, in, output tensor, first image, scale / pixels, is signed       int8: the mean of each map, in fp32
 //           | 8, out, input tensor, first image, taps, stride, padding, activation, weight, bias or -1, window,
 //             dilation, is a maximum, counts padding, window, lines of a band    an input's convolution and pooling
+//           | 9, in, output tensor, first image, weight, constants               int8: a linear layer of the means of
+//           u8
+//                                                                                maps, in fp32
 //   segment = in, channels of the map that `in` has the phases of or 0, window, dilation
 //   window  = R, S, and height and width of the stride and of the padding
 //
 // In int8 there are no steps of Winograd, poolings are maxima, and some steps say more at their end: an input 1 / scale
 // and whether its bytes are signed, an output scale and the same, a pooling the same alone. A convolution has one
 // segment and no activation, its bias are the constants of `Requantizing`, and at its end stand R, low, high, whether
-// its input is signed, and whether its residual is. Numbers that are no integers are the bits of their fp32.
+// what they bound surely fits int32, whether its input is signed, and whether its residual is. Numbers that are no
+// integers are the bits of their fp32.
 //
 // fused_resnet/regions/program.py writes it.
 #pragma once
@@ -34,6 +38,7 @@
 #include "cpu/blocked/convolution.h"
 #include "cpu/blocked/kernels.h"
 #include "cpu/blocked/layout.h"
+#include "cpu/blocked/linear_of_means.h"
 #include "cpu/blocked/pooling.h"
 #include "cpu/blocked/reading.h"
 #include "cpu/winograd.h"
@@ -42,7 +47,7 @@ namespace fused_resnet {
 namespace blocked {
 
 constexpr const char* kRegion = "cpu_region";
-constexpr int64_t kProgramVersion = 4;
+constexpr int64_t kProgramVersion = 5;
 
 struct Buffer {
   Layout layout;
@@ -90,7 +95,8 @@ struct ByWinograd {
   bool adds_out;
   Activation activation;
 };
-using Step = std::variant<ReadInput, ToNhwc, ZeroHalo, Convolve, Pool, SplitPhases, ByWinograd, ToMeans, PooledStem>;
+using Step = std::variant<ReadInput, ToNhwc, ZeroHalo, Convolve, Pool, SplitPhases, ByWinograd, ToMeans, PooledStem,
+                          LinearOfMeans>;
 
 struct RegionTensors {
   const std::vector<Tensor>&inputs, &weights, &biases;
@@ -146,6 +152,7 @@ class Program {
   Buffer read_new_buffer();
   Step read_convolution();
   Step read_means();
+  Step read_linear();
   void read_requantizing(const float* constants, Convolution* c);
   Step read_pooling();
   void read_kind(Pooling* p);
@@ -158,6 +165,7 @@ class Program {
   void read_residual(const Buffer& out, Convolution* c, bool* runs_on);
   bool passes_panels(const Convolution& c) const;
   void set_next(Convolution* c);
+  void set_chunk(Convolution* c) const;
   void check_weights(const Tensor& weight, Convolution* c) const;
   void check_disjoint(const char* what, const Buffer& a, const Buffer& out) const;
   int64_t read_first_image(const char* what, const Tensor& tensor, int64_t C, int64_t W, const Layout& l);

@@ -75,6 +75,23 @@ class Runner {
          [&](int64_t begin, int64_t end) { run(l, from, step.scale, step.is_signed, begin, end, step.output); });
   }
 
+  void operator()(const LinearOfMeans& step) const {
+    using Halve = void (*)(const LinearOfMeans&, int64_t, int64_t, char*);
+    using Finish = void (*)(const LinearOfMeans&, const char*, int64_t, int64_t);
+    static const auto halve = best_of<Halve>(halve_sums_anywhere, halve_sums_avx2, nullptr);
+    static const auto finish = best_of<Finish>(finish_linear_anywhere, finish_linear_avx2, nullptr);
+    const int64_t images = step.maps.N;
+    if (images == 0) return;
+    char* halves = reinterpret_cast<char*>(scratch(kRegion, step.scratch_bytes() / 4));
+    char* sums = halves + step.halves.bytes();
+    over(images, step.maps.image_bytes(), [&](int64_t begin, int64_t end) { halve(step, begin, end, halves); });
+    Convolution c = step.convolution;
+    c.segments[0].input = View(step.halves, halves);
+    c.out = View(step.sums, sums);
+    convolve(c, true);
+    over(images, step.sums.bytes() / images, [&](int64_t begin, int64_t end) { finish(step, sums, begin, end); });
+  }
+
   void operator()(const ZeroHalo& step) const {
     const Layout& l = step.buffer.layout;
     char* buffer = program_.memory(step.buffer);
@@ -117,9 +134,11 @@ class Runner {
     }
   }
 
+  void operator()(const Convolve& step) const { convolve(step.convolution, step.splits_channels); }
+
+ private:
   // Each thread has one share: a part of the pixels, or of the output channels; of both where there are too few.
-  void operator()(const Convolve& step) const {
-    const Convolution& c = step.convolution;
+  void convolve(const Convolution& c, bool splits_channels) const {
     const int64_t groups = (c.tiles() + kernel_.tiles - 1) / kernel_.tiles;
     if (groups == 0) return;
     const int64_t products = c.tiles() * c.tiling.rows() * c.panels * c.steps * kStepBytes / 4;
@@ -130,9 +149,9 @@ class Runner {
     const auto panel_at = [&](int64_t part, int64_t parts) {
       return std::min(part * panels / parts * together, c.panels);
     };
-    const int64_t first = std::min(threads, step.splits_channels ? panels : groups);
-    const int64_t second = std::clamp<int64_t>(threads / first, 1, step.splits_channels ? groups : panels);
-    const int64_t panel_parts = step.splits_channels ? first : second, group_parts = first * second / panel_parts;
+    const int64_t first = std::min(threads, splits_channels ? panels : groups);
+    const int64_t second = std::clamp<int64_t>(threads / first, 1, splits_channels ? groups : panels);
+    const int64_t panel_parts = splits_channels ? first : second, group_parts = first * second / panel_parts;
     torch::stable::parallel_for(0, first * second, 1, [&](int64_t begin, int64_t end) {
       std::optional<FlushDenormals> flush;
       if (kernel_.dtype != kInt8) flush.emplace();  // whose bytes depend on no mode
@@ -144,7 +163,6 @@ class Runner {
     });
   }
 
- private:
   static BandsOfStem::Read reading() {
     static const auto run = best_of<BandsOfStem::Read>(read_lines_anywhere, read_lines_avx2, read_lines_avx512);
     return run;

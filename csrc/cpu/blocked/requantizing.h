@@ -87,10 +87,20 @@ FUSED_RESNET_INLINE void requantize(const int32_t* sums, const HalfConstants<kLa
   }
 }
 
+// 16 sums of a tile's pixels, as they are.
+FUSED_RESNET_INLINE void keep_half(const View& out, const PlacedTile& placed, int64_t channel, const int32_t* sums) {
+  char* to = placed.out + channel / kHalf * out.plane;
+  for (uint32_t written = placed.tile.written; written != 0; written &= written - 1) {
+    const int64_t row = __builtin_ctz(written);
+    std::memcpy(to + row * kPixelBytes, sums + row * kHalf, kPixelBytes);
+  }
+}
+
 // The epilogue of 16 outputs of a tile's pixels.
 template <int kLanes, class T>
 FUSED_RESNET_INLINE void finish_half(const Convolution& c, const PlacedTile& placed, int64_t channel,
                                      const int32_t* sums) {
+  if (c.keeps_sums) return keep_half(c.out, placed, channel, sums);
   const HalfConstants<kLanes> constants(c.requantizing, channel);
   char* out = placed.out + place_of_bytes(c.out, channel);
   const char* residual = placed.residual == nullptr ? nullptr : placed.residual + place_of_bytes(c.residual, channel);

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "common/dtype.h"
@@ -77,6 +78,29 @@ class PlainRows {
   Activation activation_ = Activation::kNone;
   const float* bias_ = nullptr;
   int64_t channels_ = 0;
+};
+
+// In int8, where sums are kept.
+class SumRows {
+ public:
+  static constexpr int64_t kPanelBytes = 2 * kPixelBytes;
+
+  SumRows() = default;
+  FUSED_RESNET_INLINE SumRows(const Convolution& c, int64_t) : to_second_half_(c.out.plane) {}
+
+  template <bool kResidual>
+  FUSED_RESNET_INLINE void finish(const float* sums, const FinishedTile (&tiles)[kTilesOfBlock], int row) const {
+    for (int t = 0; t < kTilesOfBlock; ++t) {
+      if ((tiles[t].written >> row & 1) == 0) continue;
+      const float* from = sums + t * kSumsOfTile + row * kHalf;
+      char* to = tiles[t].out + row * kPixelBytes;
+      std::memcpy(to, from, kPixelBytes);
+      std::memcpy(to + to_second_half_, from + kSumsOfHalf, kPixelBytes);
+    }
+  }
+
+ private:
+  int64_t to_second_half_ = 0;
 };
 
 // What y becomes: bytes of this kind, saturated, of a y that int32 holds, or bytes between any bounds, of any y.
@@ -181,11 +205,11 @@ class Avx512Rows {
   uint32_t kept_;
 };
 
-// Beyond int32 a conversion gives its least number, as of NaN. Where y may be there the upper bound, which keeps NaN, is
-// applied before, and the lower one after it.
+// Beyond int32 a conversion gives its least number, as of NaN. Where y may be there the upper bound, which keeps NaN,
+// is applied before, and the lower one after it.
 //
-// Rows that are not written go to a line of the object's own, and read it for a residual: without a mask there is more
-// time for arithmetic, by which a short reduction is bound.
+// Rows that are not written go to a line that nobody reads: masks would take time from the arithmetic, by which short
+// reductions are bound.
 template <Ending kEnding, bool kSigned>
 class Avx512ByteRows {
  public:
@@ -206,16 +230,14 @@ class Avx512ByteRows {
 
   template <bool kResidual>
   FUSED_RESNET_INLINE void finish(const float* sums, const FinishedTile (&tiles)[kTilesOfBlock], int row) const {
-    V words[kTilesOfBlock], bytes;
+    V bytes, second;
     alignas(kPixelBytes) char nowhere[kPixelBytes];
-    for (int t = 0; t < kTilesOfBlock; ++t) {
-      const char* skip = chosen<const char>(tiles[t].written >> row & 1, tiles[t].residual + row * kPixelBytes, nowhere);
-      words_of<kResidual>(sums + t * kSumsOfTile + row * kHalf, skip, &words[t]);
-    }
+    words_of<kResidual>(sums + row * kHalf, tiles[0], row, nowhere, &bytes);
+    words_of<kResidual>(sums + kSumsOfTile + row * kHalf, tiles[1], row, nowhere, &second);
     if (kEnding == Ending::kSigned) {
-      asm("vpacksswb %1, %2, %0" : "=v"(bytes) : "v"(words[1]), "v"(words[0]));
+      asm("vpacksswb %1, %0, %0" : "+v"(bytes) : "v"(second));
     } else {
-      asm("vpackuswb %1, %2, %0" : "=v"(bytes) : "v"(words[1]), "v"(words[0]));
+      asm("vpackuswb %1, %0, %0" : "+v"(bytes) : "v"(second));
     }
     asm("vpermd %0, %1, %0" : "+v"(bytes) : "v"(kOrder));
     asm("vmovdqu %t1, %0" : "=m"(*line_of(tiles[0], row, nowhere)) : "v"(bytes));
@@ -249,33 +271,40 @@ class Avx512ByteRows {
 
   // 32 outputs as 16-bit numbers, packed within lanes of 16 bytes: four of the first half and four of the second.
   template <bool kResidual>
-  FUSED_RESNET_INLINE void words_of(const float* sums, const char* skip, V* words) const {
-    V value[2];
-    for (int half = 0; half < 2; ++half) {
-      V total;
-      asm("vcvtdq2ps %1, %0" : "=v"(total) : "m"(*reinterpret_cast<const Line*>(sums + half * kSumsOfHalf)));
-      asm("vfmadd213ps %2, %1, %0" : "+v"(total) : "v"(multiplier_[half]), "v"(bias_[half]));
-      if (kResidual) {
-        V wide;
-        const auto* from = reinterpret_cast<const Quarter*>(skip + half * sizeof(Quarter));
-        if (kSigned) {
-          asm("vpmovsxbd %1, %0" : "=v"(wide) : "m"(*from));
-        } else {
-          asm("vpmovzxbd %1, %0" : "=v"(wide) : "m"(*from));
-        }
-        asm("vcvtdq2ps %0, %0" : "+v"(wide));
-        asm("vfmadd231ps %2, %1, %0" : "+v"(total) : "v"(wide), "v"(residual_));
-      }
-      if (kEnding == Ending::kAny) {  // of NaN and a number the former
-        asm("vminps %1, %2, %0" : "=v"(total) : "v"(total), "v"(most_));
-      }
-      asm("vcvtps2dq %1, %0" : "=v"(value[half]) : "v"(total));
-    }
-    asm("vpackssdw %1, %2, %0" : "=v"(*words) : "v"(value[1]), "v"(value[0]));
+  FUSED_RESNET_INLINE void words_of(const float* sums, const FinishedTile& tile, int row, const char* nowhere,
+                                    V* words) const {
+    V first, second;
+    round<kResidual>(0, sums, tile, row, nowhere, &first);
+    round<kResidual>(1, sums, tile, row, nowhere, &second);
+    asm("vpackssdw %1, %2, %0" : "=v"(*words) : "v"(second), "v"(first));
     if (kEnding == Ending::kAny) {
       asm("vpmaxsw %1, %0, %0" : "+v"(*words) : "v"(least_));
       asm("vpandd %1, %0, %0" : "+v"(*words) : "v"(Words{} + int16_t{0xff}));  // which nothing saturates then
     }
+  }
+
+  template <bool kResidual>
+  FUSED_RESNET_INLINE void round(int half, const float* sums, const FinishedTile& tile, int row, const char* nowhere,
+                                 V* rounded) const {
+    V total;
+    asm("vcvtdq2ps %1, %0" : "=v"(total) : "m"(*reinterpret_cast<const Line*>(sums + half * kSumsOfHalf)));
+    asm("vfmadd213ps %2, %1, %0" : "+v"(total) : "v"(multiplier_[half]), "v"(bias_[half]));
+    if (kResidual) {
+      V wide;
+      const char* skip = chosen(tile.written >> row & 1, tile.residual + row * kPixelBytes, nowhere);
+      const auto* from = reinterpret_cast<const Quarter*>(skip + half * sizeof(Quarter));
+      if (kSigned) {
+        asm("vpmovsxbd %1, %0" : "=v"(wide) : "m"(*from));
+      } else {
+        asm("vpmovzxbd %1, %0" : "=v"(wide) : "m"(*from));
+      }
+      asm("vcvtdq2ps %0, %0" : "+v"(wide));
+      asm("vfmadd231ps %2, %1, %0" : "+v"(total) : "v"(wide), "v"(residual_));
+    }
+    if (kEnding == Ending::kAny) {  // of NaN and a number the former
+      asm("vminps %1, %2, %0" : "=v"(total) : "v"(total), "v"(most_));
+    }
+    asm("vcvtps2dq %1, %0" : "=v"(*rounded) : "v"(total));
   }
 
   // Of bytes packed twice within lanes of 16, four by four.
