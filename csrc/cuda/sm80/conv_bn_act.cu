@@ -80,8 +80,7 @@ void launch_element(ConvArguments args, int tile, int device, cudaStream_t strea
   constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(Element));
   const ConvShape& s = args.shape;
   const int bytes = copy_bytes(s.group_channels, sizeof(Element), address(args.x) | address(args.weight));
-  const uintptr_t written = address(args.out) | address(args.epilogue.residual) | address(args.partials);
-  args.has_vector_rows = s.group_filters % kChunk == 0 && written % kChunkBytes == 0;
+  args.has_vector_rows = has_vector_rows(args, sizeof(Element));
 
   const std::string reason = why_span_too_long(s, offset_unit(bytes, sizeof(Element)));
   if (!reason.empty()) throw std::runtime_error("cuda_conv_bn_act: " + reason + ".");
