@@ -154,12 +154,10 @@ def prepare(
 ) -> PtxConvLaunch:  # fmt: skip
     """How csrc's launcher would start this. Raises ValueError with its reason where it would refuse."""
     p, o = problem, operands
-    conv = PtxConv(
-        x=o.x.data_ptr(), weight=o.weight.data_ptr(), residual=_pointer(o.residual), out=out.data_ptr(),
-        element_bytes=p.dtype.itemsize, tile=tile, splits=splits, partials=_pointer(partials), capability=arch,
-        smem_per_block=1024 * _SHARED_KIB.get(arch, 99), num_sms=num_sms,
-    )  # fmt: skip
-    conv.sizes[:] = [p.N, p.C, p.H, p.W, p.K, p.R, p.S, *p.stride, *p.padding, *p.dilation, p.groups]
+    conv = _described(p, tile, arch)
+    conv.x, conv.weight, conv.residual = o.x.data_ptr(), o.weight.data_ptr(), _pointer(o.residual)
+    conv.out, conv.partials = out.data_ptr(), _pointer(partials)
+    conv.splits, conv.num_sms = splits, num_sms
     if isinstance(o, Int8Operands):  # as csrc/cuda/operators.cpp names them
         vectors = dict(bn_weight=o.epilogue.multiplier, bn_bias=o.epilogue.bias)
         conv.residual_scale, conv.low, conv.high = o.epilogue.residual, o.epilogue.low, o.epilogue.high
@@ -172,9 +170,30 @@ def prepare(
         conv.vectors[i] = _pointer(vector)
         conv.vector_dtypes[i] = 0 if vector is None else _DTYPES[vector.dtype]
     launch = PtxConvLaunch()
-    if reason := library.library().ptx_conv_launch(ctypes.byref(conv), ctypes.byref(launch)):
-        raise ValueError(f"cuda_conv_bn_act: {reason.decode()}.")
+    if reason := _why_not_launched(conv, launch):
+        raise ValueError(f"cuda_conv_bn_act: {reason}.")
     return launch
+
+
+def tiles_for(problem: ConvProblem, arch: int) -> list[int]:
+    """The tiles that this GPU can run of it, where x and the weight are 16-byte aligned."""
+    tiles = [*range(NUM_TILES), *SM90_TILES]
+    return [tile for tile in tiles if _why_not_launched(_described(problem, tile, arch), PtxConvLaunch()) is None]
+
+
+def _described(p: ConvProblem, tile: int, arch: int) -> PtxConv:
+    """The launch of a problem whose tensors are nowhere yet."""
+    conv = PtxConv(
+        element_bytes=p.dtype.itemsize, tile=tile, splits=1, capability=arch, num_sms=_NUM_SMS,
+        smem_per_block=1024 * _SHARED_KIB.get(arch, 99),
+    )  # fmt: skip
+    conv.sizes[:] = [p.N, p.C, p.H, p.W, p.K, p.R, p.S, *p.stride, *p.padding, *p.dilation, p.groups]
+    return conv
+
+
+def _why_not_launched(conv: PtxConv, launch: PtxConvLaunch) -> Optional[str]:
+    reason = library.library().ptx_conv_launch(ctypes.byref(conv), ctypes.byref(launch))
+    return reason and reason.decode()
 
 
 def _pointer(tensor: Optional[Tensor]) -> Optional[int]:

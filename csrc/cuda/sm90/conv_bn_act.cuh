@@ -24,7 +24,7 @@ struct TileTraits {
   static constexpr int kWarpRows = 16;                         // that a warp sums, stages and writes
   static_assert(kBlockM % kGroupRows == 0 && kBlockN % 64 == 0 && kBlockN <= 256, "shapes of wgmma");
   static_assert(kStageBytes % 1024 == 0, "eight rows of the swizzle's pattern");
-  static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * 128 <= kRegistersPerSm, "registers");
+  static constexpr int kProducerRegisters = producer_registers(kTile), kConsumerRegisters = consumer_registers(kTile);
 };
 
 // Shared memory: the ring, the staged output, the scales and shifts, the barriers.
@@ -79,6 +79,7 @@ __device__ __forceinline__ void produce(const ConvShape& s, const TensorMap& x, 
     int tap = 0;
     for (int r = 0; r < s.R; ++r) {
       for (int t = 0; t < s.S; ++t, ++tap) {
+#pragma unroll 1
         for (int c = 0; c < s.C; c += kBlockK) {
           const uint32_t full = memory.full(place.stage);
           wait_barrier(memory.empty(place.stage), place.parity ^ 1);
@@ -105,6 +106,7 @@ __device__ __forceinline__ void multiply_tile(const Memory<kTileIndex>& memory, 
 #pragma unroll
   for (float& sum : sums) sum = 0.0f;
   int before = 0;
+#pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     wait_barrier(memory.full(place->stage), place->parity);
     const uint64_t a = matrix_descriptor(memory.input(place->stage) + consumer * kGroupBytes);
@@ -174,24 +176,30 @@ struct RowWriter {
 
   template <Activation kActivation>
   __device__ __forceinline__ void finish(const float (&sums)[Traits::kSums], const ScaleShift* affine) const {
-    const bool has_residual = args.epilogue.residual != nullptr;
 #pragma unroll
     for (int block = 0; block < Traits::kBlockN / 16; ++block) {  // of 16 x 16
-      const ChunkSource source = ldmatrix_a(lane, block);
-      Chunk* place = at(source.row, source.chunk);
-      Packed<Element> skip, result;
-      if (has_residual) load_matrices(skip.chunk.words, place);
+      // Matrices i: rows 0-7 and 8-15 of the first eight columns, then of the others.
+      float values[8];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // matrices: rows 0-7 and 8-15 of the first eight columns, then of the others
+      for (int i = 0; i < 4; ++i) {
         const int half = 2 * block + i / 2;
         const ScaleShift* columns = affine + 8 * half + accumulator_column(lane, 0);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          float v = scaled<Element>(sums[4 * half + 2 * (i % 2) + e], columns[e]);
-          if (has_residual) v = add_residual(args.epilogue, v, skip, 2 * i + e);
-          result.put(2 * i + e, finished<Element>(args.epilogue, v, kActivation));
+          values[2 * i + e] = scaled<Element>(sums[4 * half + 2 * (i % 2) + e], columns[e]);
         }
       }
+      const ChunkSource source = ldmatrix_a(lane, block);
+      Chunk* place = at(source.row, source.chunk);
+      if (args.epilogue.residual != nullptr) {
+        Packed<Element> skip;
+        load_matrices(skip.chunk.words, place);
+#pragma unroll
+        for (int v = 0; v < 8; ++v) values[v] = add_residual(args.epilogue, values[v], skip, v);
+      }
+      Packed<Element> result;
+#pragma unroll
+      for (int v = 0; v < 8; ++v) result.put(v, finished<Element>(args.epilogue, values[v], kActivation));
       store_matrices(place, result.chunk.words);
     }
   }
@@ -240,8 +248,8 @@ __device__ __forceinline__ void consume(const ConvArguments& args, const TileGri
   for (int tile = static_cast<int>(block_index()); tile < grid.rows * grid.columns; tile += static_cast<int>(num_grid_blocks())) {
     const TilePlace at = tile_place(grid, tile);
     const int m = at.row * Traits::kBlockM + first_row, k = at.column * Traits::kBlockN;
-    // What the epilogue needs, while the first stages are on their way. The warp is done with the last tile's rows, and
-    // after the barrier all warps are with its scales.
+    // What the epilogue needs, while the first stages are on their way. After the barrier all warps are done with the
+    // last tile's scales.
     rows.load_residual(m, k);
     sync_warpgroup(1 + consumer);
     for (int column = thread; column < Traits::kBlockN; column += 128) {
@@ -255,8 +263,7 @@ __device__ __forceinline__ void consume(const ConvArguments& args, const TileGri
     sync_warpgroup(1 + consumer);
     rows.finish(sums, affine);
     __syncwarp();
-    rows.store(m, k);
-    __syncwarp();
+    rows.store(m, k);  // each thread from where it will load the next tile's residual
   }
 }
 
@@ -267,7 +274,7 @@ __device__ __forceinline__ unsigned char* swizzled_memory() {
 
 // As many blocks as fit on the device, or as there are tiles; smem_bytes(kTile) of dynamic shared memory.
 template <class Element, int kTileIndex>
-__global__ void __launch_bounds__(TileTraits<kTileIndex>::kThreads, 1)
+__global__ void __launch_bounds__(TileTraits<kTileIndex>::kThreads, kTiles[kTileIndex].resident_blocks)
     conv_bn_act_kernel(const __grid_constant__ ConvArguments args, const __grid_constant__ TensorMap x,
                        const __grid_constant__ TensorMap weight) {
   using Traits = TileTraits<kTileIndex>;
@@ -283,10 +290,10 @@ __global__ void __launch_bounds__(TileTraits<kTileIndex>::kThreads, 1)
   sync_block();
   const TileGrid grid = tile_grid(args.shape, Traits::kBlockM, Traits::kBlockN);
   if (group == 0) {
-    give_registers_back<kProducerRegisters>();
+    give_registers_back<Traits::kProducerRegisters>();
     if (thread == 0) produce<kTileIndex>(args.shape, x, weight, grid, memory);
   } else {
-    take_registers<kConsumerRegisters>();
+    take_registers<Traits::kConsumerRegisters>();
     consume<Element, kTileIndex>(args, grid, memory, group - 1);
   }
 }

@@ -18,13 +18,14 @@ namespace sm90 {
 // ring of `stages` buffers. A stage holds 64 channels of one tap for every row and column.
 struct Tile {
   int block_m, block_n, stages;
+  int resident_blocks;  // on a multiprocessor: registers are shared out for so many
 };
 
 // A tile's index is in saved configs: new ones come last. It counts from kFirstTile, behind all that sm80/tiles.h has.
 constexpr Tile kTiles[] = {
-    {128, 256, 3},  // the fewest bytes from L2 for a product
-    {128, 128, 4},
-    {128, 64, 4},  // 64 filters: layer1
+    {128, 256, 3, 1},  // the fewest bytes from L2 for a product
+    {128, 128, 4, 1},
+    {128, 64, 3, 2},  // 64 filters: layer1. One block's output is written while the other's products are summed
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 constexpr int kFirstTile = 90;
@@ -61,10 +62,16 @@ constexpr int smem_bytes(const Tile& t) {
   return t.stages * (stage_bytes(t) + 16) + staging_bytes(t) + affine_bytes(t);
 }
 
-// Registers of a thread, by setmaxnreg: all are given out at launch, and most of them go to those that multiply.
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+// Registers of a thread: the same for all at launch, then by setmaxnreg most of them go to those that multiply.
 constexpr int launch_registers(const Tile& t) {
-  return kRegistersPerSm / num_threads(t) / 8 * 8;
+  return kRegistersPerSm / (t.resident_blocks * num_threads(t)) / 8 * 8;
+}
+constexpr int producer_registers(const Tile& t) {
+  return t.resident_blocks == 1 ? 40 : 24;
+}
+constexpr int consumer_registers(const Tile& t) {
+  const int left = launch_registers(t) * (1 + num_consumers(t)) - producer_registers(t);
+  return left / num_consumers(t) / 8 * 8;
 }
 
 // Whether the convolution is a matrix product as its tensors lie, without im2col.
@@ -101,7 +108,7 @@ FUSED_RESNET_HD TilePlace tile_place(const TileGrid& grid, int32_t index) {
 // As many blocks as run at a time, or as there are tiles.
 inline int64_t num_blocks(const Tile& t, const ConvShape& s, int num_sms) {
   const TileGrid grid = tile_grid(s, t.block_m, t.block_n);
-  return std::min(int64_t{grid.rows} * grid.columns, int64_t{num_sms});
+  return std::min(int64_t{grid.rows} * grid.columns, int64_t{num_sms} * t.resident_blocks);
 }
 
 // The corners of the box in which im2col moves a window's first tap: {W, H} from the first and from the last pixel.
@@ -141,6 +148,7 @@ inline std::string why_not(const ConvShape& s, int element_bytes, bool is_aligne
 // H100 whitepaper: 989 TFLOP/s, 132 multiprocessors at 1.83 GHz.
 constexpr double kMultiplyAddsPerCycle = 2048.0;
 // From the last product of a tile to the first of the next: wgmma's latency, the output's way through shared memory.
+// Another resident block uses them.
 constexpr double kTileCycles = 1500.0;
 
 inline double estimated_cycles(const Tile& t, const ConvShape& s, const DeviceLimits& device) {
@@ -149,7 +157,8 @@ inline double estimated_cycles(const Tile& t, const ConvShape& s, const DeviceLi
   const double steps = static_cast<double>(s.R) * s.S * steps_of_tap(s);
   const TileGrid grid = tile_grid(s, t.block_m, t.block_n);
   const int64_t tiles_on_busiest_sm = ceil_div(int64_t{grid.rows} * grid.columns, device.num_sms);
-  return static_cast<double>(tiles_on_busiest_sm) * (steps * std::max(arithmetic, from_l2) + kTileCycles);
+  const double each = steps * std::max(arithmetic, from_l2) + kTileCycles / t.resident_blocks;
+  return static_cast<double>(tiles_on_busiest_sm) * each;
 }
 
 inline const char* why_illegal(const Tile& t, const DeviceLimits& device) {
@@ -159,8 +168,8 @@ inline const char* why_illegal(const Tile& t, const DeviceLimits& device) {
 }
 
 // What the device can run of this, with its estimate; empty where the problem is not one for tensor maps.
-inline std::vector<RankedConfig> ranked_configs(const ConvShape& s, int element_bytes, bool is_aligned,
-                                                const DeviceLimits& device) {
+inline std::vector<RankedConfig> ranked_configs(const ConvShape& s, int element_bytes, const DeviceLimits& device,
+                                                bool is_aligned) {
   std::vector<RankedConfig> found;
   if (!why_not(s, element_bytes, is_aligned).empty()) return found;
   for (int i = 0; i < kNumTiles; ++i) {
