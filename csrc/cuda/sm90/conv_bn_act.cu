@@ -52,11 +52,11 @@ TensorMap encoded(const MapPlan& plan, CUtensorMapDataType type) {
   for (int d = 0; d < plan.rank; ++d) sizes[d] = plan.sizes[d];
   for (int d = 0; d < plan.rank - 1; ++d) strides[d] = plan.strides[d];
   void* address = const_cast<void*>(plan.address);
-  const CUresult result =
-      plan.is_im2col ? im2col(&map, type, rank, address, sizes, strides, plan.lower, plan.upper, plan.channels,
-                              plan.pixels, plan.element_strides, kInterleave, kSwizzle, kPromotion, kFill)
-                     : tiled(&map, type, rank, address, sizes, strides, plan.box, plan.element_strides, kInterleave,
-                             kSwizzle, kPromotion, kFill);
+  const CUresult result = plan.is_im2col
+                              ? im2col(&map, type, rank, address, sizes, strides, plan.lower, plan.upper, plan.channels,
+                                       plan.pixels, plan.element_strides, kInterleave, kSwizzle, kPromotion, kFill)
+                              : tiled(&map, type, rank, address, sizes, strides, plan.box, plan.element_strides,
+                                      kInterleave, kSwizzle, kPromotion, kFill);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("cuda_conv_bn_act: the driver refuses a tensor map, error " +
                              std::to_string(static_cast<int>(result)) + ".");

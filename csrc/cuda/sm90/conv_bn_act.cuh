@@ -70,7 +70,8 @@ __device__ __forceinline__ void produce(const ConvShape& s, const TensorMap& x, 
   using Traits = TileTraits<kTileIndex>;
   RingPlace<Traits::kStages> place;
   const bool is_matrix = is_plain(s);
-  for (int tile = static_cast<int>(block_index()); tile < grid.rows * grid.columns; tile += static_cast<int>(num_grid_blocks())) {
+  for (int tile = static_cast<int>(block_index()); tile < grid.rows * grid.columns;
+       tile += static_cast<int>(num_grid_blocks())) {
     const TilePlace at = tile_place(grid, tile);
     const int m = at.row * Traits::kBlockM, k = at.column * Traits::kBlockN;
     const RowOrigin origin = row_origin(s, m);
@@ -245,7 +246,8 @@ __device__ __forceinline__ void consume(const ConvArguments& args, const TileGri
   ScaleShift* affine = memory.affine(consumer);
   const int steps = args.shape.R * args.shape.S * steps_of_tap(args.shape);
   RingPlace<Traits::kStages> place;
-  for (int tile = static_cast<int>(block_index()); tile < grid.rows * grid.columns; tile += static_cast<int>(num_grid_blocks())) {
+  for (int tile = static_cast<int>(block_index()); tile < grid.rows * grid.columns;
+       tile += static_cast<int>(num_grid_blocks())) {
     const TilePlace at = tile_place(grid, tile);
     const int m = at.row * Traits::kBlockM + first_row, k = at.column * Traits::kBlockN;
     // What the epilogue needs, while the first stages are on their way. After the barrier all warps are done with the

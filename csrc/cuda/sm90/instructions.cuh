@@ -64,7 +64,8 @@ __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap& map, int 
 __device__ __forceinline__ void copy_pixels(uint32_t to, const TensorMap& map, int c, int w, int h, int n, int tap_w,
                                             int tap_h, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
+      "%5}], "
       "[%6], {%7, %8};" ::"r"(to),
       "l"(&map), "r"(c), "r"(w), "r"(h), "r"(n), "r"(barrier), "h"(static_cast<uint16_t>(tap_w)),
       "h"(static_cast<uint16_t>(tap_h))
@@ -124,40 +125,43 @@ __device__ __forceinline__ void pin(float (&d)[kCount]) {
 template <class Element, int kCount>
 __device__ __forceinline__ void multiply(float (&d)[kCount], uint64_t a, uint64_t b);
 
-#define FUSED_RESNET_SUMS_8(i)                                                                                    \
+#define FUSED_RESNET_SUMS_8(i)                                                                                \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 #define FUSED_RESNET_SUMS_32(i) \
   FUSED_RESNET_SUMS_8(i), FUSED_RESNET_SUMS_8(i + 8), FUSED_RESNET_SUMS_8(i + 16), FUSED_RESNET_SUMS_8(i + 24)
 
-#define FUSED_RESNET_WGMMA_64(TYPES) \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPES " " \
+#define FUSED_RESNET_WGMMA_64(TYPES)                                                                                   \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPES                                                     \
+               " "                                                                                                     \
                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-               "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " \
-               "%32, %33, 1, 1, 1, 0, 0;" \
-               : FUSED_RESNET_SUMS_32(0) \
+               "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                                                   \
+               "%32, %33, 1, 1, 1, 0, 0;"                                                                              \
+               : FUSED_RESNET_SUMS_32(0)                                                                               \
                : "l"(a), "l"(b))
 
-#define FUSED_RESNET_WGMMA_128(TYPES) \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPES " " \
+#define FUSED_RESNET_WGMMA_128(TYPES)                                                                                  \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPES                                                    \
+               " "                                                                                                     \
                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-               "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
-               "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
-               "%62, %63}, " \
-               "%64, %65, 1, 1, 1, 0, 0;" \
-               : FUSED_RESNET_SUMS_32(0), FUSED_RESNET_SUMS_32(32) \
+               "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "  \
+               "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "  \
+               "%62, %63}, "                                                                                           \
+               "%64, %65, 1, 1, 1, 0, 0;"                                                                              \
+               : FUSED_RESNET_SUMS_32(0), FUSED_RESNET_SUMS_32(32)                                                     \
                : "l"(a), "l"(b))
 
-#define FUSED_RESNET_WGMMA_256(TYPES) \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPES " " \
+#define FUSED_RESNET_WGMMA_256(TYPES)                                                                                  \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPES                                                    \
+               " "                                                                                                     \
                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-               "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
-               "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
-               "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
-               "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, " \
-               "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, " \
-               "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, " \
-               "%128, %129, 1, 1, 1, 0, 0;" \
+               "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "  \
+               "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "  \
+               "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "  \
+               "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, "      \
+               "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "      \
+               "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "                                   \
+               "%128, %129, 1, 1, 1, 0, 0;"                                                                            \
                : FUSED_RESNET_SUMS_32(0), FUSED_RESNET_SUMS_32(32), FUSED_RESNET_SUMS_32(64), FUSED_RESNET_SUMS_32(96) \
                : "l"(a), "l"(b))
 

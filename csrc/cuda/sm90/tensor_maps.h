@@ -16,10 +16,10 @@ struct MapPlan {
   int rank;
   uint64_t sizes[4], strides[3];  // elements; bytes, of all dimensions but the innermost
   uint32_t element_strides[4];
-  uint32_t box[4];               // of tiles
-  bool is_im2col;                // then, instead of the box:
-  int32_t lower[2], upper[2];    // corners, W and H
-  uint32_t channels, pixels;     // that a copy brings
+  uint32_t box[4];             // of tiles
+  bool is_im2col;              // then, instead of the box:
+  int32_t lower[2], upper[2];  // corners, W and H
+  uint32_t channels, pixels;   // that a copy brings
 };
 
 // x as (C, N * H * W), or by im2col as (C, W, H, N): block_m rows of the implicit matrix.
@@ -43,7 +43,8 @@ inline MapPlan input_map(const ConvArguments& args, const Tile& tile) {
   map.sizes[0] = channels, map.sizes[1] = width, map.sizes[2] = height, map.sizes[3] = images;
   map.strides[0] = pixel, map.strides[1] = pixel * width, map.strides[2] = pixel * width * height;
   map.element_strides[0] = map.element_strides[3] = 1;
-  map.element_strides[1] = static_cast<uint32_t>(s.stride_w), map.element_strides[2] = static_cast<uint32_t>(s.stride_h);
+  map.element_strides[1] = static_cast<uint32_t>(s.stride_w),
+  map.element_strides[2] = static_cast<uint32_t>(s.stride_h);
   map.is_im2col = true;
   const Corners corners = im2col_corners(s);
   for (int d = 0; d < 2; ++d) {
@@ -54,8 +55,8 @@ inline MapPlan input_map(const ConvArguments& args, const Tile& tile) {
   return map;
 }
 
-// The weight as (C, R * S, K): block_n filters' channels of one tap. A box that leaves the tap's channels is filled with
-// zeros there, so that no other tap's weights meet the zeros of x.
+// The weight as (C, R * S, K): block_n filters' channels of one tap. A box that leaves the tap's channels is filled
+// with zeros there, so that no other tap's weights meet the zeros of x.
 inline MapPlan weight_map(const ConvArguments& args, const Tile& tile) {
   const ConvShape& s = args.shape;
   const uint64_t tap = uint64_t(s.C) * kElementBytes, taps = uint64_t(s.R) * uint64_t(s.S);

@@ -1,5 +1,5 @@
-// The tiles that the convolution for sm_90a is compiled for, the order in which blocks take them, and which problems its
-// tensor maps can describe.
+// The tiles that the convolution for sm_90a is compiled for, the order in which blocks take them, and which problems
+// its tensor maps can describe.
 #pragma once
 
 #include <algorithm>
@@ -34,8 +34,8 @@ constexpr bool is_tile(int64_t index) {
   return index >= kFirstTile && index < kFirstTile + kNumTiles;
 }
 
-constexpr int kGroupRows = 64;   // rows of a warpgroup's wgmma
-constexpr int kBlockK = 64;      // channels of a stage: 128 bytes, the swizzle's span
+constexpr int kGroupRows = 64;  // rows of a warpgroup's wgmma
+constexpr int kBlockK = 64;     // channels of a stage: 128 bytes, the swizzle's span
 constexpr int kElementBytes = 2;
 constexpr int kChunkElements = 8;  // in 16 bytes
 
@@ -116,8 +116,7 @@ struct Corners {
   int64_t lower[2], upper[2];
 };
 inline Corners im2col_corners(const ConvShape& s) {
-  return {{-s.pad_w, -s.pad_h},
-          {s.pad_w - int64_t{s.S - 1} * s.dilation_w, s.pad_h - int64_t{s.R - 1} * s.dilation_h}};
+  return {{-s.pad_w, -s.pad_h}, {s.pad_w - int64_t{s.S - 1} * s.dilation_w, s.pad_h - int64_t{s.R - 1} * s.dilation_h}};
 }
 
 // Why the kernel cannot compute this, empty if it can. The limits are those of cuTensorMapEncodeIm2col for 4 dimensions
@@ -132,7 +131,8 @@ inline std::string why_not(const ConvShape& s, int element_bytes, bool is_aligne
   if (num_rows(s) > INT32_MAX - kMostTileRows || s.N > INT32_MAX) return text(num_rows(s)) + " rows of the output";
   if (num_rows(s) / 128 * (s.K / 64 + 1) > INT32_MAX - kMostTileRows) return "the output has too many tiles";
   const int64_t taps = int64_t{s.R} * s.S;
-  if (std::max(int64_t{s.H} * s.W, taps) > (int64_t{1} << 40) / kElementBytes / s.C - 1) return "a stride of 2^40 bytes";
+  if (std::max(int64_t{s.H} * s.W, taps) > (int64_t{1} << 40) / kElementBytes / s.C - 1)
+    return "a stride of 2^40 bytes";
   if (is_plain(s)) return "";
   if (std::max(s.stride_h, s.stride_w) > 8) return "a stride of " + text(std::max(s.stride_h, s.stride_w));
   const Corners corners = im2col_corners(s);
