@@ -164,7 +164,10 @@ def cuda_archs(tools: Toolchain) -> list[str]:
     return [*archs[:-1], archs[-1] + "+PTX"]
 
 
-def _gencode(archs: list[str]) -> list[str]:
+def _gencode(archs: list[str], source: str = "") -> list[str]:
+    """The architectures that a source is compiled for: what is in sm90/ for 9.0a alone, if 9.0 is among them."""
+    if source.startswith("cuda/sm90/") and any(arch.startswith("9.0") for arch in archs):
+        return ["-gencode=arch=compute_90a,code=sm_90a", "-DFUSED_RESNET_SM90"]
     flags = []
     for arch in archs:
         number = arch.removesuffix("+PTX").replace(".", "")
@@ -175,7 +178,7 @@ def _gencode(archs: list[str]) -> list[str]:
 
 
 class Flags(NamedTuple):
-    """How one part is compiled and linked."""
+    """How one part is compiled and linked; nvcc's are without architectures."""
 
     cxx: list[str]
     nvcc: list[str]
@@ -205,7 +208,7 @@ def flags(part: Part, tools: Toolchain) -> Flags:
         return Flags(cxx, [], link)
     nvcc = [
         "-std=c++17", "-O3", "-DUSE_CUDA", *defines, ours, "-isystem", tools.torch_include, f"-ccbin={tools.cxx}",
-        "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=2", *_gencode(cuda_archs(tools)),
+        "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=2",
     ]  # fmt: skip
     # nvcc links, since it knows where its runtime is; that runtime stays private, torch has brought its own
     through_nvcc = [flag.replace("-Wl,", "-Xlinker=") for flag in (*link, "-Wl,--exclude-libs=ALL")]
@@ -237,9 +240,12 @@ def write_ninja(parts: list[Part], tools: Toolchain, build_dir: Path, more: Sequ
         if not part.is_built:
             continue
         plain, objects = flags(part, tools), []
+        archs = cuda_archs(tools) if part.name == "cuda" else []
         part_flags = plain._replace(cxx=[*plain.cxx, *more], link=[*plain.link, *more])
         for source in part.sources:
-            rule, compile_flags = ("nvcc", part_flags.nvcc) if source.endswith(".cu") else ("cxx", part_flags.cxx)
+            rule, compile_flags = "cxx", part_flags.cxx
+            if source.endswith(".cu"):
+                rule, compile_flags = "nvcc", [*part_flags.nvcc, *_gencode(archs, source)]
             objects.append(f"{source}.o")
             lines += [f"build {objects[-1]}: {rule} {_escaped(CSRC / source)}", f"  flags = {' '.join(compile_flags)}"]
         linker = tools.nvcc if part.name == "cuda" else tools.cxx

@@ -36,4 +36,10 @@ struct ConvArguments {
   void* partials = nullptr;  // their sums, splits x N P Q K, where there is more than one: fp32, of bytes int32
 };
 
+inline bool has_vector_rows(const ConvArguments& args, int element_bytes) {
+  const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
+  const uintptr_t accessed = address(args.out) | address(args.epilogue.residual) | address(args.partials);
+  return args.shape.group_filters % (16 / element_bytes) == 0 && accessed % 16 == 0;
+}
+
 }  // namespace fused_resnet

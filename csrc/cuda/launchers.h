@@ -8,6 +8,7 @@
 #include "common/dtype.h"
 #include "cuda/conv_arguments.h"
 #include "cuda/sm80/tiles.h"
+#include "cuda/sm90/tiles.h"
 
 namespace fused_resnet {
 
@@ -15,12 +16,23 @@ namespace fused_resnet {
 // multiples of 16 bytes.
 std::vector<ConvConfig> conv_bn_act_configs(const ConvShape& shape, int element_bytes, bool is_aligned, int device);
 
-// tile: of a legal config; args.splits may be any. The operands' pointers need only the alignment of their elements.
+// tile: of a legal config; of sm80's tiles args.splits may be any, and the operands' pointers need only the alignment
+// of their elements.
 // Throws if the device cannot run the tile, or is older than sm_80.
 void launch_conv_bn_act(const ConvArguments& args, int tile, Dtype dtype, int device, void* stream);
 
 // The same for elements of one byte: x is s8, or else u8.
 void launch_conv_int8(const ConvArguments& args, int tile, bool is_signed, int device, void* stream);
+
+namespace sm90 {
+
+// Whether its kernels are in this library.
+bool is_built();
+
+// Throws with the reason where a config is not legal.
+void launch_conv_bn_act(ConvArguments args, int tile, Dtype dtype, int device, void* stream);
+
+}  // namespace sm90
 
 void launch_add_relu(const void* a, const void* b, void* out, int64_t numel, Dtype dtype, void* stream);
 void launch_add_relu_backward(const void* grad, const void* out, void* grad_input, int64_t numel, Dtype dtype,

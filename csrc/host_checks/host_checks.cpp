@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/configs.h"
 #include "cuda/sm80/tile_layout.h"
-#include "cuda/sm80/tiles.h"
 #include "host_checks/bindings.h"
 
 namespace py = pybind11;
@@ -45,6 +45,38 @@ int64_t input_offset(const ConvShape& s, int64_t origin, int row, int k, int gro
   return is_inside(s, window, tap) ? window.offset + tap.offset : -1;
 }
 
+// Which of sm90's tiles there are, what is legal of both tables, and how tiles are handed out.
+void bind_sm90(py::module_& m) {
+  py::list tiles;
+  for (int i = 0; i < sm90::kNumTiles; ++i) tiles.append(sm90::kFirstTile + i);
+  m.attr("SM90_TILES") = tiles;
+  m.def("sm90_tile", [](int index) {
+    if (!sm90::is_tile(index)) throw py::index_error("there is no tile " + std::to_string(index));
+    const sm90::Tile& t = sm90::kTiles[index - sm90::kFirstTile];
+    py::dict d;
+    d["block_m"] = t.block_m, d["block_n"] = t.block_n, d["stages"] = t.stages;
+    d["resident_blocks"] = t.resident_blocks, d["threads"] = sm90::num_threads(t);
+    d["smem_bytes"] = sm90::smem_bytes(t), d["registers"] = sm90::launch_registers(t);
+    d["producer_registers"] = sm90::producer_registers(t), d["consumer_registers"] = sm90::consumer_registers(t);
+    return d;
+  });
+  m.def("sm90_why_not", &sm90::why_not, py::arg("shape"), py::arg("element_bytes"), py::arg("is_aligned"));
+  m.def("sm90_tile_place", [](int rows, int columns, int index) {
+    const sm90::TilePlace place = sm90::tile_place({rows, columns}, index);
+    return std::make_pair(place.row, place.column);
+  });
+  m.def(
+      "all_configs",
+      [](const ConvShape& s, int element_bytes, const DeviceLimits& device, bool is_aligned) {
+        std::vector<std::pair<int, int>> pairs;
+        for (const auto& [tile, splits] : legal_configs(s, element_bytes, device, is_aligned, true)) {
+          pairs.emplace_back(tile, splits);
+        }
+        return pairs;
+      },
+      py::arg("shape"), py::arg("element_bytes"), py::arg("device"), py::arg("is_aligned"));
+}
+
 const Tile& tile_at(int index) {
   if (index < 0 || index >= kNumTiles)
     throw py::index_error("there is no tile " + std::to_string(index) + " among " + std::to_string(kNumTiles));
@@ -55,6 +87,7 @@ const Tile& tile_at(int index) {
 
 PYBIND11_MODULE(_host_checks, m) {
   bind_tiles(m);
+  bind_sm90(m);
   m.def("fast_divide", [](uint32_t n, uint32_t d) { return FastDivisor(d).divide(n); });
 
   py::class_<ConvShape>(m, "ConvShape")

@@ -6,6 +6,7 @@
 #include "cuda/conv_arguments.h"
 #include "cuda/sm80/tile_layout.h"
 #include "cuda/sm80/tiles.h"
+#include "cuda/sm90/tensor_maps.h"
 
 namespace fused_resnet {
 namespace {
@@ -30,35 +31,78 @@ EpilogueArguments epilogue_of(const PtxConv& conv) {
           conv.residual_sign};
 }
 
-// What csrc/cuda/sm80/conv_bn_act.cu does before it starts a kernel.
-std::string fill(const PtxConv& conv, PtxConvLaunch* launch) {
-  const int64_t* n = conv.sizes;
-  const ConvSizes sizes{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13]};
+ConvArguments arguments_of(const PtxConv& conv, const ConvShape& shape) {
   ConvArguments args{};
-  if (std::string reason = derive(sizes, &args.shape); !reason.empty()) return reason;
-  if (conv.tile < 0 || conv.tile >= kNumTiles) return "there is no tile " + std::to_string(conv.tile);
+  args.shape = shape;
+  args.epilogue = epilogue_of(conv);
+  args.x = conv.x, args.weight = conv.weight, args.out = conv.out;
+  args.splits = conv.splits, args.partials = conv.partials;
+  args.has_vector_rows = has_vector_rows(args, conv.element_bytes);
+  return args;
+}
+
+PtxTensorMap described(const sm90::MapPlan& plan) {
+  PtxTensorMap map{};
+  map.rank = static_cast<uint8_t>(plan.rank);
+  map.swizzle = 128, map.is_im2col = plan.is_im2col;
+  map.pixels = static_cast<uint16_t>(plan.pixels), map.channels = static_cast<uint16_t>(plan.channels);
+  for (int d = 0; d < plan.rank; ++d) {
+    map.sizes[d] = plan.sizes[d];
+    if (d > 0) map.strides[d - 1] = plan.strides[d - 1];
+    map.box[d] = static_cast<uint16_t>(plan.box[d]);
+    map.element_strides[d] = static_cast<uint8_t>(plan.element_strides[d]);
+  }
+  for (int d = 0; d < 2; ++d) {
+    map.lower[d] = static_cast<int16_t>(plan.lower[d]), map.upper[d] = static_cast<int16_t>(plan.upper[d]);
+  }
+  return map;
+}
+
+// What csrc/cuda/sm80/conv_bn_act.cu does before it starts a kernel.
+std::string fill_sm80(const PtxConv& conv, const DeviceLimits& device, const ConvArguments& args,
+                      PtxConvLaunch* launch) {
   const Tile& tile = kTiles[conv.tile];
   const int element = conv.element_bytes, chunk = 16 / element;
   const ConvShape& shape = args.shape;
   const int bytes = copy_bytes(shape.group_channels, element, address(conv.x) | address(conv.weight));
   if (std::string reason = why_span_too_long(shape, offset_unit(bytes, element)); !reason.empty()) return reason;
-  const DeviceLimits device{1, conv.smem_per_block, conv.smem_per_block + kReservedSmemPerBlock, conv.capability};
   if (const char* reason = why_illegal(tile, device, bytes == 16)) return reason;
-
-  args.epilogue = epilogue_of(conv);
-  args.x = conv.x, args.weight = conv.weight, args.out = conv.out;
-  const uintptr_t written = address(conv.out) | address(conv.residual) | address(conv.partials);
-  args.has_vector_rows = shape.group_filters % chunk == 0 && written % 16 == 0;
-  args.splits = conv.splits, args.partials = conv.partials;
-
   launch->blocks = num_blocks(tile, gemm_size(shape, element)) * conv.splits;
   launch->sum_blocks = conv.splits > 1 ? num_sum_blocks(shape, chunk) : 0;
   launch->threads = num_threads(tile), launch->sum_threads = kSumThreads;
   launch->shared_bytes = smem_bytes(tile), launch->copy_bytes = bytes;
-  launch->argument_bytes = sizeof args;
-  static_assert(sizeof args <= sizeof launch->arguments, "the arguments fit");
-  std::memcpy(launch->arguments, &args, sizeof args);
   return "";
+}
+
+// And sm90/conv_bn_act.cu.
+std::string fill_sm90(const PtxConv& conv, const DeviceLimits& device, const ConvArguments& args,
+                      PtxConvLaunch* launch) {
+  const sm90::Tile& tile = sm90::kTiles[conv.tile - sm90::kFirstTile];
+  const bool is_aligned = (address(conv.x) | address(conv.weight)) % 16 == 0;
+  if (std::string reason = sm90::why_not(args.shape, conv.element_bytes, is_aligned); !reason.empty()) return reason;
+  if (const char* reason = sm90::why_illegal(tile, device)) return reason;
+  if (conv.splits != 1) return "it does not split the reduction";
+  launch->blocks = sm90::num_blocks(tile, args.shape, device.num_sms);
+  launch->threads = sm90::num_threads(tile), launch->shared_bytes = sm90::smem_bytes(tile);
+  launch->num_maps = 2;
+  launch->maps[0] = described(sm90::input_map(args, tile)), launch->maps[1] = described(sm90::weight_map(args, tile));
+  return "";
+}
+
+std::string fill(const PtxConv& conv, PtxConvLaunch* launch) {
+  const int64_t* n = conv.sizes;
+  const ConvSizes sizes{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13]};
+  ConvShape shape{};
+  if (std::string reason = derive(sizes, &shape); !reason.empty()) return reason;
+  const bool is_sm90 = sm90::is_tile(conv.tile);
+  if (!is_sm90 && (conv.tile < 0 || conv.tile >= kNumTiles)) return "there is no tile " + std::to_string(conv.tile);
+  const DeviceLimits device{conv.num_sms, conv.smem_per_block, conv.smem_per_block + kReservedSmemPerBlock,
+                            conv.capability};
+  const ConvArguments args = arguments_of(conv, shape);
+  static_assert(sizeof args <= sizeof launch->arguments, "the arguments fit");
+  launch->argument_bytes = sizeof args;
+  std::memcpy(launch->arguments, &args, sizeof args);
+  return is_sm90 ? fill_sm90(conv, device, args, launch) : fill_sm80(conv, device, args, launch);
 }
 
 }  // namespace

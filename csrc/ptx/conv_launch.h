@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "ptx/interface.h"
+
 extern "C" {
 
 struct PtxConv {
@@ -14,7 +16,7 @@ struct PtxConv {
   float eps;
   int32_t activation, tile, splits;
   void* partials;  // splits x N P Q K
-  int32_t capability, smem_per_block;
+  int32_t capability, smem_per_block, num_sms;
   float residual_scale, low, high;  // of bytes
   uint32_t residual_sign;
 };
@@ -22,9 +24,11 @@ struct PtxConv {
 struct PtxConvLaunch {
   int64_t blocks, sum_blocks;  // of the second kernel, which adds the parts up
   int32_t threads, sum_threads, shared_bytes;
-  int32_t copy_bytes;  // the kernel's third template argument
+  int32_t copy_bytes;  // the kernel's third template argument, of sm80's tiles
   int32_t argument_bytes;
   uint8_t arguments[512];  // a ConvArguments, what both kernels are given
+  int32_t num_maps;        // that the kernel is given besides: of sm90's tiles x's and the weight's
+  PtxTensorMap maps[2];    // without their elements' type
 };
 
 // Null, or why the launcher would refuse this; valid until this thread's next call.

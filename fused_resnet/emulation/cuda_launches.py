@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from fused_resnet.emulation import library
-from fused_resnet.emulation.interface import PtxConv, PtxConvLaunch
+from fused_resnet.emulation.interface import PtxConv, PtxConvLaunch, PtxTensorMap
 from fused_resnet.emulation.kernel import Kernel, Outcome
 from fused_resnet.emulation.parser import kernel_names
+from fused_resnet.emulation.tensor_map import TensorMap
 from fused_resnet.kernels.sources import ROOT
 from fused_resnet.operators.operands import VECTORS, ConvOperands, Int8Operands
 from fused_resnet.operators.problem import BYTE_DTYPES, ConvProblem
 
 NUM_TILES, ANY_ALIGNMENT = 5, (1, 3)  # csrc/cuda/sm80/tiles.h
+FIRST_SM90_TILE, SM90_TILES = 90, (90, 91, 92)  # csrc/cuda/sm90/tiles.h
 CSRC = ROOT / "csrc"
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common/dtype.h
 _ACTIVATIONS = ("none", "relu", "relu6", "silu")  # csrc/common/activation.h
@@ -39,6 +41,7 @@ _ELEMENTS = {
     torch.uint8: "uint8_t", torch.int8: "int8_t",
 }  # fmt: skip
 _SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block's, CUDA C++ programming guide
+_NUM_SMS = 132  # of an H100
 _MOST_POINTWISE_BLOCKS, _POINTWISE_THREADS = 1 << 14, 256  # csrc/cuda/add_relu.cu and .cuh
 
 
@@ -112,6 +115,17 @@ def conv_text(dtype: torch.dtype, arch: int, instances: tuple[tuple[int, int], .
 
 
 @functools.cache
+def sm90_conv_text(dtype: torch.dtype, tiles: tuple[int, ...], csrc: Path = CSRC) -> str:
+    """The PTX of the convolution for sm_90a, of each tile."""
+    kernels = [f"conv_bn_act_kernel<{_ELEMENTS[dtype]}, {tile - FIRST_SM90_TILE}>" for tile in tiles]
+    parameters = ("ConvArguments", "TensorMap", "TensorMap")
+    declared = [f"{kernel}({', '.join(f'const __grid_constant__ {p}' for p in parameters)})" for kernel in kernels]
+    source = _instances("cuda/sm90/conv_bn_act.cuh", declared, "fused_resnet::sm90")
+    include = (csrc, Path(torch.__file__).parent / "include")
+    return compile_cuda(source, "sm_90a", include=include)
+
+
+@functools.cache
 def add_relu_text(arch: int) -> str:
     """The PTX of the addition and of its gradient, for every dtype."""
     elements = [_ELEMENTS[dtype] for dtype in _DTYPES]
@@ -120,9 +134,9 @@ def add_relu_text(arch: int) -> str:
     return _project(_instances("cuda/add_relu.cuh", kernels), arch)
 
 
-def _instances(header: str, kernels: Sequence[str]) -> str:
+def _instances(header: str, kernels: Sequence[str], namespace: str = "fused_resnet") -> str:
     lines = "\n".join(f"template __global__ void {kernel};" for kernel in kernels)
-    return f'#include "{header}"\nnamespace fused_resnet {{\n{lines}\n}}\n'
+    return f'#include "{header}"\nnamespace {namespace} {{\n{lines}\n}}\n'
 
 
 @functools.lru_cache(maxsize=16)
@@ -136,16 +150,14 @@ def _kernel(text: str, part: str = "") -> Kernel:
 
 def prepare(
     problem: ConvProblem, operands: Union[ConvOperands, Int8Operands], out: Tensor, partials: Optional[Tensor],
-    tile: int, splits: int, arch: int,
+    tile: int, splits: int, arch: int, num_sms: int = _NUM_SMS,
 ) -> PtxConvLaunch:  # fmt: skip
     """How csrc's launcher would start this. Raises ValueError with its reason where it would refuse."""
     p, o = problem, operands
-    conv = PtxConv(
-        x=o.x.data_ptr(), weight=o.weight.data_ptr(), residual=_pointer(o.residual), out=out.data_ptr(),
-        element_bytes=p.dtype.itemsize, tile=tile, splits=splits, partials=_pointer(partials), capability=arch,
-        smem_per_block=1024 * _SHARED_KIB.get(arch, 99),
-    )  # fmt: skip
-    conv.sizes[:] = [p.N, p.C, p.H, p.W, p.K, p.R, p.S, *p.stride, *p.padding, *p.dilation, p.groups]
+    conv = _described(p, tile, arch)
+    conv.x, conv.weight, conv.residual = o.x.data_ptr(), o.weight.data_ptr(), _pointer(o.residual)
+    conv.out, conv.partials = out.data_ptr(), _pointer(partials)
+    conv.splits, conv.num_sms = splits, num_sms
     if isinstance(o, Int8Operands):  # as csrc/cuda/operators.cpp names them
         vectors = dict(bn_weight=o.epilogue.multiplier, bn_bias=o.epilogue.bias)
         conv.residual_scale, conv.low, conv.high = o.epilogue.residual, o.epilogue.low, o.epilogue.high
@@ -158,9 +170,30 @@ def prepare(
         conv.vectors[i] = _pointer(vector)
         conv.vector_dtypes[i] = 0 if vector is None else _DTYPES[vector.dtype]
     launch = PtxConvLaunch()
-    if reason := library.library().ptx_conv_launch(ctypes.byref(conv), ctypes.byref(launch)):
-        raise ValueError(f"cuda_conv_bn_act: {reason.decode()}.")
+    if reason := _why_not_launched(conv, launch):
+        raise ValueError(f"cuda_conv_bn_act: {reason}.")
     return launch
+
+
+def tiles_for(problem: ConvProblem, arch: int) -> list[int]:
+    """The tiles that this GPU can run of it, where x and the weight are 16-byte aligned."""
+    tiles = [*range(NUM_TILES), *SM90_TILES]
+    return [tile for tile in tiles if _why_not_launched(_described(problem, tile, arch), PtxConvLaunch()) is None]
+
+
+def _described(p: ConvProblem, tile: int, arch: int) -> PtxConv:
+    """The launch of a problem whose tensors are nowhere yet."""
+    conv = PtxConv(
+        element_bytes=p.dtype.itemsize, tile=tile, splits=1, capability=arch, num_sms=_NUM_SMS,
+        smem_per_block=1024 * _SHARED_KIB.get(arch, 99),
+    )  # fmt: skip
+    conv.sizes[:] = [p.N, p.C, p.H, p.W, p.K, p.R, p.S, *p.stride, *p.padding, *p.dilation, p.groups]
+    return conv
+
+
+def _why_not_launched(conv: PtxConv, launch: PtxConvLaunch) -> Optional[str]:
+    reason = library.library().ptx_conv_launch(ctypes.byref(conv), ctypes.byref(launch))
+    return reason and reason.decode()
 
 
 def _pointer(tensor: Optional[Tensor]) -> Optional[int]:
@@ -169,7 +202,8 @@ def _pointer(tensor: Optional[Tensor]) -> Optional[int]:
 
 def conv_bn_act(
     problem: ConvProblem, operands: Union[ConvOperands, Int8Operands], arch: int, tile: int, splits: int = 1, *,
-    out: Optional[Tensor] = None, instances: tuple[tuple[int, int], ...] = (), text: str = "", **how,
+    out: Optional[Tensor] = None, instances: tuple[tuple[int, int], ...] = (), text: str = "",
+    num_sms: int = _NUM_SMS, **how,
 ) -> tuple[Tensor, list[Outcome]]:  # fmt: skip
     """The output and the outcomes: of the convolution, and of what adds split sums up.
 
@@ -177,6 +211,7 @@ def conv_bn_act(
 
     The operands are as csrc's operator wants them: channels_last, vectors contiguous. how: as `Kernel.run` takes it.
     instances: those to compile together, which takes a second each; by default all. text: PTX instead of theirs.
+    num_sms: of the GPU, as many blocks of sm_90a's kernel run at a time.
     """
     p = problem
     if out is None:
@@ -184,16 +219,21 @@ def conv_bn_act(
     # NaN, or an integer that no sum reaches
     poison = torch.tensor(-(2**31), dtype=torch.int32) if p.dtype in BYTE_DTYPES else torch.tensor(torch.nan)
     partials = poison.repeat(splits, out.numel()) if splits > 1 else None
-    launch = prepare(p, operands, out, partials, tile, splits, arch)
+    launch = prepare(p, operands, out, partials, tile, splits, arch, num_sms)
     memory: dict[str, Any] = {name: t for name, t in operands._asdict().items() if isinstance(t, Tensor)}
     if isinstance(operands, Int8Operands):
         memory |= dict(multiplier=operands.epilogue.multiplier, bias=operands.epilogue.bias)
     memory["out"] = out
     if partials is not None:
         memory["partials"] = partials
-    given = [bytes(launch.arguments[: launch.argument_bytes])]
-    text = text or conv_text(p.dtype, arch, instances or INSTANCES)
-    kernel = _kernel(text, f"conv_bn_act_kernelI{_MANGLED[p.dtype]}Li{tile}ELi{launch.copy_bytes}E")
+    given: list[Any] = [bytes(launch.arguments[: launch.argument_bytes])]
+    if tile >= FIRST_SM90_TILE:
+        given += [_tensor_map(launch.maps[i], array) for i, array in enumerate((operands.x, operands.weight))]
+        text = text or sm90_conv_text(p.dtype, (tile,))
+        kernel = _kernel(text, f"conv_bn_act_kernelI{_MANGLED[p.dtype]}Li{tile - FIRST_SM90_TILE}E")
+    else:
+        text = text or conv_text(p.dtype, arch, instances or INSTANCES)
+        kernel = _kernel(text, f"conv_bn_act_kernelI{_MANGLED[p.dtype]}Li{tile}ELi{launch.copy_bytes}E")
     written = out if partials is None else partials
     outcomes = [kernel.run(launch.blocks, launch.threads, given, shared_bytes=launch.shared_bytes, memory=memory,
                            writable=[written], **how)]  # fmt: skip
@@ -201,6 +241,19 @@ def conv_bn_act(
         kernel = _kernel(text, "sum_splits_kernel")
         outcomes.append(kernel.run(launch.sum_blocks, launch.sum_threads, given, memory=memory, writable=[out], **how))
     return out, outcomes
+
+
+def _tensor_map(plan: PtxTensorMap, array: Tensor) -> TensorMap:
+    """The map that csrc plans, with the driver's limits checked."""
+    rank = plan.rank
+    described = dict(swizzle=plan.swizzle, element_strides=plan.element_strides[:rank])
+    sizes, strides = plan.sizes[:rank], plan.strides[: rank - 1]
+    if not plan.is_im2col:
+        return TensorMap(array, sizes, strides, plan.box[:rank], **described)
+    return TensorMap.im2col(
+        array, sizes, strides, lower=plan.lower[: rank - 2], upper=plan.upper[: rank - 2], pixels=plan.pixels,
+        channels=plan.channels, **described,
+    )  # fmt: skip
 
 
 def run_add_relu(first: Tensor, second: Tensor, out: Tensor, arch: int, *, backward: bool = False, **how) -> Outcome:

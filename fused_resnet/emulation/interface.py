@@ -145,8 +145,8 @@ class PtxConv(ctypes.Structure):
         ("sizes", c_int64 * 14), ("x", c_void_p), ("weight", c_void_p), ("residual", c_void_p), ("out", c_void_p),
         ("vectors", c_void_p * 5), ("vector_dtypes", c_int32 * 5), ("element_bytes", c_int32), ("eps", c_float),
         ("activation", c_int32), ("tile", c_int32), ("splits", c_int32), ("partials", c_void_p),
-        ("capability", c_int32), ("smem_per_block", c_int32), ("residual_scale", c_float), ("low", c_float),
-        ("high", c_float), ("residual_sign", c_uint32),
+        ("capability", c_int32), ("smem_per_block", c_int32), ("num_sms", c_int32), ("residual_scale", c_float),
+        ("low", c_float), ("high", c_float), ("residual_sign", c_uint32),
     ]  # fmt: skip
 
 
@@ -154,6 +154,7 @@ class PtxConvLaunch(ctypes.Structure):
     _fields_ = [
         ("blocks", c_int64), ("sum_blocks", c_int64), ("threads", c_int32), ("sum_threads", c_int32),
         ("shared_bytes", c_int32), ("copy_bytes", c_int32), ("argument_bytes", c_int32), ("arguments", c_uint8 * 512),
+        ("num_maps", c_int32), ("maps", PtxTensorMap * 2),
     ]  # fmt: skip
 
 

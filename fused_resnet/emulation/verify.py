@@ -175,10 +175,10 @@ class _CudaConfig(NamedTuple):
 def _draw_cuda(p: ConvProblem, arch: int, form: str, rng: random.Random) -> tuple[Optional[Any], str]:
     from fused_resnet.emulation import cuda_launches
 
-    aligned = p.C // p.groups * p.dtype.itemsize % 16 == 0
-    tile = rng.randrange(cuda_launches.NUM_TILES) if aligned else rng.choice(cuda_launches.ANY_ALIGNMENT)
+    tile = rng.choice(cuda_launches.tiles_for(p, arch))
     steps = -(-p.reduction * p.dtype.itemsize // 128)
-    return _CudaConfig(tile, rng.randint(1, min(_MOST_SPLITS, steps))), ""
+    splits = rng.randint(1, min(_MOST_SPLITS, steps))
+    return _CudaConfig(tile, 1 if tile in cuda_launches.SM90_TILES else splits), ""
 
 
 def _run_triton(p, operands, arch, config, how) -> tuple[Tensor, list[Ran]]:

@@ -63,10 +63,11 @@ def compiled(tmp_path_factory):
     def compile_once(source: str, arch: str) -> Compiled:
         if (source, arch) not in done:
             known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-            if f"compute_{arch}" not in known.split():
+            if f"compute_{arch.rstrip('a')}" not in known.split():
                 pytest.skip(f"this nvcc does not know sm_{arch}")
             cubin = folder / f"{Path(source).name}.{arch}.cubin"
             command = [NVCC, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v", *INCLUDES]
+            command += ["-DFUSED_RESNET_SM90"] if arch == "90a" else []  # as setup.py does
             result = subprocess.run([*command, CSRC / source, "-o", cubin], capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
             assert "warning" not in result.stderr, result.stderr
@@ -209,6 +210,54 @@ def test_conv_kernels_have_eight_residual_loads_in_flight(compiled, arch):
         assert sum(count >= min(rows, 8) for count in loads) >= (1 if chunk == 16 else 2), (key, rows, loads)
 
 
+SM90_SOURCE = ("cuda/sm90/conv_bn_act.cu", "90a")
+
+
+def sm90_key(name: str) -> tuple[str, int]:
+    """(element, tile) of a kernel for sm_90a, by its mangled name."""
+    found = re.search(r"4sm90\d+conv_bn_act_kernelI(\w+?)Li(\d+)E", name)
+    return ELEMENTS[found[1]], int(found[2])
+
+
+@needs_nvcc
+def test_sm90_kernels_compile_without_spills(compiled):
+    """Within the registers that setmaxnreg counts on. C7510: ptxas runs the products one after another."""
+    checks = pytest.importorskip("fused_resnet._host_checks", reason="_host_checks is not built")
+    result = compiled(*SM90_SOURCE)
+    assert "C7510" not in result.log and "setmaxnreg" not in result.log, result.log
+    kernels = {sm90_key(kernel.name): kernel for kernel in result.kernels}
+    tiles = range(len(checks.SM90_TILES))
+    assert set(kernels) == {(element, tile) for element in ("Half", "BFloat16") for tile in tiles}
+    for (_, tile), kernel in kernels.items():
+        assert (kernel.stack_bytes, kernel.spill_store_bytes, kernel.spill_load_bytes) == (0, 0, 0), kernel
+        assert kernel.registers == checks.sm90_tile(checks.SM90_TILES[tile])["registers"], kernel
+
+
+@needs_nvcc
+def test_sm90_kernels_multiply_by_wgmma_what_tensor_copies_bring(compiled):
+    checks = pytest.importorskip("fused_resnet._host_checks", reason="_host_checks is not built")
+    for name, instructions in sass(compiled(*SM90_SOURCE).cubin).items():
+        element, tile = sm90_key(name)
+        block_n = checks.sm90_tile(checks.SM90_TILES[tile])["block_n"]
+        products = re.findall(r"\bHGMMA\.\S+", instructions)
+        # four products of 16 channels make a stage; the next stage's begin before they are done
+        assert products == [f"HGMMA.64x{block_n}x16.F32" + (".BF16" if element == "BFloat16" else "")] * 4, name
+        loop = instructions[instructions.index("HGMMA") : instructions.rindex("HGMMA")]
+        assert not re.search(r"WARPGROUP\.DEPBAR|WARPGROUP\.ARRIVE", loop), "the four are one group"
+        assert re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", instructions)
+        for copy in ("UTMALDG.2D", "UTMALDG.3D", "UTMALDG.4D.IM2COL"):
+            assert copy in instructions, (name, copy)
+        assert "HMMA." not in instructions.replace("HGMMA.", "") and "USETMAXREG" in instructions
+        for access in (r"LDSM\.16\.M88\.4", r"STSM\.16\.M88\.4", r"STG\.E\.128", r"LDGSTS\.E\.BYPASS\.128"):
+            assert re.search(access, instructions), (name, access)
+        assert not re.search(r"\b(LDL|STL)\b", instructions), "no local memory"
+
+
+@needs_nvcc
+def test_without_sm90_among_the_architectures_its_launcher_compiles_alone(compiled):
+    assert compiled("cuda/sm90/conv_bn_act.cu", "80").kernels == []
+
+
 @needs_nvcc
 def test_pointwise_kernels_move_16_bytes_at_a_time(compiled):
     for name, instructions in sass(compiled("cuda/add_relu.cu", "80").cubin).items():
@@ -219,6 +268,7 @@ def test_pointwise_kernels_move_16_bytes_at_a_time(compiled):
 @pytest.mark.parametrize("header", [
     "common/activation.h", "common/divisor.h", "common/dtype.h", "common/inline.h", "cpu/dispatch.h",
     "cuda/conv_shape.h", "cuda/conv_arguments.h", "cuda/launchers.h", "cuda/sm80/tiles.h", "cuda/sm80/tile_layout.h",
+    "cuda/configs.h", "cuda/sm90/tiles.h", "cuda/sm90/tensor_maps.h",
     "cpu/epilogue.h", "cpu/vectors.h", "cpu/winograd.h", "cpu/grouped.h", "cpu/direct.h",
 ])  # fmt: skip
 def test_headers_stand_alone_without_cuda_or_torch(header, tmp_path):

@@ -104,6 +104,13 @@ def test_arch_list(setup_py, tools, monkeypatch):
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_90a,code=compute_90a",
     ]
+    for archs in (["8.0", "9.0a+PTX"], ["9.0", "10.0+PTX"]):
+        assert setup_py._gencode(archs, "cuda/sm90/conv_bn_act.cu") == [
+            "-gencode=arch=compute_90a,code=sm_90a",
+            "-DFUSED_RESNET_SM90",
+        ]
+    without = ["8.0", "10.0+PTX"]
+    assert setup_py._gencode(without, "cuda/sm90/conv_bn_act.cu") == setup_py._gencode(without)
     for wrong, why in (("7.5", "too old"), ("Hopper", "not an arch")):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
         with pytest.raises(setup_py.SetupError, match=why):

@@ -1,40 +1,19 @@
 // Launches the convolution kernel of a tile, and says which tiles a device can run.
-#include <atomic>
 #include <stdexcept>
 #include <string>
 
+#include "cuda/configs.h"
 #include "cuda/launchers.h"
+#include "cuda/launching.h"
 #include "cuda/sm80/conv_bn_act.cuh"
 
 namespace fused_resnet {
 namespace {
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("cuda_conv_bn_act: ") + what + ": " + cudaGetErrorString(error));
-  }
-}
-
-int attribute(cudaDeviceAttr name, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, name, device), "cannot query the device");
-  return value;
-}
-
-int capability(int device) {
-  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
-         attribute(cudaDevAttrComputeCapabilityMinor, device);
-}
-
 void check_capability(int device) {
   if (capability(device) < 80) {
     throw std::runtime_error("cuda_conv_bn_act: compute capability 8.0 or later is needed.");
   }
-}
-
-DeviceLimits device_limits(int device) {
-  return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), capability(device)};
 }
 
 uintptr_t address(const void* pointer) {
@@ -44,15 +23,8 @@ uintptr_t address(const void* pointer) {
 template <class Element, int kTileIndex, int kCopyBytes>
 void launch(const ConvArguments& args, int device, cudaStream_t stream, int64_t blocks) {
   constexpr int kSmemBytes = smem_bytes(kTiles[kTileIndex]);
-  const auto kernel = conv_bn_act_kernel<Element, kTileIndex, kCopyBytes>;
-  // more than 48 KB must be asked for, once per kernel and device
-  static std::atomic<uint64_t> devices_done{0};
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  if (device >= 64 || (devices_done.load(std::memory_order_relaxed) & bit) == 0) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
-          "cannot reserve shared memory");
-    devices_done.fetch_or(device < 64 ? bit : 0, std::memory_order_relaxed);
-  }
+  constexpr auto kernel = conv_bn_act_kernel<Element, kTileIndex, kCopyBytes>;
+  reserve_shared_memory<kernel>(kSmemBytes, device);
   kernel<<<static_cast<unsigned>(blocks), num_threads(kTiles[kTileIndex]), kSmemBytes, stream>>>(args);
   check(cudaGetLastError(), "launch failed");
 }
@@ -80,8 +52,7 @@ void launch_element(ConvArguments args, int tile, int device, cudaStream_t strea
   constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(Element));
   const ConvShape& s = args.shape;
   const int bytes = copy_bytes(s.group_channels, sizeof(Element), address(args.x) | address(args.weight));
-  const uintptr_t written = address(args.out) | address(args.epilogue.residual) | address(args.partials);
-  args.has_vector_rows = s.group_filters % kChunk == 0 && written % kChunkBytes == 0;
+  args.has_vector_rows = has_vector_rows(args, sizeof(Element));
 
   const std::string reason = why_span_too_long(s, offset_unit(bytes, sizeof(Element)));
   if (!reason.empty()) throw std::runtime_error("cuda_conv_bn_act: " + reason + ".");
@@ -105,8 +76,7 @@ void launch_element(ConvArguments args, int tile, int device, cudaStream_t strea
 }  // namespace
 
 std::vector<ConvConfig> conv_bn_act_configs(const ConvShape& shape, int element_bytes, bool is_aligned, int device) {
-  is_aligned = is_aligned && shape.group_channels % (kChunkBytes / element_bytes) == 0;
-  auto configs = legal_configs(gemm_size(shape, element_bytes), device_limits(device), is_aligned);
+  auto configs = legal_configs(shape, element_bytes, device_limits(device), is_aligned, sm90::is_built());
   if (configs.empty()) throw std::runtime_error("cuda_conv_bn_act: no tile fits this device's shared memory.");
   return configs;
 }
@@ -114,6 +84,7 @@ std::vector<ConvConfig> conv_bn_act_configs(const ConvShape& shape, int element_
 void launch_conv_bn_act(const ConvArguments& args, int tile, Dtype dtype, int device, void* stream) {
   check_capability(device);
   if (num_rows(args.shape) == 0) return;
+  if (sm90::is_tile(tile)) return sm90::launch_conv_bn_act(args, tile, dtype, device, stream);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (dtype) {
     case Dtype::kFloat32:

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "cuda/conv_shape.h"
@@ -203,9 +202,22 @@ struct ConvConfig {
   int tile, splits;
 };
 
-// Every config that the device can run, the cheapest first.
-inline std::vector<ConvConfig> legal_configs(const GemmSize& size, const DeviceLimits& device, bool is_aligned) {
-  std::vector<std::pair<double, ConvConfig>> found;
+struct RankedConfig {
+  double cycles;  // estimated
+  ConvConfig config;
+};
+
+// The configs alone, the cheapest first.
+inline std::vector<ConvConfig> in_order(std::vector<RankedConfig> found) {
+  std::stable_sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.cycles < b.cycles; });
+  std::vector<ConvConfig> configs;
+  for (const RankedConfig& one : found) configs.push_back(one.config);
+  return configs;
+}
+
+// Every config that the device can run.
+inline std::vector<RankedConfig> ranked_configs(const GemmSize& size, const DeviceLimits& device, bool is_aligned) {
+  std::vector<RankedConfig> found;
   const int most = static_cast<int>(std::min<int64_t>(kMostSplits, num_stages(size)));
   for (int splits = 1; splits <= most && (splits == 1 || partial_bytes(size, splits) <= kMostPartialBytes); ++splits) {
     for (int tile = 0; tile < kNumTiles; ++tile) {
@@ -213,10 +225,11 @@ inline std::vector<ConvConfig> legal_configs(const GemmSize& size, const DeviceL
       found.push_back({estimated_cycles(kTiles[tile], size, device, splits), {tile, splits}});
     }
   }
-  std::stable_sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-  std::vector<ConvConfig> configs;
-  for (const auto& [cycles, config] : found) configs.push_back(config);
-  return configs;
+  return found;
+}
+
+inline std::vector<ConvConfig> legal_configs(const GemmSize& size, const DeviceLimits& device, bool is_aligned) {
+  return in_order(ranked_configs(size, device, is_aligned));
 }
 
 }  // namespace fused_resnet

@@ -1,0 +1,123 @@
+// Launches the convolution for sm_90a. Compiled for that architecture alone, with FUSED_RESNET_SM90; where it is not
+// among those that are built, without the kernels.
+#include <cuda.h>
+#include <cudaTypedefs.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/launchers.h"
+#include "cuda/launching.h"
+
+#ifdef FUSED_RESNET_SM90
+#include "cuda/sm90/conv_bn_act.cuh"
+#include "cuda/sm90/tensor_maps.h"
+#endif
+
+namespace fused_resnet {
+namespace sm90 {
+
+#ifdef FUSED_RESNET_SM90
+
+namespace {
+
+// The driver's, found when it is first needed: the library is not linked with libcuda, which CPU machines lack.
+template <class Function>
+Function driver_function(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  check(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result), name);
+#else
+  check(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result), name);
+#endif
+  if (found == nullptr || result != cudaDriverEntryPointSuccess) {
+    throw std::runtime_error(std::string("cuda_conv_bn_act: the driver has no ") + name +
+                             "; one for CUDA 12 or later does.");
+  }
+  return reinterpret_cast<Function>(found);
+}
+
+TensorMap encoded(const MapPlan& plan, CUtensorMapDataType type) {
+  static const auto tiled = driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled");
+  static const auto im2col = driver_function<PFN_cuTensorMapEncodeIm2col_v12000>("cuTensorMapEncodeIm2col");
+  constexpr auto kInterleave = CU_TENSOR_MAP_INTERLEAVE_NONE;
+  constexpr auto kSwizzle = CU_TENSOR_MAP_SWIZZLE_128B;
+  constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
+  constexpr auto kFill = CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;  // zeros
+  CUtensorMap map;
+  const auto rank = static_cast<cuuint32_t>(plan.rank);
+  cuuint64_t sizes[4], strides[3];
+  for (int d = 0; d < plan.rank; ++d) sizes[d] = plan.sizes[d];
+  for (int d = 0; d < plan.rank - 1; ++d) strides[d] = plan.strides[d];
+  void* address = const_cast<void*>(plan.address);
+  const CUresult result = plan.is_im2col
+                              ? im2col(&map, type, rank, address, sizes, strides, plan.lower, plan.upper, plan.channels,
+                                       plan.pixels, plan.element_strides, kInterleave, kSwizzle, kPromotion, kFill)
+                              : tiled(&map, type, rank, address, sizes, strides, plan.box, plan.element_strides,
+                                      kInterleave, kSwizzle, kPromotion, kFill);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("cuda_conv_bn_act: the driver refuses a tensor map, error " +
+                             std::to_string(static_cast<int>(result)) + ".");
+  }
+  TensorMap copied;
+  static_assert(sizeof copied == sizeof map, "a tensor map's 128 bytes");
+  std::memcpy(&copied, &map, sizeof map);
+  return copied;
+}
+
+// The kernel of run-time index `tile`, counting up to it at compile time.
+template <class Element, int kTileIndex = 0>
+void launch_tile(int tile, const ConvArguments& args, CUtensorMapDataType type, const DeviceLimits& limits, int device,
+                 cudaStream_t stream) {
+  if constexpr (kTileIndex < kNumTiles) {
+    if (tile != kTileIndex) return launch_tile<Element, kTileIndex + 1>(tile, args, type, limits, device, stream);
+    constexpr Tile kTile = kTiles[kTileIndex];
+    constexpr auto kernel = conv_bn_act_kernel<Element, kTileIndex>;
+    reserve_shared_memory<kernel>(smem_bytes(kTile), device);
+    const auto blocks = static_cast<unsigned>(num_blocks(kTile, args.shape, limits.num_sms));
+    kernel<<<blocks, num_threads(kTile), smem_bytes(kTile), stream>>>(args, encoded(input_map(args, kTile), type),
+                                                                      encoded(weight_map(args, kTile), type));
+    check(cudaGetLastError(), "launch failed");
+  }
+}
+
+}  // namespace
+
+bool is_built() {
+  return true;
+}
+
+void launch_conv_bn_act(ConvArguments args, int tile, Dtype dtype, int device, void* stream) {
+  const DeviceLimits limits = device_limits(device);
+  const bool is_half = dtype == Dtype::kFloat16;
+  const int element_bytes = is_half || dtype == Dtype::kBFloat16 ? 2 : 4;
+  const auto addresses = reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.weight);
+  std::string reason = why_not(args.shape, element_bytes, addresses % 16 == 0);
+  if (const char* other = why_illegal(kTiles[tile - kFirstTile], limits); reason.empty() && other) reason = other;
+  if (reason.empty() && args.splits != 1) reason = "it does not split the reduction";
+  if (!reason.empty()) {
+    throw std::runtime_error("cuda_conv_bn_act: tile " + std::to_string(tile) + " cannot run this: " + reason + ".");
+  }
+  args.has_vector_rows = has_vector_rows(args, element_bytes);
+  const auto launch = is_half ? launch_tile<Half> : launch_tile<BFloat16>;
+  const auto type = is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  launch(tile - kFirstTile, args, type, limits, device, static_cast<cudaStream_t>(stream));
+}
+
+#else
+
+bool is_built() {
+  return false;
+}
+
+void launch_conv_bn_act(ConvArguments, int tile, Dtype, int, void*) {
+  throw std::runtime_error("cuda_conv_bn_act: tile " + std::to_string(tile) +
+                           " cannot run: this build left out sm_90a. Build it with 9.0 in TORCH_CUDA_ARCH_LIST.");
+}
+
+#endif
+
+}  // namespace sm90
+}  // namespace fused_resnet
