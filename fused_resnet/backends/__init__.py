@@ -49,5 +49,6 @@ for _name in (
     register("conv_bn_act", importlib.import_module(f"fused_resnet.backends.{_name}").BACKEND)
 for _backend in ADD_RELU:
     register("add_relu", _backend)
-for _backend in (cuda.INT8, triton.INT8, *int8_regions.BACKENDS):
+for _backend in (cuda.INT8, triton.QUANTIZED, *int8_regions.BACKENDS):
     register("conv_int8", _backend)
+register("conv_float8", triton.QUANTIZED)

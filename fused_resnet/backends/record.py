@@ -119,7 +119,7 @@ class Backend(NamedTuple):
     after_aten: bool = False
 
 
-REGISTRY: dict[str, dict[str, Backend]] = {"conv_bn_act": {}, "add_relu": {}, "conv_int8": {}}
+REGISTRY: dict[str, dict[str, Backend]] = {"conv_bn_act": {}, "add_relu": {}, "conv_int8": {}, "conv_float8": {}}
 NEEDS_FOLDED_BN = "it takes only a bias, so it needs folded BN: use fused_resnet.freeze"
 
 

@@ -74,5 +74,5 @@ BACKEND = Backend(
         reads_row_space=lambda config: config is not None and config.form == "rows_tma",
     ),
 )
-INT8 = Backend("triton", why_not, run, takes_bn=False, origin=BACKEND.origin, sources=BACKEND.sources,
-               configs=BACKEND.configs)  # fmt: skip
+QUANTIZED = Backend("triton", why_not, run, takes_bn=False, origin=BACKEND.origin, sources=BACKEND.sources,
+                    configs=BACKEND.configs)  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16")
 _MIN_CAPABILITY = (8, 0)  # below, GPUs have no bfloat16, and Triton spills thousands of bytes
+_FLOAT8_CAPABILITY = (8, 9)  # below, tensor cores have no e4m3
 
 
 @contextlib.contextmanager
@@ -54,6 +55,17 @@ def why_too_old() -> Optional[str]:
         return None
     wanted, found = ("{}.{}".format(*pair) for pair in (_MIN_CAPABILITY, capability))
     return f"it needs compute capability {wanted} or later on every visible GPU, one has {found}"
+
+
+def why_no_float8() -> Optional[str]:
+    """Why no kernel can multiply e4m3 on every visible GPU, or None."""
+    capability = least_capability()
+    if capability is None:
+        return "no GPU is visible"
+    if capability >= _FLOAT8_CAPABILITY:
+        return None
+    wanted, found = ("{}.{}".format(*pair) for pair in (_FLOAT8_CAPABILITY, capability))
+    return f"e4m3 needs compute capability {wanted} or later on every visible GPU, one has {found}"
 
 
 @functools.lru_cache(maxsize=None)  # the visible GPUs stay what they are

@@ -15,6 +15,7 @@ from fused_resnet.operators.operands import VECTORS, ConvOperands, Int8Operands
 from fused_resnet.operators.problem import (
     ACTIVATIONS,
     BYTE_DTYPES,
+    FLOAT8,
     FLOAT_DTYPES,
     AddReluProblem,
     ConvProblem,
@@ -64,34 +65,37 @@ def conv_int8_problem(
     groups: int,
     activation: str,
 ) -> ConvProblem:
-    """Check the operands of a convolution of bytes and describe them.
+    """Check the operands of a convolution of bytes, or of e4m3, and describe them.
 
     Raises TypeError for dtypes and devices, ValueError for shapes and parameters. Another ValueError is for an epilogue
     that is not the activation's, or for sums that may leave int32.
     """
-    op, (x, weight, epilogue, residual, filter_sums) = "conv_int8", operands
+    x, weight, epilogue, residual, filter_sums = operands
+    is_float8 = x.dtype == FLOAT8
+    op = "conv_float8" if is_float8 else "conv_int8"
+    activations, weights = ((FLOAT8,), (FLOAT8,)) if is_float8 else (BYTE_DTYPES, (torch.int8,))
     bytes_of = {"x": x} if residual is None else {"x": x, "residual": residual}
     vectors = {"multiplier": epilogue.multiplier, "bias": epilogue.bias}
     sums = {} if filter_sums is None else {"filter_sums": filter_sums}
     for named, dtypes in (
-        (bytes_of, BYTE_DTYPES), ({"weight": weight}, (torch.int8,)), (vectors, (torch.float32,)),
-        (sums, (torch.int32,)),
+        (bytes_of, activations), ({"weight": weight}, weights), (vectors, (torch.float32,)), (sums, (torch.int32,)),
     ):  # fmt: skip
         for name, tensor in named.items():
             _check_operand(op, name, _as_facts(tensor), dtypes, _as_facts(x))
     if activation not in quantized.ACTIVATIONS:
         known = ", ".join(quantized.ACTIVATIONS)
         raise ValueError(f"{op}: unknown activation {activation!r}; known ones are {known}.")
-    if epilogue.is_signed != (activation == "none"):
-        wanted = "int8" if activation == "none" else "uint8"
-        raise ValueError(f"{op}: activation {activation!r} gives {wanted}, the epilogue's limits are of the other.")
+    given = FLOAT8 if is_float8 else torch.int8 if activation == "none" else torch.uint8
+    if epilogue.dtype != given:
+        wanted, got = dtype_name(given), dtype_name(epilogue.dtype)
+        raise ValueError(f"{op}: activation {activation!r} gives {wanted}, the epilogue is for {got}.")
     facts = {name: _as_facts(tensor) for name, tensor in {**vectors, **sums}.items()}
     skip = None if residual is None else _as_facts(residual)
     problem = _shaped(
         op, _as_facts(x), _as_facts(weight), facts, skip, stride, padding, dilation, groups, activation,
         has_bn=False, has_bias=True,
     )  # fmt: skip
-    if (reason := quantized.why_not_reduced(problem.reduction)) is not None:
+    if not is_float8 and (reason := quantized.why_not_reduced(problem.reduction)) is not None:
         raise ValueError(f"{op}: {reason}.")
     return problem
 

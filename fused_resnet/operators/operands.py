@@ -34,7 +34,7 @@ class ConvOperands(NamedTuple):
 
 
 class Int8Operands(NamedTuple):
-    """The tensors of one convolution of bytes, `quantized.conv_act`'s: u8 or s8 activations, s8 weights.
+    """The tensors of one convolution of bytes, `quantized.conv_act`'s: u8 or s8 activations, s8 weights. Or all e4m3.
 
     filter_sums: (K,) int32, the sum of each filter, for kernels that need it with u8 activations. Without it they
     compute it in each call.

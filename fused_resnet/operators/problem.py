@@ -17,6 +17,7 @@ ACTIVATIONS = ("none", "relu", "relu6", "silu")
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BYTE_DTYPES = (torch.uint8, torch.int8)
+FLOAT8 = torch.float8_e4m3fn
 SHORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -31,8 +32,8 @@ class ConvProblem(NamedTuple):
     `has_bn` says that at least one BN vector is live; `has_bias` that a convolution bias (or an already folded BN)
     is. Activations and weights are channels_last: NHWC and KRSC in memory.
 
-    dtype: of x. Where that is uint8 or int8 this is a convolution of bytes (`quantized.conv_act`), with a bias and
-    without BN: another operator, whose backends are its own.
+    dtype: of x. Where that is uint8, int8 or float8_e4m3fn this is a convolution of quantized tensors
+    (`quantized.conv_act`), with a bias and without BN: another operator, whose backends are its own.
     """
 
     N: int
@@ -55,7 +56,9 @@ class ConvProblem(NamedTuple):
 
     @property
     def op(self) -> str:
-        return "conv_int8" if self.dtype in BYTE_DTYPES else "conv_bn_act"
+        if self.dtype in BYTE_DTYPES:
+            return "conv_int8"
+        return "conv_float8" if self.dtype == FLOAT8 else "conv_bn_act"
 
     @property
     def output_dtype(self) -> torch.dtype:
@@ -246,7 +249,7 @@ def parsed_problem(text: str, device: str) -> ConvProblem:
         "bn" in parts, "bias" in parts, "add" in parts, getattr(torch, dtype, torch.int32), device,
     )  # fmt: skip
     if (
-        problem.dtype not in (*FLOAT_DTYPES, *BYTE_DTYPES)
+        problem.dtype not in (*FLOAT_DTYPES, *BYTE_DTYPES, FLOAT8)
         or activation not in ACTIVATIONS
         or str(problem) != text.strip()
     ):

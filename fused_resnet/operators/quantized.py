@@ -1,4 +1,4 @@
-"""The int8 contract: which bytes every kernel gives, and a reference that gives them.
+"""The contract of int8 and of e4m3: what kernels give, and a reference that gives it.
 
 A tensor has one scale, and no zero point: u8 where it is never negative, s8 elsewhere. Weights are s8 with a scale per
 output channel, and sums are exact int32. Then, in fp32, with one rounding for each operation:
@@ -7,19 +7,26 @@ output channel, and sums are exact int32. Then, in fp32, with one rounding for e
     y = fma(float(skip), R, y)       R = sr/sy,     with a residual
     q = rint(min(max(y, low), high)) half to even;  NaN gives low
 
+M, B and R are computed in fp64 and rounded once. Every kernel gives these bytes.
+
 A linear layer of the means of u8 maps is two convolutions, of the lower and of the upper byte of each map's sum. Its
 result is fp32:
 
     y = fma(float(low), M, B)        M = sx*sw/pixels,  B = bias
     y = fma(float(high), 256*M, y)
 
-M, B and R are computed in fp64 and rounded once. Nothing here is fast and nothing here is shared with a kernel.
+In e4m3 (torch.float8_e4m3fn) tensors and weights have scales likewise, and a sum is rounded to fp32 once. The end is
+
+    q = e4m3(min(max(y, low), high)) half to even;  NaN stays NaN
+
+Tensor cores sum such products with fewer bits than fp32 has, so kernels of e4m3 have a bound instead (`float8`).
+Nothing here is fast and nothing here is shared with a kernel.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +37,8 @@ LARGEST_REDUCTION = 66_310
 # The sum of so many u8 fits two bytes.
 MOST_PIXELS_OF_A_MEAN = 257
 ACTIVATIONS = ("none", "relu", "relu6")
+FLOAT8 = torch.float8_e4m3fn
+LARGEST_FLOAT8 = 448.0
 
 
 class Quantized(NamedTuple):
@@ -50,11 +59,30 @@ class Quantized(NamedTuple):
     def dtype(self) -> torch.dtype:
         return torch.int8 if self.is_signed else torch.uint8
 
+    def __str__(self) -> str:
+        return f"{'s8' if self.is_signed else 'u8'} {self.scale:.4g}"
+
+
+class Float8(NamedTuple):
+    """How a tensor is kept in e4m3: x is about scale * q. scale: positive, finite; kernels read it in fp32."""
+
+    scale: float
+
+    is_signed = True
+    low, high = -LARGEST_FLOAT8, LARGEST_FLOAT8
+    dtype = FLOAT8
+
+    def __str__(self) -> str:
+        return f"e4m3 {self.scale:.4g}"
+
+
+Kept = Union[Quantized, Float8]
+
 
 class Epilogue(NamedTuple):
     """What follows a convolution's sums. multiplier, bias: (K,) fp32. residual: R, an fp32 value, 0 without one.
 
-    low and high are infinite where the result is fp32: of a linear layer.
+    dtype: of the result, uint8, int8 or float8_e4m3fn; float32 of a linear layer, whose low and high are infinite.
     """
 
     multiplier: Tensor
@@ -62,7 +90,7 @@ class Epilogue(NamedTuple):
     residual: float
     low: float
     high: float
-    is_signed: bool
+    dtype: torch.dtype
 
 
 def quantized_over(least: float, largest: float, is_signed: Optional[bool] = None) -> Quantized:
@@ -71,8 +99,7 @@ def quantized_over(least: float, largest: float, is_signed: Optional[bool] = Non
     is_signed: whether s8; default, where some are negative. Where all are 0, or `is_too_small`, the scale is 1. Raises
     ValueError for no range.
     """
-    if not (math.isfinite(least) and math.isfinite(largest) and least <= largest):
-        raise ValueError(f"quantized_over: values from {least} to {largest} have no scale")
+    _check_range("quantized_over", least, largest)
     is_signed = least < 0 if is_signed is None else is_signed
     scale = max(-least, largest) / 127 if is_signed else max(largest, 0.0) / 255
     return Quantized(1.0 if is_too_small(least, largest) else scale, is_signed)
@@ -83,46 +110,70 @@ def is_too_small(least: float, largest: float) -> bool:
     return max(-least, largest) / 255 < torch.finfo(torch.float32).tiny
 
 
-def quantize(x: Tensor, how: Quantized) -> Tensor:
-    """rint(min(max(x * (1 / scale), low), high)) in fp32, 1 / scale rounded once: in how.dtype. NaN gives low."""
-    return _to_bytes(x.float() * _fp32(1 / how.scale), how.low, how.high, how.dtype)
+def float8_over(least: float, largest: float) -> Float8:
+    """How values from `least` to `largest` are kept in e4m3: with max(-least, largest) / 448, or 1 as above.
+
+    Raises ValueError for no range.
+    """
+    _check_range("float8_over", least, largest)
+    scale = max(-least, largest) / LARGEST_FLOAT8
+    return Float8(1.0 if scale < torch.finfo(torch.float32).tiny else scale)
 
 
-def dequantize(q: Tensor, how: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+def _check_range(caller: str, least: float, largest: float) -> None:
+    if not (math.isfinite(least) and math.isfinite(largest) and least <= largest):
+        raise ValueError(f"{caller}: values from {least} to {largest} have no scale")
+
+
+def quantize(x: Tensor, how: Kept) -> Tensor:
+    """rint(min(max(x * (1 / scale), low), high)) in fp32, 1 / scale rounded once: in how.dtype. NaN gives low.
+
+    In e4m3 it is rounded to that instead of to an integer, and NaN stays NaN.
+    """
+    return _kept(x.float() * _fp32(1 / how.scale), how.low, how.high, how.dtype)
+
+
+def dequantize(q: Tensor, how: Kept, dtype: torch.dtype = torch.float32) -> Tensor:
     """float(q) * float(scale) in fp32, then rounded to `dtype`."""
     return (q.float() * _fp32(how.scale)).to(dtype)
 
 
-def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantized_weight(weight: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """(K, C, R, S) of any float dtype as (s8, its scales (K,) in fp64): rint(w / scale), scale = max|w| / 127 of each
     output channel, 1 where all of it is 0. Raises ValueError where a weight is not finite.
+
+    dtype: or float8_e4m3fn, with max|w| / 448 and the value rounded to e4m3 from fp64 by way of fp32.
     """
     weight = weight.detach().double()
     if not weight.isfinite().all():
         raise ValueError("quantized_weight: a weight is NaN or infinite, and has no scale")
     largest = weight.abs().flatten(1).amax(1) if weight.numel() else weight.new_zeros(weight.shape[0])
-    scales = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    limit = LARGEST_FLOAT8 if dtype == FLOAT8 else 127.0
+    scales = torch.where(largest > 0, largest / limit, torch.ones_like(largest))
     scaled = weight / scales.view(-1, 1, 1, 1)
-    return scaled.round().clamp(-127, 127).to(torch.int8), scales
+    if dtype == FLOAT8:
+        return scaled.clamp(-limit, limit).float().to(FLOAT8), scales
+    return scaled.round().clamp(-limit, limit).to(torch.int8), scales
 
 
 def epilogue_of(
-    x: Quantized,
+    x: Kept,
     weight_scales: Tensor,
-    out: Quantized,
+    out: Kept,
     bias: Optional[Tensor] = None,
-    residual: Optional[Quantized] = None,
+    residual: Optional[Kept] = None,
     activation: str = "none",
 ) -> Epilogue:
     """The constants of act(conv(x, w) + bias + residual), kept as `out`: computed in fp64, rounded once to fp32.
 
     weight_scales: (K,), of `quantized_weight`. bias: (K,) of any float dtype. activation: "none", which gives s8;
-    "relu", "relu6", which give u8, the latter at most 6. Raises ValueError for other pairs, other activations and
-    constants that fp32 does not hold.
+    "relu", "relu6", which give u8, the latter at most 6. In e4m3 all give e4m3, the last two nothing below 0. Raises
+    ValueError for other pairs, other activations and constants that fp32 does not hold.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"epilogue_of: the activations are {', '.join(ACTIVATIONS)}, not {activation}")
-    if out.is_signed != (activation == "none"):
+    is_float8 = out.dtype == FLOAT8
+    if not is_float8 and out.is_signed != (activation == "none"):
         raise ValueError(f"epilogue_of: activation {activation} does not give {out.dtype}")
     scales = weight_scales.double()
     multiplier = (x.scale * scales / out.scale).float()
@@ -131,7 +182,8 @@ def epilogue_of(
     if not (multiplier.isfinite().all() and shift.isfinite().all() and math.isfinite(factor)):
         raise ValueError(f"epilogue_of: an output of scale {out.scale} has constants beyond fp32")
     high = min(out.high, _fp32(6 / out.scale)) if activation == "relu6" else out.high
-    return Epilogue(multiplier, shift, factor, out.low, high, out.is_signed)
+    low = 0.0 if is_float8 and activation != "none" else out.low
+    return Epilogue(multiplier, shift, factor, low, high, out.dtype)
 
 
 def epilogue_of_linear(x: Quantized, pixels: int, weight_scales: Tensor, bias: Optional[Tensor] = None) -> Epilogue:
@@ -146,7 +198,7 @@ def epilogue_of_linear(x: Quantized, pixels: int, weight_scales: Tensor, bias: O
     shift = (torch.zeros_like(scales) if bias is None else bias.to(scales)).float()
     if not ((256 * multiplier).isfinite().all() and shift.isfinite().all()):
         raise ValueError(f"epilogue_of_linear: an input of scale {x.scale} has constants beyond fp32")
-    return Epilogue(multiplier, shift, 0.0, -math.inf, math.inf, False)
+    return Epilogue(multiplier, shift, 0.0, -math.inf, math.inf, torch.float32)
 
 
 def why_no_linear(x: Quantized, pixels: int) -> Optional[str]:
@@ -186,8 +238,9 @@ def conv_act(
 ) -> Tensor:
     """The bytes of a convolution and its epilogue, (N, K, P, Q), u8 or s8 as the epilogue says.
 
-    x_q: (N, C, H, W), u8 or s8. w_q: (K, C/groups, R, S), s8. residual_q: of the output's shape, u8 or s8.
-    Raises TypeError for other dtypes, ValueError where the reduction is longer than LARGEST_REDUCTION.
+    x_q: (N, C, H, W), u8 or s8. w_q: (K, C/groups, R, S), s8. residual_q: of the output's shape, u8 or s8. Or all of
+    them are e4m3, and so is what is returned. Raises TypeError for other dtypes, and ValueError where sums of bytes are
+    longer than LARGEST_REDUCTION.
     """
     return requantize(sums(x_q, w_q, stride, padding, dilation, groups), epilogue, residual_q)
 
@@ -200,14 +253,17 @@ def sums(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """The exact int32 sums of a convolution of bytes: in fp64, which holds every integer up to 2**53."""
-    _check_bytes("x", x)
-    if weight.dtype != torch.int8:
-        raise TypeError(f"conv_act: the weight must be int8, not {weight.dtype}")
-    if (reason := why_not_reduced(weight.shape[1:].numel())) is not None:
+    """The exact int32 sums of a convolution of bytes: in fp64, which holds every integer up to 2**53. Of e4m3, the sums
+    in fp32."""
+    _check_kept("x", x)
+    wanted = FLOAT8 if x.dtype == FLOAT8 else torch.int8
+    if weight.dtype != wanted:
+        raise TypeError(f"conv_act: the weight must be {str(wanted).removeprefix('torch.')}, not {weight.dtype}")
+    if wanted == torch.int8 and (reason := why_not_reduced(weight.shape[1:].numel())) is not None:
         raise ValueError(f"conv_act: {reason}")
+    # a product of two e4m3 is exact, and a sum of fewer than 2**17 of them in fp64 too: 36 bits each
     y = F.conv2d(x.cpu().double(), weight.cpu().double(), None, stride, padding, dilation, groups)
-    return y.to(torch.int32).to(x.device)
+    return y.to(torch.float32 if wanted == FLOAT8 else torch.int32).to(x.device)
 
 
 def why_not_reduced(reduction: int) -> Optional[str]:
@@ -218,27 +274,27 @@ def why_not_reduced(reduction: int) -> Optional[str]:
 
 
 def requantize(total: Tensor, epilogue: Epilogue, residual: Optional[Tensor] = None) -> Tensor:
-    """The epilogue alone, of int32 sums (N, K, P, Q): the formula at the head of this module."""
+    """The epilogue alone, of int32 or fp32 sums (N, K, P, Q): the formula at the head of this module."""
     per_channel = (1, -1, 1, 1)
     multiplier, bias = (vector.to(total.device).view(per_channel) for vector in epilogue[:2])
     y = fma(total.float(), multiplier, bias)
     if residual is not None:
-        _check_bytes("the residual", residual)
+        _check_kept("the residual", residual)
         y = fma(residual.float(), torch.tensor(epilogue.residual, device=total.device), y)
-    return _to_bytes(y, epilogue.low, epilogue.high, torch.int8 if epilogue.is_signed else torch.uint8)
+    return _kept(y, epilogue.low, epilogue.high, epilogue.dtype)
 
 
 def max_pool(q: Tensor, window: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
     """The largest bytes in windows of (N, C, H, W); what lies outside counts as the lowest. The scale stays."""
-    _check_bytes("q", q)
+    _check_kept("q", q)
     return F.max_pool2d(q.float(), window, stride, padding).to(q.dtype)
 
 
-def average_pool(q: Tensor, how: Quantized) -> Tensor:
+def average_pool(q: Tensor, how: Kept) -> Tensor:
     """float(sum) * float(scale / count) over each whole map, scale / count in fp64 rounded once: fp32, (N, C, 1, 1)."""
-    _check_bytes("q", q)
-    count = q.shape[2] * q.shape[3]
-    return q.long().sum((2, 3), keepdim=True).float() * _fp32(how.scale / count)
+    _check_kept("q", q)
+    count, exact = q.shape[2] * q.shape[3], torch.float64 if q.dtype == FLOAT8 else torch.int64
+    return q.to(exact).sum((2, 3), keepdim=True).float() * _fp32(how.scale / count)
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -257,14 +313,16 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.where(inexact, bits + away, bits).view(torch.float64).float()
 
 
-def _to_bytes(y: Tensor, low: float, high: float, dtype: torch.dtype) -> Tensor:
+def _kept(y: Tensor, low: float, high: float, dtype: torch.dtype) -> Tensor:
+    if dtype == FLOAT8:
+        return y.clamp(low, high).to(FLOAT8)  # which keeps NaN
     y = torch.where(y > low, y, low)  # NaN is not, and gives low
     return torch.where(y < high, y, high).round().to(dtype)
 
 
-def _check_bytes(name: str, q: Tensor) -> None:
-    if q.dtype not in (torch.uint8, torch.int8):
-        raise TypeError(f"quantized: {name} must be uint8 or int8, not {q.dtype}")
+def _check_kept(name: str, q: Tensor) -> None:
+    if q.dtype not in (torch.uint8, torch.int8, FLOAT8):
+        raise TypeError(f"quantized: {name} must be uint8, int8 or float8_e4m3fn, not {q.dtype}")
 
 
 def _fp32(value: float) -> float:

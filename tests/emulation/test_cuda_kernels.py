@@ -210,7 +210,7 @@ def emulated_library(monkeypatch):
         splits = 1 if partials is None else partials.shape[0]
         assert splits == 1 or (partials.shape == (splits, out.numel()) and partials.dtype == torch.int32)
         ran.append((tile, splits))
-        o = Int8Operands(x, weight, Epilogue(multiplier, bias, factor, low, high, is_signed), residual)
+        o = Int8Operands(x, weight, Epilogue(multiplier, bias, factor, low, high, out.dtype), residual)
         activation = "none" if is_signed else "relu"
         p = conv_int8_problem(o, *map(tuple, window), groups, activation)
         _, outcomes = cuda_launches.conv_bn_act(p, o, 80, tile, splits, out=out)

@@ -46,7 +46,7 @@ def test_operands_are_mapped_with_their_epilogue():
         (dict(x=torch.zeros(6, 5, 7, dtype=torch.uint8)), ValueError, "x must have 4 dimensions"),
         (dict(weight=torch.zeros(8, 4, 3, 3, dtype=torch.int8)), ValueError, "x needs 8 channels"),
         (dict(residual=torch.zeros(2, 8, 5, 6, dtype=torch.int8)), ValueError, "residual must have the output's shape"),
-        (dict(is_signed=True), ValueError, "activation 'relu' gives uint8"),
+        (dict(dtype=torch.int8), ValueError, "activation 'relu' gives uint8, the epilogue is for int8"),
         (dict(x=torch.zeros(1, 2 * 7369, 3, 3, dtype=torch.int8), weight=torch.zeros(8, 7369, 3, 3, dtype=torch.int8),
               residual=None), ValueError, "sums of 66,321 products may leave int32"),
     ],

@@ -31,7 +31,7 @@ def bytes_of(totals, M, B, R=0.0, skips=None, low=0.0, high=255.0):
     """The same by the reference: one channel for each case."""
     rows = torch.tensor(totals, dtype=torch.int32).view(1, -1, 1, 1)
     skips = None if skips is None else torch.tensor(skips, dtype=torch.uint8).view(1, -1, 1, 1)
-    epilogue = Epilogue(torch.tensor(M), torch.tensor(B), R, low, high, is_signed=low < 0)
+    epilogue = Epilogue(torch.tensor(M), torch.tensor(B), R, low, high, torch.int8 if low < 0 else torch.uint8)
     return quantized.requantize(rows, epilogue, skips).flatten().tolist()
 
 
@@ -253,7 +253,7 @@ def test_refusals():
         epilogue_of(U8, torch.ones(1), Quantized(1e-38, False), torch.tensor([1e10]), activation="relu")
     with pytest.raises(ValueError, match="NaN or infinite"):
         quantized.quantized_weight(torch.full((1, 1, 1, 1), math.nan))
-    with pytest.raises(TypeError, match="x must be uint8 or int8"):
+    with pytest.raises(TypeError, match="x must be uint8, int8 or float8_e4m3fn"):
         quantized.sums(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1, dtype=torch.int8))
     with pytest.raises(TypeError, match="weight must be int8"):
         quantized.sums(torch.zeros(1, 1, 1, 1, dtype=torch.int8), torch.zeros(1, 1, 1, 1))

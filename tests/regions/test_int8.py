@@ -141,7 +141,9 @@ class Drawn:
             bias = bias * 1e37
         is_signed = activation == "none"
         high = 127.0 if is_signed else torch.tensor(100.3).item() if activation == "relu6" else 255.0
-        return Epilogue(multiplier, bias, factor, -128.0 if is_signed else 0.0, high, is_signed)
+        return Epilogue(
+            multiplier, bias, factor, -128.0 if is_signed else 0.0, high, torch.int8 if is_signed else torch.uint8
+        )
 
     def inputs(self):
         found = []
@@ -248,7 +250,9 @@ def test_the_longest_reduction_of_the_largest_bytes(kernel):
         exact = value * weight * K
         # the sum less what fp32 makes of it, and a number that tells a bit of it from another
         shift = -torch.tensor(exact, dtype=torch.float64).float() * 2.0**-7
-        epilogue = Epilogue(torch.full((3,), 2.0**-7), shift + torch.tensor([0.0, 5.0, 77.0]), 0.0, 0.0, 255.0, False)
+        epilogue = Epilogue(
+            torch.full((3,), 2.0**-7), shift + torch.tensor([0.0, 5.0, 77.0]), 0.0, 0.0, 255.0, torch.uint8
+        )
         requantizing = Requantizing(epilogue, is_signed)
         region.write(region.convolve([Segment(x, w)], None, requantizing=requantizing), Quantized(1.0, False))
         images = torch.full((1, K, 1, 1), float(value))
@@ -268,7 +272,7 @@ def test_weights_and_constants_lie_in_the_order_of_their_use():
         step = (c // 64 * R + r) * S + s
         assert packed[k // 32, step, k % 32 // 16, c % 64 // 4, k % 16 * 4 + c % 4] == weight[k, c, r, s]
     assert packed[1, :, 1].count_nonzero() == 0  # outputs 48 to 63
-    constants = layout.pack_constants(Epilogue(torch.rand(K), torch.rand(K), 0.0, 0.0, 255.0, False), packed)
+    constants = layout.pack_constants(Epilogue(torch.rand(K), torch.rand(K), 0.0, 0.0, 255.0, torch.uint8), packed)
     assert constants.shape == (2, 3, 32) and constants[1, :, 8:].count_nonzero() == 0
     assert torch.equal(constants[:, 2].flatten()[:K], -128 * weight.sum((1, 2, 3), dtype=torch.float32))
     with pytest.raises(TypeError, match="a weight of torch.float32 is not packed as torch.int8"):
@@ -278,7 +282,7 @@ def test_weights_and_constants_lie_in_the_order_of_their_use():
 def test_what_does_not_fit_together_is_refused():
     region, how = Region(torch.int8), Quantized(0.5, False)
     x, weight = region.read((1, 16, 4, 4), how), torch.zeros(32, 16, 1, 1, dtype=torch.int8)
-    right = Requantizing(Epilogue(torch.ones(32), torch.ones(32), 0.0, 0.0, 255.0, False), False)
+    right = Requantizing(Epilogue(torch.ones(32), torch.ones(32), 0.0, 0.0, 255.0, torch.uint8), False)
     wrong = right._replace(epilogue=right.epilogue._replace(multiplier=torch.ones(31)))
     for bias, options, sentence in (
         (None, {}, "constants of int8 belong to its regions alone, and this one is torch.int8"),
@@ -328,7 +332,7 @@ class Call:
         region, how = Region(torch.int8), Quantized(0.5, False)
         x, y = region.read((1, 16, 6, 6), how), region.read((1, 32, 6, 6), how)
         weight, ones = torch.ones(32, 16, 3, 3, dtype=torch.int8), torch.ones(32)
-        epilogue = Epilogue(ones / 64, ones, 1.0, 0.0, 255.0, False)
+        epilogue = Epilogue(ones / 64, ones, 1.0, 0.0, 255.0, torch.uint8)
         requantizing = Requantizing(epilogue, False)
         z = region.convolve([Segment(x, weight, padding=(1, 1))], None, residual=y, requantizing=requantizing)
         pooled = region.pool(z, "max", (2, 2), (2, 2), how=how)
@@ -449,7 +453,7 @@ class Network(Drawn):
         factor = torch.tensor(0.0 if residual is None else 0.8).item()
         is_signed = activation == "none"
         low, high = (-128.0, 127.0) if is_signed else (0.0, 255.0)
-        return Epilogue(multiplier, bias, factor, low, high, is_signed)
+        return Epilogue(multiplier, bias, factor, low, high, torch.int8 if is_signed else torch.uint8)
 
 
 def resnet20(N):

@@ -17,7 +17,7 @@ import torch
 from fused_resnet.emulation import kernel, parser
 from fused_resnet.emulation.kernel import LANDINGS, SCHEDULES
 from fused_resnet.emulation.operands import int8_operands_of, operands_of
-from fused_resnet.operators import layout, quantized, reference
+from fused_resnet.operators import float8, layout, quantized, reference
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, MaxPoolProblem, parsed_problem
 
@@ -124,6 +124,21 @@ def conv_int8(problem: str, how: list, arch: int, number: int, in_row_space: boo
     return dict(differing=int((out != expected).sum()), reports=reports[:3], register_a=watched.register_a, **counts)
 
 
+def conv_float8(problem: str, how: list, arch: int, number: int, in_row_space: bool = False) -> dict:
+    """As `answer_of`, with tensor cores that add as this GPU's. differing: the share of the output's values that are
+    not the reference's."""
+    p = parsed_problem(problem, "cuda")
+    o = int8_operands_of(p, number)
+    expected = quantized.conv_act(o.x, o.weight, o.epilogue, p.stride, p.padding, p.dilation, p.groups, o.residual)
+    poison = torch.full(p.output_shape, torch.nan).to(p.dtype).contiguous(memory_format=torch.channels_last)
+    with _Watched() as watched:
+        way = dict(mode(number), rounding=90 if arch >= 90 else 89)
+        out, outcomes = _int8_by_triton(p, o, arch, how, poison, in_row_space, way)
+    answer = answer_of(out, outcomes, float8.exact(p, o), float8.error_bound(p, o))
+    differing = (out.float() != expected.float()).double().mean().item()
+    return dict(answer, differing=differing, register_a=watched.register_a)
+
+
 def _int8_by_cuda(p, o, arch: int, how: list, out, way: dict) -> tuple:
     from fused_resnet.emulation import cuda_launches
 
@@ -143,11 +158,12 @@ def _int8_by_triton(p, o, arch: int, how: list, out, in_row_space: bool, way: di
         raise ValueError(f"{config}: {reason}")
     if not in_row_space:
         return launches.conv_bn_act(p, o, arch, config, out=out, **way)
-    rows = row_space.pack(out) | 1  # the halo has to change, too
+    rows = row_space.pack(out)
+    rows = rows.fill_(torch.nan) if rows.is_floating_point() else rows | 1  # the halo has to change, too
     o = o._replace(residual=None if o.residual is None else row_space.pack(o.residual))
     outcomes = launches.run_conv(p, o, rows, arch, config, **way)
     out = row_space.unpack(rows, p.N, p.P, p.Q)
-    if not torch.equal(row_space.pack(out), rows):
+    if not torch.equal(row_space.pack(out).view(torch.uint8), rows.view(torch.uint8)):
         raise ValueError(f"{p}, {config}: the halo is not zero")
     return out, outcomes
 
@@ -281,7 +297,18 @@ def made_descriptors(arch: int, number: int) -> dict:
     return descriptor_copy.run(arch, **mode(number))
 
 
-CASES = (conv_triton, conv_cuda, conv_int8, add_relu, affine_act, max_pool, random_problem, gemm, made_descriptors)
+CASES = (
+    conv_triton,
+    conv_cuda,
+    conv_int8,
+    conv_float8,
+    add_relu,
+    affine_act,
+    max_pool,
+    random_problem,
+    gemm,
+    made_descriptors,
+)
 ASKED = {one.__name__: one for one in CASES}
 
 

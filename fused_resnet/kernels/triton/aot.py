@@ -48,7 +48,7 @@ _KINDS = {
 _DOT = re.compile(r"(ttng\.warp_group_dot|ttng\.tc_gen5_mma|tt\.dot) .* : ((?:!ttg\.memdesc|tensor)<.*?)(?: \*|, !ttg)")
 _DTYPE_NAMES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32",
+    torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 
 

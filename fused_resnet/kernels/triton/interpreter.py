@@ -2,7 +2,8 @@
 
 The interpreter keeps bfloat16 in numpy as its 16 bits. Triton 3.7.1 then multiplies those bits as integers in
 `tl.dot`, and cuts fp32 off to bfloat16 where the GPU rounds to nearest even. It rounds `tl.fma` twice, and its maximum
-and minimum of a number and NaN are NaN where the GPU's are the number. All are put right for one launch.
+and minimum of a number and NaN are NaN where the GPU's are the number. Its e4m3, kept as 8 bits, has the same faults as
+bfloat16. All are put right for one launch.
 
 It also spends more than half of its time in vain, which `_without_waste` spares it.
 """
@@ -22,7 +23,8 @@ from fused_resnet.operators import quantized
 
 @contextlib.contextmanager
 def gpu_arithmetic():
-    """Inside, interpreted kernels have `tl.dot` on bfloat16 values and round-to-nearest-even conversions to it.
+    """Inside, interpreted kernels have `tl.dot` on bfloat16 and e4m3 values and round-to-nearest-even conversions to
+    them. Those to e4m3 saturate.
 
     `tl.fma` of fp32 rounds once, and `tl.maximum` and `tl.minimum` drop NaN unless told otherwise. Infinities and NaN
     come without numpy's warnings.
@@ -30,17 +32,27 @@ def gpu_arithmetic():
     from triton.runtime.interpreter import TensorHandle
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    stock_cast, stock_dot = builder.cast_impl, builder.create_dot
+    stock_cast, stock_convert, stock_dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
 
     def cast(src, dst_type):
         if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
             return TensorHandle(_to_bits(src.data), tl.bfloat16)
         return stock_cast(src, dst_type)
 
+    def convert(src, dst_type, rounding):
+        of, to = src.dtype.scalar, dst_type.scalar
+        if (of, to) == (tl.float32, tl.float8e4nv):
+            return TensorHandle(_to_float8(src.data), tl.float8e4nv)
+        if (of, to) == (tl.float8e4nv, tl.float32):
+            return TensorHandle(_from_float8(src.data), tl.float32)
+        return stock_convert(src, dst_type, rounding)
+
     def dot(a, b, *rest):
         return stock_dot(_widen(a), _widen(b), *rest)
 
     def _widen(handle):
+        if handle.dtype.scalar == tl.float8e4nv:
+            return TensorHandle(_from_float8(handle.data), tl.float32)
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         return TensorHandle(_from_bits(handle.data), tl.float32)
@@ -49,14 +61,15 @@ def gpu_arithmetic():
         factors = (torch.from_numpy(np.array(one.data, np.float32)) for one in (x, y, z))
         return TensorHandle(quantized.fma(*factors).numpy(), z.dtype.scalar)
 
-    builder.cast_impl, builder.create_dot, builder.create_fma = cast, dot, fma
+    builder.cast_impl, builder.create_fp_to_fp, builder.create_dot, builder.create_fma = cast, convert, dot, fma
     builder.create_maxnumf = lambda x, y: builder.binary_op(x, y, np.fmax)
     builder.create_minnumf = lambda x, y: builder.binary_op(x, y, np.fmin)
     try:
         with np.errstate(all="ignore"), _without_waste():
             yield
     finally:
-        for name in ("cast_impl", "create_dot", "create_fma", "create_maxnumf", "create_minnumf"):
+        own = "cast_impl", "create_fp_to_fp", "create_dot", "create_fma", "create_maxnumf", "create_minnumf"
+        for name in own:
             delattr(builder, name)  # the class's own shows again
 
 
@@ -93,3 +106,12 @@ def _to_bits(values: np.ndarray) -> np.ndarray:
 
 def _from_bits(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_float8(values: np.ndarray) -> np.ndarray:
+    limited = torch.from_numpy(np.array(values, dtype=np.float32)).clamp(-448.0, 448.0)
+    return limited.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def _from_float8(bits: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(np.array(bits, dtype=np.uint8)).view(torch.float8_e4m3fn).float().numpy()

@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 import torch
 
 from fused_resnet.kernels.triton.conv import row_space
-from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.operators.problem import FLOAT8, ConvProblem
 
 # Row numbers are 32-bit, since dividing them is the slow part, and so are offsets within a tile; offsets of tiles and
 # of whole tensors are 64-bit.
@@ -189,6 +189,8 @@ def why_illegal(problem: ConvProblem, config: TritonConfig, arch: int) -> Option
     p, c = problem, config
     if c.form not in FORMS:
         return f"there is no form {c.form!r} ({', '.join(FORMS)} are)"
+    if p.dtype == FLOAT8 and arch < 89:
+        return f"sm_{arch} has no e4m3 arithmetic"
     if c.form != "pointer" and (reason := _why_not_tma(problem, config, arch)):
         return reason
     if reason := _why_not_wgmma(problem, config, arch):
@@ -203,7 +205,9 @@ def why_illegal(problem: ConvProblem, config: TritonConfig, arch: int) -> Option
     # beside the sums of a TMA form with live BN there is no room for the vectors: 128x256 over 8 warps spilled 8 bytes
     # on sm_90 and 1152 on sm_100 (Triton 3.7.1, 2026-11)
     has_vectors = p.has_bn and c.form != "pointer"
-    is_crowded = p.has_residual or c.persistent or has_vectors or (c.form == "lines_tma" and p.stride == (1, 1))
+    # of e4m3 the sums of a step lie beside those of all
+    has_two_sums = p.dtype == FLOAT8 or (c.form == "lines_tma" and p.stride == (1, 1))
+    is_crowded = p.has_residual or c.persistent or has_vectors or has_two_sums
     if sums_per_thread(config) > (_FEW_SUMS if is_crowded else MANY_SUMS):
         return f"{sums_per_thread(config)} sums a thread spill"
     limit = _SHARED_KIB.get(arch, 99) * 1024

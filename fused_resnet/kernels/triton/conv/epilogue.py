@@ -14,6 +14,8 @@ A kernel computes its rows in one space (ROWS) and may write, and read a residua
 Sums of bytes are int32, and what follows them is the int8 contract (`operators.quantized`), in fp32:
 
     out = rint(min(max(fma(residual, R, fma(float(sum), M, B)), low), high))
+
+Sums of e4m3 are fp32, and the same follows, with a rounding to e4m3 for rint. NaN then stays NaN.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Epilogue(NamedTuple):
 
 
 class Int8Epilogue(NamedTuple):
-    """The same for a convolution of bytes. filter_sums: (K,) int32, with u8 activations (`add_products`)."""
+    """The same for a convolution of bytes or of e4m3. filter_sums: (K,) int32, with u8 activations (`add_products`)."""
 
     multiplier: Tensor
     bias: Tensor
@@ -69,10 +71,16 @@ def add_products(x, weight, acc, INPUT_PRECISION: tl.constexpr):
 
     Triton multiplies s8 by s8 alone. u8 is made s8 by its upper bit, which subtracts 128 from it, also where x was
     masked or padded: `rescaled` adds 128 times the sum of the filter.
+
+    Tensor cores sum e4m3 products with 13 bits. So each step's sum begins anew, and is added in fp32.
     """
-    if x.dtype == tl.uint8:
-        x = (x ^ 0x80).to(tl.int8, bitcast=True)
-    return tl.dot(x, weight, acc, input_precision=INPUT_PRECISION, out_dtype=acc.dtype)
+    if x.dtype == tl.float8e4nv:
+        acc += tl.dot(x, weight, max_num_imprecise_acc=x.shape[1], out_dtype=tl.float32)
+    else:
+        if x.dtype == tl.uint8:
+            x = (x ^ 0x80).to(tl.int8, bitcast=True)
+        acc = tl.dot(x, weight, acc, input_precision=INPUT_PRECISION, out_dtype=acc.dtype)
+    return acc
 
 
 @jit
@@ -123,7 +131,7 @@ def _write_halo(out, offsets, stored, rows, column, K, P, Q, ROWS: tl.constexpr)
     line = rows if ROWS == "lines" else rows // Q
     is_last_column = (column + tl.zeros_like(rows) if ROWS == "lines" else rows - line * Q) == Q - 1
     is_last_line = line % P == P - 1
-    zero = tl.zeros_like(offsets).to(out.dtype.element_ty)
+    zero = tl.zeros(offsets.shape, tl.float32).to(out.dtype.element_ty)
     tl.store(out + offsets + K, zero, mask=stored & is_last_column[:, None])
     tl.store(out + offsets + (Q + 1) * K, zero, mask=stored & is_last_line[:, None])
     tl.store(out + offsets + (Q + 2) * K, zero, mask=stored & (is_last_column & is_last_line)[:, None])
@@ -167,7 +175,7 @@ def activated(y, ACTIVATION: tl.constexpr):
 
 @jit
 def rescaled(acc, channels, live_channels, epilogue):
-    """fma(float(sum), M, B) of a tile of int32 sums."""
+    """fma(float(sum), M, B) of a tile of sums of bytes or of e4m3."""
     if epilogue.filter_sums is not None:
         acc += 128 * tl.load(epilogue.filter_sums + channels, mask=live_channels, other=0)[None, :]
     multiplier = tl.load(epilogue.multiplier + channels, mask=live_channels, other=0.0)
@@ -176,11 +184,17 @@ def rescaled(acc, channels, live_channels, epilogue):
 
 
 @jit
-def as_bytes(y, epilogue):
-    """rint(min(max(y, low), high)) in the lowest byte of an int32, half to even; NaN gives low."""
-    y = tl.maximum(y, tl.cast(epilogue.low, tl.float32))
-    y = tl.minimum(y, tl.cast(epilogue.high, tl.float32))
-    return (y + 12582912.0).to(tl.int32, bitcast=True)  # 1.5 * 2**23, whose last bit counts ones
+def limited(y, epilogue):
+    """min(max(y, low), high), to be stored in e4m3. Of bytes, rint of that in the lowest byte of an int32, half to even.
+    NaN gives low in bytes."""
+    if epilogue.out.dtype.element_ty == tl.float8e4nv:
+        y = tl.maximum(y, tl.cast(epilogue.low, tl.float32), propagate_nan=tl.PropagateNan.ALL)
+        y = tl.minimum(y, tl.cast(epilogue.high, tl.float32), propagate_nan=tl.PropagateNan.ALL)
+    else:
+        y = tl.maximum(y, tl.cast(epilogue.low, tl.float32))
+        y = tl.minimum(y, tl.cast(epilogue.high, tl.float32))
+        y = (y + 12582912.0).to(tl.int32, bitcast=True)  # 1.5 * 2**23, whose last bit counts ones
+    return y
 
 
 @jit
@@ -189,8 +203,8 @@ def apply_epilogue(
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, OUT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Finish a tile of sums and store it. M: how many rows there are in ROWS."""
-    HAS_BYTES: tl.constexpr = acc.dtype.is_int()
-    if HAS_BYTES:
+    IS_QUANTIZED: tl.constexpr = epilogue.out.dtype.element_ty.primitive_bitwidth == 8
+    if IS_QUANTIZED:
         y = rescaled(acc, channels, live_channels, epilogue)
     else:
         y = normalised(acc, channels, live_channels, epilogue, AXIS=0)
@@ -207,12 +221,12 @@ def apply_epilogue(
         offsets = (_row_in(rows, column, P, Q, ROWS, RESIDUAL) - first)[:, None] * K + channels[None, :]
         mask = live_residual[:, None] & live_channels[None, :]
         skip = tl.load(epilogue.residual + first.to(tl.int64) * K + offsets, mask=mask, other=0.0).to(tl.float32)
-        if HAS_BYTES:
+        if IS_QUANTIZED:
             y = tl.fma(skip, tl.cast(epilogue.residual_scale, tl.float32), y)
         else:
             y += skip
-    if HAS_BYTES:
-        y = as_bytes(y, epilogue)
+    if IS_QUANTIZED:
+        y = limited(y, epilogue)
     else:
         y = activated(y, ACTIVATION)
 

@@ -28,7 +28,7 @@ from fused_resnet.kernels.triton.conv.configs import (
 from fused_resnet.kernels.triton.conv.epilogue import Epilogue, Int8Epilogue, sum_parts_kernel
 from fused_resnet.machine import devices
 from fused_resnet.operators.operands import ConvOperands, Int8Operands
-from fused_resnet.operators.problem import BYTE_DTYPES, ConvProblem
+from fused_resnet.operators.problem import BYTE_DTYPES, FLOAT8, ConvProblem
 from fused_resnet.operators.quantized import Epilogue as Requantization
 
 Operands = Union[ConvOperands, Int8Operands]
@@ -53,7 +53,14 @@ def why_not(problem: ConvProblem) -> Optional[str]:
         return f"{channels} channels are too many (at most {MAX_PITCH})"
     if problem.dtype in BYTE_DTYPES:
         return runtime.why_not(problem.device, problem.dtype, BYTE_DTYPES)
+    if problem.dtype == FLOAT8:
+        return runtime.why_not(problem.device, FLOAT8, (FLOAT8,)) or why_no_float8(problem.device)
     return runtime.why_not(problem.device, problem.dtype)
+
+
+def why_no_float8(device: str) -> Optional[str]:
+    """Why the GPUs here cannot multiply e4m3, or None. The interpreter can."""
+    return None if runtime.INTERPRETED else devices.why_no_float8()
 
 
 def launch(problem: ConvProblem, operands: Operands, out: Tensor, config: Optional[TritonConfig] = None) -> None:
@@ -93,7 +100,7 @@ def prepare(problem: ConvProblem, operands: Operands, out: Any, config: TritonCo
     M = num_rows(p, rows)
     partial = None
     if config.split_k > 1:
-        columns, dtype = p.Q if rows == "lines" else 1, torch.int32 if isinstance(o, Int8Operands) else torch.float32
+        columns, dtype = p.Q if rows == "lines" else 1, torch.int32 if p.dtype in BYTE_DTYPES else torch.float32
         partial = torch.empty(config.split_k, M * columns, p.K, dtype=dtype, device=o.x.device)
     epilogue = _epilogue(o, out, partial)
     spaces = dict(
@@ -116,7 +123,7 @@ def _epilogue(o: Operands, out: Any, partial: Optional[Tensor]) -> Union[Epilogu
         vectors = (o.bn_weight, o.bn_bias, o.bn_mean, o.bn_var, float(o.eps), o.bias)
         return Epilogue(*vectors, o.residual, out, partial)
     e, filter_sums = o.epilogue, o.filter_sums
-    if o.x.dtype == torch.int8:
+    if o.x.dtype != torch.uint8:
         filter_sums = None  # of use with u8 alone
     elif filter_sums is None:
         filter_sums = o.weight.sum((1, 2, 3), dtype=torch.int32)
@@ -139,9 +146,9 @@ def launches(
     out = empty(row_space.num_rows(p.N, p.P, p.Q), p.K) if row_space_output else empty(*p.output_shape)
     x, weight_shape = empty(p.N, p.C, p.H, p.W, dtype=p.dtype), (p.K, p.C // p.groups, p.R, p.S)
     residual = out if p.has_residual else None
-    if p.dtype in BYTE_DTYPES:
-        constants = Requantization(*(empty(p.K, dtype=torch.float32),) * 2, 1.0, 0.0, 255.0, False)
-        weight = empty(*weight_shape, dtype=torch.int8)
+    if p.dtype in (*BYTE_DTYPES, FLOAT8):
+        constants = Requantization(*(empty(p.K, dtype=torch.float32),) * 2, 1.0, 0.0, 255.0, p.output_dtype)
+        weight = empty(*weight_shape, dtype=FLOAT8 if p.dtype == FLOAT8 else torch.int8)
         return prepare(p, Int8Operands(x, weight, constants, residual), out, config)
     vector = empty(p.K, dtype=torch.float32) if p.has_bn else None
     bias = empty(p.K, dtype=bias_dtype) if p.has_bias else None
