@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fused_resnet.operators import composites
 from fused_resnet.operators.problem import ConvProblem
-from fused_resnet.operators.quantized import dequantize, quantize, quantized_over, quantized_weight
+from fused_resnet.operators.quantized import dequantize, float8_over, quantize, quantized_over, quantized_weight
 from fused_resnet.quantizing.scales import Scales
 
 Range = tuple[float, float]
@@ -37,12 +37,13 @@ class FloatConv(nn.Module):
         y = F.conv2d(x, weight, self.bias, p.stride, p.padding, p.dilation, p.groups)
         return composites.activate(y if residual is None else y + residual, p.activation)
 
-    def in_bytes(self, x: Tensor, residual: Optional[Tensor], of: Sequence[Range]) -> Tensor:
-        """About what the convolution alone gives in int8. of: the ranges of its result, of x and of the residual."""
-        q, scales = quantized_weight(self.weight)
-        weight = (q * scales.view(-1, 1, 1, 1)).to(self.weight.dtype)
-        added = None if residual is None else _rounded(residual, of[2])
-        return _rounded(self._by(weight, _rounded(x, of[1]), added), of[0])
+    def quantized(self, x: Tensor, residual: Optional[Tensor], of: Sequence[Range], dtype: torch.dtype) -> Tensor:
+        """About what the convolution alone gives in int8 or e4m3. of: the ranges of its result, of x and of the
+        residual."""
+        q, scales = quantized_weight(self.weight, dtype)
+        weight = (q.double() * scales.view(-1, 1, 1, 1)).to(self.weight.dtype)
+        added = None if residual is None else _rounded(residual, of[2], dtype)
+        return _rounded(self._by(weight, _rounded(x, of[1], dtype), added), of[0], dtype)
 
 
 class Subject(NamedTuple):
@@ -150,10 +151,11 @@ class _Observer(fx.Interpreter):
 
 
 class _Comparison(fx.Interpreter):
-    """Runs a batch, and compares what each convolution gives with the same in int8."""
+    """Runs a batch, and compares what each convolution gives with the same in int8 or e4m3."""
 
-    def __init__(self, subject: Subject, ranges: Ranges) -> None:
+    def __init__(self, subject: Subject, ranges: Ranges, dtype: torch.dtype) -> None:
         super().__init__(subject.graph)
+        self._dtype = dtype
         self._names, self._ranges, self._convolutions = subject.names, ranges, subject.convolutions
 
     def sqnr_of(self, x: Tensor) -> dict[str, float]:
@@ -167,14 +169,15 @@ class _Comparison(fx.Interpreter):
             operands = cast("tuple[fx.Node, ...]", n.args)
             x, residual, *_ = (*(self.env[node] for node in operands), None)
             of = [self._ranges[self._names[node]] for node in (n, *operands)]
-            error = self._convolutions[n].in_bytes(x, residual, of) - y
+            error = self._convolutions[n].quantized(x, residual, of, self._dtype) - y
             self._found[self._names[n]] = sqnr_db(_energy(y), _energy(error))
         return y
 
 
-def sensitivity(subject: Subject, ranges: Ranges, x: Tensor) -> dict[str, float]:
-    """{convolution: the ratio in dB of what it gives on a batch to the error of its int8 form on the same operands}."""
-    return _Comparison(subject, ranges).sqnr_of(x.to(subject.dtype))
+def sensitivity(subject: Subject, ranges: Ranges, x: Tensor, dtype: torch.dtype = torch.int8) -> dict[str, float]:
+    """{convolution: the ratio in dB of what it gives on a batch to the error of its quantized form on the same
+    operands}. dtype: int8 or float8_e4m3fn."""
+    return _Comparison(subject, ranges, dtype).sqnr_of(x.to(subject.dtype))
 
 
 def sqnr_db(signal: float, noise: float) -> float:
@@ -188,6 +191,6 @@ def _energy(x: Tensor) -> float:
     return x.double().square().sum().item()
 
 
-def _rounded(x: Tensor, found: Range) -> Tensor:
-    how = quantized_over(*found)
+def _rounded(x: Tensor, found: Range, dtype: torch.dtype) -> Tensor:
+    how = quantized_over(*found) if dtype == torch.int8 else float8_over(*found)
     return dequantize(quantize(x, how), how, x.dtype)
