@@ -35,12 +35,12 @@ def run(
 
 
 def worth(problem: ConvProblem) -> Sequence[TritonConfig]:
-    return () if is_interpreted() else cost.promising(problem, *_target())
+    return () if is_interpreted() else cost.promising(problem, *target())
 
 
 def legal(problem: ConvProblem) -> Sequence[TritonConfig]:
     """Also those not worth measuring: what is tuned for one batch is used for others."""
-    arch, num_sms = _target()
+    arch, num_sms = target()
     considered = (config for config, _ in configs.search_space(problem, arch, num_sms))
     return [config for config in considered if configs.why_illegal(problem, config, arch) is None]
 
@@ -51,7 +51,7 @@ def launch_us(config: Optional[TritonConfig]) -> float:
     return 0.0 if config is None or config.form == "pointer" else 38.0
 
 
-def _target() -> tuple[int, int]:
+def target() -> tuple[int, int]:
     """(compute capability times ten, multiprocessors) of the current GPU; those of an H200 without one."""
     from fused_resnet.kernels.triton import runtime
 

@@ -247,7 +247,7 @@ def _scales_of(fragment: Fragment) -> list[Optional[dict[str, str]]]:
         if isinstance(step, ConvStep) and not step.is_linear:
             values = {"x": step.x, "residual": step.residual, "out": value}
             hows = {name: fragment.scales[v] for name, v in values.items() if v is not None} if fragment.scales else {}
-            texts = {name: f"{'s8' if how.is_signed else 'u8'} {how.scale:.4g}" for name, how in hows.items() if how}
+            texts = {name: str(how) for name, how in hows.items() if how}
             found.append(texts or None)
     return found
 

@@ -12,7 +12,7 @@ from fused_resnet import backends
 from fused_resnet.choosing.winners import Measurement
 from fused_resnet.fusing import convert
 from fused_resnet.measuring import rooflines
-from fused_resnet.operators.problem import ConvProblem, dtype_name
+from fused_resnet.operators.problem import FLOAT8, ConvProblem, dtype_name
 from fused_resnet.quantizing.scales import Effect
 
 _COLUMNS = (
@@ -33,8 +33,8 @@ class Row(NamedTuple):
     measured: what was measured for this problem when the choice was made, against what, and what was wrong.
     region: the name of the call that it is part of (`RegionRow`), if there is one. Its bytes and its roofline are those
     of the convolution by itself.
-    scales: in int8, how x, the residual and the result are kept. not_int8: why not, in a model frozen in int8. effect:
-    what int8 does to it by itself, as the scales say.
+    scales: in int8 and e4m3, how x, the residual and the result are kept. not_int8: why not, in a model frozen so.
+    effect: what int8 does to it by itself, as the scales say.
     """
 
     name: str
@@ -192,8 +192,9 @@ def _lines(explanation: Explanation) -> list[str]:
     lines += [f"{backend or 'none'}: {n} of {len(e.rows)}: {source}"
               for (backend, source), n in Counter((row.backend, row.source) for row in e.rows).items()]  # fmt: skip
     lines += map(str, e.regions)
-    lines += [f"int8: {row.name}: {_in_int8(row.scales, row.effect)}" for row in e.rows if row.scales]
-    lines += [f"not int8: {names}: {why}" for names, why in _by_reason((row.name, row.not_int8) for row in e.rows)]
+    lines += [f"{_quantized_name(row)}: {row.name}: {_kept(row.scales, row.effect)}" for row in e.rows if row.scales]
+    wanted = next((_quantized_name(row) for row in e.rows if row.scales), "int8")
+    lines += [f"not {wanted}: {names}: {why}" for names, why in _by_reason((row.name, row.not_int8) for row in e.rows)]
     reasons = Counter(reason for row in e.rows for reason in row.why_not.items())
     lines += [f"not {backend}: {n} of {len(e.rows)}: {why}" for (backend, why), n in reasons.items()]
     lines += dict.fromkeys(
@@ -205,7 +206,11 @@ def _lines(explanation: Explanation) -> list[str]:
     return lines + [f"left alone: {names}: {why}" for names, why in _by_reason(e.left_alone)]
 
 
-def _in_int8(scales: dict[str, str], effect: Optional[Effect]) -> str:
+def _quantized_name(row: Row) -> str:
+    return "e4m3" if row.problem.dtype == FLOAT8 else "int8"
+
+
+def _kept(scales: dict[str, str], effect: Optional[Effect]) -> str:
     parts = [f"{name} {how}" for name, how in scales.items()]
     if effect is not None:
         parts += [] if effect.sqnr_db is None else [f"SQNR by itself {effect.sqnr_db:.1f} dB"]

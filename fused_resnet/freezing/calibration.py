@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_resnet.backends import BackendError
+from fused_resnet.choosing import quantized as on_gpu
 from fused_resnet.choosing.timing import Progress
 from fused_resnet.freezing.draft import Quantization
 from fused_resnet.freezing.quantized import kept_by, linear_names, why_no_int8
 from fused_resnet.machine import devices, onednn
+from fused_resnet.operators.problem import FLOAT8, dtype_name
 from fused_resnet.quantizing.calibrate import Subject, calibrate, sensitivity
 from fused_resnet.quantizing.scales import Scales, digest, digest_of_steps
 from fused_resnet.regions import kernels
 
+QUANTIZED_DTYPES = (torch.int8, FLOAT8)
 Source = Union[Scales, str, "os.PathLike[str]", Iterable[Any]]
 Keep = Union[int, str, Sequence[str]]
 
@@ -26,10 +29,11 @@ log = logging.getLogger("fused_resnet")
 
 
 class Calibration(NamedTuple):
-    """calibrate and keep, as `freeze` takes them."""
+    """calibrate, keep and dtype, as `freeze` takes them."""
 
     source: Source
     keep: Keep
+    dtype: torch.dtype = torch.int8
 
     def of(
         self, model: nn.Module, traced: fx.GraphModule, subject: Subject, example: Tensor, progress: Progress
@@ -68,17 +72,18 @@ class Calibration(NamedTuple):
         forms = {name: (problem.activation, problem.has_residual) for name, problem in problems.items()}
         if not isinstance(self.keep, int):
             asked = [self.keep] if isinstance(self.keep, str) else self.keep
-            return Quantization(scales, forms, kept_by([*problems, *linear_names(subject)], asked))
+            return Quantization(scales, forms, kept_by([*problems, *linear_names(subject)], asked), self.dtype)
         if not self.keep:
-            return Quantization(scales, forms)
+            return Quantization(scales, forms, dtype=self.dtype)
         if first is None:
             raise ValueError(
                 f"freeze: keep={self.keep} asks for the most sensitive convolutions, which only images show. Name them "
                 "in keep, or pass a loader as calibrate."
             )
-        errors = sensitivity(subject, scales.ranges, first)
-        possible = [name for name in errors if why_no_int8(problems[name]) is None]
-        return Quantization(scales, forms, frozenset(sorted(possible, key=errors.__getitem__)[: self.keep]))
+        errors = sensitivity(subject, scales.ranges, first, self.dtype)
+        possible = [name for name in errors if why_no_int8(problems[name], self.dtype) is None]
+        kept = frozenset(sorted(possible, key=errors.__getitem__)[: self.keep])
+        return Quantization(scales, forms, kept, self.dtype)
 
 
 def checked(
@@ -86,19 +91,20 @@ def checked(
 ) -> Optional[Calibration]:
     """None where another dtype was asked for.
 
-    Raises TypeError and ValueError for arguments that do not fit together, BackendError where int8 cannot run.
+    Raises TypeError and ValueError for arguments that do not fit together, BackendError where the dtype cannot run.
     """
+    name = None if dtype is None else dtype_name(dtype)
     is_named = isinstance(keep, (str, Sequence)) and all(isinstance(name, str) for name in keep)
     if not is_named and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 0):
         raise TypeError(f"freeze: keep must be names of convolutions or how many of them, got {keep!r}.")
-    if dtype != torch.int8:
+    if dtype is None or dtype not in QUANTIZED_DTYPES:
         for name, value in (("calibrate", calibrate), ("keep", keep or None)):
             if value is not None:
-                raise ValueError(f"freeze: {name} is for dtype=torch.int8, got dtype={dtype}.")
+                raise ValueError(f"freeze: {name} is for dtype=torch.int8 or float8_e4m3fn, got dtype={dtype}.")
         return None
     if calibrate is None:
         raise ValueError(
-            "freeze: dtype=torch.int8 needs calibrate: a loader of 16 or more images as the model takes them, or the "
+            f"freeze: dtype={dtype} needs calibrate: a loader of 16 or more images as the model takes them, or the "
             "file that frozen.scales().save(path) wrote."
         )
     if not isinstance(calibrate, (Scales, str, os.PathLike, Iterable)) or isinstance(calibrate, Tensor):
@@ -107,18 +113,31 @@ def checked(
             "batch x is [x]."
         )
     if backend != "auto":
-        raise ValueError(f"freeze: backend={backend!r} computes in floats; int8 needs backend='auto'.")
-    if device.type != "cpu":
-        raise BackendError(f"freeze: int8 plans run on CPUs, not on {device}. Freeze in torch.float16 there.")
-    if (why := kernels.why_none(torch.int8)) is not None:
-        raise BackendError(
-            f"freeze: int8 cannot run here: {why}. Build the C++ library (pip install . with a compiler), or freeze "
-            "in torch.bfloat16 or torch.float32."
+        raise ValueError(f"freeze: backend={backend!r} computes in floats; {name} needs backend='auto'.")
+    if (why := why_not_on(dtype, device)) is not None:
+        raise BackendError(f"freeze: {name} cannot run {why}")
+    return Calibration(calibrate, keep, dtype)
+
+
+def why_not_on(dtype: torch.dtype, device: torch.device) -> Optional[str]:
+    """Why no plan in int8 or e4m3 runs on this device, and what to do instead: the end of a sentence; or None."""
+    if device.type == "cpu":
+        if dtype == FLOAT8:
+            return (
+                "on a CPU: it needs an NVIDIA GPU of compute capability 8.9 or later, and Triton. Freeze in torch.int8 "
+                "or torch.bfloat16 here."
+            )
+        why = kernels.why_none(torch.int8)
+        return why and (
+            f"here: {why}. Build the C++ library (pip install . with a compiler), or freeze in torch.bfloat16 or "
+            "torch.float32."
         )
-    return Calibration(calibrate, keep)
+    why = on_gpu.why_none(dtype, device.type)
+    instead = "torch.int8 or torch.bfloat16" if dtype == FLOAT8 else "torch.bfloat16"
+    return why and f"on {device}: {why}. Freeze in {instead} there."
 
 
 def beside_int8() -> torch.dtype:
-    """What stays in floats is bf16 where this processor multiplies it faster than fp32."""
+    """What stays in floats on a CPU is bf16 where this processor multiplies it faster than fp32."""
     is_fast = onednn.has_amx() or onednn.has_bf16() and "avx512_bf16" in devices.cpu_flags()
     return torch.bfloat16 if is_fast else torch.float32

@@ -35,12 +35,14 @@ class Decision(NamedTuple):
 class Quantization(NamedTuple):
     """How a model becomes int8: the ranges of its tensors, and the convolutions that stay in floats (by name).
 
-    forms: of each convolution, its activation and whether it has a residual, as its range was found.
+    forms: of each convolution, its activation and whether it has a residual, as its range was found. dtype: int8, or
+    float8_e4m3fn.
     """
 
     scales: Scales
     forms: Mapping[str, tuple[str, bool]]
     kept: frozenset[str] = frozenset()
+    dtype: torch.dtype = torch.int8
 
 
 class Draft(NamedTuple):

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fused_resnet import backends
 from fused_resnet.choosing.decide import Tune, Tuning, check_tune
 from fused_resnet.choosing.timing import Progress, never_back, silent
-from fused_resnet.freezing.calibration import Calibration, Keep, Source, checked
+from fused_resnet.freezing.calibration import QUANTIZED_DTYPES, Calibration, Keep, Source, checked
 from fused_resnet.freezing.copies import unwrapped
 from fused_resnet.freezing.dtypes import is_floating
 from fused_resnet.freezing.frozen import Frozen, FrozenModel, FrozenParts, NothingToFreeze
@@ -42,14 +42,15 @@ def freeze(
 
     model: in eval mode; it is not changed, and later changes to it do not reach the frozen copy. example_input: what
     the model takes, a tensor or a list or dict of them; its plan is made now, others when their shape is first seen.
-    dtype: what the arithmetic runs in (fp32, bf16, fp16, fp64, int8); default, as the model computes. backend: "auto",
-    or the one that every convolution must use.
+    dtype: what the arithmetic runs in (fp32, bf16, fp16, fp64, int8, float8_e4m3fn); default, as the model computes.
+    backend: "auto", or the one that every convolution must use.
 
-    calibrate: for int8, batches of 16 or more images as the model takes them, or (images, labels) pairs. Or `Scales`,
-    or the path of a file of them. keep: the convolutions to leave in floats, by name or by the name of a module that
-    holds them. A number keeps so many of the most sensitive. In int8, dense convolutions with their ReLU or ReLU6 and
-    residual, max-poolings and global averages compute by docs/int8.md's contract: all kernels give the same bytes.
-    What else there is computes in bf16 where that is fast, and in fp32 elsewhere. On a CPU only.
+    calibrate: for int8 and e4m3, batches of 16 or more images as the model takes them, or (images, labels) pairs. Or
+    `Scales`, or the path of a file of them. keep: the convolutions to leave in floats, by name or by the name of a
+    module that holds them. A number keeps so many of the most sensitive. In int8, dense convolutions with their ReLU or
+    ReLU6 and residual, max-poolings and global averages compute by docs/int8.md's contract: all kernels give the same
+    bytes. What else there is computes in bf16 where that is fast, and in fp32 elsewhere. e4m3 is for GPUs from sm_89
+    on. Its kernels give values within a bound, and the first convolution is in bf16.
 
     tune: what to do about convolutions that nobody has measured on this machine. "auto" checks every backend that can
     run them against the reference. It times the right ones as a plan runs them. What it finds is kept in the user's
@@ -104,8 +105,9 @@ def freeze(
     device = next((p.device for p in model.parameters()), example.device)
     if example.device != device:
         raise TypeError(f"freeze: example_input is on {example.device} but the model is on {device}.")
-    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8):
-        raise TypeError(f"freeze: dtype must be float32, bfloat16, float16, float64 or int8, got {dtype}.")
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16, torch.float64, *QUANTIZED_DTYPES):
+        names = "float32, bfloat16, float16, float64, int8 or float8_e4m3fn"
+        raise TypeError(f"freeze: dtype must be {names}, got {dtype}.")
     backends.check_name("freeze", backend)
     calibration = checked(dtype, calibrate, keep, backend, device)
     check_tune("freeze", tune)
@@ -116,23 +118,24 @@ def freeze(
     with torch.inference_mode(False), torch.no_grad():  # copies made in inference mode could not be written to outside
         if not isinstance(example_input, Tensor):
             reason = f"it takes a {type(example_input).__name__}"
-            _refuse_int8_in_parts(calibration, reason)
+            _refuse_quantized_parts(calibration, reason)
             return FrozenParts(model, example_input, dtype, backend, tuning, reason)
         try:
             return FrozenModel(model, example_input, dtype, backend, tuning, calibration=calibration)
         except Untraceable as error:
-            _refuse_int8_in_parts(calibration, str(error))
+            _refuse_quantized_parts(calibration, str(error))
             try:
                 return FrozenParts(model, example_input, dtype, backend, tuning, str(error))
             except NothingToFreeze:
                 raise error from None
 
 
-def _refuse_int8_in_parts(calibration: Optional[Calibration], reason: str) -> None:
+def _refuse_quantized_parts(calibration: Optional[Calibration], reason: str) -> None:
     if calibration is not None:
+        name = dtype_name(calibration.dtype)
         raise ValueError(
-            "freeze: int8 needs a model that is frozen as a whole, and this one is not: "
-            f"{reason.removeprefix('freeze: ').rstrip('.')}. Freeze its network by itself in int8, or the model in "
+            f"freeze: {name} needs a model that is frozen as a whole, and this one is not: "
+            f"{reason.removeprefix('freeze: ').rstrip('.')}. Freeze its network by itself in {name}, or the model in "
             "torch.bfloat16."
         )
 

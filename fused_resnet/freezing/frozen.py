@@ -95,7 +95,7 @@ class FrozenModel(Frozen):
         backend: str,
         tuning: Tuning = NOTHING,
         main: Optional[torch.dtype] = None,  # of the whole, where the model is a part
-        calibration: Optional[Calibration] = None,  # for dtype int8
+        calibration: Optional[Calibration] = None,  # for dtype int8 and float8_e4m3fn
     ) -> None:
         super().__init__(model)
         own = main_dtype(model, example_input.dtype)
@@ -108,7 +108,7 @@ class FrozenModel(Frozen):
             if calibration is not None:
                 subject = calibration_subject(self._traced, example, own)
                 self._quantization = calibration.of(unwrapped(model), self._traced, subject, example, tuning.progress)
-                dtype = beside_int8()
+                dtype = beside_int8() if self.device.type == "cpu" else torch.bfloat16
             self._conversion = conversion(self._traced, example, main or own, dtype)
         self._reset_plans()
         self.__dict__["_tuning"] = tuning  # for the first plan
@@ -141,12 +141,15 @@ class FrozenModel(Frozen):
         return self._plan_for(x).taken(x)
 
     def scales(self) -> Scales:
-        """The ranges that an int8 model was calibrated with: `save(path)` writes what `freeze(calibrate=path)` reads.
+        """The ranges that a model in int8 or e4m3 was calibrated with. `save(path)` writes what
+        `freeze(calibrate=path)` reads, for either.
 
         Raises TypeError for a model that was frozen in another dtype.
         """
         if self._quantization is None:
-            raise TypeError(f"scales: the model is frozen in {dtype_name(self.dtype)}; int8 alone has scales.")
+            raise TypeError(
+                f"scales: the model is frozen in {dtype_name(self.dtype)}; int8 and float8_e4m3fn alone have scales."
+            )
         return self._quantization.scales
 
     def is_graphed(self, x: Tensor) -> bool:

@@ -1,7 +1,7 @@
-"""The pass that has convolutions, poolings and classifiers computed in int8, and what it wants to know of tensors.
+"""The pass that has convolutions, poolings and classifiers computed in int8 or e4m3, and what it asks of tensors.
 
 What int8 computes becomes regions, and always does: it is what was asked for. Between them, and for what stays in
-floats, tensors are fp32 or bf16.
+floats, tensors are fp32 or bf16. On a CPU a region is one call, on a GPU a kernel for each step (`steps`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from fused_resnet.backends import blocked
 from fused_resnet.choosing import exactness
+from fused_resnet.choosing import quantized as on_gpu
 from fused_resnet.freezing.draft import Draft
 from fused_resnet.freezing.dtypes import facts_of
 from fused_resnet.freezing.fragments import (
@@ -34,16 +35,15 @@ from fused_resnet.freezing.fragments import (
     weight_of,
 )
 from fused_resnet.freezing.region import FrozenRegion, RegionConv
+from fused_resnet.freezing.steps import FrozenSteps
 from fused_resnet.graphs.memory import memory_of, writes_in_place, written
 from fused_resnet.operators import quantized
-from fused_resnet.operators.problem import ConvProblem, dtype_name
-from fused_resnet.operators.quantized import Epilogue, Quantized, quantized_over
+from fused_resnet.operators.problem import FLOAT8, ConvProblem, dtype_name
+from fused_resnet.operators.quantized import Epilogue, Kept, Quantized, quantized_over
 from fused_resnet.quantizing.calibrate import FloatConv, Subject
 from fused_resnet.quantizing.scales import Effect
 from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, compile_fragment, map_of, packings
 from fused_resnet.regions.layout import DTYPES
-
-_WHY = "int8 was asked for"
 
 log = logging.getLogger("fused_resnet")
 
@@ -99,13 +99,14 @@ def kept_by(names: Sequence[str], asked: Sequence[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def why_no_int8(problem: ConvProblem) -> Optional[str]:
-    """Why no convolution like this one, of whatever dtype and images, has an int8 form."""
+def why_no_int8(problem: ConvProblem, dtype: torch.dtype = torch.int8) -> Optional[str]:
+    """Why no convolution like this one, of whatever dtype and images, has a form in int8, or in e4m3."""
+    name = "int8" if dtype == torch.int8 else "e4m3"
     if problem.groups != 1:
-        return f"int8 convolutions are of one group, not of {problem.groups}"
+        return f"{name} convolutions are of one group, not of {problem.groups}"
     if problem.activation not in quantized.ACTIVATIONS:
-        return f"{problem.activation} has no int8 form"
-    return quantized.why_not_reduced(problem.reduction)
+        return f"{problem.activation} has no {name} form"
+    return quantized.why_not_reduced(problem.reduction) if dtype == torch.int8 else None
 
 
 def form_quantized(draft: Draft) -> None:
@@ -122,7 +123,8 @@ def form_quantized(draft: Draft) -> None:
         nodes = from_the_first_convolution(draft, nodes)
         if nodes:
             run = run_of(draft, nodes, tuple(range(len(nodes))))
-            found.append((nodes, _in_bytes(run.piece.fragment, [tensors.how(node) for node in (*run.inputs, *nodes)])))
+            hows = [tensors.how(node) for node in (*run.inputs, *nodes)]
+            found.append((nodes, _quantized_fragment(run.piece.fragment, hows, draft.quantization.dtype)))
     results = []
     for nodes, fragment in found:
         outputs = outputs_of(nodes, fragment)
@@ -150,18 +152,19 @@ class _Tensors:
     def __init__(self, draft: Draft) -> None:
         assert draft.quantization is not None
         self._draft, self._names = draft, tensor_names(draft.graph)
-        scales, self._forms, self._kept = draft.quantization
+        scales, self._forms, self._kept, self._dtype = draft.quantization
         self._ranges, self._effects = scales.ranges, scales.effects
-        self._hows: dict[fx.Node, Optional[Quantized]] = {}
+        self._first = next((node for node in draft.graph.nodes if node in draft.convs), None)
+        self._hows: dict[fx.Node, Optional[Kept]] = {}
         self._reasons: dict[fx.Node, Optional[str]] = {}
 
-    def how(self, node: fx.Node) -> Optional[Quantized]:
+    def how(self, node: fx.Node) -> Optional[Kept]:
         """None of what was not calibrated, and of means, which are fp32."""
         if node not in self._hows:
             self._hows[node] = self._found(node)
         return self._hows[node]
 
-    def _found(self, node: fx.Node) -> Optional[Quantized]:
+    def _found(self, node: fx.Node) -> Optional[Kept]:
         conv, pooling = self._draft.convs.get(node), pooling_of(self._draft, node)
         if pooling is not None and pooling.kind == "max" or _moves(node) or _casts(node):
             source = self.how(node.all_input_nodes[0])
@@ -170,6 +173,8 @@ class _Tensors:
         known = self._ranges.get(self._names[node])
         if known is None:
             return None
+        if self._dtype == FLOAT8:
+            return quantized.float8_over(*known)
         activation = None if conv is None else conv.problem.activation
         return quantized_over(*known, is_signed={"none": True, "relu": False, "relu6": False}.get(activation))
 
@@ -188,18 +193,25 @@ class _Tensors:
         p = self._draft.convs[node].problem
         if self._names[node] in self._kept:
             return "keep asked for it"
-        if (reason := why_no_int8(p)) is not None:
+        if (reason := why_no_int8(p, self._dtype)) is not None:
             return reason
+        if self._dtype == FLOAT8 and node is self._first:
+            return "with e4m3 the first convolution is in bf16"
         if p.dtype not in DTYPES:
             return f"it computes in {p.dtype}".replace("torch.", "")
         if not p.N:
             return "the batch is empty"
         if self._forms.get(self._names[node]) != (p.activation, p.has_residual):
             return "it was calibrated with another sum or activation behind it"
-        if (reason := blocked.why_not(p._replace(dtype=torch.float32))) is not None:
+        if (reason := self._why_no_kernel(p)) is not None:
             return reason
         unknown = [self._names[value] for value in (*node.all_input_nodes, node) if self.how(value) is None]
         return f"{unknown[0]} was not calibrated" if unknown else None
+
+    def _why_no_kernel(self, p: ConvProblem) -> Optional[str]:
+        if runs_in_steps(self._draft):
+            return on_gpu.why_not(p._replace(dtype=self._dtype, has_bias=True))
+        return blocked.why_not(p._replace(dtype=torch.float32))
 
     def fits(self, node: fx.Node) -> bool:
         if not node.users:
@@ -231,7 +243,7 @@ class _Tensors:
         (mean,) = flat.all_input_nodes
         source = mean.all_input_nodes[0]
         how, facts = self.how(source), facts_of(source)
-        if not self._is_mean(mean) or how is None or facts is None:
+        if runs_in_steps(self._draft) or not self._is_mean(mean) or not isinstance(how, Quantized) or facts is None:
             return False
         return quantized.why_no_linear(how, math.prod(facts.shape[2:])) is None
 
@@ -263,12 +275,12 @@ def _casts(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target == "to" and len(node.all_input_nodes) == 1
 
 
-def _in_bytes(fragment: Fragment, hows: Sequence[Optional[Quantized]]) -> Fragment:
-    """A fragment of floats as one in int8. hows: how each value is kept; means and vectors are fp32."""
+def _quantized_fragment(fragment: Fragment, hows: Sequence[Optional[Kept]], dtype: torch.dtype) -> Fragment:
+    """A fragment of floats as one in int8 or e4m3. hows: how each value is kept; means and vectors are fp32."""
     steps, scales = [], list(hows)
     for value, step in enumerate(fragment.steps, len(fragment.shapes)):
         if isinstance(step, ConvStep):
-            problem = step.problem._replace(dtype=torch.int8)
+            problem = step.problem._replace(dtype=dtype)
             step = step._replace(problem=problem, by_winograd=False)
             scales[value] = None if step.is_linear else scales[value]
         elif isinstance(step, PoolStep) and step.kind == "average":
@@ -276,7 +288,7 @@ def _in_bytes(fragment: Fragment, hows: Sequence[Optional[Quantized]]) -> Fragme
         elif not isinstance(step, PoolStep):
             scales[value] = scales[step.x]
         steps.append(step)
-    return fragment._replace(steps=tuple(steps), dtype=torch.int8, scales=tuple(scales))
+    return fragment._replace(steps=tuple(steps), dtype=dtype, scales=tuple(scales))
 
 
 def made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment) -> FrozenRegion:
@@ -308,23 +320,49 @@ def region_of(
     weights: dict[int, Tensor],
     epilogues: dict[int, Epilogue],
 ) -> FrozenRegion:
+    why = f"{dtype_name(fragment.dtype)} was asked for"
+    if runs_in_steps(draft):
+        return _in_steps(draft, fragment, convolutions, weights, epilogues, why)
     packed_as = packings(fragment)
     packed = {place: packing.of([weights[place]]) for place, packing in packed_as.items()}
     share_packed(draft, nodes, packed, packed_as)
     compiled = compile_fragment(fragment, packed, epilogues)
     exactness.check(fragment, weights, epilogues, compiled, draft.tuning)
-    return FrozenRegion(fragment, convolutions, compiled, _WHY)
+    return FrozenRegion(fragment, convolutions, compiled, why)
+
+
+def runs_in_steps(draft: Draft) -> bool:
+    """Whether each step of a region has a kernel of its own, as on GPUs."""
+    return draft.device.type != "cpu"
+
+
+def _in_steps(
+    draft: Draft,
+    fragment: Fragment,
+    convolutions: tuple[RegionConv, ...],
+    weights: dict[int, Tensor],
+    epilogues: dict[int, Epilogue],
+    why: str,
+) -> FrozenSteps:
+    selections = []
+    for step in fragment.steps:
+        if isinstance(step, ConvStep):
+            how = fragment.scales[step.x]
+            assert how is not None
+            problem = step.problem._replace(dtype=how.dtype, has_bias=True, device=draft.device.type)
+            selections.append(on_gpu.first_right(problem, draft.device, draft.tuning))
+    return FrozenSteps(fragment, convolutions, weights, epilogues, tuple(selections), why)
 
 
 def _quantized(fragment: Fragment, place: int, weight: Tensor, bias: Optional[Tensor]) -> tuple[Tensor, Epilogue]:
-    """A convolution's weight in s8, and its epilogue; or a linear layer's."""
+    """A convolution's weight in s8 or e4m3, and its epilogue; or a linear layer's in s8."""
     step = fragment.steps[place]
     assert isinstance(step, ConvStep)
-    q, scales = quantized.quantized_weight(weight)
+    q, scales = quantized.quantized_weight(weight, fragment.dtype)
     if step.is_linear:
         source = map_of(fragment, step.x)
         how, (_, _, H, W) = fragment.scales[source], fragment.value_shapes[source]
-        assert how is not None
+        assert isinstance(how, Quantized)
         return q, quantized.epilogue_of_linear(how, H * W, scales, bias)
     x, out = fragment.scales[step.x], fragment.scales[len(fragment.shapes) + place]
     residual = None if step.residual is None else fragment.scales[step.residual]

@@ -41,6 +41,14 @@ class FrozenRegion(nn.Module):
         self.why, self.micro_kernel = why, kernels.fastest_name(compiled.dtype)
         self.workspaces = calls.new_workspaces(compiled)
 
+    @property
+    def weights_bytes(self) -> int:
+        return sum(weight.nbytes for weight in self.compiled.weights)
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self.compiled.workspace_bytes
+
     def forward(self, *inputs: Tensor) -> Any:
         return self.bound()(*inputs)
 
@@ -68,7 +76,7 @@ class FrozenRegion(nn.Module):
     @property
     def bytes_moved(self) -> int:
         """The least that it can move: inputs, weights and outputs once. What lies between them stays in caches."""
-        return self.fragment.bytes_at_seams + sum(weight.nbytes for weight in self.compiled.weights)
+        return self.fragment.bytes_at_seams + self.weights_bytes
 
     def selection_of(self, conv: RegionConv) -> Selection:
         """Who computes one of its convolutions, and why."""
@@ -79,6 +87,6 @@ class FrozenRegion(nn.Module):
     def extra_repr(self) -> str:
         f = self.fragment
         ends = " -> ".join(", ".join("x".join(map(str, shape)) for shape in shapes) for shapes in (
-            f.shapes, self.compiled.output_shapes,
+            f.shapes, [f.value_shapes[value] for value in f.outputs],
         ))  # fmt: skip
         return f"{len(self.convolutions)} convolutions, {ends}, {self.micro_kernel}"

@@ -1,8 +1,8 @@
 """How far a kernel's convolution of e4m3 may lie from the exact one (`quantized` has the formula).
 
-Tensor cores add e4m3 products with few bits. In one step each of up to 32 products, and the sum so far, loses what lies
-13 bits below the exponent of the largest of them, and so does the new sum. That is at most (n + 2) * 2**-13 of the sum
-of the products' magnitudes, for n products. sm_90 takes four steps of 32 to 128 products, sm_89 eight steps of 16. The
+Tensor cores add e4m3 products with few bits. One step adds up to 32 products to the sum so far. Each addend loses what
+lies more than 13 bits below the largest one's exponent, and the new sum likewise. For n products that is at most
+(n + 2) * 2**-13 of the sum of their magnitudes. sm_90 takes four steps of 32 to 128 products, sm_89 eight steps of 16. The
 latter lose more: 8 * 18 * 2**-13. The exponent of a subnormal factor counts as that of the least normal number. These
 are the rules of MMA-Sim (arXiv 2511.10909), which its authors found by measurement.
 

@@ -68,9 +68,21 @@ class Float8(NamedTuple):
 
     scale: float
 
-    is_signed = True
-    low, high = -LARGEST_FLOAT8, LARGEST_FLOAT8
-    dtype = FLOAT8
+    @property
+    def is_signed(self) -> bool:
+        return True
+
+    @property
+    def low(self) -> float:
+        return -LARGEST_FLOAT8
+
+    @property
+    def high(self) -> float:
+        return LARGEST_FLOAT8
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return FLOAT8
 
     def __str__(self) -> str:
         return f"e4m3 {self.scale:.4g}"

@@ -13,7 +13,15 @@ from torch import Tensor, fx, nn
 
 from fused_resnet.operators import composites
 from fused_resnet.operators.problem import ConvProblem
-from fused_resnet.operators.quantized import dequantize, is_too_small, quantize, quantized_over, quantized_weight
+from fused_resnet.operators.quantized import (
+    Kept,
+    dequantize,
+    float8_over,
+    is_too_small,
+    quantize,
+    quantized_over,
+    quantized_weight,
+)
 from fused_resnet.quantizing.scales import Effect, Scales
 
 _FEW = 4  # images that show what int8 does to each convolution
@@ -39,18 +47,20 @@ class FloatConv(nn.Module):
         y = F.conv2d(x, weight, self.bias, p.stride, p.padding, p.dilation, p.groups)
         return composites.activate(y if residual is None else y + residual, p.activation)
 
-    def in_bytes(self, x: Tensor, residual: Optional[Tensor], of: Sequence[Range]) -> tuple[Tensor, float]:
-        """About what the convolution alone gives in int8, and the share of that which bytes cut off.
+    def quantized(
+        self, x: Tensor, residual: Optional[Tensor], of: Sequence[Range], dtype: torch.dtype
+    ) -> tuple[Tensor, float]:
+        """About what the convolution alone gives in int8 or e4m3, and the share of that which is cut off.
 
         of: the ranges of its result, of x and of the residual.
         """
-        q, scales = quantized_weight(self.weight)
-        weight = (q * scales.view(-1, 1, 1, 1)).to(self.weight.dtype)
-        added = None if residual is None else _rounded(residual, of[2])
-        y, how = self._by(weight, _rounded(x, of[1]), added), quantized_over(*of[0])
-        levels = y / how.scale
-        is_cut = (levels < how.low - 0.5) | (levels > how.high + 0.5)
-        return _rounded(y, of[0]), is_cut.float().mean().item()
+        q, scales = quantized_weight(self.weight, dtype)
+        weight = (q.double() * scales.view(-1, 1, 1, 1)).to(self.weight.dtype)
+        added = None if residual is None else _rounded(residual, of[2], dtype)
+        y, how = self._by(weight, _rounded(x, of[1], dtype), added), _over(of[0], dtype)
+        levels, step = y / how.scale, 1.0 if dtype == torch.int8 else 32.0  # of the largest values
+        is_cut = (levels < how.low - step / 2) | (levels > how.high + step / 2)
+        return _rounded(y, of[0], dtype), is_cut.float().mean().item()
 
 
 class Subject(NamedTuple):
@@ -161,10 +171,11 @@ class _Observer(fx.Interpreter):
 
 
 class _Comparison(fx.Interpreter):
-    """Runs a batch, and compares what each convolution gives with the same in int8."""
+    """Runs a batch, and compares what each convolution gives with the same in int8 or e4m3."""
 
-    def __init__(self, subject: Subject, ranges: Ranges) -> None:
+    def __init__(self, subject: Subject, ranges: Ranges, dtype: torch.dtype) -> None:
         super().__init__(subject.graph)
+        self._dtype = dtype
         self._names, self._ranges, self._convolutions = subject.names, ranges, subject.convolutions
 
     def effects_of(self, x: Tensor) -> dict[str, tuple[float, float]]:
@@ -179,19 +190,21 @@ class _Comparison(fx.Interpreter):
             operands = cast("tuple[fx.Node, ...]", n.args)
             x, residual, *_ = (*(self.env[node] for node in operands), None)
             of = [self._ranges[self._names[node]] for node in (n, *operands)]
-            actual, cut = self._convolutions[n].in_bytes(x, residual, of)
+            actual, cut = self._convolutions[n].quantized(x, residual, of, self._dtype)
             self._found[self._names[n]] = sqnr_db(_energy(y), _energy(actual - y)), cut
         return y
 
 
-def sensitivity(subject: Subject, ranges: Ranges, x: Tensor) -> dict[str, float]:
-    """{convolution: the ratio in dB of what it gives on a batch to the error of its int8 form on the same operands}."""
-    return {name: sqnr for name, (sqnr, _) in _Comparison(subject, ranges).effects_of(x.to(subject.dtype)).items()}
+def sensitivity(subject: Subject, ranges: Ranges, x: Tensor, dtype: torch.dtype = torch.int8) -> dict[str, float]:
+    """{convolution: the ratio in dB of what it gives on a batch to the error of its quantized form on the same
+    operands}. dtype: int8 or float8_e4m3fn."""
+    found = _Comparison(subject, ranges, dtype).effects_of(x.to(subject.dtype))
+    return {name: sqnr for name, (sqnr, _) in found.items()}
 
 
 def effects(subject: Subject, ranges: Ranges, x: Tensor) -> dict[str, Effect]:
     """What int8 does to each convolution by itself on a batch."""
-    found = _Comparison(subject, ranges).effects_of(x.to(subject.dtype))
+    found = _Comparison(subject, ranges, torch.int8).effects_of(x.to(subject.dtype))
     return {name: Effect(sqnr if math.isfinite(sqnr) else None, cut) for name, (sqnr, cut) in found.items()}
 
 
@@ -206,6 +219,10 @@ def _energy(x: Tensor) -> float:
     return x.double().square().sum().item()
 
 
-def _rounded(x: Tensor, found: Range) -> Tensor:
-    how = quantized_over(*found)
+def _rounded(x: Tensor, found: Range, dtype: torch.dtype) -> Tensor:
+    how = _over(found, dtype)
     return dequantize(quantize(x, how), how, x.dtype)
+
+
+def _over(found: Range, dtype: torch.dtype) -> Kept:
+    return quantized_over(*found) if dtype == torch.int8 else float8_over(*found)

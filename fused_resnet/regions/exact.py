@@ -1,4 +1,4 @@
-"""An int8 fragment by the reference of the contract (`operators.quantized`): what its region must give."""
+"""A fragment in int8 or e4m3 by the reference (`operators.quantized`): what its region must give."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fused_resnet.regions.fragment import ConvStep, FlattenStep, Fragment, map_o
 def run_reference(
     fragment: Fragment, weights: Mapping[int, Tensor], epilogues: Mapping[int, Epilogue], inputs: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The outputs of an int8 fragment, fp32, to the last bit: maps (N, C, P, Q), and (N, C) of what was flattened
+    """The outputs of such a fragment, fp32, to the last bit: maps (N, C, P, Q), and (N, C) of what was flattened
     or is a linear layer's.
 
-    weights: (K, C, R, S) in s8 by the place of the step; epilogues likewise. inputs: float tensors.
+    weights: (K, C, R, S) in s8 or e4m3 by the place of the step; epilogues likewise. inputs: float tensors.
     """
     values: list[Tensor] = []
     for x, how in zip(inputs, fragment.scales):
@@ -45,7 +45,7 @@ def run_reference(
     return outputs
 
 
-def _scale(fragment: Fragment, value: int) -> quantized.Quantized:
-    how: Optional[quantized.Quantized] = fragment.scales[value]
+def _scale(fragment: Fragment, value: int) -> quantized.Kept:
+    how: Optional[quantized.Kept] = fragment.scales[value]
     assert how is not None
     return how

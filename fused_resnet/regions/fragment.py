@@ -17,7 +17,7 @@ from torch import Tensor
 from fused_resnet.kernels import winograd
 from fused_resnet.operators import quantized
 from fused_resnet.operators.problem import ConvProblem, dtype_name, output_size
-from fused_resnet.operators.quantized import Epilogue, Quantized
+from fused_resnet.operators.quantized import Epilogue, Kept
 from fused_resnet.regions import layout
 from fused_resnet.regions.program import (
     CompiledRegion,
@@ -93,15 +93,15 @@ class Fragment(NamedTuple):
     """shapes: of the inputs. outputs: the steps' values that are read outside, in the order of the steps. Vectors count
     as maps of one pixel.
 
-    scales: in int8, how each value is kept, or None of a mean and of a linear layer of means, which are fp32. An int8
-    region quantizes its inputs, and its outputs are fp32.
+    scales: in int8 and e4m3, how each value is kept, or None of a mean and of a linear layer of means, which are fp32.
+    Such a region quantizes its inputs, and its outputs are fp32. e4m3 is for GPUs: `compile_fragment` does not take it.
     """
 
     shapes: tuple[Shape, ...]
     steps: tuple[Step, ...]
     outputs: tuple[int, ...]
     dtype: torch.dtype
-    scales: tuple[Optional[Quantized], ...] = ()
+    scales: tuple[Optional[Kept], ...] = ()
 
     @property
     def convolutions(self) -> list[ConvProblem]:
@@ -402,7 +402,7 @@ def _is_signed(fragment: Fragment, value: Optional[int]) -> bool:
     return how is not None and how.is_signed
 
 
-def _scale_of_mean(fragment: Fragment, value: int) -> Quantized:
+def _scale_of_mean(fragment: Fragment, value: int) -> Kept:
     how = fragment.scales[map_of(fragment, value)]
     assert how is not None
     return how
@@ -467,7 +467,7 @@ def _segment(step: Step, maps: Mapping[int, Map]) -> Segment:
     return Segment(maps[step.x], _shape_of_weight(p), p.stride, p.padding, p.dilation)
 
 
-def _stem(region: Region, shape: Shape, step: Step, how: Optional[Quantized] = None) -> Segment:
+def _stem(region: Region, shape: Shape, step: Step, how: Optional[Kept] = None) -> Segment:
     assert isinstance(step, ConvStep)
     p = step.problem
     return region.read_for(shape, _shape_of_weight(p), p.stride, p.padding, how)

@@ -22,7 +22,7 @@ from fused_resnet.kernels import compiled
 from fused_resnet.machine.devices import second_level_cache_bytes
 from fused_resnet.machine.malloc import LargePages
 from fused_resnet.operators.problem import ACTIVATIONS, output_size
-from fused_resnet.operators.quantized import Epilogue, Quantized, why_no_linear, why_not_reduced
+from fused_resnet.operators.quantized import Epilogue, Kept, Quantized, why_no_linear, why_not_reduced
 from fused_resnet.regions import layout
 
 _VERSION = 5
@@ -186,12 +186,12 @@ class Region:
     _num_inputs: int = 0
     _output_shapes: list[Shape] = field(default_factory=list)
 
-    def read(self, shape: Shape, how: Optional[Quantized] = None) -> Map:
+    def read(self, shape: Shape, how: Optional[Kept] = None) -> Map:
         """The next of the region's inputs."""
         return self._read(shape, [1, 1, 0], how)
 
     def read_for(
-        self, shape: Shape, weight: Tensor, stride: Pair, padding: Pair, how: Optional[Quantized] = None
+        self, shape: Shape, weight: Tensor, stride: Pair, padding: Pair, how: Optional[Kept] = None
     ) -> Segment:
         """The next of the region's inputs as the one convolution that reads it wants it: a stem.
 
@@ -212,19 +212,19 @@ class Region:
         unfolding = [S, stride[1], padding[1]]
         return Segment(Map((N, S * C, H, Q)), rows, (stride[0], 1), (padding[0], 0)), unfolding
 
-    def _read(self, shape: Shape, unfolding: list[int], how: Optional[Quantized]) -> Map:
+    def _read(self, shape: Shape, unfolding: list[int], how: Optional[Kept]) -> Map:
         x, index, tail = self._new_map(shape), self._num_inputs, self._quantized("read", how, lambda scale: 1 / scale)
         self._num_inputs += 1
         self._add(lambda: [_READ, index, self._first_image, self._number(x), *unfolding, *tail], [], x)
         return x
 
-    def write(self, x: Map, how: Optional[Quantized] = None) -> None:
+    def write(self, x: Map, how: Optional[Kept] = None) -> None:
         """x becomes the next of the region's outputs."""
         index, tail = len(self._output_shapes), self._quantized("write", how, lambda scale: scale)
         self._output_shapes.append(x.shape)
         self._add(lambda: [_WRITE, self._number(x), index, self._first_image, *tail], [x])
 
-    def write_means(self, x: Map, how: Quantized) -> None:
+    def write_means(self, x: Map, how: Kept) -> None:
         """The mean of each of x's maps becomes the next of the region's outputs, (N, C, 1, 1): in int8."""
         (N, C, H, W), index = x.shape, len(self._output_shapes)
         tail = self._quantized("write_means", how, lambda scale: scale / (H * W))
@@ -250,7 +250,7 @@ class Region:
         self._add(lambda: [_WRITE_LINEAR, self._number(x), index, self._first_image, *numbers], [x], weight=packed)
 
     def _quantized(
-        self, caller: str, how: Optional[Quantized], factor: Callable[[float], float] = lambda scale: scale
+        self, caller: str, how: Optional[Kept], factor: Callable[[float], float] = lambda scale: scale
     ) -> list[int]:
         """What a step says at its end: a factor made of the scale, and whether the bytes are signed."""
         if (how is None) == (self.dtype == torch.int8):
@@ -412,7 +412,7 @@ class Region:
         padding: Pair = (0, 0),
         *,
         count_include_pad: bool = True,
-        how: Optional[Quantized] = None,
+        how: Optional[Kept] = None,
     ) -> Map:
         """kind: "max", or "average", which int8 has only as `write_means`."""
         if self.dtype == torch.int8 and kind != "max":

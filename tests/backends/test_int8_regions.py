@@ -5,7 +5,7 @@ import torch
 
 from fused_resnet import backends, testing
 from fused_resnet.backends import int8_regions
-from fused_resnet.emulation.operands import int8_operands_of
+from fused_resnet.choosing.quantized import quantized_operands
 from fused_resnet.operators.problem import parsed_problem
 from fused_resnet.regions import kernels
 
@@ -26,7 +26,7 @@ def test_every_byte(name, dtype, activation):
     for seed, window in enumerate(("2x70x6x5 -> 40, 3x3 p1", "1x64x9x7 -> 33, 1x1 s2", "1x3x15x13 -> 16, 7x7 s2 p3")):
         for epilogue in ("bias", "bias+add"):
             p = parsed_problem(f"{window} {dtype} {epilogue} {activation}", "cpu")
-            outcome = testing.check(testing.Case(p, int8_operands_of(p, seed)), name)
+            outcome = testing.check(testing.Case(p, quantized_operands(p, seed)), name)
             if ROWS[name]:
                 assert (outcome.status, outcome.detail) == ("cannot run", ROWS[name])
             else:

@@ -11,9 +11,10 @@ import torch
 
 from fused_resnet import backends, choosing
 from fused_resnet.backends import cuda
+from fused_resnet.choosing.quantized import quantized_operands
 from fused_resnet.emulation import cuda_launches, library
 from fused_resnet.emulation.kernel import LANDINGS, SCHEDULES
-from fused_resnet.emulation.operands import int8_operands_of, operands_of
+from fused_resnet.emulation.operands import operands_of
 from fused_resnet.machine import devices
 from fused_resnet.operators import layout, quantized, reference
 from fused_resnet.operators.describe import conv_int8_problem, conv_problem
@@ -261,7 +262,7 @@ def test_every_config_of_the_backend_is_right(emulated_library, dtype):
 def test_bytes_reach_the_operator(emulated_library, dtype, activation):
     """From operands in any layout, with the default and with a split config."""
     p = parsed_problem(f"{SMALL_BATCH} {dtype} bias+add {activation}", "cpu")
-    o = int8_operands_of(p)
+    o = quantized_operands(p)
     o = o._replace(x=o.x.contiguous(), residual=o.residual.contiguous())
     expected = quantized.conv_act(o.x, o.weight, o.epilogue, p.stride, p.padding, p.dilation, p.groups, o.residual)
     for config in (None, cuda.CudaConfig(3, 2)):

@@ -1,4 +1,7 @@
-"""Convolutions of e4m3, as Triton compiles them, run in the emulator with a GPU's sums: within the bound of `float8`."""
+"""Convolutions of e4m3, as Triton compiles them, run in the emulator with a GPU's sums: within the bound of `float8`.
+
+And plans in int8 and e4m3 as for a GPU, of which each kernel is emulated.
+"""
 
 import importlib.util
 import sys
@@ -53,3 +56,13 @@ def test_triton(worker, number):
 def test_before_sm_89_there_is_none(worker):
     with pytest.raises(RuntimeError, match="sm_80 has no e4m3 arithmetic"):
         worker.ask("conv_float8", problem="1x32x4x4 -> 32, 1x1 float8_e4m3fn bias relu", how=(), arch=80, number=0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype, arch", [("int8", 80), ("int8", 90), ("float8_e4m3fn", 89), ("float8_e4m3fn", 90)])
+def test_a_plan_of_a_gpu_gives_the_references_answers(worker, dtype, arch):
+    answer = worker.ask("quantized_plan", dtype=dtype, arch=arch, number=arch)
+    is_int8 = dtype == "int8"
+    assert answer["reports"] == [] and answer["convolutions"] == (8 if is_int8 else 7), answer
+    assert answer["mma"] + answer["wgmma"] > 0
+    assert answer["worst"] == 0 if is_int8 else answer["worst"] < 0.02, answer

@@ -248,7 +248,7 @@ def test_scales_outlive_the_model(tmp_path):
     assert frozen.scales().images == 7
     for source in (path, str(path), frozen.scales(), Scales.load(path)):
         assert torch.equal(in_int8(model, x, calibrate=source)(x), frozen(x))
-    with pytest.raises(TypeError, match="frozen in float32; int8 alone has scales"):
+    with pytest.raises(TypeError, match="frozen in float32; int8 and float8_e4m3fn alone have scales"):
         fused_resnet.freeze(model, x).scales()
 
 
@@ -397,8 +397,9 @@ def refused(error, match, model=None, **options):
 
 def test_arguments_that_do_not_fit_together():
     refused(ValueError, "dtype=torch.int8 needs calibrate: a loader", calibrate=None)
-    refused(ValueError, "calibrate is for dtype=torch.int8, got dtype=torch.bfloat16", dtype=torch.bfloat16)
-    refused(ValueError, "keep is for dtype=torch.int8, got dtype=None", dtype=None, calibrate=None, keep=2)
+    dtypes = "dtype=torch.int8 or float8_e4m3fn"
+    refused(ValueError, f"calibrate is for {dtypes}, got dtype=torch.bfloat16", dtype=torch.bfloat16)
+    refused(ValueError, f"keep is for {dtypes}, got dtype=None", dtype=None, calibrate=None, keep=2)
     refused(TypeError, "keep must be names of convolutions or how many of them, got -1", keep=-1)
     refused(TypeError, "keep must be names of convolutions or how many of them, got 1.5", keep=1.5)
     unknown = "keep names .conv9., which holds no convolution and no linear layer. Known ones are conv1, "

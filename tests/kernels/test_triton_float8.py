@@ -6,10 +6,10 @@ On a GPU that can multiply e4m3, else in Triton's interpreter.
 import pytest
 import torch
 
-from fused_resnet.emulation.operands import int8_operands_of
+from fused_resnet.choosing.quantized import quantized_operands
 from fused_resnet.kernels.triton.conv import launch, row_space
 from fused_resnet.kernels.triton.conv.configs import TritonConfig, configs, default_config, search_space, why_illegal
-from fused_resnet.operators import float8, layout, quantized
+from fused_resnet.operators import float8, quantized
 from fused_resnet.operators.problem import parsed_problem
 from tests.kernels.test_triton import DEVICE, needs_triton
 from tests.kernels.test_triton_forms import needs_tma
@@ -39,7 +39,7 @@ CASES = {
 
 def on_device(text, seed=0):
     p = parsed_problem(text, DEVICE)
-    return p, int8_operands_of(p, seed).map(lambda tensor: tensor.to(DEVICE))
+    return p, quantized_operands(p, seed).map(lambda tensor: tensor.to(DEVICE))
 
 
 def poison(p):

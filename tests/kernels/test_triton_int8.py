@@ -6,7 +6,7 @@ On the GPU where there is one, else in Triton's interpreter.
 import pytest
 import torch
 
-from fused_resnet.emulation.operands import int8_operands_of
+from fused_resnet.choosing.quantized import quantized_operands
 from fused_resnet.kernels.triton.conv import launch, row_space
 from fused_resnet.kernels.triton.conv.configs import (
     TritonConfig,
@@ -43,7 +43,7 @@ CASES = {
 
 def on_device(text, seed=0):
     p = parsed_problem(text, DEVICE)
-    return p, int8_operands_of(p, seed).map(lambda tensor: tensor.to(DEVICE))
+    return p, quantized_operands(p, seed).map(lambda tensor: tensor.to(DEVICE))
 
 
 def expected_of(p, o) -> torch.Tensor:

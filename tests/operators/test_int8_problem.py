@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_resnet.emulation.operands import int8_operands_of
+from fused_resnet.choosing.quantized import quantized_operands
 from fused_resnet.operators.describe import conv_int8_problem
 from fused_resnet.operators.problem import parsed_problem
 
@@ -12,7 +12,7 @@ WINDOW = ((1, 1), (1, 1), (1, 1), 2, "relu")
 
 
 def operands():
-    return int8_operands_of(parsed_problem(TEXT, "cpu"))
+    return quantized_operands(parsed_problem(TEXT, "cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
@@ -21,7 +21,7 @@ def test_the_problem_is_what_its_text_says(dtype, activation, output):
     text = TEXT.replace("uint8", str(dtype)[6:]).replace("relu", activation)
     p = parsed_problem(text, "cpu")
     assert str(p) == text and (p.op, p.dtype, p.output_dtype) == ("conv_int8", dtype, output)
-    assert conv_int8_problem(int8_operands_of(p), *WINDOW[:4], activation) == p
+    assert conv_int8_problem(quantized_operands(p), *WINDOW[:4], activation) == p
     assert p._replace(dtype=torch.float16).op == "conv_bn_act"
 
 

@@ -14,9 +14,10 @@ import traceback
 
 import torch
 
+from fused_resnet.choosing.quantized import quantized_operands
 from fused_resnet.emulation import kernel, parser
 from fused_resnet.emulation.kernel import LANDINGS, SCHEDULES
-from fused_resnet.emulation.operands import int8_operands_of, operands_of
+from fused_resnet.emulation.operands import operands_of
 from fused_resnet.operators import float8, layout, quantized, reference
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, MaxPoolProblem, parsed_problem
@@ -111,7 +112,7 @@ def conv_int8(problem: str, how: list, arch: int, number: int, in_row_space: boo
     """differing: of the output's bytes, those that are not the reference's. how: a config of Triton's kernels, or
     (tile, splits) of csrc's."""
     p = parsed_problem(problem, "cuda")
-    o = int8_operands_of(p, number)
+    o = quantized_operands(p, number)
     expected = quantized.conv_act(o.x, o.weight, o.epilogue, p.stride, p.padding, p.dilation, p.groups, o.residual)
     poison = layout.channels_last(~expected)
     with _Watched() as watched:
@@ -128,7 +129,7 @@ def conv_float8(problem: str, how: list, arch: int, number: int, in_row_space: b
     """As `answer_of`, with tensor cores that add as this GPU's. differing: the share of the output's values that are
     not the reference's."""
     p = parsed_problem(problem, "cuda")
-    o = int8_operands_of(p, number)
+    o = quantized_operands(p, number)
     expected = quantized.conv_act(o.x, o.weight, o.epilogue, p.stride, p.padding, p.dilation, p.groups, o.residual)
     poison = torch.full(p.output_shape, torch.nan).to(p.dtype).contiguous(memory_format=torch.channels_last)
     with _Watched() as watched:
@@ -285,6 +286,55 @@ def random_problem(seed: int, index: int, arch: int, name: str, kind: str) -> di
     return dict(outcome._asdict(), register_a=watched.register_a)
 
 
+def quantized_plan(dtype: str, arch: int, number: int) -> dict:
+    """A small network frozen as for a GPU, all its kernels emulated. worst: the largest difference of its answers from
+    the reference's, as a part of the largest answer."""
+    import pytest
+
+    import fused_resnet
+    from fused_resnet import backends
+    from fused_resnet.backends import record, triton
+    from fused_resnet.emulation import launches
+    from fused_resnet.freezing import calibration
+    from fused_resnet.freezing import quantized as freezing
+    from fused_resnet.nn import BasicBlock
+    from tests.support import networks
+    from tests.support.quantized import by_reference, int8_regions
+
+    torch.manual_seed(0)
+    model, x = networks.small(BasicBlock).eval(), torch.randn(1, 3, 16, 16)
+    wanted = getattr(torch, dtype)
+    options = dict(dtype=wanted, calibrate=[torch.randn(8, 3, 16, 16)])
+    ran: list = []
+
+    def run(problem, operands, config=None):
+        out, outcomes = launches.conv_bn_act(
+            problem, layout.all_channels_last(operands), arch, config, out=layout.empty_output(problem, operands.x),
+            **mode(number),
+        )  # fmt: skip
+        ran.extend(outcomes)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        by_reference(patch)
+        expected = fused_resnet.freeze(model, x, **options)(x)
+    emulated = backends.Backend("triton", lambda problem: None, run, takes_bn=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "why_not_on", lambda dtype, device: None)
+        patch.setattr(freezing, "runs_in_steps", lambda draft: True)
+        patch.setattr(triton, "target", lambda: (arch, 132))
+        for op in ("conv_int8", "conv_float8"):
+            patch.setitem(record.REGISTRY, op, {"triton": emulated})
+        frozen = fused_resnet.freeze(model, x, **options)
+        ran.clear()
+        actual = frozen(x)
+        convolutions = sum(len(region.convolutions) for region in int8_regions(frozen, x))
+    worst = ((actual - expected).abs().max() / expected.abs().max()).item()
+    reports = [report for one in ran for report in one.reports]
+    counts = {name: sum(getattr(one.counts, name) for one in ran) for name in ("mma", "wgmma")}
+    return dict(worst=worst, reports=reports[:3], convolutions=convolutions, **counts)
+
+
 def gemm(arch: int, number: int, dtype: str, a_is_k_major: bool, b_is_k_major: bool, block_k: int) -> dict:
     from tests.emulation import layout_gemm
 
@@ -306,6 +356,7 @@ CASES = (
     affine_act,
     max_pool,
     random_problem,
+    quantized_plan,
     gemm,
     made_descriptors,
 )

@@ -2,9 +2,10 @@
 
 from types import SimpleNamespace
 
+import torch
 from torch import nn
 
-from fused_resnet.freezing import quantized
+from fused_resnet.freezing import calibration, quantized
 from fused_resnet.freezing.modules import FrozenRegion
 from fused_resnet.operators.layout import channels_last
 from fused_resnet.regions import kernels
@@ -31,10 +32,15 @@ class ExactRegion(FrozenRegion):
 
 
 def by_reference(monkeypatch):
-    """Have every int8 region computed so."""
+    """Have every region in int8 computed so, and in e4m3, which no CPU has."""
     monkeypatch.setattr(quantized, "region_of", lambda draft, nodes, fragment, *rest: ExactRegion(fragment, *rest))
     why_none = kernels.why_none
     monkeypatch.setattr(kernels, "why_none", lambda dtype: None if dtype.itemsize == 1 else why_none(dtype))
+    why_not_on = calibration.why_not_on
+    float8 = torch.float8_e4m3fn
+    monkeypatch.setattr(
+        calibration, "why_not_on", lambda dtype, device: None if dtype == float8 else why_not_on(dtype, device)
+    )
 
 
 def int8_regions(frozen, x):

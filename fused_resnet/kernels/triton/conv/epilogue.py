@@ -185,8 +185,8 @@ def rescaled(acc, channels, live_channels, epilogue):
 
 @jit
 def limited(y, epilogue):
-    """min(max(y, low), high), to be stored in e4m3. Of bytes, rint of that in the lowest byte of an int32, half to even.
-    NaN gives low in bytes."""
+    """min(max(y, low), high), to be stored in e4m3. Of bytes rint of that, half to even, in the last byte of an int32.
+    NaN gives low there."""
     if epilogue.out.dtype.element_ty == tl.float8e4nv:
         y = tl.maximum(y, tl.cast(epilogue.low, tl.float32), propagate_nan=tl.PropagateNan.ALL)
         y = tl.minimum(y, tl.cast(epilogue.high, tl.float32), propagate_nan=tl.PropagateNan.ALL)
