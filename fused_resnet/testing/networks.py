@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,9 @@ def in_fp64(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def error(actual: Tensor, exact: Tensor) -> float:
-    """Root mean square of the difference, relative to that of the exact result."""
-    return ((actual.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
+    """Root mean square of the difference, relative to that of the exact result; where that is 0, 0 or infinity."""
+    difference, size = (tensor.square().mean().sqrt().item() for tensor in (actual.double() - exact, exact))
+    return difference / size if size else math.inf * difference if difference else 0.0
 
 
 def allowed(plain: Tensor, exact: Tensor, *, winograd: bool = False) -> float:
