@@ -12,11 +12,11 @@ from collections import Counter
 from typing import Optional, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fused_resnet.backends import blocked
 from fused_resnet.choosing import exactness
+from fused_resnet.freezing.copied_maps import PADS, copies_of
 from fused_resnet.freezing.draft import Draft
 from fused_resnet.freezing.dtypes import facts_of
 from fused_resnet.freezing.fragments import (
@@ -35,7 +35,7 @@ from fused_resnet.operators import quantized
 from fused_resnet.operators.problem import ConvProblem
 from fused_resnet.operators.quantized import Epilogue, Quantized, quantized_over
 from fused_resnet.quantizing.calibrate import FloatConv, Subject
-from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, compile_fragment, packings
+from fused_resnet.regions.fragment import ConvStep, FlattenStep, Fragment, PoolStep, compile_fragment, packings
 from fused_resnet.regions.layout import DTYPES
 
 _WHY = "int8 was asked for"
@@ -81,8 +81,8 @@ def kept_by(names: Sequence[str], asked: Sequence[str]) -> frozenset[str]:
 
 def why_no_int8(problem: ConvProblem) -> Optional[str]:
     """Why no convolution like this one, of whatever dtype and images, has an int8 form."""
-    if problem.groups != 1:
-        return f"int8 convolutions are of one group, not of {problem.groups}"
+    if (reason := blocked.why_no_groups(problem, torch.int8)) is not None:
+        return reason
     if problem.activation not in quantized.ACTIVATIONS:
         return f"{problem.activation} has no int8 form"
     return quantized.why_not_reduced(problem.reduction)
@@ -133,6 +133,10 @@ class _Tensors:
             source = self.how(node.all_input_nodes[0])
             if source is not None:
                 return source
+        if copies_of(self._draft, node) is not None:
+            sources = {self.how(source) for source in node.all_input_nodes}
+            if len(sources) == 1 and sources != {None}:
+                return sources.pop()
         known = self._ranges.get(self._names[node])
         if known is None:
             return None
@@ -157,7 +161,7 @@ class _Tensors:
             return "the batch is empty"
         if self._forms.get(self._names[node]) != (p.activation, p.has_residual):
             return "it was calibrated with another sum or activation behind it"
-        if (reason := blocked.why_not(p._replace(dtype=torch.float32))) is not None:
+        if (reason := blocked.why_not(p._replace(dtype=torch.float32, groups=1))) is not None:
             return reason
         unknown = [self._names[value] for value in (*node.all_input_nodes, node) if self.how(value) is None]
         return f"{unknown[0]} was not calibrated" if unknown else None
@@ -167,8 +171,10 @@ class _Tensors:
             return False
         if node in self._draft.convs:
             return self.why_not(node) is None
-        pooling = pooling_of(self._draft, node)
-        if pooling is None or self.how(node.all_input_nodes[0]) is None:
+        pooling, hows = pooling_of(self._draft, node), {self.how(source) for source in node.all_input_nodes}
+        if copies_of(self._draft, node) is not None:  # of bytes that mean the same
+            return len(hows) == 1 and self.how(node) in hows - {None}
+        if pooling is None or None in hows:
             return False
         return pooling.kind == "max" or self._is_mean(node)
 
@@ -199,7 +205,7 @@ def _moves(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         return facts_of(node.all_input_nodes[0]) is not None
-    if node.target not in (F.pad, torch._C._nn.pad):
+    if node.target not in PADS:
         return False
     asked = {**dict(zip(("input", "pad", "mode", "value"), node.args)), **node.kwargs}
     return asked.get("mode", "constant") == "constant" and asked.get("value") in (None, 0)
@@ -219,7 +225,7 @@ def _in_bytes(fragment: Fragment, hows: Sequence[Optional[Quantized]]) -> Fragme
             step = step._replace(problem=problem, by_winograd=False)
         elif isinstance(step, PoolStep) and step.kind == "average":
             scales[value] = None
-        elif not isinstance(step, PoolStep):
+        elif isinstance(step, FlattenStep):
             scales[value] = scales[step.x]
         steps.append(step)
     return fragment._replace(steps=tuple(steps), dtype=torch.int8, scales=tuple(scales))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused_resnet.operators import quantized
 from fused_resnet.operators.quantized import Epilogue
-from fused_resnet.regions.fragment import ConvStep, FlattenStep, Fragment
+from fused_resnet.regions.fragment import ConvStep, CopyStep, FlattenStep, Fragment
 
 
 def run_reference(
@@ -22,13 +22,15 @@ def run_reference(
     for x, how in zip(inputs, fragment.scales):
         values.append(x if how is None else quantized.quantize(x, how))
     for place, step in enumerate(fragment.steps):
-        x = values[step.x]
+        x = values[step.reads[0]]
         if isinstance(step, ConvStep):
             p, residual = step.problem, None if step.residual is None else values[step.residual]
             window = (p.stride, p.padding, p.dilation, p.groups)
             y = quantized.conv_act(x, weights[place], epilogues[place], *window, residual)
         elif isinstance(step, FlattenStep):
             y = x
+        elif isinstance(step, CopyStep):
+            y = step.of([values[read] for read in step.xs])
         elif step.kind == "max":
             y = quantized.max_pool(x, step.window, step.stride, step.padding)
         else:

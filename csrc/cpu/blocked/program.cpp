@@ -190,7 +190,7 @@ Program::Window Program::read_dilated_window() {
 }
 
 Step Program::next() {
-  const int64_t step = read_between("a step", 0, 8);
+  const int64_t step = read_between("a step", 0, 9);
   STD_TORCH_CHECK(is_int8() ? step != 6 && step != 8 : step != 7, kRegion, ": ", kernel_.name, " has no step ", step);
   switch (step) {
     case 0:
@@ -209,8 +209,10 @@ Step Program::next() {
       return read_winograd();
     case 7:
       return read_means();
-    default:
+    case 8:
       return read_pooled_stem();
+    default:
+      return read_copy();
   }
 }
 
@@ -308,11 +310,13 @@ Step Program::read_convolution() {
   const float* constants = is_int8() ? read_constants(c.panels) : nullptr;
   if (!is_int8()) c.bias = read_bias(c.panels);
   c.num_segments = static_cast<int>(read_between("the number of segments", 1, kMaxSegments));
-  offsets_.clear();
+  offsets_.clear(), first_blocks_.clear();
   for (int s = 0; s < c.num_segments; ++s) c.steps += read_segment(out, &c.segments[s], &runs_on);
   for (int s = 0, first = 0; s < c.num_segments; first += c.segments[s++].steps) {
     c.segments[s].offsets = offsets_.data() + first;
   }
+  const auto is_first = [](int64_t block) { return block == 0; };
+  if (!std::all_of(first_blocks_.begin(), first_blocks_.end(), is_first)) c.first_blocks = first_blocks_.data();
   check_weights(weight, &c);
   if (is_int8()) read_requantizing(constants, &c);
   c.panels_outermost = step.splits_channels || passes_panels(c);
@@ -351,10 +355,14 @@ void Program::read_residual(const Buffer& out, Convolution* c, bool* runs_on) {
 int64_t Program::read_segment(const Buffer& out, Segment* segment, bool* runs_on) {
   const Buffer& input = read_buffer();
   const Layout &l = input.layout, &to = out.layout;
-  const int64_t channels = read_between("the channels of a phased map", 0, l.C);
+  const int64_t channels = read_between("the channels of a phased map", 0, l.C), in = channels > 0 ? channels : l.C;
   const Window w = read_dilated_window();
+  const int64_t groups = read_between("a convolution's groups", 1, in);
+  STD_TORCH_CHECK(in % groups == 0 && to.C % groups == 0, kRegion, ": ", in, " and ", to.C, " channels have no ",
+                  groups, " groups");
+  segment->blocks = set_groups(in / groups, to.C / groups, to.C);
   check_disjoint("an input", input, out);
-  const int64_t products = (channels > 0 ? channels : l.C) * w.R * w.S;
+  const int64_t products = in / groups * w.R * w.S;
   STD_TORCH_CHECK(!is_int8() || products <= kMostProducts, kRegion, ": sums of ", products,
                   " products may leave int32, at most ", kMostProducts, " stay");
   STD_TORCH_CHECK(l.N == to.N, kRegion, ": a convolution of ", text(l), " does not give ", text(to));
@@ -371,8 +379,8 @@ int64_t Program::read_segment(const Buffer& out, Segment* segment, bool* runs_on
 }
 
 void Program::set_offsets(const Layout& l, const Window& w, Segment* segment) {
-  set_steps(l.used_blocks(), w, segment);
-  for (int64_t block = 0; block < l.used_blocks(); ++block) {
+  set_steps(w, segment);
+  for (int64_t block = 0; block < segment->blocks; ++block) {
     for (int64_t r = 0; r < w.R; ++r) {
       for (int64_t s = 0; s < w.S; ++s) {
         offsets_.push_back(block * l.plane_bytes() +
@@ -396,8 +404,8 @@ int64_t Program::read_phased(const Window& w, const Buffer& input, int64_t chann
   STD_TORCH_CHECK(std::max(*most_h, *most_w) <= 0 && std::min(*least_h, *least_w) >= -l.halo, kRegion,
                   ": the window reaches beyond the halo of ", l.halo, " around its phases");
   *runs_on &= l.pitch == to.pitch;
-  set_steps(map.used_blocks(), w, segment);
-  for (int64_t block = 0; block < map.used_blocks(); ++block) {
+  set_steps(w, segment);
+  for (int64_t block = 0; block < segment->blocks; ++block) {
     for (int64_t r = 0; r < w.R; ++r) {
       for (int64_t s = 0; s < w.S; ++s) {
         offsets_.push_back((phases.index(r, s) * map.blocks() + block) * l.plane_bytes() +
@@ -408,9 +416,23 @@ int64_t Program::read_phased(const Window& w, const Buffer& input, int64_t chann
   return segment->steps;
 }
 
-void Program::set_steps(int64_t blocks, const Window& w, Segment* segment) {
-  segment->blocks = blocks;
-  segment->steps = blocks * w.R * w.S;
+// How many blocks of its input a panel reads: those of its outputs' groups. Appends the first of them for each panel,
+// whose others lie within the input. in, out: channels of a group.
+int64_t Program::set_groups(int64_t in, int64_t out, int64_t channels) {
+  const int64_t lanes = lanes_of(kernel_.dtype), begin = static_cast<int64_t>(first_blocks_.size());
+  int64_t count = 0;
+  for (int64_t channel = 0; channel < channels; channel += kPanel) {
+    const int64_t last_group = (std::min(channel + kPanel, channels) - 1) / out, first = channel / out * in / lanes;
+    first_blocks_.push_back(first);
+    count = std::max(count, ((last_group + 1) * in + lanes - 1) / lanes - first);
+  }
+  const int64_t last = (channels / out * in + lanes - 1) / lanes - count;
+  for (auto at = first_blocks_.begin() + begin; at != first_blocks_.end(); ++at) *at = std::min(*at, last);
+  return count;
+}
+
+void Program::set_steps(const Window& w, Segment* segment) {
+  segment->steps = segment->blocks * w.R * w.S;
   STD_TORCH_CHECK(segment->steps <= most_steps_, kRegion,
                   ": a weight must have the shape of its convolution, and that of ", segment->steps,
                   " k steps or more has ", most_steps_);
@@ -528,6 +550,22 @@ void Program::set_window(const Window& w, const Layout& l, const Buffer& out, Po
   p->padding_h = w.padding_h, p->padding_w = w.padding_w;
 }
 
+Step Program::read_copy() {
+  const Buffer &from = read_buffer(), &to = read_buffer();
+  const Layout &l = from.layout, &t = to.layout;
+  Copying c{};
+  c.channel = read_between("a channel", 0, t.C);
+  c.stride_h = read_between("a stride", 1, kMost), c.stride_w = read_between("a stride", 1, kMost);
+  c.factor_h = read_between("a factor", 1, kMost), c.factor_w = read_between("a factor", 1, kMost);
+  c.zeroes = read_between("whether out is zeroed", 0, 1) == 1;
+  STD_TORCH_CHECK(l.N == t.N && l.C <= t.C - c.channel && (t.H - 1) / c.factor_h * c.stride_h < l.H &&
+                      (t.W - 1) / c.factor_w * c.stride_w < l.W,
+                  kRegion, ": ", text(l), " from channel ", c.channel, " on, every ", c.stride_h, "x", c.stride_w,
+                  " pixels ", c.factor_h, "x", c.factor_w, " times, does not fill ", text(t));
+  check_disjoint("an input", from, to);
+  return Copy{from, to, c};
+}
+
 Step Program::read_pooled_stem() {
   PooledStem step{};
   const Buffer& out = read_buffer();
@@ -568,6 +606,7 @@ Step Program::read_pooled_stem() {
 
   Segment& segment = c.segments[0];
   segment.stride_h = w.stride_h, segment.stride_w = w.stride_w;
+  segment.blocks = step.read.used_blocks();
   offsets_.clear();
   set_offsets(step.read, w, &segment);
   segment.offsets = offsets_.data();
