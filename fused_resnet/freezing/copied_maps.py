@@ -80,7 +80,7 @@ def _zero_channels(node: fx.Node) -> Optional[CopyStep]:
 
 
 def _upsampling(draft: Draft, node: fx.Node, source: Facts, facts: Facts) -> Optional[CopyStep]:
-    """Of the nearest pixel, by powers of two: there torch's product of an index and a factor in fp32 is exact."""
+    """By the nearest pixel and powers of two: there torch's product of an index and a factor in fp32 is exact."""
     layer = draft.called_by(node)
     if node.op == "call_function" and node.target is F.interpolate:
         asked = _asked(node, "input", "size", "scale_factor", "mode")

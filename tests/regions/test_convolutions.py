@@ -95,7 +95,7 @@ def test_every_element_is_within_its_bound(kernel, dtype, case, activation):
 
 @pytest.mark.parametrize("kernel, dtype", KERNELS.items(), ids=str)
 def test_silu_is_as_exact_as_its_dtype(kernel, dtype):
-    """Of each number by itself, two units in the last place of fp32 at most: 4e-37 is where its exponential ends."""
+    """For each number by itself, two units in the last place of fp32 at most: 4e-37 is where its exponential ends."""
     points = torch.cat([torch.linspace(-100, 100, 2801), torch.randn(980) * 10 ** torch.linspace(-6, 3, 980)])
     ends = torch.tensor([torch.nan, torch.inf, -torch.inf, -1e38, 0.0, 3e38])
     x = channels_last(torch.cat([points, ends]).view(1, 1, 1, -1).to(dtype))
@@ -149,7 +149,7 @@ def test_groups(kernel, dtype, case):
 
 @pytest.mark.parametrize("dtype", [*layout.DTYPES, torch.int8], ids=str)
 def test_a_panel_of_groups_reads_their_blocks_alone(dtype):
-    """Of groups that divide a panel the blocks of as many channels, of larger ones those of one group."""
+    """Where groups divide a panel, the blocks of a panel's channels; where they are larger, those of one group."""
     lanes = layout.lanes(dtype)
     for C, groups in ((128, 32), (512, 32), (256, 8), (256, 4)):
         first, count = layout.blocks_of_panels(C, C, groups, dtype)

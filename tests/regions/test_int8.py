@@ -64,7 +64,7 @@ class Drawn:
         self.add(PoolStep("max", x, window, stride, padding, False), (N, C, P, Q), self.scales[x])
 
     def copies(self):
-        """Of maps that are kept alike."""
+        """Those of maps that are kept alike."""
         x = self.source()
         alike = [(value, shape) for value, shape in enumerate(self.values) if self.scales[value] == self.scales[x]]
         step, shape = draw_copies(self.draw, x, alike)

@@ -330,13 +330,14 @@ Step Program::read_convolution() {
 
 // Whether the tiles of a chunk pass panel by panel although the weights are smaller than the input. That is faster
 // where windows are one pixel, reductions long, and weights more than a first-level cache keeps beside pixels: on
-// ResNet-50's convolutions, and slower on its others (Xeon with AMX, bf16, batches of 1, 2 and 8, 2026-12). Without
-// tiles neither order is faster.
+// ResNet-50's convolutions, and slower on its others (Xeon with AMX, bf16, batches of 1, 2 and 8, 2026-12). In int8,
+// and without tiles, neither order is faster.
 bool Program::passes_panels(const Convolution& c) const {
   for (int s = 0; s < c.num_segments; ++s) {
     if (c.segments[s].steps > c.segments[s].blocks) return false;
   }
-  return kernel_.tiles > 1 && c.steps >= kManySteps && c.panels * c.steps * kStepBytes > kFewWeights;
+  const bool is_bf16_by_tiles = kernel_.tiles > 1 && !is_int8();
+  return is_bf16_by_tiles && c.steps >= kManySteps && c.panels * c.steps * kStepBytes > kFewWeights;
 }
 
 void Program::read_residual(const Buffer& out, Convolution* c, bool* runs_on) {
