@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Callable, Optional
 
+import torch
 from torch import Tensor
 
 from fused_resnet.backends.cpu_kernels import packing, why_no_kernel
@@ -15,19 +16,28 @@ from fused_resnet.backends.record import Backend, InPlan
 from fused_resnet.kernels import sources
 from fused_resnet.operators.layout import channels_last, empty_output
 from fused_resnet.operators.problem import ConvProblem
-from fused_resnet.regions import calls, fragment, kernels
+from fused_resnet.regions import calls, fragment, kernels, layout
 from fused_resnet.regions.fragment import ConvStep, Fragment, compile_fragment
 from fused_resnet.regions.layout import MOST_TAPS
 
+# channels that a panel may read for each of a group: the others meet zeros
+_MOST_READ, _MOST_READ_BY_TILES = {torch.float32: 2, torch.bfloat16: 4, torch.int8: 16}, 8
 _MOST = 2**24  # csrc/cpu/blocked/program.cpp: of every number but a window's sides
 
 
 def why_not(problem: ConvProblem) -> Optional[str]:
+    if problem.groups != 1:
+        return f"it computes convolutions of one group, not of {problem.groups}"
+    return why_not_in_region(problem)
+
+
+def why_not_in_region(problem: ConvProblem) -> Optional[str]:
+    """The same of a region, which also computes groups: as plans may, it spreads what is not finite to neighbours."""
     p, reason = problem, why_no_kernel(problem)
     if reason is not None:
         return reason
-    if p.groups != 1:
-        return f"it computes convolutions of one group, not of {p.groups}"
+    if (reason := why_no_groups(p, p.dtype)) is not None:
+        return reason
     if not (p.H and p.W):
         return f"it needs a map of one pixel at least, not {p.H}x{p.W}"
     if max(p.R, p.S) > MOST_TAPS:
@@ -36,6 +46,20 @@ def why_not(problem: ConvProblem) -> Optional[str]:
     if max(sizes) > _MOST:
         return f"its sizes are at most {_MOST}, not {max(sizes)}"
     return kernels.why_none(p.dtype)
+
+
+def why_no_groups(problem: ConvProblem, dtype: torch.dtype) -> Optional[str]:
+    """Why a region of this dtype does not compute the problem's groups. In int8 the same everywhere: who computes a
+    convolution there is part of the result."""
+    p, each, most = problem, problem.C // problem.groups, _MOST_READ[dtype]
+    if p.groups == 1 or not p.C or not p.K:
+        return None
+    if dtype == torch.bfloat16 and kernels.fastest_name(dtype).startswith("amx"):
+        most = _MOST_READ_BY_TILES
+    read = layout.blocks_of_panels(p.K, p.C, p.groups, dtype).each * layout.lanes(dtype)
+    if read <= most * each:
+        return None
+    return f"its panels would read {read} channels for groups of {each}, and more than {most} times as many do not pay"
 
 
 def pack(problem: ConvProblem, weight: Tensor, config: None = None) -> Tensor:

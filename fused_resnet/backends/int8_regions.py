@@ -26,7 +26,8 @@ NAMES = ("amx_int8", "amx_int8_emulated", "avx512_vnni", "avx_vnni", "avx2_int8"
 
 
 def why_not(name: str, problem: ConvProblem) -> Optional[str]:
-    if (reason := blocked.why_not(problem._replace(dtype=torch.float32))) is not None:
+    of_floats = problem._replace(dtype=torch.float32, groups=1)
+    if (reason := blocked.why_not(of_floats) or blocked.why_no_groups(problem, torch.int8)) is not None:
         return reason
     row = next((kernel for kernel in kernels.table() if kernel.name == name), None)
     return "the library does not have it: build it again" if row is None else row.why_not or None

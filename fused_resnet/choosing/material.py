@@ -18,7 +18,15 @@ from fused_resnet.choosing.planned import bound, bound_linear, pack_linear
 from fused_resnet.operators import composites, reference
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.operators.problem import ConvProblem
-from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, by_winograd, compile_fragment, packings
+from fused_resnet.regions.fragment import (
+    ConvStep,
+    CopyStep,
+    Fragment,
+    PoolStep,
+    by_winograd,
+    compile_fragment,
+    packings,
+)
 from fused_resnet.regions.program import CompiledRegion
 
 Call = Callable[..., Tensor]
@@ -40,7 +48,9 @@ class Material:
                 p, key = one.problem, (place, one.problem)
                 if key not in self._weights:
                     generator = torch.Generator().manual_seed(place)
-                    weight = torch.randn(p.K, p.C, p.R, p.S, generator=generator) * math.sqrt(2 / p.reduction)
+                    weight = torch.randn(p.K, p.C // p.groups, p.R, p.S, generator=generator) * math.sqrt(
+                        2 / p.reduction
+                    )
                     bias = torch.empty(p.K).uniform_(-0.5, 0.5, generator=generator) if p.has_bias else None
                     weight = weight.to(p.dtype, memory_format=torch.channels_last)
                     self._weights[key] = weight, None if bias is None else bias.to(p.dtype)  # as `affine.fold` has them
@@ -68,6 +78,8 @@ class Material:
                 calls.append(linear(*of[step], one.problem.N))
             elif isinstance(one, PoolStep):
                 calls.append(_pooling_of_plans(f, step))
+            elif isinstance(one, CopyStep):
+                calls.append(_copies_of_torch(one))
             else:
                 calls.append(lambda x: x)
         return in_a_row(f, calls)
@@ -127,6 +139,8 @@ def _nodes(fragment: Fragment, convolution: Callable[[int, ConvProblem], Call]) 
             calls.append(convolution(place, step.problem._replace(N=2)))
         elif isinstance(step, PoolStep):
             calls.append(_pooling_of_torch(step))
+        elif isinstance(step, CopyStep):
+            calls.append(_copies_of_torch(step))
         else:
             calls.append(lambda x: x)
     return in_a_row(fragment, calls)
@@ -140,11 +154,12 @@ def _convolution_in_fp64(problem: ConvProblem, weight: Tensor, bias: Optional[Te
 
 
 def _convolution_in_fp32(problem: ConvProblem, weight: Tensor, bias: Optional[Tensor]) -> Call:
-    p, matrix = problem, weight.contiguous().flatten(1).float()
+    p, matrix = problem, weight.contiguous().view(problem.groups, problem.K // problem.groups, -1).float()
     added = None if bias is None else bias.float().view(-1, 1)
 
     def run(x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-        y = matrix @ F.unfold(x.float(), (p.R, p.S), p.dilation, p.padding, p.stride)
+        columns = F.unfold(x.float(), (p.R, p.S), p.dilation, p.padding, p.stride)
+        y = (matrix @ columns.view(len(x), p.groups, matrix.shape[2], -1)).flatten(1, 2)
         y = (y if added is None else y + added).view(p.output_shape)
         return composites.activate(y if residual is None else y + residual, p.activation).to(p.dtype)
 
@@ -182,6 +197,10 @@ def _pooling_of_torch(step: PoolStep) -> Call:
     if step.kind == "max":
         return lambda x: F.max_pool2d(x, window, stride, padding)
     return lambda x: F.avg_pool2d(x, window, stride, padding, count_include_pad=counts)
+
+
+def _copies_of_torch(step: CopyStep) -> Call:
+    return lambda *maps: step.of(maps).contiguous(memory_format=torch.channels_last)
 
 
 def images_of(fragment: Fragment) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from fused_resnet import backends
 from fused_resnet.choosing import winners
 from fused_resnet.choosing.choice import Selection
-from fused_resnet.regions.fragment import ConvStep, Fragment, Step
+from fused_resnet.regions.fragment import ConvStep, CopyStep, Fragment, Step
 
 
 class Separate(NamedTuple):
@@ -79,6 +79,8 @@ class Piece(NamedTuple):
 
 
 def _renamed(step: Step, renamed: Mapping[int, int]) -> Step:
+    if isinstance(step, CopyStep):
+        return step._replace(xs=tuple(renamed[x] for x in step.xs))
     if not isinstance(step, ConvStep):
         return step._replace(x=renamed[step.x])
     return step._replace(x=renamed[step.x], residual=None if step.residual is None else renamed[step.residual])

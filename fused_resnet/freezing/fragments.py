@@ -15,6 +15,7 @@ from fused_resnet.backends import blocked, winograd
 from fused_resnet.choosing import outright, pieces, winners
 from fused_resnet.choosing.choice import FIXED_ORDER
 from fused_resnet.choosing.piece import Piece, Separate
+from fused_resnet.freezing.copied_maps import copies_of, sources_of
 from fused_resnet.freezing.draft import Draft
 from fused_resnet.freezing.dtypes import facts_of
 from fused_resnet.freezing.region import FrozenRegion, RegionConv
@@ -140,11 +141,14 @@ def grouped(
 
 
 def from_the_first_convolution(draft: Draft, nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Up to what would flatten, or be a linear layer of, a map that is then outside."""
+    """Up to what would flatten, or be a linear layer of, a map that is then outside. Copies at the end are left out."""
     left = list(itertools.dropwhile(lambda node: node not in draft.convs, nodes))
     for index, node in enumerate(left):
         if (flattens(draft, node) or linear_of(draft, node)) and node.args[0] not in left[:index]:
-            return left[:index]
+            left = left[:index]
+            break
+    while left and copies_of(draft, left[-1]) is not None:
+        left.pop()
     return left
 
 
@@ -204,9 +208,9 @@ def _fits(draft: Draft, node: fx.Node) -> bool:
         return False
     conv = draft.convs.get(node)
     if conv is None:
-        return pooling_of(draft, node) is not None
+        return pooling_of(draft, node) is not None or copies_of(draft, node) is not None
     problem = conv.problem
-    if not problem.N or blocked.BACKEND.why_not(problem) is not None:
+    if not problem.N or blocked.why_not_in_region(problem) is not None:
         return False
     return winners.why_wrong(winners.outcome(problem, blocked.BACKEND.name)) is None
 
@@ -238,13 +242,14 @@ def pooling_of(draft: Draft, node: fx.Node) -> Optional[PoolStep]:
 
 def run_of(draft: Draft, nodes: list[fx.Node], places: tuple[int, ...]) -> Run:
     inside = set(nodes)
-    inputs = list(dict.fromkeys(source for node in nodes for source in _sources(node) if source not in inside))
+    inputs = list(dict.fromkeys(source for node in nodes for source in sources_of(node) if source not in inside))
     numbers = {node: number for number, node in enumerate([*inputs, *nodes])}
     multiplies_tiles = kernels.fastest_name(_tensor(nodes[0]).dtype).startswith("amx")
     steps: list[Step] = []
     separate: list[Optional[Separate]] = []
     for node in nodes:
-        x, residual, *_ = (*(numbers[source] for source in _sources(node)), None)
+        reads = tuple(numbers[source] for source in sources_of(node))
+        x, residual, *_ = (*reads, None)
         conv = draft.convs.get(node)
         if conv is not None:
             # with AMX's products Winograd's in fp32 cannot compete
@@ -255,6 +260,8 @@ def run_of(draft: Draft, nodes: list[fx.Node], places: tuple[int, ...]) -> Run:
             separate.append(None)
             if (pooling := pooling_of(draft, node)) is not None:
                 steps.append(pooling._replace(x=x))
+            elif (copies := copies_of(draft, node)) is not None:
+                steps.append(copies._replace(xs=reads))
             elif (problem := linear_of(draft, node)) is not None:
                 steps.append(ConvStep(problem, x, is_linear=True))
             else:
@@ -281,10 +288,6 @@ def _is_winograd(draft: Draft, node: fx.Node) -> bool:
 def _packed_as(packing: Packing) -> str:
     """The name under which the model's plans share such a weight."""
     return _BY_WINOGRAD if packing.by_winograd else _BY_PRODUCTS
-
-
-def _sources(node: fx.Node) -> list[fx.Node]:
-    return [source for source in node.args if isinstance(source, fx.Node)]  # one that is read twice, twice
 
 
 def _stages(fragment: Fragment) -> list[tuple[int, int]]:
@@ -348,7 +351,7 @@ def replace(draft: Draft, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], 
     """One node for these where the last of them is, and one for each of its outputs if there are several: the latter
     are returned."""
     inside = set(nodes)
-    inputs = list(dict.fromkeys(source for node in nodes for source in _sources(node) if source not in inside))
+    inputs = list(dict.fromkeys(source for node in nodes for source in sources_of(node) if source not in inside))
     with draft.graph.inserting_after(nodes[-1]):
         called = draft.graph.call_module(draft.add("region", region), tuple(inputs))
     if len(outputs) == 1:

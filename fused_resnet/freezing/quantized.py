@@ -14,12 +14,12 @@ from collections import Counter
 from typing import Optional, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fused_resnet.backends import blocked
 from fused_resnet.choosing import exactness
 from fused_resnet.choosing import quantized as on_gpu
+from fused_resnet.freezing.copied_maps import PADS, copies_of
 from fused_resnet.freezing.draft import Draft
 from fused_resnet.freezing.dtypes import facts_of
 from fused_resnet.freezing.fragments import (
@@ -42,7 +42,15 @@ from fused_resnet.operators.problem import FLOAT8, ConvProblem, dtype_name
 from fused_resnet.operators.quantized import Epilogue, Kept, Quantized, quantized_over
 from fused_resnet.quantizing.calibrate import FloatConv, Subject
 from fused_resnet.quantizing.scales import Effect
-from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep, compile_fragment, map_of, packings
+from fused_resnet.regions.fragment import (
+    ConvStep,
+    FlattenStep,
+    Fragment,
+    PoolStep,
+    compile_fragment,
+    map_of,
+    packings,
+)
 from fused_resnet.regions.layout import DTYPES
 
 log = logging.getLogger("fused_resnet")
@@ -102,7 +110,9 @@ def kept_by(names: Sequence[str], asked: Sequence[str]) -> frozenset[str]:
 def why_no_int8(problem: ConvProblem, dtype: torch.dtype = torch.int8) -> Optional[str]:
     """Why no convolution like this one, of whatever dtype and images, has a form in int8, or in e4m3."""
     name = "int8" if dtype == torch.int8 else "e4m3"
-    if problem.groups != 1:
+    if dtype == torch.int8 and (reason := blocked.why_no_groups(problem, torch.int8)) is not None:
+        return reason
+    if dtype == FLOAT8 and problem.groups != 1:
         return f"{name} convolutions are of one group, not of {problem.groups}"
     if problem.activation not in quantized.ACTIVATIONS:
         return f"{problem.activation} has no {name} form"
@@ -170,6 +180,10 @@ class _Tensors:
             source = self.how(node.all_input_nodes[0])
             if source is not None:
                 return source
+        if copies_of(self._draft, node) is not None:
+            sources = {self.how(source) for source in node.all_input_nodes}
+            if len(sources) == 1 and sources != {None}:
+                return sources.pop()
         known = self._ranges.get(self._names[node])
         if known is None:
             return None
@@ -211,15 +225,17 @@ class _Tensors:
     def _why_no_kernel(self, p: ConvProblem) -> Optional[str]:
         if runs_in_steps(self._draft):
             return on_gpu.why_not(p._replace(dtype=self._dtype, has_bias=True))
-        return blocked.why_not(p._replace(dtype=torch.float32))
+        return blocked.why_not(p._replace(dtype=torch.float32, groups=1))
 
     def fits(self, node: fx.Node) -> bool:
         if not node.users:
             return False
         if node in self._draft.convs:
             return self.why_not(node) is None
-        pooling = pooling_of(self._draft, node)
-        if pooling is None or self.how(node.all_input_nodes[0]) is None:
+        pooling, hows = pooling_of(self._draft, node), {self.how(source) for source in node.all_input_nodes}
+        if copies_of(self._draft, node) is not None:  # of bytes that mean the same
+            return not runs_in_steps(self._draft) and len(hows) == 1 and self.how(node) in hows - {None}
+        if pooling is None or None in hows:
             return False
         return pooling.kind == "max" or self._is_mean(node)
 
@@ -264,7 +280,7 @@ def _moves(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         return facts_of(node.all_input_nodes[0]) is not None
-    if node.target not in (F.pad, torch._C._nn.pad):
+    if node.target not in PADS:
         return False
     asked = {**dict(zip(("input", "pad", "mode", "value"), node.args)), **node.kwargs}
     return asked.get("mode", "constant") == "constant" and asked.get("value") in (None, 0)
@@ -285,7 +301,7 @@ def _quantized_fragment(fragment: Fragment, hows: Sequence[Optional[Kept]], dtyp
             scales[value] = None if step.is_linear else scales[value]
         elif isinstance(step, PoolStep) and step.kind == "average":
             scales[value] = None
-        elif not isinstance(step, PoolStep):
+        elif isinstance(step, FlattenStep):
             scales[value] = scales[step.x]
         steps.append(step)
     return fragment._replace(steps=tuple(steps), dtype=dtype, scales=tuple(scales))

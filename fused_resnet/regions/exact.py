@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused_resnet.operators import quantized
 from fused_resnet.operators.quantized import Epilogue
-from fused_resnet.regions.fragment import ConvStep, FlattenStep, Fragment, map_of
+from fused_resnet.regions.fragment import ConvStep, CopyStep, FlattenStep, Fragment, map_of
 
 
 def run_reference(
@@ -23,7 +23,7 @@ def run_reference(
     for x, how in zip(inputs, fragment.scales):
         values.append(x if how is None else quantized.quantize(x, how))
     for place, step in enumerate(fragment.steps):
-        x = values[step.x]
+        x = values[step.reads[0]]
         if isinstance(step, ConvStep) and step.is_linear:
             y = quantized.linear_of_means(values[map_of(fragment, step.x)], weights[place], epilogues[place])
         elif isinstance(step, ConvStep):
@@ -32,6 +32,8 @@ def run_reference(
             y = quantized.conv_act(x, weights[place], epilogues[place], *window, residual)
         elif isinstance(step, FlattenStep):
             y = x
+        elif isinstance(step, CopyStep):
+            y = step.of([values[read] for read in step.xs])
         elif step.kind == "max":
             y = quantized.max_pool(x, step.window, step.stride, step.padding)
         else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Mapping, NamedTuple, Optional, Sequence, Union, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.kernels import winograd
@@ -86,7 +87,31 @@ class FlattenStep(NamedTuple):
         return f"flatten {self.x}"
 
 
-Step = Union[ConvStep, PoolStep, FlattenStep]
+class CopyStep(NamedTuple):
+    """The channels of maps one after another, between some of zeros: every `stride`-th pixel, `factor` times."""
+
+    xs: tuple[int, ...]
+    before: int = 0
+    after: int = 0
+    stride: Pair = (1, 1)
+    factor: Pair = (1, 1)
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return self.xs
+
+    def __str__(self) -> str:
+        how = f"{self.before} {self.after} {self.stride} {self.factor}"
+        return f"copies {how} of {', '.join(map(str, self.xs))}"
+
+    def of(self, maps: Sequence[Tensor]) -> Tensor:
+        """By torch, of any dtype."""
+        y = torch.cat(list(maps), 1)[:, :, :: self.stride[0], :: self.stride[1]]
+        y = y.repeat_interleave(self.factor[0], 2).repeat_interleave(self.factor[1], 3)
+        return F.pad(y, (0, 0, 0, 0, self.before, self.after))
+
+
+Step = Union[ConvStep, PoolStep, FlattenStep, CopyStep]
 
 
 class Fragment(NamedTuple):
@@ -129,6 +154,10 @@ class Fragment(NamedTuple):
                 shapes.append(step.problem.output_shape)
             elif isinstance(step, FlattenStep):
                 shapes.append(shapes[step.x])
+            elif isinstance(step, CopyStep):
+                (N, _, H, W), C = shapes[step.xs[0]], sum(shapes[x][1] for x in step.xs)
+                P, Q = (-(-size // each) * times for size, each, times in zip((H, W), step.stride, step.factor))
+                shapes.append((N, step.before + C + step.after, P, Q))
             else:
                 N, C, H, W = shapes[step.x]
                 P, Q = (output_size(*side, 1) for side in zip((H, W), step.window, step.stride, step.padding))
@@ -217,9 +246,9 @@ def replacing(fragment: Fragment) -> set[int]:
     parts, last_read = segments(fragment), dict[int, int]()
     for place, step in enumerate(fragment.steps):
         if not isinstance(step, ConvStep):
-            last_read[map_of(fragment, step.x)] = place
+            last_read.update((map_of(fragment, value), place) for value in step.reads)
         elif place in parts:  # a second segment is read there
-            read = [fragment.steps[part].x for part in parts[place]]
+            read = [fragment.steps[part].reads[0] for part in parts[place]]
             read += [] if step.residual is None or len(parts[place]) > 1 else [step.residual]
             last_read.update((map_of(fragment, value), place) for value in read)
     found = set()
@@ -237,9 +266,10 @@ def map_of(fragment: Fragment, value: int) -> int:
     """The value whose map it has: what is flattened stays where it is, and means of int8 are made when written."""
     while value >= len(fragment.shapes):
         step = fragment.steps[value - len(fragment.shapes)]
-        if not isinstance(step, FlattenStep) and (fragment.dtype != torch.int8 or fragment.scales[value] is not None):
+        is_mean = isinstance(step, PoolStep) and fragment.dtype == torch.int8 and fragment.scales[value] is None
+        if not isinstance(step, FlattenStep) and not is_mean:
             break
-        value = step.x
+        value = step.reads[0]
     return value
 
 
@@ -260,7 +290,8 @@ def stems(fragment: Fragment) -> dict[int, int]:
     for place, parts in segments(fragment).items():
         step = fragment.steps[place]
         assert isinstance(step, ConvStep)
-        is_plain = len(parts) == 1 and step.problem.dilation == (1, 1) and place not in points
+        p = step.problem
+        is_plain = len(parts) == 1 and p.dilation == (1, 1) and p.groups == 1 and place not in points
         if is_plain and step.x < first and readers[step.x] == [place]:
             found[step.x] = place
     return found
@@ -285,25 +316,30 @@ def pooled_stems(fragment: Fragment) -> dict[int, int]:
 
 
 class Packing(NamedTuple):
-    """How the weights of one of the `segments` are packed. parts: the places of the steps whose they are."""
+    """How the weights of one of the `segments` are packed. parts: the places of the steps whose they are. groups: of
+    each part."""
 
     parts: tuple[int, ...]
     by_winograd: bool
     by_rows: bool
     dtype: torch.dtype
+    groups: tuple[int, ...]
 
     def of(self, weights: Sequence[Tensor]) -> Tensor:
         """The parts' weights as their kernel reads them."""
         if self.by_winograd:
             return winograd.points(weights[0])
-        return packed_weights([rows_of_window(weights[0], self.dtype)] if self.by_rows else weights, self.dtype)
+        if self.by_rows:
+            return packed_weights([rows_of_window(weights[0], self.dtype)], self.dtype)
+        return packed_weights(weights, self.dtype, self.groups)
 
 
 def packings(fragment: Fragment) -> dict[int, Packing]:
     """{the place of each of the `segments`: how its weights are packed}."""
     points, by_rows = by_winograd(fragment), stems(fragment).values()
+    groups = {place: one.problem.groups for place, one in enumerate(fragment.steps) if isinstance(one, ConvStep)}
     return {
-        place: Packing(parts, place in points, place in by_rows, fragment.dtype)
+        place: Packing(parts, place in points, place in by_rows, fragment.dtype, tuple(groups[part] for part in parts))
         for place, parts in segments(fragment).items()
     }
 
@@ -354,6 +390,8 @@ def _compile_int8(
         elif isinstance(step, PoolStep) and step.kind == "max":
             window = (step.window, step.stride, step.padding)
             maps[value] = region.pool(maps[step.x], step.kind, *window, how=scales[value])
+        elif isinstance(step, CopyStep):
+            maps[value] = _copies(region, step, maps)
         else:
             maps[value] = maps[step.x]
         if value in fragment.outputs:
@@ -367,21 +405,21 @@ def _compile_int8(
 def _check_int8(fragment: Fragment, place: int) -> None:
     """Raises ValueError for what bytes cannot be, or where the scales do not say it."""
     step, scales, value = fragment.steps[place], fragment.scales, len(fragment.shapes) + place
-    shape = fragment.value_shapes[step.x]
+    shape = fragment.value_shapes[step.reads[0]]
     if isinstance(step, ConvStep) and step.is_linear:
         wrong = _why_no_linear(fragment, step)
         fits = scales[value] is None and scales[step.x] is None and value in fragment.outputs
     elif isinstance(step, ConvStep):
-        wrong = "a convolution of groups" if step.problem.groups != 1 else None
+        wrong = None
         fits = None not in [scales[read] for read in (*step.reads, value)]
     elif isinstance(step, PoolStep) and step.kind == "average":
         is_whole = step.window == shape[2:] and step.padding == (0, 0)
         wrong = None if is_whole else f"an average over {step.window} of {shape[2:]} pixels"
         fits = scales[value] is None and scales[step.x] is not None
     else:
-        wrong, fits = None, scales[value] == scales[step.x]
-        if isinstance(step, PoolStep) and scales[step.x] is None:
-            wrong = "a maximum of means"
+        wrong, fits = None, all(scales[value] == scales[read] for read in step.reads)
+        if isinstance(step, (PoolStep, CopyStep)) and scales[step.reads[0]] is None:
+            wrong = "a maximum of means" if isinstance(step, PoolStep) else "copies of means"
     if wrong is not None:
         raise ValueError(f"int8 has no step for {wrong}: {step}")
     if not fits:
@@ -392,9 +430,10 @@ def _why_no_linear(fragment: Fragment, step: ConvStep) -> Optional[str]:
     """What else than the means of maps of bytes it is of, if it is."""
     source = map_of(fragment, step.x)
     how, (_, _, H, W) = fragment.scales[source], fragment.value_shapes[source]
-    if source == step.x or how is None or (reason := quantized.why_no_linear(how, H * W)) is not None:
-        return "a linear layer of no means" if source == step.x or how is None else f"a linear layer: {reason}"
-    return None
+    if source == step.x or not isinstance(how, Quantized):
+        return "a linear layer of no means"
+    reason = quantized.why_no_linear(how, H * W)
+    return None if reason is None else f"a linear layer: {reason}"
 
 
 def _is_signed(fragment: Fragment, value: Optional[int]) -> bool:
@@ -433,6 +472,8 @@ def _compile_floats(
             y = region.pool(maps[step.x], step.kind, *window, count_include_pad=step.counts_padding)
         elif isinstance(step, FlattenStep):
             y = maps[step.x]
+        elif isinstance(step, CopyStep):
+            y = _copies(region, step, maps)
         elif place in points:
             y = region.winograd(
                 maps[step.x],
@@ -461,10 +502,15 @@ def _compile_floats(
     return region.compile()
 
 
+def _copies(region: Region, step: CopyStep, maps: Mapping[int, Map]) -> Map:
+    how = step._asdict()
+    return region.copy([maps[x] for x in how.pop("xs")], **how)
+
+
 def _segment(step: Step, maps: Mapping[int, Map]) -> Segment:
     assert isinstance(step, ConvStep)
     p = step.problem
-    return Segment(maps[step.x], _shape_of_weight(p), p.stride, p.padding, p.dilation)
+    return Segment(maps[step.x], _shape_of_weight(p), p.stride, p.padding, p.dilation, p.groups)
 
 
 def _stem(region: Region, shape: Shape, step: Step, how: Optional[Kept] = None) -> Segment:
@@ -485,7 +531,7 @@ def _pooled_stem(
 
 
 def _shape_of_weight(problem: ConvProblem) -> Tensor:
-    return torch.empty(problem.K, problem.C, problem.R, problem.S, device="meta")
+    return torch.empty(problem.K, problem.C // problem.groups, problem.R, problem.S, device="meta")
 
 
 def _sum(biases: list[Optional[Tensor]]) -> Optional[Tensor]:

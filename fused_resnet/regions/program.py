@@ -28,7 +28,7 @@ from fused_resnet.regions import layout
 _VERSION = 5
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 2, torch.int8: 3}  # of the dtypes
 _READ, _WRITE, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES, _WINOGRAD, _WRITE_MEANS, _POOLED_STEM = range(9)
-_WRITE_LINEAR = 9
+_WRITE_LINEAR, _COPY = 9, 10
 _TILE = 16  # rows of the largest tile
 _FOR_MAPS = 0.75  # of the second-level caches
 _FOR_A_BAND = 0.125  # of one of them
@@ -55,6 +55,7 @@ class Segment(NamedTuple):
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
+    groups: int = 1
     phases: Optional[Map] = None  # of x, where they are read in its place
 
     @property
@@ -85,9 +86,10 @@ def rows_of_window(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.permute(0, 3, 1, 2).reshape(K, S * C, R, 1)
 
 
-def packed_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The weights of a convolution's segments side by side: their k steps follow one another."""
-    return torch.cat([layout.pack_weight(weight, dtype) for weight in weights], 1)
+def packed_weights(weights: Sequence[Tensor], dtype: torch.dtype, groups: Sequence[int] = ()) -> Tensor:
+    """The weights of a convolution's segments side by side: their k steps follow one another. groups: of each, or 1."""
+    counts = itertools.chain(groups, itertools.repeat(1))
+    return torch.cat([layout.pack_weight(weight, dtype, count) for weight, count in zip(weights, counts)], 1)
 
 
 class Pooling(NamedTuple):
@@ -281,7 +283,9 @@ class Region:
         self._check(segments, bias, activation, residual, in_place)
         self._check_requantizing(requantizing, segments, bias, activation)
         out = residual if in_place and residual is not None else self._new_map(shape)
-        weight = packed_weights([segment.weight for segment in segments], self.dtype) if packed is None else packed
+        if packed is None:
+            packed = packed_weights([one.weight for one in segments], self.dtype, [one.groups for one in segments])
+        weight = packed
         if requantizing is not None:
             constants: Optional[Tensor] = layout.pack_constants(requantizing.epilogue, weight)
         else:
@@ -346,7 +350,8 @@ class Region:
         _, _, R, S = segment.weight.shape
         read = segment.phases or segment.x
         channels = 0 if segment.phases is None else segment.x.shape[1]
-        return [self._number(read), channels, R, S, *segment.stride, *segment.padding, *segment.dilation]
+        window = [R, S, *segment.stride, *segment.padding, *segment.dilation]
+        return [self._number(read), channels, *window, segment.groups]
 
     def _split_phases(self, segments: Sequence[Segment], shape: Shape) -> list[Segment]:
         """Those of a larger stride read the phases of their map, where tiles that run on over the ends of lines are
@@ -374,9 +379,13 @@ class Region:
         segments: Sequence[Segment], bias: Optional[Tensor], activation: str, residual: Optional[Map], in_place: bool
     ) -> None:
         shape = segments[0].output_shape
-        for x, weight, *_ in segments:
-            if weight.shape[1] != x.shape[1]:
-                raise ValueError(f"convolve: a weight of {tuple(weight.shape)} meets a map of {x.shape[1]} channels")
+        for segment in segments:
+            (K, C, _, _), channels, groups = segment.weight.shape, segment.x.shape[1], segment.groups
+            if C * groups != channels or K % groups:
+                of_groups = f" of {groups} groups" if groups > 1 else ""
+                raise ValueError(
+                    f"convolve: a weight of {tuple(segment.weight.shape)}{of_groups} meets a map of {channels} channels"
+                )
         for segment in segments:
             if segment.output_shape != shape:
                 raise ValueError(f"convolve: segments give {shape} and {segment.output_shape}")
@@ -422,6 +431,31 @@ class Region:
         what = pooling.kind_integers
         integers = lambda: [_POOL, *what, self._number(x), self._number(out), *pooling.window_integers, *tail]  # noqa: E731
         self._add(integers, [x], out)
+        return out
+
+    def copy(
+        self,
+        maps: Sequence[Map],
+        *,
+        before: int = 0,
+        after: int = 0,
+        stride: Pair = (1, 1),
+        factor: Pair = (1, 1),
+    ) -> Map:
+        """The maps' channels one after another, between channels of zeros: every `stride`-th pixel, `factor` times."""
+        sides = {x.shape[::2] + x.shape[3:] for x in maps}
+        if len(sides) != 1:
+            raise ValueError(f"copy: maps of {', '.join(str(x.shape) for x in maps)} do not lie side by side")
+        (N, _, H, W), channels = maps[0].shape, [x.shape[1] for x in maps]
+        P, Q = (-(-size // step) * times for size, step, times in zip((H, W), stride, factor))
+        out = self._new_map((N, before + sum(channels) + after, P, Q))
+        # what panels have beyond the channels is zero, too
+        zeroes = before + after > 0 or out.shape[1] % max(layout.PANEL, layout.lanes(self.dtype)) > 0
+        firsts = itertools.accumulate(channels[:-1], initial=before)
+        for place, (x, first) in enumerate(zip(maps, firsts)):
+            tail = [first, *stride, *factor, int(zeroes and place == 0)]
+            integers = lambda x=x, tail=tail: [_COPY, self._number(x), self._number(out), *tail]  # noqa: E731
+            self._add(integers, [x, *([out] if place else [])], None if place else out)
         return out
 
     def pooled_stem(

@@ -27,6 +27,8 @@ def pooled():
 
 NETWORKS = {"basic": lambda: networks.small(BasicBlock), "bottleneck": lambda: networks.small(Bottleneck)}
 NETWORKS["stem, pooling and silu"] = pooled
+NETWORKS["copies"] = lambda: networks.randomize(networks.Copies())
+NETWORKS["groups"] = lambda: networks.small(Bottleneck, groups=4, base_width=32)
 
 
 @pytest.fixture(params=RUNNING, ids=lambda kernel: kernel.name)

@@ -7,9 +7,11 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fused_resnet
+from fused_resnet import models
 from fused_resnet.choosing import decide, material, outright, pieces, region_checks, winners
 from fused_resnet.choosing.decide import Tuning
 from fused_resnet.choosing.material import Material
@@ -86,11 +88,20 @@ def silu():
     return networks.randomize(nn.Sequential(*layers))
 
 
+def groups():
+    layers = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    layers += [nn.Conv2d(64, 64, 3, 1, 1, groups=4, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    layers += [nn.Conv2d(64, 96, 1), nn.ReLU(), nn.Conv2d(96, 192, 3, 2, 1, groups=3), nn.ReLU6()]
+    return networks.randomize(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(192, 4)))
+
+
 NETWORKS = {
     "basic": lambda: networks.small(BasicBlock),
     "bottleneck": lambda: networks.small(Bottleneck),
     "stem and poolings": stem_and_pools,
     "silu": silu,
+    "groups": groups,
+    "copies": lambda: networks.randomize(networks.Copies()),
 }
 
 
@@ -212,6 +223,38 @@ def test_what_ends_a_run(by_rule, layer):
     model, x = nn.Sequential(ends[0], layer, ends[1]).eval(), torch.randn(2, 4, 9, 10)
     frozen = fused_resnet.freeze(model, x)
     assert [len(region.convolutions) for region in regions(frozen, x)] == [2, 2]
+    equal_outputs(frozen(x), networks.in_fp64(model, x))
+
+
+def upsampled(scale):
+    return lambda self, x, a, b, c, d: d(c(F.interpolate(b(a(x).relu()).relu(), scale_factor=scale)).relu())
+
+
+COPIED = {  # forward: the convolutions of each region
+    "sliced": (lambda self, x, a, b, c, d: d(c(b(a(x)).relu()[:, :, ::3])), [4]),
+    "sliced from the second pixel on": (lambda self, x, a, b, c, d: d(c(b(a(x)).relu()[:, :, 1::3])), [2, 2]),
+    "twice as large": (upsampled(2), [4]),
+    "three times as large": (upsampled(3.0), [2, 2]),
+    "nearly twice as large": (upsampled((2, 2.1)), [2, 2]),
+    "framed": (lambda self, x, a, b, c, d: d(c(F.pad(b(a(x)).relu(), (1, 1, 0, 0)))), [2, 2]),
+    "written in place": (lambda self, x, a, b, c, d: d(c(b(a(x))[:, :, ::2].sigmoid_())), [2, 2]),
+    "at the end": (lambda self, x, a, b, c, d: torch.cat([x, b(a(x))], 1), [2]),
+}
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_which_copies_are_in_a_region(by_rule, name):
+    forward, expected = COPIED[name]
+    model, x = Maps(forward).eval(), torch.randn(2, 4, 9, 10)
+    frozen, exact = fused_resnet.freeze(model, x), networks.in_fp64(model, x)
+    assert [len(region.convolutions) for region in regions(frozen, x)] == expected
+    equal_outputs(frozen(x), exact)
+
+
+def test_a_network_of_option_a_is_one_region(by_rule):
+    model, x = networks.randomize(models.cifar.resnet20()), torch.randn(2, 3, 16, 16)
+    frozen = fused_resnet.freeze(model, x)
+    assert [len(region.convolutions) for region in regions(frozen, x)] == [19]
     equal_outputs(frozen(x), networks.in_fp64(model, x))
 
 
@@ -584,12 +627,12 @@ def _without_zero_halo(program):
     """Zeros go into the halo of the first buffer instead, which needs none."""
     integers, buffers = program.tolist(), program[2].item()
     place = 3 + 7 * buffers
-    sizes = {0: 7, 1: 4, 4: 11, 5: 11, 6: 9}
+    sizes = {0: 7, 1: 4, 4: 11, 5: 11, 6: 9, 9: 9}
     while place < len(integers):
         kind = integers[place]
         if kind == 2:
             integers[place + 1] = 0
-        place += sizes.get(kind, 2 if kind == 2 else 8 + 10 * integers[min(place + 7, len(integers) - 1)])
+        place += sizes.get(kind, 2 if kind == 2 else 8 + 11 * integers[min(place + 7, len(integers) - 1)])
     return torch.tensor(integers)
 
 

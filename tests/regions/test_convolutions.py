@@ -53,7 +53,7 @@ def draw(case, dtype):
 
 def problem_of(x, weight, bias, window, activation, residual=None):
     operands = ConvOperands(x, weight, bias=bias, residual=residual)
-    return conv_problem(operands, *window, 1, activation), operands
+    return conv_problem(operands, *window, x.shape[1] // weight.shape[1], activation), operands
 
 
 def convolve(kernel, x, weight, bias, window, activation="relu", residual=None, in_place=False):
@@ -61,7 +61,11 @@ def convolve(kernel, x, weight, bias, window, activation="relu", residual=None, 
     read = region.read(tuple(x.shape))
     added = None if residual is None else region.read(tuple(residual.shape))
     y = region.convolve(
-        [Segment(read, weight, *window)], bias, activation=activation, residual=added, in_place=in_place
+        [Segment(read, weight, *window, x.shape[1] // weight.shape[1])],
+        bias,
+        activation=activation,
+        residual=added,
+        in_place=in_place,
     )
     region.write(y)
     return call(region, [x] if residual is None else [x, residual], kernel)[0]
@@ -91,7 +95,7 @@ def test_every_element_is_within_its_bound(kernel, dtype, case, activation):
 
 @pytest.mark.parametrize("kernel, dtype", KERNELS.items(), ids=str)
 def test_silu_is_as_exact_as_its_dtype(kernel, dtype):
-    """Of each number by itself, two units in the last place of fp32 at most: 4e-37 is where its exponential ends."""
+    """For each number by itself, two units in the last place of fp32 at most: 4e-37 is where its exponential ends."""
     points = torch.cat([torch.linspace(-100, 100, 2801), torch.randn(980) * 10 ** torch.linspace(-6, 3, 980)])
     ends = torch.tensor([torch.nan, torch.inf, -torch.inf, -1e38, 0.0, 3e38])
     x = channels_last(torch.cat([points, ends]).view(1, 1, 1, -1).to(dtype))
@@ -112,6 +116,47 @@ def has_phases(case):
 
 def test_small_maps_are_read_by_phases_where_the_stride_is_larger():
     assert [case for case in CASES if has_phases(case)] == [CASES[5], CASES[6], CASES[8], *CASES[-4:]]
+
+
+# N, C, H, W, K, R, S, stride, padding, dilation, groups
+GROUPED = (
+    (1, 128, 14, 14, 128, 3, 3, (1, 1), (1, 1), (1, 1), 32),
+    (2, 64, 12, 14, 64, 3, 3, (2, 2), (1, 1), (1, 1), 8),  # by phases
+    (2, 256, 9, 5, 256, 3, 3, (1, 1), (1, 1), (1, 1), 4),
+    (1, 120, 7, 30, 120, 3, 3, (2, 2), (1, 1), (1, 1), 5),  # of 24, which lie in two panels
+    (3, 40, 6, 5, 60, 1, 1, (1, 1), (0, 0), (1, 1), 20),
+    (1, 140, 5, 6, 70, 3, 2, (1, 2), (2, 1), (2, 1), 10),
+    (1, 66, 4, 4, 99, 3, 3, (1, 1), (1, 1), (1, 1), 33),
+)
+
+
+@pytest.mark.parametrize("case", GROUPED, ids=str)
+@pytest.mark.parametrize("kernel, dtype", KERNELS.items(), ids=str)
+def test_groups(kernel, dtype, case):
+    *whole, groups = case
+    x, weight, bias, window = draw(whole, dtype)
+    weight = weight[:, : weight.shape[1] // groups]
+    problem, operands = problem_of(x, weight, bias, window, "relu")
+    assert problem.groups == groups
+    plain = convolve(kernel, x, weight, bias, window)
+    assert_within_bound(plain, problem, operands)
+    residual = channels_last(torch.randn(problem.output_shape).to(dtype))
+    problem, operands = problem_of(x, weight, bias, window, "none", residual)
+    assert_within_bound(convolve(kernel, x, weight, bias, window, "none", residual), problem, operands)
+    with threads(3):
+        assert torch.equal(convolve(kernel, x, weight, bias, window), plain)
+
+
+@pytest.mark.parametrize("dtype", [*layout.DTYPES, torch.int8], ids=str)
+def test_a_panel_of_groups_reads_their_blocks_alone(dtype):
+    """Where groups divide a panel, the blocks of a panel's channels; where they are larger, those of one group."""
+    lanes = layout.lanes(dtype)
+    for C, groups in ((128, 32), (512, 32), (256, 8), (256, 4)):
+        first, count = layout.blocks_of_panels(C, C, groups, dtype)
+        read = max(C // groups, layout.PANEL)
+        assert count == -(-read // lanes)
+        assert first == [panel * layout.PANEL // read * read // lanes for panel in range(C // layout.PANEL)]
+    assert layout.blocks_of_panels(96, 48, 1, dtype) == ([0, 0, 0], -(-48 // lanes))
 
 
 # N, C, H, W, K, R, S, stride, padding: of windows whose rows fit a block, two blocks, or nothing that is worth it
@@ -232,11 +277,19 @@ def test_no_channel_beside_the_output_is_infinite(kernel, dtype):
     assert torch.equal(call(region, [x], kernel)[0], torch.ones(2, 6, 3, 5).to(dtype))
 
 
+def test_copies_of_maps_of_two_sizes_are_refused():
+    region = Region(torch.float32)
+    with pytest.raises(ValueError, match=r"copy: maps of \(1, 16, 4, 4\), \(1, 16, 4, 5\) do not lie side by side"):
+        region.copy([region.read((1, 16, 4, 4)), region.read((1, 16, 4, 5))])
+
+
 def test_what_does_not_fit_together_is_refused():
     region, weight = Region(torch.float32), torch.randn(32, 16, 1, 1)
     x, y = region.read((1, 16, 4, 4)), region.read((1, 32, 4, 4))
     for segments, bias, options, sentence in (
         ([Segment(x, weight[:, :8])], None, {}, r"a weight of \(32, 8, 1, 1\) meets a map of 16 channels"),
+        ([Segment(x, weight[:, :4], groups=2)], None, {}, r"\(32, 4, 1, 1\) of 2 groups meets a map of 16 channels"),
+        ([Segment(x, weight[:31, :8], groups=2)], None, {}, r"of 2 groups meets a map"),
         ([Segment(x, weight), Segment(x, weight[:31])], None, {}, r"segments give \(1, 32, 4, 4\) and \(1, 31, 4, 4\)"),
         ([Segment(x, weight)], torch.ones(17), {}, r"a bias of \(17,\) is added to 32 channels"),
         ([Segment(x, weight)], None, dict(activation="gelu"), "none, relu, relu6, silu, not gelu"),

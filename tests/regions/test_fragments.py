@@ -10,8 +10,8 @@ from fused_resnet.kernels import compiled
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.regions import fragment, program
-from fused_resnet.regions.fragment import ConvStep, FlattenStep, Fragment, PoolStep
-from tests.support.regions import kernels
+from fused_resnet.regions.fragment import ConvStep, CopyStep, FlattenStep, Fragment, PoolStep
+from tests.support.regions import copied, draw_copies, draw_groups, kernels
 
 if compiled.load("cpu") is not None:
     pytest.skip(compiled.load("cpu"), allow_module_level=True)
@@ -33,7 +33,7 @@ class Drawn:
         if self.draw.random() < 0.3:
             self.stem()
         for _ in range(self.draw.randint(2, 8)):
-            self.draw.choices((self.convolution, self.pooling, self.classifier), (85, 10, 5))[0]()
+            self.draw.choices((self.convolution, self.pooling, self.copies, self.classifier), (78, 9, 8, 5))[0]()
         first = len(self.shapes)
         kept = [value for value in range(first, len(self.values)) if self.draw.random() < 0.2]
         outputs = tuple(sorted({len(self.values) - 1, *kept}))
@@ -73,6 +73,10 @@ class Drawn:
         P, Q = ((size + 2 * p - k) // s + 1 for size, k, s, p in zip((H, W), window, stride, padding))
         self.add(PoolStep(kind, x, window, stride, padding, draw.random() < 0.5), (N, C, P, Q))
 
+    def copies(self):
+        step, shape = draw_copies(self.draw, self.source(), self.known())
+        self.add(step, shape)
+
     def classifier(self):
         """A map pooled to one pixel, flattened, and a linear layer of it."""
         x = self.source()
@@ -101,19 +105,22 @@ class Drawn:
             draw.choice(("none", "none", "relu", "relu6", "silu")),
             chosen < 0.35 and draw.random() < 0.6,
         )
-        self.weigh(x, K, *window, residual=residual, activation=activation, by_winograd=is_winograd)
+        groups = 1 if is_winograd else draw_groups(draw, self.values[x][1], K)
+        how = dict(groups=groups, activation=activation, by_winograd=is_winograd)
+        self.weigh(x, K, *window, residual=residual, **how)
 
-    def weigh(self, x, K, size, stride=(1, 1), padding=(0, 0), dilation=(1, 1), activation="none", **options):
+    def weigh(self, x, K, size, stride=(1, 1), padding=(0, 0), dilation=(1, 1), activation="none", groups=1, **options):
         N, C, *sides = self.values[x]
         place, shape = len(self.steps), (N, K, *outputs_of(sides, (size, stride, padding, dilation)))
-        self.weights[place] = (torch.randn(K, C, *size) / (C * size[0] * size[1]) ** 0.5).to(self.dtype)
+        reduced = C // groups
+        self.weights[place] = (torch.randn(K, reduced, *size) / (reduced * size[0] * size[1]) ** 0.5).to(self.dtype)
         self.biases[place] = torch.randn(K) if self.draw.random() < 0.7 else None
         meta = lambda shape: torch.empty(shape, dtype=self.dtype, device="meta")  # noqa: E731
         has_residual = options.get("residual") is not None
         operands = ConvOperands(
             meta((N, C, *sides)), self.weights[place].to("meta"), residual=meta(shape) if has_residual else None
         )
-        problem = conv_problem(operands, stride, padding, dilation, 1, activation)._replace(device="cpu")
+        problem = conv_problem(operands, stride, padding, dilation, groups, activation)._replace(device="cpu")
         self.add(ConvStep(problem, x, **options), shape)
 
     def packed(self):
@@ -126,9 +133,11 @@ class Drawn:
         """In fp64. rounded: what becomes of each step's result."""
         values = [x.double() for x in inputs]
         for place, step in enumerate(self.steps):
-            x = values[step.x]
+            x = values[step.reads[0]]
             if isinstance(step, FlattenStep):
                 values.append(x)
+            elif isinstance(step, CopyStep):
+                values.append(copied(step, [values[read] for read in step.xs]))
             elif isinstance(step, PoolStep) and step.kind == "max":
                 values.append(F.max_pool2d(x, step.window, step.stride, step.padding))
             elif isinstance(step, PoolStep):
@@ -136,7 +145,7 @@ class Drawn:
             else:
                 p, bias = step.problem, self.biases[place]
                 weight, bias = self.weights[place].double(), None if bias is None else bias.double()
-                y = F.conv2d(x, weight, bias, p.stride, p.padding, p.dilation)
+                y = F.conv2d(x, weight, bias, p.stride, p.padding, p.dilation, p.groups)
                 y = y if step.residual is None else y + values[step.residual]
                 values.append({"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}[p.activation](y))
             values[-1] = rounded(values[-1])
@@ -170,7 +179,7 @@ def test_random_fragments(monkeypatch, kernel, dtype, cache):
     An error may be four times what rounding each step's result makes, as `choosing.pieces` allows.
     """
     monkeypatch.setattr(program, "second_level_cache_bytes", lambda: cache)
-    all_drawn = [Drawn(1000 * cache + seed, dtype) for seed in range(10 if kernel.endswith("emulated") else 60)]
+    all_drawn = [Drawn(1000 * cache + seed, dtype) for seed in range(12 if kernel.endswith("emulated") else 60)]
     for drawn in all_drawn:
         assert_right(drawn, kernel)
     assert any(fragment.pooled_stems(drawn.fragment) for drawn in all_drawn)

@@ -17,7 +17,7 @@ from fused_resnet.regions.exact import run_reference
 from fused_resnet.regions.fragment import ConvStep, FlattenStep, Fragment, PoolStep
 from fused_resnet.regions.program import Region, Requantizing, Segment
 from tests.regions.test_exact import Block
-from tests.support.regions import int8_kernels
+from tests.support.regions import draw_copies, draw_groups, int8_kernels
 
 if compiled.load("cpu") is not None:
     pytest.skip(compiled.load("cpu"), allow_module_level=True)
@@ -35,7 +35,7 @@ class Drawn:
         self.shapes = [self.image() for _ in range(self.draw.choice((1, 1, 2)))]
         self.values, self.scales = list(self.shapes), [self.kept(self.draw.random() < 0.5) for _ in self.shapes]
         for _ in range(self.draw.randint(1, steps)):
-            self.draw.choices((self.convolution, self.maximum, self.means), (80, 15, 5))[0]()
+            self.draw.choices((self.convolution, self.maximum, self.copies, self.means), (75, 12, 8, 5))[0]()
         first = len(self.shapes)
         kept = [value for value in range(first, len(self.values)) if self.draw.random() < 0.2]
         outputs = tuple(sorted({len(self.values) - 1, *kept, *self.linears}))
@@ -63,6 +63,13 @@ class Drawn:
         stride, padding = (draw.randint(1, 3), draw.randint(1, 3)), tuple(draw.randint(0, side // 2) for side in window)
         P, Q = ((size + 2 * p - k) // s + 1 for size, k, s, p in zip((H, W), window, stride, padding))
         self.add(PoolStep("max", x, window, stride, padding, False), (N, C, P, Q), self.scales[x])
+
+    def copies(self):
+        """Those of maps that are kept alike."""
+        x = self.source()
+        alike = [(value, shape) for value, shape in enumerate(self.values) if self.scales[value] == self.scales[x]]
+        step, shape = draw_copies(self.draw, x, alike)
+        self.add(step, shape, self.scales[x])
 
     def means(self):
         x = self.source()
@@ -102,17 +109,21 @@ class Drawn:
         ]
         residual = draw.choice(alike) if alike and draw.random() < 0.6 else None
         K = draw.choice(CHANNELS) if residual is None else self.values[residual][1]
-        self.weigh(x, K, *window, residual=residual, activation=draw.choice(("none", "relu", "relu6")))
+        groups = draw_groups(draw, self.values[x][1], K)
+        activation = draw.choice(("none", "relu", "relu6"))
+        self.weigh(x, K, *window, groups=groups, residual=residual, activation=activation)
 
-    def weigh(self, x, K, size, stride=(1, 1), padding=(0, 0), dilation=(1, 1), activation="relu", residual=None):
+    def weigh(
+        self, x, K, size, stride=(1, 1), padding=(0, 0), dilation=(1, 1), activation="relu", residual=None, groups=1
+    ):
         N, C, *sides = self.values[x]
         place, shape = len(self.steps), (N, K, *outputs_of(sides, (size, stride, padding, dilation)))
-        self.weights[place] = self.bytes((K, C, *size), -127, 128)
-        self.epilogues[place] = self.constants(K, C * size[0] * size[1], activation, residual)
+        self.weights[place] = self.bytes((K, C // groups, *size), -127, 128)
+        self.epilogues[place] = self.constants(K, C // groups * size[0] * size[1], activation, residual)
         meta = lambda shape: torch.empty(shape, device="meta")  # noqa: E731
         added = None if residual is None else meta(shape)
         operands = ConvOperands(meta((N, C, *sides)), self.weights[place].float().to("meta"), residual=added)
-        problem = conv_problem(operands, stride, padding, dilation, 1, activation)
+        problem = conv_problem(operands, stride, padding, dilation, groups, activation)
         self.add(
             ConvStep(problem._replace(device="cpu", dtype=torch.int8), x, residual),
             shape,
@@ -312,7 +323,6 @@ def test_fragments_that_are_no_int8_are_refused():
     steps, scales = block.fragment.steps, block.fragment.scales
     for place, step, sentence in (
         (0, steps[0]._replace(is_linear=True), "int8 has no step for a linear layer of no means"),
-        (0, steps[0]._replace(problem=steps[0].problem._replace(groups=2)), "no step for a convolution of groups"),
         (5, steps[5]._replace(window=(2, 2)), r"no step for an average over \(2, 2\) of \(6, 5\) pixels"),
     ):
         whole = block.fragment._replace(steps=(*steps[:place], step, *steps[place + 1 :]))
@@ -360,11 +370,11 @@ def put(place, value):
     return lambda call: call.program.__setitem__(slice(place, place + len(values)), values)
 
 
-# version, dtype, number of buffers, four buffers of 7, two inputs of 9 and a halo's 2, the convolution of 24, a maximum
+# version, dtype, number of buffers, four buffers of 7, two inputs of 9 and a halo's 2, the convolution of 25, a maximum
 # of 12, an output of 6, means of 6, a linear layer of 6
 INPUT = 3 + 4 * 7 + 2
 CONVOLUTION = INPUT + 2 * 9
-MAXIMUM = CONVOLUTION + 24
+MAXIMUM = CONVOLUTION + 25
 OUTPUT = MAXIMUM + 12
 LINEAR = OUTPUT + 2 * 6
 INFINITE, ONE = 0x7F800000, 0x3F800000
@@ -374,10 +384,10 @@ WRONG = {
     "whether bytes are signed must be from 0 to 1, not 2": put(INPUT + 8, 2),
     "one segment and no activation, not 1 and relu": put(CONVOLUTION + 3, 1),
     "the constants' number must be from 0 to 1, not -1": put(CONVOLUTION + 6, -1),
-    "a residual's factor must be finite": put(CONVOLUTION + 18, INFINITE),
-    "the bounds of bytes are 0 and at most 255, or -128 and 127, not 1 and 255": put(CONVOLUTION + 19, ONE),
-    "the bounds of bytes .*, not 0 and -2": put(CONVOLUTION + 20, 0xC0000000),
-    "whether values fit int32 must be from 0 to 1, not 2": put(CONVOLUTION + 21, 2),
+    "a residual's factor must be finite": put(CONVOLUTION + 19, INFINITE),
+    "the bounds of bytes are 0 and at most 255, or -128 and 127, not 1 and 255": put(CONVOLUTION + 20, ONE),
+    "the bounds of bytes .*, not 0 and -2": put(CONVOLUTION + 21, 0xC0000000),
+    "whether values fit int32 must be from 0 to 1, not 2": put(CONVOLUTION + 22, 2),
     "sums of .* products may leave int32, at most 66310 stay": put(CONVOLUTION + 10, [1024, 1024]),
     "in int8 poolings are maxima": put(MAXIMUM + 1, 0),
     "a scale must be finite": put(OUTPUT + 4, INFINITE),

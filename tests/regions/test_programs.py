@@ -190,6 +190,8 @@ WRONG = {
     "3 taps of an input of 6 columns do not give": put(INPUT + 4, 3),
     "channels of a phased map must be from 0 to 16": put(CONVOLUTION + 9, 17),
     "a dilation must be from 1": put(CONVOLUTION + 16, 0),
+    "a convolution's groups must be from 1 to 16": put(CONVOLUTION + 18, 17),
+    "16 and 32 channels have no 3 groups": put(CONVOLUTION + 18, 3),
     "ends within a step": lambda call: call.program.pop(),
     "a step must be from 0 to 9": lambda call: call.program.append(10),
     "_fp32 has no step 7": lambda call: call.program.append(7),
@@ -312,7 +314,39 @@ WRONG_STEMS = {
 }
 
 
-OF_EACH = {Call: WRONG, CallOfPhases: WRONG_PHASES, CallOfWinograd: WRONG_WINOGRAD, CallOfPooledStem: WRONG_STEMS}
+class CallOfCopy(Call):
+    """Every second pixel twice, after three channels of zeros."""
+
+    def __init__(self):
+        super().__init__()
+        region = Region(torch.float32)
+        region.write(region.copy([region.read((1, 32, 6, 6))], before=3, stride=(2, 2), factor=(2, 2)))
+        self.region = region.compile()
+        self.program = self.region.program.tolist()
+        self.inputs, self.weights, self.biases = [channels_last(torch.randn(1, 32, 6, 6))], [], []
+        self.workspace = self.region.empty_workspace()
+        self.outputs = [channels_last(torch.full((1, 35, 6, 6), torch.nan))]
+
+
+COPY = 3 + 2 * 7 + 7
+WRONG_COPIES = {
+    "a channel must be from 0 to 35": put(COPY + 3, 36),
+    "from channel 4 on, every 2x2 pixels 2x2 times, does not fill": put(COPY + 3, 4),
+    "every 3x2 pixels 2x2 times, does not fill \\(1, 35, 6, 6\\)": put(COPY + 4, 3),
+    "every 2x2 pixels 2x1 times, does not fill": put(COPY + 7, 1),
+    "a factor must be from 1": put(COPY + 6, 0),
+    "whether out is zeroed must be from 0 to 1": put(COPY + 8, 2),
+    "an input of .* and the output of .* overlap": put(BUFFER + 7 + 6, 0),
+}
+
+
+OF_EACH = {
+    Call: WRONG,
+    CallOfPhases: WRONG_PHASES,
+    CallOfWinograd: WRONG_WINOGRAD,
+    CallOfPooledStem: WRONG_STEMS,
+    CallOfCopy: WRONG_COPIES,
+}
 
 
 @pytest.mark.parametrize("make, sentence", [(make, sentence) for make, wrong in OF_EACH.items() for sentence in wrong])

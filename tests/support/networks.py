@@ -6,6 +6,8 @@ import importlib.util
 import sys
 from types import ModuleType
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_resnet.nn import BasicBlock, Bottleneck
@@ -108,6 +110,21 @@ def _block(block: type[nn.Module], inplanes: int, planes: int, stride: int, **op
     if stride != 1 or outplanes != inplanes:
         downsample = nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), nn.BatchNorm2d(outplanes))
     return block(inplanes, planes, stride, downsample, **options)
+
+
+class Copies(nn.Module):
+    """A shortcut of every second pixel and zero channels, a concatenation, and an upsampling. x: (N, 3, H, W)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, 1, 1), nn.Conv2d(16, 24, 3, 2, 1)
+        self.c, self.d = nn.Conv2d(48, 33, 1), nn.Conv2d(33, 8, 3, 1, 1)
+        self.pool, self.up = nn.MaxPool2d(3, 1, 1), nn.Upsample(scale_factor=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        y = F.relu(self.b(y) + F.pad(y[:, :, ::2, ::2], (0, 0, 0, 0, 3, 5)))
+        return F.relu(self.d(self.up(F.relu(self.c(torch.cat([y, self.pool(y)], 1))))))
 
 
 def small(block: type[nn.Module] = BasicBlock, **options) -> nn.Module:

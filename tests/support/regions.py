@@ -1,5 +1,6 @@
 """Regions of C++ in tests: which micro-kernels run here, and calls with workspaces full of NaN."""
 
+import math
 from unittest import mock
 
 import torch
@@ -8,6 +9,7 @@ from fused_resnet.kernels import compiled
 from fused_resnet.operators import affine
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.regions.blocks import FoldedConv, residual_block
+from fused_resnet.regions.fragment import CopyStep
 
 
 def table():
@@ -31,6 +33,36 @@ def int8_kernels():
 def fastest(dtype):
     """The first kernel that runs here, even if only by its name."""
     return next(name for name, known in kernels().items() if known == dtype)
+
+
+def draw_groups(draw, C, K):
+    """A number of groups that divides both, often 1."""
+    common = math.gcd(C, K)
+    divisors = [count for count in range(1, common + 1) if common % count == 0]
+    return draw.choice(divisors) if draw.random() < 0.3 else 1
+
+
+def draw_copies(draw, x, known):
+    """A step that copies map x and others of its size, which `known` has as (value, shape); and the shape it gives."""
+    shapes = dict(known)
+    N, _, H, W = shapes[x]
+    alike = [value for value, shape in known if shape[2:] == (H, W)]
+    xs = (x, *(draw.choice(alike) for _ in range(draw.choice((0, 0, 1, 2)))))
+    before, after = draw.choice(((0, 0), (0, 0), (3, 5), (0, 32), (32, 1)))
+    stride, factor = draw.choice(((1, 1), (2, 2), (2, 3))), draw.choice(((1, 1), (1, 1), (2, 2), (1, 3)))
+    P, Q = (-(-size // step) * times for size, step, times in zip((H, W), stride, factor))
+    shape = (N, before + sum(shapes[value][1] for value in xs) + after, P, Q)
+    return CopyStep(xs, before, after, stride, factor), shape
+
+
+def copied(step, maps):
+    """What a `CopyStep` gives, pixel by pixel."""
+    (N, _, H, W), C = maps[0].shape, sum(y.shape[1] for y in maps)
+    rows = [h for h in range(0, H, step.stride[0]) for _ in range(step.factor[0])]
+    columns = [w for w in range(0, W, step.stride[1]) for _ in range(step.factor[1])]
+    out = maps[0].new_zeros(N, step.before + C + step.after, len(rows), len(columns))
+    out[:, step.before : step.before + C] = torch.cat(maps, 1)[:, :, rows][..., columns]
+    return out
 
 
 def channels_last(x):

@@ -53,8 +53,10 @@ struct Convolution {
   int64_t images = 0, channels = 0, panels = 0, steps = 0;  // channels: of the output; steps: of all segments
   Tiling tiling;
   const char* weights = nullptr;  // see layout.h
-  const float* bias = nullptr;    // panels * 32 values, or null
-  View out, residual;             // the residual's base may be null, and may be out's
+  // of groups: [segment][panel], the first of the blocks that it reads, as many as the segment has; else null
+  const int64_t* first_blocks = nullptr;
+  const float* bias = nullptr;  // panels * 32 values, or null
+  View out, residual;           // the residual's base may be null, and may be out's
   Activation activation = Activation::kNone;
   Requantizing requantizing;           // in int8, in place of a bias and an activation
   bool keeps_sums = false;             // in int8, in place of an epilogue: `out` has 16 int32 in a block's pixel

@@ -190,7 +190,7 @@ Program::Window Program::read_dilated_window() {
 }
 
 Step Program::next() {
-  const int64_t step = read_between("a step", 0, 9);
+  const int64_t step = read_between("a step", 0, 10);
   STD_TORCH_CHECK(is_int8() ? step != 6 && step != 8 : step != 7 && step != 9, kRegion, ": ", kernel_.name,
                   " has no step ", step);
   switch (step) {
@@ -210,10 +210,12 @@ Step Program::next() {
       return read_winograd();
     case 7:
       return read_means();
+    case 8:
+      return read_pooled_stem();
     case 9:
       return read_linear();
     default:
-      return read_pooled_stem();
+      return read_copy();
   }
 }
 
@@ -344,11 +346,13 @@ Step Program::read_convolution() {
   const float* constants = is_int8() ? read_constants(c.panels) : nullptr;
   if (!is_int8()) c.bias = read_bias(c.panels);
   c.num_segments = static_cast<int>(read_between("the number of segments", 1, kMaxSegments));
-  offsets_.clear();
+  offsets_.clear(), first_blocks_.clear();
   for (int s = 0; s < c.num_segments; ++s) c.steps += read_segment(out, &c.segments[s], &runs_on);
   for (int s = 0, first = 0; s < c.num_segments; first += c.segments[s++].steps) {
     c.segments[s].offsets = offsets_.data() + first;
   }
+  const auto is_first = [](int64_t block) { return block == 0; };
+  if (!std::all_of(first_blocks_.begin(), first_blocks_.end(), is_first)) c.first_blocks = first_blocks_.data();
   check_weights(weight, &c);
   if (is_int8()) read_requantizing(constants, &c);
   c.panels_outermost = step.splits_channels || passes_panels(c);
@@ -360,13 +364,14 @@ Step Program::read_convolution() {
 
 // Whether the tiles of a chunk pass panel by panel although the weights are smaller than the input. That is faster
 // where windows are one pixel, reductions long, and weights more than a first-level cache keeps beside pixels: on
-// ResNet-50's convolutions, and slower on its others (Xeon with AMX, bf16, batches of 1, 2 and 8, 2026-12). Without
-// tiles neither order is faster.
+// ResNet-50's convolutions, and slower on its others (Xeon with AMX, bf16, batches of 1, 2 and 8, 2026-12). In int8,
+// and without tiles, neither order is faster.
 bool Program::passes_panels(const Convolution& c) const {
   for (int s = 0; s < c.num_segments; ++s) {
     if (c.segments[s].steps > c.segments[s].blocks) return false;
   }
-  return kernel_.tiles > 1 && c.steps >= kManySteps && c.panels * c.steps * kStepBytes > kFewWeights;
+  const bool is_bf16_by_tiles = kernel_.tiles > 1 && !is_int8();
+  return is_bf16_by_tiles && c.steps >= kManySteps && c.panels * c.steps * kStepBytes > kFewWeights;
 }
 
 void Program::set_chunk(Convolution* c) const {
@@ -391,10 +396,14 @@ void Program::read_residual(const Buffer& out, Convolution* c, bool* runs_on) {
 int64_t Program::read_segment(const Buffer& out, Segment* segment, bool* runs_on) {
   const Buffer& input = read_buffer();
   const Layout &l = input.layout, &to = out.layout;
-  const int64_t channels = read_between("the channels of a phased map", 0, l.C);
+  const int64_t channels = read_between("the channels of a phased map", 0, l.C), in = channels > 0 ? channels : l.C;
   const Window w = read_dilated_window();
+  const int64_t groups = read_between("a convolution's groups", 1, in);
+  STD_TORCH_CHECK(in % groups == 0 && to.C % groups == 0, kRegion, ": ", in, " and ", to.C, " channels have no ",
+                  groups, " groups");
+  segment->blocks = set_groups(in / groups, to.C / groups, to.C);
   check_disjoint("an input", input, out);
-  const int64_t products = (channels > 0 ? channels : l.C) * w.R * w.S;
+  const int64_t products = in / groups * w.R * w.S;
   STD_TORCH_CHECK(!is_int8() || products <= kMostProducts, kRegion, ": sums of ", products,
                   " products may leave int32, at most ", kMostProducts, " stay");
   STD_TORCH_CHECK(l.N == to.N, kRegion, ": a convolution of ", text(l), " does not give ", text(to));
@@ -411,8 +420,8 @@ int64_t Program::read_segment(const Buffer& out, Segment* segment, bool* runs_on
 }
 
 void Program::set_offsets(const Layout& l, const Window& w, Segment* segment) {
-  set_steps(l.used_blocks(), w, segment);
-  for (int64_t block = 0; block < l.used_blocks(); ++block) {
+  set_steps(w, segment);
+  for (int64_t block = 0; block < segment->blocks; ++block) {
     for (int64_t r = 0; r < w.R; ++r) {
       for (int64_t s = 0; s < w.S; ++s) {
         offsets_.push_back(block * l.plane_bytes() +
@@ -436,8 +445,8 @@ int64_t Program::read_phased(const Window& w, const Buffer& input, int64_t chann
   STD_TORCH_CHECK(std::max(*most_h, *most_w) <= 0 && std::min(*least_h, *least_w) >= -l.halo, kRegion,
                   ": the window reaches beyond the halo of ", l.halo, " around its phases");
   *runs_on &= l.pitch == to.pitch;
-  set_steps(map.used_blocks(), w, segment);
-  for (int64_t block = 0; block < map.used_blocks(); ++block) {
+  set_steps(w, segment);
+  for (int64_t block = 0; block < segment->blocks; ++block) {
     for (int64_t r = 0; r < w.R; ++r) {
       for (int64_t s = 0; s < w.S; ++s) {
         offsets_.push_back((phases.index(r, s) * map.blocks() + block) * l.plane_bytes() +
@@ -448,9 +457,23 @@ int64_t Program::read_phased(const Window& w, const Buffer& input, int64_t chann
   return segment->steps;
 }
 
-void Program::set_steps(int64_t blocks, const Window& w, Segment* segment) {
-  segment->blocks = blocks;
-  segment->steps = blocks * w.R * w.S;
+// How many blocks of its input a panel reads: those of its outputs' groups. Appends the first of them for each panel,
+// whose others lie within the input. in, out: channels of a group.
+int64_t Program::set_groups(int64_t in, int64_t out, int64_t channels) {
+  const int64_t lanes = lanes_of(kernel_.dtype), begin = static_cast<int64_t>(first_blocks_.size());
+  int64_t count = 0;
+  for (int64_t channel = 0; channel < channels; channel += kPanel) {
+    const int64_t last_group = (std::min(channel + kPanel, channels) - 1) / out, first = channel / out * in / lanes;
+    first_blocks_.push_back(first);
+    count = std::max(count, ((last_group + 1) * in + lanes - 1) / lanes - first);
+  }
+  const int64_t last = (channels / out * in + lanes - 1) / lanes - count;
+  for (auto at = first_blocks_.begin() + begin; at != first_blocks_.end(); ++at) *at = std::min(*at, last);
+  return count;
+}
+
+void Program::set_steps(const Window& w, Segment* segment) {
+  segment->steps = segment->blocks * w.R * w.S;
   STD_TORCH_CHECK(segment->steps <= most_steps_, kRegion,
                   ": a weight must have the shape of its convolution, and that of ", segment->steps,
                   " k steps or more has ", most_steps_);
@@ -569,6 +592,22 @@ void Program::set_window(const Window& w, const Layout& l, const Buffer& out, Po
   p->padding_h = w.padding_h, p->padding_w = w.padding_w;
 }
 
+Step Program::read_copy() {
+  const Buffer &from = read_buffer(), &to = read_buffer();
+  const Layout &l = from.layout, &t = to.layout;
+  Copying c{};
+  c.channel = read_between("a channel", 0, t.C);
+  c.stride_h = read_between("a stride", 1, kMost), c.stride_w = read_between("a stride", 1, kMost);
+  c.factor_h = read_between("a factor", 1, kMost), c.factor_w = read_between("a factor", 1, kMost);
+  c.zeroes = read_between("whether out is zeroed", 0, 1) == 1;
+  STD_TORCH_CHECK(l.N == t.N && l.C <= t.C - c.channel && (t.H - 1) / c.factor_h * c.stride_h < l.H &&
+                      (t.W - 1) / c.factor_w * c.stride_w < l.W,
+                  kRegion, ": ", text(l), " from channel ", c.channel, " on, every ", c.stride_h, "x", c.stride_w,
+                  " pixels ", c.factor_h, "x", c.factor_w, " times, does not fill ", text(t));
+  check_disjoint("an input", from, to);
+  return Copy{from, to, c};
+}
+
 Step Program::read_pooled_stem() {
   PooledStem step{};
   const Buffer& out = read_buffer();
@@ -609,6 +648,7 @@ Step Program::read_pooled_stem() {
 
   Segment& segment = c.segments[0];
   segment.stride_h = w.stride_h, segment.stride_w = w.stride_w;
+  segment.blocks = step.read.used_blocks();
   offsets_.clear();
   set_offsets(step.read, w, &segment);
   segment.offsets = offsets_.data();

@@ -13,10 +13,10 @@
 //           | 7, in, output tensor, first image, scale / pixels, is signed       int8: the mean of each map, in fp32
 //           | 8, out, input tensor, first image, taps, stride, padding, activation, weight, bias or -1, window,
 //             dilation, is a maximum, counts padding, window, lines of a band    an input's convolution and pooling
-//           | 9, in, output tensor, first image, weight, constants               int8: a linear layer of the means of
-//           u8
-//                                                                                maps, in fp32
-//   segment = in, channels of the map that `in` has the phases of or 0, window, dilation
+//           | 9, in, output tensor, first image, weight, constants               int8: a linear layer of u8 maps' means
+//           | 10, in, out, first channel, height and width of the stride and of the factor, zeroes out
+//                                                                                pixels copied, see copying.h
+//   segment = in, channels of the map that `in` has the phases of or 0, window, dilation, groups
 //   window  = R, S, and height and width of the stride and of the padding
 //
 // In int8 there are no steps of Winograd, poolings are maxima, and some steps say more at their end: an input 1 / scale
@@ -36,6 +36,7 @@
 #include "common/checks.h"
 #include "cpu/blocked/bands.h"
 #include "cpu/blocked/convolution.h"
+#include "cpu/blocked/copying.h"
 #include "cpu/blocked/kernels.h"
 #include "cpu/blocked/layout.h"
 #include "cpu/blocked/linear_of_means.h"
@@ -87,6 +88,10 @@ struct SplitPhases {
   Buffer from, to;
   Phases phases;
 };
+struct Copy {
+  Buffer from, to;
+  Copying copying;
+};
 struct ByWinograd {
   winograd::Shape shape;
   const char* input;
@@ -96,7 +101,7 @@ struct ByWinograd {
   Activation activation;
 };
 using Step = std::variant<ReadInput, ToNhwc, ZeroHalo, Convolve, Pool, SplitPhases, ByWinograd, ToMeans, PooledStem,
-                          LinearOfMeans>;
+                          LinearOfMeans, Copy>;
 
 struct RegionTensors {
   const std::vector<Tensor>&inputs, &weights, &biases;
@@ -145,6 +150,7 @@ class Program {
   Step read_phases();
   Step read_winograd();
   Step read_pooled_stem();
+  Step read_copy();
   Activation read_activation();
   const float* read_bias(int64_t panels);
   const float* read_constants(int64_t panels);
@@ -160,7 +166,8 @@ class Program {
   int64_t read_segment(const Buffer& out, Segment* segment, bool* runs_on);
   int64_t read_phased(const Window& w, const Buffer& input, int64_t channels, const Buffer& out, Segment* segment,
                       bool* runs_on);
-  void set_steps(int64_t blocks, const Window& w, Segment* segment);
+  int64_t set_groups(int64_t in, int64_t out, int64_t channels);
+  void set_steps(const Window& w, Segment* segment);
   void set_offsets(const Layout& l, const Window& w, Segment* segment);
   void read_residual(const Buffer& out, Convolution* c, bool* runs_on);
   bool passes_panels(const Convolution& c) const;
@@ -181,7 +188,7 @@ class Program {
   int64_t workspace_bytes_;
   std::vector<Buffer> buffers_;
   int64_t most_steps_ = 0;
-  std::vector<int64_t> offsets_;  // of the convolution that was read last
+  std::vector<int64_t> offsets_, first_blocks_;  // of the convolution that was read last
 
   struct Weights {
     const char* begin;

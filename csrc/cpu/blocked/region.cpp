@@ -52,6 +52,14 @@ class Runner {
          [&](int64_t begin, int64_t end) { split_phases(from, step.phases, to, in, begin, end, out); });
   }
 
+  void operator()(const Copy& step) const {
+    const Layout &from = step.from.layout, &to = step.to.layout;
+    const char* in = program_.memory(step.from);
+    char* out = program_.memory(step.to);
+    over(to.N * to.H, from.blocks() * to.W * kPixelBytes,
+         [&](int64_t begin, int64_t end) { copy_lines(from, step.copying, to, in, begin, end, out); });
+  }
+
   void operator()(const ToNhwc& step) const {
     const Layout& l = step.buffer.layout;
     const char* from = program_.memory(step.buffer);
@@ -157,10 +165,32 @@ class Runner {
       if (kernel_.dtype != kInt8) flush.emplace();  // whose bytes depend on no mode
       for (int64_t index = begin; index < end; ++index) {
         const int64_t group = index / panel_parts, panel = index % panel_parts;
-        kernel_.run(c, {group * groups / group_parts, (group + 1) * groups / group_parts, panel_at(panel, panel_parts),
-                        panel_at(panel + 1, panel_parts)});
+        run(c, {group * groups / group_parts, (group + 1) * groups / group_parts, panel_at(panel, panel_parts),
+                panel_at(panel + 1, panel_parts)});
       }
     });
+  }
+
+ private:
+  // Of groups, neighbouring panels that read the same blocks of their input at a time.
+  void run(const Convolution& c, const Share& share) const {
+    if (c.first_blocks == nullptr) return kernel_.run(c, share);
+    const int64_t panel_bytes = c.steps * kStepBytes;
+    for (int64_t panel = share.panel_begin, next; panel < share.panel_end; panel = next) {
+      next = panel + 1;
+      Convolution part = c;
+      const auto has_same = [&](int s) { return first_block(c, s, next) == first_block(c, s, panel); };
+      while (next < share.panel_end && has_same(0) && has_same(c.num_segments - 1)) ++next;
+      for (int s = 0; s < c.num_segments; ++s) {
+        part.segments[s].input.base += first_block(c, s, panel) * c.segments[s].input.plane;
+      }
+      if (next < share.panel_end) part.next_weights = c.weights + next * panel_bytes, part.next_bytes = panel_bytes;
+      kernel_.run(part, {share.group_begin, share.group_end, panel, next});
+    }
+  }
+
+  static int64_t first_block(const Convolution& c, int segment, int64_t panel) {
+    return c.first_blocks[segment * c.panels + panel];
   }
 
   static BandsOfStem::Read reading() {
