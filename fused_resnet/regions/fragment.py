@@ -310,18 +310,20 @@ def pooled_stems(fragment: Fragment) -> dict[int, int]:
             continue
         (reader,), p = readers[value], step.problem
         pool = fragment.steps[reader]
-        if isinstance(pool, PoolStep) and _LINES_OF_A_MAP * pool.window[0] <= p.P and p.reduction <= p.P * p.Q:
+        if not isinstance(pool, PoolStep) or pool.kind == "average" and fragment.dtype == torch.int8:
+            continue
+        if _LINES_OF_A_MAP * pool.window[0] <= p.P and p.reduction <= p.P * p.Q:
             found[place] = reader
     return found
 
 
 class Packing(NamedTuple):
-    """How the weights of one of the `segments` are packed. parts: the places of the steps whose they are. groups: of
-    each part."""
+    """How the weights of one of the `segments` are packed. parts: the places of the steps whose they are. line_stride:
+    of a stem, else 0. groups: of each part."""
 
     parts: tuple[int, ...]
     by_winograd: bool
-    by_rows: bool
+    line_stride: int
     dtype: torch.dtype
     groups: tuple[int, ...]
 
@@ -329,17 +331,20 @@ class Packing(NamedTuple):
         """The parts' weights as their kernel reads them."""
         if self.by_winograd:
             return winograd.points(weights[0])
-        if self.by_rows:
-            return packed_weights([rows_of_window(weights[0], self.dtype)], self.dtype)
+        if self.line_stride:
+            weights = [rows_of_window(weights[0], self.dtype, self.line_stride)]
         return packed_weights(weights, self.dtype, self.groups)
 
 
 def packings(fragment: Fragment) -> dict[int, Packing]:
     """{the place of each of the `segments`: how its weights are packed}."""
-    points, by_rows = by_winograd(fragment), stems(fragment).values()
-    groups = {place: one.problem.groups for place, one in enumerate(fragment.steps) if isinstance(one, ConvStep)}
+    points, steps = by_winograd(fragment), fragment.steps
+    strides = {place: cast(ConvStep, steps[place]).problem.stride[0] for place in stems(fragment).values()}
+    groups = {place: one.problem.groups for place, one in enumerate(steps) if isinstance(one, ConvStep)}
     return {
-        place: Packing(parts, place in points, place in by_rows, fragment.dtype, tuple(groups[part] for part in parts))
+        place: Packing(
+            parts, place in points, strides.get(place, 0), fragment.dtype, tuple(groups[part] for part in parts)
+        )
         for place, parts in segments(fragment).items()
     }
 
@@ -361,13 +366,21 @@ def _compile_int8(
     fragment: Fragment, packed: Mapping[int, Tensor], epilogues: Mapping[int, Epilogue]
 ) -> CompiledRegion:
     region, first, scales = Region(fragment.dtype), len(fragment.shapes), fragment.scales
-    replaced, stem_of = replacing(fragment), stems(fragment)
+    replaced, stem_of, pooled = replacing(fragment), stems(fragment), pooled_stems(fragment)
     maps: dict[int, Map] = {}
     stem_segments: dict[int, Segment] = {}
+    requantizing = {
+        place: Requantizing(epilogues[place], _is_signed(fragment, step.x), _is_signed(fragment, step.residual))
+        for place, step in enumerate(fragment.steps)
+        if isinstance(step, ConvStep)
+    }
     for value, shape in enumerate(fragment.shapes):
-        if value in stem_of:
-            step = fragment.steps[stem_of[value]]
-            stem_segments[stem_of[value]] = _stem(region, shape, step, scales[value])
+        place = stem_of.get(value)
+        if place in pooled:
+            y = _pooled_stem(region, fragment, place, pooled[place], packed[place], requantizing=requantizing[place])
+            maps[first + pooled[place]] = y
+        elif place is not None:
+            stem_segments[place] = _stem(region, shape, fragment.steps[place], scales[value])
         else:
             maps[value] = region.read(shape, scales[value])
     for place, step in enumerate(fragment.steps):
@@ -376,16 +389,16 @@ def _compile_int8(
         if isinstance(step, ConvStep) and step.is_linear:
             region.write_linear(maps[step.x], packed[place], epilogues[place])
             continue
-        if isinstance(step, ConvStep):
+        if place in pooled or value in maps:
+            pass
+        elif isinstance(step, ConvStep):
             maps[value] = region.convolve(
                 [stem_segments[place] if place in stem_segments else _segment(step, maps)],
                 None,
                 residual=None if step.residual is None else maps[step.residual],
                 in_place=place in replaced,
                 packed=packed[place],
-                requantizing=Requantizing(
-                    epilogues[place], _is_signed(fragment, step.x), _is_signed(fragment, step.residual)
-                ),
+                requantizing=requantizing[place],
             )
         elif isinstance(step, PoolStep) and step.kind == "max":
             window = (step.window, step.stride, step.padding)
@@ -520,13 +533,22 @@ def _stem(region: Region, shape: Shape, step: Step, how: Optional[Kept] = None) 
 
 
 def _pooled_stem(
-    region: Region, fragment: Fragment, place: int, pooled: int, packed: Tensor, bias: Optional[Tensor]
+    region: Region,
+    fragment: Fragment,
+    place: int,
+    pooled: int,
+    packed: Tensor,
+    bias: Optional[Tensor] = None,
+    requantizing: Optional[Requantizing] = None,
 ) -> Map:
     step, pool = fragment.steps[place], fragment.steps[pooled]
     assert isinstance(step, ConvStep) and isinstance(pool, PoolStep)
     p, shape = step.problem, fragment.shapes[step.x]
     pooling = Pooling(pool.kind, pool.window, pool.stride, pool.padding, pool.counts_padding)
     conv = (_shape_of_weight(p), p.stride, p.padding, bias)
+    if requantizing is not None:
+        how = fragment.scales[step.x]
+        return region.pooled_stem(shape, *conv, pooling, packed=packed, how=how, requantizing=requantizing)
     return region.pooled_stem(shape, *conv, pooling, activation=p.activation, packed=packed)
 
 

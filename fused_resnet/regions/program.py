@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Callable, NamedTuple, Optional, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.kernels import compiled
@@ -75,15 +76,25 @@ class Requantizing(NamedTuple):
     is_residual_signed: bool = False
 
 
-def rows_of_window(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A stem's weight (K, C, R, S) as (K, S * C, R, 1), for an input unfolded along its lines.
+def rows_of_window(weight: Tensor, dtype: torch.dtype, line_stride: int) -> Tensor:
+    """A stem's weight (K, C, R, S) as (K, rows * S * C, R / rows, 1), for an input unfolded along its lines.
 
-    The weight itself where that takes no fewer k steps.
+    The weight itself where that takes no fewer k steps. Where R is no multiple of the rows, zeros follow.
     """
     (K, C, R, S), lanes = weight.shape, layout.lanes(dtype)
     if -(-C * S // lanes) >= S * -(-C // lanes):
         return weight
-    return weight.permute(0, 3, 1, 2).reshape(K, S * C, R, 1)
+    rows = _rows_of_a_pixel(C * S, dtype, line_stride)
+    wider = F.pad(weight, (0, 0, 0, -R % rows)).reshape(K, C, -1, rows, S)
+    return wider.permute(0, 3, 4, 1, 2).reshape(K, rows * S * C, -1, 1)
+
+
+def _rows_of_a_pixel(values: int, dtype: torch.dtype, line_stride: int) -> int:
+    """How many neighbouring rows of an unfolded input a pixel holds, each of so many values.
+
+    As many as its window moves on, where they fit a block. In floats what follows them would have to be zero.
+    """
+    return line_stride if dtype == torch.int8 and values * line_stride <= layout.lanes(dtype) else 1
 
 
 def packed_weights(weights: Sequence[Tensor], dtype: torch.dtype, groups: Sequence[int] = ()) -> Tensor:
@@ -190,7 +201,7 @@ class Region:
 
     def read(self, shape: Shape, how: Optional[Kept] = None) -> Map:
         """The next of the region's inputs."""
-        return self._read(shape, [1, 1, 0], how)
+        return self._read(shape, self._unfolding(1, 1, 0), how)
 
     def read_for(
         self, shape: Shape, weight: Tensor, stride: Pair, padding: Pair, how: Optional[Kept] = None
@@ -199,20 +210,28 @@ class Region:
 
         Where that takes fewer k steps, a pixel of the map holds a row of the window over all channels:
         out[n, s * C + c, h, q] = x[n, c, h, q * stride + s - padding]. The channels of an image are too few to fill
-        a block by themselves.
+        a block by themselves. In int8 it may hold as many such rows as the window moves on.
         """
         segment, unfolding = self._unfolded(shape, weight, stride, padding)
         return segment._replace(x=self._read(segment.x.shape, unfolding, how))
 
     def _unfolded(self, shape: Shape, weight: Tensor, stride: Pair, padding: Pair) -> tuple[Segment, list[int]]:
-        """A stem over the map that its input becomes. How: the taps, the stride and the padding along its lines."""
-        rows = rows_of_window(weight, self.dtype)
-        if rows is weight:
-            return Segment(Map(shape), weight, stride, padding), [1, 1, 0]
-        (N, C, H, W), S = shape, weight.shape[3]
-        Q = output_size(W, S, stride[1], padding[1], 1)
-        unfolding = [S, stride[1], padding[1]]
-        return Segment(Map((N, S * C, H, Q)), rows, (stride[0], 1), (padding[0], 0)), unfolding
+        """A stem over the map that its input becomes, and how it does."""
+        by_rows = rows_of_window(weight, self.dtype, stride[0])
+        if by_rows is weight:
+            return Segment(Map(shape), weight, stride, padding), self._unfolding(1, 1, 0)
+        (N, C, H, W), (_, _, R, S) = shape, weight.shape
+        Q, rows = output_size(W, S, stride[1], padding[1], 1), _rows_of_a_pixel(C * S, self.dtype, stride[0])
+        if rows == 1:
+            segment = Segment(Map((N, S * C, H, Q)), by_rows, (stride[0], 1), (padding[0], 0))
+            return segment, self._unfolding(S, stride[1], padding[1])
+        lines = output_size(H, R, stride[0], padding[0], 1) + by_rows.shape[2] - 1
+        unfolding = self._unfolding(S, stride[1], padding[1], rows, padding[0])
+        return Segment(Map((N, rows * S * C, lines, Q)), by_rows), unfolding
+
+    def _unfolding(self, taps: int, stride: int, padding: int, rows: int = 1, padding_h: int = 0) -> list[int]:
+        """As a program says it: along the lines, and in int8 over some of them."""
+        return [taps, stride, padding, *([rows, padding_h] if self.dtype == torch.int8 else [])]
 
     def _read(self, shape: Shape, unfolding: list[int], how: Optional[Kept]) -> Map:
         x, index, tail = self._new_map(shape), self._num_inputs, self._quantized("read", how, lambda scale: 1 / scale)
@@ -286,11 +305,7 @@ class Region:
         if packed is None:
             packed = packed_weights([one.weight for one in segments], self.dtype, [one.groups for one in segments])
         weight = packed
-        if requantizing is not None:
-            constants: Optional[Tensor] = layout.pack_constants(requantizing.epilogue, weight)
-        else:
-            constants = None if bias is None else layout.pack_bias(bias)
-        numbers = self._keep(weight, self._weights), self._keep(constants, self._biases)
+        numbers = self._keep(weight, self._weights), self._keep_constants(requantizing, bias, weight)
         segments = self._split_phases(segments, shape)
         for segment in segments:
             if segment.phases is None:
@@ -469,6 +484,8 @@ class Region:
         *,
         activation: str = "none",
         packed: Optional[Tensor] = None,
+        how: Optional[Quantized] = None,
+        requantizing: Optional[Requantizing] = None,
     ) -> Map:
         """`read_for` the next of the region's inputs, `convolve` and `pool`, some lines of the result at a time.
 
@@ -476,17 +493,19 @@ class Region:
         """
         segment, unfolding = self._unfolded(shape, weight, stride, padding)
         _check_epilogue("pooled_stem", segment.output_shape, bias, activation, None, [])
+        self._check_requantizing(requantizing, [segment], bias, activation)
+        tail = self._quantized("pooled_stem", how, lambda scale: 1 / scale)
+        if requantizing is not None:
+            unfolding = [*unfolding, segment.x.shape[2]]
+            tail += _integers_of_epilogue(requantizing, math.prod(segment.weight.shape[1:]))
         out = self._new_map(pooling.output_shape(segment.output_shape))
         index, self._num_inputs = self._num_inputs, self._num_inputs + 1
         weight = packed_weights([segment.weight], self.dtype) if packed is None else packed
-        numbers = (
-            self._keep(weight, self._weights),
-            self._keep(None if bias is None else layout.pack_bias(bias), self._biases),
-        )
+        numbers = self._keep(weight, self._weights), self._keep_constants(requantizing, bias, weight)
         window = [*segment.weight.shape[2:], *segment.stride, *segment.padding, 1, 1]
         rest = [*unfolding, ACTIVATIONS.index(activation), *numbers, *window]
         rest += [*pooling.kind_integers, *pooling.window_integers]
-        rest.append(self._lines_of_a_band(segment, pooling, weight.nbytes))
+        rest += [self._lines_of_a_band(segment, pooling, weight.nbytes), *tail]
         self._add(lambda: [_POOLED_STEM, self._number(out), index, self._first_image, *rest], [], out, weight)
         return out
 
@@ -589,6 +608,11 @@ class Region:
             return -1
         tensors.append(tensor)
         return len(tensors) - 1
+
+    def _keep_constants(self, requantizing: Optional[Requantizing], bias: Optional[Tensor], weight: Tensor) -> int:
+        if requantizing is not None:
+            return self._keep(layout.pack_constants(requantizing.epilogue, weight), self._biases)
+        return self._keep(None if bias is None else layout.pack_bias(bias), self._biases)
 
     def _pitches(self) -> dict[int, int]:
         """One for all maps of a width: between maps of one pitch, tiles run on over the ends of rows."""

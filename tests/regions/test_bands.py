@@ -1,16 +1,20 @@
-"""A stem and its pooling as one step, in bands of lines: the same bits as three steps over whole maps."""
+"""A stem and its pooling as one step, in bands of lines: the same bits as three steps over whole maps, and in
+int8 the bytes of the reference."""
 
 import pytest
 import torch
 
 from benchmarks.cpu_check.cores import threads
 from fused_resnet.kernels import compiled
+from fused_resnet.operators import quantized
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.quantized import Quantized
 from fused_resnet.regions import fragment, program
+from fused_resnet.regions.exact import run_reference
 from fused_resnet.regions.fragment import ConvStep, Fragment, PoolStep
 from fused_resnet.regions.program import Pooling, Region, Segment
-from tests.support.regions import call, channels_last, kernels
+from tests.support.regions import call, channels_last, int8_kernels, kernels
 
 if compiled.load("cpu") is not None:
     pytest.skip(compiled.load("cpu"), allow_module_level=True)
@@ -64,6 +68,55 @@ def test_no_bit_differs(monkeypatch, kernel, dtype, case, pooling):
         with threads(count):
             actual = in_bands(*operands, pooling, kernel)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# N, C, H, W, K, R, S, stride, padding, and the maximum's window, stride and padding: with one row in a pixel, or more
+STEMS_OF_BYTES = (
+    ((2, 3, 37, 40, 40, 7, 7, (2, 2), (3, 3)), ((3, 3), (2, 2), (1, 1))),
+    ((3, 3, 11, 9, 16, 3, 3, (1, 1), (1, 1)), ((2, 2), (2, 2), (0, 0))),
+    ((1, 3, 40, 9, 16, 3, 3, (2, 2), (0, 1)), ((2, 2), (2, 2), (0, 0))),
+    ((2, 1, 50, 33, 70, 5, 11, (5, 3), (2, 7)), ((2, 1), (1, 1), (0, 0))),
+    ((1, 2, 40, 30, 33, 2, 16, (2, 1), (1, 0)), ((2, 1), (2, 1), (1, 0))),  # all of a block
+    ((1, 4, 45, 30, 33, 1, 5, (3, 1), (0, 2)), ((2, 1), (2, 1), (1, 0))),  # rows that nothing reads
+    ((1, 40, 9, 18, 33, 3, 3, (1, 1), (1, 2)), ((2, 2), (1, 1), (1, 1))),
+)
+
+
+@pytest.mark.parametrize("case, window", STEMS_OF_BYTES, ids=str)
+@pytest.mark.parametrize("is_signed", (False, True), ids=("u8", "s8"))
+def test_no_byte_differs(monkeypatch, is_signed, case, window):
+    N, C, H, W, K, R, S, stride, padding = case
+    x, how, out = torch.randn(N, C, H, W) * 2, Quantized(0.02, is_signed), Quantized(0.05, False)
+    x[0, 0, 0, 0], x[-1, -1, -1, -1] = torch.nan, torch.inf
+    weight, scales = quantized.quantized_weight(torch.randn(K, C, R, S) / (C * R * S) ** 0.5)
+    epilogue = quantized.epilogue_of(how, scales, out, torch.randn(K), activation="relu")
+    meta = ConvOperands(x.to("meta"), weight.float().to("meta"))
+    problem = conv_problem(meta, stride, padding, (1, 1), 1, "relu")._replace(device="cpu", dtype=torch.int8)
+    steps = (ConvStep(problem, 0), PoolStep("max", 1, *window, False))
+    whole = Fragment((tuple(x.shape),), steps, (2,), torch.int8, (how, out, out))
+    (expected,) = run_reference(whole, {0: weight}, {0: epilogue}, [x])
+    assert expected.unique().numel() > 20
+    packed = {0: fragment.packings(whole)[0].of([weight])}
+    turned = x.transpose(2, 3).contiguous().transpose(2, 3)
+    for is_pooled in (True, False):
+        monkeypatch.setattr(fragment, "pooled_stems", lambda _, pooled=is_pooled: {0: 1} if pooled else {})
+        for lines, count, images in ((1, 1, 3), (2, 3, 1), (100, 1, 2)):
+            monkeypatch.setattr(Region, "_lines_of_a_band", lambda *_, lines=lines: lines)
+            monkeypatch.setattr(Region, "_images_of", lambda *_, images=images: images)
+            region = fragment.compile_fragment(whole, packed, {0: epilogue})
+            for kernel in int8_kernels():
+                with threads(count):
+                    for image in (x, turned, channels_last(x)):
+                        (y,) = region([image], region.empty_workspace().fill_(0xA5), kernel)
+                        assert torch.equal(y, expected), (kernel, is_pooled, lines)
+
+
+def test_rows_share_a_pixel_where_they_fit_a_block():
+    """In int8 7x7 windows of stride 2 over three channels take four steps in place of seven."""
+    for dtype, steps in ((torch.int8, 4), (torch.bfloat16, 7)):
+        weight = torch.zeros(64, 3, 7, 7).to(dtype)
+        assert program.packed_weights([program.rows_of_window(weight, dtype, 2)], dtype).shape[1] == steps
+        assert program.rows_of_window(weight, dtype, 1).shape == (64, 21, 7, 1)
 
 
 @pytest.mark.parametrize("kernel, dtype", KERNELS.items(), ids=str)

@@ -349,7 +349,7 @@ class Call:
         region.write(pooled, how)
         region.write_means(pooled, how)
         linear = layout.pack_weight(torch.ones(5, 32, 1, 1, dtype=torch.int8), torch.int8)
-        region.write_linear(pooled, linear, Epilogue(torch.ones(5), torch.ones(5), 0.0, -math.inf, math.inf, False))
+        region.write_linear(pooled, linear, Epilogue(torch.ones(5), torch.ones(5), 0.0, -math.inf, math.inf, torch.float32))
         self.region = region.compile()
         self.program = self.region.program.tolist()
         self.inputs = [torch.randn(1, 16, 6, 6), torch.randn(1, 32, 6, 6)]
@@ -370,18 +370,18 @@ def put(place, value):
     return lambda call: call.program.__setitem__(slice(place, place + len(values)), values)
 
 
-# version, dtype, number of buffers, four buffers of 7, two inputs of 9 and a halo's 2, the convolution of 25, a maximum
+# version, dtype, number of buffers, four buffers of 7, two inputs of 11, a halo of 2, the convolution of 25, a maximum
 # of 12, an output of 6, means of 6, a linear layer of 6
 INPUT = 3 + 4 * 7 + 2
-CONVOLUTION = INPUT + 2 * 9
+CONVOLUTION = INPUT + 2 * 11
 MAXIMUM = CONVOLUTION + 25
 OUTPUT = MAXIMUM + 12
 LINEAR = OUTPUT + 2 * 6
 INFINITE, ONE = 0x7F800000, 0x3F800000
 WRONG = {
-    "1 / scale must be finite, not inf": put(INPUT + 7, INFINITE),
-    "1 / scale must be from 0 to 4294967295": put(INPUT + 7, -1),
-    "whether bytes are signed must be from 0 to 1, not 2": put(INPUT + 8, 2),
+    "1 / scale must be finite, not inf": put(INPUT + 9, INFINITE),
+    "1 / scale must be from 0 to 4294967295": put(INPUT + 9, -1),
+    "whether bytes are signed must be from 0 to 1, not 2": put(INPUT + 10, 2),
     "one segment and no activation, not 1 and relu": put(CONVOLUTION + 3, 1),
     "the constants' number must be from 0 to 1, not -1": put(CONVOLUTION + 6, -1),
     "a residual's factor must be finite": put(CONVOLUTION + 19, INFINITE),

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from benchmarks.cpu_check.cores import threads
 from fused_resnet.kernels import compiled
-from fused_resnet.regions.program import Pooling, Region, Segment
+from fused_resnet.operators.quantized import Epilogue, Quantized
+from fused_resnet.regions.program import Pooling, Region, Requantizing, Segment
 from tests.support.regions import call, channels_last, fastest, kernels, table
 
 if compiled.load("cpu") is not None:
@@ -340,12 +341,43 @@ WRONG_COPIES = {
 }
 
 
+class CallOfBytes(Call):
+    """The same in int8, with two rows in a pixel."""
+
+    def __init__(self):
+        super().__init__()
+        region, pooling = Region(torch.int8), Pooling("max", (3, 3), (2, 2), (1, 1))
+        weight, how = torch.ones(32, 3, 7, 7).to(torch.int8), Quantized(0.5, True)
+        requantizing = Requantizing(Epilogue(torch.ones(32), torch.ones(32), 0.0, 0.0, 255.0, torch.uint8), True)
+        stem = ((1, 3, 23, 24), weight, (2, 2), (3, 3), None, pooling)
+        region.write(region.pooled_stem(*stem, how=how, requantizing=requantizing), Quantized(1.0, False))
+        self.region = region.compile()
+        self.program = self.region.program.tolist()
+        self.inputs = [channels_last(torch.randn(1, 3, 23, 24))]
+        self.weights, self.biases = self.region.weights, list(self.region.biases)
+        self.outputs = [torch.zeros(self.region.output_shapes[0]).contiguous(memory_format=torch.channels_last)]
+        self.workspace = self.region.empty_workspace()
+
+
+# after the unfolding's padding: rows, padding, lines; and at the end 1 / scale, is signed, and a convolution's end
+MORE = 3
+WRONG_BYTES = {
+    "the rows of an unfolding must be from 1 to 64, not 0": put(UNFOLDING + 3, 0),
+    "4 rows of 7 taps of an input of 3 channels and 23 lines do not give 15": put(UNFOLDING + 3, 4),
+    "1 rows of 7 taps of an input of 3 channels and 23 lines do not give 15": put(UNFOLDING + 3, 1),
+    "a window of 4x1 give nothing": put(UNFOLDING + 5, 3),
+    "its activations|no activation": put(STEM + 7 + MORE, 1),
+    "a convolution's constants must have the shape": lambda call: call.biases.__setitem__(
+        0, call.biases[0][:, :2].contiguous()
+    ),
+    "in int8 poolings are maxima": put(KIND + MORE, 0),
+    "1 / scale must be finite": put(LINES + MORE + 1, 0x7F800000),
+    "the bounds of bytes are": put(LINES + MORE + 4, 0x3F800000),
+}
+
 OF_EACH = {
-    Call: WRONG,
-    CallOfPhases: WRONG_PHASES,
-    CallOfWinograd: WRONG_WINOGRAD,
-    CallOfPooledStem: WRONG_STEMS,
-    CallOfCopy: WRONG_COPIES,
+    **{Call: WRONG, CallOfPhases: WRONG_PHASES, CallOfWinograd: WRONG_WINOGRAD},
+    **{CallOfPooledStem: WRONG_STEMS, CallOfBytes: WRONG_BYTES, CallOfCopy: WRONG_COPIES},
 }
 
 

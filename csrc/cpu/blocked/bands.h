@@ -40,7 +40,8 @@ struct PooledStem {
   Convolution convolution;  // without its memory and its tiling
   Pooling pooling;          // without its input
   Height of_convolution, of_pooling;
-  int64_t lines;  // of a band
+  int64_t lines;           // of a band
+  bool is_signed = false;  // in int8
 
   int64_t line_bytes() const { return image.C * image.W * static_cast<int64_t>(sizeof(float)) + kPixelBytes; }
   int64_t scratch_bytes() const { return read.bytes() + convolved.bytes() + line_bytes(); }

@@ -198,16 +198,19 @@ FUSED_RESNET_AVX512 void pool_avx512(const Pooling& s, int64_t begin, int64_t en
   pool_lines<16, T>(s, begin, end);
 }
 
-inline void pool_bytes_anywhere(const Pooling& s, bool is_signed, int64_t begin, int64_t end) {
-  is_signed ? pool_bytes<int8_t, 16>(s, begin, end) : pool_bytes<uint8_t, 16>(s, begin, end);
+template <class Byte>
+void pool_bytes_anywhere(const Pooling& s, int64_t begin, int64_t end) {
+  pool_bytes<Byte, 16>(s, begin, end);
 }
 
-FUSED_RESNET_AVX2 inline void pool_bytes_avx2(const Pooling& s, bool is_signed, int64_t begin, int64_t end) {
-  is_signed ? pool_bytes<int8_t, 32>(s, begin, end) : pool_bytes<uint8_t, 32>(s, begin, end);
+template <class Byte>
+FUSED_RESNET_AVX2 void pool_bytes_avx2(const Pooling& s, int64_t begin, int64_t end) {
+  pool_bytes<Byte, 32>(s, begin, end);
 }
 
-FUSED_RESNET_AVX512 inline void pool_bytes_avx512(const Pooling& s, bool is_signed, int64_t begin, int64_t end) {
-  is_signed ? pool_bytes<int8_t, 64>(s, begin, end) : pool_bytes<uint8_t, 64>(s, begin, end);
+template <class Byte>
+FUSED_RESNET_AVX512 void pool_bytes_avx512(const Pooling& s, int64_t begin, int64_t end) {
+  pool_bytes<Byte, 64>(s, begin, end);
 }
 
 }  // namespace blocked

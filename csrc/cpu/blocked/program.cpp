@@ -65,6 +65,7 @@ Image image_of(const Tensor& input, int64_t first) {
   const auto* begin = static_cast<const char*>(input.const_data_ptr());
   return {begin + first * input.stride(0) * input.element_size(),
           input.size(1),
+          input.size(2),
           input.size(3),
           input.stride(0),
           input.stride(1),
@@ -191,8 +192,7 @@ Program::Window Program::read_dilated_window() {
 
 Step Program::next() {
   const int64_t step = read_between("a step", 0, 10);
-  STD_TORCH_CHECK(is_int8() ? step != 6 && step != 8 : step != 7 && step != 9, kRegion, ": ", kernel_.name,
-                  " has no step ", step);
+  STD_TORCH_CHECK(is_int8() ? step != 6 : step != 7 && step != 9, kRegion, ": ", kernel_.name, " has no step ", step);
   switch (step) {
     case 0:
       return read_input();
@@ -226,20 +226,23 @@ Step Program::read_input() {
   const Buffer& buffer = read_buffer();
   const Layout& l = buffer.layout;
   const Unfolding u = read_unfolding();
-  const int64_t C = l.C / u.taps, W = input.dim() == 4 ? input.size(3) : 0;
-  STD_TORCH_CHECK(
-      l.C % u.taps == 0 && W > 0 && W <= kMost && Window::outputs(W + 2 * u.padding - u.taps, u.stride) == l.W, kRegion,
-      ": ", u.taps, " taps of an input of ", W, " columns do not give ", text(l));
+  const int64_t C = l.C / (u.taps * u.rows), W = input.dim() == 4 ? input.size(3) : 0;
+  STD_TORCH_CHECK(l.C % (u.taps * u.rows) == 0 && (u.rows == 1 || l.C <= l.lanes) && W > 0 && W <= kMost &&
+                      Window::outputs(W + 2 * u.padding - u.taps, u.stride) == l.W,
+                  kRegion, ": ", u.taps, " taps of an input of ", W, " columns do not give ", text(l));
   std::swap(at_, first_image);
-  const int64_t first = read_first_image("an input", input, C, W, l);
+  Layout lines = l;  // what lies outside of the image is zero, however many there are
+  if (u.rows > 1 && input.dim() == 4) lines.H = input.size(2);
+  const int64_t first = read_first_image("an input", input, C, W, lines);
   std::swap(at_, first_image);
   Image image = image_of(input, first);
-  if (is_int8()) {
-    image.quantizer.inverse = read_fp32("1 / scale");
-    const bool is_signed = read_is_signed();
-    image.quantizer.low = is_signed ? -128.f : 0.f, image.quantizer.high = is_signed ? 127.f : 255.f;
-  }
+  if (is_int8()) image.quantizer = read_quantizer();
   return ReadInput{image, buffer, u};
+}
+
+Quantizer Program::read_quantizer() {
+  const float inverse = read_fp32("1 / scale");
+  return read_is_signed() ? Quantizer{inverse, -128.f, 127.f} : Quantizer{inverse, 0.f, 255.f};
 }
 
 Unfolding Program::read_unfolding() {
@@ -247,6 +250,10 @@ Unfolding Program::read_unfolding() {
   u.taps = read_between("the taps of an unfolding", 1, kMostTaps);
   u.stride = read_between("the stride of an unfolding", 1, kMost);
   u.padding = read_between("the padding of an unfolding", 0, kMost);
+  if (is_int8()) {
+    u.rows = read_between("the rows of an unfolding", 1, kPixelBytes);
+    u.padding_h = read_between("the padding of an unfolding", 0, kMost);
+  }
   return u;
 }
 
@@ -618,7 +625,11 @@ Step Program::read_pooled_stem() {
   step.image = image_of(input, read_first_image("an input", input, size(1), size(3), l));
   STD_TORCH_CHECK(std::max({size(1), size(2), size(3)}) <= kMost, kRegion, ": an input's sides are at most ", kMost);
   const Unfolding& u = step.unfolding = read_unfolding();
-  l.C = size(1) * u.taps, l.W = Window::outputs(size(3) + 2 * u.padding - u.taps, u.stride);
+  if (is_int8()) l.H = read_between("the lines of an unfolded map", 1, kMost);
+  l.C = size(1) * u.taps * u.rows;
+  STD_TORCH_CHECK(u.rows == 1 ? l.H == size(2) : l.C <= l.lanes, kRegion, ": ", u.rows, " rows of ", u.taps,
+                  " taps of an input of ", size(1), " channels and ", size(2), " lines do not give ", l.H);
+  l.W = Window::outputs(size(3) + 2 * u.padding - u.taps, u.stride);
 
   Convolution& c = step.convolution;
   c.activation = read_activation();
@@ -627,7 +638,8 @@ Step Program::read_pooled_stem() {
   c.images = 1;
   c.channels = out.layout.C;
   c.panels = (c.channels + kPanel - 1) / kPanel;
-  c.bias = read_bias(c.panels);
+  const float* constants = is_int8() ? read_constants(c.panels) : nullptr;
+  if (!is_int8()) c.bias = read_bias(c.panels);
   const Window w = read_dilated_window();
   l.halo = w.padding_w, l.pitch = l.W + l.halo;
   const Layout map{l.N, c.channels, w.outputs_h(l.H), w.outputs_w(l.W), 0, w.outputs_w(l.W), l.lanes};
@@ -655,6 +667,15 @@ Step Program::read_pooled_stem() {
   c.steps = segment.steps;
   check_weights(weight, &c);
   set_next(&c);
+  if (is_int8()) {
+    step.image.quantizer = read_quantizer();
+    read_requantizing(constants, &c);
+    step.is_signed = c.requantizing.low < 0.f;
+    STD_TORCH_CHECK(step.pooling.is_max && l.C * w.R * w.S <= kMostProducts, kRegion,
+                    ": in int8 poolings are maxima, and"
+                    " sums of at most ",
+                    kMostProducts, " products stay within int32, not of ", l.C * w.R * w.S);
+  }
   return step;
 }
 

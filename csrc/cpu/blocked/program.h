@@ -13,17 +13,18 @@
 //           | 7, in, output tensor, first image, scale / pixels, is signed       int8: the mean of each map, in fp32
 //           | 8, out, input tensor, first image, taps, stride, padding, activation, weight, bias or -1, window,
 //             dilation, is a maximum, counts padding, window, lines of a band    an input's convolution and pooling
-//           | 9, in, output tensor, first image, weight, constants               int8: a linear layer of u8 maps' means
+//           | 9, in, output tensor, first image, weight, constants               int8: a linear layer of means, in fp32
 //           | 10, in, out, first channel, height and width of the stride and of the factor, zeroes out
 //                                                                                pixels copied, see copying.h
 //   segment = in, channels of the map that `in` has the phases of or 0, window, dilation, groups
 //   window  = R, S, and height and width of the stride and of the padding
 //
-// In int8 there are no steps of Winograd, poolings are maxima, and some steps say more at their end: an input 1 / scale
-// and whether its bytes are signed, an output scale and the same, a pooling the same alone. A convolution has one
-// segment and no activation, its bias are the constants of `Requantizing`, and at its end stand R, low, high, whether
-// what they bound surely fits int32, whether its input is signed, and whether its residual is. Numbers that are no
-// integers are the bits of their fp32.
+// In int8 there are no steps of Winograd, poolings are maxima, and some steps say more. An unfolding says rows and
+// padding of the height after its padding, in step 8 also the lines of the map. At their end an input says 1 / scale
+// and whether its bytes are signed, an output scale and the same, a pooling the same alone, and step 8 what an input
+// and a convolution say. A convolution has one segment and no activation, its bias are the constants of `Requantizing`,
+// and at its end stand R, low, high, whether what they bound surely fits int32, whether its input is signed, and
+// whether its residual is. Numbers that are no integers are the bits of their fp32.
 //
 // fused_resnet/regions/program.py writes it.
 #pragma once
@@ -147,6 +148,7 @@ class Program {
   Window read_dilated_window();
   Step read_input();
   Unfolding read_unfolding();
+  Quantizer read_quantizer();
   Step read_phases();
   Step read_winograd();
   Step read_pooled_stem();

@@ -40,17 +40,18 @@ struct Cast {
 // A tensor (n, c, h, w), its strides in elements.
 struct Image {
   const char* base;
-  int64_t C, W, stride_n, stride_c, stride_h, stride_w;
+  int64_t C, H, W, stride_n, stride_c, stride_h, stride_w;
   Dtype dtype;
   Quantizer quantizer;  // in int8
 
   // Whether lines lie one after the other as the map's do, pixel by pixel.
-  bool is_nhwc(int64_t H) const { return stride_c == 1 && stride_w == C && stride_h == W * C && stride_n == H * W * C; }
+  bool is_nhwc() const { return stride_c == 1 && stride_w == C && stride_h == W * C && stride_n == H * W * C; }
 };
 
-// A pixel of the map holds the `taps` pixels that a window's row meets there, one after the other.
+// A pixel of the map holds the `taps` pixels that a window's row meets there, one after the other. In int8 it may hold
+// those of several neighbouring rows: line h of the map those from h * rows - padding_h on.
 struct Unfolding {
-  int64_t taps, stride, padding;
+  int64_t taps, stride, padding, rows = 1, padding_h = 0;
 };
 
 // One line of the input, its channels together, into all blocks of a line of the map, `plane` bytes apart. `readable`:
@@ -74,6 +75,24 @@ FUSED_RESNET_INLINE void unfold_line(const Layout& l, const Unfolding& u, const 
         std::memset(to, 0, kPixelBytes);
         if (first < last) std::memcpy(to + first - at, from + first, last - first);
       }
+    }
+  }
+}
+
+// The same for one of several rows that a pixel holds side by side in a single block, whose bytes begin at `to`. Where
+// they are few they are copied with what follows, which the next row writes over, or else meets weights of zero.
+FUSED_RESNET_INLINE void unfold_row(const Layout& l, const Unfolding& u, const char* from, int64_t line_bytes,
+                                    int64_t readable, char* to, int64_t room, int64_t pixel_bytes) {
+  constexpr int64_t kTogether = kPixelBytes / 2;
+  const int64_t bytes = u.taps * pixel_bytes, is_short = bytes <= kTogether && kTogether <= room;
+  int64_t at = -u.padding * pixel_bytes;
+  for (int64_t w = 0; w < l.W; ++w, at += u.stride * pixel_bytes, to += kPixelBytes) {
+    if (is_short && at >= 0 && at + bytes <= line_bytes && at + kTogether <= readable) {
+      std::memcpy(to, from + at, kTogether);
+    } else {
+      const int64_t first = std::max<int64_t>(at, 0), last = std::min(at + bytes, line_bytes);
+      std::memset(to, 0, bytes);
+      if (first < last) std::memcpy(to + first - at, from + first, last - first);
     }
   }
 }
@@ -119,6 +138,27 @@ FUSED_RESNET_INLINE void gather_line(const Image& image, int64_t n, int64_t h, c
   }
 }
 
+FUSED_RESNET_INLINE void gather_bytes(const Image& image, int64_t n, int64_t h, char* to) {
+  if (image.dtype == Dtype::kBFloat16) {
+    gather_line<BFloat16, uint8_t>(image, n, h, to, image.quantizer);
+  } else {
+    gather_line<float, uint8_t>(image, n, h, to, image.quantizer);
+  }
+}
+
+// A line of a map whose pixels hold several rows of the image.
+FUSED_RESNET_INLINE void read_rows(const Layout& l, const Unfolding& u, const Image& image, int64_t n, int64_t h,
+                                   char* line, char* to) {
+  const int64_t line_bytes = image.W * image.C, bytes = u.taps * image.C;
+  for (int64_t row = 0; row < u.rows; ++row) {
+    const int64_t source = h * u.rows - u.padding_h + row;
+    const bool is_inside = source >= 0 && source < image.H;
+    if (is_inside) gather_bytes(image, n, source, line);
+    unfold_row(l, u, line, is_inside ? line_bytes : 0, line_bytes + kPixelBytes, to + row * bytes,
+               kPixelBytes - row * bytes, image.C);
+  }
+}
+
 // Lines [begin, end) of the map, counted over all images, to their places in a view of it. line: scratch for one of the
 // input's and kPixelBytes more.
 FUSED_RESNET_INLINE void read_lines(const Layout& l, const Unfolding& u, const Image& image, int64_t begin, int64_t end,
@@ -126,16 +166,18 @@ FUSED_RESNET_INLINE void read_lines(const Layout& l, const Unfolding& u, const I
   const int64_t pixel_bytes = image.C * (kPixelBytes / l.lanes), line_bytes = image.W * pixel_bytes;
   const bool is_int8 = l.lanes == kPixelBytes, is_bf16 = l.lanes == kPixelBytes / 2;
   const bool is_alike = !is_int8 && is_bf16 == (image.dtype == Dtype::kBFloat16);
-  const bool is_ready = is_alike && image.is_nhwc(l.H);
+  const bool is_ready = is_alike && image.is_nhwc();
   for (int64_t index = begin; index < end; ++index) {
     const int64_t n = index / l.H, h = index % l.H;
+    if (u.rows > 1) {
+      read_rows(l, u, image, n, h, line, to.base + n * to.image + h * to.line);
+      continue;
+    }
     const char* from = line;
     if (is_ready) {
       from = image.base + index * line_bytes;
-    } else if (is_int8 && image.dtype == Dtype::kBFloat16) {
-      gather_line<BFloat16, uint8_t>(image, n, h, line, image.quantizer);
     } else if (is_int8) {
-      gather_line<float, uint8_t>(image, n, h, line, image.quantizer);
+      gather_bytes(image, n, h, line);
     } else if (is_bf16 && is_alike) {
       gather_line<BFloat16, BFloat16>(image, n, h, line);
     } else if (is_bf16) {

@@ -108,9 +108,8 @@ class Runner {
   }
 
   void operator()(const Pool& step) const {
-    const auto run = pooling_of(kernel_.dtype);
+    const auto run = pooling_of(kernel_.dtype, step.is_signed);
     const Pooling& pooling = step.pooling;
-    if (kernel_.dtype == kInt8) return pool_bytes(step);
     over(pooling.lines(step.images), pooling.Q * pooling.R * pooling.S * kPixelBytes, [&](int64_t begin, int64_t end) {
       FlushDenormals flush;
       run(pooling, begin, end);
@@ -123,9 +122,10 @@ class Runner {
     if (lines == 0) return;
     const int64_t threads = torch::stable::get_num_threads(), share = (lines + threads - 1) / threads;
     torch::stable::parallel_for(0, lines, std::min(step.lines, share), [&](int64_t begin, int64_t end) {
-      FlushDenormals flush;
+      std::optional<FlushDenormals> flush;
+      if (kernel_.dtype != kInt8) flush.emplace();  // whose bytes depend on no mode
       char* memory = reinterpret_cast<char*>(scratch(kRegion, step.scratch_bytes() / 4));
-      BandsOfStem bands(step, kernel_, reading(), pooling_of(kernel_.dtype), memory);
+      BandsOfStem bands(step, kernel_, reading(), pooling_of(kernel_.dtype, step.is_signed), memory);
       while (begin < end) {
         const int64_t image = begin / P, last = std::min(end, (image + 1) * P);
         bands.run(image, {begin - image * P, last - image * P});
@@ -198,19 +198,16 @@ class Runner {
     return run;
   }
 
-  static BandsOfStem::Pool pooling_of(Dtype dtype) {
+  static BandsOfStem::Pool pooling_of(Dtype dtype, bool is_signed) {
     using Run = BandsOfStem::Pool;
     static const auto fp32 = best_of<Run>(pool_anywhere<float>, pool_avx2<float>, pool_avx512<float>);
     static const auto bf16 = best_of<Run>(pool_anywhere<BFloat16>, pool_avx2<BFloat16>, pool_avx512<BFloat16>);
+    static const auto s8 =
+        best_of<Run>(pool_bytes_anywhere<int8_t>, pool_bytes_avx2<int8_t>, pool_bytes_avx512<int8_t>);
+    static const auto u8 =
+        best_of<Run>(pool_bytes_anywhere<uint8_t>, pool_bytes_avx2<uint8_t>, pool_bytes_avx512<uint8_t>);
+    if (dtype == kInt8) return is_signed ? s8 : u8;
     return dtype == Dtype::kBFloat16 ? bf16 : fp32;
-  }
-
-  static void pool_bytes(const Pool& step) {
-    using Run = void (*)(const Pooling&, bool, int64_t, int64_t);
-    static const auto run = best_of<Run>(pool_bytes_anywhere, pool_bytes_avx2, pool_bytes_avx512);
-    const Pooling& s = step.pooling;
-    over(s.lines(step.images), s.Q * s.R * s.S * kPixelBytes,
-         [&](int64_t begin, int64_t end) { run(s, step.is_signed, begin, end); });
   }
 
   template <class T>
