@@ -28,8 +28,9 @@ from fused_resnet.measuring import Record
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "verify"
-EMULATED = ("sm_80", "sm_90")
+EMULATED = ("sm_80", "sm_89", "sm_90")
 ENGINE = {"regions": "benchmarks.cpu_check.problems", "networks": "benchmarks.cpu_check.networks"}
+QUANTIZED = ("int8", "float8_e4m3fn")
 _OF_THE_ENGINE = ("csrc/cpu", "csrc/common", "fused_resnet", "benchmarks/cpu_check")
 
 
@@ -40,7 +41,7 @@ def run_part(file: Path, problems: int, seed: int, device: str, kind: str) -> Op
         return None
     command = (sys.executable, "-m", ENGINE.get(kind, "fused_resnet"))
     if kind not in ENGINE:
-        drawn = {"random": (), "int8": ("--dtype", "int8")}.get(kind, (f"--{kind}",))
+        drawn = {"random": (), **{one: ("--dtype", one) for one in QUANTIZED}}.get(kind, (f"--{kind}",))
         command += ("verify", "--device", device, "--json", *drawn)
     size = ("--problems", str(problems), "--seed", str(seed))
     interpret = {} if device.startswith("cuda") or kind in ENGINE else {"TRITON_INTERPRET": "1"}
@@ -116,7 +117,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--seed", type=int, default=2000, help="of the first part; the others count up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="or sm_80, sm_90: the compiled kernels, in the PTX emulator")  # fmt: skip
-    parser.add_argument("--kind", choices=("random", "common", "strided", "int8", "mixed", *ENGINE), default="random",
+    parser.add_argument("--kind", choices=("random", "common", "strided", *QUANTIZED, "mixed", *ENGINE), default="random",
                         help="as `verify --common` and so on; mixed: random and common in turn")  # fmt: skip
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="begin no part later, except the first")
     parser.add_argument("--parts", type=Path, default=ROOT / "out" / "random_problems")

@@ -59,6 +59,7 @@ class InPlan(NamedTuple):
     only: `auto` takes it in plans alone, since packing costs too much.
     linears: the plan's linear layers are computed by it, too. placed: the plan settles where its tensors lie
     (`freezing.layouts`).
+    config: (problem) -> what an unmeasured convolution of quantized tensors takes in a plan.
     """
 
     pack: Callable[[Any, Tensor, Optional[Any]], Tensor] = lambda problem, weight, config: weight
@@ -66,6 +67,7 @@ class InPlan(NamedTuple):
     only: bool = False
     linears: bool = False
     placed: bool = False
+    config: Callable[[Any], Optional[Any]] = lambda problem: None
 
 
 class Configs(NamedTuple):

@@ -14,9 +14,9 @@ from torch import Tensor
 from fused_resnet import backends
 from fused_resnet.machine.devices import allows_tf32
 from fused_resnet.machine.locks import new_rlock
-from fused_resnet.operators import quantized, reference
+from fused_resnet.operators import float8, quantized, reference
 from fused_resnet.operators.operands import ConvOperands, Int8Operands
-from fused_resnet.operators.problem import AddReluProblem, Problem, dtype_name
+from fused_resnet.operators.problem import FLOAT8, AddReluProblem, Problem, dtype_name
 
 _POISONING = new_rlock()
 
@@ -50,11 +50,13 @@ class Case:
 
     @functools.cached_property
     def expected(self) -> Tensor:
-        """The reference's result on the CPU: in fp64, or the bytes of the int8 contract."""
+        """The reference's result on the CPU: in fp64, of e4m3 before its rounding, or the bytes of the int8 contract."""
         if isinstance(self.problem, AddReluProblem):
             return reference.add_relu(self.operands.a, self.operands.b)
         if isinstance(self.operands, Int8Operands):
             p, o = self.problem, self.operands.map(Tensor.cpu)
+            if self.problem.dtype == FLOAT8:
+                return float8.exact(p, o)
             return quantized.conv_act(o.x, o.weight, o.epilogue, p.stride, p.padding, p.dilation, p.groups, o.residual)
         return reference.conv_bn_act(self.problem, self.operands)
 
@@ -78,8 +80,13 @@ def why_unusable(device: str) -> Optional[str]:
 
 
 def bound_of(case: Case, backend: str) -> Tensor:
-    """The error that this backend may make, per element: reference.error_bound with the roundings it documents."""
+    """The error that this backend may make, per element: reference.error_bound with the roundings it documents.
+
+    Of e4m3 that of `float8`, which is the same for all.
+    """
     p, o = case.problem, case.operands
+    if isinstance(o, Int8Operands):
+        return float8.error_bound(p, o.map(Tensor.cpu))
     eps_acc, stored = 2.0**-53 if p.dtype == torch.float64 else 2.0**-24, stored_dtype(case, backend)
     winograd = rounding_of(backend).winograd
     key = (stored, winograd)

@@ -15,7 +15,6 @@ from fused_resnet.choosing.cases import in_order, order_of
 from fused_resnet.choosing.choice import Selection
 from fused_resnet.choosing.decide import Tuning, is_on
 from fused_resnet.choosing.winners_file import Table
-from fused_resnet.kernels.triton.conv import cost
 from fused_resnet.machine.errors import is_out_of_memory, one_line
 from fused_resnet.operators import float8, quantized
 from fused_resnet.operators.operands import Int8Operands
@@ -50,10 +49,10 @@ def first_right(problem: ConvProblem, device: torch.device, tuning: Tuning) -> S
     """
     may_check = tuning.tune is not False and is_on() and winners.device_id(device.type) is not None
     wrong = []
-    for name, backend in backends.known(problem.op).items():
+    for backend in backends.known(problem.op).values():
         if backend.why_not(problem) is not None:
             continue
-        one = Selection(backend, _config(problem, name), _ORDER)
+        one = Selection(backend, backend.plan.config(problem), _ORDER)
         if not may_check:
             return one
         outcome = winners.outcome(problem, str(one))
@@ -67,16 +66,6 @@ def first_right(problem: ConvProblem, device: torch.device, tuning: Tuning) -> S
             return one
         wrong.append(f"{one}: {why}")
     raise BackendError(f"freeze: no kernel computes {problem} right here ({'; '.join(wrong)}). Freeze in bfloat16.")
-
-
-def _config(problem: ConvProblem, backend: str) -> Optional[Any]:
-    """A plan's launches are replayed, so TMA costs nothing. But x is in NHWC there."""
-    if backend != "triton":
-        return None
-    from fused_resnet.backends import triton
-
-    arch, num_sms = triton.target()
-    return cost.likely_config(problem, arch, num_sms, lambda config: config.form != "rows_tma")
 
 
 def _checked(problem: ConvProblem, selection: Selection, device: torch.device) -> dict[str, Any]:

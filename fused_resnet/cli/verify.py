@@ -21,7 +21,8 @@ from fused_resnet.emulation import verify as emulated
 
 
 def _backend_names() -> list[str]:
-    return list(dict.fromkeys(name for op in ("conv_bn_act", "add_relu", "conv_int8") for name in backends.known(op)))
+    operators = ("conv_bn_act", "add_relu", "conv_int8", "conv_float8")
+    return list(dict.fromkeys(name for op in operators for name in backends.known(op)))
 
 
 @click.command()
@@ -34,9 +35,9 @@ def _backend_names() -> list[str]:
               help="Only 1x1 and 3x3 convolutions as plans of ResNets have them.")  # fmt: skip
 @click.option("--strided", "kind", flag_value="strided",
               help="Only bf16 convolutions with strides to 4 on maps of 1 to 33 columns.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["int8"]), default=None,
-              help="Convolutions of bytes instead: all bytes must be the reference's.")  # fmt: skip
-@click.option("--emulate", type=click.Choice(["sm_80", "sm_90"]), default=None,
+@click.option("--dtype", type=click.Choice(["int8", "float8_e4m3fn"]), default=None,
+              help="Convolutions of bytes instead, all of which must be the reference's; or of e4m3.")  # fmt: skip
+@click.option("--emulate", type=click.Choice([f"sm_{arch}" for arch in emulated.ARCHITECTURES]), default=None,
               help="Run the compiled kernels in the PTX emulator, as this GPU would.")  # fmt: skip
 @click.option("--kernel", "kernels", multiple=True, type=Listed("kernel", lambda: emulated.known_names()),
               help="With --emulate; repeat for several; default, all.")  # fmt: skip

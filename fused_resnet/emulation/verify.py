@@ -18,11 +18,11 @@ from fused_resnet.emulation.kernel import Outcome as Ran
 from fused_resnet.kernels.triton.conv import configs
 from fused_resnet.operators import layout
 from fused_resnet.operators.operands import ConvOperands, Int8Operands
-from fused_resnet.operators.problem import AddReluProblem, ConvProblem
+from fused_resnet.operators.problem import BYTE_DTYPES, FLOAT8, AddReluProblem, ConvProblem
 from fused_resnet.testing import Outcome, Report, case_at
 from fused_resnet.testing.compare import exact, identical, same_bytes, within_bound
 
-ARCHITECTURES = (80, 90)
+ARCHITECTURES = (80, 89, 90)
 KERNELS = (*(f"triton/{form}" for form in configs.FORMS), "triton/add_relu", "cuda/conv_bn_act", "cuda/add_relu")
 _MOST_SPLITS = 4
 # A problem of this many tiles and steps takes the emulator seconds
@@ -111,7 +111,7 @@ def check(seed: int, index: int, arch: int, kernel: str, *, kind: str = "any") -
 def _check_conv(case: Case, arch: int, kernel: str, rng: random.Random, how: dict[str, Any]) -> Outcome:
     p = case.problem
     assert isinstance(p, ConvProblem) and isinstance(case.operands, (ConvOperands, Int8Operands))
-    is_int8 = isinstance(case.operands, Int8Operands)
+    is_int8 = p.dtype in BYTE_DTYPES
     operands = layout.all_channels_last(case.operands)
     if not p.N:
         return Outcome(kernel, "cannot run", "an output without elements launches nothing")
@@ -123,7 +123,9 @@ def _check_conv(case: Case, arch: int, kernel: str, rng: random.Random, how: dic
         return Outcome(kernel, "cannot run", reason)
     label = f"{tuple(config)} {how}"
     before = operands.map(Tensor.clone)
-    poison = {"out": layout.channels_last(~case.expected)} if is_int8 else {}
+    poison: dict[str, Any] = {"out": layout.channels_last(~case.expected)} if is_int8 else {}
+    if p.dtype == FLOAT8:
+        poison["rounding"] = arch  # the bound is of what these tensor cores lose
     try:
         out, outcomes = _RUN_CONV[maker](p, operands, arch, config, {**how, **poison})
     except Exception as error:  # whatever compiles, parses or runs
@@ -174,6 +176,9 @@ class _CudaConfig(NamedTuple):
 
 def _draw_cuda(p: ConvProblem, arch: int, form: str, rng: random.Random) -> tuple[Optional[Any], str]:
     from fused_resnet.emulation import cuda_launches
+
+    if p.dtype == FLOAT8:
+        return None, "csrc has no kernel of e4m3"
 
     tile = rng.choice(cuda_launches.tiles_for(p, arch))
     steps = -(-p.reduction * p.dtype.itemsize // 128)

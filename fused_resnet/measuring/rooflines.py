@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.choosing.timing import Variants, interleaved
-from fused_resnet.operators.problem import AddReluProblem, ConvProblem
+from fused_resnet.operators.problem import FLOAT8, AddReluProblem, ConvProblem
 
 
 class Roofline(NamedTuple):
@@ -51,6 +51,9 @@ def roofline(device: str, dtype: torch.dtype) -> Roofline:
     target, is_int8 = torch.empty_like(source), dtype == torch.int8
     product = torch.empty_like(a, dtype=torch.int32 if is_int8 else dtype)
     multiply: Callable[..., Tensor] = torch._int_mm if is_int8 else torch.mm
+    if dtype == FLOAT8:  # its second factor lies by columns
+        one, b, product = torch.ones((), device=device), b.t(), torch.empty_like(a, dtype=torch.bfloat16)
+        multiply = functools.partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
     calls: Variants = {"copy": lambda: target.copy_(source), "matmul": lambda: multiply(a, b, out=product)}
     l2_bytes = 0
     if on_cuda and runtime.why_not("cuda", torch.float32) is None and not runtime.INTERPRETED:

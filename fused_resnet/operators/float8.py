@@ -2,9 +2,9 @@
 
 Tensor cores add e4m3 products with few bits. One step adds up to 32 products to the sum so far. Each addend loses what
 lies more than 13 bits below the largest one's exponent, and the new sum likewise. For n products that is at most
-(n + 2) * 2**-13 of the sum of their magnitudes. sm_90 takes four steps of 32 to 128 products, sm_89 eight steps of 16. The
-latter lose more: 8 * 18 * 2**-13. The exponent of a subnormal factor counts as that of the least normal number. These
-are the rules of MMA-Sim (arXiv 2511.10909), which its authors found by measurement.
+(n + 2) * 2**-13 of the sum of their magnitudes. sm_90 takes four steps of 32 to 128 products, sm_89 eight steps of 16.
+The latter lose more: 8 * 18 * 2**-13. The exponent of a subnormal factor counts as that of the least normal number.
+These are the rules of MMA-Sim (arXiv 2511.10909), which its authors found by measurement.
 
 Behind 128 products at most, kernels add what they have to a sum in fp32. The rest of a result is fp32, too. On sm_89
 Triton cuts it off to fp16 before it rounds to e4m3: at most 2**-10 more.

@@ -18,7 +18,7 @@ from torch import Tensor
 from fused_resnet.kernels import winograd
 from fused_resnet.operators import quantized
 from fused_resnet.operators.problem import ConvProblem, dtype_name, output_size
-from fused_resnet.operators.quantized import Epilogue, Kept
+from fused_resnet.operators.quantized import Epilogue, Kept, Quantized
 from fused_resnet.regions import layout
 from fused_resnet.regions.program import (
     CompiledRegion,

@@ -11,7 +11,7 @@ from fused_resnet import backends, functional
 from fused_resnet.choosing.case import Case, bound_of, poisoned_memory, rounding_of, stored_dtype, synchronize
 from fused_resnet.operators import detours, layout, reference
 from fused_resnet.operators.operands import Int8Operands
-from fused_resnet.operators.problem import AddReluProblem
+from fused_resnet.operators.problem import BYTE_DTYPES, AddReluProblem
 
 
 class Outcome(NamedTuple):
@@ -77,7 +77,7 @@ def check(case: Case, backend: str) -> Outcome:
         return Outcome(backend, "mismatch", detail)
     if is_addition:
         return exact(case, backend, actual, grad)
-    if isinstance(case.operands, Int8Operands):
+    if case.problem.dtype in BYTE_DTYPES:
         return same_bytes(case, backend, actual)
     return within_bound(case, backend, actual.cpu().double())
 

@@ -16,10 +16,10 @@ from fused_resnet.choosing.case import AddReluOperands, Case
 from fused_resnet.operators import quantized
 from fused_resnet.operators.describe import add_relu_problem, conv_int8_problem, conv_problem
 from fused_resnet.operators.operands import ConvOperands, Int8Operands
-from fused_resnet.operators.problem import ACTIVATIONS, BYTE_DTYPES, FLOAT_DTYPES, output_size
+from fused_resnet.operators.problem import ACTIVATIONS, BYTE_DTYPES, FLOAT8, FLOAT_DTYPES, output_size
 
 Pair = tuple[int, int]
-KINDS = ("any", "common", "strided", "int8")
+KINDS = ("any", "common", "strided", "int8", "float8_e4m3fn")
 LAYOUTS = ("channels_last", "contiguous", "sliced", "expanded", "permuted")
 # Triton's interpreter, the slowest backend, takes about a millisecond for each tile and step of the reduction
 _MAX_TILE_STEPS = 150
@@ -40,7 +40,7 @@ def random_case(rng: random.Random, device: str = "cpu", *, kind: str = "any") -
     stride 1, or 3x3 with groups as wide as ResNeXt's.
     "strided": a convolution in bf16 with strides to 4 on maps of 1 to 33 rows and columns, where libraries err
     (`detours`).
-    "int8": a convolution of bytes (`quantized`). Half of the windows are those of "common".
+    "int8": a convolution of bytes (`quantized`). Half of the windows are those of "common". "float8_e4m3fn": of e4m3.
     """
     if kind not in KINDS:
         raise ValueError(f"random_case: unknown kind {kind!r}; known ones are {', '.join(KINDS)}.")
@@ -48,6 +48,8 @@ def random_case(rng: random.Random, device: str = "cpu", *, kind: str = "any") -
     draw = _Draw(rng, generator, device)
     if kind == "any" and rng.random() < 0.2:
         return _random_add_relu(draw)
+    if kind == "float8_e4m3fn":
+        return _random_float8(draw)
     return _random_int8(draw) if kind == "int8" else _random_conv(draw, kind)
 
 
@@ -145,10 +147,8 @@ def _random_conv(draw: _Draw, kind: str) -> Case:
 
 def _random_int8(draw: _Draw) -> Case:
     rng = draw.rng
-    window, (N, C, H, W, K, R, S) = _common_window(rng) if rng.random() < 0.5 else _random_window(rng)
-    stride, padding, dilation, groups = window
-    P = output_size(H, R, stride[0], padding[0], dilation[0])
-    Q = output_size(W, S, stride[1], padding[1], dilation[1])
+    window, (N, C, H, W, K, R, S), (P, Q) = _quantized_window(rng)
+    groups = window[-1]
     activation, x_dtype = rng.choice(quantized.ACTIVATIONS), rng.choice((torch.uint8, torch.uint8, torch.int8))
     x, weight = draw.bytes(x_dtype, N, C, H, W), draw.bytes(torch.int8, K, C // groups, R, S).clamp(min=-127)
     residual = draw.bytes(rng.choice(BYTE_DTYPES), N, K, P, Q) if rng.random() < 0.5 else None
@@ -158,6 +158,41 @@ def _random_int8(draw: _Draw) -> Case:
         draw.tensor(weight, torch.int8),
         epilogue._replace(multiplier=epilogue.multiplier.to(draw.device), bias=epilogue.bias.to(draw.device)),
         None if residual is None else draw.tensor(residual, residual.dtype),
+    )
+    return Case(conv_int8_problem(operands, *window, activation), operands)
+
+
+def _quantized_window(rng: random.Random) -> tuple[tuple[Pair, Pair, Pair, int], tuple[int, ...], Pair]:
+    """(window, sizes, the output's (P, Q))."""
+    window, sizes = _common_window(rng) if rng.random() < 0.5 else _random_window(rng)
+    (stride, padding, dilation, _), (_, _, H, W, _, R, S) = window, sizes
+    P = output_size(H, R, stride[0], padding[0], dilation[0])
+    return window, sizes, (P, output_size(W, S, stride[1], padding[1], dilation[1]))
+
+
+def _random_float8(draw: _Draw) -> Case:
+    """With tensors that fill e4m3, or that are small in it, or NaN in places."""
+    rng = draw.rng
+    window, (N, C, H, W, K, R, S), (P, Q) = _quantized_window(rng)
+    activation, reduction = rng.choice(quantized.ACTIVATIONS), R * S * C // window[-1]
+
+    def values(*shape: int) -> Tensor:
+        limit = quantized.LARGEST_FLOAT8
+        return (draw.normal(*shape) * limit / rng.choice((1, 4, 4, 4, 400, 1e5))).clamp(-limit, limit)
+
+    x, weight, residual = values(N, C, H, W), values(K, C // window[-1], R, S), values(N, K, P, Q)
+    if rng.random() < 0.1:
+        x, residual = (draw.with_nonfinite(one) for one in (x, residual))
+    spread = ((x.nan_to_num(0, 0, 0).square().mean() * weight.square().mean()).sqrt().item() if N else 1) or 1e-3
+    out = quantized.Float8(spread * reduction**0.5 / 110 * rng.uniform(0.3, 3))
+    skip = quantized.Float8(out.scale * rng.uniform(0.1, 2))
+    scales, bias = draw.normal(K).abs() + 0.1, draw.normal(K) * 50 * out.scale
+    epilogue = quantized.epilogue_of(quantized.Float8(1.0), scales, out, bias, skip, activation)
+    operands = Int8Operands(
+        draw.tensor(x, FLOAT8),
+        draw.tensor(weight, FLOAT8),
+        epilogue._replace(multiplier=epilogue.multiplier.to(draw.device), bias=epilogue.bias.to(draw.device)),
+        draw.tensor(residual, FLOAT8) if rng.random() < 0.5 else None,
     )
     return Case(conv_int8_problem(operands, *window, activation), operands)
 

@@ -349,7 +349,8 @@ class Call:
         region.write(pooled, how)
         region.write_means(pooled, how)
         linear = layout.pack_weight(torch.ones(5, 32, 1, 1, dtype=torch.int8), torch.int8)
-        region.write_linear(pooled, linear, Epilogue(torch.ones(5), torch.ones(5), 0.0, -math.inf, math.inf, torch.float32))
+        classifier = Epilogue(torch.ones(5), torch.ones(5), 0.0, -math.inf, math.inf, torch.float32)
+        region.write_linear(pooled, linear, classifier)
         self.region = region.compile()
         self.program = self.region.program.tolist()
         self.inputs = [torch.randn(1, 16, 6, 6), torch.randn(1, 32, 6, 6)]

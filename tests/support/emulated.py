@@ -292,7 +292,6 @@ def quantized_plan(dtype: str, arch: int, number: int) -> dict:
     import pytest
 
     import fused_resnet
-    from fused_resnet import backends
     from fused_resnet.backends import record, triton
     from fused_resnet.emulation import launches
     from fused_resnet.freezing import calibration
@@ -318,7 +317,7 @@ def quantized_plan(dtype: str, arch: int, number: int) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         by_reference(patch)
         expected = fused_resnet.freeze(model, x, **options)(x)
-    emulated = backends.Backend("triton", lambda problem: None, run, takes_bn=False)
+    emulated = triton.QUANTIZED._replace(why_not=lambda problem: None, run=run)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "why_not_on", lambda dtype, device: None)
         patch.setattr(freezing, "runs_in_steps", lambda draft: True)
