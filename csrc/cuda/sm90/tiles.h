@@ -26,6 +26,7 @@ constexpr Tile kTiles[] = {
     {128, 256, 3, 1},  // the fewest bytes from L2 for a product
     {128, 128, 4, 1},
     {128, 64, 3, 2},  // 64 filters: layer1. One block's output is written while the other's products are summed
+    {64, 128, 3, 2},  // few rows, or short sums, where the output is what takes long
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 constexpr int kFirstTile = 90;
@@ -129,7 +130,7 @@ inline std::string why_not(const ConvShape& s, int element_bytes, bool is_aligne
   if (!is_aligned) return "x or weight does not start at a multiple of 16 bytes";
   // coordinates and the number of tiles are 32-bit; a map's strides are below 2^40 bytes
   if (num_rows(s) > INT32_MAX - kMostTileRows || s.N > INT32_MAX) return text(num_rows(s)) + " rows of the output";
-  if (num_rows(s) / 128 * (s.K / 64 + 1) > INT32_MAX - kMostTileRows) return "the output has too many tiles";
+  if (num_rows(s) / 64 * (s.K / 64 + 1) > INT32_MAX - kMostTileRows) return "the output has too many tiles";
   const int64_t taps = int64_t{s.R} * s.S;
   if (std::max(int64_t{s.H} * s.W, taps) > (int64_t{1} << 40) / kElementBytes / s.C - 1)
     return "a stride of 2^40 bytes";
@@ -147,9 +148,11 @@ inline std::string why_not(const ConvShape& s, int element_bytes, bool is_aligne
 // As sm80's estimate, and as rough: it ranks, and predicts no time. Nothing of it has been measured.
 // H100 whitepaper: 989 TFLOP/s, 132 multiprocessors at 1.83 GHz.
 constexpr double kMultiplyAddsPerCycle = 2048.0;
-// From the last product of a tile to the first of the next: wgmma's latency, the output's way through shared memory.
+// From the last product of a tile to the first of the next: latencies, and the output's way through shared memory.
 // Another resident block uses them.
-constexpr double kTileCycles = 1500.0;
+constexpr double tile_cycles(const Tile& t) {
+  return (1000.0 + t.block_m * t.block_n / 12.0) / t.resident_blocks;
+}
 
 inline double estimated_cycles(const Tile& t, const ConvShape& s, const DeviceLimits& device) {
   const double arithmetic = t.block_m * t.block_n * kBlockK / kMultiplyAddsPerCycle;
@@ -157,7 +160,7 @@ inline double estimated_cycles(const Tile& t, const ConvShape& s, const DeviceLi
   const double steps = static_cast<double>(s.R) * s.S * steps_of_tap(s);
   const TileGrid grid = tile_grid(s, t.block_m, t.block_n);
   const int64_t tiles_on_busiest_sm = ceil_div(int64_t{grid.rows} * grid.columns, device.num_sms);
-  const double each = steps * std::max(arithmetic, from_l2) + kTileCycles / t.resident_blocks;
+  const double each = steps * std::max(arithmetic, from_l2) + tile_cycles(t);
   return static_cast<double>(tiles_on_busiest_sm) * each;
 }
 
