@@ -11,14 +11,15 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from fused_resnet import choosing
+from fused_resnet.backends import bn_act as bn_act_backends
 from fused_resnet.backends import record
 from fused_resnet.choosing import dispatch, repeated
 from fused_resnet.operators import composites, library
 from fused_resnet.operators.composites import activate
-from fused_resnet.operators.describe import add_relu_problem, conv_problem, pair
-from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.describe import add_relu_problem, bn_act_problem, conv_problem, pair
+from fused_resnet.operators.operands import BnActOperands, ConvOperands
 
-__all__ = ["activate", "add_relu", "conv_bn_act"]
+__all__ = ["activate", "add_relu", "bn_act", "conv_bn_act"]
 
 IntPair = Union[int, tuple[int, int]]
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -142,6 +143,95 @@ def add_relu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     if composites.is_transformed():
         return _composite_add_relu(a, b, backend)
     return torch.ops.fused_resnet.add_relu.default(a, b, backend)
+
+
+def bn_act(
+    x: Tensor,
+    running_mean: Optional[Tensor] = None,
+    running_var: Optional[Tensor] = None,
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Optional[Tensor] = None,
+    activation: str = "relu",
+    backend: str = "auto",
+) -> Tensor:
+    """act(batch_norm(x) + residual), in training and in eval mode.
+
+    Equals relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps) + residual).
+    With training=True the statistics are the batch's, mean and biased variance per channel in fp32. The running ones
+    then become (1 - momentum) * running + momentum * batch, with the unbiased variance, in place. Both may be None.
+    For the cumulative average, which nn.BatchNorm2d calls momentum=None, pass 1 / num_batches_tracked.
+    With training=False the running ones are used.
+
+    x, residual: (N, C, H, W), one dtype: fp32, fp16, bf16, fp64. The vectors: (C,), in the dtype of x or fp32 beside
+    fp16 and bf16. Returns a new tensor in the layout of x, channels_last or NCHW. activation: "none", "relu", "relu6"
+    or "silu". backend: "auto", "eager" (ATen, a pass per step), or "cpu": C++ for fp32 and bf16 without silu. That
+    takes one pass for the statistics and one for all else, and as many in the backward. It is deterministic.
+
+    Gradients reach x, weight, bias and residual. For them "cpu" keeps x, the statistics and a bit per output, so y may
+    be written to. Under torch.func and forward-mode AD as conv_bn_act. Autocast casts x and residual as add_relu.
+
+    Raises ValueError for shapes and parameters, also where training has one value per channel. TypeError for dtypes and
+    devices, BackendError when `backend` is unknown or cannot run this. Nothing has been computed by then.
+    """
+    statistics = {"running_mean": running_mean, "running_var": running_var}
+    _check_running(x, statistics, training, momentum)
+    constant = (None, None) if training else (running_mean, running_var)
+    args = (x, *constant, weight, bias, residual, eps, activation, backend)
+    vectors = (running_mean, running_var, weight, bias, residual)
+    if composites.is_transformed():
+        y, mean, var = _composite_bn_act(*args)
+    elif not _is_watched() and _are_plain((x,), vectors):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, bias, residual):
+            y, mean, var = _differentiable_bn_act(*args)
+        else:
+            y, mean, var, _ = dispatch.bn_act(*args)
+    else:
+        y, mean, var, _ = torch.ops.fused_resnet.bn_act.default(*args)
+    if training and running_mean is not None and running_var is not None and x.numel():
+        count = x.numel() // x.shape[1]
+        with torch.no_grad():
+            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+            running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+    return y
+
+
+def _check_running(x: Tensor, statistics: dict[str, Optional[Tensor]], training: bool, momentum: Any) -> None:
+    given = {name: vector for name, vector in statistics.items() if vector is not None}
+    if len(given) == 1 or not training and not given:
+        raise ValueError(f"bn_act: running_mean and running_var are needed together, given are {[*given] or 'none'}.")
+    if training and given and not isinstance(momentum, (int, float)):
+        raise TypeError(
+            f"bn_act: momentum must be a number, not {momentum!r}. For the cumulative average, which nn.BatchNorm2d "
+            "calls momentum=None, pass 1 / num_batches_tracked."
+        )
+    for name, vector in given.items() if training else ():
+        if x.dim() == 4 and vector.shape != x.shape[1:2]:
+            raise ValueError(f"bn_act: {name} must have shape ({x.shape[1]},), got {tuple(vector.shape)}.")
+
+
+def _differentiable_bn_act(*args) -> tuple[Tensor, Tensor, Tensor]:
+    """What autograd sees: the operator, or ATen's functions where eager computes."""
+    operands, activation, backend = BnActOperands(*args[:7]), *args[7:]
+    problem = bn_act_problem(operands, activation)
+    if choosing.select(problem, backend).backend is bn_act_backends.EAGER:
+        return bn_act_backends.differentiable(problem, operands)
+    return library.BnAct.apply(dispatch.bn_act, *args)[:3]
+
+
+def _composite_bn_act(*args) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator under a transform, as `_composite_conv_bn_act`."""
+    operands, activation, backend = BnActOperands(*args[:7]), *args[7:]
+    device = operands.x.device.type
+    if device in library.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+        x, residual = library.cast(operands.x, device), library.cast(operands.residual, device)
+        operands = operands._replace(x=x, residual=residual)
+    choosing.select(bn_act_problem(operands, activation), backend)
+    return composites.bn_act(*operands, activation, backend)[:3]
 
 
 def _is_watched() -> bool:

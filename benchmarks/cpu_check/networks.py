@@ -166,7 +166,7 @@ def outcome(
     winograd = any(has_winograd(plan) for plan in frozen.plans())
     slack = 1.0
     if any(isinstance(one, FrozenRegion) for plan in frozen.plans() for one in plan.modules()):
-        slack = SLACK[dtype] / SLACK[torch.bfloat16]  # as freeze allows: a region's sums are not in blocks, as MKL's are
+        slack = SLACK[dtype] / SLACK[torch.bfloat16]  # as freeze allows: MKL's sums are in blocks, a region's are not
     shares = []
     for number, (y, right, rough) in enumerate(zip(found, exact, plain)):
         if y.shape != right.shape:

@@ -1,13 +1,14 @@
 """The backends: each operator's implementations, one record per way to compute it.
 
-A convolution's backends have a file each, of which `BACKEND` is the record, and a line below. `add_relu` has all of its
-own.
+A convolution's backends have a file each, of which `BACKEND` is the record, and a line below. `add_relu` and
+`bn_act` have all of theirs.
 """
 
 import importlib
 
 from fused_resnet.backends import cuda, int8_regions, triton
 from fused_resnet.backends.add_relu import ADD_RELU
+from fused_resnet.backends.bn_act import BN_ACT
 from fused_resnet.backends.eager import EagerConfig
 from fused_resnet.backends.onednn import onednn_missing
 from fused_resnet.backends.record import (
@@ -49,6 +50,8 @@ for _name in (
     register("conv_bn_act", importlib.import_module(f"fused_resnet.backends.{_name}").BACKEND)
 for _backend in ADD_RELU:
     register("add_relu", _backend)
+for _backend in BN_ACT:
+    register("bn_act", _backend)
 for _backend in (cuda.INT8, triton.QUANTIZED, *int8_regions.BACKENDS):
     register("conv_int8", _backend)
 register("conv_float8", triton.QUANTIZED)

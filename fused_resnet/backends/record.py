@@ -98,7 +98,8 @@ class Backend(NamedTuple):
     """One way to compute one operator.
 
     why_not: None, or why it cannot run a problem of its operator.
-    run: (problem, *operands) -> output; with `configs` also config=, one of them or None. Of add_relu an `AddRelu`.
+    run: (problem, *operands) -> output; with `configs` also config=, one of them or None. Of add_relu an `AddRelu`, of
+    bn_act a `BnAct`.
     auto: where `auto` may choose it unmeasured.
     takes_bn: False where no problem with live BN can ever run, on any device.
     origin: whose kernels these are: "ours", a "library"'s, or "torch"'s own, a pass over memory for each step. Or they
@@ -110,7 +111,7 @@ class Backend(NamedTuple):
 
     name: str
     why_not: Callable[[Any], Optional[str]]
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
     auto: Auto = Auto()
     takes_bn: bool = True
     rounding: Rounding = Rounding()
@@ -121,7 +122,8 @@ class Backend(NamedTuple):
     after_aten: bool = False
 
 
-REGISTRY: dict[str, dict[str, Backend]] = {"conv_bn_act": {}, "add_relu": {}, "conv_int8": {}, "conv_float8": {}}
+_OPERATORS = ("conv_bn_act", "add_relu", "bn_act", "conv_int8", "conv_float8")
+REGISTRY: dict[str, dict[str, Backend]] = {op: {} for op in _OPERATORS}
 NEEDS_FOLDED_BN = "it takes only a bias, so it needs folded BN: use fused_resnet.freeze"
 
 

@@ -6,11 +6,12 @@ from typing import cast
 
 from torch import Tensor
 
+from fused_resnet.backends import bn_act as bn_act_backends
 from fused_resnet.backends.add_relu import AddRelu
 from fused_resnet.choosing.choice import select
 from fused_resnet.operators import layout, library
-from fused_resnet.operators.describe import add_relu_problem, conv_problem
-from fused_resnet.operators.operands import ConvOperands, split_arguments
+from fused_resnet.operators.describe import add_relu_problem, bn_act_problem, conv_problem
+from fused_resnet.operators.operands import BnActOperands, ConvOperands, split_arguments
 
 
 def conv_bn_act(operands: ConvOperands, window: tuple, backend: str, channels_last: bool = True) -> Tensor:
@@ -46,6 +47,24 @@ def _add_relu_backward(grad: Tensor, out: Tensor, backend: str) -> Tensor:
     return cast(AddRelu, select(problem, backend).backend.run).backward(grad, out)
 
 
+def bn_act(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """bn_act as the dispatcher and autograd call it: y, the batch's mean and variance, the mask."""
+    operands, activation, backend = BnActOperands(*args[:7]), *args[7:]
+    problem = bn_act_problem(operands, activation)
+    return cast(bn_act_backends.BnAct, select(problem, backend).backend.run)(problem, operands)
+
+
+def _bn_act_backward(
+    grad, x, mean, var, weight, bias, residual, bits, eps, is_training, activation, needs_x, needs_residual, backend
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands = BnActOperands(x, mean, var, weight, bias, residual, eps)
+    problem = bn_act_problem(operands, activation)._replace(is_training=is_training)
+    run = cast(bn_act_backends.BnAct, select(problem, backend).backend.run)
+    return run.backward(problem, grad, operands, bits, needs_x, needs_residual)
+
+
+library.LIBRARY.impl("bn_act", bn_act, "CompositeExplicitAutograd")
+library.LIBRARY.impl("bn_act_backward", _bn_act_backward, "CompositeExplicitAutograd")
 library.LIBRARY.impl("conv_bn_act", conv_bn_act_in_a_row, "CompositeExplicitAutograd")
 library.LIBRARY.impl("add_relu", add_relu, "CompositeExplicitAutograd")
 library.LIBRARY.impl("add_relu_backward", _add_relu_backward, "CompositeExplicitAutograd")

@@ -20,6 +20,7 @@ _TRITON = "fused_resnet/kernels/triton"
 _CPU = ("csrc/common/*", *(f"csrc/cpu/{name}.h" for name in ("operator", "vectors", "epilogue", "silu", "dispatch")))
 CUDA = ("csrc/common/*", "csrc/cuda/*")
 TRITON = (f"{_TRITON}/conv/*", f"{_TRITON}/add_relu.py", f"{_TRITON}/runtime.py")
+BN_ACT = (*_CPU, "csrc/cpu/bits.h", "csrc/cpu/bn_act.cpp")
 CPU_PASS = (*_CPU, "csrc/cpu/affine_act.cpp")
 PASS = (f"{_TRITON}/affine_act.py", f"{_TRITON}/conv/epilogue.py", f"{_TRITON}/runtime.py")
 WINOGRAD = (*_CPU, "csrc/cpu/winograd*", "csrc/cpu/denormals.h")

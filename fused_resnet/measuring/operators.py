@@ -148,8 +148,10 @@ class OperatorSubject(NamedTuple):
         problem = self.problem
         if isinstance(problem, ConvProblem):
             prepared, skipped = op_variants(problem, random_operands(problem, self.device))
-        else:
+        elif isinstance(problem, AddReluProblem):
             prepared, skipped = add_relu_variants(problem, self.device)
+        else:
+            raise TypeError(f"{problem.op} is not measured: conv_bn_act and add_relu are.")
         progress(0.1, "comparing with fp64")
         ratios, failed = _ratios(prepared)
         baselines = (UNFUSED, FOLDED, COPY, "cudnn")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_resnet.operators import affine, detours
-from fused_resnet.operators.describe import add_relu_problem, conv_problem
-from fused_resnet.operators.operands import split_arguments
+from fused_resnet.operators import affine, detours, mask
+from fused_resnet.operators.describe import add_relu_problem, bn_act_problem, conv_problem
+from fused_resnet.operators.operands import BnActOperands, split_arguments
 
 
 def is_transformed() -> bool:
@@ -37,6 +39,62 @@ def add_relu(a: Tensor, b: Tensor, backend: str) -> Tensor:
     """add_relu by ATen, as conv_bn_act."""
     add_relu_problem(a, b)
     return torch.relu(a + b)
+
+
+def bn_act(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """bn_act by ATen, as conv_bn_act: y, the batch's mean and biased variance, and the mask."""
+    o, activation = BnActOperands(*args[:7]), args[7]
+    problem = bn_act_problem(o, activation)
+    y = activate(normalised(o) if o.residual is None else normalised(o) + o.residual, activation)
+    x = o.x.detach().to(torch.promote_types(torch.float32, o.x.dtype))
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0) if problem.is_training else (x.new_empty(0), x.new_empty(0))
+    return y, mean, var, mask.packed(problem, y.detach())
+
+
+def normalised(o: BnActOperands, statistics: Optional[tuple[Tensor, Tensor]] = None) -> Tensor:
+    """batch_norm of bn_act's operands by ATen. statistics: zeros, to which those of the batch are written, unbiased."""
+    wide = torch.promote_types(torch.float32, o.x.dtype)
+    weight, bias = (None if vector is None else vector.to(wide) for vector in (o.weight, o.bias))
+    if o.mean is not None and o.var is not None:
+        given = (o.mean.detach().to(wide), o.var.detach().to(wide))
+        y = F.batch_norm(o.x, *given, weight, bias, False, 0.0, o.eps)
+    else:
+        if weight is None:  # by which ATen knows that statistics of half precision are fp32
+            weight = torch.ones(o.x.shape[1], dtype=wide, device=o.x.device)
+        mean, var = statistics or (None, None)
+        y = F.batch_norm(o.x, mean, var, weight, bias, True, 1.0, o.eps)
+    return y.to(o.x.dtype)  # which it has but in a transform
+
+
+def bn_act_backward(
+    grad: Tensor, o: BnActOperands, bits: Tensor, activation: str, needs: dict[str, bool]
+) -> dict[str, Optional[Tensor]]:
+    """The gradients of bn_act by name, of which each can be differentiated again. bits: the mask of the forward.
+
+    o.residual is needed for SiLU alone.
+    """
+    y = normalised(o)
+    g = behind_activation(grad, y if o.residual is None else y + o.residual, bits, activation)
+    names = [name for name in ("x", "weight", "bias") if needs[name]]
+    inputs = [getattr(o, name) for name in names]
+    found = torch.autograd.grad(y, inputs, g, create_graph=True) if inputs else ()
+    return {**dict(zip(names, found)), **({"residual": g} if needs["residual"] else {})}
+
+
+def behind_activation(grad: Tensor, before: Tensor, bits: Tensor, activation: str) -> Tensor:
+    """The gradient of act(before), from that of its result. bits: bn_act's mask, of activations that have one."""
+    if activation == "silu":
+        return silu_backward(grad, before)
+    if activation == "none":
+        return grad
+    return grad.masked_fill(~mask.unpacked(bits, before), 0)
+
+
+def silu_backward(grad: Tensor, y: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(grad, y)
+    s = torch.sigmoid(y)  # create_graph: ATen's kernel has no derivative of its own
+    return grad * s * (1 + y * (1 - s))
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from fused_resnet.operators import quantized
-from fused_resnet.operators.operands import VECTORS, ConvOperands, Int8Operands
+from fused_resnet.operators import layout, quantized
+from fused_resnet.operators.operands import VECTORS, BnActOperands, ConvOperands, Int8Operands
 from fused_resnet.operators.problem import (
     ACTIVATIONS,
     BYTE_DTYPES,
     FLOAT8,
     FLOAT_DTYPES,
     AddReluProblem,
+    BnActProblem,
     ConvProblem,
     dtype_name,
     pair_text,
@@ -114,6 +115,19 @@ def add_relu_problem(a: Tensor, b: Tensor) -> AddReluProblem:
     return _describe_sum.__wrapped__(*facts)
 
 
+def bn_act_problem(operands: BnActOperands, activation: str) -> BnActProblem:
+    """Check the operands of bn_act and describe them. TypeError for dtypes and devices, ValueError for the rest."""
+    x, *others, _ = operands
+    facts = [tensor if tensor is None else _facts(tensor) for tensor in (x, *others)]
+    _check_image("bn_act", _as_facts(x))
+    is_nhwc = layout.is_nhwc(x)
+    try:
+        return _describe_bn_act(*facts, is_nhwc, activation)
+    except TypeError:
+        pass
+    return _describe_bn_act.__wrapped__(*facts, is_nhwc, activation)
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory, each once, in whatever order of dimensions."""
     return torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
@@ -132,7 +146,7 @@ def _describe_conv(
     named = zip(VECTORS, (bn_weight, bn_bias, bn_mean, bn_var, bias))
     vectors = {name: Facts(*facts) for name, facts in named if facts is not None}
     _check_dtypes("conv_bn_act", activations)
-    _check_vector_dtypes(vectors, x)
+    _check_vector_dtypes("conv_bn_act", vectors, x)
     return _shaped(
         "conv_bn_act", x, weight, vectors, residual, stride, padding, dilation, groups, activation,
         has_bn=any(name != "bias" for name in vectors), has_bias=bias is not None,
@@ -203,6 +217,43 @@ def _describe_sum(a, a_stride, b, b_stride) -> AddReluProblem:
     return AddReluProblem(tuple(a.shape), same, a.dtype, a.device.type)
 
 
+def _check_image(op: str, x: Facts) -> None:
+    if len(x.shape) != 4:
+        raise ValueError(
+            f"{op}: x must have 4 dimensions, (N, C, H, W), got {len(x.shape)} with shape {tuple(x.shape)}."
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _describe_bn_act(x, mean, var, weight, bias, residual, is_nhwc, activation) -> BnActProblem:
+    """bn_act_problem of operands as plain (shape, dtype, device), None where one is missing."""
+    op, x = "bn_act", Facts(*x)
+    activations = {"x": x} if residual is None else {"x": x, "residual": Facts(*residual)}
+    named = zip(BnActOperands._fields[1:5], (mean, var, weight, bias))
+    vectors = {name: Facts(*facts) for name, facts in named if facts is not None}
+    _check_dtypes(op, activations)
+    _check_vector_dtypes(op, vectors, x)
+    _check_activation(op, activation)
+    N, C, H, W = x.shape
+    for name, vector in vectors.items():
+        if tuple(vector.shape) != (C,):
+            raise ValueError(f"{op}: {name} must have shape ({C},), one value per channel, got {tuple(vector.shape)}.")
+    if residual is not None and activations["residual"].shape != x.shape:
+        raise ValueError(
+            f"{op}: residual must have the shape of x, {tuple(x.shape)}, got {tuple(activations['residual'].shape)}."
+        )
+    if C == 0:
+        raise ValueError(f"{op}: x of shape {tuple(x.shape)} has no channels.")
+    if (mean is None) != (var is None):
+        raise ValueError(f"{op}: mean and var come together: either both are given, or both are the batch's.")
+    if mean is None and N * H * W == 1:
+        raise ValueError(
+            f"{op}: Expected more than 1 value per channel when training, got x of shape {tuple(x.shape)}. "
+            "Give it a larger batch, or training=False."
+        )
+    return BnActProblem(N, C, H, W, activation, mean is None, residual is not None, is_nhwc, x.dtype, x.device.type)
+
+
 def _check_dtypes(op: str, operands: dict[str, Facts]) -> None:
     first_name, first = next(iter(operands.items()))
     if first.dtype not in FLOAT_DTYPES:
@@ -219,10 +270,10 @@ def _check_dtypes(op: str, operands: dict[str, Facts]) -> None:
         _check_device(op, name, facts, first_name, first)
 
 
-def _check_vector_dtypes(vectors: dict[str, Facts], x: Facts) -> None:
+def _check_vector_dtypes(op: str, vectors: dict[str, Facts], x: Facts) -> None:
     allowed = FLOAT_DTYPES if x.dtype == torch.float64 else FLOAT_DTYPES[:3]
     for name, vector in vectors.items():
-        _check_operand("conv_bn_act", name, vector, allowed, x, f"with x in {dtype_name(x.dtype)} ")
+        _check_operand(op, name, vector, allowed, x, f"with x in {dtype_name(x.dtype)} ")
 
 
 def _check_operand(
@@ -248,6 +299,10 @@ def _check_window(op: str, stride, padding, dilation, groups, activation) -> Non
             raise ValueError(f"{op}: {name} must be at least {least}, got {pair_text(pair)}.")
     if groups < 1:
         raise ValueError(f"{op}: groups must be at least 1, got {groups}.")
+    _check_activation(op, activation)
+
+
+def _check_activation(op: str, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {activation!r}; known ones are {', '.join(ACTIVATIONS)}.")
 

@@ -1,15 +1,16 @@
-"""The gradients of the operators, with frozen statistics."""
+"""The gradients of the operators: of conv_bn_act with frozen statistics, of bn_act with the batch's too."""
 
 from __future__ import annotations
 
 import functools
+from typing import Optional
 
 import torch
 from torch import Tensor
 
-from fused_resnet.operators import detours
+from fused_resnet.operators import composites, detours
 from fused_resnet.operators.describe import conv_problem
-from fused_resnet.operators.operands import ConvOperands, split_arguments
+from fused_resnet.operators.operands import BnActOperands, ConvOperands, split_arguments
 
 _CONV_ARGUMENTS = (*ConvOperands._fields, "stride", "padding", "dilation", "groups", "activation", "backend")
 
@@ -46,7 +47,7 @@ def conv_bn_act_backward(ctx, grad: Tensor):
     if activation == "silu":
         operands = (x, weight, bn_weight, bn_bias, bn_mean, bn_var, ctx.eps, bias, residual)
         before = torch.ops.fused_resnet.conv_bn_act(*operands, *ctx.window[:-1], "none", "auto")
-        g = _silu_backward(grad, before)
+        g = composites.silu_backward(grad, before)
     elif activation == "relu":
         g = torch.ops.aten.threshold_backward(grad, out, 0)
     elif activation == "relu6":
@@ -92,13 +93,6 @@ def conv_bn_act_backward(ctx, grad: Tensor):
     return tuple(grads.values())
 
 
-def _silu_backward(grad: Tensor, y: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return torch.ops.aten.silu_backward(grad, y)
-    s = torch.sigmoid(y)  # create_graph: ATen's kernel has no derivative of its own
-    return grad * s * (1 + y * (1 - s))
-
-
 def keep_for_add_relu(ctx, inputs, output) -> None:
     ctx.backend = inputs[2]
     ctx.save_for_backward(output)
@@ -117,3 +111,38 @@ def keep_for_add_relu_backward(ctx, inputs, output) -> None:
 def add_relu_double_backward(ctx, grad: Tensor):
     (out,) = ctx.saved_tensors
     return torch.ops.aten.threshold_backward(grad, out, 0), None, None
+
+
+_BN_ACT_ARGUMENTS = (*BnActOperands._fields, "activation", "backend")
+
+
+def keep_for_bn_act(ctx, inputs, output) -> None:
+    o, (ctx.activation, ctx.backend) = BnActOperands(*inputs[:7]), inputs[7:]
+    _, batch_mean, batch_var, bits = output
+    ctx.mark_non_differentiable(batch_mean, batch_var, bits)
+    ctx.set_materialize_grads(False)
+    ctx.eps, ctx.is_training = o.eps, o.mean is None
+    statistics = (batch_mean, batch_var) if ctx.is_training else (o.mean, o.var)
+    residual = o.residual if ctx.activation == "silu" else None  # whose gradient needs the value before it
+    ctx.save_for_backward(o.x, *statistics, o.weight, o.bias, residual, bits)
+
+
+def bn_act_backward(ctx, grad: Optional[Tensor], *of_statistics):
+    *tensors, bits = ctx.saved_tensors
+    o = BnActOperands(*tensors)._replace(eps=ctx.eps)
+    needs = dict(zip(_BN_ACT_ARGUMENTS, ctx.needs_input_grad[1:]))  # the first is what computes
+    grads: dict[str, Optional[Tensor]] = dict.fromkeys(_BN_ACT_ARGUMENTS)
+    if grad is None:
+        return tuple(grads.values())
+    if torch.is_grad_enabled():  # create_graph
+        live = o._replace(mean=None, var=None) if ctx.is_training else o
+        return tuple({**grads, **composites.bn_act_backward(grad, live, bits, ctx.activation, needs)}.values())
+    is_passed_on = ctx.activation == "none"  # the residual's gradient is the output's
+    found = torch.ops.fused_resnet.bn_act_backward(
+        grad, o.x, o.mean, o.var, o.weight, o.bias, o.residual, bits, o.eps, ctx.is_training, ctx.activation,
+        needs["x"], needs["residual"] and not is_passed_on, ctx.backend,
+    )  # fmt: skip
+    for name, gradient in zip(("x", "weight", "bias", "residual"), found):
+        if needs[name]:
+            grads[name] = grad if name == "residual" and is_passed_on else gradient
+    return tuple(grads.values())

@@ -37,6 +37,22 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
 
 
+def is_nhwc(tensor: Tensor) -> bool:
+    """Whether bn_act walks this in NHWC: where its channels are neighbours in memory, or it has a single pixel."""
+    _, C, H, W = tensor.shape
+    return H * W == 1 or C > 1 and tensor.stride(1) == 1
+
+
+def densely(tensor: Tensor, in_nhwc: bool) -> Tensor:
+    """The tensor in NHWC or in NCHW memory, itself where it lies so."""
+    return tensor.contiguous(memory_format=torch.channels_last if in_nhwc else torch.contiguous_format)
+
+
+def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor with the strides of another one of its shape, itself where it has them."""
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
 def nchw(tensor: Tensor) -> Tensor:
     """The tensor in NCHW memory, as `channels_last`."""
     _, C, H, W = tensor.shape

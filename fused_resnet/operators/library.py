@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fused_resnet.machine.imports import when_imported
 from fused_resnet.operators import composites, gradients, schemas
-from fused_resnet.operators.describe import add_relu_problem, conv_problem
-from fused_resnet.operators.layout import empty_output
-from fused_resnet.operators.operands import NUM_OPERANDS, ConvOperands, split_arguments
+from fused_resnet.operators.describe import add_relu_problem, bn_act_problem, conv_problem
+from fused_resnet.operators.layout import densely, empty_output, is_nhwc
+from fused_resnet.operators.operands import NUM_OPERANDS, BnActOperands, ConvOperands, split_arguments
 
 LIBRARY = torch.library.Library("fused_resnet", "DEF")
 
@@ -43,6 +43,28 @@ def _add_relu_backward_fake(grad: Tensor, out: Tensor, backend: str) -> Tensor:
     return torch.empty_like(out)
 
 
+@torch.library.register_fake("fused_resnet::bn_act", lib=LIBRARY)
+def _bn_act_fake(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    o, activation = BnActOperands(*args[:7]), args[7]
+    problem = bn_act_problem(o, activation)
+    wide = torch.promote_types(torch.float32, o.x.dtype)
+    mean = o.x.new_empty(problem.C if problem.is_training else 0, dtype=wide)
+    mask = o.x.new_empty(problem.mask_shape, dtype=torch.uint8)
+    return torch.empty_like(densely(o.x, problem.is_nhwc)), mean, torch.empty_like(mean), mask
+
+
+@torch.library.register_fake("fused_resnet::bn_act_backward", lib=LIBRARY)
+def _bn_act_backward_fake(
+    grad, x, mean, var, weight, bias, residual, mask, eps, is_training, activation, needs_x, needs_residual, backend
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    map_like = densely(x, is_nhwc(x))
+    wide = torch.promote_types(torch.float32, x.dtype)
+    vectors = (x.new_empty(x.shape[1], dtype=wide if one is None else one.dtype) for one in (weight, bias))
+    grad_x, grad_residual = (torch.empty_like(map_like) if is_needed else x.new_empty(0)
+                             for is_needed in (needs_x, needs_residual))  # fmt: skip
+    return grad_x, *vectors, grad_residual
+
+
 def _differentiable(name: str, setup: Callable, backward: Callable, composite: Callable) -> Any:
     """Make the operator differentiable, and give the autograd.Function that does it: apply(compute, *arguments).
 
@@ -58,8 +80,8 @@ def _differentiable(name: str, setup: Callable, backward: Callable, composite: C
             return output
 
         @staticmethod
-        def backward(ctx, grad):
-            return None, *backward(ctx, grad)
+        def backward(ctx, grad, *others):
+            return None, *backward(ctx, grad, *others)
 
     def kernel(keys, *args, **layout):
         if composites.is_transformed():
@@ -88,6 +110,8 @@ _differentiable(
     lambda grad, out, backend: torch.ops.aten.threshold_backward(grad, out, 0),
 )
 
+BnAct = _differentiable("bn_act", gradients.keep_for_bn_act, gradients.bn_act_backward, composites.bn_act)
+
 AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
@@ -114,6 +138,12 @@ def _register_autocast(device: str, key: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(below):
             return torch.ops.fused_resnet.add_relu(cast(a, device), cast(b, device), backend)
 
+    def bn_act(x, mean, var, weight, bias, residual, *rest):
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            x, residual = cast(x, device), cast(residual, device)
+            return torch.ops.fused_resnet.bn_act(x, mean, var, weight, bias, residual, *rest)
+
+    LIBRARY.impl("bn_act", bn_act, key)
     LIBRARY.impl("conv_bn_act", conv_bn_act, key)
     LIBRARY.impl("add_relu", add_relu, key)
 
@@ -127,14 +157,14 @@ def _conv_bn_act_flops(x_shape, w_shape, *args, out_shape=None, **kwargs) -> int
     return 2 * math.prod(out_shape) * math.prod(w_shape[1:])
 
 
-def _add_relu_flops(*args, **kwargs) -> int:
+def _no_flops(*args, **kwargs) -> int:
     return 0
 
 
 def _register_flops(flop_counter: Any) -> None:
     ops, register = torch.ops.fused_resnet, flop_counter.register_flop_formula
     register(ops.conv_bn_act)(_conv_bn_act_flops)
-    register([ops.add_relu, ops.add_relu_backward])(_add_relu_flops)
+    register([ops.add_relu, ops.add_relu_backward, ops.bn_act, ops.bn_act_backward])(_no_flops)
 
 
 when_imported("torch.utils.flop_counter", _register_flops)  # which imports Triton

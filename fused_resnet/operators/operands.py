@@ -33,6 +33,26 @@ class ConvOperands(NamedTuple):
         return ConvOperands(*(fn(value) if isinstance(value, Tensor) else value for value in self))
 
 
+class BnActOperands(NamedTuple):
+    """The tensors of one bn_act call. Without mean and var the batch's are computed: training. eps is one more."""
+
+    x: Tensor
+    mean: Optional[Tensor] = None
+    var: Optional[Tensor] = None
+    weight: Optional[Tensor] = None
+    bias: Optional[Tensor] = None
+    residual: Optional[Tensor] = None
+    eps: float = 1e-5
+
+    @property
+    def vectors(self) -> dict[str, Optional[Tensor]]:
+        return {name: getattr(self, name) for name in BnActOperands._fields[1:5]}
+
+    def map(self, fn) -> "BnActOperands":
+        """The same operands with `fn` applied to every tensor among them."""
+        return BnActOperands(*(fn(value) if isinstance(value, Tensor) else value for value in self))
+
+
 class Int8Operands(NamedTuple):
     """The tensors of one convolution of bytes, `quantized.conv_act`'s: u8 or s8 activations, s8 weights. Or all e4m3.
 

@@ -177,6 +177,68 @@ class AddReluProblem(NamedTuple):
         return f"{'x'.join(map(str, self.shape))} {dtype_name(self.dtype)}"
 
 
+class BnActProblem(NamedTuple):
+    """act(batch_norm(x) + residual) as a value, with the batch's statistics where it `is_training`.
+
+    Maps lie in NHWC where `is_nhwc`, else in NCHW. A map of one pixel is both, and counts as NHWC.
+    """
+
+    N: int
+    C: int
+    H: int
+    W: int
+    activation: str
+    is_training: bool
+    has_residual: bool
+    is_nhwc: bool
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def op(self) -> str:
+        return "bn_act"
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        return (self.N, self.C, self.H, self.W)
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    @property
+    def values(self) -> int:
+        """Values of a channel."""
+        return self.N * self.H * self.W
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """How many rows a map has, and of how many values. A row is a pixel in NHWC, in NCHW a plane of an image."""
+        return (self.values, self.C) if self.is_nhwc else (self.N * self.C, self.H * self.W)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether the gradient needs a bit for each output: whether it passes the activation there."""
+        return self.activation in ("relu", "relu6")
+
+    @property
+    def mask_shape(self) -> tuple[int, int]:
+        """Of the bits in uint8, by `rows`, each of whole bytes. Bit i of byte j is for value 8j + i of the row."""
+        rows, length = self.rows
+        return (rows, (length + 7) // 8) if self.has_mask else (0, 0)
+
+    @property
+    def bytes_moved(self) -> int:
+        """By two passes over x in training, else one."""
+        maps = 2 + self.is_training + self.has_residual
+        return maps * self.values * self.C * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        mode, layout = "training" if self.is_training else "eval", "NHWC" if self.is_nhwc else "NCHW"
+        added = "bn+add" if self.has_residual else "bn"
+        return f"{self.N}x{self.C}x{self.H}x{self.W} {layout} {dtype_name(self.dtype)} {added} {self.activation} {mode}"
+
+
 class MaxPoolProblem(NamedTuple):
     """act(max_pool(x) + bias) in windows of R x S, of the plans alone: no operator of torch's registry."""
 
@@ -209,7 +271,7 @@ class MaxPoolProblem(NamedTuple):
         return f"{self.N}x{self.C}x{self.H}x{self.W} max {window} {dtype_name(self.dtype)} {epilogue}"
 
 
-Problem = Union[ConvProblem, AddReluProblem]
+Problem = Union[ConvProblem, AddReluProblem, BnActProblem]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

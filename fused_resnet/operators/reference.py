@@ -5,14 +5,14 @@ Nothing here is fast and nothing here is shared with a kernel.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import ConvProblem
+from fused_resnet.operators.operands import BnActOperands, ConvOperands
+from fused_resnet.operators.problem import BnActProblem, ConvProblem
 
 # |ours - ref| <= eps_out*|ref| + SLACK * K*eps_acc*(|scale|*conv(|x|,|w|) + |shift| + |residual|), per element.
 # K*eps is the worst case of a sum of K terms in any order; 2 covers the epilogue's own few roundings.
@@ -83,6 +83,113 @@ def add_relu(a: Tensor, b: Tensor) -> Tensor:
     return torch.relu(a.detach().cpu().double() + b.detach().cpu().double())
 
 
+class BnAct(NamedTuple):
+    """What bn_act gives, or how far each may be from that: output, statistics, gradients if asked for."""
+
+    y: Tensor
+    mean: Tensor
+    var: Tensor
+    grad_x: Optional[Tensor] = None
+    grad_weight: Optional[Tensor] = None
+    grad_bias: Optional[Tensor] = None
+    grad_residual: Optional[Tensor] = None
+
+
+def bn_act(
+    problem: BnActProblem, operands: BnActOperands, grad: Optional[Tensor] = None, passes: Optional[Tensor] = None
+) -> BnAct:
+    """act(weight * (x - mean) / sqrt(var + eps) + bias + residual) in fp64, and its gradients for a grad of it.
+
+    mean and var: those given, or the mean and the biased variance of x per channel. passes: where the activation lets
+    gradients through, as a kernel found it; near a kink its rounding decides. None: by the reference's own values.
+    """
+    o = _bn_fp64(operands)
+    mean, var = _statistics(o)
+    inverse = _per_channel(1 / torch.sqrt(var + o.eps))
+    normal = (o.x - _per_channel(mean)) * inverse
+    weight = torch.ones_like(var) if o.weight is None else o.weight
+    before = normal * _per_channel(weight) + (0 if o.bias is None else _per_channel(o.bias))
+    before = before if o.residual is None else before + o.residual
+    y = _ACTIVATE[problem.activation](before)
+    if grad is None:
+        return BnAct(y, mean, var)
+    if passes is None:
+        passes = {"relu": before > 0, "relu6": (before > 0) & (before < 6)}.get(problem.activation)
+    g = grad.detach().cpu().double()
+    if problem.activation == "silu":
+        s = torch.sigmoid(before)
+        g = g * s * (1 + before * (1 - s))
+    elif passes is not None:
+        g = torch.where(passes.cpu(), g, 0.0)
+    grad_x = g
+    if problem.is_training:  # through the statistics
+        grad_x = g - _channel_mean(g) - normal * _channel_mean(g * normal)
+    return BnAct(
+        y, mean, var, grad_x * inverse * _per_channel(weight), (g * normal).sum((0, 2, 3)), g.sum((0, 2, 3)), g
+    )
+
+
+def bn_act_bound(
+    problem: BnActProblem, operands: BnActOperands, expected: BnAct, *, terms: int, stored: Optional[torch.dtype] = None
+) -> BnAct:
+    """How far a correct kernel may be from the reference, per element. Of the gradients not with SiLU.
+
+    terms: values that it adds up in fp32 before it rounds no more. stored: the dtype in which it rounds values between
+    BN, addition and activation, as the unfused composite does. Statistics are rounded to fp32, and to fp32 alone: a
+    mean of 1e4 beside a deviation of 1e-2 is off by up to 5 % of that, as torch's is.
+    """
+    o, eps = _bn_fp64(operands), unit_roundoff(torch.promote_types(torch.float32, problem.dtype))
+    sums = SLACK * (terms + 8) * eps
+    inverse = 1 / torch.sqrt(expected.var + o.eps)
+    weight = torch.ones_like(inverse) if o.weight is None else o.weight
+    off = (o.x - _per_channel(expected.mean)).abs()
+    if problem.is_training:
+        added = off.amax((0, 2, 3)) + (0 if stored is None else expected.mean.abs())  # ATen adds up x itself
+        mean = eps * expected.mean.abs() + sums * added
+        var = 2 * sums * expected.var + mean**2 + _underflow(torch.float32)
+    else:
+        mean, var = torch.zeros_like(inverse), torch.zeros_like(inverse)
+    shift, by_var = inverse * mean, 0.5 * var * inverse**2  # of the normalised values, and in relation to them
+    normal: Tensor = off * _per_channel(inverse)
+    scale = _per_channel(weight.abs())
+    sizes = scale * (normal + _per_channel(inverse * expected.mean.abs()))  # ATen computes x * scale - mean * scale
+    for one in (None if o.bias is None else _per_channel(o.bias), o.residual):
+        sizes = sizes if one is None else sizes + one.abs()
+    between = 0 if stored is None else 4 * unit_roundoff(stored)
+    slack = 8 * SLACK * eps + between
+    statistics = scale * (_per_channel(shift) + normal * _per_channel(by_var))
+    rounded = unit_roundoff(problem.dtype) * expected.y.abs()
+    y = rounded + slack * sizes + statistics + _underflow(problem.dtype)
+    if expected.grad_x is None or expected.grad_residual is None:
+        return BnAct(y, mean, var)
+    g = expected.grad_residual.abs()
+    dots, by_mean = (g * normal).sum((0, 2, 3)), g.sum((0, 2, 3))
+    grad_bias = (sums + eps + between) * by_mean
+    grad_weight = (sums + eps + between + by_var) * dots + shift * by_mean
+    grad_x = unit_roundoff(problem.dtype) * expected.grad_x.abs() + _underflow(problem.dtype)
+    parts: Tensor = g
+    if problem.is_training:
+        shares = (_per_channel(vector / max(problem.values, 1)) for vector in (dots, by_mean, grad_weight, grad_bias))
+        dots, by_mean, dots_off, mean_off = shares
+        parts = g + by_mean + normal * dots
+        grad_x = grad_x + scale * _per_channel(inverse) * (
+            mean_off + normal * dots_off + (_per_channel(shift) + normal * _per_channel(by_var)) * dots
+        )
+    grad_x = grad_x + _per_channel(slack + 3 * by_var) * scale * _per_channel(inverse) * parts
+    return BnAct(y, mean, var, grad_x, grad_weight, grad_bias, torch.zeros_like(g))
+
+
+def _statistics(o: BnActOperands) -> tuple[Tensor, Tensor]:
+    if o.mean is not None and o.var is not None:
+        return o.mean, o.var
+    mean = o.x.mean((0, 2, 3))
+    return mean, (o.x - _per_channel(mean)).square().mean((0, 2, 3))
+
+
+def _channel_mean(tensor: Tensor) -> Tensor:
+    return tensor.mean((0, 2, 3), keepdim=True)
+
+
 def unit_roundoff(dtype: torch.dtype) -> float:
     """Largest relative error of one rounding: half of torch.finfo(dtype).eps."""
     return torch.finfo(dtype).eps / 2
@@ -122,6 +229,10 @@ def winograd_products(problem: ConvProblem, x: Tensor, weight: Tensor) -> Tensor
 
 def _fp64(operands: ConvOperands) -> ConvOperands:
     return operands.map(lambda tensor: tensor.detach().cpu().double())
+
+
+def _bn_fp64(o: BnActOperands) -> BnActOperands:
+    return o.map(lambda tensor: tensor.detach().cpu().double())
 
 
 def _per_channel(vector: Tensor) -> Tensor:

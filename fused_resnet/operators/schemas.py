@@ -18,6 +18,14 @@ PUBLIC = {
     "conv_bn_act": f"({_CONV_OPERANDS}, str backend, *, bool channels_last=True) -> Tensor",
     "add_relu": "(Tensor a, Tensor b, str backend) -> Tensor",
     "add_relu_backward": "(Tensor grad, Tensor out, str backend) -> Tensor",
+    # Without mean and var those of the batch are computed and returned, else both are empty. mask:
+    # `BnActProblem.mask_shape`.
+    "bn_act": "(Tensor x, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
+    "str activation, str backend) -> (Tensor y, Tensor batch_mean, Tensor batch_var, Tensor mask)",
+    # of x, weight, bias and residual; the first and the last are empty where they are not needed
+    "bn_act_backward": "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+    "Tensor? residual, Tensor mask, float eps, bool is_training, str activation, bool needs_x, bool needs_residual, "
+    "str backend) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
 }
 
 # One kernel each, implemented in csrc/; they write into `out` and never allocate. The first word is the library.
@@ -33,6 +41,15 @@ KERNELS = {
         "cpu_max_pool2d": "(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, Tensor(a!) out) -> ()",
         "cpu_affine_act": "(Tensor(a!) y, Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, "
         "float eps, Tensor? residual, str activation) -> ()",
+        "cpu_bn_statistics": "(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()",
+        # mask: `BnActProblem.mask_shape`
+        "cpu_bn_act": "(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? residual, "
+        "str activation, Tensor(a!)? mask, Tensor(b!) y) -> ()",
+        # of g, the gradient behind the activation, and of g * (x - mean)
+        "cpu_bn_act_sums": "(Tensor grad, Tensor x, Tensor mean, Tensor? mask, Tensor(a!) sum, Tensor(b!) dot) -> ()",
+        # without the sums, of constant statistics
+        "cpu_bn_act_backward": "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, float eps, "
+        "Tensor? mask, Tensor? sum, Tensor? dot, Tensor(a!)? grad_x, Tensor(b!)? grad_residual) -> ()",
         # the steps of a program (csrc/cpu/blocked/program.h); kernel: a row of the table by name, or "" for the fastest
         "cpu_region": "(Tensor program, Tensor[] inputs, Tensor[] weights, Tensor[] biases, str kernel, "
         "Tensor(a!) workspace, Tensor(b!)[] outputs) -> ()",

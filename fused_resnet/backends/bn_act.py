@@ -1,0 +1,176 @@
+"""act(batch_norm(x) + residual) and its gradients: C++ on a CPU, ATen anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Optional
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends.record import Auto, Backend, why_not_cpu
+from fused_resnet.kernels import compiled, sources
+from fused_resnet.operators import composites, layout, mask
+from fused_resnet.operators.operands import BnActOperands
+from fused_resnet.operators.problem import BnActProblem, dtype_name
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class BnAct:
+    """The kernels of bn_act, and itself the first of them: what `Backend.run` is here.
+
+    forward: (problem, operands) -> y, the batch's mean and variance, the mask; as the operator's schema says.
+    backward: (problem, y's gradient, operands, mask, needs_x, needs_residual) -> as the operator's schema says. The
+    operands' mean and var are those that the forward used.
+    """
+
+    forward: Callable[[BnActProblem, BnActOperands], Outputs]
+    backward: Callable[[BnActProblem, Tensor, BnActOperands, Tensor, bool, bool], Outputs]
+
+    def __call__(self, problem: BnActProblem, operands: BnActOperands) -> Outputs:
+        return self.forward(problem, operands)
+
+
+# ------------------------------------------------------------------------------------------------------------- eager
+
+
+def differentiable(problem: BnActProblem, operands: BnActOperands) -> tuple[Tensor, Tensor, Tensor]:
+    """y and the batch's statistics by ATen, whose gradients are ATen's."""
+    o = operands
+    if not problem.is_training:
+        y, mean, var = composites.normalised(o), *_no_statistics(o.x)
+    else:
+        mean, var = (torch.zeros(problem.C, dtype=_wide(o.x), device=o.x.device) for _ in range(2))
+        y = composites.normalised(o, (mean, var))
+        var = var * ((problem.values - 1) / max(problem.values, 1))  # ATen wrote the unbiased one, which it keeps
+    if o.residual is not None:
+        y = y + o.residual
+    return composites.activate(y, problem.activation), mean, var
+
+
+def _eager_forward(problem: BnActProblem, operands: BnActOperands) -> Outputs:
+    x = layout.densely(operands.x, problem.is_nhwc)
+    y, mean, var = differentiable(problem, operands._replace(x=x))
+    return layout.laid_out_as(y, x), mean, var, mask.packed(problem, y)
+
+
+def _eager_backward(
+    problem: BnActProblem, grad: Tensor, operands: BnActOperands, bits: Tensor, needs_x: bool, needs_residual: bool
+) -> Outputs:
+    o, wide = operands, _wide(operands.x)
+    x, before = layout.densely(o.x, problem.is_nhwc), o.x
+    if problem.activation == "silu":
+        before = composites.normalised(o._replace(mean=None, var=None) if problem.is_training else o)
+        before = before if o.residual is None else before + o.residual
+    g = composites.behind_activation(grad, before, bits, problem.activation)
+    weight = torch.ones(problem.C, dtype=wide, device=x.device) if o.weight is None else o.weight.to(wide)
+    mean, var = (vector.to(wide) for vector in (_given(o.mean), _given(o.var)))
+    inverse = torch.rsqrt(var + o.eps)
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+        g, x, weight, mean, var, mean, inverse, problem.is_training, o.eps, [needs_x, True, True]
+    )
+    return (
+        layout.laid_out_as(grad_x, x) if needs_x else x.new_empty(0),
+        *_as_vectors(o, grad_weight, grad_bias),
+        torch.empty_like(x).copy_(g) if needs_residual else x.new_empty(0),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- C++
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _cpu_why_not(problem: BnActProblem) -> Optional[str]:
+    reason = why_not_cpu(problem)
+    if reason is not None:
+        return reason
+    if problem.dtype not in _DTYPES:
+        return f"{dtype_name(problem.dtype)} is not supported (float32, bfloat16 are)"
+    if problem.activation == "silu":
+        return "its activations are none, relu, relu6, not silu"
+    if problem.values * problem.C == 0:
+        return "there is nothing to compute: x is empty"
+    return compiled.load("cpu")
+
+
+def _cpu_forward(problem: BnActProblem, operands: BnActOperands) -> Outputs:
+    o, ops = operands, torch.ops.fused_resnet
+    x = layout.densely(o.x, problem.is_nhwc)
+    residual = None if o.residual is None else layout.laid_out_as(o.residual, x)
+    mean, var = _no_statistics(x)
+    used = (o.mean, o.var)
+    if problem.is_training:
+        mean, var = torch.empty(problem.C), torch.empty(problem.C)
+        ops.cpu_bn_statistics.default(x, mean, var)
+        used = (mean, var)
+    y = torch.empty_like(x)
+    bits = torch.empty(problem.mask_shape, dtype=torch.uint8)
+    vectors = map(_as_read, (*used, o.weight, o.bias))
+    written = bits if problem.has_mask else None
+    ops.cpu_bn_act.default(x, *vectors, o.eps, residual, problem.activation, written, y)
+    return y, mean, var, bits
+
+
+def _cpu_backward(
+    problem: BnActProblem, grad: Tensor, operands: BnActOperands, bits: Tensor, needs_x: bool, needs_residual: bool
+) -> Outputs:
+    o, ops = operands, torch.ops.fused_resnet
+    x = layout.densely(o.x, problem.is_nhwc)
+    grad, read = layout.laid_out_as(grad, x), bits if problem.has_mask else None
+    mean, var, weight = map(_as_read, (o.mean, o.var, o.weight))
+    sum, dot = torch.empty(problem.C), torch.empty(problem.C)
+    ops.cpu_bn_act_sums.default(grad, x, mean, read, sum, dot)
+    grad_x, grad_residual = (torch.empty_like(x) if needed else None for needed in (needs_x, needs_residual))
+    if needs_x or needs_residual:
+        sums = (sum, dot) if problem.is_training else (None, None)
+        ops.cpu_bn_act_backward.default(grad, x, mean, var, weight, o.eps, read, *sums, grad_x, grad_residual)
+    vectors = _as_vectors(o, dot * torch.rsqrt(_given(var) + o.eps), sum)
+    empty = x.new_empty
+    return empty(0) if grad_x is None else grad_x, *vectors, empty(0) if grad_residual is None else grad_residual
+
+
+def _as_read(vector: Optional[Tensor]) -> Optional[Tensor]:
+    return None if vector is None else vector.detach().float().contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------------- shared
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.float32, x.dtype)
+
+
+def _no_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(0, dtype=_wide(x)), x.new_empty(0, dtype=_wide(x))
+
+
+def _given(vector: Optional[Tensor]) -> Tensor:
+    assert vector is not None
+    return vector
+
+
+def _as_vectors(o: BnActOperands, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """In the dtypes of the weight and the bias, where there are such."""
+    wide = _wide(o.x)
+    return (
+        grad_weight.to(wide if o.weight is None else o.weight.dtype),
+        grad_bias.to(wide if o.bias is None else o.bias.dtype),
+    )
+
+
+EAGER = Backend(
+    "eager",
+    lambda problem: None,
+    BnAct(_eager_forward, _eager_backward),
+    auto=Auto(("cpu", "cuda")),
+    origin="torch",
+)
+
+# In the order in which auto tries them.
+BN_ACT = (
+    Backend("cpu", _cpu_why_not, BnAct(_cpu_forward, _cpu_backward), auto=Auto(("cpu",)), sources=sources.BN_ACT),
+    EAGER,
+)
