@@ -484,7 +484,7 @@ class Region:
         *,
         activation: str = "none",
         packed: Optional[Tensor] = None,
-        how: Optional[Quantized] = None,
+        how: Optional[Kept] = None,
         requantizing: Optional[Requantizing] = None,
     ) -> Map:
         """`read_for` the next of the region's inputs, `convolve` and `pool`, some lines of the result at a time.
