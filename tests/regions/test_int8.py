@@ -356,8 +356,8 @@ def put(place, value):
     return lambda call: call.program.__setitem__(slice(place, place + len(values)), values)
 
 
-# version, dtype, number of buffers, four buffers of 7, two inputs of 11 and a halo's 2, the convolution of 24, a maximum
-# of 12, an output of 6, means of 6, a linear layer of 6
+# version, dtype, number of buffers, four buffers of 7, two inputs of 11 and a halo's 2, the convolution of 24, a
+# maximum of 12, an output of 6, means of 6, a linear layer of 6
 INPUT = 3 + 4 * 7 + 2
 CONVOLUTION = INPUT + 2 * 11
 MAXIMUM = CONVOLUTION + 24
@@ -463,7 +463,7 @@ def resnet50(N, side=224):
 def assert_no_byte_differs(drawn):
     inputs, region = drawn.inputs(), drawn.region()
     expected = run_reference(drawn.fragment, drawn.weights, drawn.epilogues, inputs)
-    assert expected[0].unique().numel() > 50  # neither zeros nor the largest bytes alone
+    assert expected[0].unique().numel() > expected[0].numel() // 2  # neither zeros nor the largest bytes alone
     for kernel in KERNELS:
         assert differing(call(region, inputs, kernel), expected) == 0, kernel
 
