@@ -206,7 +206,7 @@ def test_pooling():
 
 
 def test_a_linear_layer_of_means_is_near_floats_and_by_integers():
-    """Of the largest maps, one of which is full."""
+    """With maps of the largest size, one of them full."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(0, 256, (3, 40, 1, 257), generator=generator).to(torch.uint8)
     q[1] = 255

@@ -80,7 +80,7 @@ class Drawn:
             self.linear(self.draw.choice(CHANNELS))
 
     def linear(self, K):
-        """Of the vectors that are there last."""
+        """A layer of the vectors that are there last."""
         x, place = len(self.values) - 1, len(self.steps)
         N, C, *_ = self.values[x]
         self.weights[place] = self.bytes((K, C, 1, 1), -127, 128)
@@ -232,7 +232,7 @@ def test_threads_change_no_byte(kernel):
 
 @pytest.mark.parametrize("N", [1, 3, 8, 9, 21])
 def test_no_value_of_a_classifier_differs(N):
-    """Of any number of images, of maps that are as large as they may be, and full."""
+    """With any number of images, whose maps are as large as they may be, and full."""
     shape = (N, 100, 1, quantized.MOST_PIXELS_OF_A_MEAN)
     drawn = Drawn(3)
     drawn.N, drawn.shapes, drawn.values, drawn.scales = N, [shape], [shape], [Quantized(0.1, False)]
@@ -478,7 +478,7 @@ def resnet50(N, side=224):
 def assert_no_byte_differs(drawn):
     inputs, region = drawn.inputs(), drawn.region()
     expected = run_reference(drawn.fragment, drawn.weights, drawn.epilogues, inputs)
-    assert expected[0].unique().numel() > 50  # neither zeros nor the largest bytes alone
+    assert expected[0].unique().numel() > expected[0].numel() // 2  # neither zeros nor the largest bytes alone
     for kernel in KERNELS:
         assert differing(call(region, inputs, kernel), expected) == 0, kernel
 

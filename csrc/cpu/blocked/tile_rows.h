@@ -240,7 +240,7 @@ class Avx512ByteRows {
       asm("vpackuswb %1, %0, %0" : "+v"(bytes) : "v"(second));
     }
     asm("vpermd %0, %1, %0" : "+v"(bytes) : "v"(kOrder));
-    asm("vmovdqu %t1, %0" : "=m"(*line_of(tiles[0], row, nowhere)) : "v"(bytes));
+    asm("vmovdqu64 %t1, %0" : "=m"(*line_of(tiles[0], row, nowhere)) : "v"(bytes));
     asm("vextracti64x4 $1, %1, %0" : "=m"(*line_of(tiles[1], row, nowhere)) : "v"(bytes));
   }
 
