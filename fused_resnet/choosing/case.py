@@ -50,7 +50,7 @@ class Case:
 
     @functools.cached_property
     def expected(self) -> Tensor:
-        """The reference's result on the CPU: in fp64, of e4m3 before its rounding, or the bytes of the int8 contract."""
+        """The reference's result on the CPU: in fp64, of e4m3 before it is rounded; or the bytes of int8's contract."""
         if isinstance(self.problem, AddReluProblem):
             return reference.add_relu(self.operands.a, self.operands.b)
         if isinstance(self.operands, Int8Operands):
