@@ -116,7 +116,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--per-part", type=int, default=500)
     parser.add_argument("--seed", type=int, default=2000, help="of the first part; the others count up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="or sm_80, sm_90: the compiled kernels, in the PTX emulator")  # fmt: skip
+                        help="or sm_80, sm_89, sm_90: the compiled kernels, in the PTX emulator")  # fmt: skip
     kinds = ("random", "common", "strided", *QUANTIZED, "mixed", *ENGINE)
     parser.add_argument("--kind", choices=kinds, default="random",
                         help="as `verify --common` and so on; mixed: random and common in turn")  # fmt: skip

@@ -167,7 +167,7 @@ for text in (
     "32x64x56x56 -> 256, 1x1 {} bias+add relu", "32x128x28x28 -> 128, 3x3 p1 {} bias relu",
     "32x256x56x56 -> 512, 1x1 s2 {} bias none", "32x3x224x224 -> 64, 7x7 s2 p3 {} bias relu",
 ):
-    for dtype in ("uint8", "int8"):
+    for dtype in sys.argv[3].split(","):
         p = parsed_problem(text.format(dtype), "cuda")
         chosen = {config.form: config for config in configs(p, arch)[::-1]}  # the first of each form
         for config in {default_config(p), *chosen.values()} if sys.argv[2] == "all" else [default_config(p)]:
@@ -182,7 +182,7 @@ print(json.dumps(found))
 )
 def test_bytes(compiler_environment, arch, which):
     """s8 tensor cores, no spills; on sm_90 no wgmma reads u8 from registers (Triton's issue 9433)."""
-    for dtype, report in json.loads(python(compiler_environment, "-c", _INT8, str(arch), which)):
+    for dtype, report in json.loads(python(compiler_environment, "-c", _INT8, str(arch), which, "uint8,int8")):
         found, loops = report["instructions"], report["loops"]
         assert report["stack_bytes"] == 0 and "spill" not in found, report
         by_wgmma = arch == 90 and dtype == "int8"
@@ -190,6 +190,19 @@ def test_bytes(compiler_environment, arch, which):
         assert not by_wgmma or loops[1] == 0, "A comes from shared memory"
         if "x3x224x224" not in report["problem"]:
             assert "LDGSTS" in found or "UTMALDG" in found, report
+
+
+@pytest.mark.parametrize(
+    "arch, which",
+    [(89, "default"), (90, "default"), *(pytest.param(a, "all", marks=pytest.mark.full) for a in (89, 90))],
+)
+def test_e4m3(compiler_environment, arch, which):
+    """Tensor cores of e4m3, and no spills, although a step's sums lie beside all sums."""
+    for _, report in json.loads(python(compiler_environment, "-c", _INT8, str(arch), which, "float8_e4m3fn")):
+        found, loops = report["instructions"], report["loops"]
+        assert report["stack_bytes"] == 0 and "spill" not in found, report
+        assert ("QGMMA" in found, "QMMA" in found) == (arch == 90, arch == 89), report
+        assert arch < 90 or loops[1] == 0, "A comes from shared memory"
 
 
 _FORMS = """

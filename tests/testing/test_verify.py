@@ -126,6 +126,42 @@ def test_draws_of_bytes_cover_what_they_should():
         assert len(interesting) >= 5
 
 
+def test_draws_of_e4m3_cover_what_they_should():
+    cases = [testing.case_at(SEED, index, kind="float8_e4m3fn") for index in range(150)]
+    assert {(case.problem.op, case.problem.dtype) for case in cases} == {("conv_float8", torch.float8_e4m3fn)}
+    problems, some = [case.problem for case in cases], [case for case in cases if case.problem.N]
+    assert {p.activation for p in problems} == {"none", "relu", "relu6"}
+    largest = [c.operands.x.float().abs().nan_to_num().max() for c in some]
+    small = [c for c in some if c.problem.flops < 2**20]
+    for interesting in (
+        [p for p in problems if p.groups > 1], [p for p in problems if p.is_pointwise],
+        [p for p in problems if p.C % 16 and p.K % 16], [p for p in problems if p.stride != (1, 1)],
+        [c for c in cases if c.operands.residual is not None], [c for c in some if c.operands.x.float().isnan().any()],
+        [one for one in largest if 0 < one < 2**-5], [one for one in largest if one == 448],
+        [c for c in small if c.expected.unique().numel() > 100],
+    ):  # fmt: skip
+        assert len(interesting) >= 2
+
+
+def test_what_is_beyond_the_bound_of_e4m3_is_a_mismatch(monkeypatch):
+    """A backend that is the reference is right in all; where it drops one channel of x, most are wrong."""
+
+    def run(problem, operands):
+        p, o = problem, operands if is_right else operands._replace(x=operands.x.clone())
+        if not is_right:
+            o.x[:, 0] = torch.zeros(()).to(o.x.dtype)
+        out = quantized.conv_act(o.x, o.weight, o.epilogue, p.stride, p.padding, p.dilation, p.groups, o.residual)
+        return layout.channels_last(out)
+
+    monkeypatch.setitem(REGISTRY["conv_float8"], "triton", backends.Backend("triton", lambda problem: None, run))
+    is_right = True
+    entry = testing.verify(8, SEED, kind="float8_e4m3fn").backends["conv_float8/triton"]
+    assert entry.ok == 8 and 0.1 < entry.worst_error <= 1
+    is_right = False
+    entry = testing.verify(8, SEED, kind="float8_e4m3fn").backends["conv_float8/triton"]
+    assert len(entry.mismatches) >= 3
+
+
 def test_a_byte_that_differs_is_counted_and_shown(monkeypatch):
     """A backend that is the reference compares all bytes; with its result spoilt, one differs."""
 

@@ -28,11 +28,14 @@ from fused_resnet.operators.problem import AddReluProblem, ConvProblem, MaxPoolP
 
 ARCHITECTURES = (80, 90, 100)
 # What each kind of instruction looks like, and where. tcgen05 is Blackwell's tensor core, HGMMA Hopper's.
+# Those of bytes begin with I, those of e4m3 with Q.
 _KINDS = {
     "HMMA": ("sass", r"\bHMMA\."),
     "HGMMA": ("sass", r"\bHGMMA\."),
     "IMMA": ("sass", r"\bIMMA\."),
     "IGMMA": ("sass", r"\bIGMMA\."),
+    "QMMA": ("sass", r"\bQMMA\."),
+    "QGMMA": ("sass", r"\bQGMMA\."),
     "UTCHMMA": ("sass", r"\bUTC\w*MMA\b"),
     "FFMA": ("sass", r"\bFFMA2?\b"),
     "UTMALDG": ("sass", r"\bUTMALDG\b"),

@@ -102,6 +102,8 @@ def _pointer_tiles(problem: ConvProblem) -> list[TritonConfig]:
         tiles = [(128, 128, 8, 3), (256, 64, 8, 2), (128, 64, 4, 4), (64, 64, 4, 4), (64, 32, 4, 4)]
     else:
         tiles = [(128, 64, 4, 3), (64, 64, 4, 4), (128, 32, 4, 4), (64, 32, 4, 4)]
+        if problem.dtype == FLOAT8:
+            tiles = tiles[1:]  # beside a step's sums the first spills 8 bytes on sm_89 (Triton 3.7.1)
     step, widest = _step(problem), _widest(problem)
     narrowed = (TritonConfig(m, min(n, widest), step, 8, warps, stages) for m, n, warps, stages in tiles)
     return list(dict.fromkeys(narrowed))
