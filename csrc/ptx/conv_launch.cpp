@@ -78,10 +78,8 @@ std::string fill_sm80(const PtxConv& conv, const DeviceLimits& device, const Con
 std::string fill_sm90(const PtxConv& conv, const DeviceLimits& device, const ConvArguments& args,
                       PtxConvLaunch* launch) {
   const sm90::Tile& tile = sm90::kTiles[conv.tile - sm90::kFirstTile];
-  const bool is_aligned = (address(conv.x) | address(conv.weight)) % 16 == 0;
-  if (std::string reason = sm90::why_not(args.shape, conv.element_bytes, is_aligned); !reason.empty()) return reason;
-  if (const char* reason = sm90::why_illegal(tile, device)) return reason;
-  if (conv.splits != 1) return "it does not split the reduction";
+  std::string reason = sm90::why_not_launched(args, tile, conv.element_bytes, device);
+  if (!reason.empty()) return reason;
   launch->blocks = sm90::num_blocks(tile, args.shape, device.num_sms);
   launch->threads = sm90::num_threads(tile), launch->shared_bytes = sm90::smem_bytes(tile);
   launch->num_maps = 2;

@@ -93,10 +93,7 @@ void launch_conv_bn_act(ConvArguments args, int tile, Dtype dtype, int device, v
   const DeviceLimits limits = device_limits(device);
   const bool is_half = dtype == Dtype::kFloat16;
   const int element_bytes = is_half || dtype == Dtype::kBFloat16 ? 2 : 4;
-  const auto addresses = reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.weight);
-  std::string reason = why_not(args.shape, element_bytes, addresses % 16 == 0);
-  if (const char* other = why_illegal(kTiles[tile - kFirstTile], limits); reason.empty() && other) reason = other;
-  if (reason.empty() && args.splits != 1) reason = "it does not split the reduction";
+  const std::string reason = why_not_launched(args, kTiles[tile - kFirstTile], element_bytes, limits);
   if (!reason.empty()) {
     throw std::runtime_error("cuda_conv_bn_act: tile " + std::to_string(tile) + " cannot run this: " + reason + ".");
   }

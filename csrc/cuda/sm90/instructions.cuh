@@ -64,9 +64,8 @@ __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap& map, int 
 __device__ __forceinline__ void copy_pixels(uint32_t to, const TensorMap& map, int c, int w, int h, int n, int tap_w,
                                             int tap_h, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
-      "%5}], "
-      "[%6], {%7, %8};" ::"r"(to),
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6], {%7, %8};" ::"r"(to),
       "l"(&map), "r"(c), "r"(w), "r"(h), "r"(n), "r"(barrier), "h"(static_cast<uint16_t>(tap_w)),
       "h"(static_cast<uint16_t>(tap_h))
       : "memory");

@@ -3,12 +3,22 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "cuda/conv_arguments.h"
 #include "cuda/sm90/tiles.h"
 
 namespace fused_resnet {
 namespace sm90 {
+
+// Why a launch is refused, empty if it is not.
+inline std::string why_not_launched(const ConvArguments& args, const Tile& tile, int element_bytes,
+                                    const DeviceLimits& device) {
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.weight);
+  if (std::string reason = why_not(args.shape, element_bytes, addresses % 16 == 0); !reason.empty()) return reason;
+  if (const char* reason = why_illegal(tile, device)) return reason;
+  return args.splits == 1 ? "" : "it does not split the reduction";
+}
 
 // Elements of two bytes, rows of 128 bytes that are swizzled, zeros outside.
 struct MapPlan {

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cuda/conv_shape.h"
@@ -63,7 +62,9 @@ constexpr int smem_bytes(const Tile& t) {
   return t.stages * (stage_bytes(t) + 16) + staging_bytes(t) + affine_bytes(t);
 }
 
-// Registers of a thread: the same for all at launch, then by setmaxnreg most of them go to those that multiply.
+// Registers of a thread: the same for all at launch, then by setmaxnreg most of them go to those that multiply. One
+// warp would do to bring the stages, without setmaxnreg. But each of a multiprocessor's four schedulers has registers
+// of its own: nine warps get no more than twelve do.
 constexpr int launch_registers(const Tile& t) {
   return kRegistersPerSm / (t.resident_blocks * num_threads(t)) / 8 * 8;
 }
@@ -77,7 +78,7 @@ constexpr int consumer_registers(const Tile& t) {
 
 // Whether the convolution is a matrix product as its tensors lie, without im2col.
 FUSED_RESNET_HD bool is_plain(const ConvShape& s) {
-  return s.R * s.S == 1 && s.stride_h * s.stride_w == 1 && s.pad_h + s.pad_w == 0;
+  return s.R * s.S == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_h + s.pad_w == 0;
 }
 
 FUSED_RESNET_HD int32_t steps_of_tap(const ConvShape& s) {
@@ -128,6 +129,7 @@ inline std::string why_not(const ConvShape& s, int element_bytes, bool is_aligne
   if (s.groups != 1) return text(s.groups) + " groups";
   if (s.C % kChunkElements != 0) return text(s.C) + " channels are not a multiple of 8";
   if (!is_aligned) return "x or weight does not start at a multiple of 16 bytes";
+  if (s.H == 0 || s.W == 0) return "an input without pixels";
   // coordinates and the number of tiles are 32-bit; a map's strides are below 2^40 bytes
   if (num_rows(s) > INT32_MAX - kMostTileRows || s.N > INT32_MAX) return text(num_rows(s)) + " rows of the output";
   if (num_rows(s) / 64 * (s.K / 64 + 1) > INT32_MAX - kMostTileRows) return "the output has too many tiles";
