@@ -81,6 +81,7 @@ def _eager_backward(
 # --------------------------------------------------------------------------------------------------------------- C++
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_LEAST_VALUES = 1 << 18  # of smaller maps Python, and a Function of autograd, take longer than the kernels gain
 
 
 def _cpu_why_not(problem: BnActProblem) -> Optional[str]:
@@ -133,7 +134,7 @@ def _cpu_backward(
 
 
 def _as_read(vector: Optional[Tensor]) -> Optional[Tensor]:
-    return None if vector is None else vector.detach().float().contiguous()
+    return None if vector is None else vector.float().contiguous()
 
 
 # ------------------------------------------------------------------------------------------------------------- shared
@@ -171,6 +172,12 @@ EAGER = Backend(
 
 # In the order in which auto tries them.
 BN_ACT = (
-    Backend("cpu", _cpu_why_not, BnAct(_cpu_forward, _cpu_backward), auto=Auto(("cpu",)), sources=sources.BN_ACT),
+    Backend(
+        "cpu",
+        _cpu_why_not,
+        BnAct(_cpu_forward, _cpu_backward),
+        auto=Auto(("cpu",), lambda problem: problem.values * problem.C >= _LEAST_VALUES),
+        sources=sources.BN_ACT,
+    ),
     EAGER,
 )
