@@ -81,7 +81,7 @@ def _eager_backward(
 # --------------------------------------------------------------------------------------------------------------- C++
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_LEAST_VALUES = 1 << 18  # of smaller maps Python, and a Function of autograd, take longer than the kernels gain
+_LEAST_VALUES = 1 << 20  # of smaller maps Python, and a Function of autograd, take longer than the kernels gain
 
 
 def _cpu_why_not(problem: BnActProblem) -> Optional[str]:
