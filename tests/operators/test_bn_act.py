@@ -122,13 +122,15 @@ def test_auto_takes_the_kernel_of_maps_that_are_large_enough():
     if compiled.load("cpu") is not None:
         pytest.skip(compiled.load("cpu"))
 
-    def chosen(shape, dtype=torch.float32, activation="relu"):
-        x = torch.empty(shape, dtype=dtype)
+    def chosen(shape, dtype=torch.float32, activation="relu", layout="NHWC"):
+        x = torch.empty(shape, dtype=dtype, memory_format=LAYOUTS[layout])
         return choosing.select(bn_act_problem(BnActOperands(x), activation)).backend.name
 
     assert chosen((8, 64, 56, 56)) == chosen((8, 64, 56, 56), torch.bfloat16) == "cpu"
     assert chosen((8, 64, 28, 28)) == chosen((8, 64, 56, 56), torch.float16) == "eager"
     assert chosen((8, 64, 56, 56), activation="silu") == "eager"
+    assert chosen((8, 64, 56, 56), layout="NCHW") == chosen((8, 1024, 14, 14)) == "cpu"
+    assert chosen((8, 1024, 14, 14), layout="NCHW") == "eager"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
