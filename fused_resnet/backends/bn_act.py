@@ -81,6 +81,8 @@ def _eager_backward(
 # --------------------------------------------------------------------------------------------------------------- C++
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_LEAST_VALUES = 1 << 20  # of smaller maps Python, and a Function of autograd, take longer than the kernels gain
+_LEAST_PLANE = 512  # in NCHW: of smaller planes too much is the last, partial vector
 
 
 def _cpu_why_not(problem: BnActProblem) -> Optional[str]:
@@ -94,6 +96,11 @@ def _cpu_why_not(problem: BnActProblem) -> Optional[str]:
     if problem.values * problem.C == 0:
         return "there is nothing to compute: x is empty"
     return compiled.load("cpu")
+
+
+def _pays(problem: BnActProblem) -> bool:
+    is_long = problem.is_nhwc or problem.H * problem.W >= _LEAST_PLANE
+    return is_long and problem.values * problem.C >= _LEAST_VALUES
 
 
 def _cpu_forward(problem: BnActProblem, operands: BnActOperands) -> Outputs:
@@ -133,7 +140,7 @@ def _cpu_backward(
 
 
 def _as_read(vector: Optional[Tensor]) -> Optional[Tensor]:
-    return None if vector is None else vector.detach().float().contiguous()
+    return None if vector is None else vector.float().contiguous()
 
 
 # ------------------------------------------------------------------------------------------------------------- shared
@@ -171,6 +178,12 @@ EAGER = Backend(
 
 # In the order in which auto tries them.
 BN_ACT = (
-    Backend("cpu", _cpu_why_not, BnAct(_cpu_forward, _cpu_backward), auto=Auto(("cpu",)), sources=sources.BN_ACT),
+    Backend(
+        "cpu",
+        _cpu_why_not,
+        BnAct(_cpu_forward, _cpu_backward),
+        auto=Auto(("cpu",), _pays),
+        sources=sources.BN_ACT,
+    ),
     EAGER,
 )

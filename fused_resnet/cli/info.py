@@ -25,6 +25,7 @@ from fused_resnet.operators.problem import (
     FLOAT_DTYPES,
     SHORT_DTYPES,
     AddReluProblem,
+    BnActProblem,
     ConvProblem,
     Problem,
     dtype_name,
@@ -120,7 +121,7 @@ def collect_info() -> dict[str, Any]:
         "triton_error": None if runtime.IMPORT_ERROR is None else str(runtime.IMPORT_ERROR),
         "backends": [
             _backend_info(op, backend, device)
-            for op in ("conv_bn_act", "add_relu")
+            for op in ("conv_bn_act", "add_relu", "bn_act")
             for backend in backends.known(op).values()
             for device in ("cpu", "cuda")
             if device == "cpu" or has_cuda
@@ -207,7 +208,9 @@ def _backend_info(op: str, backend: backends.Backend, device: str) -> dict[str, 
 
 
 def _example(op: str, dtype: torch.dtype, device: str) -> Problem:
-    """A convolution with folded BN and ReLU as every ResNet has it, or an addition."""
+    """A convolution with folded BN and ReLU as every ResNet has it, an addition, or BN and ReLU in training."""
+    if op == "bn_act":
+        return BnActProblem(8, 64, 56, 56, "relu", True, False, True, dtype, device)
     if op == "add_relu":
         return AddReluProblem((1, 64, 56, 56), True, dtype, device)
     return ConvProblem(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Callable, NamedTuple, Optional, Union
+from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from fused_resnet.choosing.timing import Variants, interleaved
-from fused_resnet.operators.problem import FLOAT8, AddReluProblem, ConvProblem
+from fused_resnet.operators.problem import FLOAT8, ConvProblem, Problem
 
 
 class Roofline(NamedTuple):
@@ -22,7 +22,7 @@ class Roofline(NamedTuple):
     flops_per_s: float
     l2_bytes_per_s: Optional[float] = None
 
-    def time_us(self, problem: Union[ConvProblem, AddReluProblem]) -> float:
+    def time_us(self, problem: Problem) -> float:
         """The least time for a problem whose data starts and ends in main memory."""
         return self.least_us(problem.bytes_moved, problem.flops if isinstance(problem, ConvProblem) else 0)
 

@@ -138,7 +138,7 @@ def bn_act_backward(ctx, grad: Optional[Tensor], *of_statistics):
         live = o._replace(mean=None, var=None) if ctx.is_training else o
         return tuple({**grads, **composites.bn_act_backward(grad, live, bits, ctx.activation, needs)}.values())
     is_passed_on = ctx.activation == "none"  # the residual's gradient is the output's
-    found = torch.ops.fused_resnet.bn_act_backward(
+    found = torch.ops.fused_resnet.bn_act_backward.default(
         grad, o.x, o.mean, o.var, o.weight, o.bias, o.residual, bits, o.eps, ctx.is_training, ctx.activation,
         needs["x"], needs["residual"] and not is_passed_on, ctx.backend,
     )  # fmt: skip

@@ -223,7 +223,7 @@ class BnActProblem(NamedTuple):
 
     @property
     def mask_shape(self) -> tuple[int, int]:
-        """Of the bits in uint8, by `rows`, each of whole bytes. Bit i of byte j is for value 8j + i of the row."""
+        """The shape of the bits, in uint8: a line of whole bytes per row. Bit i of byte j is for value 8j + i."""
         rows, length = self.rows
         return (rows, (length + 7) // 8) if self.has_mask else (0, 0)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused_resnet import backends, functional
+from fused_resnet import backends, choosing, functional
 from fused_resnet.kernels import compiled
 from fused_resnet.operators import mask, reference
 from fused_resnet.operators.describe import bn_act_problem
@@ -116,6 +116,21 @@ def test_every_backend_is_right(backend, layout, dtype, number, shape):
         o = operands_of(shape, dtype, layout, residual=residual, training=training, affine=affine)
         needs(backend, o, activation)
         check(o, activation, backend)
+
+
+def test_auto_takes_the_kernel_of_maps_that_are_large_enough():
+    if compiled.load("cpu") is not None:
+        pytest.skip(compiled.load("cpu"))
+
+    def chosen(shape, dtype=torch.float32, activation="relu", layout="NHWC"):
+        x = torch.empty(shape, dtype=dtype, memory_format=LAYOUTS[layout])
+        return choosing.select(bn_act_problem(BnActOperands(x), activation)).backend.name
+
+    assert chosen((8, 64, 56, 56)) == chosen((8, 64, 56, 56), torch.bfloat16) == "cpu"
+    assert chosen((8, 64, 28, 28)) == chosen((8, 64, 56, 56), torch.float16) == "eager"
+    assert chosen((8, 64, 56, 56), activation="silu") == "eager"
+    assert chosen((8, 64, 56, 56), layout="NCHW") == chosen((8, 1024, 14, 14)) == "cpu"
+    assert chosen((8, 1024, 14, 14), layout="NCHW") == "eager"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

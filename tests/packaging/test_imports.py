@@ -133,7 +133,7 @@ NO_BACKENDS = ("device", "kind", "library", "part ==", "value not in ('cpu'", "I
 
 
 def names_of_backends() -> set[str]:
-    return {name for op in ("conv_bn_act", "add_relu") for name in backends.known(op)}
+    return {name for op in ("conv_bn_act", "add_relu", "bn_act") for name in backends.known(op)}
 
 
 def constants(node: ast.AST) -> set[str]:

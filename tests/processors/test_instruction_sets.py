@@ -251,6 +251,18 @@ def test_tests_within(limit, where, which):
     assert int(re.search(r"(\d+) passed", output)[1]) > 20, output
 
 
+@pytest.mark.full
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("limit", ["ours portable", "AVX2 everywhere"])
+def test_bn_act_within(limit):
+    variables, flag, *_ = WITHIN[limit]
+    if flag is not None and flag not in processor_flags():
+        pytest.skip(f"this processor has no {flag}")
+    options = ["-q", "-p", "no:cacheprovider", "-k", "cpu or cancel or threads or mask or double"]
+    output = in_a_process_within(variables, ["-m", "pytest", *options, "tests/operators/test_bn_act.py"])
+    assert int(re.search(r"(\d+) passed", output)[1]) > 80, output
+
+
 if __name__ == "__main__":
     show_onednn_s_instructions()
     files.write_json(Path(sys.argv[1]), record_of_this_process())
