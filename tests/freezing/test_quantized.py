@@ -507,7 +507,7 @@ def test_what_bytes_cut_off_is_counted():
     conv = FloatConv(conv_problem(ConvOperands(torch.empty(1, 1, 2, 2), torch.ones(1, 1, 1, 1)), (1, 1), (0, 0), (1, 1),
                                   1, "none"), torch.ones(1, 1, 1, 1), None)  # fmt: skip
     x = torch.tensor([[[[0.0, 127.0], [-64.0, 1.0]]]])
-    y, cut = conv.in_bytes(x, None, [(-63.5, 63.5), (-127.0, 127.0)])
+    y, cut = conv.quantized(x, None, [(-63.5, 63.5), (-127.0, 127.0)], torch.int8)
     assert cut == 0.25 and y.flatten().tolist() == [0.0, 63.5, -64.0, 1.0]
 
 

@@ -627,7 +627,7 @@ def _without_zero_halo(program):
     """Zeros go into the halo of the first buffer instead, which needs none."""
     integers, buffers = program.tolist(), program[2].item()
     place = 3 + 7 * buffers
-    sizes = {0: 7, 1: 4, 4: 11, 5: 11, 6: 9, 9: 9}
+    sizes = {0: 7, 1: 4, 4: 11, 5: 11, 6: 9, 10: 9}
     while place < len(integers):
         kind = integers[place]
         if kind == 2:

@@ -171,7 +171,6 @@ class Runner {
     });
   }
 
- private:
   // Of groups, neighbouring panels that read the same blocks of their input at a time.
   void run(const Convolution& c, const Share& share) const {
     if (c.first_blocks == nullptr) return kernel_.run(c, share);
