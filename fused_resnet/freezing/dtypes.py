@@ -106,6 +106,17 @@ def conversion(
     return Conversion(main, wanted, wanted or main, outputs)
 
 
+def check_fake_quantization(traced: fx.GraphModule) -> None:
+    """Raises ValueError for a model in another dtype that rounds as a quantized one would (`FakeQuantize`): torch's
+    operator reads a scale as fp32, whatever it is in."""
+    for node in traced.graph.nodes:
+        if node.op == "call_function" and "fake_quant" in getattr(node.target, "__name__", ""):
+            raise ValueError(
+                f"freeze: {node.name} rounds as a quantized model would, which torch does right in fp32 alone. Leave "
+                "out dtype, or take the FakeQuantize modules out of the model."
+            )
+
+
 def _to_its_own(main: torch.dtype) -> Conversion:
     """What casts as autocast would in the model's own dtype: more runs so than without."""
     return Conversion(main, main, main, ())

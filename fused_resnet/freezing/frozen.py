@@ -17,7 +17,7 @@ from fused_resnet.choosing.decide import NOTHING, Tuning
 from fused_resnet.freezing.calibration import Calibration, beside_int8
 from fused_resnet.freezing.copies import copy_of, copy_tensors, copy_with_parameters, unwrapped
 from fused_resnet.freezing.draft import Quantization
-from fused_resnet.freezing.dtypes import conversion, is_floating, main_dtype, propagated
+from fused_resnet.freezing.dtypes import check_fake_quantization, conversion, is_floating, main_dtype, propagated
 from fused_resnet.freezing.make import calibration_subject, make_plan
 from fused_resnet.freezing.modules import FrozenConv, PackedWeights
 from fused_resnet.freezing.parts import freeze_parts
@@ -105,6 +105,8 @@ class FrozenModel(Frozen):
         with plainly(self.device):
             self.__dict__["_traced"] = trace(model)
             example = example_input.detach()
+            if calibration is not None or self.dtype != own:
+                check_fake_quantization(self._traced)
             if calibration is not None:
                 subject = calibration_subject(self._traced, example, own)
                 self._quantization = calibration.of(unwrapped(model), self._traced, subject, example, tuning.progress)

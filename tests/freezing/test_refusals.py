@@ -261,3 +261,17 @@ def test_calls_that_do_not_fit_are_refused():
         frozen(x)
     with torch.no_grad():
         assert not frozen(x).requires_grad
+
+
+@pytest.mark.parametrize("options", ({"dtype": torch.bfloat16}, {"dtype": torch.int8, "calibrate": [torch.randn(X)]}))
+def test_fake_quantization_is_refused_in_other_dtypes(options):
+    """torch reads a scale in bf16 as if it were fp32, and gives anything. In fp32 such a model is frozen."""
+    from torch.ao import quantization
+
+    fake = quantization.FakeQuantize(quantization.MovingAverageMinMaxObserver, 0, 255, dtype=torch.quint8)
+    model, x = nn.Sequential(fake, nn.Conv2d(3, 8, 3), nn.ReLU()), torch.randn(X)
+    model(x)
+    model.eval().apply(quantization.disable_observer)
+    frozen_equals(model, x)
+    with pytest.raises(ValueError, match="fake_quantize_per_tensor_affine rounds as a quantized model would"):
+        fused_resnet.freeze(model, x, **options)
