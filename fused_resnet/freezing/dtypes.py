@@ -107,8 +107,8 @@ def conversion(
 
 
 def check_fake_quantization(traced: fx.GraphModule) -> None:
-    """Raises ValueError for a model in another dtype that rounds as a quantized one would (`FakeQuantize`): torch's
-    operator reads a scale as fp32, whatever it is in."""
+    """Raises ValueError for a model that is to be in another dtype and rounds as quantized ones do: torch's operator
+    reads a scale as fp32, whatever it is in."""
     for node in traced.graph.nodes:
         if node.op == "call_function" and "fake_quant" in getattr(node.target, "__name__", ""):
             raise ValueError(

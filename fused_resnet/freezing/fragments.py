@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from typing import Callable, Mapping, NamedTuple, Optional, Sequence, cast
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -218,11 +218,20 @@ def _fits(draft: Draft, node: fx.Node) -> bool:
 def pooling_of(draft: Draft, node: fx.Node) -> Optional[PoolStep]:
     """What a node pools, if it calls torch's own pooling of images as a region can do it. Its input: number 0."""
     pool, facts, source = draft.called_by(node), facts_of(node), facts_of(node.args[0]) if node.args else None
+    is_called_plainly = not node.kwargs
     if node.op == "call_function" and node.target is F.adaptive_avg_pool2d:  # as exported models call it
         pool = nn.AdaptiveAvgPool2d(1)
+    if node.op == "call_function" and node.target is F.avg_pool2d:
+        pool, is_called_plainly = _average_pool(node), True
     if pool is None or not isinstance(pool, (*POOLS, nn.AdaptiveAvgPool2d)) or not has_stock_call(pool):
         return None
-    if node.kwargs or facts is None or source is None or facts.dtype not in DTYPES or source.dtype != facts.dtype:
+    if (
+        not is_called_plainly
+        or facts is None
+        or source is None
+        or facts.dtype not in DTYPES
+        or source.dtype != facts.dtype
+    ):
         return None
     if len(facts.shape) != 4 or not all(source.shape) or node.meta.get("arrives_in") not in (None, facts.dtype):
         return None
@@ -238,6 +247,13 @@ def pooling_of(draft: Draft, node: fx.Node) -> Optional[PoolStep]:
         return PoolStep("max", 0, window, stride, padding, False) if is_plain else None
     is_plain = pool.divisor_override is None
     return PoolStep("average", 0, window, stride, padding, pool.count_include_pad) if is_plain else None
+
+
+def _average_pool(node: fx.Node) -> Optional[nn.AvgPool2d]:
+    """The module that a call of the function stands for, if its arguments are known."""
+    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    asked = {**dict(zip(names, node.args[1:])), **node.kwargs}
+    return None if len(node.all_input_nodes) > 1 or "input" in asked else nn.AvgPool2d(**cast(Any, asked))
 
 
 def run_of(draft: Draft, nodes: list[fx.Node], places: tuple[int, ...]) -> Run:

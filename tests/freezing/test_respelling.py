@@ -12,6 +12,7 @@ from torch import nn
 import fused_resnet
 from fused_resnet import models
 from fused_resnet.freezing.modules import FrozenConv, FrozenLinear, FrozenMaxPool
+from fused_resnet.freezing.region import FrozenRegion
 from fused_resnet.measuring import rooflines
 from fused_resnet.nn import BasicBlock, Bottleneck
 from tests.support import networks
@@ -35,12 +36,18 @@ def reloaded(model, x):
 
 
 def steps(frozen, x):
-    """What its plan computes by modules: each convolution's problem, inputs and memory, and the kinds of the others."""
+    """What its plan computes by modules: each convolution's problem, inputs and memory, those of each region, and the
+    kinds of the others."""
     plan = frozen.plan(x)
     modules = dict(plan.named_modules())
     calls = [(modules[node.target], len(node.args)) for node in plan.graph.nodes if node.op == "call_module"]
     convs = [(str(conv), conv.in_place, inputs) for conv, inputs in calls if isinstance(conv, FrozenConv)]
-    return convs, [type(module) for module, _ in calls if isinstance(module, (FrozenLinear, FrozenMaxPool))]
+    regions = [
+        tuple(str(conv.problem) for conv in region.convolutions)
+        for region, _ in calls
+        if isinstance(region, FrozenRegion)
+    ]
+    return convs, regions, [type(module) for module, _ in calls if isinstance(module, (FrozenLinear, FrozenMaxPool))]
 
 
 def is_frozen_alike(model, other, x, **options):
@@ -180,8 +187,8 @@ def test_functions_over_attributes_are_frozen_like_modules(dtype, form):
     modules = AsModules(model).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(x), modules(x))
-    convs, others = steps(is_frozen_alike(modules, form(model), x, dtype=dtype), x)
-    assert len(convs) == 4 and [inputs for _, _, inputs in convs] == [1, 1, 1, 2]
+    convs, regions, _ = steps(is_frozen_alike(modules, form(model), x, dtype=dtype), x)
+    assert len(convs) + sum(map(len, regions)) == 4 and (regions or [inputs for _, _, inputs in convs] == [1, 1, 1, 2])
 
 
 def writes_what_is_read_later(x, conv, m):
