@@ -17,8 +17,8 @@ from fused_resnet.machine.errors import is_out_of_memory, one_line
 from fused_resnet.operators.quantized import Epilogue
 from fused_resnet.regions import kernels
 from fused_resnet.regions.exact import run_reference
-from fused_resnet.regions.fragment import Fragment
-from fused_resnet.regions.program import CompiledRegion
+from fused_resnet.regions.fragment import ConvStep, Fragment
+from fused_resnet.regions.program import CompiledRegion, fits_int32
 
 
 def check(
@@ -35,7 +35,8 @@ def check(
     if tuning.tune is False or not is_on() or winners.device_id("cpu") is None:
         return
     kernel = kernels.fastest_name(torch.int8)
-    problem = RegionProblem(fragment.shapes[0][0], f"{fragment.text} by {kernel}", torch.int8, "cpu")
+    text = f"{fragment.text}, ends {_ends(fragment, epilogues)} by {kernel}"
+    problem = RegionProblem(fragment.shapes[0][0], text, torch.int8, "cpu")
     outcome = winners.outcome(problem, REGION)
     if outcome is None:
         tuning.progress(1.0, f"checking a {problem}")
@@ -46,6 +47,16 @@ def check(
             f"freeze: the int8 kernel {kernel} is wrong on this machine: {why}, in a {problem}. Set "
             "FUSED_RESNET_CPU_ISA to a smaller instruction set (docs/environment.md), or freeze in bfloat16."
         )
+
+
+def _ends(fragment: Fragment, epilogues: Mapping[int, Epilogue]) -> str:
+    """A digit for each convolution: what of its scales decides which instructions a kernel takes."""
+    found = ""
+    for place, step in enumerate(fragment.steps):
+        if isinstance(step, ConvStep) and not step.is_linear:
+            epilogue = epilogues[place]
+            found += str(2 * fits_int32(epilogue, step.problem.reduction) + (epilogue.high == 255))
+    return found
 
 
 def _checked(

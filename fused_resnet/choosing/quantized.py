@@ -44,18 +44,19 @@ def why_not(problem: ConvProblem) -> Optional[str]:
 def first_right(problem: ConvProblem, device: torch.device, tuning: Tuning) -> Selection:
     """The first backend in the order of registration that can run this and does it right on this very machine.
 
-    What was found is kept. Where nothing may be checked it is the first that can run it. Raises BackendError where none
-    is right.
+    What was found is kept. Where nothing may be checked it is the first that is not known to be wrong. Raises
+    BackendError where none is right.
     """
-    may_check = tuning.tune is not False and is_on() and winners.device_id(device.type) is not None
+    is_known = winners.device_id(device.type) is not None
+    may_check = is_known and is_on() and tuning.tune is not False
     wrong = []
     for backend in backends.known(problem.op).values():
         if backend.why_not(problem) is not None:
             continue
         one = Selection(backend, backend.plan.config(problem), _ORDER)
-        if not may_check:
+        outcome = winners.outcome(problem, str(one)) if is_known else None
+        if outcome is None and not may_check:
             return one
-        outcome = winners.outcome(problem, str(one))
         if outcome is None:
             tuning.progress(1.0, f"checking {one} on {problem}")
             outcome = _checked(problem, one, device)
@@ -80,8 +81,16 @@ def _checked(problem: ConvProblem, selection: Selection, device: torch.device) -
 
 
 def why_wrong(problem: ConvProblem, selection: Selection, device: torch.device) -> Optional[str]:
-    """What a kernel gives wrong on a batch of two images in turn: any other byte, or e4m3 beyond its bound."""
-    two = quantized_operands(problem._replace(N=2))
+    """What a kernel gives wrong on a batch of two images in turn: any other byte, or e4m3 beyond its bound.
+
+    A residual is looked at in u8 and in s8.
+    """
+    seeds = BYTE_DTYPES if problem.has_residual and problem.dtype != FLOAT8 else BYTE_DTYPES[:1]
+    return next((why for seed in range(len(seeds)) if (why := _why_wrong(problem, selection, device, seed))), None)
+
+
+def _why_wrong(problem: ConvProblem, selection: Selection, device: torch.device, seed: int) -> Optional[str]:
+    two = quantized_operands(problem._replace(N=2), seed)
     order = order_of(problem.N)
     residual = None if two.residual is None else in_order(two.residual, order)
     operands = two._replace(x=in_order(two.x, order), residual=residual).map(lambda tensor: tensor.to(device))

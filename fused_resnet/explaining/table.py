@@ -80,11 +80,16 @@ class RegionRow(NamedTuple):
     least_us: float
     time_us: Optional[float]
 
+    @property
+    def calls(self) -> str:
+        """On a GPU each is a kernel, and no maps are the region's own."""
+        return "as one call" if self.bytes_workspace else "as a kernel each"
+
     def __str__(self) -> str:
         winograd = f", {self.by_winograd} of them by Winograd" if self.by_winograd else ""
         reached = "" if self.time_us is None else f", {100 * self.least_us / self.time_us:.0f} % of the roofline"
         return (
-            f"{self.name}: {self.convolutions} convolutions as one call by {self.kernel}{winograd}: {self.source}; "
+            f"{self.name}: {self.convolutions} convolutions {self.calls} by {self.kernel}{winograd}: {self.source}; "
             f"{self.bytes_converted / 1e6:.2f} MB converted at its seams, {self.bytes_workspace / 1e6:.2f} MB of "
             f"workspace{reached}"
         )
@@ -249,7 +254,7 @@ def _cells_of_region(region: RegionRow, explanation: Explanation) -> tuple[str, 
     share = f"{100 * r.least_us / explanation.totals['least_us']:.1f} %"
     time_us = "-" if r.time_us is None else f"{r.time_us:.0f}"
     return (
-        r.name, f"{r.convolutions} convolutions in one call", r.kernel, *mb, f"{r.flops / 1e9:.3f}",
+        r.name, f"{r.convolutions} convolutions {r.calls}", r.kernel, *mb, f"{r.flops / 1e9:.3f}",
         f"{r.least_us:.0f}", share, time_us, "-", "-",
     )  # fmt: skip
 

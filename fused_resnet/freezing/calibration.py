@@ -1,4 +1,4 @@
-"""What `freeze` was given to make a model int8, checked, and what follows from it."""
+"""What `freeze` was given to make a model int8 or e4m3, checked, and what follows from it."""
 
 from __future__ import annotations
 
@@ -65,8 +65,9 @@ class Calibration(NamedTuple):
         elif scales.steps != steps:
             raise ValueError(
                 "freeze: these scales are of a model with the same weights and other steps: strides, paddings, "
-                f"activations, or how they follow each other (sha256 {scales.steps[:12]} by torch {scales.torch}, the "
-                f"model's is {steps[:12]}). Calibrate again: pass a loader as calibrate."
+                "activations (also in place), how they follow each other or are exported (sha256 "
+                f"{scales.steps[:12]} by torch {scales.torch}, the model's is {steps[:12]}). Calibrate again: pass a "
+                "loader as calibrate."
             )
         problems = {subject.names[node]: conv.problem for node, conv in subject.convolutions.items()}
         forms = {name: (problem.activation, problem.has_residual) for name, problem in problems.items()}
@@ -82,6 +83,8 @@ class Calibration(NamedTuple):
             )
         errors = sensitivity(subject, scales.ranges, first, self.dtype)
         possible = [name for name in errors if why_no_int8(problems[name], self.dtype) is None]
+        if self.dtype == FLOAT8:  # whose first convolution is in bf16 anyway
+            possible = [name for name in possible if name != next(iter(problems))]
         kept = frozenset(sorted(possible, key=errors.__getitem__)[: self.keep])
         return Quantization(scales, forms, kept, self.dtype)
 

@@ -33,7 +33,7 @@ class Decision(NamedTuple):
 
 
 class Quantization(NamedTuple):
-    """How a model becomes int8: the ranges of its tensors, and the convolutions that stay in floats (by name).
+    """How a model becomes int8 or e4m3: the ranges of its tensors, and the convolutions that stay in floats (by name).
 
     forms: of each convolution, its activation and whether it has a residual, as its range was found. dtype: int8, or
     float8_e4m3fn.

@@ -253,7 +253,11 @@ def _average_pool(node: fx.Node) -> Optional[nn.AvgPool2d]:
     """The module that a call of the function stands for, if its arguments are known."""
     names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
     asked = {**dict(zip(names, node.args[1:])), **node.kwargs}
-    return None if len(node.all_input_nodes) > 1 or "input" in asked else nn.AvgPool2d(**cast(Any, asked))
+    if len(node.all_input_nodes) > 1 or "input" in asked:
+        return None
+    if asked.get("stride") in ((), []):  # ATen's default
+        del asked["stride"]
+    return nn.AvgPool2d(**cast(Any, asked))
 
 
 def run_of(draft: Draft, nodes: list[fx.Node], places: tuple[int, ...]) -> Run:

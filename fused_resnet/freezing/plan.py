@@ -73,7 +73,7 @@ def _reads_as_given(module: fx.GraphModule) -> tuple[torch.dtype, ...]:
     """The dtypes of inputs that are neither converted nor laid out beforehand: regions do that as they read them."""
     modules, placeholder = dict(module.named_modules()), next(iter(module.graph.nodes))
     readers = [module_of(user, modules) for user in placeholder.users]
-    return DTYPES if readers and all(isinstance(reader, FrozenRegion) for reader in readers) else ()
+    return DTYPES if readers and all(type(reader) is FrozenRegion for reader in readers) else ()
 
 
 class Turns:

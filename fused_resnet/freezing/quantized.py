@@ -39,7 +39,7 @@ from fused_resnet.freezing.steps import FrozenSteps
 from fused_resnet.graphs.memory import memory_of, writes_in_place, written
 from fused_resnet.operators import quantized
 from fused_resnet.operators.problem import FLOAT8, ConvProblem, dtype_name
-from fused_resnet.operators.quantized import Epilogue, Kept, Quantized, quantized_over
+from fused_resnet.operators.quantized import Epilogue, Kept, Quantized
 from fused_resnet.quantizing.calibrate import FloatConv, Subject
 from fused_resnet.quantizing.scales import Effect
 from fused_resnet.regions.fragment import (
@@ -187,13 +187,12 @@ class _Tensors:
         known = self._ranges.get(self._names[node])
         if known is None:
             return None
-        if self._dtype == FLOAT8:
-            return quantized.float8_over(*known)
-        activation = None if conv is None else conv.problem.activation
-        return quantized_over(*known, is_signed={"none": True, "relu": False, "relu6": False}.get(activation))
+        return quantized.kept_over(*known, self._dtype, None if conv is None else conv.problem.activation)
 
     def effects(self) -> dict[str, Effect]:
-        """What is known of int8's effect on each convolution, by node."""
+        """What is known of int8's effect on each convolution, by node. Of e4m3's nothing is kept."""
+        if self._dtype == FLOAT8:
+            return {}
         found = {node.name: self._effects.get(self._names[node]) for node in self._draft.convs}
         return {name: effect for name, effect in found.items() if effect is not None}
 

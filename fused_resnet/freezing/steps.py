@@ -75,6 +75,11 @@ class FrozenSteps(FrozenRegion):
         return sum(weight.nbytes for weight in self.weights.values())
 
     @property
+    def bytes_moved(self) -> int:
+        """Each kernel reads and writes its own."""
+        return sum(conv.problem.bytes_moved for conv in self.convolutions)
+
+    @property
     def workspace_bytes(self) -> int:
         """None that is its own: what lies between the steps is torch's to give and to take back."""
         return 0

@@ -117,6 +117,16 @@ def quantized_over(least: float, largest: float, is_signed: Optional[bool] = Non
     return Quantized(1.0 if is_too_small(least, largest) else scale, is_signed)
 
 
+def kept_over(least: float, largest: float, dtype: torch.dtype, activation: Optional[str] = None) -> Kept:
+    """How values in this range are kept in int8 or e4m3.
+
+    activation: of the convolution that gives them, which says whether its bytes are signed; None: of anything else.
+    """
+    if dtype == FLOAT8:
+        return float8_over(least, largest)
+    return quantized_over(least, largest, {"none": True, "relu": False, "relu6": False}.get(activation or ""))
+
+
 def is_too_small(least: float, largest: float) -> bool:
     """Whether values from `least` to `largest` have no scale: in fp32 it would be subnormal, with few digits, or 0."""
     return max(-least, largest) / 255 < torch.finfo(torch.float32).tiny

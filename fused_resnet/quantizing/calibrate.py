@@ -14,12 +14,13 @@ from torch import Tensor, fx, nn
 from fused_resnet.operators import composites
 from fused_resnet.operators.problem import ConvProblem
 from fused_resnet.operators.quantized import (
+    FLOAT8,
+    Float8,
     Kept,
     dequantize,
-    float8_over,
     is_too_small,
+    kept_over,
     quantize,
-    quantized_over,
     quantized_weight,
 )
 from fused_resnet.quantizing.scales import Effect, Scales
@@ -47,20 +48,18 @@ class FloatConv(nn.Module):
         y = F.conv2d(x, weight, self.bias, p.stride, p.padding, p.dilation, p.groups)
         return composites.activate(y if residual is None else y + residual, p.activation)
 
-    def quantized(
-        self, x: Tensor, residual: Optional[Tensor], of: Sequence[Range], dtype: torch.dtype
-    ) -> tuple[Tensor, float]:
+    def quantized(self, x: Tensor, residual: Optional[Tensor], hows: Sequence[Kept]) -> tuple[Tensor, float]:
         """About what the convolution alone gives in int8 or e4m3, and the share of that which is cut off.
 
-        of: the ranges of its result, of x and of the residual.
+        hows: how its result, x and the residual are kept.
         """
-        q, scales = quantized_weight(self.weight, dtype)
+        is_float8, how = isinstance(hows[0], Float8), hows[0]
+        q, scales = quantized_weight(self.weight, FLOAT8 if is_float8 else torch.int8)
         weight = (q.double() * scales.view(-1, 1, 1, 1)).to(self.weight.dtype)
-        added = None if residual is None else _rounded(residual, of[2], dtype)
-        y, how = self._by(weight, _rounded(x, of[1], dtype), added), _over(of[0], dtype)
-        levels, step = y / how.scale, 1.0 if dtype == torch.int8 else 32.0  # of the largest values
+        y = self._by(weight, _rounded(x, hows[1]), None if residual is None else _rounded(residual, hows[2]))
+        levels, step = y / how.scale, 32.0 if is_float8 else 1.0  # of the largest values
         is_cut = (levels < how.low - step / 2) | (levels > how.high + step / 2)
-        return _rounded(y, of[0], dtype), is_cut.float().mean().item()
+        return _rounded(y, how), is_cut.float().mean().item()
 
 
 class Subject(NamedTuple):
@@ -189,10 +188,14 @@ class _Comparison(fx.Interpreter):
         if n in self._convolutions:
             operands = cast("tuple[fx.Node, ...]", n.args)
             x, residual, *_ = (*(self.env[node] for node in operands), None)
-            of = [self._ranges[self._names[node]] for node in (n, *operands)]
-            actual, cut = self._convolutions[n].quantized(x, residual, of, self._dtype)
+            actual, cut = self._convolutions[n].quantized(x, residual, [self._how(node) for node in (n, *operands)])
             self._found[self._names[n]] = sqnr_db(_energy(y), _energy(actual - y)), cut
         return y
+
+    def _how(self, node: fx.Node) -> Kept:
+        conv = self._convolutions.get(node)
+        activation = None if conv is None else conv.problem.activation
+        return kept_over(*self._ranges[self._names[node]], self._dtype, activation)
 
 
 def sensitivity(subject: Subject, ranges: Ranges, x: Tensor, dtype: torch.dtype = torch.int8) -> dict[str, float]:
@@ -219,10 +222,5 @@ def _energy(x: Tensor) -> float:
     return x.double().square().sum().item()
 
 
-def _rounded(x: Tensor, found: Range, dtype: torch.dtype) -> Tensor:
-    how = _over(found, dtype)
+def _rounded(x: Tensor, how: Kept) -> Tensor:
     return dequantize(quantize(x, how), how, x.dtype)
-
-
-def _over(found: Range, dtype: torch.dtype) -> Kept:
-    return quantized_over(*found) if dtype == torch.int8 else float8_over(*found)

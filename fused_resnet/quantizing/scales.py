@@ -79,7 +79,7 @@ class Scales(NamedTuple):
         if record["format"] not in _FORMATS:
             raise ValueError(f"its format is {record['format']!r}, not {_FORMAT!r}")
         is_old = record["format"] != _FORMAT
-        steps, effects = (None, {}) if is_old else (record["steps_sha256"], record["effects"])
+        steps, effects = (None, {}) if is_old else (record["steps_sha256"], record["effects"] or {})
         ranges = {str(name): (float(least), float(largest)) for name, (least, largest) in record["ranges"].items()}
         for name, (least, largest) in ranges.items():
             if not (math.isfinite(least) and math.isfinite(largest) and least <= largest):
@@ -121,7 +121,7 @@ def digest_of_steps(traced: fx.GraphModule) -> str:
         parts = (
             node.op,
             _name_of(node.target),
-            "" if called is None else f"{type(called).__qualname__} {called}",
+            "" if called is None else f"{type(called).__qualname__} {_OF_TRAINING.sub('', str(called))}",
             read,
         )
         found.update(f"{_ADDRESS.sub('', str(parts))}\n".encode())
@@ -133,6 +133,7 @@ def digest_of_steps(traced: fx.GraphModule) -> str:
 
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_OF_TRAINING = re.compile(r", (momentum|track_running_stats)=[^,)]*")  # of norms
 
 
 def _name_of(target: Any) -> str:

@@ -28,8 +28,8 @@ def blocks(channels: int, dtype: torch.dtype) -> int:
 
 
 def outside(dtype: torch.dtype) -> torch.dtype:
-    """What the outputs of a region of this dtype are in: those of int8 are written as fp32."""
-    return torch.float32 if dtype == torch.int8 else dtype
+    """What the outputs of a region of this dtype are in: those of int8 and e4m3 are written as fp32."""
+    return torch.float32 if dtype.itemsize == 1 else dtype
 
 
 class PanelBlocks(NamedTuple):

@@ -668,10 +668,10 @@ def _bits(value: float) -> int:
 def _integers_of_epilogue(requantizing: Requantizing, reduction: int) -> list[int]:
     epilogue, *signs = requantizing
     bounds = map(_bits, (epilogue.residual, epilogue.low, epilogue.high))
-    return [*bounds, int(_fits_int32(epilogue, reduction)), *map(int, signs)]
+    return [*bounds, int(fits_int32(epilogue, reduction)), *map(int, signs)]
 
 
-def _fits_int32(epilogue: Epilogue, reduction: int) -> bool:
+def fits_int32(epilogue: Epilogue, reduction: int) -> bool:
     """Whether y stays within int32, rounding included, whatever the bytes are."""
     most = 255 * (127 * reduction * epilogue.multiplier.double().abs() + epilogue.residual)
     return bool((most + epilogue.bias.double().abs() < 2**30).all())

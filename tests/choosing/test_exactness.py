@@ -144,4 +144,6 @@ def test_nothing_is_checked_where_measurements_do_not_count(monkeypatch):
 def test_the_text_says_what_it_is():
     found = []
     Region().check(Tuning("auto", lambda fraction, text: found.append(text)))
-    assert re.match("checking a 3xregion of 1 convolutions, 4x6x5 to 8x6x5 int8, [0-9a-f]{16} by ", found[0])
+    assert re.match(
+        "checking a 3xregion of 1 convolutions, 4x6x5 to 8x6x5 int8, [0-9a-f]{16}, ends [0-3] by ", found[0]
+    )

@@ -134,18 +134,37 @@ def test_a_kernel_that_is_wrong_is_not_chosen(monkeypatch):
         y[-1, 3, 1, 2] ^= 1
         return y
 
-    kept = []
+    kept, known = [], {}
     monkeypatch.setattr(on_gpu, "is_on", lambda: True)
-    monkeypatch.setattr(on_gpu.winners, "outcome", lambda problem, name: None)
+    monkeypatch.setattr(on_gpu.winners, "outcome", lambda problem, name: known.get(name))
     monkeypatch.setattr(on_gpu.winners, "keep", kept.append)
     first, second = (Backend(name, lambda problem: None, run) for name, run in (("cuda", wrong), ("eager", right)))
     monkeypatch.setitem(record.REGISTRY, "conv_int8", {"cuda": first, "eager": second})
     assert on_gpu.first_right(p, torch.device("cpu"), Tuning("auto")).backend is second
     assert len(kept) == 2
     assert on_gpu.first_right(p, torch.device("cpu"), Tuning(False)).backend is first
+    known["cuda"] = {"why": "1 of 384 bytes differ"}  # as an earlier plan found
+    assert on_gpu.first_right(p, torch.device("cpu"), Tuning(False)).backend is second
+    known.clear()
     monkeypatch.setitem(record.REGISTRY, "conv_int8", {"cuda": first})
     with pytest.raises(BackendError, match="no kernel computes 3x16x4x4 .* right here .cuda: 1 of 384 bytes differ"):
         on_gpu.first_right(p, torch.device("cpu"), Tuning("auto"))
+
+
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.int8))
+def test_residuals_are_looked_at_in_both_kinds_of_bytes(dtype):
+    """A projection's are signed."""
+    from fused_resnet.backends import Backend
+    from fused_resnet.choosing import Selection
+    from fused_resnet.operators import quantized
+
+    def run(p, o):
+        y = quantized.conv_act(o.x, o.weight, o.epilogue, p.stride, p.padding, p.dilation, p.groups, o.residual)
+        return y ^ 1 if o.residual.dtype == dtype else y
+
+    p = parsed_problem("3x16x4x4 -> 8, 3x3 p1 uint8 bias+add relu", "cpu")
+    wrong = Selection(Backend("cuda", lambda problem: None, run), None, "")
+    assert "bytes differ" in on_gpu.why_wrong(p, wrong, torch.device("cpu"))
 
 
 @needs_triton

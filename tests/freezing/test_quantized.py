@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import pickle
 
 import pytest
@@ -17,7 +18,7 @@ from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.operators import quantized
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.quantized import quantized_over
+from fused_resnet.operators.quantized import Quantized, quantized_over
 from fused_resnet.quantizing import Scales
 from fused_resnet.quantizing.calibrate import FloatConv
 from fused_resnet.regions import kernels
@@ -456,6 +457,9 @@ def test_scales_of_other_steps(caplog):
         refused(ValueError, "of a model with the same weights and other steps: strides", model, calibrate=scales)
     for wrapped in (copy.deepcopy(v15), nn.DataParallel(v15)):
         fused_resnet.freeze(wrapped, torch.randn(1, 3, 20, 20), dtype=torch.int8, calibrate=scales)
+    slower = copy.deepcopy(v15)
+    slower.bn1.momentum = 0.01
+    in_int8(slower, x, calibrate=scales)
     assert not caplog.records
     assert int8_regions(in_int8(v1, x, calibrate=scales._replace(steps=None)), x)
     assert "are taken for its weights alone. Calibrate again" in caplog.text
@@ -503,11 +507,27 @@ def test_effects_are_those_of_each_convolution_by_itself():
     assert effects["b"].sqnr_db < 20 and min(effects["a"].sqnr_db, effects["c"].sqnr_db) > 30
 
 
+def test_a_sum_without_activation_is_signed_whatever_it_was():
+    """Its positive values take 127 of the bytes and not 255, for the plan and for what is said of it."""
+    for activation, is_signed in (("none", True), ("relu", False), (None, False)):
+        assert quantized.kept_over(0.0, 127.0, torch.int8, activation).is_signed is is_signed
+    model, x = Forward(lambda x, a, b, c: a(x)).eval(), torch.rand(X)
+    with torch.no_grad():
+        model.a.weight.abs_()
+        model.a.bias.abs_()
+    frozen = in_int8(model, x, calibrate=[x])
+    (_, how), y = int8_regions(frozen, x)[0].fragment.scales, model(x)
+    assert how.is_signed
+    error = quantized.dequantize(quantized.quantize(y, how), how) - y
+    most = 10 * math.log10(y.double().square().sum() / error.double().square().sum())
+    assert frozen.scales().effects["a"].sqnr_db < most + 1
+
+
 def test_what_bytes_cut_off_is_counted():
     conv = FloatConv(conv_problem(ConvOperands(torch.empty(1, 1, 2, 2), torch.ones(1, 1, 1, 1)), (1, 1), (0, 0), (1, 1),
                                   1, "none"), torch.ones(1, 1, 1, 1), None)  # fmt: skip
     x = torch.tensor([[[[0.0, 127.0], [-64.0, 1.0]]]])
-    y, cut = conv.quantized(x, None, [(-63.5, 63.5), (-127.0, 127.0)], torch.int8)
+    y, cut = conv.quantized(x, None, [Quantized(0.5, True), Quantized(1.0, True)])
     assert cut == 0.25 and y.flatten().tolist() == [0.0, 63.5, -64.0, 1.0]
 
 

@@ -784,3 +784,10 @@ def test_a_plan_made_in_inference_mode_serves_outside(by_rule):
         assert torch.equal(frozen(x), outside)
     assert torch.equal(inside, outside) and not outside.is_inference()
     equal_outputs(outside, networks.in_fp64(model, x))
+
+
+@pytest.mark.parametrize("stride", ([], ()))
+def test_averages_with_atens_default_stride(stride):
+    model = Traced(lambda m, x: F.avg_pool2d(m.conv(x), 2, stride)).eval()
+    x = torch.randn(2, 4, 9, 9)
+    torch.testing.assert_close(fused_resnet.freeze(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
