@@ -126,3 +126,15 @@ def test_a_wave_has_as_many_images_as_fit_the_cache(monkeypatch):
     assert sizes(8, 64, 16, 2**18) == {1}
     assert sizes(8, 512, 2, 2**18) == {8} and sizes(7, 512, 2, 2**18) == {7}
     assert sizes(0, 64, 16, 2**18) == {1}
+
+
+@pytest.mark.parametrize("kernel", [name for name in kernels() if name.endswith("fp32")])
+def test_an_average_of_many_pixels_keeps_its_digits(kernel):
+    """A running sum over 4,000 pixels would be wrong in the sixth."""
+    region = Region(torch.float32)
+    x = torch.rand(2, 33, 40, 100) + 0.5
+    x[1] = 0.1  # whose roundings all go one way
+    region.write(region.pool(region.read(tuple(x.shape)), "average", (40, 100), (1, 1)))
+    expected = x.double().mean((2, 3), keepdim=True)
+    (y,) = call(region, [channels_last(x)], kernel)
+    assert ((y.double() - expected) / expected).abs().max() < 1e-6
