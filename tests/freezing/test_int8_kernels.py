@@ -82,7 +82,7 @@ def test_memory_holds_the_weights_as_bytes(kernel):
 @pytest.mark.full
 @pytest.mark.skipif(not RUNNING, reason="needs a kernel of int8")
 def test_memory_holds_the_weights_of_a_resnet50_once():
-    """As bytes, however many plans there are: 23.5 million. The classifier, in floats, is packed for each batch."""
+    """As bytes, however many plans there are: 25.5 million, the classifier's among them."""
     model, x = models.create("resnet50").eval(), torch.randn(2, 3, 64, 64)
     frozen = in_int8(model, x)
     for other in (x, torch.randn(1, 3, 96, 80)):
@@ -92,7 +92,7 @@ def test_memory_holds_the_weights_of_a_resnet50_once():
     for tensor in footprint.tensors_of(*frozen.plans()):
         if tensor.dtype in held:
             held[tensor.dtype] += footprint.bytes_of(tensor)
-    convolutions = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Conv2d))
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
     as_bytes, in_floats = held.values()
-    assert convolutions <= as_bytes < 1.01 * convolutions
-    assert in_floats < 2.3 * model.fc.weight.numel() * calibration.beside_int8().itemsize
+    assert weights <= as_bytes < 1.01 * weights
+    assert in_floats < 0.1 * model.fc.weight.numel() * calibration.beside_int8().itemsize
