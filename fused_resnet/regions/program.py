@@ -296,11 +296,12 @@ class Region:
         packed: the segments' weights as `packed_weights` gives them, by somebody who keeps them for several regions.
         The segments' own then only say their shapes.
 
-        Raises ValueError for what does not fit together, and for activations that the kernels do not have.
+        Raises ValueError for what does not fit together, for activations that the kernels do not have, and in int8
+        for sums that may leave int32.
         """
         shape = segments[0].output_shape
         self._check(segments, bias, activation, residual, in_place)
-        self._check_requantizing(requantizing, segments, bias, activation)
+        self._check_requantizing(requantizing, segments, bias, activation, packed)
         out = residual if in_place and residual is not None else self._new_map(shape)
         if packed is None:
             packed = packed_weights([one.weight for one in segments], self.dtype, [one.groups for one in segments])
@@ -414,6 +415,7 @@ class Region:
         segments: Sequence[Segment],
         bias: Optional[Tensor],
         activation: str,
+        packed: Optional[Tensor],
     ) -> None:
         if (requantizing is None) == (self.dtype == torch.int8):
             raise ValueError(f"convolve: constants of int8 belong to its regions alone, and this one is {self.dtype}")
@@ -424,7 +426,8 @@ class Region:
             raise ValueError("convolve: in int8 there is one segment, and constants in place of bias and activation")
         if requantizing.epilogue.multiplier.shape != (K,) or requantizing.epilogue.bias.shape != (K,):
             raise ValueError(f"convolve: {K} channels have as many constants, not {requantizing.epilogue[:2]}")
-        if (reason := why_not_reduced(math.prod(reduced))) is not None:
+        weight = segments[0].weight if packed is None else packed
+        if (reason := why_not_reduced(math.prod(reduced), weight)) is not None:
             raise ValueError(f"convolve: {reason}")
 
     def pool(
@@ -493,7 +496,7 @@ class Region:
         """
         segment, unfolding = self._unfolded(shape, weight, stride, padding)
         _check_epilogue("pooled_stem", segment.output_shape, bias, activation, None, [])
-        self._check_requantizing(requantizing, [segment], bias, activation)
+        self._check_requantizing(requantizing, [segment], bias, activation, packed)
         tail = self._quantized("pooled_stem", how, lambda scale: 1 / scale)
         if requantizing is not None:
             unfolding = [*unfolding, segment.x.shape[2]]

@@ -253,9 +253,12 @@ def test_no_value_of_a_classifier_differs(N):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_longest_reduction_of_the_largest_bytes(kernel):
-    """255 * 127 * 66,310 and its like stay within int32; a longer reduction is refused."""
-    for is_signed, value, weight in ((False, 255, 127), (False, 255, -127), (True, -128, 127), (True, 127, -128)):
-        how, K = Quantized(1.0, is_signed), 66_310
+    """255 * 127 * 66,310, 255 * 128 * 65,793 and their like stay within int32; longer reductions are refused."""
+    for is_signed, value, weight in (
+        *((False, 255, 127), (False, 255, -127), (True, -128, 127)),
+        *((False, 255, -128), (True, -128, -128), (True, 127, -128)),
+    ):
+        how, K = Quantized(1.0, is_signed), 66_310 if weight > -128 else 65_793
         region = Region(torch.int8)
         x, w = region.read((1, K, 1, 1), how), torch.full((3, K, 1, 1), weight, dtype=torch.int8)
         exact = value * weight * K
@@ -272,6 +275,27 @@ def test_the_longest_reduction_of_the_largest_bytes(kernel):
     longer = torch.zeros(3, K + 1, 1, 1, dtype=torch.int8)
     with pytest.raises(ValueError, match="sums of 66,311 products may leave int32"):
         region.convolve([Segment(region.read((1, K + 1, 1, 1), how), longer)], None, requantizing=requantizing)
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["as it is", "packed"])
+def test_the_least_weight_has_a_bound_of_its_own(is_packed):
+    K, how = 65_794, Quantized(1.0, False)
+    requantizing = Requantizing(Epilogue(torch.ones(3), torch.ones(3), 0.0, 0.0, 255.0, torch.uint8), False)
+    weight = torch.full((3, K, 1, 1), -127, dtype=torch.int8)
+
+    def convolve():
+        region = Region(torch.int8)
+        x, shaped = region.read((1, K, 1, 1), how), torch.empty_like(weight, device="meta")
+        packed = layout.pack_weight(weight, torch.int8) if is_packed else None
+        segment = Segment(x, shaped if is_packed else weight)
+        region.convolve([segment], None, packed=packed, requantizing=requantizing)
+
+    convolve()
+    weight[2, 65_000] = -128
+    with pytest.raises(ValueError, match=r"convolve: sums of 65,794 .* weights of -128 .* \(at most 65,793 stay, and"):
+        convolve()
+    with pytest.raises(ValueError, match="conv_act: sums of 65,794 products with weights of -128"):
+        quantized.conv_act(torch.zeros(1, K, 1, 1, dtype=torch.uint8), weight, requantizing.epilogue)
 
 
 def test_weights_and_constants_lie_in_the_order_of_their_use():
