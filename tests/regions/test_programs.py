@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from benchmarks.cpu_check.cores import threads
 from fused_resnet.kernels import compiled
 from fused_resnet.operators.quantized import Epilogue, Quantized
-from fused_resnet.regions.program import Pooling, Region, Requantizing, Segment
+from fused_resnet.regions.program import Pooling, Region, Requantizing, Segment, StepKind
 from tests.support.regions import call, channels_last, fastest, kernels, table
 
 if compiled.load("cpu") is not None:
@@ -194,7 +194,7 @@ WRONG = {
     "a convolution's groups must be from 1 to 16": put(CONVOLUTION + 18, 17),
     "16 and 32 channels have no 3 groups": put(CONVOLUTION + 18, 3),
     "ends within a step": lambda call: call.program.pop(),
-    "a step must be from 0 to 10": lambda call: call.program.append(11),
+    f"a step must be from 0 to {len(StepKind) - 1}": lambda call: call.program.append(len(StepKind)),
     "_fp32 has no step 7": lambda call: call.program.append(7),
     "_fp32 has no step 9": lambda call: call.program.append(9),
     "an input must have the shape": lambda call: call.inputs.reverse(),
