@@ -11,11 +11,12 @@ import contextlib
 import ctypes
 import itertools
 import json
+import math
 import random
 import re
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 from unittest import mock
 
 import torch
@@ -32,6 +33,8 @@ from fused_resnet.freezing.freeze import freeze
 from fused_resnet.kernels import compiled, winograd
 from fused_resnet.operators.layout import channels_last
 from fused_resnet.operators.problem import FLOAT_DTYPES, SHORT_DTYPES
+from fused_resnet.operators.quantized import Epilogue, Quantized
+from fused_resnet.regions import kernels, program
 from fused_resnet.regions.program import CompiledRegion, Map, Region, Segment
 from fused_resnet.testing import Outcome, Report
 from fused_resnet.testing.networks import randomize
@@ -84,43 +87,134 @@ def regions(count: int, seed: int) -> Report:
     return problems.verify(count, seed, problems.kernels_here())
 
 
+class Chain(NamedTuple):
+    """A region with its inputs, and a number of threads that runs it."""
+
+    region: Region
+    compiled: CompiledRegion
+    inputs: list[Tensor]
+    threads: int
+
+
 def chains(count: int, seed: int) -> Report:
-    """The other steps of regions, by every micro-kernel: several threads must give the bytes that one gives."""
+    """All kinds of steps, by every micro-kernel: several threads must give the bytes that one gives. In int8 every
+    kernel must give the first one's."""
     report = Report(seed, "cpu")
     for index in range(count):
-        for name, dtype in problems.kernels_here().items():
-            compiled_region, x, intra = chain_at(seed, index, dtype)
+        expected: dict[torch.dtype, list[Tensor]] = {}
+        for name, dtype in micro_kernels_here().items():
+            chain = chain_at(seed, index, dtype)
             results = []
-            for one in (1, intra):
+            for one in (1, chain.threads):
                 with threads(one):
-                    results += compiled_region([x], compiled_region.empty_workspace(), name)
-            is_same = torch.equal(*results)
-            found = Outcome(name, "ok") if is_same else Outcome(name, "mismatch", f"{intra} threads give other bytes")
-            report.add(f"chain/{name}", found, f"chain_at({seed}, {index}, {dtype})", tuple(x.shape))
+                    results.append(chain.compiled(chain.inputs, chain.compiled.empty_workspace(), name))
+            right = expected.setdefault(dtype, results[0]) if dtype == torch.int8 else results[0]
+            detail = next((
+                f"{how} give other bytes"
+                for how, found in (("other kernels", results[0]), (f"{chain.threads} threads", results[1]))
+                if not all(map(torch.equal, found, right))
+            ), "")  # fmt: skip
+            found = Outcome(name, "mismatch" if detail else "ok", detail)
+            report.add(f"chain/{name}", found, f"chain_at({seed}, {index}, {dtype})", tuple(chain.inputs[0].shape))
         report.problems += 1
     return report
 
 
-def chain_at(seed: int, index: int, dtype: torch.dtype) -> tuple[CompiledRegion, Tensor, int]:
-    """Winograd's 3x3, a pooling and a 3x3 of stride 2; its input in any layout and dtype, and a number of threads."""
+def micro_kernels_here() -> dict[str, torch.dtype]:
+    """{name: dtype} of those that run here, for floats and bytes."""
+    return {kernel.name: kernel.dtype for kernel in kernels.table() if not kernel.why_not}
+
+
+def chain_at(seed: int, index: int, dtype: torch.dtype) -> Chain:
+    """Of the steps that a region of this dtype has. Caches that are small on paper make several bands and waves."""
     rng = random.Random(f"chain {seed}/{index}")
-    generator = torch.Generator().manual_seed(rng.getrandbits(62))
+    cache = rng.choice((0, 2000, 30_000, 1 << 21))
+    with mock.patch.object(program, "second_level_cache_bytes", lambda: cache):
+        draw = _Draw(rng, torch.Generator().manual_seed(rng.getrandbits(62)), dtype, Region(dtype), [])
+        (_add_int8_steps if dtype == torch.int8 else _add_float_steps)(draw)
+        return Chain(draw.region, draw.region.compile(), draw.inputs, rng.choice(problems.THREADS))
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
 
-    C, K, out = 32 * rng.randint(1, 2), 32 * rng.randint(1, 2), rng.randint(1, 70)
-    shape = (rng.randint(1, 3), C, rng.randint(3, 20), rng.randint(3, 20))
-    window = rng.randint(1, 3), rng.randint(1, 3)
-    region = Region(dtype)
-    x = region.read(shape)
-    y = region.winograd(x, winograd.points(normal(K, C, 3, 3) / C), (1, 1), normal(K), activation="relu")
-    y = region.pool(y, rng.choice(("max", "average")), window, (rng.randint(1, 2), rng.randint(1, 2)),
-                    (window[0] // 2, window[1] // 2), count_include_pad=rng.random() < 0.5)  # fmt: skip
-    weight = (normal(out, K, 3, 3) / K).to(dtype)
-    region.write(region.convolve([Segment(y, weight, (2, 2), (1, 1))], normal(out), activation="relu6"))
-    images = normal(*shape).to(rng.choice((torch.float32, torch.bfloat16)))
-    return region.compile(), rng.choice((channels_last, Tensor.contiguous))(images), rng.choice(problems.THREADS)
+class _Draw(NamedTuple):
+    rng: random.Random
+    generator: torch.Generator
+    dtype: torch.dtype
+    region: Region
+    inputs: list[Tensor]
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def image(self, *shape: int) -> tuple[int, int, int, int]:
+        """The next input, in any layout and dtype. Returns its shape."""
+        x = self.normal(*shape).to(self.rng.choice((torch.float32, torch.bfloat16)))
+        self.inputs.append(self.rng.choice((channels_last, Tensor.contiguous))(x))
+        N, C, H, W = shape
+        return N, C, H, W
+
+    def stem(self) -> tuple[tuple[int, int, int, int], int, tuple[int, int], tuple[int, int]]:
+        """The first input, and the window, stride and padding of its convolution."""
+        size, stride = self.rng.choice((3, 7)), self.rng.randint(1, 2)
+        shape = self.image(self.rng.randint(1, 3), self.rng.randint(1, 4), *(self.rng.randint(8, 26) for _ in range(2)))
+        return shape, size, (stride, stride), (size // 2, size // 2)
+
+    def pooling(self, kind: str) -> program.Pooling:
+        window = self.rng.randint(1, 3), self.rng.randint(1, 3)
+        stride, padding = (self.rng.randint(1, 2), self.rng.randint(1, 2)), (window[0] // 2, window[1] // 2)
+        return program.Pooling(kind, window, stride, padding, self.rng.random() < 0.5)
+
+    def copied(self, y: Map, x: Map) -> Map:
+        """Both side by side."""
+        factor, before, after = self.rng.choice(((1, 1), (2, 1))), self.rng.randint(0, 5), self.rng.randint(0, 5)
+        return self.region.copy([y, x], before=before, after=after, stride=(1, 2), factor=factor)
+
+    def weight(self, *shape: int) -> Tensor:
+        if self.dtype == torch.int8:
+            return torch.randint(-127, 128, shape, generator=self.generator).to(torch.int8)
+        return (self.normal(*shape) / math.prod(shape[1:]) ** 0.5).to(self.dtype)
+
+    def requantizing(self, weight: Tensor, is_input_signed: bool = False) -> program.Requantizing:
+        K, *reduced = weight.shape
+        multiplier = torch.rand(K, generator=self.generator) / (math.prod(reduced) ** 0.5 * 74)
+        epilogue = Epilogue(multiplier, self.normal(K) * 40, 0.5, 0.0, 255.0, torch.uint8)
+        return program.Requantizing(epilogue, is_input_signed)
+
+
+def _add_float_steps(d: _Draw) -> None:
+    rng, region, kinds = d.rng, d.region, ("max", "average")
+    (K, K_wide), out = (32 * rng.randint(1, 2) for _ in range(2)), rng.randint(1, 70)
+    shape, size, *window = d.stem()
+    stem = d.weight(K, shape[1], size, size)
+    pooling = d.pooling(rng.choice(kinds))
+    y = region.pooled_stem(shape, stem, *window, d.normal(K), pooling, activation=rng.choice(problems.ACTIVATIONS))
+    points = winograd.points(d.normal(K_wide, K, 3, 3) / K)
+    y = region.winograd(y, points, (1, 1), d.normal(K_wide), activation="relu")
+    y = d.copied(y, region.read(d.image(shape[0], rng.randint(1, 40), *y.shape[2:])))
+    pooling = d.pooling(rng.choice(kinds))
+    y = region.pool(y, *pooling[:4], count_include_pad=pooling.counts_padding)
+    segment = Segment(y, d.weight(out, y.shape[1], 3, 3), (2, 2), (1, 1))
+    region.write(region.convolve([segment], d.normal(out), activation="relu6"))
+
+
+def _add_int8_steps(d: _Draw) -> None:
+    rng, region, how = d.rng, d.region, Quantized(0.02, False)
+    K, out, classes = (rng.randint(1, 70) for _ in range(3))
+    shape, size, *window = d.stem()
+    stem, pooling = d.weight(K, shape[1], size, size), d.pooling("max")
+    signed = Quantized(0.02, True)
+    y = region.pooled_stem(shape, stem, *window, None, pooling, how=signed, requantizing=d.requantizing(stem, True))
+    weight = d.weight(K, K, 3, 3)
+    segment, requantizing = Segment(y, weight, padding=(1, 1)), d.requantizing(weight)
+    y = region.convolve([segment], None, residual=y, requantizing=requantizing)
+    y = d.copied(y, region.read(d.image(shape[0], rng.randint(1, 40), *y.shape[2:]), how))
+    y = region.pool(y, *d.pooling("max")[:4], how=how)
+    weight = d.weight(out, y.shape[1], 3, 3)
+    y = region.convolve([Segment(y, weight, (2, 2), (1, 1))], None, requantizing=d.requantizing(weight))
+    region.write(y, how)
+    region.write_means(y, how)
+    packed = program.packed_weights([d.weight(classes, out, 1, 1)], torch.int8)
+    linear = Epilogue(d.normal(classes).abs(), d.normal(classes), 0.0, -math.inf, math.inf, torch.float32)
+    region.write_linear(y, packed, linear)
 
 
 def operators(count: int, seed: int) -> Report:

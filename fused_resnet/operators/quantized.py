@@ -34,6 +34,8 @@ from torch import Tensor
 
 # 255 * 127 * K stays below 2**31 in magnitude, and so does every partial sum, in any order.
 LARGEST_REDUCTION = 66_310
+# The same with weights of -128, which `quantized_weight` does not give.
+LARGEST_REDUCTION_OF_LEAST_WEIGHTS = 65_793
 # The sum of so many u8 fits two bytes.
 MOST_PIXELS_OF_A_MEAN = 257
 ACTIVATIONS = ("none", "relu", "relu6")
@@ -262,7 +264,7 @@ def conv_act(
 
     x_q: (N, C, H, W), u8 or s8. w_q: (K, C/groups, R, S), s8. residual_q: of the output's shape, u8 or s8. Or all of
     them are e4m3, and so is what is returned. Raises TypeError for other dtypes, and ValueError where sums of bytes are
-    longer than LARGEST_REDUCTION.
+    longer than LARGEST_REDUCTION, or LARGEST_REDUCTION_OF_LEAST_WEIGHTS where a weight is -128.
     """
     return requantize(sums(x_q, w_q, stride, padding, dilation, groups), epilogue, residual_q)
 
@@ -281,18 +283,23 @@ def sums(
     wanted = FLOAT8 if x.dtype == FLOAT8 else torch.int8
     if weight.dtype != wanted:
         raise TypeError(f"conv_act: the weight must be {str(wanted).removeprefix('torch.')}, not {weight.dtype}")
-    if wanted == torch.int8 and (reason := why_not_reduced(weight.shape[1:].numel())) is not None:
+    if wanted == torch.int8 and (reason := why_not_reduced(weight.shape[1:].numel(), weight)) is not None:
         raise ValueError(f"conv_act: {reason}")
     # a product of two e4m3 is exact, and a sum of fewer than 2**17 of them in fp64 too: 36 bits each
     y = F.conv2d(x.cpu().double(), weight.cpu().double(), None, stride, padding, dilation, groups)
     return y.to(torch.float32 if wanted == FLOAT8 else torch.int32).to(x.device)
 
 
-def why_not_reduced(reduction: int) -> Optional[str]:
-    """Why sums of so many products may leave int32, if they may."""
-    if reduction <= LARGEST_REDUCTION:
+def why_not_reduced(reduction: int, weight: Optional[Tensor] = None) -> Optional[str]:
+    """Why sums of so many products may leave int32, if they may. weight: s8 in any layout; without it, from -127 on."""
+    if reduction > LARGEST_REDUCTION:
+        return f"sums of {reduction:,} products may leave int32 (at most {LARGEST_REDUCTION:,} stay)"
+    if reduction <= LARGEST_REDUCTION_OF_LEAST_WEIGHTS or weight is None or not (weight == -128).any():
         return None
-    return f"sums of {reduction:,} products may leave int32 (at most {LARGEST_REDUCTION:,} stay)"
+    return (
+        f"sums of {reduction:,} products with weights of -128 may leave int32 (at most "
+        f"{LARGEST_REDUCTION_OF_LEAST_WEIGHTS:,} stay, and {LARGEST_REDUCTION:,} where no weight is below -127)"
+    )
 
 
 def requantize(total: Tensor, epilogue: Epilogue, residual: Optional[Tensor] = None) -> Tensor:

@@ -9,6 +9,7 @@ compiled = region.compile()
 
 from __future__ import annotations
 
+import enum
 import itertools
 import math
 import struct
@@ -28,14 +29,28 @@ from fused_resnet.regions import layout
 
 _VERSION = 5
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 2, torch.int8: 3}  # of the dtypes
-_READ, _WRITE, _ZERO_HALO, _CONVOLVE, _POOL, _SPLIT_PHASES, _WINOGRAD, _WRITE_MEANS, _POOLED_STEM = range(9)
-_WRITE_LINEAR, _COPY = 9, 10
 _TILE = 16  # rows of the largest tile
 _FOR_MAPS = 0.75  # of the second-level caches
 _FOR_A_BAND = 0.125  # of one of them
 _SAVED = 0.8  # of the tiles: phases are split where no more are left
 Shape = tuple[int, int, int, int]
 Pair = tuple[int, int]
+
+
+class StepKind(enum.IntEnum):
+    """With which number each step of a program begins."""
+
+    READ = 0
+    WRITE = 1
+    ZERO_HALO = 2
+    CONVOLVE = 3
+    POOL = 4
+    SPLIT_PHASES = 5
+    WINOGRAD = 6
+    WRITE_MEANS = 7
+    POOLED_STEM = 8
+    WRITE_LINEAR = 9
+    COPY = 10
 
 
 @dataclass(eq=False)
@@ -151,8 +166,10 @@ class CompiledRegion(NamedTuple):
 
 @dataclass(frozen=True)
 class _Step:
-    """integers: what it is in a program, once its maps have numbers. written: the map that it is the first to write."""
+    """integers: what follows its kind in a program, once its maps have numbers. written: the map that it is the first
+    to write."""
 
+    kind: StepKind
     integers: Callable[[], list[int]]
     read: list[Map]
     written: Optional[Map]
@@ -236,21 +253,21 @@ class Region:
     def _read(self, shape: Shape, unfolding: list[int], how: Optional[Kept]) -> Map:
         x, index, tail = self._new_map(shape), self._num_inputs, self._quantized("read", how, lambda scale: 1 / scale)
         self._num_inputs += 1
-        self._add(lambda: [_READ, index, self._first_image, self._number(x), *unfolding, *tail], [], x)
+        self._add(StepKind.READ, lambda: [index, self._first_image, self._number(x), *unfolding, *tail], [], x)
         return x
 
     def write(self, x: Map, how: Optional[Kept] = None) -> None:
         """x becomes the next of the region's outputs."""
         index, tail = len(self._output_shapes), self._quantized("write", how, lambda scale: scale)
         self._output_shapes.append(x.shape)
-        self._add(lambda: [_WRITE, self._number(x), index, self._first_image, *tail], [x])
+        self._add(StepKind.WRITE, lambda: [self._number(x), index, self._first_image, *tail], [x])
 
     def write_means(self, x: Map, how: Kept) -> None:
         """The mean of each of x's maps becomes the next of the region's outputs, (N, C, 1, 1): in int8."""
         (N, C, H, W), index = x.shape, len(self._output_shapes)
         tail = self._quantized("write_means", how, lambda scale: scale / (H * W))
         self._output_shapes.append((N, C, 1, 1))
-        self._add(lambda: [_WRITE_MEANS, self._number(x), index, self._first_image, *tail], [x])
+        self._add(StepKind.WRITE_MEANS, lambda: [self._number(x), index, self._first_image, *tail], [x])
 
     def write_linear(self, x: Map, packed: Tensor, epilogue: Epilogue) -> None:
         """A linear layer of the means of x's maps becomes the next of the region's outputs, (N, K, 1, 1): in int8.
@@ -268,7 +285,9 @@ class Region:
             self._keep(layout.pack_constants(epilogue, packed), self._biases),
         )
         self._output_shapes.append((N, K, 1, 1))
-        self._add(lambda: [_WRITE_LINEAR, self._number(x), index, self._first_image, *numbers], [x], weight=packed)
+        self._add(
+            StepKind.WRITE_LINEAR, lambda: [self._number(x), index, self._first_image, *numbers], [x], weight=packed
+        )
 
     def _quantized(
         self, caller: str, how: Optional[Kept], factor: Callable[[float], float] = lambda scale: scale
@@ -296,11 +315,12 @@ class Region:
         packed: the segments' weights as `packed_weights` gives them, by somebody who keeps them for several regions.
         The segments' own then only say their shapes.
 
-        Raises ValueError for what does not fit together, and for activations that the kernels do not have.
+        Raises ValueError for what does not fit together, for activations that the kernels do not have, and in int8
+        for sums that may leave int32.
         """
         shape = segments[0].output_shape
         self._check(segments, bias, activation, residual, in_place)
-        self._check_requantizing(requantizing, segments, bias, activation)
+        self._check_requantizing(requantizing, segments, bias, activation, packed)
         out = residual if in_place and residual is not None else self._new_map(shape)
         if packed is None:
             packed = packed_weights([one.weight for one in segments], self.dtype, [one.groups for one in segments])
@@ -318,11 +338,11 @@ class Region:
             added = -1 if residual is None else self._number(residual)
             # what is larger is read once: by one thread, and by all of them together
             by_channels = int(weight.nbytes > self._images_now * pixels * self.dtype.itemsize)
-            head = [_CONVOLVE, self._number(out), added, ACTIVATIONS.index(activation), by_channels, *numbers]
+            head = [self._number(out), added, ACTIVATIONS.index(activation), by_channels, *numbers]
             return [*head, len(segments), *itertools.chain(*map(self._integers_of, segments)), *tail]
 
         read = [segment.phases or segment.x for segment in segments] + ([] if residual is None else [residual])
-        self._add(integers, read, None if out is residual else out, weight)
+        self._add(StepKind.CONVOLVE, integers, read, None if out is residual else out, weight)
         return out
 
     def winograd(
@@ -356,9 +376,10 @@ class Region:
 
         def integers() -> list[int]:
             what = (self._number(x), self._number(out), int(replaced is not None), ACTIVATIONS.index(activation))
-            return [_WINOGRAD, *what, *numbers, *padding]
+            return [*what, *numbers, *padding]
 
-        self._add(integers, [x] if replaced is None else [x, replaced], None if replaced is not None else out, points)
+        read, written = ([x], out) if replaced is None else ([x, replaced], None)
+        self._add(StepKind.WINOGRAD, integers, read, written, points)
         return out
 
     def _integers_of(self, segment: Segment) -> list[int]:
@@ -385,8 +406,8 @@ class Region:
         phases = self._new_map((N, count * layout.blocks(C, self.dtype) * layout.lanes(self.dtype), P, Q))
         phases.halo = _reach(segment) or 0
         window = (R, S, *segment.stride, *segment.padding, *segment.dilation)
-        integers = lambda: [_SPLIT_PHASES, self._number(segment.x), self._number(phases), *window]  # noqa: E731
-        self._add(integers, [segment.x], phases)
+        integers = lambda: [self._number(segment.x), self._number(phases), *window]  # noqa: E731
+        self._add(StepKind.SPLIT_PHASES, integers, [segment.x], phases)
         return segment._replace(phases=phases)
 
     @staticmethod
@@ -414,6 +435,7 @@ class Region:
         segments: Sequence[Segment],
         bias: Optional[Tensor],
         activation: str,
+        packed: Optional[Tensor],
     ) -> None:
         if (requantizing is None) == (self.dtype == torch.int8):
             raise ValueError(f"convolve: constants of int8 belong to its regions alone, and this one is {self.dtype}")
@@ -424,7 +446,8 @@ class Region:
             raise ValueError("convolve: in int8 there is one segment, and constants in place of bias and activation")
         if requantizing.epilogue.multiplier.shape != (K,) or requantizing.epilogue.bias.shape != (K,):
             raise ValueError(f"convolve: {K} channels have as many constants, not {requantizing.epilogue[:2]}")
-        if (reason := why_not_reduced(math.prod(reduced))) is not None:
+        weight = segments[0].weight if packed is None else packed
+        if (reason := why_not_reduced(math.prod(reduced), weight)) is not None:
             raise ValueError(f"convolve: {reason}")
 
     def pool(
@@ -444,8 +467,8 @@ class Region:
         tail, pooling = self._quantized("pool", how)[1:], Pooling(kind, window, stride, padding, count_include_pad)
         out = self._new_map(pooling.output_shape(x.shape))
         what = pooling.kind_integers
-        integers = lambda: [_POOL, *what, self._number(x), self._number(out), *pooling.window_integers, *tail]  # noqa: E731
-        self._add(integers, [x], out)
+        integers = lambda: [*what, self._number(x), self._number(out), *pooling.window_integers, *tail]  # noqa: E731
+        self._add(StepKind.POOL, integers, [x], out)
         return out
 
     def copy(
@@ -469,8 +492,8 @@ class Region:
         firsts = itertools.accumulate(channels[:-1], initial=before)
         for place, (x, first) in enumerate(zip(maps, firsts)):
             tail = [first, *stride, *factor, int(zeroes and place == 0)]
-            integers = lambda x=x, tail=tail: [_COPY, self._number(x), self._number(out), *tail]  # noqa: E731
-            self._add(integers, [x, *([out] if place else [])], None if place else out)
+            integers = lambda x=x, tail=tail: [self._number(x), self._number(out), *tail]  # noqa: E731
+            self._add(StepKind.COPY, integers, [x, *([out] if place else [])], None if place else out)
         return out
 
     def pooled_stem(
@@ -493,7 +516,7 @@ class Region:
         """
         segment, unfolding = self._unfolded(shape, weight, stride, padding)
         _check_epilogue("pooled_stem", segment.output_shape, bias, activation, None, [])
-        self._check_requantizing(requantizing, [segment], bias, activation)
+        self._check_requantizing(requantizing, [segment], bias, activation, packed)
         tail = self._quantized("pooled_stem", how, lambda scale: 1 / scale)
         if requantizing is not None:
             unfolding = [*unfolding, segment.x.shape[2]]
@@ -506,7 +529,7 @@ class Region:
         rest = [*unfolding, ACTIVATIONS.index(activation), *numbers, *window]
         rest += [*pooling.kind_integers, *pooling.window_integers]
         rest += [self._lines_of_a_band(segment, pooling, weight.nbytes), *tail]
-        self._add(lambda: [_POOLED_STEM, self._number(out), index, self._first_image, *rest], [], out, weight)
+        self._add(StepKind.POOLED_STEM, lambda: [self._number(out), index, self._first_image, *rest], [], out, weight)
         return out
 
     def _lines_of_a_band(self, segment: Segment, pooling: Pooling, weight_bytes: int) -> int:
@@ -529,12 +552,18 @@ class Region:
                 self._number_buffers(wave, first, places, buffers)
                 for step in self._steps[wave.begin : wave.end]:
                     if step.written is not None and step.written.halo > 0:
-                        steps += [_ZERO_HALO, self._number(step.written)]
-                    steps += step.integers()
+                        steps += [StepKind.ZERO_HALO, self._number(step.written)]
+                    steps += [step.kind, *step.integers()]
         integers = [_VERSION, _NUMBERS[self.dtype], len(buffers), *itertools.chain(*buffers), *steps]
         size = max((place + self._bytes(x, waves) for x, place in places.items()), default=0)
         program = torch.tensor(integers, dtype=torch.int64)
         return CompiledRegion(program, self._weights, self._biases, self._output_shapes, self.dtype, size)
+
+    @property
+    def kinds(self) -> set[StepKind]:
+        """What kinds of steps it has."""
+        has_halo = any(step.written is not None and step.written.halo > 0 for step in self._steps)
+        return {step.kind for step in self._steps} | ({StepKind.ZERO_HALO} if has_halo else set())
 
     @property
     def _images(self) -> int:
@@ -592,12 +621,13 @@ class Region:
 
     def _add(
         self,
+        kind: StepKind,
         integers: Callable[[], list[int]],
         read: list[Map],
         written: Optional[Map] = None,
         weight: Optional[Tensor] = None,
     ) -> None:
-        step = _Step(integers, read, written, 0 if weight is None else weight.nbytes)
+        step = _Step(kind, integers, read, written, 0 if weight is None else weight.nbytes)
         for x in step.maps:
             x.last_step = len(self._steps)
         self._steps.append(step)

@@ -10,7 +10,7 @@ from benchmarks.cpu_check import __main__ as cpu_check
 from benchmarks.cpu_check import problems, sanitized, sanitizers
 from benchmarks.gpu_check.isolated import Result
 from fused_resnet.kernels import compiled
-from fused_resnet.regions.program import CompiledRegion
+from fused_resnet.regions.program import CompiledRegion, StepKind
 from tests.support.scripts import ROOT
 
 needs_kernels = pytest.mark.skipif(compiled.load("cpu") is not None, reason=str(compiled.load("cpu")))
@@ -98,6 +98,42 @@ def test_nothing_is_written_between_maps_that_lie_apart():
         (y,), (expected,) = region(inputs, workspace, name), compact(inputs, compact.empty_workspace(), name)
         assert torch.equal(y, expected)
         assert len(region.gaps) > 2 and all((workspace[at : at + sanitized.GAP] == 0xFF).all() for at in region.gaps)
+
+
+@needs_kernels
+def test_chains_have_every_kind_of_step():
+    """In each dtype all that it has: a new kind is to be run under sanitizers, too."""
+    of_int8 = {StepKind.WRITE_MEANS, StepKind.WRITE_LINEAR}
+    for dtype, others in ((torch.float32, of_int8), (torch.bfloat16, of_int8), (torch.int8, {StepKind.WINOGRAD})):
+        drawn = [sanitized.chain_at(0, index, dtype) for index in range(8)]
+        for kind in set(StepKind) - others:
+            assert sum(kind in chain.region.kinds for chain in drawn) >= 3, (dtype, kind)
+
+
+@needs_kernels
+def test_chains_run_in_bands_and_are_the_same_by_all_kernels():
+    report = sanitized.chains(3, 5)
+    assert report.passed, str(report)
+    here = sanitized.micro_kernels_here()
+    assert set(here.values()) == {torch.float32, torch.bfloat16, torch.int8}
+    assert {name: entry.ok for name, entry in report.backends.items()} == {f"chain/{name}": 3 for name in here}
+
+
+@needs_kernels
+def test_a_kernel_of_other_bytes_is_found(monkeypatch):
+    """One that a chain is given to with another weight."""
+    chain_at, seen = sanitized.chain_at, []
+
+    def other(seed, index, dtype):
+        chain = chain_at(seed, index, dtype)
+        seen.append(dtype)
+        if seen.count(torch.int8) == 2 and dtype == torch.int8:
+            chain.compiled.weights[1].mul_(-1)
+        return chain
+
+    monkeypatch.setattr(sanitized, "chain_at", other)
+    found = [name for name, entry in sanitized.chains(1, 5).backends.items() if entry.mismatches]
+    assert len(found) == 1 and found[0].endswith(("int8", "int8_emulated", "vnni"))
 
 
 # ------------------------------------------------------------------------------------------------------ broken kernels

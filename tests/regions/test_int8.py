@@ -27,17 +27,25 @@ CHANNELS = (1, 3, 5, 17, 32, 33, 40, 64, 64, 70, 100, 130)
 
 
 class Drawn:
-    """A fragment with its weights, constants and inputs. Sums meet ties, and reach beyond bytes and beyond int32."""
+    """A fragment with its weights, constants and inputs. Sums meet ties, and reach beyond bytes and beyond int32.
+
+    taken: the values that no other step may read.
+    """
+
+    taken = frozenset()
 
     def __init__(self, seed, steps=8):
         self.draw, self.generator, self.linears = random.Random(seed), torch.Generator().manual_seed(seed), []
         self.N, self.steps, self.weights, self.epilogues = self.draw.choice((1, 1, 2, 3)), [], {}, {}
         self.shapes = [self.image() for _ in range(self.draw.choice((1, 1, 2)))]
         self.values, self.scales = list(self.shapes), [self.kept(self.draw.random() < 0.5) for _ in self.shapes]
+        if self.draw.random() < 0.5:
+            self.stem()
         for _ in range(self.draw.randint(1, steps)):
             self.draw.choices((self.convolution, self.maximum, self.copies, self.means), (75, 12, 8, 5))[0]()
         first = len(self.shapes)
         kept = [value for value in range(first, len(self.values)) if self.draw.random() < 0.2]
+        kept = [value for value in kept if value not in self.taken]
         outputs = tuple(sorted({len(self.values) - 1, *kept, *self.linears}))
         self.fragment = Fragment(tuple(self.shapes), tuple(self.steps), outputs, torch.int8, scales=tuple(self.scales))
 
@@ -47,17 +55,34 @@ class Drawn:
     def kept(self, is_signed):
         return Quantized(self.draw.choice((1.0, 0.25, 0.0173, 3.1)), is_signed)
 
+    def maps(self):
+        return [value for value, how in enumerate(self.scales) if how is not None and value not in self.taken]
+
     def source(self):
         """A map, of the last ones."""
-        return self.draw.choice([value for value, how in enumerate(self.scales) if how is not None][-4:])
+        return self.draw.choice(self.maps()[-4:])
 
     def add(self, step, shape, how):
         self.steps.append(step)
         self.values.append(shape)
         self.scales.append(how)
 
-    def maximum(self):
-        x, draw = self.source(), self.draw
+    def stem(self):
+        """A convolution that alone reads an image of few channels; mostly with a maximum that alone reads it."""
+        draw, K = self.draw, self.draw.choice(CHANNELS)
+        size, stride = draw.choice(((3, 3), (7, 7), (4, 4), (5, 2), (1, 3))), draw.choice(((1, 1), (2, 2), (3, 2)))
+        sides = draw.randint(12, 14) * stride[0], draw.randint(12, 19) * stride[1]
+        self.shapes[0] = self.values[0] = (self.N, draw.randint(1, 4), *sides)
+        padding = draw.choice(((0, 0), (size[0] // 2, size[1] // 2)))
+        self.weigh(0, K, size, stride, padding, activation=draw.choice(("none", "relu", "relu6")))
+        self.taken = {0}
+        if draw.random() < 0.7:
+            convolved = len(self.values) - 1
+            self.maximum(convolved)
+            self.taken.add(convolved)
+
+    def maximum(self, x=None):
+        x, draw = self.source() if x is None else x, self.draw
         N, C, H, W = self.values[x]
         window = draw.randint(1, min(3, H)), draw.randint(1, min(3, W))
         stride, padding = (draw.randint(1, 3), draw.randint(1, 3)), tuple(draw.randint(0, side // 2) for side in window)
@@ -67,7 +92,7 @@ class Drawn:
     def copies(self):
         """Those of maps that are kept alike."""
         x = self.source()
-        alike = [(value, shape) for value, shape in enumerate(self.values) if self.scales[value] == self.scales[x]]
+        alike = [(value, self.values[value]) for value in self.maps() if self.scales[value] == self.scales[x]]
         step, shape = draw_copies(self.draw, x, alike)
         self.add(step, shape, self.scales[x])
 
@@ -76,7 +101,7 @@ class Drawn:
         N, C, *sides = self.values[x]
         self.add(PoolStep("average", x, tuple(sides), tuple(sides), (0, 0), False), (N, C, 1, 1), None)
         self.add(FlattenStep(len(self.values) - 1), (N, C, 1, 1), None)
-        if not self.scales[x].is_signed and self.draw.random() < 0.7:
+        if quantized.why_no_linear(self.scales[x], math.prod(sides)) is None and self.draw.random() < 0.7:
             self.linear(self.draw.choice(CHANNELS))
 
     def linear(self, K):
@@ -102,11 +127,7 @@ class Drawn:
             window = size, (draw.randint(1, 3), draw.randint(1, 3)), tuple(draw.randint(0, s) for s in size), dilation
         if min(outputs_of(sides, window)) < 1:
             window = (1, 1), (1, 1), (0, 0), (1, 1)
-        alike = [
-            value
-            for value, shape in enumerate(self.values)
-            if shape[2:] == outputs_of(sides, window) and self.scales[value] is not None
-        ]
+        alike = [value for value in self.maps() if self.values[value][2:] == outputs_of(sides, window)]
         residual = draw.choice(alike) if alike and draw.random() < 0.6 else None
         K = draw.choice(CHANNELS) if residual is None else self.values[residual][1]
         groups = draw_groups(draw, self.values[x][1], K)
@@ -204,13 +225,17 @@ def test_there_is_a_kernel_for_any_machine():
 @pytest.mark.parametrize("cache", [0, 2000, 30_000, 2**21], ids=lambda cache: f"{cache} bytes of cache")
 def test_no_byte_differs_in_random_fragments(monkeypatch, cache):
     monkeypatch.setattr(program, "second_level_cache_bytes", lambda: cache)
+    stems, pooled_stems = 0, 0
     for seed in range(40):
         drawn = Drawn(1000 * cache + seed)
+        pooled = len(fragment.pooled_stems(drawn.fragment))
+        stems, pooled_stems = stems + len(fragment.stems(drawn.fragment)) - pooled, pooled_stems + pooled
         inputs, region = drawn.inputs(), drawn.region()
         expected = run_reference(drawn.fragment, drawn.weights, drawn.epilogues, inputs)
         assert len(expected) == len(region.output_shapes)
         for kernel in KERNELS:
             assert differing(call(region, inputs, kernel), expected) == 0, (kernel, seed, drawn.fragment)
+    assert stems >= 5 and pooled_stems >= 5
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -253,9 +278,12 @@ def test_no_value_of_a_classifier_differs(N):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_longest_reduction_of_the_largest_bytes(kernel):
-    """255 * 127 * 66,310 and its like stay within int32; a longer reduction is refused."""
-    for is_signed, value, weight in ((False, 255, 127), (False, 255, -127), (True, -128, 127), (True, 127, -128)):
-        how, K = Quantized(1.0, is_signed), 66_310
+    """255 * 127 * 66,310, 255 * 128 * 65,793 and their like stay within int32; longer reductions are refused."""
+    for is_signed, value, weight in (
+        *((False, 255, 127), (False, 255, -127), (True, -128, 127)),
+        *((False, 255, -128), (True, -128, -128), (True, 127, -128)),
+    ):
+        how, K = Quantized(1.0, is_signed), 66_310 if weight > -128 else 65_793
         region = Region(torch.int8)
         x, w = region.read((1, K, 1, 1), how), torch.full((3, K, 1, 1), weight, dtype=torch.int8)
         exact = value * weight * K
@@ -269,9 +297,30 @@ def test_the_longest_reduction_of_the_largest_bytes(kernel):
         images = torch.full((1, K, 1, 1), float(value))
         expected = quantized.conv_act(quantized.quantize(images, how), w, epilogue)
         assert torch.equal(call(region.compile(), [images], kernel)[0], expected.float())
-    longer = torch.zeros(3, K + 1, 1, 1, dtype=torch.int8)
+    longer = torch.zeros(3, 66_311, 1, 1, dtype=torch.int8)
     with pytest.raises(ValueError, match="sums of 66,311 products may leave int32"):
-        region.convolve([Segment(region.read((1, K + 1, 1, 1), how), longer)], None, requantizing=requantizing)
+        region.convolve([Segment(region.read((1, 66_311, 1, 1), how), longer)], None, requantizing=requantizing)
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["as it is", "packed"])
+def test_the_least_weight_has_a_bound_of_its_own(is_packed):
+    K, how = 65_794, Quantized(1.0, False)
+    requantizing = Requantizing(Epilogue(torch.ones(3), torch.ones(3), 0.0, 0.0, 255.0, torch.uint8), False)
+    weight = torch.full((3, K, 1, 1), -127, dtype=torch.int8)
+
+    def convolve():
+        region = Region(torch.int8)
+        x, shaped = region.read((1, K, 1, 1), how), torch.empty_like(weight, device="meta")
+        packed = layout.pack_weight(weight, torch.int8) if is_packed else None
+        segment = Segment(x, shaped if is_packed else weight)
+        region.convolve([segment], None, packed=packed, requantizing=requantizing)
+
+    convolve()
+    weight[2, 65_000] = -128
+    with pytest.raises(ValueError, match=r"convolve: sums of 65,794 .* weights of -128 .* \(at most 65,793 stay, and"):
+        convolve()
+    with pytest.raises(ValueError, match="conv_act: sums of 65,794 products with weights of -128"):
+        quantized.conv_act(torch.zeros(1, K, 1, 1, dtype=torch.uint8), weight, requantizing.epilogue)
 
 
 def test_weights_and_constants_lie_in_the_order_of_their_use():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from benchmarks.cpu_check.cores import threads
 from fused_resnet.kernels import compiled
 from fused_resnet.operators.quantized import Epilogue, Quantized
-from fused_resnet.regions.program import Pooling, Region, Requantizing, Segment
+from fused_resnet.regions.program import Pooling, Region, Requantizing, Segment, StepKind
 from tests.support.regions import call, channels_last, fastest, kernels, table
 
 if compiled.load("cpu") is not None:
@@ -194,7 +194,7 @@ WRONG = {
     "a convolution's groups must be from 1 to 16": put(CONVOLUTION + 18, 17),
     "16 and 32 channels have no 3 groups": put(CONVOLUTION + 18, 3),
     "ends within a step": lambda call: call.program.pop(),
-    "a step must be from 0 to 10": lambda call: call.program.append(11),
+    f"a step must be from 0 to {len(StepKind) - 1}": lambda call: call.program.append(len(StepKind)),
     "_fp32 has no step 7": lambda call: call.program.append(7),
     "_fp32 has no step 9": lambda call: call.program.append(9),
     "an input must have the shape": lambda call: call.inputs.reverse(),
@@ -206,6 +206,7 @@ WRONG = {
         0, call.outputs[0].bfloat16()
     ),
     "a weight must have the shape": lambda call: call.weights.__setitem__(0, call.weights[0][:, 1:].contiguous()),
+    "that of 9 k steps or more has 0": lambda call: call.weights.__setitem__(0, torch.empty(1, 1 << 40, 2, 16, 0)),
     "a bias must have the shape": lambda call: call.biases.__setitem__(0, call.biases[0][:16]),
     "workspace must begin at a multiple of 64": lambda call: setattr(call, "workspace", call.workspace[1:]),
     "workspace must be a contiguous vector": lambda call: setattr(call, "workspace", call.workspace[::2]),
@@ -300,6 +301,7 @@ WRONG_STEMS = {
     "31 taps and a window of 7x1 give nothing": put(UNFOLDING, 31),
     "7 taps and a window of 30x1 give nothing": put(STEM_WINDOW, 30),
     "a weight must have the shape of its convolution": put(STEM_WINDOW, 8),
+    "that of 14 k steps or more has 0": lambda call: call.weights.__setitem__(0, torch.empty(1, 1 << 40, 2, 16, 0)),
     "a weight must have the shape \\(1, 12": put(STEM_WINDOW, 6),
     "a dilation must be from 1": put(STEM_WINDOW + 6, 0),
     "an activation must be from 0 to 3": put(STEM + 7, 4),

@@ -75,6 +75,11 @@ Image image_of(const Tensor& input, int64_t first) {
           Quantizer{}};
 }
 
+// Of a packed weight. An empty one may claim any number of them, in no memory.
+int64_t steps_in(const Tensor& weight) {
+  return weight.dim() == 5 && weight.numel() > 0 ? weight.size(1) : 0;
+}
+
 }  // namespace
 
 Dtype dtype_of(const Tensor& program) {
@@ -349,7 +354,7 @@ Step Program::read_convolution() {
   c.panels = (l.C + kPanel - 1) / kPanel;
   c.out = view(out);
   const Tensor& weight = read_tensor("a weight's number", tensors_.weights);
-  most_steps_ = weight.dim() == 5 ? weight.size(1) : 0;  // known before any step is written down
+  most_steps_ = steps_in(weight);  // known before any step is written down
   const float* constants = is_int8() ? read_constants(c.panels) : nullptr;
   if (!is_int8()) c.bias = read_bias(c.panels);
   c.num_segments = static_cast<int>(read_between("the number of segments", 1, kMaxSegments));
@@ -634,7 +639,7 @@ Step Program::read_pooled_stem() {
   Convolution& c = step.convolution;
   c.activation = read_activation();
   const Tensor& weight = read_tensor("a weight's number", tensors_.weights);
-  most_steps_ = weight.dim() == 5 ? weight.size(1) : 0;
+  most_steps_ = steps_in(weight);
   c.images = 1;
   c.channels = out.layout.C;
   c.panels = (c.channels + kPanel - 1) / kPanel;

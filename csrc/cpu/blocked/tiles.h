@@ -246,13 +246,12 @@ inline bool ask_for_tiles() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-// Why this process cannot use AMX's int8 and what its epilogue takes; null if it can. Asked once.
+// Why this process cannot use AMX's int8; null if it can. Asked once.
 inline const char* why_no_amx_int8() {
   static const char* const why = [] {
-    constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25, kVbmi = 1u << 1;
+    constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
     unsigned a, b, c, d = 0;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (kAmxInt8 | kAmxTile)) != 0) return "this CPU has no AMX";
-    if ((c & kVbmi) == 0) return "this CPU has no AVX-512 VBMI";
     return ask_for_tiles() ? nullptr : "the operating system gives no permission to use AMX";
   }();
   return why;
