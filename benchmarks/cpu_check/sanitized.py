@@ -126,7 +126,7 @@ def micro_kernels_here() -> dict[str, torch.dtype]:
 
 
 def chain_at(seed: int, index: int, dtype: torch.dtype) -> Chain:
-    """Of the steps that a region of this dtype has. Caches that are small on paper make several bands and waves."""
+    """Every step that a region of this dtype has. Caches that are small on paper make several bands and waves."""
     rng = random.Random(f"chain {seed}/{index}")
     cache = rng.choice((0, 2000, 30_000, 1 << 21))
     with mock.patch.object(program, "second_level_cache_bytes", lambda: cache):

@@ -75,7 +75,7 @@ Image image_of(const Tensor& input, int64_t first) {
           Quantizer{}};
 }
 
-// Of a packed weight. An empty one may claim any number of them, in no memory.
+// A packed weight's k steps. An empty one may claim any number of them, in no memory.
 int64_t steps_in(const Tensor& weight) {
   return weight.dim() == 5 && weight.numel() > 0 ? weight.size(1) : 0;
 }
