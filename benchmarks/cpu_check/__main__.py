@@ -94,6 +94,7 @@ def all_steps(setup: Setup) -> list[Step]:
         table("resnet50", 1, 1),
         table("resnet50", 2, 1),
         table("networks", 1, 4),
+        table("int8", 1, 2),
     ]
 
 

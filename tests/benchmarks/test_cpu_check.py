@@ -383,6 +383,12 @@ def test_steps_and_their_records(tmp_path, monkeypatch, capsys):
     assert "unknown step speed; known ones are rest, environment" in capsys.readouterr().err
 
 
+def test_every_table_is_a_step(tmp_path):
+    setup = cpu_check.Setup(tmp_path, problems=1, networks=1, sanitized=1, soak_s=1.0, row_s=1.0)
+    steps = {step.name for step in cpu_check.all_steps(setup)}
+    assert {f"{name}-1" for name in tables.TABLES} <= steps
+
+
 def test_evidence_is_more_of_everything():
     little, much = (cpu_check.parse_arguments(arguments) for arguments in ([], ["--evidence"]))
     assert (little.problems, little.networks, little.sanitized, little.soak) == (300, 50, 30, 10.0)
