@@ -50,11 +50,14 @@ lint: $(BUILT)
 	$(PYTHON) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 	$(PYTHON) -c 'from clang_format import clang_format; clang_format()' --dry-run --Werror $(CSRC)
 
-# What CI cannot: random problems on the emulated kernels, a record each; then all of cpu-check, at its full size, which
-# takes hours. Finished parts are kept in out/ and not run again. The records are to be committed.
+# What CI cannot: random problems on the emulated kernels and on all kernels of bytes, a record each; then all of
+# cpu-check, at its full size, which takes hours. Finished parts are kept in out/ and not run again. The records are to be committed.
 evidence: $(BUILT)
 	$(PYTHON) -m benchmarks.random_problems --device sm_80 --kind mixed --problems 2000 --per-part 250
 	$(PYTHON) -m benchmarks.random_problems --device sm_90 --kind mixed --problems 2000 --per-part 250
+	$(PYTHON) -m benchmarks.random_problems --device sm_80 --kind int8 --problems 500 --per-part 250
+	$(PYTHON) -m benchmarks.random_problems --device sm_90 --kind int8 --problems 500 --per-part 250
+	$(PYTHON) -m benchmarks.random_problems --device cpu --kind int8 --problems 5000
 	$(PYTHON) -m benchmarks.cpu_check --evidence $(CHECK_OPTIONS)
 
 # The CPU engine: correctness, then accuracy, memory and tables, on whatever machine this is.

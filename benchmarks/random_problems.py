@@ -123,7 +123,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="begin no part later, except the first")
     parser.add_argument("--parts", type=Path, default=ROOT / "out" / "random_problems")
     parser.add_argument(
-        "--out", type=Path, help="default: results/verify/KIND_problems.json; emulated, DEVICE_problems.json"
+        "--out",
+        type=Path,
+        help="default: results/verify/KIND_problems.json; emulated, DEVICE_problems.json, of bytes DEVICE_KIND_...",
     )
     options = parser.parse_args(arguments)
     if options.problems < 1 or options.per_part < 1:
@@ -161,7 +163,8 @@ def _write(options: argparse.Namespace, found: dict[str, Any]) -> Path:
     if options.device not in EMULATED:
         out = options.out or RECORDS / f"{options.kind}_problems.json"
         return Record.here("verify", options.device)._replace(more=found).write(out)
-    out = options.out or RECORDS / f"{options.device}_problems.json"
+    name = f"{options.device}_{options.kind}" if options.kind in QUANTIZED else options.device
+    out = options.out or RECORDS / f"{name}_problems.json"
     return Record.here("verify", "cpu")._replace(more={"emulated": options.device, **found}).write(out)
 
 
