@@ -37,8 +37,8 @@ class Rounding(NamedTuple):
 
     rounds_between: (problem, operands) -> whether values are rounded to the dtype of x before the last rounding.
     spreads_nan: where ATen's convolution is NaN although the formula is not, so is this one. drops_nan: its activation
-    is max(x, 0), which drops NaN. winograd: its sums are those of F(4x4, 3x3). near_bytes: its bytes may be neighbours of
-    the contract's (`operators.near_bytes`).
+    is max(x, 0), which drops NaN. winograd: its sums are those of F(4x4, 3x3). near_bytes: its bytes may be neighbours
+    of the contract's (`operators.near_bytes`).
     """
 
     rounds_between: Callable[[Any, Any], bool] = lambda problem, operands: False

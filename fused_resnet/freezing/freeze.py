@@ -43,7 +43,8 @@ def freeze(
     model: in eval mode; it is not changed, and later changes to it do not reach the frozen copy. example_input: what
     the model takes, a tensor or a list or dict of them; its plan is made now, others when their shape is first seen.
     dtype: what the arithmetic runs in (fp32, bf16, fp16, fp64, int8, float8_e4m3fn); default, as the model computes.
-    backend: "auto", or the one that every convolution must use.
+    backend: "auto", or the one that every convolution must use. In int8 that is "onednn", whose bytes may be a step off
+    the contract's.
 
     calibrate: for int8 and e4m3, batches of 16 or more images as the model takes them, or (images, labels) pairs. Or
     `Scales`, or the path of a file of them. keep: the convolutions and linear layers to leave in floats, by name or by

@@ -16,20 +16,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from fused_resnet.operators import quantized
+from fused_resnet.operators.float8 import exact
 from fused_resnet.operators.operands import Int8Operands
 from fused_resnet.operators.problem import ConvProblem
+
+__all__ = ["error_bound", "exact"]
 
 _OPERATIONS, _EPS = 8, 2.0**-24
 _ZERO_POINT = 128.0
 
 
-def exact_and_bound(problem: ConvProblem, operands: Int8Operands) -> tuple[Tensor, Tensor]:
-    """min(max(M * sum + B + R * skip, low), high) in fp64, and the most by which such a byte may differ from it."""
+def error_bound(problem: ConvProblem, operands: Int8Operands) -> Tensor:
+    """The most by which a kernel's byte may differ from `exact`, for each element in fp64."""
     p, o, e = problem, operands, operands.epilogue
     multiplier, bias = (vector.double().view(1, -1, 1, 1) for vector in e[:2])
-    scaled = multiplier * quantized.sums(o.x, o.weight, p.stride, p.padding, p.dilation, p.groups).double()
-    value, size = scaled + bias, scaled.abs() + bias.abs() + _ZERO_POINT
+    total = quantized.sums(o.x, o.weight, p.stride, p.padding, p.dilation, p.groups).double()
+    size = (multiplier * total).abs() + bias.abs() + _ZERO_POINT
     if o.residual is not None:
-        skip = e.residual * o.residual.double()
-        value, size = value + skip, size + skip.abs()
-    return value.clamp(e.low, e.high), 0.5 + _OPERATIONS * _EPS * size
+        size = size + (e.residual * o.residual.double()).abs()
+    return 0.5 + _OPERATIONS * _EPS * size

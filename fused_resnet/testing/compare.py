@@ -178,7 +178,8 @@ def same_bytes(case: Case, backend: str, actual: Tensor) -> Outcome:
 
 def near_bytes(case: Case, backend: str, actual: Tensor) -> Outcome:
     """Whether all bytes are within the bound of a kernel that rounds more often. Those that differ are counted."""
-    exact, bound = bounds.exact_and_bound(case.problem, case.operands.map(Tensor.cpu))
+    p, o = case.problem, case.operands.map(Tensor.cpu)
+    exact, bound = bounds.exact(p, o), bounds.error_bound(p, o)
     ratio, count, total = (actual - exact).abs() / bound, int((actual != case.expected).sum()), actual.numel()
     worst = ratio.max().item() if total else 0.0
     if worst <= 1:

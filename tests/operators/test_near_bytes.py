@@ -25,7 +25,8 @@ def test_kernels_that_round_more_often_are_within_it_and_a_step_off_at_most():
     differing = 0
     for index in range(120):
         case = testing.case_at(3, index, kind="int8")
-        exact, bound = near_bytes.exact_and_bound(case.problem, case.operands)
+        exact = near_bytes.exact(case.problem, case.operands)
+        bound = near_bytes.error_bound(case.problem, case.operands)
         for found in (case.expected, rounding_often(case.problem, case.operands)):
             assert ((found - exact).abs() <= bound).all(), case
         steps = (found.int() - case.expected.int()).abs()
@@ -59,6 +60,6 @@ def problem_of(total, bias, skip=None, residual=0.0):
 )
 def test_which_bytes_are_within_it(total, bias, skip, exact, right):
     p, o = problem_of(total, bias, skip, 1.0)
-    value, bound = near_bytes.exact_and_bound(p, o)
+    value, bound = near_bytes.exact(p, o), near_bytes.error_bound(p, o)
     assert abs(value.item() - exact) < 1e-6
     assert [q for q in range(256) if abs(q - value.item()) <= bound.item()] == right
