@@ -36,7 +36,8 @@ def _backend_names() -> list[str]:
 @click.option("--strided", "kind", flag_value="strided",
               help="Only bf16 convolutions with strides to 4 on maps of 1 to 33 columns.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["int8", "float8_e4m3fn"]), default=None,
-              help="Convolutions of bytes, which must be the reference's (oneDNN's: within a bound), or of e4m3.")  # fmt: skip
+              help="Convolutions of bytes, which must be the reference's (oneDNN's: within a bound); or of "
+                   "e4m3.")  # fmt: skip
 @click.option("--emulate", type=click.Choice([f"sm_{arch}" for arch in emulated.ARCHITECTURES]), default=None,
               help="Run the compiled kernels in the PTX emulator, as this GPU would.")  # fmt: skip
 @click.option("--kernel", "kernels", multiple=True, type=Listed("kernel", lambda: emulated.known_names()),
