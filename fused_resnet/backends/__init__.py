@@ -6,7 +6,7 @@ A convolution's backends have a file each, of which `BACKEND` is the record, and
 
 import importlib
 
-from fused_resnet.backends import cuda, int8_regions, triton
+from fused_resnet.backends import cuda, int8_regions, onednn_int8, triton
 from fused_resnet.backends.add_relu import ADD_RELU
 from fused_resnet.backends.bn_act import BN_ACT
 from fused_resnet.backends.eager import EagerConfig
@@ -52,6 +52,6 @@ for _backend in ADD_RELU:
     register("add_relu", _backend)
 for _backend in BN_ACT:
     register("bn_act", _backend)
-for _backend in (cuda.INT8, triton.QUANTIZED, *int8_regions.BACKENDS):
+for _backend in (cuda.INT8, triton.QUANTIZED, *int8_regions.BACKENDS, onednn_int8.BACKEND):
     register("conv_int8", _backend)
 register("conv_float8", triton.QUANTIZED)

@@ -37,13 +37,15 @@ class Rounding(NamedTuple):
 
     rounds_between: (problem, operands) -> whether values are rounded to the dtype of x before the last rounding.
     spreads_nan: where ATen's convolution is NaN although the formula is not, so is this one. drops_nan: its activation
-    is max(x, 0), which drops NaN. winograd: its sums are those of F(4x4, 3x3).
+    is max(x, 0), which drops NaN. winograd: its sums are those of F(4x4, 3x3). near_bytes: its bytes may be neighbours
+    of the contract's (`operators.near_bytes`).
     """
 
     rounds_between: Callable[[Any, Any], bool] = lambda problem, operands: False
     spreads_nan: bool = False
     drops_nan: bool = False
     winograd: bool = False
+    near_bytes: bool = False
 
 
 def rounds_bias(problem: ConvProblem, operands: ConvOperands) -> bool:
@@ -59,7 +61,8 @@ class InPlan(NamedTuple):
     only: `auto` takes it in plans alone, since packing costs too much.
     linears: the plan's linear layers are computed by it, too. placed: the plan settles where its tensors lie
     (`freezing.layouts`).
-    config: (problem) -> what an unmeasured convolution of quantized tensors takes in a plan.
+    config: (problem) -> what an unmeasured convolution of quantized tensors takes in a plan. Of those bind gets the
+    epilogue instead of the bias, and nothing else.
     """
 
     pack: Callable[[Any, Tensor, Optional[Any]], Tensor] = lambda problem, weight, config: weight

@@ -12,11 +12,11 @@ from fused_resnet.backends import BackendError
 from fused_resnet.choosing import winners
 from fused_resnet.choosing.case import synchronize
 from fused_resnet.choosing.cases import in_order, order_of
-from fused_resnet.choosing.choice import Selection
+from fused_resnet.choosing.choice import BY_NAME, Selection
 from fused_resnet.choosing.decide import Tuning, is_on
 from fused_resnet.choosing.winners_file import Table
 from fused_resnet.machine.errors import is_out_of_memory, one_line
-from fused_resnet.operators import float8, quantized
+from fused_resnet.operators import float8, near_bytes, quantized
 from fused_resnet.operators.operands import Int8Operands
 from fused_resnet.operators.problem import BYTE_DTYPES, FLOAT8, ConvProblem
 from fused_resnet.operators.quantized import LARGEST_FLOAT8, Epilogue
@@ -27,9 +27,13 @@ _SAMPLE = ConvProblem(
 )  # fmt: skip
 
 
-def why_none(dtype: torch.dtype, device: str) -> Optional[str]:
-    """Why no kernel here computes such convolutions on a kind of device, or None. dtype: int8 or float8_e4m3fn."""
-    return why_not(_SAMPLE._replace(dtype=dtype, device=device))
+def why_none(dtype: torch.dtype, device: str, asked: str = "auto") -> Optional[str]:
+    """Why no kernel here computes such convolutions on a kind of device, or None. dtype: int8 or float8_e4m3fn.
+
+    asked: the name of the only backend to ask, instead of "auto".
+    """
+    problem = _SAMPLE._replace(dtype=dtype, device=device)
+    return why_not(problem) if asked == "auto" else backends.known(problem.op)[asked].why_not(problem)
 
 
 def why_not(problem: ConvProblem) -> Optional[str]:
@@ -41,19 +45,19 @@ def why_not(problem: ConvProblem) -> Optional[str]:
     return "; ".join(f"{name}: {reason}" for name, reason in mine.items())
 
 
-def first_right(problem: ConvProblem, device: torch.device, tuning: Tuning) -> Selection:
+def first_right(problem: ConvProblem, device: torch.device, tuning: Tuning, asked: str = "auto") -> Selection:
     """The first backend in the order of registration that can run this and does it right on this very machine.
 
-    What was found is kept. Where nothing may be checked it is the first that is not known to be wrong. Raises
-    BackendError where none is right.
+    What was found is kept. Where nothing may be checked it is the first that is not known to be wrong. asked: the name
+    of the only one to take. Raises BackendError where none is right.
     """
     is_known = winners.device_id(device.type) is not None
     may_check = is_known and is_on() and tuning.tune is not False
     wrong = []
     for backend in backends.known(problem.op).values():
-        if backend.why_not(problem) is not None:
+        if asked not in ("auto", backend.name) or backend.why_not(problem) is not None:
             continue
-        one = Selection(backend, backend.plan.config(problem), _ORDER)
+        one = Selection(backend, backend.plan.config(problem), _ORDER if asked == "auto" else BY_NAME)
         outcome = winners.outcome(problem, str(one)) if is_known else None
         if outcome is None and not may_check:
             return one
@@ -81,7 +85,7 @@ def _checked(problem: ConvProblem, selection: Selection, device: torch.device) -
 
 
 def why_wrong(problem: ConvProblem, selection: Selection, device: torch.device) -> Optional[str]:
-    """What a kernel gives wrong on a batch of two images in turn: any other byte, or e4m3 beyond its bound.
+    """What a kernel gives wrong on a batch of two images in turn: any other byte, or what is beyond its bound.
 
     A residual is looked at in u8 and in s8.
     """
@@ -97,10 +101,10 @@ def _why_wrong(problem: ConvProblem, selection: Selection, device: torch.device,
     actual = selection.run(problem, operands)
     synchronize(device)
     p, o = problem._replace(N=2), two
-    if p.dtype == FLOAT8:
-        expected, bound = float8.exact(p, o), float8.error_bound(p, o)
-        is_right = ((actual.cpu().double() - expected[order]).abs() <= bound[order]).all()
-        return None if is_right else "a value is beyond the bound of e4m3"
+    if p.dtype == FLOAT8 or selection.backend.rounding.near_bytes:
+        bounds, name = (float8, "e4m3") if p.dtype == FLOAT8 else (near_bytes, "bytes")
+        error = (actual.cpu().double() - bounds.exact(p, o)[order]).abs()
+        return None if (error <= bounds.error_bound(p, o)[order]).all() else f"a value is beyond the bound of {name}"
     window = (p.stride, p.padding, p.dilation, p.groups)
     expected = quantized.conv_act(o.x, o.weight, o.epilogue, *window, o.residual)
     wrong = int((actual.cpu() != expected[order]).sum())

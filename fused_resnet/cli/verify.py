@@ -36,7 +36,8 @@ def _backend_names() -> list[str]:
 @click.option("--strided", "kind", flag_value="strided",
               help="Only bf16 convolutions with strides to 4 on maps of 1 to 33 columns.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["int8", "float8_e4m3fn"]), default=None,
-              help="Convolutions of bytes instead, all of which must be the reference's; or of e4m3.")  # fmt: skip
+              help="Convolutions of bytes, which must be the reference's (oneDNN's: within a bound); or of "
+                   "e4m3.")  # fmt: skip
 @click.option("--emulate", type=click.Choice([f"sm_{arch}" for arch in emulated.ARCHITECTURES]), default=None,
               help="Run the compiled kernels in the PTX emulator, as this GPU would.")  # fmt: skip
 @click.option("--kernel", "kernels", multiple=True, type=Listed("kernel", lambda: emulated.known_names()),
@@ -133,7 +134,8 @@ def _show_report(report: testing.Report, column: str) -> None:
         wrong = f"[bold red]{len(entry.mismatches)}[/]" if entry.mismatches else "0"
         worst = f"{entry.worst_error:.3f}" if entry.ok else "-"
         if has_bytes:
-            worst = f"{entry.num_differing:,} of {entry.num_bytes:,}"
+            is_bounded = entry.num_differing and not entry.mismatches
+            worst = f"{entry.num_differing:,} of {entry.num_bytes:,}" + (", within its bound" if is_bounded else "")
         table.add_row(name, str(entry.ok), wrong, str(sum(entry.cannot_run.values())), worst)
     if not entries:
         out.print(f"{title}: nothing was compared", markup=False)

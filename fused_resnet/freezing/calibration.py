@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from torch import Tensor, fx, nn
 
+from fused_resnet import backends
 from fused_resnet.backends import BackendError
-from fused_resnet.choosing import quantized as on_gpu
+from fused_resnet.choosing import quantized as in_steps
 from fused_resnet.choosing.timing import Progress
 from fused_resnet.freezing.draft import Quantization
 from fused_resnet.freezing.quantized import kept_by, linear_names, why_no_int8
@@ -29,11 +30,12 @@ log = logging.getLogger("fused_resnet")
 
 
 class Calibration(NamedTuple):
-    """calibrate, keep and dtype, as `freeze` takes them."""
+    """calibrate, keep, dtype and backend, as `freeze` takes them."""
 
     source: Source
     keep: Keep
     dtype: torch.dtype = torch.int8
+    backend: str = "auto"
 
     def of(
         self, model: nn.Module, traced: fx.GraphModule, subject: Subject, example: Tensor, progress: Progress
@@ -82,7 +84,7 @@ class Calibration(NamedTuple):
                 "in keep, or pass a loader as calibrate."
             )
         errors = sensitivity(subject, scales.ranges, first, self.dtype)
-        possible = [name for name in errors if why_no_int8(problems[name], self.dtype) is None]
+        possible = [name for name in errors if why_no_int8(problems[name], self.dtype, self.backend) is None]
         if self.dtype == FLOAT8:  # whose first convolution is in bf16 anyway
             possible = [name for name in possible if name != next(iter(problems))]
         kept = frozenset(sorted(possible, key=errors.__getitem__)[: self.keep])
@@ -116,10 +118,22 @@ def checked(
             "batch x is [x]."
         )
     if backend != "auto":
-        raise ValueError(f"freeze: backend={backend!r} computes in floats; {name} needs backend='auto'.")
-    if (why := why_not_on(dtype, device)) is not None:
+        possible = ["auto", *named_for(dtype)]
+        if backend not in possible:
+            raise ValueError(
+                f"freeze: backend={backend!r} is not for {name}; {', '.join(map(repr, possible))} can be asked for."
+            )
+        if (why := in_steps.why_none(dtype, device.type, backend)) is not None:
+            raise BackendError(f"freeze: {name} by {backend} cannot run on {device}: {why}. Leave out backend=.")
+    elif (why := why_not_on(dtype, device)) is not None:
         raise BackendError(f"freeze: {name} cannot run {why}")
-    return Calibration(calibrate, keep, dtype)
+    return Calibration(calibrate, keep, dtype, backend)
+
+
+def named_for(dtype: torch.dtype) -> list[str]:
+    """The backends that `freeze` takes by name in int8 or e4m3: those that plans pack weights for."""
+    op = "conv_float8" if dtype == FLOAT8 else "conv_int8"
+    return [name for name, backend in backends.known(op).items() if backend.plan.bind is not None]
 
 
 def why_not_on(dtype: torch.dtype, device: torch.device) -> Optional[str]:
@@ -135,7 +149,7 @@ def why_not_on(dtype: torch.dtype, device: torch.device) -> Optional[str]:
             f"here: {why}. Build the C++ library (pip install . with a compiler), or freeze in torch.bfloat16 or "
             "torch.float32."
         )
-    why = on_gpu.why_none(dtype, device.type)
+    why = in_steps.why_none(dtype, device.type)
     instead = "torch.int8 or torch.bfloat16" if dtype == FLOAT8 else "torch.bfloat16"
     return why and f"on {device}: {why}. Freeze in {instead} there."
 

@@ -16,9 +16,10 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor, fx, nn
 
+from fused_resnet import backends
 from fused_resnet.backends import blocked
 from fused_resnet.choosing import exactness
-from fused_resnet.choosing import quantized as on_gpu
+from fused_resnet.choosing import quantized as in_steps
 from fused_resnet.freezing.copied_maps import PADS, copies_of
 from fused_resnet.freezing.draft import Draft
 from fused_resnet.freezing.dtypes import facts_of
@@ -107,10 +108,13 @@ def kept_by(names: Sequence[str], asked: Sequence[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def why_no_int8(problem: ConvProblem, dtype: torch.dtype = torch.int8) -> Optional[str]:
-    """Why no convolution like this one, of whatever dtype and images, has a form in int8, or in e4m3."""
-    name = "int8" if dtype == torch.int8 else "e4m3"
-    if dtype == torch.int8 and (reason := blocked.why_no_groups(problem, torch.int8)) is not None:
+def why_no_int8(problem: ConvProblem, dtype: torch.dtype = torch.int8, backend: str = "auto") -> Optional[str]:
+    """Why no convolution like this one, of whatever dtype and images, has a form in int8, or in e4m3.
+
+    backend: as `freeze` takes it. One that was asked for has groups of its own.
+    """
+    name, is_ours = "int8" if dtype == torch.int8 else "e4m3", backend == "auto"
+    if dtype == torch.int8 and is_ours and (reason := blocked.why_no_groups(problem, torch.int8)) is not None:
         return reason
     if dtype == FLOAT8 and problem.groups != 1:
         return f"{name} convolutions are of one group, not of {problem.groups}"
@@ -206,7 +210,7 @@ class _Tensors:
         p = self._draft.convs[node].problem
         if self._names[node] in self._kept:
             return "keep asked for it"
-        if (reason := why_no_int8(p, self._dtype)) is not None:
+        if (reason := why_no_int8(p, self._dtype, self._draft.backend)) is not None:
             return reason
         if self._dtype == FLOAT8 and node is self._first:
             return "with e4m3 the first convolution is in bf16"
@@ -216,14 +220,18 @@ class _Tensors:
             return "the batch is empty"
         if self._forms.get(self._names[node]) != (p.activation, p.has_residual):
             return "it was calibrated with another sum or activation behind it"
-        if (reason := self._why_no_kernel(p)) is not None:
+        if (reason := self._why_no_kernel(node, p)) is not None:
             return reason
         unknown = [self._names[value] for value in (*node.all_input_nodes, node) if self.how(value) is None]
         return f"{unknown[0]} was not calibrated" if unknown else None
 
-    def _why_no_kernel(self, p: ConvProblem) -> Optional[str]:
+    def _why_no_kernel(self, node: fx.Node, p: ConvProblem) -> Optional[str]:
+        if self._draft.backend != "auto":
+            how = self.how(node.all_input_nodes[0])
+            problem = p._replace(dtype=self._dtype if how is None else how.dtype, has_bias=True)
+            return backends.known(problem.op)[self._draft.backend].why_not(problem)
         if runs_in_steps(self._draft):
-            return on_gpu.why_not(p._replace(dtype=self._dtype, has_bias=True))
+            return in_steps.why_not(p._replace(dtype=self._dtype, has_bias=True))
         return blocked.why_not(p._replace(dtype=torch.float32, groups=1))
 
     def fits(self, node: fx.Node) -> bool:
@@ -347,8 +355,8 @@ def region_of(
 
 
 def runs_in_steps(draft: Draft) -> bool:
-    """Whether each step of a region has a kernel of its own, as on GPUs."""
-    return draft.device.type != "cpu"
+    """Whether each step of a region has a kernel of its own: on GPUs, and where a backend was asked for by name."""
+    return draft.device.type != "cpu" or draft.backend != "auto"
 
 
 def _in_steps(
@@ -365,7 +373,9 @@ def _in_steps(
             how = fragment.scales[step.x]
             assert how is not None
             problem = step.problem._replace(dtype=how.dtype, has_bias=True, device=draft.device.type)
-            selections.append(on_gpu.first_right(problem, draft.device, draft.tuning))
+            selections.append(in_steps.first_right(problem, draft.device, draft.tuning, draft.backend))
+    if any(one.backend.rounding.near_bytes for one in selections):
+        why += ", a byte may be a step off"
     return FrozenSteps(fragment, convolutions, weights, epilogues, tuple(selections), why)
 
 

@@ -1,4 +1,4 @@
-"""The module of a plan that computes a quantized fragment on a GPU: one kernel after another."""
+"""The module of a plan that computes a quantized fragment by one kernel after another, as on a GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fused_resnet.choosing.material import in_a_row
 from fused_resnet.freezing.region import FrozenRegion, RegionConv
 from fused_resnet.operators import layout, quantized
 from fused_resnet.operators.operands import Int8Operands
+from fused_resnet.operators.problem import ConvProblem
 from fused_resnet.operators.quantized import Epilogue
 from fused_resnet.regions.fragment import ConvStep, FlattenStep, Fragment, PoolStep
 
@@ -36,6 +37,9 @@ class FrozenSteps(FrozenRegion):
         self.fragment, self.convolutions, self.why = fragment, convolutions, why
         self.weights = {place: layout.channels_last(weight) for place, weight in weights.items()}
         self.epilogues, self.selections = epilogues, selections
+        for place, selection in zip(self.weights, selections):
+            plan, problem = selection.backend.plan, self._problem(place)
+            self.weights[place] = plan.pack(problem, self.weights[place], selection.config)
         self.micro_kernel = ", ".join(dict.fromkeys(one.backend.name for one in selections))
 
     def bound(self) -> Callable[..., Union[Tensor, tuple[Tensor, ...]]]:
@@ -59,16 +63,24 @@ class FrozenSteps(FrozenRegion):
         return run
 
     def _convolution(self, place: int, selection: Selection) -> Callable[..., Tensor]:
-        step = self.fragment.steps[place]
-        assert isinstance(step, ConvStep)
-        weight, epilogue = self.weights[place], self.epilogues[place]
-        p = step.problem._replace(has_bias=True, device=weight.device.type)
+        weight, epilogue, p = self.weights[place], self.epilogues[place], self._problem(place)
+        bind = selection.backend.plan.bind
+        if bind is not None:
+            return bind(p, weight, epilogue)
         sums = weight.sum((1, 2, 3), dtype=torch.int32) if weight.dtype == torch.int8 else None
 
         def run(x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-            return selection.run(p._replace(dtype=x.dtype), Int8Operands(x, weight, epilogue, residual, sums))
+            return selection.run(p, Int8Operands(x, weight, epilogue, residual, sums))
 
         return run
+
+    def _problem(self, place: int) -> ConvProblem:
+        """What a step's kernel computes, of x as it is kept."""
+        step = self.fragment.steps[place]
+        assert isinstance(step, ConvStep)
+        x = self.fragment.scales[step.x]
+        assert x is not None
+        return step.problem._replace(dtype=x.dtype, has_bias=True, device=self.weights[place].device.type)
 
     @property
     def weights_bytes(self) -> int:

@@ -33,8 +33,12 @@ def cpu_name() -> str:
 
 def cpu_flags() -> list[str]:
     """Those instruction sets of this CPU that decide how fast a convolution can be."""
-    found = (_cpuinfo().get("flags") or _cpuinfo().get("Features") or "").split()
-    return [flag for flag in _CPU_FLAGS if flag in found]
+    return [flag for flag in _CPU_FLAGS if has_cpu_flag(flag)]
+
+
+def has_cpu_flag(flag: str) -> bool:
+    """Whether /proc/cpuinfo has it; False where there is none."""
+    return flag in (_cpuinfo().get("flags") or _cpuinfo().get("Features") or "").split()
 
 
 @functools.lru_cache(maxsize=None)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import re
+from typing import Optional
 
 import torch
+
+from fused_resnet.machine import devices
 
 # Values of ONEDNN_MAX_CPU_ISA that leave AMX out; oneDNN ignores what it does not know.
 _WITHOUT_AMX = frozenset(
@@ -46,6 +49,28 @@ def has_amx() -> bool:
         and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
         and isa_limit()[1].upper() not in _WITHOUT_AMX
     )
+
+
+@functools.lru_cache(maxsize=None)
+def why_no_vnni() -> Optional[str]:
+    """Why oneDNN's sums of bytes may not be exact here, or None.
+
+    Without VNNI it adds pairs of products in 16 bits, where 2 * 255 * 127 becomes 32767.
+    """
+    variable, limit = isa_limit()
+    if any(map(devices.has_cpu_flag, _flags_with_vnni(limit.upper()))):
+        return None
+    within = f" within {variable}={limit}" if limit else ""
+    return f"this CPU has no VNNI that oneDNN can use{within}, and without it sums of bytes saturate at 16 bits"
+
+
+def _flags_with_vnni(limit: str) -> tuple[str, ...]:
+    """The flags of a processor of which one gives oneDNN VNNI within this limit."""
+    if limit in ("SSE41", "AVX", "AVX2", "AVX512_CORE"):
+        return ()
+    if limit in ("AVX2_VNNI", "AVX2_VNNI_2"):
+        return ("avx_vnni",)
+    return ("avx512_vnni",) if limit.startswith(("AVX512", "AVX10")) else ("avx512_vnni", "avx_vnni")
 
 
 def has_bf16() -> bool:

@@ -28,7 +28,7 @@ _HALF_STEP, _HALF_LEAST_STEP = 2.0**-4, 2.0**-10  # of e4m3: relative, and betwe
 
 
 def exact(problem: ConvProblem, operands: Int8Operands) -> Tensor:
-    """min(max(M * sum + B + R * skip, low), high) in fp64: what a kernel rounds to e4m3. NaN stays NaN."""
+    """min(max(M * sum + B + R * skip, low), high) in fp64: what a kernel rounds to e4m3, or to bytes. NaN stays NaN."""
     e = operands.epilogue
     return _before_limits(problem, operands).clamp(e.low, e.high)
 

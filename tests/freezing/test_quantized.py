@@ -410,7 +410,7 @@ def test_arguments_that_do_not_fit_together():
     refused(ValueError, unknown, keep=["conv9"])
     refused(TypeError, r"got a Tensor. One batch x is \[x\]", calibrate=torch.randn(X))
     refused(TypeError, "must be batches of images, a path or Scales, got a int", calibrate=16)
-    refused(ValueError, "backend='eager' computes in floats", backend="eager")
+    refused(ValueError, "backend='eager' is not for int8; 'auto', 'onednn' can be asked for", backend="eager")
 
 
 def test_batches_that_do_not_fit():
