@@ -15,6 +15,8 @@ from fused_resnet.backends import BackendError
 from fused_resnet.choosing import quantized as in_steps
 from fused_resnet.choosing.timing import Progress
 from fused_resnet.freezing.draft import Quantization
+from fused_resnet.freezing.fake_quantize import brings_scales
+from fused_resnet.freezing.given_scales import Given, notes_of, ranges_of
 from fused_resnet.freezing.quantized import kept_by, linear_names, why_no_int8
 from fused_resnet.machine import devices, onednn
 from fused_resnet.operators.problem import FLOAT8, dtype_name
@@ -25,6 +27,10 @@ from fused_resnet.regions import kernels
 QUANTIZED_DTYPES = (torch.int8, FLOAT8)
 Source = Union[Scales, str, "os.PathLike[str]", Iterable[Any]]
 Keep = Union[int, str, Sequence[str]]
+_NEEDED = (
+    "dtype={} needs calibrate: a loader of 16 or more images as the model takes them, or the file that "
+    "frozen.scales().save(path) wrote."
+)
 
 log = logging.getLogger("fused_resnet")
 
@@ -32,7 +38,7 @@ log = logging.getLogger("fused_resnet")
 class Calibration(NamedTuple):
     """calibrate, keep, dtype and backend, as `freeze` takes them."""
 
-    source: Source
+    source: Optional[Source]  # None: the model brings its scales
     keep: Keep
     dtype: torch.dtype = torch.int8
     backend: str = "auto"
@@ -40,44 +46,22 @@ class Calibration(NamedTuple):
     def of(
         self, model: nn.Module, traced: fx.GraphModule, subject: Subject, example: Tensor, progress: Progress
     ) -> Quantization:
-        """The scales, made now or read, and the names of the convolutions that stay in floats.
+        """The scales, made now or read, and the names of the convolutions that stay in floats. Those that the model
+        brings itself come first.
 
         Raises ValueError where the scales are of other weights or steps. Also where keep names no convolution, or asks
         for the most sensitive of a file's. Also what `quantizing.calibrate` raises.
         """
-        weights, steps, first = digest(model), digest_of_steps(traced), None
-        if isinstance(self.source, Scales):
-            scales = self.source
-        elif isinstance(self.source, (str, os.PathLike)):
-            scales = Scales.load(self.source)
-        else:
-            told = lambda images: progress(0.0, f"calibrating with {images} images")  # noqa: E731
-            scales, first = calibrate(subject, self.source, example, weights, told)
-            scales = scales._replace(steps=steps)
-        if scales.weights != weights:
-            raise ValueError(
-                f"freeze: these scales are of other weights (sha256 {scales.weights[:12]}, the model's is "
-                f"{weights[:12]}). Calibrate again: pass a loader as calibrate."
-            )
-        if scales.steps is None:
-            log.warning(
-                "freeze: an older version wrote these scales, and they say nothing of strides and activations. "
-                "They are taken for its weights alone. Calibrate again to have that checked."
-            )
-        elif scales.steps != steps:
-            raise ValueError(
-                "freeze: these scales are of a model with the same weights and other steps: strides, paddings, "
-                "activations (also in place), how they follow each other or are exported (sha256 "
-                f"{scales.steps[:12]} by torch {scales.torch}, the model's is {steps[:12]}). Calibrate again: pass a "
-                "loader as calibrate."
-            )
         problems = {subject.names[node]: conv.problem for node, conv in subject.convolutions.items()}
+        given = ranges_of(notes_of(subject), {name: problem.activation for name, problem in problems.items()})
+        scales, first = self._scales(model, digest_of_steps(traced), subject, example, progress, given)
         forms = {name: (problem.activation, problem.has_residual) for name, problem in problems.items()}
+        found = Quantization(scales, forms, frozenset(), self.dtype, given.limits, given.unknown)
         if not isinstance(self.keep, int):
             asked = [self.keep] if isinstance(self.keep, str) else self.keep
-            return Quantization(scales, forms, kept_by([*problems, *linear_names(subject)], asked), self.dtype)
+            return found._replace(kept=kept_by([*problems, *linear_names(subject)], asked))
         if not self.keep:
-            return Quantization(scales, forms, dtype=self.dtype)
+            return found
         if first is None:
             raise ValueError(
                 f"freeze: keep={self.keep} asks for the most sensitive convolutions, which only images show. Name them "
@@ -87,14 +71,78 @@ class Calibration(NamedTuple):
         possible = [name for name in errors if why_no_int8(problems[name], self.dtype, self.backend) is None]
         if self.dtype == FLOAT8:  # whose first convolution is in bf16 anyway
             possible = [name for name in possible if name != next(iter(problems))]
-        kept = frozenset(sorted(possible, key=errors.__getitem__)[: self.keep])
-        return Quantization(scales, forms, kept, self.dtype)
+        return found._replace(kept=frozenset(sorted(possible, key=errors.__getitem__)[: self.keep]))
+
+    def _scales(
+        self,
+        model: nn.Module,
+        steps: str,
+        subject: Subject,
+        example: Tensor,
+        progress: Progress,
+        given: Given,
+    ) -> tuple[Scales, Optional[Tensor]]:
+        """The scales, and the first batch where images were seen."""
+        if self.source is None:
+            if not given.ranges:
+                raise ValueError(f"freeze: the model rounds nothing that int8 keeps. {_NEEDED.format(self.dtype)}")
+            return Scales(given.ranges, None, 0), None
+        weights, first = digest(model), None
+        if isinstance(self.source, Scales):
+            scales = self.source
+        elif isinstance(self.source, (str, os.PathLike)):
+            scales = Scales.load(self.source)
+        else:
+            told = lambda images: progress(0.0, f"calibrating with {images} images")  # noqa: E731
+            scales, first = calibrate(subject, self.source, example, weights, told, given.ranges)
+            scales = scales._replace(steps=steps)
+        if scales.weights is None:
+            _check_names(scales, subject)
+        else:
+            _check_model(scales, weights, steps)
+        return scales._replace(ranges={**scales.ranges, **given.ranges}), first
+
+
+def _check_names(scales: Scales, subject: Subject) -> None:
+    """Raises ValueError for the scales of a quantized model that has no tensors of this one's names."""
+    theirs, own = sorted(scales.ranges), sorted(subject.names.values())
+    if not set(theirs) & set(own):
+        raise ValueError(
+            f"freeze: these scales are of tensors with other names ({', '.join(theirs[:3])}, ...) than the model's "
+            f"({', '.join(own[:3])}, ...). Pass a loader as calibrate."
+        )
+
+
+def _check_model(scales: Scales, weights: str, steps: str) -> None:
+    """Raises ValueError for scales that another model was calibrated with."""
+    if scales.weights != weights:
+        raise ValueError(
+            f"freeze: these scales are of other weights (sha256 {str(scales.weights)[:12]}, the model's is "
+            f"{weights[:12]}). Calibrate again: pass a loader as calibrate."
+        )
+    if scales.steps is None:
+        log.warning(
+            "freeze: an older version wrote these scales, and they say nothing of strides and activations. "
+            "They are taken for its weights alone. Calibrate again to have that checked."
+        )
+    elif scales.steps != steps:
+        raise ValueError(
+            "freeze: these scales are of a model with the same weights and other steps: strides, paddings, "
+            "activations (also in place), how they follow each other or are exported (sha256 "
+            f"{scales.steps[:12]} by torch {scales.torch}, the model's is {steps[:12]}). Calibrate again: pass a "
+            "loader as calibrate."
+        )
 
 
 def checked(
-    dtype: Optional[torch.dtype], calibrate: Optional[Source], keep: Keep, backend: str, device: torch.device
+    dtype: Optional[torch.dtype],
+    calibrate: Optional[Source],
+    keep: Keep,
+    backend: str,
+    device: torch.device,
+    model: nn.Module,
 ) -> Optional[Calibration]:
-    """None where another dtype was asked for.
+    """None where another dtype was asked for. calibrate may be None for a model that brings its scales.
 
     Raises TypeError and ValueError for arguments that do not fit together, BackendError where the dtype cannot run.
     """
@@ -107,12 +155,10 @@ def checked(
             if value is not None:
                 raise ValueError(f"freeze: {name} is for dtype=torch.int8 or float8_e4m3fn, got dtype={dtype}.")
         return None
-    if calibrate is None:
-        raise ValueError(
-            f"freeze: dtype={dtype} needs calibrate: a loader of 16 or more images as the model takes them, or the "
-            "file that frozen.scales().save(path) wrote."
-        )
-    if not isinstance(calibrate, (Scales, str, os.PathLike, Iterable)) or isinstance(calibrate, Tensor):
+    if calibrate is None and not (dtype == torch.int8 and brings_scales(model)):
+        raise ValueError(f"freeze: {_NEEDED.format(dtype)}")
+    is_source = calibrate is None or isinstance(calibrate, (Scales, str, os.PathLike, Iterable))
+    if not is_source or isinstance(calibrate, Tensor):
         raise TypeError(
             f"freeze: calibrate must be batches of images, a path or Scales, got a {type(calibrate).__name__}. One "
             "batch x is [x]."

@@ -36,13 +36,16 @@ class Quantization(NamedTuple):
     """How a model becomes int8 or e4m3: the ranges of its tensors, and the convolutions that stay in floats (by name).
 
     forms: of each convolution, its activation and whether it has a residual, as its range was found. dtype: int8, or
-    float8_e4m3fn.
+    float8_e4m3fn. limits: the least and the largest byte of tensors that the model cuts off earlier than their dtype.
+    unknown: why a tensor has no scale.
     """
 
     scales: Scales
     forms: Mapping[str, tuple[str, bool]]
     kept: frozenset[str] = frozenset()
     dtype: torch.dtype = torch.int8
+    limits: Mapping[str, tuple[float, float]] = {}
+    unknown: Mapping[str, str] = {}
 
 
 class Draft(NamedTuple):
@@ -54,13 +57,14 @@ class Draft(NamedTuple):
     will run. conversion: of the caller's dtypes, if there is one. packed: the weights that the model's plans share.
     tuning: what may be measured of what is not known (`choosing.decide`). overrides: who computes some problems,
     whatever is known of them. quantization: what becomes int8. folds: of each of convs, a function that folds it anew
-    in another dtype.
+    in another dtype. weight_scales: of those whose weight the model has rounded, the scales after folding (K,).
     """
 
     module: fx.GraphModule
     modules: dict[str, nn.Module]
     convs: dict[fx.Node, Decision]
     folds: dict[fx.Node, Callable[[torch.dtype], tuple[Tensor, Optional[Tensor]]]]
+    weight_scales: dict[fx.Node, Tensor]
     backend: str
     device: torch.device
     conversion: Optional[Conversion]

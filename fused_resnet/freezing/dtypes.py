@@ -113,7 +113,7 @@ def check_fake_quantization(traced: fx.GraphModule) -> None:
         if node.op == "call_function" and "fake_quant" in getattr(node.target, "__name__", ""):
             raise ValueError(
                 f"freeze: {node.name} rounds as a quantized model would, which torch does right in fp32 alone. Leave "
-                "out dtype, or take the FakeQuantize modules out of the model."
+                "out dtype, freeze in torch.int8, or take the FakeQuantize modules out of the model."
             )
 
 

@@ -112,7 +112,7 @@ def freeze(
         names = "float32, bfloat16, float16, float64, int8 or float8_e4m3fn"
         raise TypeError(f"freeze: dtype must be {names}, got {dtype}.")
     backends.check_name("freeze", backend)
-    calibration = checked(dtype, calibrate, keep, backend, device)
+    calibration = checked(dtype, calibrate, keep, backend, device, model)
     check_tune("freeze", tune)
     tuning = Tuning(tune, silent if progress is None else never_back(progress))
     frozen = [name for name, module in model.named_modules() if isinstance(module, Frozen)]

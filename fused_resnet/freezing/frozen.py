@@ -18,6 +18,8 @@ from fused_resnet.freezing.calibration import Calibration, beside_int8
 from fused_resnet.freezing.copies import copy_of, copy_tensors, copy_with_parameters, unwrapped
 from fused_resnet.freezing.draft import Quantization
 from fused_resnet.freezing.dtypes import check_fake_quantization, conversion, is_floating, main_dtype, propagated
+from fused_resnet.freezing.fake_quantize import spelled_out
+from fused_resnet.freezing.given_scales import take_scales
 from fused_resnet.freezing.make import calibration_subject, make_plan
 from fused_resnet.freezing.modules import FrozenConv, PackedWeights
 from fused_resnet.freezing.parts import freeze_parts
@@ -103,9 +105,11 @@ class FrozenModel(Frozen):
         self.device, self.input_dtype = example_input.device, example_input.dtype
         self._quantization: Optional[Quantization] = None
         with plainly(self.device):
-            self.__dict__["_traced"] = trace(model)
-            example = example_input.detach()
-            if calibration is not None or self.dtype != own:
+            takes_scales, example = self.dtype == torch.int8, example_input.detach()
+            self.__dict__["_traced"] = trace(model, spelled_out) if takes_scales else trace(model)
+            if takes_scales:
+                take_scales(self._traced)
+            elif self.dtype != own:
                 check_fake_quantization(self._traced)
             if calibration is not None:
                 subject = calibration_subject(self._traced, example, own)

@@ -13,6 +13,7 @@ from fused_resnet import backends, choosing
 from fused_resnet.freezing import dtypes
 from fused_resnet.freezing.draft import Decision, Draft, lowered
 from fused_resnet.freezing.dtypes import facts_of
+from fused_resnet.freezing.given_scales import weight_scales
 from fused_resnet.freezing.modules import LOWERED, FrozenConv, FrozenLinear, WideConv
 from fused_resnet.graphs.matching import Match, activation_of, matches, norm_at
 from fused_resnet.graphs.spelling import CONVOLUTIONS, arguments_of
@@ -68,6 +69,8 @@ def _lower(draft: Draft, match: Match) -> None:
         selection = choosing.select(problem, draft.backend, in_plan=True)
         draft.convs[fused] = Decision(problem, selection, weight, bias)
         draft.folds[fused] = functools.partial(folded_weights, conv, norm)
+        if (scales := weight_scales(conv)) is not None:
+            draft.weight_scales[fused] = scales * affine.scale_and_shift(_operands(conv, norm), torch.float64)[0]
         for called in then:
             name = draft.add(f"{match.conv.name}_{type(called).__name__.lower()}", called)
             fused = draft.graph.call_module(name, (fused,))
@@ -154,8 +157,11 @@ def folded_weights(
     conv: nn.Conv2d, bn: Union[nn.Module, Norm, None], dtype: torch.dtype
 ) -> tuple[Tensor, Optional[Tensor]]:
     """(weight * scale, shift) of conv -> BN in eval mode, computed in fp64; the weight in channels_last."""
-    operands, norm = ConvOperands(conv.weight, conv.weight, bias=conv.bias), norm_of(bn)
-    if norm is not None:
-        operands = ConvOperands(conv.weight, conv.weight, *norm[:5], bias=conv.bias)
-    weight, shift = affine.fold(operands, dtype)
+    norm = norm_of(bn)
+    weight, shift = affine.fold(_operands(conv, norm), dtype)
     return weight, None if conv.bias is None and norm is None else shift
+
+
+def _operands(conv: nn.Conv2d, norm: Optional[Norm]) -> ConvOperands:
+    operands = ConvOperands(conv.weight, conv.weight, bias=conv.bias)
+    return operands if norm is None else ConvOperands(conv.weight, conv.weight, *norm[:5], bias=conv.bias)

@@ -109,4 +109,4 @@ def _draft_of(
     device: torch.device,
     packed: PackedWeights,
 ) -> Draft:
-    return Draft(graph, dict(graph.named_modules()), {}, {}, backend, device, conversion, packed)
+    return Draft(graph, dict(graph.named_modules()), {}, {}, {}, backend, device, conversion, packed)

@@ -35,6 +35,7 @@ from fused_resnet.freezing.fragments import (
     share_packed,
     weight_of,
 )
+from fused_resnet.freezing.given_scales import weight_scales
 from fused_resnet.freezing.region import FrozenRegion, RegionConv
 from fused_resnet.freezing.steps import FrozenSteps
 from fused_resnet.graphs.memory import memory_of, writes_in_place, written
@@ -55,6 +56,8 @@ from fused_resnet.regions.fragment import (
 from fused_resnet.regions.layout import DTYPES
 
 log = logging.getLogger("fused_resnet")
+
+Limits = tuple[float, float]
 
 
 def observed(draft: Draft, dtype: torch.dtype) -> Subject:
@@ -138,11 +141,12 @@ def form_quantized(draft: Draft) -> None:
         if nodes:
             run = run_of(draft, nodes, tuple(range(len(nodes))))
             hows = [tensors.how(node) for node in (*run.inputs, *nodes)]
-            found.append((nodes, _quantized_fragment(run.piece.fragment, hows, draft.quantization.dtype)))
+            limits = [tensors.limits(node) for node in nodes]
+            found.append((nodes, _quantized_fragment(run.piece.fragment, hows, draft.quantization.dtype), limits))
     results = []
-    for nodes, fragment in found:
+    for nodes, fragment, limits in found:
         outputs = outputs_of(nodes, fragment)
-        results += replace(draft, nodes, outputs, made(draft, nodes, fragment))
+        results += replace(draft, nodes, outputs, made(draft, nodes, fragment, limits))
     for result in results:
         _convert(draft, result)
 
@@ -166,7 +170,7 @@ class _Tensors:
     def __init__(self, draft: Draft) -> None:
         assert draft.quantization is not None
         self._draft, self._names = draft, tensor_names(draft.graph)
-        scales, self._forms, self._kept, self._dtype = draft.quantization
+        scales, self._forms, self._kept, self._dtype, self._limits, self._unknown = draft.quantization
         self._ranges, self._effects = scales.ranges, scales.effects
         self._first = next((node for node in draft.graph.nodes if node in draft.convs), None)
         self._hows: dict[fx.Node, Optional[Kept]] = {}
@@ -192,6 +196,10 @@ class _Tensors:
         if known is None:
             return None
         return quantized.kept_over(*known, self._dtype, None if conv is None else conv.problem.activation)
+
+    def limits(self, node: fx.Node) -> Limits:
+        """The least and the largest byte of a value, where the model says so."""
+        return self._limits.get(self._names[node], (-math.inf, math.inf))
 
     def effects(self) -> dict[str, Effect]:
         """What is known of int8's effect on each convolution, by node. Of e4m3's nothing is kept."""
@@ -223,7 +231,9 @@ class _Tensors:
         if (reason := self._why_no_kernel(node, p)) is not None:
             return reason
         unknown = [self._names[value] for value in (*node.all_input_nodes, node) if self.how(value) is None]
-        return f"{unknown[0]} was not calibrated" if unknown else None
+        if not unknown:
+            return None
+        return self._unknown.get(unknown[0], f"{unknown[0]} was not calibrated")
 
     def _why_no_kernel(self, node: fx.Node, p: ConvProblem) -> Optional[str]:
         if self._draft.backend != "auto":
@@ -314,21 +324,23 @@ def _quantized_fragment(fragment: Fragment, hows: Sequence[Optional[Kept]], dtyp
     return fragment._replace(steps=tuple(steps), dtype=dtype, scales=tuple(scales))
 
 
-def made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment) -> FrozenRegion:
-    """The module for these nodes: its weights are folded in fp64 and quantized from there."""
+def made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, limits: Sequence[Limits]) -> FrozenRegion:
+    """The module for these nodes: its weights are folded in fp64 and quantized from there. limits: of each result."""
     weights: dict[int, Tensor] = {}
     epilogues: dict[int, Epilogue] = {}
     convolutions = []
     for place, (node, step) in enumerate(zip(nodes, fragment.steps)):
         if isinstance(step, ConvStep):
             if isinstance(layer := draft.called_by(node), nn.Linear):
-                folded = weight_of(layer, torch.float64)
+                folded, scales = weight_of(layer, torch.float64), weight_scales(layer)
             else:
                 del draft.convs[node]
                 convolutions.append(RegionConv(node.name, step.problem))
-                folded = draft.folds.pop(node)(torch.float64)
+                folded, scales = draft.folds.pop(node)(torch.float64), draft.weight_scales.pop(node, None)
             try:
-                weights[place], epilogues[place] = _quantized(fragment, place, *folded)
+                weights[place], epilogue = _quantized(fragment, place, *folded, scales)
+                low, high = limits[place]
+                epilogues[place] = epilogue._replace(low=max(low, epilogue.low), high=min(high, epilogue.high))
             except ValueError as error:
                 name = re.sub("^(fused_)?model_", "", node.name)
                 raise ValueError(f"freeze: {name} has no int8 form: {error}. Name it in keep.") from None
@@ -379,11 +391,13 @@ def _in_steps(
     return FrozenSteps(fragment, convolutions, weights, epilogues, tuple(selections), why)
 
 
-def _quantized(fragment: Fragment, place: int, weight: Tensor, bias: Optional[Tensor]) -> tuple[Tensor, Epilogue]:
-    """A convolution's weight in s8 or e4m3, and its epilogue; or a linear layer's in s8."""
+def _quantized(
+    fragment: Fragment, place: int, weight: Tensor, bias: Optional[Tensor], given: Optional[Tensor]
+) -> tuple[Tensor, Epilogue]:
+    """A convolution's weight in s8 or e4m3, and its epilogue; or a linear layer's in s8. given: the weight's scales."""
     step = fragment.steps[place]
     assert isinstance(step, ConvStep)
-    q, scales = quantized.quantized_weight(weight, fragment.dtype)
+    q, scales = quantized.quantized_weight(weight, fragment.dtype, given)
     if step.is_linear:
         source = map_of(fragment, step.x)
         how, (_, _, H, W) = fragment.scales[source], fragment.value_shapes[source]

@@ -68,9 +68,9 @@ def _draws() -> Unfaithful:
     )
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
+def trace(model: nn.Module, respelled: Callable[[nn.Module], nn.Module] = lambda copied: copied) -> fx.GraphModule:
     """The model as a graph of one input over copies of its leaf modules. meta["writes_input"]: whether the model does,
-    which the graph does to a copy.
+    which the graph does to a copy. respelled: gives a copy of the model another form before it is traced.
 
     Raises Untraceable when torch.fx cannot have it, ValueError when the graph would not be the model. Unfaithful when
     it would be in the first call alone, or in eval mode alone where the model is not all in eval mode.
@@ -81,6 +81,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
         copied = copy_with_parameters(model)
     except Exception as error:
         raise _untraceable(model, error) from error
+    copied = respelled(copied)
     in_training = [module for module in copied.modules() if module.training]
     _set_training(in_training, False)
     _drop_checks(copied)

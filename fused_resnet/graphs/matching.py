@@ -71,7 +71,7 @@ def matches(
             found.append(match)
             continue
         add = only_user(head)
-        if add is not None and _is_plain_add(add):
+        if add is not None and is_plain_add(add):
             (other,) = [arg for arg in add.args if arg is not head] or [None]
             # both addends may be convolutions (a projection shortcut): the later one takes the sum
             is_later = other in heads and only_user(other) is add and order[other] > order[head]
@@ -183,7 +183,7 @@ def _before_writes(
     return match
 
 
-def _is_plain_add(node: fx.Node) -> bool:
+def is_plain_add(node: fx.Node) -> bool:
     is_call = node.op in ("call_function", "call_method")
     return is_call and node.target in _ADD and len(node.args) == 2 and not node.kwargs
 

@@ -162,15 +162,21 @@ def dequantize(q: Tensor, how: Kept, dtype: torch.dtype = torch.float32) -> Tens
     return (q.float() * _fp32(how.scale)).to(dtype)
 
 
-def quantized_weight(weight: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+def quantized_weight(
+    weight: Tensor, dtype: torch.dtype = torch.int8, scales: Optional[Tensor] = None
+) -> tuple[Tensor, Tensor]:
     """(K, C, R, S) of any float dtype as (s8, its scales (K,) in fp64): rint(w / scale), scale = max|w| / 127 of each
     output channel, 1 where all of it is 0. Raises ValueError where a weight is not finite.
 
-    dtype: or float8_e4m3fn, with max|w| / 448 and the value rounded to e4m3 from fp64 by way of fp32.
+    dtype: or float8_e4m3fn, with max|w| / 448 and the value rounded to e4m3 from fp64 by way of fp32. scales: others
+    for s8, from -128 on; a scale may be negative, and where it is 0 so is the weight.
     """
     weight = weight.detach().double()
     if not weight.isfinite().all():
         raise ValueError("quantized_weight: a weight is NaN or infinite, and has no scale")
+    if scales is not None:
+        scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+        return (weight / scales.view(-1, 1, 1, 1)).round().clamp(-128, 127).to(torch.int8), scales
     largest = weight.abs().flatten(1).amax(1) if weight.numel() else weight.new_zeros(weight.shape[0])
     limit = LARGEST_FLOAT8 if dtype == FLOAT8 else 127.0
     scales = torch.where(largest > 0, largest / limit, torch.ones_like(largest))

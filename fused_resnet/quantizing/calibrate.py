@@ -28,7 +28,7 @@ from fused_resnet.quantizing.scales import Effect, Scales
 _FEW = 4  # images that show what int8 does to each convolution
 
 Range = tuple[float, float]
-Ranges = dict[str, Range]
+Ranges = Mapping[str, Range]
 
 log = logging.getLogger("fused_resnet")
 
@@ -83,14 +83,16 @@ def calibrate(
     example: Tensor,
     weights: str,
     progress: Callable[[int], None] = lambda images: None,
+    given: Optional[Ranges] = None,
 ) -> tuple[Scales, Tensor]:
-    """The ranges over all batches, and the first batch. progress: is told how many images were seen.
+    """The ranges over all batches, and the first batch. progress: is told how many images were seen. given: ranges that
+    hold whatever is seen.
 
     batches: tensors as the model takes them, or (tensor, label) pairs; the number of images may vary. A tensor that
     stays 0, or too small for a scale, is warned of once. Raises TypeError for other batches, and ValueError where there
     are none or a value is no number. ValueError too where a batch differs from the example in shape, dtype or device.
     """
-    ranges: Ranges = {}
+    ranges: dict[str, Range] = {}
     first, images = None, 0
     for index, x in enumerate(images_of("freeze", batches)):
         _check(x, index, example)
@@ -109,6 +111,7 @@ def calibrate(
         progress(images)
     if first is None:
         raise ValueError("freeze: calibrate holds no images. Pass a loader of 16 or more, as the model takes them.")
+    ranges.update(given or {})
     zeros = [name for name, found in ranges.items() if found == (0.0, 0.0)]
     small = [name for name, found in ranges.items() if found != (0.0, 0.0) and is_too_small(*found)]
     for what, names in (("0", zeros), ("too small for a scale", small)):
@@ -157,7 +160,7 @@ class _Observer(fx.Interpreter):
         self._names, self._dtype = subject.names, subject.dtype
 
     def ranges_of(self, x: Tensor) -> Ranges:
-        self._ranges: Ranges = {}
+        self._ranges: dict[str, Range] = {}
         self.run(x.to(self._dtype))
         return self._ranges
 

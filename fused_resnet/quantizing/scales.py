@@ -34,12 +34,13 @@ class Scales(NamedTuple):
     """What calibration found: ranges of values, from which the scales of int8 follow.
 
     ranges: {tensor: (least, largest)}, by its name in the traced model. weights: `digest` of the model that was
-    calibrated. images: how many were seen. torch: its version then, for people. steps: `digest_of_steps` of that model,
-    None in files of older versions. effects: on each convolution, by its name; none in those files.
+    calibrated, None where the ranges are those of a quantized model: any model may take them. images: how many were
+    seen. torch: its version then, for people. steps: `digest_of_steps` of that model, None in files of older versions.
+    effects: on each convolution, by its name; none in those files.
     """
 
-    ranges: dict[str, tuple[float, float]]
-    weights: str
+    ranges: Mapping[str, tuple[float, float]]
+    weights: Optional[str]
     images: int
     torch: str = torch.__version__
     steps: Optional[str] = None
@@ -84,9 +85,10 @@ class Scales(NamedTuple):
         for name, (least, largest) in ranges.items():
             if not (math.isfinite(least) and math.isfinite(largest) and least <= largest):
                 raise ValueError(f"the range of {name} is {least} to {largest}")
-        weights, images, version = str(record["weights_sha256"]), int(record["images"]), str(record["torch"])
+        images, version = int(record["images"]), str(record["torch"])
+        weights, steps = (None if found is None else str(found) for found in (record["weights_sha256"], steps))
         understood = {str(name): _effect(**effect) for name, effect in effects.items()}
-        return cls(ranges, weights, images, version, None if steps is None else str(steps), understood)
+        return cls(ranges, weights, images, version, steps, understood)
 
 
 def _effect(sqnr_db: Optional[float], clipped: float) -> Effect:

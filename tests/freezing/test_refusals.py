@@ -263,8 +263,7 @@ def test_calls_that_do_not_fit_are_refused():
         assert not frozen(x).requires_grad
 
 
-@pytest.mark.parametrize("options", ({"dtype": torch.bfloat16}, {"dtype": torch.int8, "calibrate": [torch.randn(X)]}))
-def test_fake_quantization_is_refused_in_other_dtypes(options):
+def test_fake_quantization_is_refused_in_other_float_dtypes():
     """torch reads a scale in bf16 as if it were fp32, and gives anything. In fp32 such a model is frozen."""
     from torch.ao import quantization
 
@@ -273,5 +272,5 @@ def test_fake_quantization_is_refused_in_other_dtypes(options):
     model(x)
     model.eval().apply(quantization.disable_observer)
     frozen_equals(model, x)
-    with pytest.raises(ValueError, match="fake_quantize_per_tensor_affine rounds as a quantized model would"):
-        fused_resnet.freeze(model, x, **options)
+    with pytest.raises(ValueError, match="fake_quantize_per_tensor_affine rounds as a quantized model would.*int8"):
+        fused_resnet.freeze(model, x, dtype=torch.bfloat16)
