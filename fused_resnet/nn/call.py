@@ -101,7 +101,7 @@ def fused_conv_bn_act(
         for module in then:
             out = module(out)
         return out
-    out = conv(x)
+    out = training.convolution(conv, x) if is_training else conv(x)
     if is_training and type(bn) is nn.BatchNorm2d and (residual is None or _lies_alike(residual, out)):
         normalised = training.bn_act(bn, out, residual, activation, backend)
         if normalised is not None:
