@@ -195,9 +195,17 @@ def bn_act(
     if training and running_mean is not None and running_var is not None and x.numel():
         count = x.numel() // x.shape[1]
         with torch.no_grad():
-            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-            running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+            _move(running_mean, mean, momentum, 1.0)
+            _move(running_var, var, momentum, count / (count - 1))
     return y
+
+
+def _move(running: Tensor, batch: Tensor, momentum: float, factor: float) -> None:
+    """running = (1 - momentum) * running + momentum * factor * batch, rounded once to a narrower dtype."""
+    wide = running if running.dtype == batch.dtype else running.to(batch.dtype)
+    wide.mul_(1 - momentum).add_(batch, alpha=momentum * factor)
+    if wide is not running:
+        running.copy_(wide)
 
 
 def _check_running(x: Tensor, statistics: dict[str, Optional[Tensor]], training: bool, momentum: Any) -> None:

@@ -98,9 +98,13 @@ def _cpu_why_not(problem: BnActProblem) -> Optional[str]:
     return compiled.load("cpu")
 
 
+def pays(values: int, plane: int, is_nhwc: bool) -> bool:
+    """Whether a map is large enough. values: of the whole map. plane: of a channel of one image."""
+    return (is_nhwc or plane >= _LEAST_PLANE) and values >= _LEAST_VALUES
+
+
 def _pays(problem: BnActProblem) -> bool:
-    is_long = problem.is_nhwc or problem.H * problem.W >= _LEAST_PLANE
-    return is_long and problem.values * problem.C >= _LEAST_VALUES
+    return pays(problem.values * problem.C, problem.H * problem.W, problem.is_nhwc)
 
 
 def _cpu_forward(problem: BnActProblem, operands: BnActOperands) -> Outputs:

@@ -8,7 +8,7 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 import torch
 from torch import Tensor, fx, nn
 
-from fused_resnet import functional
+from fused_resnet import functional, training
 from fused_resnet.choosing import repeated
 from fused_resnet.nn.bypass import why_not_fused
 from fused_resnet.nn.norms import Norm, norm_of
@@ -101,7 +101,12 @@ def fused_conv_bn_act(
         for module in then:
             out = module(out)
         return out
-    out = conv(x) if bn is None else bn(conv(x))
+    out = training.convolution(conv, x) if is_training else conv(x)
+    if is_training and type(bn) is nn.BatchNorm2d and (residual is None or _lies_alike(residual, out)):
+        normalised = training.bn_act(bn, out, residual, activation, backend)
+        if normalised is not None:
+            return normalised
+    out = out if bn is None else bn(out)
     if is_training and activation == "relu" and _is_alike(residual, out):
         return functional.add_relu(*((residual, out) if sum == "residual += out" else (out, residual)))
     return _activated(out if residual is None else _SUMS[sum](out, residual), act)
@@ -248,6 +253,11 @@ def _is_alike(residual: Any, out: Tensor) -> bool:
     if not isinstance(residual, Tensor) or residual.shape != out.shape or residual.device != out.device:
         return False
     return residual.dtype == out.dtype == (_autocast_dtype(out) or out.dtype)
+
+
+def _lies_alike(residual: Any, out: Any) -> bool:
+    """Whether an addition to out gives out's layout, too, in whatever order."""
+    return isinstance(out, Tensor) and _is_alike(residual, out) and residual.stride() == out.stride()
 
 
 def _gives_channels_last(

@@ -117,19 +117,39 @@ _BN_ACT_ARGUMENTS = (*BnActOperands._fields, "activation", "backend")
 
 
 def keep_for_bn_act(ctx, inputs, output) -> None:
+    """What the backward needs, and what the output can be computed again from (`training.recomputing`)."""
     o, (ctx.activation, ctx.backend) = BnActOperands(*inputs[:7]), inputs[7:]
-    _, batch_mean, batch_var, bits = output
+    y, batch_mean, batch_var, bits = output
     ctx.mark_non_differentiable(batch_mean, batch_var, bits)
     ctx.set_materialize_grads(False)
     ctx.eps, ctx.is_training = o.eps, o.mean is None
     statistics = (batch_mean, batch_var) if ctx.is_training else (o.mean, o.var)
     residual = o.residual if ctx.activation == "silu" else None  # whose gradient needs the value before it
     ctx.save_for_backward(o.x, *statistics, o.weight, o.bias, residual, bits)
+    # awaited: for how many gradients the output will be computed again; again: it, as long as others wait for it
+    ctx.version, ctx.awaited, ctx.again, ctx.residual_node = y._version, 0, None, None
+    if o.residual is not None and residual is None:
+        is_kept = getattr(o.residual.grad_fn, "is_repeatable", False)
+        ctx.residual_node = (
+            o.residual.grad_fn if is_kept and o.residual._version == o.residual.grad_fn.version else None
+        )
+    ctx.is_repeatable = not is_checkpointed() and (o.residual is residual or ctx.residual_node is not None)
+
+
+def is_checkpointed() -> bool:
+    """Whether torch.utils.checkpoint takes what is saved for the backward, and will give it out once."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def kept_of_bn_act(ctx) -> tuple[BnActOperands, Tensor]:
+    """The operands and the mask. mean and var are those that were used, the residual is there with SiLU alone."""
+    *tensors, bits = ctx.saved_tensors
+    return BnActOperands(*tensors)._replace(eps=ctx.eps), bits
 
 
 def bn_act_backward(ctx, grad: Optional[Tensor], *of_statistics):
-    *tensors, bits = ctx.saved_tensors
-    o = BnActOperands(*tensors)._replace(eps=ctx.eps)
+    o, bits = kept_of_bn_act(ctx)
     needs = dict(zip(_BN_ACT_ARGUMENTS, ctx.needs_input_grad[1:]))  # the first is what computes
     grads: dict[str, Optional[Tensor]] = dict.fromkeys(_BN_ACT_ARGUMENTS)
     if grad is None:

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -50,3 +51,14 @@ def assert_same(actual, expected):
 
 def fused_calls(graph):
     return [node.target._opname for node in graph.nodes if getattr(node.target, "namespace", "") == "fused_resnet"]
+
+
+def kernels_for_small_maps(monkeypatch):
+    """bn_act's kernels also of maps that are too small to gain. Skips where there are none."""
+    from fused_resnet.backends import bn_act
+    from fused_resnet.kernels import compiled
+
+    if compiled.load("cpu") is not None:
+        pytest.skip(compiled.load("cpu"))
+    monkeypatch.setattr(bn_act, "_LEAST_VALUES", 1)
+    monkeypatch.setattr(bn_act, "_LEAST_PLANE", 1)

@@ -14,8 +14,8 @@ from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.testing.networks import LUCK, allowed, error, has_winograd, in_fp64, randomize
 
 __all__ = [
-    "LUCK", "Network", "allowed", "blocks_of", "error", "has_winograd", "in_fp64", "randomize", "single", "small",
-    "torchvision_like",
+    "LUCK", "Network", "allowed", "blocks_of", "error", "has_winograd", "in_fp64", "randomize", "residual_block",
+    "single", "small", "torchvision_like",
 ]  # fmt: skip
 
 # torchvision's blocks as far as `fuse` sees them: their names, their attributes and a forward of this file's own.
@@ -93,10 +93,11 @@ class Network(nn.Module):
         super().__init__()
         self.conv1, self.bn1, self.relu = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
         self.layer1 = nn.Sequential(
-            _block(block, 16, 8, 1, **options), _block(block, 8 * block.expansion, 8, 1, **options)
+            residual_block(block, 16, 8, 1, **options),
+            residual_block(block, 8 * block.expansion, 8, 1, **options),
         )
-        self.layer2 = nn.Sequential(_block(block, 8 * block.expansion, 12, 2, **options))
-        self.layer3 = nn.Sequential(_block(block, 12 * block.expansion, 16, 2, **options))
+        self.layer2 = nn.Sequential(residual_block(block, 8 * block.expansion, 12, 2, **options))
+        self.layer3 = nn.Sequential(residual_block(block, 12 * block.expansion, 16, 2, **options))
         self.fc = nn.Linear(16 * block.expansion, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +106,8 @@ class Network(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def _block(block: type[nn.Module], inplanes: int, planes: int, stride: int, **options) -> nn.Module:
+def residual_block(block: type[nn.Module], inplanes: int, planes: int, stride: int, **options) -> nn.Module:
+    """One block with a projection where the shape changes."""
     outplanes, downsample = planes * block.expansion, None
     if stride != 1 or outplanes != inplanes:
         downsample = nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), nn.BatchNorm2d(outplanes))
@@ -133,8 +135,8 @@ def small(block: type[nn.Module] = BasicBlock, **options) -> nn.Module:
 
 
 def single(block: type[nn.Module] = BasicBlock, stride: int = 2, channels: int = 8, **options) -> nn.Module:
-    """One block with a projection where the shape changes, in eval mode. Input: (N, 16, H, W)."""
-    return randomize(_block(block, 16, channels, stride, **options))
+    """A residual_block, randomised, in eval mode. Input: (N, 16, H, W)."""
+    return randomize(residual_block(block, 16, channels, stride, **options))
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,87 @@
+"""A convolution behind bn_act that keeps no input: for its weight's gradient the input is computed again.
+
+Between two convolutions lie x, what the first one gave, and y = act(bn(x) + residual). PyTorch keeps both maps. The
+node of bn_act in autograd's graph keeps x and the statistics, and y follows from them to the last bit. So the second
+convolution keeps nothing but its weight. In the backward it asks the node of bn_act, which runs later, for y.
+
+A residual is computed again in the same way, so a stage of blocks keeps a map per convolution. There each y follows
+from the one before. Those that other convolutions wait for are held until these have run, so that nothing is computed
+more than twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet import choosing
+from fused_resnet.operators import composites, detours, gradients
+from fused_resnet.operators.describe import bn_act_problem, conv_problem
+from fused_resnet.operators.operands import ConvOperands
+
+
+def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(x), of a convolution whose call may be bypassed. Where bn_act gave x, it is not kept for the backward.
+
+    conv(x) is called for anything else, with a bias, in checkpoints, transforms, traces and graphs of a compiler.
+    """
+    node, weight = _repeatable(x), conv.weight
+    if node is None or conv.bias is not None or not weight.requires_grad:
+        return conv(x)
+    if torch.is_autocast_enabled(x.device.type):
+        weight = weight.to(torch.get_autocast_dtype(x.device.type))
+    try:
+        problem = conv_problem(ConvOperands(x, weight), conv.stride, conv.padding, conv.dilation, conv.groups, "none")
+    except (TypeError, ValueError):
+        return conv(x)  # which takes it, or raises torch's own error
+    return _Convolution.apply(problem, node, x, weight)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, problem, node, x, weight):
+        ctx.problem, ctx.node = problem, node
+        ctx.save_for_backward(weight)
+        node.awaited += 1
+        return detours.convolution(problem, x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        node = ctx.node
+        node.awaited -= 1
+        x = _output_again(node)
+        if node.awaited <= 0:
+            node.again = None
+        return None, None, *detours.convolution_backward(ctx.problem, grad, x, weight, *ctx.needs_input_grad[2:])
+
+
+def _repeatable(x: Tensor) -> Optional[Any]:
+    """The node of the bn_act that gave x, if x can be computed again from what it keeps."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not torch.is_grad_enabled():
+        return None
+    if composites.is_transformed() or torch._C._get_tracing_state() is not None or gradients.is_checkpointed():
+        return None
+    node: Any = x.grad_fn
+    is_the_same = getattr(node, "is_repeatable", False) and x._version == node.version  # nobody has written to it
+    return node if is_the_same else None
+
+
+def _output_again(node: Any) -> Tensor:
+    """What bn_act gave, from what its node keeps: differentiable where the graph of the gradients is wanted."""
+    if node.again is not None and not torch.is_grad_enabled():
+        return node.again
+    o, _ = gradients.kept_of_bn_act(node)
+    if node.residual_node is not None:
+        o = o._replace(residual=_output_again(node.residual_node))
+    if torch.is_grad_enabled():  # create_graph
+        live = o._replace(mean=None, var=None) if node.is_training else o
+        return composites.bn_act(*live, node.activation, node.backend)[0]
+    problem = bn_act_problem(o, node.activation)
+    run = choosing.select(problem._replace(is_training=node.is_training), node.backend).backend.run
+    y = run(problem, o)[0]
+    if node.awaited > 0:
+        node.again = y
+    return y
