@@ -29,8 +29,9 @@ namespace sm90 {
 // Whether its kernels are in this library.
 bool is_built();
 
-// Throws with the reason where a config is not legal.
-void launch_conv_bn_act(ConvArguments args, int tile, Dtype dtype, int device, void* stream);
+// Throw with the reason where a config is not legal.
+void launch_conv_bn_act(const ConvArguments& args, int tile, Dtype dtype, int device, void* stream);
+void launch_conv_int8(const ConvArguments& args, int tile, bool is_signed, int device, void* stream);
 
 }  // namespace sm90
 

@@ -140,17 +140,16 @@ void set_tensors(const Tensor& x, const Tensor& weight, const std::optional<Tens
   }
 }
 
-void check_tile(int64_t tile, bool is_int8) {
-  STD_TORCH_CHECK((tile >= 0 && tile < kNumTiles) || (sm90::is_tile(tile) && !is_int8), kConv, ": there is no tile ",
-                  tile, is_int8 ? " for int8" : "", " among ", kNumTiles, " from 0 and ", sm90::kNumTiles, " from ",
-                  sm90::kFirstTile);
+void check_tile(int64_t tile) {
+  STD_TORCH_CHECK((tile >= 0 && tile < kNumTiles) || sm90::is_tile(tile), kConv, ": there is no tile ", tile, " among ",
+                  kNumTiles, " from 0 and ", sm90::kNumTiles, " from ", sm90::kFirstTile);
 }
 
 void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,
                  std::optional<Tensor> bn_mean, std::optional<Tensor> bn_var, double eps, std::optional<Tensor> bias,
                  std::optional<Tensor> residual, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
                  std::string activation, bool allow_tf32, int64_t tile, std::optional<Tensor> partials, Tensor out) {
-  check_tile(tile, false);
+  check_tile(tile);
   ConvArguments args{};
   args.shape = shape_of(conv_sizes(sizes_of(x), sizes_of(weight), stride, padding, dilation, groups));
   const ConvShape& s = args.shape;
@@ -187,7 +186,7 @@ bool is_signed_byte(const char* name, const Tensor& t) {
 void conv_int8(Tensor x, Tensor weight, Tensor multiplier, Tensor bias, std::optional<Tensor> residual,
                double residual_scale, double low, double high, Sizes stride, Sizes padding, Sizes dilation,
                int64_t groups, int64_t tile, std::optional<Tensor> partials, Tensor out) {
-  check_tile(tile, true);
+  check_tile(tile);
   ConvArguments args{};
   args.shape = shape_of(conv_sizes(sizes_of(x), sizes_of(weight), stride, padding, dilation, groups));
   const bool is_signed = is_signed_byte("x", x);

@@ -44,7 +44,7 @@ ConvArguments arguments_of(const PtxConv& conv, const ConvShape& shape) {
 PtxTensorMap described(const sm90::MapPlan& plan) {
   PtxTensorMap map{};
   map.rank = static_cast<uint8_t>(plan.rank);
-  map.swizzle = 128, map.is_im2col = plan.is_im2col;
+  map.swizzle = static_cast<uint8_t>(plan.swizzle), map.is_im2col = plan.is_im2col;
   map.pixels = static_cast<uint16_t>(plan.pixels), map.channels = static_cast<uint16_t>(plan.channels);
   for (int d = 0; d < plan.rank; ++d) {
     map.sizes[d] = plan.sizes[d];
@@ -69,7 +69,7 @@ std::string fill_sm80(const PtxConv& conv, const DeviceLimits& device, const Con
   if (const char* reason = why_illegal(tile, device, bytes == 16)) return reason;
   launch->blocks = num_blocks(tile, gemm_size(shape, element)) * conv.splits;
   launch->sum_blocks = conv.splits > 1 ? num_sum_blocks(shape, chunk) : 0;
-  launch->threads = num_threads(tile), launch->sum_threads = kSumThreads;
+  launch->threads = num_threads(tile), launch->sum_threads = kSumThreads, launch->cluster = 1;
   launch->shared_bytes = smem_bytes(tile), launch->copy_bytes = bytes;
   return "";
 }
@@ -81,9 +81,11 @@ std::string fill_sm90(const PtxConv& conv, const DeviceLimits& device, const Con
   std::string reason = sm90::why_not_launched(args, tile, conv.element_bytes, device);
   if (!reason.empty()) return reason;
   launch->blocks = sm90::num_blocks(tile, args.shape, device.num_sms);
-  launch->threads = sm90::num_threads(tile), launch->shared_bytes = sm90::smem_bytes(tile);
-  launch->num_maps = 2;
-  launch->maps[0] = described(sm90::input_map(args, tile)), launch->maps[1] = described(sm90::weight_map(args, tile));
+  launch->threads = sm90::num_threads(tile), launch->cluster = 1;
+  launch->shared_bytes = sm90::smem_bytes(tile, conv.element_bytes);
+  const sm90::MapPlans plans = sm90::tensor_maps(args, tile, conv.element_bytes);
+  launch->num_maps = sm90::kNumMaps;
+  for (int i = 0; i < sm90::kNumMaps; ++i) launch->maps[i] = described(plans.maps[i]);
   return "";
 }
 
@@ -110,4 +112,17 @@ extern "C" const char* ptx_conv_launch(const PtxConv* conv, PtxConvLaunch* launc
   thread_local std::string reason;
   reason = fused_resnet::fill(*conv, launch);
   return reason.empty() ? nullptr : reason.c_str();
+}
+
+extern "C" int32_t ptx_tile(int32_t index, int32_t element_bytes, PtxTile* tile) {
+  using namespace fused_resnet;
+  if (sm90::is_tile(index)) {
+    const sm90::Tile& t = sm90::kTiles[index - sm90::kFirstTile];
+    *tile = {t.block_m, t.block_n, t.stages, 1, sm90::num_threads(t), sm90::smem_bytes(t, element_bytes)};
+    return 1;
+  }
+  if (index < 0 || index >= kNumTiles) return 0;
+  const Tile& t = kTiles[index];
+  *tile = {t.block_m, t.block_n, t.stages, 1, num_threads(t), smem_bytes(t)};
+  return 1;
 }

@@ -16,6 +16,7 @@ import fused_resnet
 from fused_resnet import backends
 from fused_resnet.choosing import winners, winners_file
 from fused_resnet.cli.console import as_json_option, new_table, print_json, stdout_console, why_no_cuda
+from fused_resnet.cli.kernels import collect_kernels, print_kernels
 from fused_resnet.kernels import compiled
 from fused_resnet.machine import files
 from fused_resnet.measuring import environment, verified
@@ -43,9 +44,13 @@ _VARIABLES = re.compile(
 
 
 @click.command()
+@click.option("--kernels", is_flag=True, help="Instead: every compiled kernel, its tile, registers and spills.")
 @as_json_option
-def info(as_json: bool) -> None:
+def info(kernels: bool, as_json: bool) -> None:
     """Versions, devices, backends and compiled parts: what is missing, why, and what to do."""
+    if kernels:
+        found = collect_kernels()
+        return print_json(found) if as_json else print_kernels(found, stdout_console())
     record = collect_info()
     if as_json:
         return print_json(record)

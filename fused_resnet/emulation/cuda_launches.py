@@ -11,16 +11,17 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, Optional, Sequence, Union
+from typing import Any, NamedTuple, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
 
 from fused_resnet.emulation import library
-from fused_resnet.emulation.interface import PtxConv, PtxConvLaunch, PtxTensorMap
+from fused_resnet.emulation.interface import PtxConv, PtxConvLaunch, PtxTensorMap, PtxTile
 from fused_resnet.emulation.kernel import Kernel, Outcome
 from fused_resnet.emulation.parser import kernel_names
 from fused_resnet.emulation.tensor_map import TensorMap
+from fused_resnet.kernels.resources import MANGLED
 from fused_resnet.kernels.sources import ROOT
 from fused_resnet.operators.operands import VECTORS, ConvOperands, Int8Operands
 from fused_resnet.operators.problem import BYTE_DTYPES, ConvProblem
@@ -32,10 +33,6 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common
 _ACTIVATIONS = ("none", "relu", "relu6", "silu")  # csrc/common/activation.h
 # (tile, bytes of a copy) of every instance that csrc/cuda/sm80/conv_bn_act.cu compiles
 INSTANCES = (*((tile, 16) for tile in range(NUM_TILES)), *((tile, copy) for tile in ANY_ALIGNMENT for copy in (8, 0)))
-_MANGLED = {
-    torch.float16: "N3c104HalfE", torch.bfloat16: "NS_8BFloat16E", torch.float32: "f",
-    torch.uint8: "h", torch.int8: "a",
-}  # fmt: skip
 _ELEMENTS = {
     torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16",
     torch.uint8: "uint8_t", torch.int8: "int8_t",
@@ -118,7 +115,7 @@ def conv_text(dtype: torch.dtype, arch: int, instances: tuple[tuple[int, int], .
 def sm90_conv_text(dtype: torch.dtype, tiles: tuple[int, ...], csrc: Path = CSRC) -> str:
     """The PTX of the convolution for sm_90a, of each tile."""
     kernels = [f"conv_bn_act_kernel<{_ELEMENTS[dtype]}, {tile - FIRST_SM90_TILE}>" for tile in tiles]
-    parameters = ("ConvArguments", "TensorMap", "TensorMap")
+    parameters = ("ConvArguments", *["TensorMap"] * 4)
     declared = [f"{kernel}({', '.join(f'const __grid_constant__ {p}' for p in parameters)})" for kernel in kernels]
     source = _instances("cuda/sm90/conv_bn_act.cuh", declared, "fused_resnet::sm90")
     include = (csrc, Path(torch.__file__).parent / "include")
@@ -175,6 +172,25 @@ def prepare(
     return launch
 
 
+class Tile(NamedTuple):
+    """What a tile takes of a GPU. cluster: blocks that share what they read."""
+
+    block_m: int
+    block_n: int
+    stages: int
+    cluster: int
+    threads: int
+    shared_bytes: int
+
+
+def tile_of(index: int, element_bytes: int) -> Tile:
+    """As csrc's tables have it. Raises IndexError where they have no such tile."""
+    tile = PtxTile()
+    if not library.library().ptx_tile(index, element_bytes, ctypes.byref(tile)):
+        raise IndexError(f"there is no tile {index}")
+    return Tile(*(getattr(tile, name) for name in Tile._fields))
+
+
 def tiles_for(problem: ConvProblem, arch: int) -> list[int]:
     """The tiles that this GPU can run of it, where x and the weight are 16-byte aligned."""
     tiles = [*range(NUM_TILES), *SM90_TILES]
@@ -228,24 +244,28 @@ def conv_bn_act(
         memory["partials"] = partials
     given: list[Any] = [bytes(launch.arguments[: launch.argument_bytes])]
     if tile >= FIRST_SM90_TILE:
-        given += [_tensor_map(launch.maps[i], array) for i, array in enumerate((operands.x, operands.weight))]
+        mapped = (operands.x, operands.weight, operands.residual, out)
+        given += [_tensor_map(launch.maps[i], array) for i, array in enumerate(mapped)]
         text = text or sm90_conv_text(p.dtype, (tile,))
-        kernel = _kernel(text, f"conv_bn_act_kernelI{_MANGLED[p.dtype]}Li{tile - FIRST_SM90_TILE}E")
+        kernel = _kernel(text, f"conv_bn_act_kernelI{MANGLED[p.dtype]}Li{tile - FIRST_SM90_TILE}E")
     else:
         text = text or conv_text(p.dtype, arch, instances or INSTANCES)
-        kernel = _kernel(text, f"conv_bn_act_kernelI{_MANGLED[p.dtype]}Li{tile}ELi{launch.copy_bytes}E")
+        kernel = _kernel(text, f"conv_bn_act_kernelI{MANGLED[p.dtype]}Li{tile}ELi{launch.copy_bytes}E")
     written = out if partials is None else partials
     outcomes = [kernel.run(launch.blocks, launch.threads, given, shared_bytes=launch.shared_bytes, memory=memory,
-                           writable=[written], **how)]  # fmt: skip
+                           cluster=launch.cluster, writable=[written], **how)]  # fmt: skip
     if launch.sum_blocks and not outcomes[0].faulted:
         kernel = _kernel(text, "sum_splits_kernel")
         outcomes.append(kernel.run(launch.sum_blocks, launch.sum_threads, given, memory=memory, writable=[out], **how))
     return out, outcomes
 
 
-def _tensor_map(plan: PtxTensorMap, array: Tensor) -> TensorMap:
-    """The map that csrc plans, with the driver's limits checked."""
+def _tensor_map(plan: PtxTensorMap, array: Optional[Tensor]) -> Optional[TensorMap]:
+    """The map that csrc plans, with the driver's limits checked; None where it plans none."""
     rank = plan.rank
+    if rank == 0:
+        return None
+    assert array is not None
     described = dict(swizzle=plan.swizzle, element_strides=plan.element_strides[:rank])
     sizes, strides = plan.sizes[:rank], plan.strides[: rank - 1]
     if not plan.is_im2col:
@@ -262,5 +282,5 @@ def run_add_relu(first: Tensor, second: Tensor, out: Tensor, arch: int, *, backw
     chunks = -(-out.numel() // chunk)
     blocks = min(-(-chunks // _POINTWISE_THREADS), _MOST_POINTWISE_BLOCKS)
     op = "NS_15AddReluBackwardE" if backward else "NS_7AddReluE"
-    kernel = _kernel(add_relu_text(arch), f"pointwise_kernelI{_MANGLED[out.dtype]}{op}")
+    kernel = _kernel(add_relu_text(arch), f"pointwise_kernelI{MANGLED[out.dtype]}{op}")
     return kernel.run(blocks, _POINTWISE_THREADS, [first, second, out, out.numel()], writable=[out], **how)

@@ -153,13 +153,19 @@ class PtxConv(ctypes.Structure):
 class PtxConvLaunch(ctypes.Structure):
     _fields_ = [
         ("blocks", c_int64), ("sum_blocks", c_int64), ("threads", c_int32), ("sum_threads", c_int32),
-        ("shared_bytes", c_int32), ("copy_bytes", c_int32), ("argument_bytes", c_int32), ("arguments", c_uint8 * 512),
-        ("num_maps", c_int32), ("maps", PtxTensorMap * 2),
+        ("shared_bytes", c_int32), ("cluster", c_int32), ("copy_bytes", c_int32), ("argument_bytes", c_int32),
+        ("arguments", c_uint8 * 512), ("num_maps", c_int32), ("maps", PtxTensorMap * 4),
+    ]  # fmt: skip
+
+
+class PtxTile(ctypes.Structure):
+    _fields_ = [
+        (name, c_int32) for name in ("block_m", "block_n", "stages", "cluster", "threads", "shared_bytes")
     ]  # fmt: skip
 
 
 STRUCTURES = (
-    PtxOperand, PtxRegion, PtxTensorMap, PtxLaunch, PtxOptions, PtxCounts, PtxOutcome, PtxConv, PtxConvLaunch,
+    PtxOperand, PtxRegion, PtxTensorMap, PtxLaunch, PtxOptions, PtxCounts, PtxOutcome, PtxConv, PtxConvLaunch, PtxTile,
 )  # fmt: skip
 
 
@@ -178,6 +184,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
         c_char_p, c_int32,
     ),
     "ptx_conv_launch": (c_char_p, POINTER(PtxConv), POINTER(PtxConvLaunch)),
+    "ptx_tile": (c_int32, c_int32, c_int32, POINTER(PtxTile)),
 }  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def load(library: str) -> Optional[str]:
 
     The schemas a library was compiled against are compared before any of its code runs.
     """
-    path = _path(library)
+    path = library_path(library)
     if not path.exists():
         return _why_missing(library)
     wanted, found = schemas.digest(library), embedded_digest(path, f"schemas of {library}")
@@ -72,7 +72,7 @@ def status() -> dict[str, dict]:
     """
     parts = {}
     for library in schemas.KERNELS:
-        path = _path(library)
+        path = library_path(library)
         why = load(library)
         parts[path.stem] = {"present": path.exists(), "loaded": library in _loaded, "why": why}
     # beside this file, not anywhere: an editable install elsewhere would answer an import too
@@ -110,7 +110,7 @@ def embedded_digest(path: Path, what: str) -> Optional[str]:
         return found and found.group(1).decode()
 
 
-def _path(library: str) -> Path:
+def library_path(library: str) -> Path:
     return _DIRECTORY / f"_C_{library}.so"
 
 

@@ -92,7 +92,7 @@ def test_other_gpus_have_none(gpu):
 
 @pytest.mark.parametrize("problem, element_bytes, is_aligned", [
     (LAYERS["layer3 3x3"], 4, True),
-    (LAYERS["layer3 3x3"], 1, True),
+    (shape(1, 24, 56, 56, 64, 3, 3, padding=(1, 1)), 1, True),
     (LAYERS["layer3 3x3"], 2, False),
     (shape(1, 3, 224, 224, 64, 7, 7, (2, 2), (3, 3)), 2, True),
     (shape(1, 64, 56, 56, 64, 3, 3, padding=(1, 1), groups=32), 2, True),

@@ -65,6 +65,22 @@ CUDA = (
 )
 
 
+# test_sm90_kernel has more of them
+SM90 = (
+    ("2x64x7x5 -> 72, 1x1 uint8 bias+add relu", (92, 1)),
+    ("1x144x8x8 -> 64, 3x3 p1 int8 bias+add none", (93, 1)),
+)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("number", range(len(SM90)), ids=[case[0].replace(" ", "_") for case in SM90])
+def test_cuda_for_sm_90(worker, number):
+    problem, how = SM90[number]
+    answer = worker.ask("conv_int8", problem=problem, how=how, arch=90, number=number)
+    assert answer["reports"] == [] and answer["differing"] == 0, answer
+    assert answer["wgmma"] > 0 and answer["bulk_copies"] > 0
+
+
 @needs_nvcc
 @pytest.mark.parametrize("number", range(len(CUDA)), ids=[case[0].replace(" ", "_") for case in CUDA])
 def test_cuda(worker, number):

@@ -102,6 +102,7 @@ void launch_conv_bn_act(const ConvArguments& args, int tile, Dtype dtype, int de
 void launch_conv_int8(const ConvArguments& args, int tile, bool is_signed, int device, void* stream) {
   check_capability(device);
   if (num_rows(args.shape) == 0) return;
+  if (sm90::is_tile(tile)) return sm90::launch_conv_int8(args, tile, is_signed, device, stream);
   const auto launch = is_signed ? launch_element<int8_t> : launch_element<uint8_t>;
   launch(args, tile, device, static_cast<cudaStream_t>(stream));
 }

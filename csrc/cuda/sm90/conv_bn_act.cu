@@ -17,6 +17,11 @@
 
 namespace fused_resnet {
 namespace sm90 {
+namespace {
+
+const std::string kRefusal = "cuda_conv_bn_act: tile ";
+
+}  // namespace
 
 #ifdef FUSED_RESNET_SM90
 
@@ -40,10 +45,11 @@ Function driver_function(const char* name) {
 }
 
 TensorMap encoded(const MapPlan& plan, CUtensorMapDataType type) {
+  if (plan.rank == 0) return {};  // nothing reads it
   static const auto tiled = driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled");
   static const auto im2col = driver_function<PFN_cuTensorMapEncodeIm2col_v12000>("cuTensorMapEncodeIm2col");
   constexpr auto kInterleave = CU_TENSOR_MAP_INTERLEAVE_NONE;
-  constexpr auto kSwizzle = CU_TENSOR_MAP_SWIZZLE_128B;
+  const auto swizzle = plan.swizzle == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
   constexpr auto kFill = CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;  // zeros
   CUtensorMap map;
@@ -54,9 +60,9 @@ TensorMap encoded(const MapPlan& plan, CUtensorMapDataType type) {
   void* address = const_cast<void*>(plan.address);
   const CUresult result = plan.is_im2col
                               ? im2col(&map, type, rank, address, sizes, strides, plan.lower, plan.upper, plan.channels,
-                                       plan.pixels, plan.element_strides, kInterleave, kSwizzle, kPromotion, kFill)
+                                       plan.pixels, plan.element_strides, kInterleave, swizzle, kPromotion, kFill)
                               : tiled(&map, type, rank, address, sizes, strides, plan.box, plan.element_strides,
-                                      kInterleave, kSwizzle, kPromotion, kFill);
+                                      kInterleave, swizzle, kPromotion, kFill);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("cuda_conv_bn_act: the driver refuses a tensor map, error " +
                              std::to_string(static_cast<int>(result)) + ".");
@@ -74,13 +80,25 @@ void launch_tile(int tile, const ConvArguments& args, CUtensorMapDataType type, 
   if constexpr (kTileIndex < kNumTiles) {
     if (tile != kTileIndex) return launch_tile<Element, kTileIndex + 1>(tile, args, type, limits, device, stream);
     constexpr Tile kTile = kTiles[kTileIndex];
+    constexpr int kSmemBytes = smem_bytes(kTile, sizeof(Element));
     constexpr auto kernel = conv_bn_act_kernel<Element, kTileIndex>;
-    reserve_shared_memory<kernel>(smem_bytes(kTile), device);
+    reserve_shared_memory<kernel>(kSmemBytes, device);
     const auto blocks = static_cast<unsigned>(num_blocks(kTile, args.shape, limits.num_sms));
-    kernel<<<blocks, num_threads(kTile), smem_bytes(kTile), stream>>>(args, encoded(input_map(args, kTile), type),
-                                                                      encoded(weight_map(args, kTile), type));
+    const auto [maps] = tensor_maps(args, kTile, sizeof(Element));
+    kernel<<<blocks, num_threads(kTile), kSmemBytes, stream>>>(args, encoded(maps[0], type), encoded(maps[1], type),
+                                                               encoded(maps[2], type), encoded(maps[3], type));
     check(cudaGetLastError(), "launch failed");
   }
+}
+
+template <class Element>
+void launch(ConvArguments args, int tile, CUtensorMapDataType type, int device, void* stream) {
+  constexpr int kElementBytes = sizeof(Element);
+  const DeviceLimits limits = device_limits(device);
+  const std::string reason = why_not_launched(args, kTiles[tile - kFirstTile], kElementBytes, limits);
+  if (!reason.empty()) throw std::runtime_error(kRefusal + std::to_string(tile) + " cannot run this: " + reason + ".");
+  args.has_vector_rows = has_vector_rows(args, kElementBytes);
+  launch_tile<Element>(tile - kFirstTile, args, type, limits, device, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace
@@ -89,29 +107,40 @@ bool is_built() {
   return true;
 }
 
-void launch_conv_bn_act(ConvArguments args, int tile, Dtype dtype, int device, void* stream) {
-  const DeviceLimits limits = device_limits(device);
-  const bool is_half = dtype == Dtype::kFloat16;
-  const int element_bytes = is_half || dtype == Dtype::kBFloat16 ? 2 : 4;
-  const std::string reason = why_not_launched(args, kTiles[tile - kFirstTile], element_bytes, limits);
-  if (!reason.empty()) {
-    throw std::runtime_error("cuda_conv_bn_act: tile " + std::to_string(tile) + " cannot run this: " + reason + ".");
+void launch_conv_bn_act(const ConvArguments& args, int tile, Dtype dtype, int device, void* stream) {
+  switch (dtype) {
+    case Dtype::kFloat16:
+      return launch<Half>(args, tile, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, device, stream);
+    case Dtype::kBFloat16:
+      return launch<BFloat16>(args, tile, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, device, stream);
+    case Dtype::kFloat32:
+      throw std::runtime_error(kRefusal + std::to_string(tile) + " cannot run this: it is not compiled for float32.");
   }
-  args.has_vector_rows = has_vector_rows(args, element_bytes);
-  const auto launch = is_half ? launch_tile<Half> : launch_tile<BFloat16>;
-  const auto type = is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  launch(tile - kFirstTile, args, type, limits, device, static_cast<cudaStream_t>(stream));
+}
+
+void launch_conv_int8(const ConvArguments& args, int tile, bool is_signed, int device, void* stream) {
+  const auto launch_bytes = is_signed ? launch<int8_t> : launch<uint8_t>;
+  launch_bytes(args, tile, CU_TENSOR_MAP_DATA_TYPE_UINT8, device, stream);
 }
 
 #else
+
+namespace {
+
+constexpr char kNotBuilt[] = " cannot run: this build left out sm_90a. Build it with 9.0 in TORCH_CUDA_ARCH_LIST.";
+
+}  // namespace
 
 bool is_built() {
   return false;
 }
 
-void launch_conv_bn_act(ConvArguments, int tile, Dtype, int, void*) {
-  throw std::runtime_error("cuda_conv_bn_act: tile " + std::to_string(tile) +
-                           " cannot run: this build left out sm_90a. Build it with 9.0 in TORCH_CUDA_ARCH_LIST.");
+void launch_conv_bn_act(const ConvArguments&, int tile, Dtype, int, void*) {
+  throw std::runtime_error(kRefusal + std::to_string(tile) + kNotBuilt);
+}
+
+void launch_conv_int8(const ConvArguments&, int tile, bool, int, void*) {
+  throw std::runtime_error(kRefusal + std::to_string(tile) + kNotBuilt);
 }
 
 #endif

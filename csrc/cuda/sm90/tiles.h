@@ -14,7 +14,7 @@ namespace fused_resnet {
 namespace sm90 {
 
 // One block computes block_m rows by block_n columns at a time: a warpgroup for every 64 rows, and one that brings a
-// ring of `stages` buffers. A stage holds 64 channels of one tap for every row and column.
+// ring of `stages` buffers. A stage holds 128 bytes of one tap's channels for every row and column.
 struct Tile {
   int block_m, block_n, stages;
   int resident_blocks;  // on a multiprocessor: registers are shared out for so many
@@ -35,9 +35,12 @@ constexpr bool is_tile(int64_t index) {
 }
 
 constexpr int kGroupRows = 64;  // rows of a warpgroup's wgmma
-constexpr int kBlockK = 64;     // channels of a stage: 128 bytes, the swizzle's span
-constexpr int kElementBytes = 2;
-constexpr int kChunkElements = 8;  // in 16 bytes
+constexpr int kSpan = 128;      // bytes of a row that are swizzled together, the most there are
+
+// Channels of a stage.
+FUSED_RESNET_HD constexpr int block_k(int element_bytes) {
+  return kSpan / element_bytes;
+}
 
 constexpr int num_consumers(const Tile& t) {
   return t.block_m / kGroupRows;
@@ -46,20 +49,24 @@ constexpr int num_threads(const Tile& t) {
   return 128 * (1 + num_consumers(t));
 }
 constexpr int input_bytes(const Tile& t) {
-  return t.block_m * kBlockK * kElementBytes;
+  return t.block_m * kSpan;
 }
 constexpr int stage_bytes(const Tile& t) {
-  return input_bytes(t) + t.block_n * kBlockK * kElementBytes;
+  return input_bytes(t) + t.block_n * kSpan;
 }
 // The output's tile, where the residual waits before. Then each warpgroup's scales and shifts, then the barriers.
-constexpr int staging_bytes(const Tile& t) {
-  return t.block_m * t.block_n * kElementBytes;
+constexpr int staging_bytes(const Tile& t, int element_bytes) {
+  return t.block_m * t.block_n * element_bytes;
+}
+// Bytes of a row that lie together there, in panels of 64 rows.
+constexpr int panel_span(const Tile& t, int element_bytes) {
+  return t.block_n * element_bytes < kSpan ? t.block_n * element_bytes : kSpan;
 }
 constexpr int affine_bytes(const Tile& t) {
   return num_consumers(t) * t.block_n * 8;
 }
-constexpr int smem_bytes(const Tile& t) {
-  return t.stages * (stage_bytes(t) + 16) + staging_bytes(t) + affine_bytes(t);
+constexpr int smem_bytes(const Tile& t, int element_bytes) {
+  return t.stages * (stage_bytes(t) + 16) + staging_bytes(t, element_bytes) + affine_bytes(t) + 8 * num_consumers(t);
 }
 
 // Registers of a thread: the same for all at launch, then by setmaxnreg most of them go to those that multiply. One
@@ -81,8 +88,8 @@ FUSED_RESNET_HD bool is_plain(const ConvShape& s) {
   return s.R * s.S == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_h + s.pad_w == 0;
 }
 
-FUSED_RESNET_HD int32_t steps_of_tap(const ConvShape& s) {
-  return (s.C + kBlockK - 1) / kBlockK;
+FUSED_RESNET_HD int32_t steps_of_tap(const ConvShape& s, int element_bytes) {
+  return (s.C - 1) / block_k(element_bytes) + 1;
 }
 
 // Blocks take tiles in this order, each the next one that is left at a fixed distance. Columns of kRowsTogether row
@@ -125,16 +132,17 @@ inline Corners im2col_corners(const ConvShape& s) {
 // and of the copy's offsets (PTX ISA 9.7.9.27.1.1). is_aligned: x and weight start at multiples of 16 bytes.
 inline std::string why_not(const ConvShape& s, int element_bytes, bool is_aligned) {
   const auto text = [](int64_t value) { return std::to_string(value); };
-  if (element_bytes != kElementBytes) return "elements have " + text(element_bytes) + " bytes, not 2";
+  if (element_bytes > 2) return "elements have " + text(element_bytes) + " bytes, not 1 or 2";
   if (s.groups != 1) return text(s.groups) + " groups";
-  if (s.C % kChunkElements != 0) return text(s.C) + " channels are not a multiple of 8";
+  const int chunk = 16 / element_bytes;
+  if (s.C % chunk != 0) return text(s.C) + " channels are not a multiple of " + text(chunk);
   if (!is_aligned) return "x or weight does not start at a multiple of 16 bytes";
   if (s.H == 0 || s.W == 0) return "an input without pixels";
   // coordinates and the number of tiles are 32-bit; a map's strides are below 2^40 bytes
   if (num_rows(s) > INT32_MAX - kMostTileRows || s.N > INT32_MAX) return text(num_rows(s)) + " rows of the output";
   if (num_rows(s) / 64 * (s.K / 64 + 1) > INT32_MAX - kMostTileRows) return "the output has too many tiles";
   const int64_t taps = int64_t{s.R} * s.S;
-  if (std::max(int64_t{s.H} * s.W, taps) > (int64_t{1} << 40) / kElementBytes / s.C - 1)
+  if (std::max(int64_t{s.H} * s.W, taps) > (int64_t{1} << 40) / element_bytes / s.C - 1)
     return "a stride of 2^40 bytes";
   if (is_plain(s)) return "";
   if (std::max(s.stride_h, s.stride_w) > 8) return "a stride of " + text(std::max(s.stride_h, s.stride_w));
@@ -148,7 +156,7 @@ inline std::string why_not(const ConvShape& s, int element_bytes, bool is_aligne
 }
 
 // As sm80's estimate, and as rough: it ranks, and predicts no time. Nothing of it has been measured.
-// H100 whitepaper: 989 TFLOP/s, 132 multiprocessors at 1.83 GHz.
+// H100 whitepaper: 989 TFLOP/s, 132 multiprocessors at 1.83 GHz; twice that of bytes.
 constexpr double kMultiplyAddsPerCycle = 2048.0;
 // From the last product of a tile to the first of the next: latencies, and the output's way through shared memory.
 // Another resident block uses them.
@@ -156,19 +164,19 @@ constexpr double tile_cycles(const Tile& t) {
   return (1000.0 + t.block_m * t.block_n / 12.0) / t.resident_blocks;
 }
 
-inline double estimated_cycles(const Tile& t, const ConvShape& s, const DeviceLimits& device) {
-  const double arithmetic = t.block_m * t.block_n * kBlockK / kMultiplyAddsPerCycle;
+inline double estimated_cycles(const Tile& t, const ConvShape& s, int element_bytes, const DeviceLimits& device) {
+  const double arithmetic = t.block_m * t.block_n * (kSpan / 2) / kMultiplyAddsPerCycle;
   const double from_l2 = stage_bytes(t) / rates(device).from_l2;
-  const double steps = static_cast<double>(s.R) * s.S * steps_of_tap(s);
+  const double steps = static_cast<double>(s.R) * s.S * steps_of_tap(s, element_bytes);
   const TileGrid grid = tile_grid(s, t.block_m, t.block_n);
   const int64_t tiles_on_busiest_sm = ceil_div(int64_t{grid.rows} * grid.columns, device.num_sms);
   const double each = steps * std::max(arithmetic, from_l2) + tile_cycles(t);
   return static_cast<double>(tiles_on_busiest_sm) * each;
 }
 
-inline const char* why_illegal(const Tile& t, const DeviceLimits& device) {
+inline const char* why_illegal(const Tile& t, int element_bytes, const DeviceLimits& device) {
   if (device.capability != 90) return "compiled for compute capability 9.0 only";
-  if (smem_bytes(t) > device.smem_per_block) return "more shared memory than a block may have";
+  if (smem_bytes(t, element_bytes) > device.smem_per_block) return "more shared memory than a block may have";
   return nullptr;
 }
 
@@ -178,8 +186,8 @@ inline std::vector<RankedConfig> ranked_configs(const ConvShape& s, int element_
   std::vector<RankedConfig> found;
   if (!why_not(s, element_bytes, is_aligned).empty()) return found;
   for (int i = 0; i < kNumTiles; ++i) {
-    if (why_illegal(kTiles[i], device) != nullptr) continue;
-    found.push_back({estimated_cycles(kTiles[i], s, device), {kFirstTile + i, 1}});
+    if (why_illegal(kTiles[i], element_bytes, device) != nullptr) continue;
+    found.push_back({estimated_cycles(kTiles[i], s, element_bytes, device), {kFirstTile + i, 1}});
   }
   return found;
 }
