@@ -126,7 +126,7 @@ def micro_kernels_here() -> dict[str, torch.dtype]:
 
 
 def chain_at(seed: int, index: int, dtype: torch.dtype) -> Chain:
-    """Every step that a region of this dtype has. Caches that are small on paper make several bands and waves."""
+    """A chain of all steps that this dtype has. Caches that are small on paper make several bands and waves."""
     rng = random.Random(f"chain {seed}/{index}")
     cache = rng.choice((0, 2000, 30_000, 1 << 21))
     with mock.patch.object(program, "second_level_cache_bytes", lambda: cache):
@@ -153,7 +153,7 @@ class _Draw(NamedTuple):
         return N, C, H, W
 
     def stem(self) -> tuple[tuple[int, int, int, int], int, tuple[int, int], tuple[int, int]]:
-        """The first input, and the window, stride and padding of its convolution."""
+        """The first input's shape, and the side of its convolution's window, the stride and the padding."""
         size, stride = self.rng.choice((3, 7)), self.rng.randint(1, 2)
         shape = self.image(self.rng.randint(1, 3), self.rng.randint(1, 4), *(self.rng.randint(8, 26) for _ in range(2)))
         return shape, size, (stride, stride), (size // 2, size // 2)
@@ -183,10 +183,12 @@ class _Draw(NamedTuple):
 def _add_float_steps(d: _Draw) -> None:
     rng, region, kinds = d.rng, d.region, ("max", "average")
     (K, K_wide), out = (32 * rng.randint(1, 2) for _ in range(2)), rng.randint(1, 70)
-    shape, size, *window = d.stem()
+    shape, size, stride, padding = d.stem()
     stem = d.weight(K, shape[1], size, size)
     pooling = d.pooling(rng.choice(kinds))
-    y = region.pooled_stem(shape, stem, *window, d.normal(K), pooling, activation=rng.choice(problems.ACTIVATIONS))
+    y = region.pooled_stem(
+        shape, stem, stride, padding, d.normal(K), pooling, activation=rng.choice(problems.ACTIVATIONS)
+    )
     points = winograd.points(d.normal(K_wide, K, 3, 3) / K)
     y = region.winograd(y, points, (1, 1), d.normal(K_wide), activation="relu")
     y = d.copied(y, region.read(d.image(shape[0], rng.randint(1, 40), *y.shape[2:])))
@@ -199,10 +201,12 @@ def _add_float_steps(d: _Draw) -> None:
 def _add_int8_steps(d: _Draw) -> None:
     rng, region, how = d.rng, d.region, Quantized(0.02, False)
     K, out, classes = (rng.randint(1, 70) for _ in range(3))
-    shape, size, *window = d.stem()
+    shape, size, stride, padding = d.stem()
     stem, pooling = d.weight(K, shape[1], size, size), d.pooling("max")
     signed = Quantized(0.02, True)
-    y = region.pooled_stem(shape, stem, *window, None, pooling, how=signed, requantizing=d.requantizing(stem, True))
+    y = region.pooled_stem(
+        shape, stem, stride, padding, None, pooling, how=signed, requantizing=d.requantizing(stem, True)
+    )
     weight = d.weight(K, K, 3, 3)
     segment, requantizing = Segment(y, weight, padding=(1, 1)), d.requantizing(weight)
     y = region.convolve([segment], None, residual=y, requantizing=requantizing)

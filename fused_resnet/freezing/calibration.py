@@ -36,12 +36,14 @@ log = logging.getLogger("fused_resnet")
 
 
 class Calibration(NamedTuple):
-    """calibrate, keep, dtype and backend, as `freeze` takes them."""
+    """calibrate, keep, dtype and backend, as `freeze` takes them. any_size: whether images may be of other sizes than
+    the example, as those that a model in parts calls a part with."""
 
     source: Optional[Source]  # None: the model brings its scales
     keep: Keep
     dtype: torch.dtype = torch.int8
     backend: str = "auto"
+    any_size: bool = False
 
     def of(
         self, model: nn.Module, traced: fx.GraphModule, subject: Subject, example: Tensor, progress: Progress
@@ -94,8 +96,15 @@ class Calibration(NamedTuple):
             scales = Scales.load(self.source)
         else:
             told = lambda images: progress(0.0, f"calibrating with {images} images")  # noqa: E731
-            scales, first = calibrate(subject, self.source, example, weights, told, given.ranges)
+            scales, first = calibrate(
+                subject, self.source, None if self.any_size else example, weights, told, given.ranges
+            )
             scales = scales._replace(steps=steps)
+        if scales.parts:
+            raise ValueError(
+                f"freeze: these scales are of a model in parts ({', '.join(scales.parts)}), and this one is frozen as "
+                "a whole. Calibrate again: pass a loader as calibrate."
+            )
         if scales.weights is None:
             _check_names(scales, subject)
         else:
@@ -204,3 +213,8 @@ def beside_int8() -> torch.dtype:
     """What stays in floats on a CPU is bf16 where this processor multiplies it faster than fp32."""
     is_fast = onednn.has_amx() or onednn.has_bf16() and "avx512_bf16" in devices.cpu_flags()
     return torch.bfloat16 if is_fast else torch.float32
+
+
+def beside_quantized(device: torch.device) -> torch.dtype:
+    """The same on any device: on GPUs it is bf16."""
+    return beside_int8() if device.type == "cpu" else torch.bfloat16

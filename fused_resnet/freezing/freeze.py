@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fused_resnet import backends
 from fused_resnet.choosing.decide import Tune, Tuning, check_tune
 from fused_resnet.choosing.timing import Progress, never_back, silent
-from fused_resnet.freezing.calibration import QUANTIZED_DTYPES, Calibration, Keep, Source, checked
+from fused_resnet.freezing.calibration import QUANTIZED_DTYPES, Keep, Source, checked
 from fused_resnet.freezing.copies import unwrapped
 from fused_resnet.freezing.dtypes import is_floating
 from fused_resnet.freezing.frozen import Frozen, FrozenModel, FrozenParts, NothingToFreeze
@@ -76,7 +76,8 @@ def freeze(
     freed memory as a plan works in (`machine.malloc`).
 
     A model that torch.fx cannot trace, or that takes no single tensor (detectors, transformers' ResNet), is frozen in
-    parts: a FrozenParts, in which the largest modules that can be are frozen and the rest runs as it is. What
+    parts: a FrozenParts, in which the largest modules that can be are frozen and the rest runs as it is. In int8 and
+    e4m3 each part is calibrated with what the model calls it with, for batches as the model takes them. What
     torch.compile, DataParallel and DistributedDataParallel wrap is frozen like the plain model.
 
     Raises RuntimeError where one of these is so:
@@ -88,8 +89,8 @@ def freeze(
 
     TypeError when weights are quantized, sparse or otherwise no plain tensors. TypeError and ValueError when the
     example does not fit the model or no part of it can be traced. ValueError for int8 and e4m3 without calibrate,
-    with no images or images unlike the example, and with scales of other weights or steps. It is raised for a model in
-    parts, too, and for FakeQuantize modules in any dtype but the model's. BackendError when `backend` cannot run one of
+    with no images or images unlike the example, and with scales of other weights or steps. Also for FakeQuantize
+    modules in any dtype but the model's. BackendError when `backend` cannot run one of
     its convolutions, and where int8 or e4m3 cannot run.
     """
     if not isinstance(model, nn.Module):
@@ -121,26 +122,14 @@ def freeze(
     with torch.inference_mode(False), torch.no_grad():  # copies made in inference mode could not be written to outside
         if not isinstance(example_input, Tensor):
             reason = f"it takes a {type(example_input).__name__}"
-            _refuse_quantized_parts(calibration, reason)
-            return FrozenParts(model, example_input, dtype, backend, tuning, reason)
+            return FrozenParts(model, example_input, dtype, backend, tuning, reason, calibration)
         try:
             return FrozenModel(model, example_input, dtype, backend, tuning, calibration=calibration)
         except Untraceable as error:
-            _refuse_quantized_parts(calibration, str(error))
             try:
-                return FrozenParts(model, example_input, dtype, backend, tuning, str(error))
+                return FrozenParts(model, example_input, dtype, backend, tuning, str(error), calibration)
             except NothingToFreeze:
                 raise error from None
-
-
-def _refuse_quantized_parts(calibration: Optional[Calibration], reason: str) -> None:
-    if calibration is not None:
-        name = dtype_name(calibration.dtype)
-        raise ValueError(
-            f"freeze: {name} needs a model that is frozen as a whole, and this one is not: "
-            f"{reason.removeprefix('freeze: ').rstrip('.')}. Freeze its network by itself in {name}, or the model in "
-            "torch.bfloat16."
-        )
 
 
 def _refuse_other_weights(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import collections
 import itertools
 import logging
 import threading
-from typing import Any, Callable, Optional, cast
+from typing import Any, Callable, Optional, Union, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet.choosing import winners
 from fused_resnet.choosing.decide import NOTHING, Tuning
-from fused_resnet.freezing.calibration import Calibration, beside_int8
+from fused_resnet.freezing.calibrated_parts import CalibratedParts, PartCalibration
+from fused_resnet.freezing.calibration import Calibration, beside_quantized
 from fused_resnet.freezing.copies import copy_of, copy_tensors, copy_with_parameters, unwrapped
 from fused_resnet.freezing.draft import Quantization
 from fused_resnet.freezing.dtypes import check_fake_quantization, conversion, is_floating, main_dtype, propagated
@@ -97,7 +98,7 @@ class FrozenModel(Frozen):
         backend: str,
         tuning: Tuning = NOTHING,
         main: Optional[torch.dtype] = None,  # of the whole, where the model is a part
-        calibration: Optional[Calibration] = None,  # for dtype int8 and float8_e4m3fn
+        calibration: Union[Calibration, PartCalibration, None] = None,  # for dtype int8 and float8_e4m3fn
     ) -> None:
         super().__init__(model)
         own = main_dtype(model, example_input.dtype)
@@ -114,7 +115,7 @@ class FrozenModel(Frozen):
             if calibration is not None:
                 subject = calibration_subject(self._traced, example, own)
                 self._quantization = calibration.of(unwrapped(model), self._traced, subject, example, tuning.progress)
-                dtype = beside_int8() if self.device.type == "cpu" else torch.bfloat16
+                dtype = beside_quantized(self.device)
             self._conversion = conversion(self._traced, example, main or own, dtype)
         self._reset_plans()
         self.__dict__["_tuning"] = tuning  # for the first plan
@@ -272,10 +273,18 @@ class _FrozenPart(FrozenModel):
     """A FrozenModel inside a model, which may ask it for its attributes, as they were, but not set them."""
 
     def __init__(
-        self, part: nn.Module, x: Tensor, dtype: Optional[torch.dtype], backend: str, tuning: Tuning, main: torch.dtype
+        self,
+        part: nn.Module,
+        x: Tensor,
+        dtype: Optional[torch.dtype],
+        backend: str,
+        tuning: Tuning,
+        main: torch.dtype,
+        calibration: Optional[PartCalibration] = None,
     ) -> None:
-        # what the model computes in another dtype than its main one stays in it
-        super().__init__(part, x, dtype if x.dtype == main else None, backend, tuning, main)
+        if x.dtype != main:  # what the model computes in another dtype than its main one stays in it
+            dtype, calibration = None, None
+        super().__init__(part, x, dtype, backend, tuning, main, calibration)
         if self._traced.meta["writes_input"]:
             raise ValueError("freeze: it writes into its input, which a frozen part does not.")
         try:
@@ -323,6 +332,7 @@ class FrozenParts(Frozen):
         backend: str,
         tuning: Tuning,
         reason: str,
+        calibration: Optional[Calibration] = None,  # as of FrozenModel
     ) -> None:
         super().__init__(model)
         tensors = (value for value in pytree.tree_leaves(example_input) if isinstance(value, Tensor))
@@ -335,12 +345,24 @@ class FrozenParts(Frozen):
                 plain = copy_with_parameters(model)
             except Exception as error:
                 raise NothingToFreeze(f"freeze: {type(model).__name__} cannot be copied: {error}") from error
-            parts, expected, self._writes_input = freeze_parts(
-                plain, example_input, lambda part, x: _FrozenPart(part, x, dtype, backend, tuning, main)
-            )
+            takes_tensor = isinstance(example_input, Tensor)
+            calibrated = None if calibration is None else CalibratedParts(calibration, plain, takes_tensor)
+
+            def freeze_part(name: str, part: nn.Module, x: Tensor) -> _FrozenPart:
+                if calibrated is None:
+                    return _FrozenPart(part, x, dtype, backend, tuning, main)
+                scaled = calibrated.of(name)
+                into = beside_quantized(x.device) if scaled is None else dtype
+                return _FrozenPart(part, x, into, backend, tuning, main, scaled)
+
+            parts, expected, self._writes_input = freeze_parts(plain, example_input, freeze_part)
         if not parts:
             raise NothingToFreeze(f"freeze: no part of {type(model).__name__} can be frozen, and {reason}")
         self.parts = cast("dict[str, FrozenModel]", parts)
+        self._scales: Optional[Scales] = None
+        if calibrated is not None:
+            scales = {name: part._quantization.scales for name, part in self.parts.items() if part._quantization}
+            self._scales = calibrated.scales_of(scales)
         replaced = {id(plain.get_submodule(name)): part for name, part in parts.items()}
         self.__dict__["_copy"] = copy_of(plain, replaced)
         got, wanted = pytree.tree_structure(self(example_input)), pytree.tree_structure(expected)
@@ -348,6 +370,12 @@ class FrozenParts(Frozen):
             raise ValueError(f"freeze: frozen in parts, {type(model).__name__} returns {got} instead of {wanted}.")
         self.__dict__["_copy"] = copy_of(plain, replaced)  # which has not been called yet: the rest may keep state
         log.info("frozen in %d parts (%s): %s", len(parts), ", ".join(parts), reason)
+
+    def scales(self) -> Scales:
+        """As of a FrozenModel, of all parts that are in int8 or e4m3. TypeError for a model in another dtype."""
+        if self._scales is None:
+            raise TypeError("scales: the model is frozen in floats; int8 and float8_e4m3fn alone have scales.")
+        return self._scales
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self._copy

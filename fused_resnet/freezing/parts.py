@@ -20,20 +20,24 @@ from fused_resnet.freezing.trace import computed_weights
 from fused_resnet.graphs.tracer import TRACING, Unfaithful, count_writes
 
 
+class Uncalibrated(ValueError):
+    """What was given to calibrate a model does not fit one of its parts: no smaller part would fare better."""
+
+
 def freeze_parts(
-    model: nn.Module, example: Any, freeze_part: Callable[[nn.Module, Tensor], nn.Module]
+    model: nn.Module, example: Any, freeze_part: Callable[[str, nn.Module, Tensor], nn.Module]
 ) -> tuple[dict[str, nn.Module], Any, bool]:
     """({name: frozen part}, the model's output for `example`, whether it writes into its input).
 
-    Modules are tried from the model's children downwards: freeze_part(module, the tensor that it was called with) for
-    each that:
+    Modules are tried from the model's children downwards: freeze_part(name, module, the tensor that it was called with)
+    for each that:
 
     - has convolutions
     - was only ever called with one tensor
     - did not return that tensor to be written into
 
-    Where it raises ValueError or Unfaithful, the module's children are tried. A copy of the model runs on the example,
-    once. Raises ValueError when it does not.
+    Where it raises ValueError or Unfaithful, but not Uncalibrated, the module's children are tried. A copy of the model
+    runs on the example, once. Raises ValueError when it does not.
     """
     example = copy_tensors(example)  # the caller's is not written
     inputs, output, writes_input = _inputs(copy_with_parameters(model), example)
@@ -44,8 +48,10 @@ def freeze_parts(
             return
         if name in inputs:
             try:
-                parts[name] = freeze_part(module, inputs[name])
+                parts[name] = freeze_part(name, module, inputs[name])
                 return
+            except Uncalibrated:
+                raise
             except (ValueError, Unfaithful):
                 pass  # a smaller part may do; where none does, freeze says what the whole model lacks
         for child_name, child in module.named_children():
@@ -54,6 +60,24 @@ def freeze_parts(
     for name, child in model.named_children():
         visit(name, child)
     return parts, output, writes_input
+
+
+def calls_of(model: nn.Module, name: str, batch: Any) -> list[Tensor]:
+    """What the model calls one of its modules with, for a batch. Raises ValueError when it does not run."""
+    inputs: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple) -> None:
+        inputs.append(args[0].detach().clone())  # which may be written into later
+
+    handle = model.get_submodule(name).register_forward_pre_hook(note)
+    try:
+        with torch.no_grad():
+            model(batch)
+    except Exception as error:
+        raise ValueError(f"freeze: {type(model).__name__} does not run on a batch of calibrate: {error}") from error
+    finally:
+        handle.remove()
+    return inputs
 
 
 def _inputs(model: nn.Module, example: Any) -> tuple[dict[str, Tensor], Any, bool]:

@@ -80,7 +80,7 @@ class Subject(NamedTuple):
 def calibrate(
     subject: Subject,
     batches: Iterable[Any],
-    example: Tensor,
+    example: Optional[Tensor],
     weights: str,
     progress: Callable[[int], None] = lambda images: None,
     given: Optional[Ranges] = None,
@@ -90,12 +90,14 @@ def calibrate(
 
     batches: tensors as the model takes them, or (tensor, label) pairs; the number of images may vary. A tensor that
     stays 0, or too small for a scale, is warned of once. Raises TypeError for other batches, and ValueError where there
-    are none or a value is no number. ValueError too where a batch differs from the example in shape, dtype or device.
+    are none or a value is no number. ValueError too where a batch differs from the example in shape, dtype or device;
+    without an example they are as the subject takes them.
     """
     ranges: dict[str, Range] = {}
     first, images = None, 0
     for index, x in enumerate(images_of("freeze", batches)):
-        _check(x, index, example)
+        if example is not None:
+            _check(x, index, example)
         if not len(x):
             continue
         first = x if first is None else first

@@ -36,7 +36,8 @@ class Scales(NamedTuple):
     ranges: {tensor: (least, largest)}, by its name in the traced model. weights: `digest` of the model that was
     calibrated, None where the ranges are those of a quantized model: any model may take them. images: how many were
     seen. torch: its version then, for people. steps: `digest_of_steps` of that model, None in files of older versions.
-    effects: on each convolution, by its name; none in those files.
+    effects: on each convolution, by its name; none in those files. parts: of a model that is frozen in parts, those of
+    each by its name; then `ranges` is empty.
     """
 
     ranges: Mapping[str, tuple[float, float]]
@@ -45,10 +46,15 @@ class Scales(NamedTuple):
     torch: str = torch.__version__
     steps: Optional[str] = None
     effects: Mapping[str, Effect] = {}
+    parts: Mapping[str, Scales] = {}
 
     def save(self, path: Union[str, os.PathLike[str]]) -> Path:
         """Write it as JSON, whole or not at all. Raises OSError where the folder cannot be written to."""
-        record = {
+        return files.write_json(Path(path), self._record())
+
+    def _record(self) -> dict[str, Any]:
+        parts = {"parts": {name: part._record() for name, part in self.parts.items()}} if self.parts else {}
+        return {
             "format": _FORMAT,
             "torch": self.torch,
             "weights_sha256": self.weights,
@@ -56,8 +62,8 @@ class Scales(NamedTuple):
             "images": self.images,
             "ranges": {name: list(found) for name, found in self.ranges.items()},
             "effects": {name: effect._asdict() for name, effect in self.effects.items()},
+            **parts,
         }
-        return files.write_json(Path(path), record)
 
     @classmethod
     def load(cls, path: Union[str, os.PathLike[str]]) -> Scales:
@@ -88,7 +94,8 @@ class Scales(NamedTuple):
         images, version = int(record["images"]), str(record["torch"])
         weights, steps = (None if found is None else str(found) for found in (record["weights_sha256"], steps))
         understood = {str(name): _effect(**effect) for name, effect in effects.items()}
-        return cls(ranges, weights, images, version, steps, understood)
+        parts = {str(name): cls._parsed(part) for name, part in record.get("parts", {}).items()}
+        return cls(ranges, weights, images, version, steps, understood, parts)
 
 
 def _effect(sqnr_db: Optional[float], clipped: float) -> Effect:

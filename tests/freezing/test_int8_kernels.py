@@ -45,7 +45,7 @@ def in_int8(model, x, **options):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_answers_are_the_references(kernel, name, monkeypatch):
-    monkeypatch.setattr("fused_resnet.freezing.frozen.beside_int8", lambda: torch.float32)
+    monkeypatch.setattr("fused_resnet.freezing.calibration.beside_int8", lambda: torch.float32)
     model, x = NETWORKS[name](), torch.randn(X)
     other = torch.randn(1, 3, 32, 32) * 3  # beyond the scales, in another shape
     frozen = in_int8(model, x)

@@ -36,7 +36,7 @@ def exact(monkeypatch):
 @pytest.fixture(params=(torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 def rest(request, monkeypatch):
     """What stays in floats is in this dtype."""
-    monkeypatch.setattr("fused_resnet.freezing.frozen.beside_int8", lambda: request.param)
+    monkeypatch.setattr("fused_resnet.freezing.calibration.beside_int8", lambda: request.param)
     return request.param
 
 
@@ -463,21 +463,6 @@ def test_scales_of_other_steps(caplog):
     assert not caplog.records
     assert int8_regions(in_int8(v1, x, calibrate=scales._replace(steps=None)), x)
     assert "are taken for its weights alone. Calibrate again" in caplog.text
-
-
-def test_a_model_in_parts():
-    class Branching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x):
-            return self.conv(x) if x.sum() > 0 else x
-
-    refused(ValueError, "int8 needs a model that is frozen as a whole", Branching().eval())
-    model, x = networks.small(), torch.randn(X)
-    with pytest.raises(ValueError, match="frozen as a whole, and this one is not: it takes a list"):
-        fused_resnet.freeze(model, [x], dtype=torch.int8, calibrate=[x])
 
 
 def test_without_a_kernel(monkeypatch):

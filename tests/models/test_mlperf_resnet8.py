@@ -1,4 +1,4 @@
-"""MLPerf Tiny's integer ResNet-8, a TFLite network: the file's weights and scales, by our contract.
+"""MLPerf Tiny's integer ResNet-8 and a wider one, TFLite networks: the files' weights and scales, by our contract.
 
 TFLite rounds a convolution to bytes before the add, and rounds means. We do neither, so some bytes differ.
 """
@@ -27,8 +27,11 @@ TENSORS = {
 }  # fmt: skip
 
 
+SMALL, LARGE = "resnet8_int8.npz", "resnet_large_int8.npz"
+
+
 class ResNet8(nn.Module):
-    """The file's network in floats: images of 0..255, padded as TensorFlow does."""
+    """A file's network in floats: images of 0..255, padded as TensorFlow does."""
 
     def __init__(self, arrays):
         super().__init__()
@@ -58,9 +61,9 @@ class ResNet8(nn.Module):
         return self.layer9(x.mean((2, 3)))
 
 
-def converted():
+def converted(file):
     """The network, and the ranges of its tensors: every value that a byte of the file may stand for."""
-    arrays = np.load(real_data.path("mlperf_tiny_resnet8/resnet8_int8.npz"))
+    arrays = np.load(real_data.path(f"mlperf_tiny_resnet8/{file}"))
     model = ResNet8(arrays).eval()
     how = {name: model.scales[tensor] for name, tensor in TENSORS.items()}
     ranges = {name: (scale * (-128 - zero), scale * (127 - zero)) for name, (scale, zero) in how.items()}
@@ -68,14 +71,17 @@ def converted():
 
 
 @needs_kernel
-def test_weights_and_scales_are_the_files(monkeypatch):
-    arrays, model, scales = converted()
-    x = real_data.cifar10(count=16)[0].float()
+@pytest.mark.parametrize("file, images", [(SMALL, 16), (LARGE, 4)])
+def test_weights_and_scales_are_the_files(monkeypatch, file, images):
+    arrays, model, scales = converted(file)
+    x = real_data.cifar10(count=images)[0].float()
     frozen = fused_resnet.freeze(model, x, dtype=torch.int8, calibrate=scales)
     for index in range(9):
         weight, by_channel = quantized.quantized_weight(getattr(model, f"layer{index}").weight)
         assert np.array_equal(weight.permute(0, 2, 3, 1).numpy(), arrays[f"w{index}"])
-        torch.testing.assert_close(by_channel.float(), torch.from_numpy(arrays[f"ws{index}"]), rtol=3e-7, atol=0)
+        has_weights = weight.flatten(1).any(1)  # where all are 0, any scale will do
+        expected = torch.from_numpy(arrays[f"ws{index}"])[has_weights]
+        torch.testing.assert_close(by_channel.float()[has_weights], expected, rtol=3e-7, atol=0)
     regions = int8_regions(frozen, x)
     assert sum(len(region.convolutions) for region in regions) == 9
     kept = {how for region in regions for how in region.fragment.scales if how is not None}
@@ -89,13 +95,15 @@ def test_weights_and_scales_are_the_files(monkeypatch):
 
 @pytest.mark.full
 @needs_kernel
-def test_accuracy():
-    """On CIFAR-10's 10,000, beside the file's own arithmetic. MLPerf Tiny asks for 85 %."""
-    _, model, scales = converted()
-    images, labels = real_data.cifar10()
-    frozen = fused_resnet.freeze(model, images[:250].float(), dtype=torch.int8, calibrate=scales)
-    ours = real_data.predictions(frozen, images.float())
-    theirs = real_data.predictions(real_data.refcheck().resnet8_int8(), images)
-    assert real_data.correct(theirs, labels) == 8697
-    assert abs(real_data.correct(ours, labels) - 8697) <= 30
-    assert (ours != theirs).sum() <= 300
+@pytest.mark.parametrize("file, images, right", [(SMALL, 10_000, 8697), (LARGE, 1000, 914)])
+def test_accuracy(file, images, right):
+    """On CIFAR-10's test images, beside the file's own arithmetic. MLPerf Tiny asks for 85 %."""
+    _, model, scales = converted(file)
+    x, labels = real_data.cifar10(count=images)
+    frozen = fused_resnet.freeze(model, x[:250].float(), dtype=torch.int8, calibrate=scales)
+    ours = real_data.predictions(frozen, x.float())
+    theirs = real_data.predictions(real_data.refcheck().resnet8_int8(file), x)
+    known = real_data.correct(theirs, labels)
+    assert known == right and known >= 0.85 * images
+    assert abs(real_data.correct(ours, labels) - known) <= 0.003 * images
+    assert (ours != theirs).sum() <= 0.03 * images
