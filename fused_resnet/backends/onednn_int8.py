@@ -69,7 +69,7 @@ def bind(problem: ConvProblem, weight: Tensor, epilogue: Epilogue) -> Callable[.
         if residual is None:
             y = convolution(x, *of_x, *of_weight, bias, *how, "none", [], "")
         else:
-            of_sum = (e.residual, _zero_point(residual.dtype), "sum", 1.0, "none", [], "")
+            of_sum: tuple = (e.residual, _zero_point(residual.dtype), "sum", 1.0, "none", [], "")
             total = _as_u8(residual)
             y = with_sum(x, *of_x, *of_weight, total.clone() if total is residual else total, bias, *how, *of_sum)
         if is_signed:
