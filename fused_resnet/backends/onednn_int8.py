@@ -30,9 +30,11 @@ def why_not(problem: ConvProblem) -> Optional[str]:
         return "this torch has no oneDNN convolutions of bytes"
     if (reason := onednn.why_no_vnni()) is not None:
         return reason
-    # What stands for padding in these sums is not written in full (oneDNN 3.12, all instruction sets)
-    if p.dtype == torch.int8 and p.C == p.groups < p.K and p.padding != (0, 0):
-        return "oneDNN computes padding around s8 wrongly where a group has one channel and several outputs"
+    # What its sums hold for padding is not written in full (oneDNN 3.12): of one channel and several outputs a group
+    # with AVX-512, with AMX also where a group's outputs fill no blocks.
+    is_grouped = (p.groups > 1 or p.C == 1) and not p.C == p.groups == p.K
+    if p.dtype == torch.int8 and is_grouped and p.padding != (0, 0):
+        return "oneDNN computes padding around s8 wrongly in groups other than depthwise ones"
     return None
 
 
@@ -69,9 +71,8 @@ def bind(problem: ConvProblem, weight: Tensor, epilogue: Epilogue) -> Callable[.
         if residual is None:
             y = convolution(x, *of_x, *of_weight, bias, *how, "none", [], "")
         else:
-            of_sum = (e.residual, _zero_point(residual.dtype), "sum", 1.0, "none", [], "")
-            total = _as_u8(residual)
-            y = with_sum(x, *of_x, *of_weight, total.clone() if total is residual else total, bias, *how, *of_sum)
+            of_sum: tuple = (e.residual, _zero_point(residual.dtype), "sum", 1.0, "none", [], "")
+            y = with_sum(x, *of_x, *of_weight, _copied_as_u8(residual), bias, *how, *of_sum)
         if is_signed:
             return channels_last(y.bitwise_xor_(_ZERO_POINT).view(torch.int8))
         # of ReLU6: the same before and behind the rounding
@@ -87,6 +88,11 @@ def _zero_point(dtype: torch.dtype) -> int:
 def _as_u8(q: Tensor) -> Tensor:
     q = channels_last(q)
     return q.view(torch.uint8) ^ _ZERO_POINT if q.dtype == torch.int8 else q
+
+
+def _copied_as_u8(q: Tensor) -> Tensor:
+    """The same in memory of its own: sums replace what they add."""
+    return _as_u8(q if q.dtype == torch.int8 else q.clone(memory_format=torch.channels_last))
 
 
 BACKEND = Backend(

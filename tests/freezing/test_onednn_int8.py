@@ -92,7 +92,7 @@ def test_what_is_kept_stays_in_floats():
 
 @needs_vnni
 def test_what_it_computes_wrongly_stays_in_floats():
-    """Signed bytes with padding, one channel and several outputs a group."""
+    """Signed bytes with padding in groups."""
     model, x = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, groups=3), nn.ReLU(), nn.Conv2d(12, 8, 1)), torch.randn(X)
     frozen = in_int8(model.eval(), x, backend="onednn")
     assert [conv.name for region in int8_regions(frozen, x) for conv in region.convolutions] == ["fused_model_2"]
