@@ -36,15 +36,15 @@ class Quantization(NamedTuple):
     """How a model becomes int8 or e4m3: the ranges of its tensors, and the convolutions that stay in floats (by name).
 
     forms: of each convolution, its activation and whether it has a residual, as its range was found. dtype: int8, or
-    float8_e4m3fn. limits: the least and the largest byte of tensors that the model cuts off earlier than their dtype.
-    unknown: why a tensor has no scale.
+    float8_e4m3fn. limits: the largest byte of u8 tensors, where the model cuts them off earlier than 255. unknown: why
+    a tensor has no scale.
     """
 
     scales: Scales
     forms: Mapping[str, tuple[str, bool]]
     kept: frozenset[str] = frozenset()
     dtype: torch.dtype = torch.int8
-    limits: Mapping[str, tuple[float, float]] = {}
+    limits: Mapping[str, float] = {}
     unknown: Mapping[str, str] = {}
 
 

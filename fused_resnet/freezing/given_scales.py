@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from typing import Any, Mapping, NamedTuple, Optional
 
 import torch
@@ -53,11 +52,11 @@ class Rounded(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a model says of its tensors, by name. ranges: from which their scales follow. limits: of bytes that are
-    narrower than their dtype. unknown: why a tensor of two scales has none."""
+    """What a model says of its tensors, by name. ranges: from which their scales follow. limits: the largest byte
+    of u8. unknown: why a tensor of two scales has none."""
 
     ranges: Ranges
-    limits: Mapping[str, tuple[float, float]]
+    limits: Mapping[str, float]
     unknown: Mapping[str, str]
 
 
@@ -104,8 +103,9 @@ def notes_of(subject: Subject) -> dict[str, tuple[Rounded, ...]]:
 def ranges_of(rounded: Mapping[str, tuple[Rounded, ...]], activations: Mapping[str, str]) -> Given:
     """Of tensors, what their scales are in int8. activations: of those that convolutions give.
 
-    What is never negative is u8 of the model's scale. So is what ReLU gives. What fits s8 is s8 of the model's scale.
-    Other zero points need longer steps: s8 over the range that the model's bytes span.
+    What is never negative is u8 of the model's scale, cut off where the model does. So is what ReLU gives. What fits s8
+    is s8 of the model's scale, and is cut off at -128 and 127. Other zero points need longer steps: s8 over the range
+    that the model's bytes span.
     """
     ranges, limits, unknown = {}, {}, {}
     for name, ways in rounded.items():
@@ -116,9 +116,9 @@ def ranges_of(rounded: Mapping[str, tuple[Rounded, ...]], activations: Mapping[s
         if activations.get(name) in ("relu", "relu6"):
             low = 0
         if low == 0:
-            ranges[name], limits[name] = (0.0, 255 * scale), (0.0, float(high))
+            ranges[name], limits[name] = (0.0, 255 * scale), float(high)
         elif low >= -128 and high <= 127:
-            ranges[name], limits[name] = (-127 * scale, 127 * scale), (float(low), float(high))
+            ranges[name] = -127 * scale, 127 * scale
         else:
             ranges[name] = low * scale, high * scale
             log.warning(
@@ -186,13 +186,22 @@ def _rounded(traced: fx.GraphModule, node: fx.Node) -> Rounded:
     limits = int(asked["zero_point"].item()), int(asked["least"]), int(asked["largest"])
     found = Rounded(scale.float().item(), *limits)
     low, high = found.levels
-    is_scale = math.isfinite(found.scale) and found.scale > 0 and not is_too_small(0.0, 255 * found.scale)
-    if not is_scale or high - low > 255 or not low <= 0 <= high:
+    _check_scales(node, scale)
+    if high - low > 255 or not low <= 0 <= high or is_too_small(0.0, 255 * found.scale):
         raise ValueError(
-            f"freeze: {node.name} rounds with {found}. int8 takes a positive scale, at most 256 values, and a zero "
-            "point among them. Quantize to 8 bits, or freeze the float model with calibrate."
+            f"freeze: {node.name} rounds with {found}. int8 takes at most 256 values, a zero point among them, and "
+            "scales from 1e-38 on. Quantize to 8 bits, or freeze the float model with calibrate."
         )
     return found
+
+
+def _check_scales(node: fx.Node, scales: Tensor) -> None:
+    wrong = scales[~(scales.isfinite() & (scales > 0))]
+    if wrong.numel():
+        raise ValueError(
+            f"freeze: {node.name} rounds with a scale of {wrong[0]}, not with a positive one. An observer that has "
+            "seen no data has none. Run the model over 16 or more images with its observers enabled, then freeze it."
+        )
 
 
 def _take(traced: fx.GraphModule, modules: dict[str, nn.Module], node: fx.Node, source: fx.Node) -> None:
@@ -230,8 +239,7 @@ def _rounded_weight(traced: fx.GraphModule, node: fx.Node) -> tuple[nn.Parameter
             f"freeze: {node.name} rounds a weight of shape {tuple(weight.shape)} with {scales.numel()} scales along "
             f"dimension {asked.get('axis')}. int8 takes one for each output channel, dimension 0, or one for all."
         )
-    if not (scales.isfinite().all() and (scales > 0).all()):
-        raise ValueError(f"freeze: {node.name} rounds a weight with a scale of {scales.min()}. It must be positive.")
+    _check_scales(node, scales)
     shape = (-1, *(1,) * (weight.dim() - 1))
     if name.startswith("dequantize"):
         q = weight.double() - zero_points.double().view(shape)

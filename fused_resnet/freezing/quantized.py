@@ -56,8 +56,6 @@ from fused_resnet.regions.layout import DTYPES
 
 log = logging.getLogger("fused_resnet")
 
-Limits = tuple[float, float]
-
 
 def observed(draft: Draft, dtype: torch.dtype) -> Subject:
     """A draft whose convolutions are lowered and nothing else, as `calibrate` wants it: every value that a convolution
@@ -137,7 +135,7 @@ def form_quantized(draft: Draft) -> None:
         if nodes:
             run = run_of(draft, nodes, tuple(range(len(nodes))))
             hows = [tensors.how(node) for node in (*run.inputs, *nodes)]
-            limits = [tensors.limits(node) for node in nodes]
+            limits = [tensors.limit(node) for node in nodes]
             found.append((nodes, _quantized_fragment(run.piece.fragment, hows, draft.quantization.dtype), limits))
     results = []
     for nodes, fragment, limits in found:
@@ -168,6 +166,7 @@ class _Tensors:
         self._draft, self._names = draft, tensor_names(draft.graph)
         scales, self._forms, self._kept, self._dtype, self._limits, self._unknown = draft.quantization
         self._ranges, self._effects = scales.ranges, scales.effects
+        self._missing = "was not calibrated" if scales.images else "is not rounded in the model, nor calibrated"
         self._first = next((node for node in draft.graph.nodes if node in draft.convs), None)
         self._hows: dict[fx.Node, Optional[Kept]] = {}
         self._reasons: dict[fx.Node, Optional[str]] = {}
@@ -193,9 +192,9 @@ class _Tensors:
             return None
         return quantized.kept_over(*known, self._dtype, None if conv is None else conv.problem.activation)
 
-    def limits(self, node: fx.Node) -> Limits:
-        """The least and the largest byte of a value, where the model says so."""
-        return self._limits.get(self._names[node], (-math.inf, math.inf))
+    def limit(self, node: fx.Node) -> float:
+        """The largest byte of a value, where the model says so."""
+        return self._limits.get(self._names[node], math.inf)
 
     def effects(self) -> dict[str, Effect]:
         """What is known of int8's effect on each convolution, by node. Of e4m3's nothing is kept."""
@@ -229,7 +228,7 @@ class _Tensors:
         unknown = [self._names[value] for value in (*node.all_input_nodes, node) if self.how(value) is None]
         if not unknown:
             return None
-        return self._unknown.get(unknown[0], f"{unknown[0]} was not calibrated")
+        return self._unknown.get(unknown[0], f"{unknown[0]} {self._missing}")
 
     def _why_no_kernel(self, p: ConvProblem) -> Optional[str]:
         if runs_in_steps(self._draft):
@@ -316,8 +315,8 @@ def _quantized_fragment(fragment: Fragment, hows: Sequence[Optional[Kept]], dtyp
     return fragment._replace(steps=tuple(steps), dtype=dtype, scales=tuple(scales))
 
 
-def made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, limits: Sequence[Limits]) -> FrozenRegion:
-    """The module for these nodes: its weights are folded in fp64 and quantized from there. limits: of each result."""
+def made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, limits: Sequence[float]) -> FrozenRegion:
+    """The module for these nodes: its weights are folded in fp64 and quantized from there. limits: of their bytes."""
     weights: dict[int, Tensor] = {}
     epilogues: dict[int, Epilogue] = {}
     convolutions = []
@@ -331,8 +330,7 @@ def made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, limits: Seq
                 folded, scales = draft.folds.pop(node)(torch.float64), draft.weight_scales.pop(node, None)
             try:
                 weights[place], epilogue = _quantized(fragment, place, *folded, scales)
-                low, high = limits[place]
-                epilogues[place] = epilogue._replace(low=max(low, epilogue.low), high=min(high, epilogue.high))
+                epilogues[place] = epilogue._replace(high=min(epilogue.high, limits[place]))
             except ValueError as error:
                 name = re.sub("^(fused_)?model_", "", node.name)
                 raise ValueError(f"freeze: {name} has no int8 form: {error}. Name it in keep.") from None
