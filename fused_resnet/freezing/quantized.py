@@ -34,7 +34,7 @@ from fused_resnet.freezing.fragments import (
     share_packed,
     weight_of,
 )
-from fused_resnet.freezing.given_scales import weight_scales
+from fused_resnet.freezing.given_scales import RoundedWeight, rounded_weight
 from fused_resnet.freezing.region import FrozenRegion, RegionConv
 from fused_resnet.freezing.steps import FrozenSteps
 from fused_resnet.graphs.memory import memory_of, writes_in_place, written
@@ -223,7 +223,8 @@ class _Tensors:
             return "the batch is empty"
         if self._forms.get(self._names[node]) != (p.activation, p.has_residual):
             return "it was calibrated with another sum or activation behind it"
-        if (reason := self._why_no_kernel(p)) is not None:
+        rounded = self._draft.rounded.get(node)
+        if (reason := rounded and rounded.why_not or self._why_no_kernel(p)) is not None:
             return reason
         unknown = [self._names[value] for value in (*node.all_input_nodes, node) if self.how(value) is None]
         if not unknown:
@@ -266,7 +267,9 @@ class _Tensors:
             return False
         (mean,) = flat.all_input_nodes
         source = mean.all_input_nodes[0]
-        how, facts = self.how(source), facts_of(source)
+        how, facts, rounded = self.how(source), facts_of(source), rounded_weight(self._draft.called_by(node))
+        if rounded is not None and rounded.why_not is not None:
+            return False
         if runs_in_steps(self._draft) or not self._is_mean(mean) or not isinstance(how, Quantized) or facts is None:
             return False
         return quantized.why_no_linear(how, math.prod(facts.shape[2:])) is None
@@ -323,13 +326,13 @@ def made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, limits: Seq
     for place, (node, step) in enumerate(zip(nodes, fragment.steps)):
         if isinstance(step, ConvStep):
             if isinstance(layer := draft.called_by(node), nn.Linear):
-                folded, scales = weight_of(layer, torch.float64), weight_scales(layer)
+                folded, rounded = weight_of(layer, torch.float64), rounded_weight(layer)
             else:
                 del draft.convs[node]
                 convolutions.append(RegionConv(node.name, step.problem))
-                folded, scales = draft.folds.pop(node)(torch.float64), draft.weight_scales.pop(node, None)
+                folded, rounded = draft.folds.pop(node)(torch.float64), draft.rounded.pop(node, None)
             try:
-                weights[place], epilogue = _quantized(fragment, place, *folded, scales)
+                weights[place], epilogue = _quantized(fragment, place, *folded, rounded)
                 epilogues[place] = epilogue._replace(high=min(epilogue.high, limits[place]))
             except ValueError as error:
                 name = re.sub("^(fused_)?model_", "", node.name)
@@ -380,12 +383,12 @@ def _in_steps(
 
 
 def _quantized(
-    fragment: Fragment, place: int, weight: Tensor, bias: Optional[Tensor], given: Optional[Tensor]
+    fragment: Fragment, place: int, weight: Tensor, bias: Optional[Tensor], rounded: Optional[RoundedWeight]
 ) -> tuple[Tensor, Epilogue]:
-    """A convolution's weight in s8 or e4m3, and its epilogue; or a linear layer's in s8. given: the weight's scales."""
+    """A convolution's weight in s8 or e4m3, and its epilogue; or a linear layer's in s8. rounded: as the model is."""
     step = fragment.steps[place]
     assert isinstance(step, ConvStep)
-    q, scales = quantized.quantized_weight(weight, fragment.dtype, given)
+    q, scales = quantized.quantized_weight(weight, fragment.dtype, rounded and rounded.scales)
     if step.is_linear:
         source = map_of(fragment, step.x)
         how, (_, _, H, W) = fragment.scales[source], fragment.value_shapes[source]
