@@ -23,7 +23,7 @@ class CalibratedParts:
     The model runs on each batch once for each part. An iterator, which gives its batches once, is kept as a list.
     takes_tensor: else batches have no labels beside them.
 
-    Raises ValueError where keep is a number, for scales of other weights, and for FakeQuantize modules.
+    Raises ValueError where keep is a number, for scales of other weights, and for a model that brings its scales.
     """
 
     def __init__(self, given: Calibration, model: nn.Module, takes_tensor: bool) -> None:
@@ -38,8 +38,13 @@ class CalibratedParts:
                 f"freeze: {fake} rounds as a quantized model would, and {dtype_name(given.dtype)} has scales of its "
                 "own. Take the FakeQuantize modules out of the model."
             )
+        if given.source is None:
+            raise ValueError(
+                "freeze: this model is frozen in parts, which do not take the scales that it brings. Pass a loader of "
+                "images as calibrate."
+            )
         asked = [] if isinstance(given.keep, int) else [given.keep] if isinstance(given.keep, str) else given.keep
-        self._model, self._takes_tensor, self._dtype = model, takes_tensor, given.dtype
+        self._model, self._takes_tensor, self._dtype, self._backend = model, takes_tensor, given.dtype, given.backend
         self._asked, self._found = list(asked), set[str]()
         self._scales: Optional[Scales] = None
         self._batches: Any = ()
@@ -52,7 +57,7 @@ class CalibratedParts:
             self._batches = list(given.source) if iter(given.source) is given.source else given.source
         if self._scales is not None and self._scales.weights != self._weights:
             raise ValueError(
-                f"freeze: these scales are of other weights (sha256 {self._scales.weights[:12]}, the model's is "
+                f"freeze: these scales are of other weights (sha256 {str(self._scales.weights)[:12]}, the model's is "
                 f"{self._weights[:12]}). Calibrate again: pass a loader as calibrate."
             )
 
@@ -68,11 +73,12 @@ class CalibratedParts:
         self._found.update(inside)
         keep = [one[len(name) + 1 :] for one in inside]
         if self._scales is None:
-            return Calibration(_Calls(self._model, name, self._batches, self._takes_tensor), keep, self._dtype, True)
+            calls = _Calls(self._model, name, self._batches, self._takes_tensor)
+            return Calibration(calls, keep, self._dtype, self._backend, any_size=True)
         if name not in self._scales.parts:
             known = ", ".join(self._scales.parts) or "a whole model"
             raise ValueError(f"freeze: these scales are of {known}. Calibrate again: pass a loader as calibrate.")
-        return Calibration(self._scales.parts[name], keep, self._dtype, True)
+        return Calibration(self._scales.parts[name], keep, self._dtype, self._backend, any_size=True)
 
     def scales_of(self, parts: dict[str, Scales]) -> Scales:
         """Those of the whole. Raises ValueError where `keep` names what is in no part."""

@@ -106,19 +106,18 @@ class Calibration(NamedTuple):
                 "a whole. Calibrate again: pass a loader as calibrate."
             )
         if scales.weights is None:
-            _check_names(scales, subject)
+            _check_names(scales, [subject.names[node] for node in subject.convolutions])
         else:
             _check_model(scales, weights, steps)
         return scales._replace(ranges={**scales.ranges, **given.ranges}), first
 
 
-def _check_names(scales: Scales, subject: Subject) -> None:
-    """Raises ValueError for the scales of a quantized model that has no tensors of this one's names."""
-    theirs, own = sorted(scales.ranges), sorted(subject.names.values())
-    if not set(theirs) & set(own):
+def _check_names(scales: Scales, convolutions: Sequence[str]) -> None:
+    """Raises ValueError for the scales of a quantized model whose convolutions have other names."""
+    if not scales.ranges.keys() & set(convolutions):
         raise ValueError(
-            f"freeze: these scales are of tensors with other names ({', '.join(theirs[:3])}, ...) than the model's "
-            f"({', '.join(own[:3])}, ...). Pass a loader as calibrate."
+            f"freeze: these scales are of {', '.join([*scales.ranges][:4])} and the like, but the model's convolutions "
+            f"are {', '.join(convolutions[:4])}. Pass a loader as calibrate."
         )
 
 

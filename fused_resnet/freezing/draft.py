@@ -11,6 +11,7 @@ from fused_resnet.choosing import Selection
 from fused_resnet.choosing.decide import NOTHING, Tuning
 from fused_resnet.choosing.planned import Placed
 from fused_resnet.freezing.dtypes import Conversion
+from fused_resnet.freezing.given_scales import RoundedWeight
 from fused_resnet.freezing.modules import PackedWeights
 from fused_resnet.graphs.nodes import add_child, module_of
 from fused_resnet.operators.problem import ConvProblem
@@ -36,15 +37,15 @@ class Quantization(NamedTuple):
     """How a model becomes int8 or e4m3: the ranges of its tensors, and the convolutions that stay in floats (by name).
 
     forms: of each convolution, its activation and whether it has a residual, as its range was found. dtype: int8, or
-    float8_e4m3fn. limits: the least and the largest byte of tensors that the model cuts off earlier than their dtype.
-    unknown: why a tensor has no scale.
+    float8_e4m3fn. limits: the largest byte of u8 tensors, where the model cuts them off earlier than 255. unknown: why
+    a tensor has no scale.
     """
 
     scales: Scales
     forms: Mapping[str, tuple[str, bool]]
     kept: frozenset[str] = frozenset()
     dtype: torch.dtype = torch.int8
-    limits: Mapping[str, tuple[float, float]] = {}
+    limits: Mapping[str, float] = {}
     unknown: Mapping[str, str] = {}
 
 
@@ -57,14 +58,14 @@ class Draft(NamedTuple):
     will run. conversion: of the caller's dtypes, if there is one. packed: the weights that the model's plans share.
     tuning: what may be measured of what is not known (`choosing.decide`). overrides: who computes some problems,
     whatever is known of them. quantization: what becomes int8. folds: of each of convs, a function that folds it anew
-    in another dtype. weight_scales: of those whose weight the model has rounded, the scales after folding (K,).
+    in another dtype. rounded: of those whose weight the model has rounded, how it is after folding.
     """
 
     module: fx.GraphModule
     modules: dict[str, nn.Module]
     convs: dict[fx.Node, Decision]
     folds: dict[fx.Node, Callable[[torch.dtype], tuple[Tensor, Optional[Tensor]]]]
-    weight_scales: dict[fx.Node, Tensor]
+    rounded: dict[fx.Node, RoundedWeight]
     backend: str
     device: torch.device
     conversion: Optional[Conversion]

@@ -37,13 +37,12 @@ def _rounds(target: Any) -> bool:
 def spelled_out(model: nn.Module) -> nn.Module:
     """A model, changed in place, that calls torch.fake_quantize_per_tensor_affine and its like by itself.
 
-    Raises ValueError for a FakeQuantize module that has seen no data.
+    The scale of an observer that has seen no data is NaN.
     """
-    names = {id(module): name for name, module in model.named_modules()}
     made: dict[int, nn.Module] = {}
     for module in list(model.modules()):
         if _is_fake_quantize(module):
-            made[id(module)] = _rounding(names[id(module)], module)
+            made[id(module)] = _rounding(module)
     for module in list(model.modules()):
         if isinstance(module, fx.GraphModule):
             _show_weights(module)
@@ -68,7 +67,9 @@ class _Rounding(nn.Module):
 
     def __init__(self, fake: Any) -> None:
         super().__init__()
-        self.scale, self.zero_point = nn.Buffer(fake.scale), nn.Buffer(fake.zero_point)
+        has_scale = _has_seen_data(getattr(fake, "activation_post_process", None))
+        self.scale = nn.Buffer(fake.scale if has_scale else torch.full_like(fake.scale, torch.nan))
+        self.zero_point = nn.Buffer(fake.zero_point)
         self.axis: Optional[int] = fake.ch_axis if fake.is_per_channel else None
         self.limits = (int(fake.quant_min), int(fake.quant_max))
 
@@ -121,15 +122,16 @@ def _is_fake_quantize(module: nn.Module) -> bool:
     return any(cls.__name__ == "FakeQuantizeBase" for cls in type(module).__mro__)
 
 
-def _rounding(name: str, fake: Any) -> nn.Module:
+def _has_seen_data(observer: Any) -> bool:
+    """True of an observer that does not say so."""
+    if not isinstance(getattr(observer, "min_val", None), Tensor):
+        return True
+    return observer.min_val.numel() > 0 and bool((observer.min_val <= observer.max_val).all())
+
+
+def _rounding(fake: Any) -> nn.Module:
     if not fake.fake_quant_enabled[0]:
         return nn.Identity()
-    seen: Any = getattr(fake, "activation_post_process", None)
-    if hasattr(seen, "min_val") and not (seen.min_val.numel() and bool((seen.min_val <= seen.max_val).all())):
-        raise ValueError(
-            f"freeze: {name} has seen no data, and its scale means nothing. Run the model over 16 or more images with "
-            "its observers enabled, then freeze it."
-        )
     return _Rounding(fake)
 
 
@@ -165,8 +167,9 @@ def _show_weights(model: fx.GraphModule) -> None:
             continue
         stacks = [list(user.meta.get("nn_module_stack", {}).values()) for user in node.users]
         path = stacks[0][-1][0] if len(stacks) == 1 and stacks[0] else ""
-        if path not in dict(model.named_modules()):
-            path = ""
+        if path not in dict(model.named_modules()):  # nothing else of it is left
+            is_plain = all(part.isidentifier() or part.isdigit() for part in path.split("."))
+            path = path if is_plain and model.add_submodule(path, nn.Module()) else ""
         holder, tensor = model.get_submodule(path), functools.reduce(getattr, str(source.target).split("."), model)
         name = free_name(holder, "weight_bytes")
         holder.register_parameter(name, nn.Parameter(tensor, requires_grad=False))

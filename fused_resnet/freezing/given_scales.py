@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from typing import Any, Mapping, NamedTuple, Optional
 
 import torch
@@ -32,7 +31,7 @@ _ARGUMENTS = {  # of what rounds, by its name
     "dequantize_per_channel": "input scale zero_point axis least largest dtype",
 }
 _KEYWORDS = {"quant_min": "least", "quant_max": "largest", "scales": "scale", "zero_points": "zero_point"}
-_WEIGHT_SCALES = "_weight_scales"
+_ROUNDED_WEIGHT = "_rounded_weight"
 
 
 class Rounded(NamedTuple):
@@ -52,18 +51,26 @@ class Rounded(NamedTuple):
         return f"scale {self.scale:.4g}, zero point {self.zero_point}, {self.least} to {self.largest}"
 
 
+class RoundedWeight(NamedTuple):
+    """How a model rounds a layer's weight. scales: of each output channel (K,), in fp64. why_not: why that is not s8
+    with zero point 0, where it is not."""
+
+    scales: Tensor
+    why_not: Optional[str]
+
+
 class Given(NamedTuple):
-    """What a model says of its tensors, by name. ranges: from which their scales follow. limits: of bytes that are
-    narrower than their dtype. unknown: why a tensor of two scales has none."""
+    """What a model says of its tensors, by name. ranges: from which their scales follow. limits: the largest byte
+    of u8. unknown: why a tensor of two scales has none."""
 
     ranges: Ranges
-    limits: Mapping[str, tuple[float, float]]
+    limits: Mapping[str, float]
     unknown: Mapping[str, str]
 
 
-def weight_scales(layer: Optional[nn.Module]) -> Optional[Tensor]:
-    """The scales (K,), in fp64, of a layer whose weight a model has rounded; None of any other."""
-    return getattr(layer, _WEIGHT_SCALES, None)
+def rounded_weight(layer: Optional[nn.Module]) -> Optional[RoundedWeight]:
+    """How a model rounds a layer's weight, if it does."""
+    return getattr(layer, _ROUNDED_WEIGHT, None)
 
 
 def take_scales(traced: fx.GraphModule) -> None:
@@ -72,18 +79,18 @@ def take_scales(traced: fx.GraphModule) -> None:
     Raises ValueError for what int8 cannot be: scales that are computed in each call, of activations by channel, of
     weights along another dimension than the first, or values of more than 8 bits.
     """
-    scales: dict[int, Tensor] = {}
+    weights: dict[int, RoundedWeight] = {}
     found = [node for node in traced.graph.nodes if _arguments(node)]
     for node in found:
         source = _arguments(node)["input"]
         if source.op == "get_attr":
-            parameter, by_channel = _rounded_weight(traced, node)
-            scales[id(parameter)] = by_channel
+            parameter, how = _take_weight(traced, node)
+            weights[id(parameter)] = how
     modules = dict(traced.named_modules())
     call_modules(traced, traced.graph, modules)
     for module in modules.values():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and id(module.weight) in scales:
-            setattr(module, _WEIGHT_SCALES, scales[id(module.weight)])
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and id(module.weight) in weights:
+            setattr(module, _ROUNDED_WEIGHT, weights[id(module.weight)])
     for node in found:
         if node.users and not _name_of(node).startswith("quantize"):  # whose readers dequantize
             source = _arguments(node)["input"]
@@ -104,8 +111,9 @@ def notes_of(subject: Subject) -> dict[str, tuple[Rounded, ...]]:
 def ranges_of(rounded: Mapping[str, tuple[Rounded, ...]], activations: Mapping[str, str]) -> Given:
     """Of tensors, what their scales are in int8. activations: of those that convolutions give.
 
-    What is never negative is u8 of the model's scale. So is what ReLU gives. What fits s8 is s8 of the model's scale.
-    Other zero points need longer steps: s8 over the range that the model's bytes span.
+    What is never negative is u8 of the model's scale, cut off where the model does. So is what ReLU gives. What fits s8
+    is s8 of the model's scale, and is cut off at -128 and 127. Other zero points need longer steps: s8 over the range
+    that the model's bytes span.
     """
     ranges, limits, unknown = {}, {}, {}
     for name, ways in rounded.items():
@@ -116,9 +124,9 @@ def ranges_of(rounded: Mapping[str, tuple[Rounded, ...]], activations: Mapping[s
         if activations.get(name) in ("relu", "relu6"):
             low = 0
         if low == 0:
-            ranges[name], limits[name] = (0.0, 255 * scale), (0.0, float(high))
+            ranges[name], limits[name] = (0.0, 255 * scale), float(high)
         elif low >= -128 and high <= 127:
-            ranges[name], limits[name] = (-127 * scale, 127 * scale), (float(low), float(high))
+            ranges[name] = -127 * scale, 127 * scale
         else:
             ranges[name] = low * scale, high * scale
             log.warning(
@@ -186,13 +194,22 @@ def _rounded(traced: fx.GraphModule, node: fx.Node) -> Rounded:
     limits = int(asked["zero_point"].item()), int(asked["least"]), int(asked["largest"])
     found = Rounded(scale.float().item(), *limits)
     low, high = found.levels
-    is_scale = math.isfinite(found.scale) and found.scale > 0 and not is_too_small(0.0, 255 * found.scale)
-    if not is_scale or high - low > 255 or not low <= 0 <= high:
+    _check_scales(node, scale)
+    if high - low > 255 or not low <= 0 <= high or is_too_small(0.0, 255 * found.scale):
         raise ValueError(
-            f"freeze: {node.name} rounds with {found}. int8 takes a positive scale, at most 256 values, and a zero "
-            "point among them. Quantize to 8 bits, or freeze the float model with calibrate."
+            f"freeze: {node.name} rounds with {found}. int8 takes at most 256 values, a zero point among them, and "
+            "scales from 1e-38 on. Quantize to 8 bits, or freeze the float model with calibrate."
         )
     return found
+
+
+def _check_scales(node: fx.Node, scales: Tensor) -> None:
+    wrong = scales[~(scales.isfinite() & (scales > 0))]
+    if wrong.numel():
+        raise ValueError(
+            f"freeze: {node.name} rounds with a scale of {wrong[0]}, not with a positive one. An observer that has "
+            "seen no data has none. Run the model over 16 or more images with its observers enabled, then freeze it."
+        )
 
 
 def _take(traced: fx.GraphModule, modules: dict[str, nn.Module], node: fx.Node, source: fx.Node) -> None:
@@ -219,8 +236,8 @@ def _may_be_negative(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return isinstance(module, nn.Conv2d) or is_norm(module) or is_plain_add(node)
 
 
-def _rounded_weight(traced: fx.GraphModule, node: fx.Node) -> tuple[nn.Parameter, Tensor]:
-    """A weight as it is rounded, put in the graph in place of the node that rounds it; and its scales in fp64."""
+def _take_weight(traced: fx.GraphModule, node: fx.Node) -> tuple[nn.Parameter, RoundedWeight]:
+    """A weight as it is rounded, put in the graph in place of the node that rounds it; and how that is."""
     asked, name = _asked(traced, node), _name_of(node)
     weight: Tensor = _attribute(traced, str(asked["input"].target))
     K = weight.shape[0] if weight.dim() else 1
@@ -230,19 +247,16 @@ def _rounded_weight(traced: fx.GraphModule, node: fx.Node) -> tuple[nn.Parameter
             f"freeze: {node.name} rounds a weight of shape {tuple(weight.shape)} with {scales.numel()} scales along "
             f"dimension {asked.get('axis')}. int8 takes one for each output channel, dimension 0, or one for all."
         )
-    if not (scales.isfinite().all() and (scales > 0).all()):
-        raise ValueError(f"freeze: {node.name} rounds a weight with a scale of {scales.min()}. It must be positive.")
+    _check_scales(node, scales)
     shape = (-1, *(1,) * (weight.dim() - 1))
     if name.startswith("dequantize"):
         q = weight.double() - zero_points.double().view(shape)
     else:
         rest = [asked[argument] for argument in _ARGUMENTS[name].split()[1:]]
         q = (getattr(torch, name)(weight.detach(), *rest).double() / scales.view(shape)).round()
+    why_not = None
     if q.numel() and (q.min() < -128 or q.max() > 127):
-        raise ValueError(
-            f"freeze: {node.name} rounds a weight to {int(q.min())} to {int(q.max())} around its zero points. int8 "
-            "takes -128 to 127. Quantize weights symmetrically, with zero point 0."
-        )
+        why_not = f"the model rounds its weight to {int(q.min())} to {int(q.max())} around zero points, beyond s8"
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     rounded = nn.Parameter((q * scales.view(shape)).to(dtype), requires_grad=False)
     path, _, name = str(asked["input"].target).rpartition(".")
@@ -250,4 +264,4 @@ def _rounded_weight(traced: fx.GraphModule, node: fx.Node) -> tuple[nn.Parameter
     traced.get_submodule(path).register_parameter(name, rounded)
     with traced.graph.inserting_before(node):
         node.replace_all_uses_with(traced.graph.get_attr(f"{path}.{name}" if path else name))
-    return rounded, scales.expand(K).clone()
+    return rounded, RoundedWeight(scales.expand(K).clone(), why_not)

@@ -13,7 +13,7 @@ from fused_resnet import backends, choosing
 from fused_resnet.freezing import dtypes
 from fused_resnet.freezing.draft import Decision, Draft, lowered
 from fused_resnet.freezing.dtypes import facts_of
-from fused_resnet.freezing.given_scales import weight_scales
+from fused_resnet.freezing.given_scales import rounded_weight
 from fused_resnet.freezing.modules import LOWERED, FrozenConv, FrozenLinear, WideConv
 from fused_resnet.graphs.matching import Match, activation_of, matches, norm_at
 from fused_resnet.graphs.spelling import CONVOLUTIONS, arguments_of
@@ -69,8 +69,9 @@ def _lower(draft: Draft, match: Match) -> None:
         selection = choosing.select(problem, draft.backend, in_plan=True)
         draft.convs[fused] = Decision(problem, selection, weight, bias)
         draft.folds[fused] = functools.partial(folded_weights, conv, norm)
-        if (scales := weight_scales(conv)) is not None:
-            draft.weight_scales[fused] = scales * affine.scale_and_shift(_operands(conv, norm), torch.float64)[0]
+        if (how := rounded_weight(conv)) is not None:
+            scale = affine.scale_and_shift(_operands(conv, norm), torch.float64)[0]
+            draft.rounded[fused] = how._replace(scales=how.scales * scale)
         for called in then:
             name = draft.add(f"{match.conv.name}_{type(called).__name__.lower()}", called)
             fused = draft.graph.call_module(name, (fused,))

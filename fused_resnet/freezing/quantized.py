@@ -35,7 +35,7 @@ from fused_resnet.freezing.fragments import (
     share_packed,
     weight_of,
 )
-from fused_resnet.freezing.given_scales import weight_scales
+from fused_resnet.freezing.given_scales import RoundedWeight, rounded_weight
 from fused_resnet.freezing.region import FrozenRegion, RegionConv
 from fused_resnet.freezing.steps import FrozenSteps
 from fused_resnet.graphs.memory import memory_of, writes_in_place, written
@@ -56,8 +56,6 @@ from fused_resnet.regions.fragment import (
 from fused_resnet.regions.layout import DTYPES
 
 log = logging.getLogger("fused_resnet")
-
-Limits = tuple[float, float]
 
 
 def observed(draft: Draft, dtype: torch.dtype) -> Subject:
@@ -141,7 +139,7 @@ def form_quantized(draft: Draft) -> None:
         if nodes:
             run = run_of(draft, nodes, tuple(range(len(nodes))))
             hows = [tensors.how(node) for node in (*run.inputs, *nodes)]
-            limits = [tensors.limits(node) for node in nodes]
+            limits = [tensors.limit(node) for node in nodes]
             found.append((nodes, _quantized_fragment(run.piece.fragment, hows, draft.quantization.dtype), limits))
     results = []
     for nodes, fragment, limits in found:
@@ -172,6 +170,7 @@ class _Tensors:
         self._draft, self._names = draft, tensor_names(draft.graph)
         scales, self._forms, self._kept, self._dtype, self._limits, self._unknown = draft.quantization
         self._ranges, self._effects = scales.ranges, scales.effects
+        self._missing = "was not calibrated" if scales.images else "is not rounded in the model, nor calibrated"
         self._first = next((node for node in draft.graph.nodes if node in draft.convs), None)
         self._hows: dict[fx.Node, Optional[Kept]] = {}
         self._reasons: dict[fx.Node, Optional[str]] = {}
@@ -197,9 +196,9 @@ class _Tensors:
             return None
         return quantized.kept_over(*known, self._dtype, None if conv is None else conv.problem.activation)
 
-    def limits(self, node: fx.Node) -> Limits:
-        """The least and the largest byte of a value, where the model says so."""
-        return self._limits.get(self._names[node], (-math.inf, math.inf))
+    def limit(self, node: fx.Node) -> float:
+        """The largest byte of a value, where the model says so."""
+        return self._limits.get(self._names[node], math.inf)
 
     def effects(self) -> dict[str, Effect]:
         """What is known of int8's effect on each convolution, by node. Of e4m3's nothing is kept."""
@@ -228,12 +227,13 @@ class _Tensors:
             return "the batch is empty"
         if self._forms.get(self._names[node]) != (p.activation, p.has_residual):
             return "it was calibrated with another sum or activation behind it"
-        if (reason := self._why_no_kernel(node, p)) is not None:
+        rounded = self._draft.rounded.get(node)
+        if (reason := rounded and rounded.why_not or self._why_no_kernel(node, p)) is not None:
             return reason
         unknown = [self._names[value] for value in (*node.all_input_nodes, node) if self.how(value) is None]
         if not unknown:
             return None
-        return self._unknown.get(unknown[0], f"{unknown[0]} was not calibrated")
+        return self._unknown.get(unknown[0], f"{unknown[0]} {self._missing}")
 
     def _why_no_kernel(self, node: fx.Node, p: ConvProblem) -> Optional[str]:
         if self._draft.backend != "auto":
@@ -275,7 +275,9 @@ class _Tensors:
             return False
         (mean,) = flat.all_input_nodes
         source = mean.all_input_nodes[0]
-        how, facts = self.how(source), facts_of(source)
+        how, facts, rounded = self.how(source), facts_of(source), rounded_weight(self._draft.called_by(node))
+        if rounded is not None and rounded.why_not is not None:
+            return False
         if runs_in_steps(self._draft) or not self._is_mean(mean) or not isinstance(how, Quantized) or facts is None:
             return False
         return quantized.why_no_linear(how, math.prod(facts.shape[2:])) is None
@@ -324,23 +326,22 @@ def _quantized_fragment(fragment: Fragment, hows: Sequence[Optional[Kept]], dtyp
     return fragment._replace(steps=tuple(steps), dtype=dtype, scales=tuple(scales))
 
 
-def made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, limits: Sequence[Limits]) -> FrozenRegion:
-    """The module for these nodes: its weights are folded in fp64 and quantized from there. limits: of each result."""
+def made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, limits: Sequence[float]) -> FrozenRegion:
+    """The module for these nodes: its weights are folded in fp64 and quantized from there. limits: of their bytes."""
     weights: dict[int, Tensor] = {}
     epilogues: dict[int, Epilogue] = {}
     convolutions = []
     for place, (node, step) in enumerate(zip(nodes, fragment.steps)):
         if isinstance(step, ConvStep):
             if isinstance(layer := draft.called_by(node), nn.Linear):
-                folded, scales = weight_of(layer, torch.float64), weight_scales(layer)
+                folded, rounded = weight_of(layer, torch.float64), rounded_weight(layer)
             else:
                 del draft.convs[node]
                 convolutions.append(RegionConv(node.name, step.problem))
-                folded, scales = draft.folds.pop(node)(torch.float64), draft.weight_scales.pop(node, None)
+                folded, rounded = draft.folds.pop(node)(torch.float64), draft.rounded.pop(node, None)
             try:
-                weights[place], epilogue = _quantized(fragment, place, *folded, scales)
-                low, high = limits[place]
-                epilogues[place] = epilogue._replace(low=max(low, epilogue.low), high=min(high, epilogue.high))
+                weights[place], epilogue = _quantized(fragment, place, *folded, rounded)
+                epilogues[place] = epilogue._replace(high=min(epilogue.high, limits[place]))
             except ValueError as error:
                 name = re.sub("^(fused_)?model_", "", node.name)
                 raise ValueError(f"freeze: {name} has no int8 form: {error}. Name it in keep.") from None
@@ -392,12 +393,12 @@ def _in_steps(
 
 
 def _quantized(
-    fragment: Fragment, place: int, weight: Tensor, bias: Optional[Tensor], given: Optional[Tensor]
+    fragment: Fragment, place: int, weight: Tensor, bias: Optional[Tensor], rounded: Optional[RoundedWeight]
 ) -> tuple[Tensor, Epilogue]:
-    """A convolution's weight in s8 or e4m3, and its epilogue; or a linear layer's in s8. given: the weight's scales."""
+    """A convolution's weight in s8 or e4m3, and its epilogue; or a linear layer's in s8. rounded: as the model is."""
     step = fragment.steps[place]
     assert isinstance(step, ConvStep)
-    q, scales = quantized.quantized_weight(weight, fragment.dtype, given)
+    q, scales = quantized.quantized_weight(weight, fragment.dtype, rounded and rounded.scales)
     if step.is_linear:
         source = map_of(fragment, step.x)
         how, (_, _, H, W) = fragment.scales[source], fragment.value_shapes[source]
