@@ -169,10 +169,11 @@ def bn_act(
 
     x, residual: (N, C, H, W), one dtype: fp32, fp16, bf16, fp64. The vectors: (C,), in the dtype of x or fp32 beside
     fp16 and bf16. Returns a new tensor in the layout of x, channels_last or NCHW. activation: "none", "relu", "relu6"
-    or "silu". backend: "auto", "eager" (ATen, a pass per step), or "cpu": C++ for fp32 and bf16 without silu. That
-    takes one pass for the statistics and one for all else, and as many in the backward. It is deterministic.
+    or "silu". backend: "auto", "eager" (ATen, a pass per step), "cpu" (C++ for fp32 and bf16) or "triton" (on GPUs, by
+    name). The last two are without silu. They take one pass for the statistics and one for all else, and as many in the
+    backward. They are deterministic.
 
-    Gradients reach x, weight, bias and residual. For them "cpu" keeps x, the statistics and a bit per output, so y may
+    Gradients reach x, weight, bias and residual. For them both keep x, the statistics and a bit per output, so y may
     be written to. Under torch.func and forward-mode AD as conv_bn_act. Autocast casts x and residual as add_relu.
 
     Raises ValueError for shapes and parameters, also where training has one value per channel. TypeError for dtypes and

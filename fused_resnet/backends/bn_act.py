@@ -1,15 +1,16 @@
-"""act(batch_norm(x) + residual) and its gradients: C++ on a CPU, ATen anywhere."""
+"""act(batch_norm(x) + residual) and its gradients: C++ on a CPU, Triton on GPUs, ATen anywhere."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from fused_resnet.backends.record import Auto, Backend, why_not_cpu
 from fused_resnet.kernels import compiled, sources
+from fused_resnet.kernels.triton import is_interpreted
 from fused_resnet.operators import composites, layout, mask
 from fused_resnet.operators.operands import BnActOperands
 from fused_resnet.operators.problem import BnActProblem, dtype_name
@@ -107,47 +108,101 @@ def _pays(problem: BnActProblem) -> bool:
     return pays(problem.values * problem.C, problem.H * problem.W, problem.is_nhwc)
 
 
-def _cpu_forward(problem: BnActProblem, operands: BnActOperands) -> Outputs:
-    o, ops = operands, torch.ops.fused_resnet
+def _on_cpu_statistics(problem: BnActProblem, x: Tensor, mean: Tensor, var: Tensor) -> None:
+    torch.ops.fused_resnet.cpu_bn_statistics.default(x, mean, var)
+
+
+def _on_cpu_forward(problem: BnActProblem, o: BnActOperands, written: Optional[Tensor], y: Tensor) -> None:
+    vectors = (o.mean, o.var, o.weight, o.bias)
+    torch.ops.fused_resnet.cpu_bn_act.default(o.x, *vectors, o.eps, o.residual, problem.activation, written, y)
+
+
+def _on_cpu_sums(
+    problem: BnActProblem, grad: Tensor, o: BnActOperands, read: Optional[Tensor], sum: Tensor, dot: Tensor
+) -> None:
+    torch.ops.fused_resnet.cpu_bn_act_sums.default(grad, o.x, o.mean, read, sum, dot)
+
+
+def _on_cpu_backward(problem: BnActProblem, grad: Tensor, o: BnActOperands, read: Optional[Tensor], *of_x) -> None:
+    torch.ops.fused_resnet.cpu_bn_act_backward.default(grad, o.x, o.mean, o.var, o.weight, o.eps, read, *of_x)
+
+
+# ------------------------------------------------------------------------------------------------------------- Triton
+
+
+def _triton_why_not(problem: BnActProblem) -> Optional[str]:
+    from fused_resnet.kernels.triton import bn_act  # Triton itself
+
+    return bn_act.why_not(problem)
+
+
+def _in_triton(launches: str) -> Callable[..., None]:
+    """The launches of this name, run. Their second argument lies where they run."""
+
+    def run(problem: BnActProblem, *arguments: Any) -> None:
+        from fused_resnet.kernels.triton import bn_act
+
+        first = arguments[0]
+        bn_act.start(getattr(bn_act, launches)(problem, *arguments), first if isinstance(first, Tensor) else first.x)
+
+    return run
+
+
+# --------------------------------------------------------------------------------------- what kernels of ours share
+
+
+class _Kernels(NamedTuple):
+    """Four passes over memory, of dense maps in the problem's layout and contiguous vectors in fp32.
+
+    statistics: (problem, x, mean, var), which it writes. forward: (problem, operands, mask or None, y), the last two of
+    which it writes. sums: (problem, grad, operands, mask or None, sum, dot), the last two of which it writes: of g, the
+    gradient behind the activation, and of g * (x - mean). backward: (problem, grad, operands, mask or None, sum, dot,
+    grad_x, grad_residual). It writes the last two, where there are such. Without the sums it is of constant statistics.
+    """
+
+    statistics: Callable[..., None]
+    forward: Callable[..., None]
+    sums: Callable[..., None]
+    backward: Callable[..., None]
+
+
+def _by(kernels: _Kernels) -> BnAct:
+    def forward(problem: BnActProblem, operands: BnActOperands) -> Outputs:
+        o = _as_read(problem, operands)
+        mean, var = _no_statistics(o.x)
+        if problem.is_training:
+            mean, var = (o.x.new_empty(problem.C, dtype=torch.float32) for _ in range(2))
+            kernels.statistics(problem, o.x, mean, var)
+            o = o._replace(mean=mean, var=var)
+        y = torch.empty_like(o.x)
+        bits = torch.empty(problem.mask_shape, dtype=torch.uint8, device=y.device)
+        kernels.forward(problem, o, bits if problem.has_mask else None, y)
+        return y, mean, var, bits
+
+    def backward(
+        problem: BnActProblem, grad: Tensor, operands: BnActOperands, bits: Tensor, needs_x: bool, needs_residual: bool
+    ) -> Outputs:
+        o = _as_read(problem, operands)
+        grad, read = layout.laid_out_as(grad, o.x), bits if problem.has_mask else None
+        sum, dot = (o.x.new_empty(problem.C, dtype=torch.float32) for _ in range(2))
+        kernels.sums(problem, grad, o, read, sum, dot)
+        grad_x, grad_residual = (torch.empty_like(o.x) if needed else None for needed in (needs_x, needs_residual))
+        if needs_x or needs_residual:
+            sums = (sum, dot) if problem.is_training else (None, None)
+            kernels.backward(problem, grad, o, read, *sums, grad_x, grad_residual)
+        vectors = _as_vectors(operands, dot * torch.rsqrt(_given(o.var) + o.eps), sum)
+        empty = o.x.new_empty
+        return empty(0) if grad_x is None else grad_x, *vectors, empty(0) if grad_residual is None else grad_residual
+
+    return BnAct(forward, backward)
+
+
+def _as_read(problem: BnActProblem, o: BnActOperands) -> BnActOperands:
+    """Dense maps, x's own layout in the first place, and contiguous vectors in fp32."""
     x = layout.densely(o.x, problem.is_nhwc)
     residual = None if o.residual is None else layout.laid_out_as(o.residual, x)
-    mean, var = _no_statistics(x)
-    used = (o.mean, o.var)
-    if problem.is_training:
-        mean, var = torch.empty(problem.C), torch.empty(problem.C)
-        ops.cpu_bn_statistics.default(x, mean, var)
-        used = (mean, var)
-    y = torch.empty_like(x)
-    bits = torch.empty(problem.mask_shape, dtype=torch.uint8)
-    vectors = map(_as_read, (*used, o.weight, o.bias))
-    written = bits if problem.has_mask else None
-    ops.cpu_bn_act.default(x, *vectors, o.eps, residual, problem.activation, written, y)
-    return y, mean, var, bits
-
-
-def _cpu_backward(
-    problem: BnActProblem, grad: Tensor, operands: BnActOperands, bits: Tensor, needs_x: bool, needs_residual: bool
-) -> Outputs:
-    o, ops = operands, torch.ops.fused_resnet
-    x = layout.densely(o.x, problem.is_nhwc)
-    grad, read = layout.laid_out_as(grad, x), bits if problem.has_mask else None
-    mean, var, weight = map(_as_read, (o.mean, o.var, o.weight))
-    sum, dot = torch.empty(problem.C), torch.empty(problem.C)
-    ops.cpu_bn_act_sums.default(grad, x, mean, read, sum, dot)
-    grad_x, grad_residual = (torch.empty_like(x) if needed else None for needed in (needs_x, needs_residual))
-    if needs_x or needs_residual:
-        sums = (sum, dot) if problem.is_training else (None, None)
-        ops.cpu_bn_act_backward.default(grad, x, mean, var, weight, o.eps, read, *sums, grad_x, grad_residual)
-    vectors = _as_vectors(o, dot * torch.rsqrt(_given(var) + o.eps), sum)
-    empty = x.new_empty
-    return empty(0) if grad_x is None else grad_x, *vectors, empty(0) if grad_residual is None else grad_residual
-
-
-def _as_read(vector: Optional[Tensor]) -> Optional[Tensor]:
-    return None if vector is None else vector.float().contiguous()
-
-
-# ------------------------------------------------------------------------------------------------------------- shared
+    vectors = (None if vector is None else vector.float().contiguous() for vector in o[1:5])
+    return BnActOperands(x, *vectors, residual, o.eps)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -185,9 +240,20 @@ BN_ACT = (
     Backend(
         "cpu",
         _cpu_why_not,
-        BnAct(_cpu_forward, _cpu_backward),
+        _by(_Kernels(_on_cpu_statistics, _on_cpu_forward, _on_cpu_sums, _on_cpu_backward)),
         auto=Auto(("cpu",), _pays),
         sources=sources.BN_ACT,
+    ),
+    Backend(
+        "triton",
+        _triton_why_not,
+        _by(
+            _Kernels(
+                *map(_in_triton, ("statistics_launches", "forward_launches", "sums_launches", "backward_launches"))
+            )
+        ),
+        origin="interpreted" if is_interpreted() else "ours",
+        sources=sources.TRITON_BN_ACT,
     ),
     EAGER,
 )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, Iterable, Iterator, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from fused_resnet.emulation.kernel import CAPABILITIES, Kernel, Outcome
 from fused_resnet.emulation.tensor_map import SWIZZLES, TensorMap
-from fused_resnet.kernels.triton import add_relu, affine_act, aot, max_pool
+from fused_resnet.kernels.triton import add_relu, affine_act, aot, bn_act, max_pool
 from fused_resnet.kernels.triton.conv import launch as conv
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.kernels.triton.conv.epilogue import Epilogue, Int8Epilogue
@@ -217,3 +217,15 @@ def run_affine_act(y: Tensor, operands: ConvOperands, activation: str, arch: int
     """`affine_act.launch`; y is changed in place."""
     launch = Launch(affine_act._affine_act_kernel, *affine_act.arguments(y, operands, activation))
     return run(launch, arch, [y], **how)
+
+
+def run_bn_act(launches: Iterable[bn_act.Launch], arch: int, **how) -> list[Outcome]:
+    """Launches of `bn_act`, in order. What they write is NaN before, or ones."""
+    outcomes: list[Outcome] = []
+    for each in launches:
+        for tensor in each.writes:
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 255)
+        outcomes.append(run(Launch(*each[:4]), arch, each.writes, **how))
+        if outcomes[-1].faulted:
+            break
+    return outcomes

@@ -206,6 +206,19 @@ def test_affine_act(worker, dtype, shape, activation, nchw, has_residual, arch):
     check(answer)
 
 
+@pytest.mark.parametrize("dtype, shape, activation, nchw, has_residual, training, arch", (
+    ("float32", (1, 20, 19, 23), "relu", False, True, True, 90),
+    ("bfloat16", (3, 5, 33, 35), "relu6", True, True, True, 80),
+    ("float16", (2, 33, 7, 5), "none", False, False, True, 80),
+    ("bfloat16", (2, 20, 7, 5), "relu", False, False, False, 90),
+))  # fmt: skip
+def test_bn_act(worker, dtype, shape, activation, nchw, has_residual, training, arch):
+    answer = worker.ask("bn_act", dtype=dtype, shape=shape, activation=activation, nchw=nchw, has_residual=has_residual,
+                        training=training, arch=arch, number=arch + nchw)  # fmt: skip
+    check(answer)
+    assert answer["same_mask"]
+
+
 @pytest.mark.parametrize("dtype, shape, window, stride, padding, activation, has_bias, arch", (
     ("float16", (1, 64, 13, 11), 3, 2, 1, "relu", True, 80), ("bfloat16", (2, 20, 7, 9), 2, 2, 0, "none", False, 90),
     ("float32", (1, 3, 9, 8), 3, 1, 1, "relu6", True, 90),

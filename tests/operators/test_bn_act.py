@@ -17,6 +17,8 @@ from fused_resnet.operators.problem import ACTIVATIONS
 
 op = torch.ops.fused_resnet.bn_act
 BACKENDS = tuple(backends.known("bn_act"))
+# Triton's interpreter takes seconds for what others do at once.
+IN_TIERS = [pytest.param(name, marks=pytest.mark.full if name == "triton" else ()) for name in BACKENDS]
 LAYOUTS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
 # channels beside whole vectors, more than one chunk of rows and part, planes of odd sizes, a single pixel, one channel
 SHAPES = ((2, 3, 4, 5), (4, 70, 9, 9), (3, 64, 1, 1), (2, 1, 33, 3), (3, 128, 17, 9), (9, 8, 40, 40))
@@ -106,7 +108,7 @@ def test_the_reference_by_hand():
     assert found.grad_weight.tolist() == [1] and found.grad_x.flatten().tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_TIERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("number, shape", list(enumerate(SHAPES)))
@@ -146,6 +148,22 @@ def test_layouts_that_are_neither(backend):
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_triton_in_parts_and_tiles(layout, monkeypatch):
+    """Several parts of each sum, and more than one tile in each; two runs are equal to the last bit."""
+    if (reason := backends.known("bn_act")["triton"].why_not(bn_act_problem(BnActOperands(X), "relu"))) is not None:
+        pytest.skip(reason)
+    from fused_resnet.kernels.triton import bn_act as kernels
+
+    monkeypatch.setattr(kernels, "TILE", 64)
+    o = operands_of((3, 5, 7, 9), torch.bfloat16, layout)
+    tiling = kernels._tiling(bn_act_problem(o, "relu"), o.x.device)
+    assert 1 < tiling.num_parts < tiling.num_tiles
+    check(o, "relu", "triton")
+    first, second = (op(*o, "relu", "triton") for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second))
+
+
 def mistakes(x, y, mean, var):
     """What a wrong kernel would give of a training forward without activation: by name, (y, mean, var)."""
     per_channel = lambda vector: vector.view(1, -1, 1, 1)  # noqa: E731
@@ -180,7 +198,7 @@ def statistics_of(x, backend="cpu"):
     return op(x, None, None, None, None, None, 1e-5, "none", backend)[1:3]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_TIERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_small_deviation_beside_a_large_mean(backend, layout):
     x = (1e4 + 1e-2 * torch.randn(8, 16, 33, 31)).contiguous(memory_format=LAYOUTS[layout])
@@ -236,7 +254,7 @@ def test_results_do_not_depend_on_the_number_of_threads(shape, layout):
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_TIERS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("momentum, affine", ((0.1, True), (None, False), (1.0, True), (0, True)))
 def test_running_statistics_are_those_of_batch_norm(backend, dtype, momentum, affine):
@@ -407,7 +425,7 @@ def test_autocast():
     assert torch.equal(y, plain_call(half, "relu", "auto"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_TIERS)
 @pytest.mark.parametrize("training, layout, activation", (
     (True, "NHWC", "relu"), (False, "NCHW", "relu6"), (True, "NCHW", "none"), (True, "NHWC", "silu"),
 ))  # fmt: skip

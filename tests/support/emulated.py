@@ -19,7 +19,7 @@ from fused_resnet.emulation import kernel, parser
 from fused_resnet.emulation.kernel import LANDINGS, SCHEDULES
 from fused_resnet.emulation.operands import operands_of
 from fused_resnet.operators import float8, layout, quantized, reference
-from fused_resnet.operators.operands import ConvOperands
+from fused_resnet.operators.operands import BnActOperands, ConvOperands
 from fused_resnet.operators.problem import AddReluProblem, MaxPoolProblem, parsed_problem
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -249,6 +249,50 @@ def affine_act(
     return answer_of(y, [launches.run_affine_act(y, o, activation, arch, **mode(number))], expected, bound)
 
 
+def bn_act(
+    dtype: str, shape: list, activation: str, nchw: bool, has_residual: bool, training: bool, arch: int, number: int
+) -> dict:
+    """Statistics, forward and backward, each held against the reference."""
+    from fused_resnet.emulation import launches
+    from fused_resnet.kernels.triton import bn_act as kernels
+    from fused_resnet.operators import mask, reference
+    from fused_resnet.operators.describe import bn_act_problem
+
+    memory = torch.contiguous_format if nchw else torch.channels_last
+    x, residual, grad = (torch.randn(shape).to(DTYPES[dtype]).contiguous(memory_format=memory) for _ in range(3))
+    C = shape[1]
+    x += 3 * torch.randn(C).view(-1, 1, 1).to(x.dtype)
+    given = (None, None) if training else (torch.randn(C), torch.rand(C) + 0.5)
+    o = BnActOperands(x, *given, torch.randn(C), torch.randn(C), residual if has_residual else None, 1e-5)
+    p = bn_act_problem(o, activation)
+    how, outcomes = mode(number), []
+    mean, var, total, dot = (torch.full((C,), torch.nan) for _ in range(4))
+    if training:
+        outcomes += launches.run_bn_act(kernels.statistics_launches(p, x, mean, var), arch, **how)
+    used = o._replace(mean=mean, var=var) if training else o
+    y, grad_x, grad_residual = (torch.empty_like(x) for _ in range(3))
+    bits = torch.empty(p.mask_shape, dtype=torch.uint8)
+    read = bits if p.has_mask else None
+    outcomes += launches.run_bn_act(kernels.forward_launches(p, used, read, y), arch, **how)
+    outcomes += launches.run_bn_act(kernels.sums_launches(p, grad, used, read, total, dot), arch, **how)
+    sums = (total, dot) if training else (None, None)
+    outcomes += launches.run_bn_act(
+        kernels.backward_launches(p, grad, used, read, *sums, grad_x, grad_residual), arch, **how
+    )
+    expected = reference.bn_act(p, o, grad, mask.unpacked(bits, x) if p.has_mask else None)
+    bound = reference.bn_act_bound(p, o, expected, terms=520)
+    grads = (grad_x, dot * torch.rsqrt(used.var + o.eps), total, grad_residual)
+    actual = reference.BnAct(y, used.mean, used.var, *grads)
+    worst = {
+        name: ((one.double() - wanted).abs() / allowed.clamp(min=1e-300)).max().item()
+        for name, one, wanted, allowed in zip(actual._fields, actual, expected, bound)
+        if training or name not in ("mean", "var")
+    }
+    same_mask = not p.has_mask or torch.equal(bits, mask.packed(p, y))
+    reports = [report for outcome in outcomes for report in outcome.reports]
+    return dict(worst=max(worst.values()), of=worst, same_mask=same_mask, reports=reports[:3])
+
+
 def max_pool(
     dtype: str,
     shape: list,
@@ -353,6 +397,7 @@ CASES = (
     conv_float8,
     add_relu,
     affine_act,
+    bn_act,
     max_pool,
     random_problem,
     quantized_plan,

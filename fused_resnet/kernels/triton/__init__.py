@@ -1,4 +1,4 @@
-"""Triton's kernels: `add_relu`, `conv`, `max_pool`.
+"""Triton's kernels: `add_relu`, `bn_act`, `conv`, `max_pool`.
 
 `runtime` guards the import; `aot`, `precompile` and `carried` need no GPU.
 

@@ -19,12 +19,12 @@ from typing import Any, Iterator, NamedTuple, Optional
 
 import torch
 
-from fused_resnet.kernels.triton import add_relu, affine_act, max_pool, runtime
+from fused_resnet.kernels.triton import add_relu, affine_act, bn_act, max_pool, runtime
 from fused_resnet.kernels.triton.conv.configs import TritonConfig, configs, default_config
 from fused_resnet.kernels.triton.conv.launch import launches
 from fused_resnet.kernels.triton.runtime import triton
-from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import AddReluProblem, ConvProblem, MaxPoolProblem
+from fused_resnet.operators.operands import BnActOperands, ConvOperands
+from fused_resnet.operators.problem import AddReluProblem, BnActProblem, ConvProblem, MaxPoolProblem
 
 ARCHITECTURES = (80, 90, 100)
 # What each kind of instruction looks like, and where. tcgen05 is Blackwell's tensor core, HGMMA Hopper's.
@@ -117,6 +117,22 @@ def compile_affine_act(problem: ConvProblem, arch: int, *, in_nchw: bool = False
     operands = ConvOperands(y, y, *(vector if problem.has_bn else None,) * 4, 1e-5, None, residual)
     _, arguments, options = affine_act.arguments(y, operands, problem.activation)
     return _compile(affine_act._affine_act_kernel, arguments, options, arch, str(problem), None)
+
+
+def compile_bn_act(problem: BnActProblem, arch: int) -> list[Compiled]:
+    """The kernels that the backend triton would start for a training step of this problem, for fp32 vectors."""
+    p, memory_format = problem, torch.channels_last if problem.is_nhwc else torch.contiguous_format
+    x = torch.empty(p.output_shape, dtype=p.dtype, device="meta", memory_format=memory_format)
+    vector = torch.empty(p.C, device="meta")
+    mask = torch.empty(p.mask_shape, dtype=torch.uint8, device="meta") if p.has_mask else None
+    o = BnActOperands(x, *(vector,) * 4, x if p.has_residual else None)
+    made = (
+        *bn_act.statistics_launches(p, x, vector, vector),
+        *bn_act.forward_launches(p, o, mask, x),
+        *bn_act.sums_launches(p, x, o, mask, vector, vector),
+        *bn_act.backward_launches(p, x, o, mask, vector, vector, x, x if p.has_residual else None),
+    )
+    return [_compile(each.kernel, each.arguments, each.options, arch, str(problem), None) for each in made]
 
 
 def specialise(kernel, arguments: tuple, options: dict) -> tuple[dict, dict, dict, dict]:
@@ -219,6 +235,9 @@ def _compile_all(arch: int, dtype: torch.dtype, only: str, all_configs: bool) ->
     for backward in (False, True):
         if only in str(addition):
             yield compile_add_relu(addition, arch, backward=backward)
+    norm = BnActProblem(32, 256, 56, 56, "relu", True, True, True, dtype, "cuda")
+    if only in str(norm):
+        yield from compile_bn_act(norm, arch)
     stem = MaxPoolProblem(32, 64, 112, 112, 3, 3, (2, 2), (1, 1), "relu", True, dtype, "cuda")
     if only in str(stem):
         yield compile_max_pool(stem, arch)
