@@ -70,7 +70,7 @@ def roof_us(problem: ConvProblem, gpu: Gpu) -> float:
 
 
 def first_tile(problem: ConvProblem, gpu: Gpu) -> Optional[int]:
-    """Of those for sm_90a, by csrc's estimate."""
+    """The one for sm_90a that csrc's estimate puts first, or None."""
     limits = checks.DeviceLimits(gpu.num_sms, 227 * 1024, 228 * 1024, gpu.arch)
     ranked = checks.all_configs(_shape(problem), problem.dtype.itemsize, limits, True)
     return next((tile for tile, _ in ranked if tile in cuda_launches.SM90_TILES), None)
