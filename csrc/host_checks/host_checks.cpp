@@ -55,7 +55,7 @@ void bind_sm90(py::module_& m) {
     const sm90::Tile& t = sm90::kTiles[index - sm90::kFirstTile];
     py::dict d;
     d["block_m"] = t.block_m, d["block_n"] = t.block_n, d["stages"] = t.stages;
-    d["resident_blocks"] = t.resident_blocks, d["threads"] = sm90::num_threads(t);
+    d["resident_blocks"] = t.resident_blocks, d["cluster"] = t.cluster, d["threads"] = sm90::num_threads(t);
     d["smem_bytes"] = sm90::smem_bytes(t, 2), d["registers"] = sm90::launch_registers(t);
     d["producer_registers"] = sm90::producer_registers(t), d["consumer_registers"] = sm90::consumer_registers(t);
     return d;

@@ -81,7 +81,7 @@ std::string fill_sm90(const PtxConv& conv, const DeviceLimits& device, const Con
   std::string reason = sm90::why_not_launched(args, tile, conv.element_bytes, device);
   if (!reason.empty()) return reason;
   launch->blocks = sm90::num_blocks(tile, args.shape, device.num_sms);
-  launch->threads = sm90::num_threads(tile), launch->cluster = 1;
+  launch->threads = sm90::num_threads(tile), launch->cluster = tile.cluster;
   launch->shared_bytes = sm90::smem_bytes(tile, conv.element_bytes);
   const sm90::MapPlans plans = sm90::tensor_maps(args, tile, conv.element_bytes);
   launch->num_maps = sm90::kNumMaps;
@@ -118,7 +118,7 @@ extern "C" int32_t ptx_tile(int32_t index, int32_t element_bytes, PtxTile* tile)
   using namespace fused_resnet;
   if (sm90::is_tile(index)) {
     const sm90::Tile& t = sm90::kTiles[index - sm90::kFirstTile];
-    *tile = {t.block_m, t.block_n, t.stages, 1, sm90::num_threads(t), sm90::smem_bytes(t, element_bytes)};
+    *tile = {t.block_m, t.block_n, t.stages, t.cluster, sm90::num_threads(t), sm90::smem_bytes(t, element_bytes)};
     return 1;
   }
   if (index < 0 || index >= kNumTiles) return 0;

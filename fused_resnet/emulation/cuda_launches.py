@@ -27,7 +27,7 @@ from fused_resnet.operators.operands import VECTORS, ConvOperands, Int8Operands
 from fused_resnet.operators.problem import BYTE_DTYPES, ConvProblem
 
 NUM_TILES, ANY_ALIGNMENT = 5, (1, 3)  # csrc/cuda/sm80/tiles.h
-FIRST_SM90_TILE, SM90_TILES = 90, (90, 91, 92, 93)  # csrc/cuda/sm90/tiles.h
+FIRST_SM90_TILE, SM90_TILES = 90, tuple(range(90, 96))  # csrc/cuda/sm90/tiles.h
 CSRC = ROOT / "csrc"
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common/dtype.h
 _ACTIVATIONS = ("none", "relu", "relu6", "silu")  # csrc/common/activation.h

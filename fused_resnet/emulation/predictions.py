@@ -44,11 +44,12 @@ def why_not() -> Optional[str]:
 
 def ways(problem: ConvProblem, gpu: Gpu) -> Iterator[tuple[str, Union[Expected, str]]]:
     """(way, what to expect or why it cannot run): Triton's default and likeliest config, and each CUDA tile."""
+    tiles = (*range(cuda_launches.NUM_TILES), *(cuda_launches.SM90_TILES if gpu.arch == 90 else ()))
     configs = {default_config(problem): "default"}
     configs.setdefault(cost.likely_config(problem, gpu.arch, gpu.num_sms), "likely")
     for config, name in configs.items():
         yield f"triton {name}, {described(config)}", of_triton(problem, config, gpu)
-    for tile in range(cuda_launches.NUM_TILES):
+    for tile in tiles:
         name = f"cuda tile {tile}"
         try:
             yield name, cuda_launches.why_not() or of_cuda(problem, tile, gpu)
@@ -85,21 +86,30 @@ def of_triton(problem: ConvProblem, config: TritonConfig, gpu: Gpu, blocks: int 
 
 
 def of_cuda(problem: ConvProblem, tile: int, gpu: Gpu, blocks: int = SAMPLED_BLOCKS) -> Expected:
-    """The launch of one of csrc/cuda/sm80's tiles, compiled by nvcc for the GPU; the reduction in one part."""
+    """The launch of one of csrc/cuda's tiles, compiled by nvcc for the GPU; the reduction in one part."""
     o = _operands(problem)
-    launch = cuda_launches.prepare(problem, o, torch.empty(problem.output_shape), None, tile, 1, gpu.arch)
-    copy = launch.copy_bytes
-    tiles = range(cuda_launches.NUM_TILES) if copy == 16 else (tile,)
-    instances = tuple((each, copy) for each in tiles)  # compiled together: most of nvcc's time goes into headers
+    out = torch.empty(problem.output_shape, dtype=problem.dtype).contiguous(memory_format=torch.channels_last)
+    launch = cuda_launches.prepare(problem, o, out, None, tile, 1, gpu.arch, gpu.num_sms)
+    text, kernel = _text_of(problem, tile, launch.copy_bytes, gpu)
     sample = _sample(launch.blocks, blocks)
-    run = functools.partial(cuda_launches.conv_bn_act, instances=instances)
+    run = functools.partial(cuda_launches.conv_bn_act, out=out, text=text, num_sms=gpu.num_sms)
     _, outcomes = run(problem, o, gpu.arch, tile, races=0, blocks=sample)
-    text = cuda_launches.conv_text(problem.dtype, gpu.arch, instances)
     compiler = cuda_launches.nvcc()
     assert compiler is not None
-    registers = registers_of(text, f"Li{tile}ELi{copy}E", gpu.arch, Path(compiler).parent / "ptxas")
+    registers = registers_of(text, kernel, gpu.arch, Path(compiler).parent / "ptxas")
     shape = Shape(launch.blocks, launch.threads, registers, launch.shared_bytes)
-    return _all([_predicted(gpu, outcomes[0], len(sample), shape, problem, True)])
+    ran = launch.cluster * len({block // launch.cluster for block in sample})  # a cluster runs as a whole
+    return _all([_predicted(gpu, outcomes[0], ran, shape, problem, True)])
+
+
+def _text_of(problem: ConvProblem, tile: int, copied: int, gpu: Gpu) -> tuple[str, str]:
+    """The PTX of a tile's kernel, and a part of its name. Compiled together: most of nvcc's time goes into headers."""
+    if tile in cuda_launches.SM90_TILES:
+        text = cuda_launches.sm90_conv_text(problem.dtype, cuda_launches.SM90_TILES)
+        return text, f"Li{tile - cuda_launches.FIRST_SM90_TILE}E"
+    tiles = range(cuda_launches.NUM_TILES) if copied == 16 else (tile,)
+    text = cuda_launches.conv_text(problem.dtype, gpu.arch, tuple((each, copied) for each in tiles))
+    return text, f"Li{tile}ELi{copied}E"
 
 
 def _all(found: Sequence[Prediction]) -> Expected:

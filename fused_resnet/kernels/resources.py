@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -44,13 +43,12 @@ class Resources(NamedTuple):
 
 
 def cuobjdump() -> Optional[Path]:
-    """The tool: in PATH, in the CUDA toolkit's folder, or in Triton's wheel; None where there is none."""
-    toolkits = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in (*toolkits, "/usr/local/cuda"))]
+    """The tool: in PATH, in the CUDA toolkit's usual folder, or in Triton's wheel; None where there is none."""
+    folders: list[Optional[str]] = [None, "/usr/local/cuda/bin"]  # None: PATH
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
         folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
-    found = shutil.which("cuobjdump", path=os.pathsep.join(folders))
+    found = next(filter(None, (shutil.which("cuobjdump", path=folder) for folder in folders)), None)
     return None if found is None else Path(found)
 
 

@@ -213,6 +213,12 @@ def test_conv_kernels_have_eight_residual_loads_in_flight(compiled, arch):
 SM90_SOURCE = ("cuda/sm90/conv_bn_act.cu", "90a")
 
 
+SM90_PRODUCTS = {
+    "Half": "HGMMA.64x{}x16.F32", "BFloat16": "HGMMA.64x{}x16.F32.BF16",
+    "uint8_t": "IGMMA.64x{}x32.U8.S8", "int8_t": "IGMMA.64x{}x32.S8.S8",
+}  # fmt: skip
+
+
 def sm90_key(name: str) -> tuple[str, int]:
     """(element, tile) of a kernel for sm_90a, by its mangled name."""
     found = re.search(r"4sm90\d+conv_bn_act_kernelI(\w+?)Li(\d+)E", name)
@@ -227,7 +233,8 @@ def test_sm90_kernels_compile_without_spills(compiled):
     assert "C7510" not in result.log and "setmaxnreg" not in result.log, result.log
     kernels = {sm90_key(kernel.name): kernel for kernel in result.kernels}
     tiles = range(len(checks.SM90_TILES))
-    assert set(kernels) == {(element, tile) for element in ("Half", "BFloat16") for tile in tiles}
+    elements = ("Half", "BFloat16", "uint8_t", "int8_t")
+    assert set(kernels) == {(element, tile) for element in elements for tile in tiles}
     for (_, tile), kernel in kernels.items():
         assert (kernel.stack_bytes, kernel.spill_store_bytes, kernel.spill_load_bytes) == (0, 0, 0), kernel
         assert kernel.registers == checks.sm90_tile(checks.SM90_TILES[tile])["registers"], kernel
@@ -239,17 +246,20 @@ def test_sm90_kernels_multiply_by_wgmma_what_tensor_copies_bring(compiled):
     for name, instructions in sass(compiled(*SM90_SOURCE).cubin).items():
         element, tile = sm90_key(name)
         block_n = checks.sm90_tile(checks.SM90_TILES[tile])["block_n"]
-        products = re.findall(r"\bHGMMA\.\S+", instructions)
-        # four products of 16 channels make a stage; the next stage's begin before they are done
-        assert products == [f"HGMMA.64x{block_n}x16.F32" + (".BF16" if element == "BFloat16" else "")] * 4, name
-        loop = instructions[instructions.index("HGMMA") : instructions.rindex("HGMMA")]
+        products = re.findall(r"\b[HI]GMMA\.\S+", instructions)
+        # four products of 32 bytes make a stage; the next stage's begin before they are done
+        assert products == [SM90_PRODUCTS[element].format(block_n)] * 4, name
+        loop = instructions[instructions.index("GMMA.64x") : instructions.rindex("GMMA.64x")]
         assert not re.search(r"WARPGROUP\.DEPBAR|WARPGROUP\.ARRIVE", loop), "the four are one group"
         assert re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", instructions)
-        for copy in ("UTMALDG.2D", "UTMALDG.3D", "UTMALDG.4D.IM2COL"):
+        for copy in ("UTMALDG.2D", "UTMALDG.3D", "UTMALDG.4D.IM2COL", "UTMASTG.2D"):
             assert copy in instructions, (name, copy)
-        assert "HMMA." not in instructions.replace("HGMMA.", "") and "USETMAXREG" in instructions
-        for access in (r"LDSM\.16\.M88\.4", r"STSM\.16\.M88\.4", r"STG\.E\.128", r"LDGSTS\.E\.BYPASS\.128"):
-            assert re.search(access, instructions), (name, access)
+        is_shared = checks.sm90_tile(checks.SM90_TILES[tile])["cluster"] > 1
+        assert ("UTMALDG.3D.MULTICAST" in instructions) == ("UCGABAR_ARV" in instructions) == is_shared, name
+        assert not re.search(r"\b[HI]MMA\.", instructions) and "USETMAXREG" in instructions
+        is_byte = element in ("uint8_t", "int8_t")
+        for access in ("LDS.U16", "STS.U16") if is_byte else ("LDSM.16.M88.4", "STSM.16.M88.4"):
+            assert access in instructions, (name, access)
         assert not re.search(r"\b(LDL|STL)\b", instructions), "no local memory"
 
 

@@ -32,6 +32,8 @@ found = {
 }
 if cuda_launches.why_not() is None:
     found["cuda"] = predictions.of_cuda(problem, 2, a100)
+    # 256 rows: two blocks of a cluster have 128 x 128 each, of which half a tile's columns exist
+    found["sm_90"] = predictions.of_cuda(problem._replace(N=4), 95, GPUS["h100"], blocks=1)
 print(json.dumps({name: [one.us, [kernel._asdict() for kernel in one.kernels]] for name, one in found.items()}))
 """
 
@@ -55,6 +57,15 @@ def test_the_products_of_a_tile(found, name):
     assert kernel["parts"]["tensor"] == pytest.approx(TILE_US)
     assert kernel["waves"] == 1 and kernel["resident"] >= 2  # 48 KiB of 164, and at most 255 registers
     assert us == kernel["us"] > 2 + max(kernel["parts"].values())
+
+
+def test_a_cluster_is_counted_once(found):
+    """The products of one block of its two, also of columns that do not exist."""
+    if "sm_90" not in found:
+        pytest.skip("needs nvcc")
+    _, (kernel,) = found["sm_90"]
+    assert kernel["parts"]["tensor"] == pytest.approx(128 * 128 * 576 / 2048 / 1830)
+    assert kernel["waves"] == kernel["resident"] == 1  # 209 KiB of 228
 
 
 def test_a_split_reduction_is_two_launches(found):

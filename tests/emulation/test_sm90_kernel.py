@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 TILES = cuda_launches.SM90_TILES
-_, SQUARE, NARROW, _ = TILES
+_, SQUARE, NARROW, _, _, PAIR = TILES
 # each has something the others lack; 16 rows of a warp, 64 of a warpgroup and 128 of a tile all have remainders
 WINDOWS = {
     "pointwise": "2x64x7x5 -> 72, 1x1",
@@ -75,7 +75,7 @@ def check(p: ConvProblem, tile: int, number: int, **how) -> None:
 
 @pytest.mark.parametrize("number", range(len(WINDOWS)), ids=list(WINDOWS))
 def test_every_window(number):
-    check(problem(list(WINDOWS.values())[number]), TILES[number % 4], number // 4)
+    check(problem(list(WINDOWS.values())[number]), TILES[number % len(TILES)], number // len(TILES))
 
 
 @pytest.mark.full
@@ -110,7 +110,7 @@ def check_bytes(p: ConvProblem, tile: int, number: int) -> None:
 
 @pytest.mark.parametrize("number", range(len(BYTES)), ids=list(BYTES))
 def test_bytes(number):
-    check_bytes(parsed_problem(list(BYTES.values())[number], "cpu"), TILES[number % 4], number // 4)
+    check_bytes(parsed_problem(list(BYTES.values())[number], "cpu"), TILES[number % len(TILES)], number // len(TILES))
 
 
 @pytest.mark.full
@@ -142,6 +142,17 @@ def test_the_result_does_not_depend_on_timing_or_on_who_takes_a_tile():
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
+def test_blocks_that_share_their_filters_find_the_same():
+    """Three tiles of rows are one cluster and a half: the last block has no rows."""
+    p = problem("3x72x12x11 -> 144, 3x3 p1")
+    o = operands_of(p)
+    ways = zip(LANDINGS, ("in_turn", "backwards", "greedy"), (1, 2, 132))
+    outputs = [
+        run(p, o, PAIR, landing=landing, schedule=schedule, num_sms=sms, races=2) for landing, schedule, sms in ways
+    ]
+    assert all(torch.equal(run(p, o, SQUARE), other) for other in outputs)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("epilogue", ["bn+bias", "bn", "bias", "bn+bias+add", "bias+add", "add", "plain"])
 def test_epilogue(activation, epilogue):
@@ -150,7 +161,7 @@ def test_epilogue(activation, epilogue):
     o = operands_of(p)._replace(x=operands_of(p).x * 4)  # relu6 and silu beyond their bends
     for number, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16), len(activation)):
         typed = o._replace(**{name: v.to(dtype) for name in VECTORS if (v := getattr(o, name)) is not None})
-        assert_close(p, typed, run(p, typed, TILES[number % 4]))
+        assert_close(p, typed, run(p, typed, TILES[number % len(TILES)]))
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -222,8 +233,10 @@ def test_residuals_and_outputs_that_begin_anywhere(elements):
 def test_what_it_declines(window, dtype, arch, why):
     is_byte = dtype == "uint8"
     p = problem(window, dtype, "bias+add" if is_byte else "bn+bias+add")
+    o = (quantized_operands if is_byte else operands_of)(p)
+    out = layout.channels_last(torch.empty(p.output_shape, dtype=p.dtype))
     with pytest.raises(ValueError, match=why):
-        cuda_launches.conv_bn_act(p, (quantized_operands if is_byte else operands_of)(p), arch, NARROW)
+        cuda_launches.conv_bn_act(p, o, arch, NARROW, out=out)
 
 
 def test_it_does_not_split():
@@ -244,28 +257,28 @@ _KERNEL, _EPILOGUE = "cuda/sm90/conv_bn_act.cuh", "cuda/sm90/epilogue.cuh"
 _TMA, _WGMMA, _MAPS = "cuda/sm90/tma.cuh", "cuda/sm90/wgmma.cuh", "cuda/sm90/tensor_maps.h"
 # header, what is broken, what it becomes
 BROKEN = {
-    "no wait for a stage's bytes": (_KERNEL, "wait_barrier(memory.full(place->stage), place->parity);", ""),
+    "no wait for a stage's bytes": (_KERNEL, "wait_stage<Traits>(memory.full(place->stage), place->parity);", ""),
     "the other phase of empty stages": (_KERNEL, "place.parity ^ 1)", "place.parity)"),
     "the 64-byte swizzle": (_WGMMA, "uint64_t{1} << 62", "uint64_t{2} << 62"),
-    "the output is not fenced for the copy": (_EPILOGUE, "      fence_async_proxy();\n", ""),
+    "the output is not fenced for the copy": (_EPILOGUE, "fence_async_proxy();\n", ";\n"),
 }
 MORE_BROKEN = {
     "the other phase of full stages": (_KERNEL, "(place->stage), place->parity", "(place->stage), place->parity ^ 1"),
-    "no wait for an empty stage": (_KERNEL, "wait_barrier(memory.empty(place.stage), place.parity ^ 1);", ""),
+    "no wait for an empty stage": (_KERNEL, "wait_stage<Traits>(memory.empty(place.stage), place.parity ^ 1);", ""),
     "eight rows are 512 bytes": (_WGMMA, "1024 >> 4", "512 >> 4"),
     "two groups of products in flight": (_KERNEL, "wait_wgmma<1>", "wait_wgmma<2>"),
     "no wait for the last products": (_KERNEL, "wait_wgmma<0>();", ""),
     "no fence before the products": (_KERNEL, "fence_wgmma();", ""),
     "a stage is free while it is read": (_KERNEL, "      wait_wgmma<1>();\n", ""),
-    "the last stage is never free": (_KERNEL, "  pin(sums);\n  if (lane == 0) arrive(memory.empty(before));", ""),
-    "one arrival too few": (_KERNEL, "4 * Traits::kConsumers)", "4 * Traits::kConsumers - 1)"),
-    "one arrival too many": (_KERNEL, "4 * Traits::kConsumers)", "4 * Traits::kConsumers + 1)"),
+    "the last stage is never free": (_KERNEL, "  pin(sums);\n  release(memory, before, lane);", ""),
+    "one arrival too few": (_KERNEL, "kConsumers * Traits::kCluster)", "kConsumers * Traits::kCluster - 1)"),
+    "one arrival too many": (_KERNEL, "kConsumers * Traits::kCluster)", "kConsumers * Traits::kCluster + 1)"),
     "fewer bytes than arrive": (_KERNEL, "(full, Traits::kStageBytes)", "(full, Traits::kStageBytes - 16)"),
     "the ring's parity stays": (_KERNEL, "stage = 0, parity ^= 1;", "stage = 0;"),
-    "barriers are used before they are made": (_KERNEL, "  sync_block();\n", ""),
+    "barriers are used before they are made": (_KERNEL, "    sync_block();\n", ""),
     "no wait for the residual": (_KERNEL, "    rows.wait_residual(parity);\n", ""),
     "the residual's other phase": (_KERNEL, "rows.wait_residual(parity)", "rows.wait_residual(parity ^ 1)"),
-    "the residual's phase stays": (_KERNEL, ", parity ^= 1) {\n    const", ") {\n    const"),
+    "the residual's phase stays": (_KERNEL, "advance(), parity ^= 1) {", "advance()) {"),
     "fewer bytes of the residual than arrive": (_EPILOGUE, "kPanels * kPanelBytes)", "kPanels * kPanelBytes - 16)"),
     "one panel of the residual too few": (
         _EPILOGUE, "panel < kPanels; ++panel) {\n        copy", "panel + 1 < kPanels; ++panel) {\n        copy",
@@ -273,8 +286,7 @@ MORE_BROKEN = {
     "the residual arrives before the last tile has left": (_EPILOGUE, "      wait_stores_read();\n", ""),
     "the block ends before its output has left": (_KERNEL, "thread == 0) wait_stores();", "thread == 0) {}"),
     "stores are in no group": (_EPILOGUE, "      commit_stores();\n", ""),
-    "no barrier before the output leaves": (_EPILOGUE, "      sync_warpgroup(barrier);\n", ""),
-    "no barrier before new scales": (_KERNEL, "(m, k);\n    sync_warpgroup(barrier);\n", "(m, k);\n"),
+    "no barrier before the output leaves": (_EPILOGUE, "    sync_warpgroup(barrier);\n", ""),
     "no barrier behind the scales": (_KERNEL, "    sync_warpgroup(barrier);\n    rows.wait", "    rows.wait"),
     "the staged rows' other swizzle": (_EPILOGUE, "(line % kRowChunks)", "(line / 2 % kRowChunks)"),
     "a tap's row and column exchanged": (
@@ -282,10 +294,19 @@ MORE_BROKEN = {
     ),
 }  # fmt: skip
 
-
+# of tiles whose blocks share their filters
+BROKEN_CLUSTERS = {
+    "the filters go to this block alone": (_KERNEL, "(1 << Traits::kCluster) - 1)", "1 << walk.rank())"),
+    "all blocks bring the same filters": (_KERNEL, "tap, k + first, full", "tap, k, full"),
+    "a stage is free once one block has read it": (_KERNEL, "lane < Traits::kCluster) arrive", "lane < 1) arrive"),
+    "arrivals of one block are counted": (_KERNEL, "kConsumers * Traits::kCluster)", "kConsumers)"),
+    "blocks do not meet before they write to each other": (_KERNEL, "    sync_cluster();\n", ""),
+    "a block ends while others write to it": (_KERNEL, "1) sync_cluster();", "1) {}"),
+    "the next tile is the next block's": (_KERNEL, "(num_grid_blocks()) / Traits::kCluster", "(num_grid_blocks())"),
+}
 # where no copy takes the output: 33 filters are no whole chunks
 BROKEN_ELEMENTS = {
-    "rows are written before all are staged": (_EPILOGUE, "      __syncwarp();\n", ""),
+    "rows are written before all are staged": (_EPILOGUE, "    sync_warpgroup(barrier);\n", ""),
     "one row too many": (_EPILOGUE, "m + row < rows ?", "m + row <= rows ?"),
     "one column too many": (_EPILOGUE, "e < num_columns) to[", "e <= num_columns) to["),
 }
@@ -298,12 +319,19 @@ def test_what_is_broken_is_seen(name, tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("name", BROKEN_CLUSTERS)
+def test_what_is_broken_of_clusters_is_seen(name, tmp_path):
+    windows = ("4x136x12x11 -> 144, 3x3 p1", "5x264x12x11 -> 264, 1x1")
+    assert is_seen(BROKEN_CLUSTERS[name], windows, tmp_path, PAIR)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("name", BROKEN_ELEMENTS)
 def test_what_is_broken_of_single_elements_is_seen(name, tmp_path):
     assert is_seen(BROKEN_ELEMENTS[name], (WINDOWS["filters that no chunk divides"],), tmp_path)
 
 
-def is_seen(edit: tuple[str, str, str], windows: Sequence[str], csrc: Path) -> bool:
+def is_seen(edit: tuple[str, str, str], windows: Sequence[str], csrc: Path, tile: int = NARROW) -> bool:
     """On any of the windows, in any landing."""
     header, line, broken = edit
     for folder in ("common", "cuda"):
@@ -312,11 +340,11 @@ def is_seen(edit: tuple[str, str, str], windows: Sequence[str], csrc: Path) -> b
     assert source.count(line) == 1
     (csrc / header).write_text(source.replace(line, broken))
     ways = itertools.product(map(problem, windows), LANDINGS)
-    return any(is_noticed(p, csrc, landing) for p, landing in ways)
+    return any(is_noticed(p, csrc, landing, tile) for p, landing in ways)
 
 
-def is_noticed(p: ConvProblem, csrc: Path, landing: str) -> bool:
+def is_noticed(p: ConvProblem, csrc: Path, landing: str, tile: int) -> bool:
     o = operands_of(p)
-    text = cuda_launches.sm90_conv_text(p.dtype, (NARROW,), csrc)
-    out, outcomes = cuda_launches.conv_bn_act(p, o, 90, NARROW, text=text, num_sms=1, landing=landing)
+    text = cuda_launches.sm90_conv_text(p.dtype, (tile,), csrc)
+    out, outcomes = cuda_launches.conv_bn_act(p, o, 90, tile, text=text, num_sms=1, landing=landing)
     return bool(outcomes[0].reports) or not bool(right(p, o, out).all())

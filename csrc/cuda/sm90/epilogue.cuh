@@ -162,11 +162,11 @@ struct OutputRows {
     }
   }
 
-  // barrier: where the warpgroup meets.
+  // barrier: where the warpgroup meets, done with the scales too.
   __device__ __forceinline__ void store(int m, int k, int barrier) const {
+    if (args.has_vector_rows) fence_async_proxy();
+    sync_warpgroup(barrier);
     if (args.has_vector_rows) {
-      fence_async_proxy();
-      sync_warpgroup(barrier);
       if (thread != 0) return;
       for (int panel = 0; panel < kPanels; ++panel) {
         store_box(out, k + panel * kPanelColumns, m, shared_address(staged) + panel * kPanelBytes);
@@ -174,7 +174,6 @@ struct OutputRows {
       commit_stores();
     } else {
       Element* to = static_cast<Element*>(args.out);
-      __syncwarp();
       for_chunks(m, k, [&](const Element* from, int64_t offset, int num_columns) {
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) {

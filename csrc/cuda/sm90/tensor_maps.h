@@ -66,8 +66,8 @@ inline MapPlan input_map(const ConvArguments& args, const Tile& tile, int elemen
   return map;
 }
 
-// The weight as (C, R * S, K): block_n filters' channels of one tap. A box that leaves the tap's channels is filled
-// with zeros there, so that no other tap's weights meet the zeros of x.
+// The weight as (C, R * S, K): channels of one tap, of block_n filters or a block's share of them. A box that leaves
+// the tap's channels is filled with zeros there, so that no other tap's weights meet the zeros of x.
 inline MapPlan weight_map(const ConvArguments& args, const Tile& tile, int element_bytes) {
   const ConvShape& s = args.shape;
   const uint64_t tap = uint64_t(s.C) * uint64_t(element_bytes), taps = uint64_t(s.R) * uint64_t(s.S);
@@ -78,7 +78,7 @@ inline MapPlan weight_map(const ConvArguments& args, const Tile& tile, int eleme
   map.strides[0] = tap, map.strides[1] = tap * taps;
   map.element_strides[0] = map.element_strides[1] = map.element_strides[2] = 1;
   map.box[0] = static_cast<uint32_t>(block_k(element_bytes)), map.box[1] = 1,
-  map.box[2] = static_cast<uint32_t>(tile.block_n);
+  map.box[2] = static_cast<uint32_t>(tile.block_n / tile.cluster);
   return map;
 }
 

@@ -18,14 +18,16 @@ namespace sm90 {
 struct Tile {
   int block_m, block_n, stages;
   int resident_blocks;  // on a multiprocessor: registers are shared out for so many
+  int cluster;          // blocks, of rows below each other, of which each brings a part of the filters for all
 };
 
 // A tile's index is in saved configs: new ones come last. It counts from kFirstTile, behind all that sm80/tiles.h has.
 constexpr Tile kTiles[] = {
-    {128, 256, 3, 1},  // the fewest bytes from L2 for a product
-    {128, 128, 4, 1},
-    {128, 64, 3, 2},  // 64 filters: layer1. One block's output is written while the other's products are summed
-    {64, 128, 3, 2},  // few rows, or short sums, where the output is what takes long
+    {128, 256, 3, 1, 1}, {128, 128, 4, 1, 1},
+    {128, 64, 3, 2, 1},   // 64 filters: layer1. One block's output is written while the other's products are summed
+    {64, 128, 3, 2, 1},   // few rows, or short sums, where the output is what takes long
+    {128, 256, 3, 1, 2},  // the fewest bytes from L2 for a product
+    {128, 128, 4, 1, 2},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 constexpr int kFirstTile = 90;
@@ -102,6 +104,7 @@ struct TilePlace {
   int32_t row, column;
 };
 
+// A cluster's tiles count as one, of all its rows.
 FUSED_RESNET_HD TileGrid tile_grid(const ConvShape& s, int block_m, int block_n) {
   return {static_cast<int32_t>((num_rows(s) + block_m - 1) / block_m), (s.K - 1) / block_n + 1};
 }
@@ -114,10 +117,15 @@ FUSED_RESNET_HD TilePlace tile_place(const TileGrid& grid, int32_t index) {
   return {first + within % rows, within / rows};
 }
 
-// As many blocks as run at a time, or as there are tiles.
+inline TileGrid tile_grid(const Tile& t, const ConvShape& s) {
+  return tile_grid(s, t.block_m * t.cluster, t.block_n);
+}
+
+// As many blocks as run at a time, or as there are tiles; in whole clusters.
 inline int64_t num_blocks(const Tile& t, const ConvShape& s, int num_sms) {
-  const TileGrid grid = tile_grid(s, t.block_m, t.block_n);
-  return std::min(int64_t{grid.rows} * grid.columns, int64_t{num_sms} * t.resident_blocks);
+  const TileGrid grid = tile_grid(t, s);
+  const int64_t resident = std::max(num_sms * t.resident_blocks / t.cluster, 1);
+  return t.cluster * std::min(int64_t{grid.rows} * grid.columns, resident);
 }
 
 // The corners of the box in which im2col moves a window's first tap: {W, H} from the first and from the last pixel.
@@ -166,10 +174,10 @@ constexpr double tile_cycles(const Tile& t) {
 
 inline double estimated_cycles(const Tile& t, const ConvShape& s, int element_bytes, const DeviceLimits& device) {
   const double arithmetic = t.block_m * t.block_n * (kSpan / 2) / kMultiplyAddsPerCycle;
-  const double from_l2 = stage_bytes(t) / rates(device).from_l2;
+  const double from_l2 = (input_bytes(t) + (stage_bytes(t) - input_bytes(t)) / t.cluster) / rates(device).from_l2;
   const double steps = static_cast<double>(s.R) * s.S * steps_of_tap(s, element_bytes);
-  const TileGrid grid = tile_grid(s, t.block_m, t.block_n);
-  const int64_t tiles_on_busiest_sm = ceil_div(int64_t{grid.rows} * grid.columns, device.num_sms);
+  const TileGrid grid = tile_grid(t, s);
+  const int64_t tiles_on_busiest_sm = ceil_div(int64_t{grid.rows} * grid.columns * t.cluster, device.num_sms);
   const double each = steps * std::max(arithmetic, from_l2) + tile_cycles(t);
   return static_cast<double>(tiles_on_busiest_sm) * each;
 }

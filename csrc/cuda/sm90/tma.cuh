@@ -22,6 +22,23 @@ __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// A barrier's address in the block of this rank of the cluster.
+__device__ __forceinline__ uint32_t address_in_block(uint32_t barrier, int rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(barrier), "r"(rank));
+  return address;
+}
+
+// This thread's barriers are there for the cluster, once it has met.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// All threads of all blocks of the cluster meet.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // Waits until the phase of this parity is complete.
 __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) {
   asm volatile(
@@ -33,6 +50,24 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) 
       "}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+
+// As wait_barrier, for arrivals from other blocks too.
+__device__ __forceinline__ void wait_cluster_barrier(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred is_complete;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 is_complete, [%0], %1;\n"
+      "@!is_complete bra again;\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// address: as address_in_block has it.
+__device__ __forceinline__ void arrive_in_block(uint32_t address) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
 }
 
 __device__ __forceinline__ void arrive(uint32_t barrier) {
@@ -57,6 +92,16 @@ __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap& map, int 
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
           "r"(to),
       "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
+}
+
+// The box goes to the same place in each of these blocks of the cluster, and its bytes arrive at the barrier there.
+__device__ __forceinline__ void copy_box_to_blocks(uint32_t to, const TensorMap& map, int x, int y, int z,
+                                                   uint32_t barrier, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(blocks)
       : "memory");
 }
 
