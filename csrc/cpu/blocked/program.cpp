@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
+#include <utility>
 
 namespace fused_resnet {
 namespace blocked {
@@ -57,6 +59,16 @@ std::string text(const Layout& l) {
   return in_parentheses(std::vector<int64_t>{l.N, l.C, l.H, l.W});
 }
 
+template <class One>
+Convolution* convolution_of(One* step) {
+  if constexpr (std::is_same_v<One, Convolve> || std::is_same_v<One, PooledStem> ||
+                std::is_same_v<One, LinearOfMeans>) {
+    return &step->convolution;
+  } else {
+    return nullptr;
+  }
+}
+
 // From an image on. Its shape has been checked.
 Image image_of(const Tensor& input, int64_t first) {
   const ScalarType type = input.scalar_type();
@@ -110,7 +122,8 @@ Program::Program(const Tensor& program, const RegionTensors& tensors, const Micr
   at_ = static_cast<const int64_t*>(program.const_data_ptr()) + kHeader;
   end_ = at_ - kHeader + program.numel();
   read_buffers();
-  first_step_ = at_;
+  while (at_ != end_) steps_.push_back(read_step());
+  set_next();
 }
 
 int64_t Program::read() {
@@ -195,7 +208,7 @@ Program::Window Program::read_dilated_window() {
   return w;
 }
 
-Step Program::next() {
+Step Program::read_step() {
   const int64_t step = read_between("a step", 0, 10);
   STD_TORCH_CHECK(is_int8() ? step != 6 : step != 7 && step != 9, kRegion, ": ", kernel_.name, " has no step ", step);
   switch (step) {
@@ -318,13 +331,11 @@ Step Program::read_linear() {
   c.requantizing.constants = read_constants(c.panels);
   c.keeps_sums = c.panels_outermost = true;
   c.tiling = Tiling(1, pixels, pixels, true, kernel_.max_rows);
-  offsets_.clear();
   for (int64_t block = 0; block < c.steps; ++block) offsets_.push_back(block * step.halves.plane_bytes());
   Segment& segment = c.segments[0];
   segment.blocks = segment.steps = c.steps;
-  segment.offsets = offsets_.data();
+  segment.offsets = keep(&offsets_);
   set_chunk(&c);
-  set_next(&c);
   return step;
 }
 
@@ -358,18 +369,16 @@ Step Program::read_convolution() {
   const float* constants = is_int8() ? read_constants(c.panels) : nullptr;
   if (!is_int8()) c.bias = read_bias(c.panels);
   c.num_segments = static_cast<int>(read_between("the number of segments", 1, kMaxSegments));
-  offsets_.clear(), first_blocks_.clear();
   for (int s = 0; s < c.num_segments; ++s) c.steps += read_segment(out, &c.segments[s], &runs_on);
-  for (int s = 0, first = 0; s < c.num_segments; first += c.segments[s++].steps) {
-    c.segments[s].offsets = offsets_.data() + first;
-  }
   const auto is_first = [](int64_t block) { return block == 0; };
-  if (!std::all_of(first_blocks_.begin(), first_blocks_.end(), is_first)) c.first_blocks = first_blocks_.data();
+  const bool are_groups = !std::all_of(first_blocks_.begin(), first_blocks_.end(), is_first);
+  const int64_t *offsets = keep(&offsets_), *first_blocks = keep(&first_blocks_);
+  if (are_groups) c.first_blocks = first_blocks;
+  for (int s = 0; s < c.num_segments; offsets += c.segments[s++].steps) c.segments[s].offsets = offsets;
   check_weights(weight, &c);
   if (is_int8()) read_requantizing(constants, &c);
   c.panels_outermost = step.splits_channels || passes_panels(c);
   c.tiling = Tiling(l.H, l.W, l.pitch, runs_on, kernel_.max_rows);
-  set_next(&c);
   set_chunk(&c);
   return step;
 }
@@ -491,13 +500,25 @@ void Program::set_steps(const Window& w, Segment* segment) {
                   " k steps or more has ", most_steps_);
 }
 
-void Program::set_next(Convolution* c) {
-  const int64_t panel_bytes = c->steps * kStepBytes;
-  if (next_ == weights_.size()) weights_.push_back({c->weights, c->panels * panel_bytes, panel_bytes});
-  if (++next_ == weights_.size()) return;
-  const Weights& next = weights_[next_];
-  c->next_weights = next.begin;
-  c->next_bytes = std::min(next.bytes, std::max(next.panel_bytes, kMostAhead));
+// What each convolution fetches for the next one.
+void Program::set_next() {
+  const Convolution* next = nullptr;
+  for (auto step = steps_.rbegin(); step != steps_.rend(); ++step) {
+    Convolution* c = std::visit([](auto& one) { return convolution_of(&one); }, *step);
+    if (c == nullptr) continue;
+    if (next != nullptr) {
+      const int64_t panel_bytes = next->steps * kStepBytes;
+      c->next_weights = next->weights;
+      c->next_bytes = std::min(next->panels * panel_bytes, std::max(panel_bytes, kMostAhead));
+    }
+    next = c;
+  }
+}
+
+const int64_t* Program::keep(std::vector<int64_t>* numbers) {
+  kept_.push_back(std::move(*numbers));
+  numbers->clear();
+  return kept_.back().data();
 }
 
 void Program::check_weights(const Tensor& weight, Convolution* c) const {
@@ -666,12 +687,10 @@ Step Program::read_pooled_stem() {
   Segment& segment = c.segments[0];
   segment.stride_h = w.stride_h, segment.stride_w = w.stride_w;
   segment.blocks = step.read.used_blocks();
-  offsets_.clear();
   set_offsets(step.read, w, &segment);
-  segment.offsets = offsets_.data();
+  segment.offsets = keep(&offsets_);
   c.steps = segment.steps;
   check_weights(weight, &c);
-  set_next(&c);
   if (is_int8()) {
     step.image.quantizer = read_quantizer();
     read_requantizing(constants, &c);

@@ -30,6 +30,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <string>
 #include <variant>
 #include <vector>
@@ -113,16 +114,15 @@ struct RegionTensors {
 // What a program is for; throws where it is none, or of another version.
 Dtype dtype_of(const Tensor& program);
 
-// Reads a program step by step: once to check it, once more to run it. What a step points to lives until the next one
-// is read.
+// Reads a program and checks all of it. What its steps point to lives as long as it does. They are kept, not read again
+// between convolutions: code and numbers that convolutions have moved out of the caches would be fetched each time.
 class Program {
  public:
   Program(const Tensor& program, const RegionTensors& tensors, const MicroKernel& kernel);
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
 
-  // What follows a convolution is known to the steps that are read after this.
-  void rewind() { at_ = first_step_, next_ = 0; }
-  bool has_more() const { return at_ != end_; }
-  Step next();
+  const std::deque<Step>& steps() const { return steps_; }
   char* memory(const Buffer& buffer) const { return workspace_ + buffer.offset; }
 
  private:
@@ -138,6 +138,7 @@ class Program {
     }
   };
 
+  Step read_step();
   int64_t read();
   int64_t read_between(const char* what, int64_t least, int64_t most);
   float read_fp32(const char* what);
@@ -173,7 +174,8 @@ class Program {
   void set_offsets(const Layout& l, const Window& w, Segment* segment);
   void read_residual(const Buffer& out, Convolution* c, bool* runs_on);
   bool passes_panels(const Convolution& c) const;
-  void set_next(Convolution* c);
+  void set_next();
+  const int64_t* keep(std::vector<int64_t>* numbers);
   void set_chunk(Convolution* c) const;
   void check_weights(const Tensor& weight, Convolution* c) const;
   void check_disjoint(const char* what, const Buffer& a, const Buffer& out) const;
@@ -183,21 +185,16 @@ class Program {
   bool is_int8() const { return kernel_.dtype == kInt8; }
   View view(const Buffer& buffer) const { return View(buffer.layout, memory(buffer)); }
 
-  const int64_t *at_, *end_, *first_step_;
+  const int64_t *at_, *end_;
   const RegionTensors& tensors_;
   const MicroKernel& kernel_;
   char* workspace_;
   int64_t workspace_bytes_;
   std::vector<Buffer> buffers_;
   int64_t most_steps_ = 0;
-  std::vector<int64_t> offsets_, first_blocks_;  // of the convolution that was read last
-
-  struct Weights {
-    const char* begin;
-    int64_t bytes, panel_bytes;
-  };
-  std::vector<Weights> weights_;  // of all convolutions that were read
-  size_t next_ = 0;               // the convolution that is read next
+  std::vector<int64_t> offsets_, first_blocks_;  // of the convolution that is being read
+  std::deque<std::vector<int64_t>> kept_;        // the same of those before
+  std::deque<Step> steps_;
 };
 
 }  // namespace blocked

@@ -226,11 +226,9 @@ void region(Tensor program, std::vector<Tensor> inputs, std::vector<Tensor> weig
   STD_TORCH_CHECK(!outputs.empty(), kRegion, ": a region has at least one output");
   const MicroKernel& kernel = choose_kernel(kRegion, kernel_name, dtype_of(program));
   const RegionTensors tensors{inputs, weights, biases, workspace, outputs};
-  Program steps(program, tensors, kernel);
-  while (steps.has_more()) steps.next();
-  steps.rewind();
-  const Runner run(steps, kernel);
-  while (steps.has_more()) std::visit(run, steps.next());
+  const Program read(program, tensors, kernel);
+  const Runner run(read, kernel);
+  for (const Step& step : read.steps()) std::visit(run, step);
 }
 
 // cpu_region_kernels: a line for each row of the table, its last field why it cannot run here.
