@@ -75,7 +75,7 @@ def test_the_committed_records_of_emulated_kernels(arch):
     assert counts["cuda/add_relu"] + counts["cuda/conv_bn_act"] == 2000
 
 
-@pytest.mark.parametrize("name, problems", (("int8", 5000), ("sm_90_int8", 500)))
+@pytest.mark.parametrize("name, problems", (("int8", 5000), ("sm_80_int8", 500), ("sm_90_int8", 500)))
 def test_the_committed_records_of_bytes(name, problems):
     """No byte differs by any kernel that ran, and each that is for all machines did."""
     from benchmarks import random_problems
