@@ -75,6 +75,22 @@ def test_the_committed_records_of_emulated_kernels(arch):
     assert counts["cuda/add_relu"] + counts["cuda/conv_bn_act"] == 2000
 
 
+@pytest.mark.parametrize("name, problems", (("int8", 5000), ("sm_80_int8", 500), ("sm_90_int8", 500)))
+def test_the_committed_records_of_bytes(name, problems):
+    """No byte differs by any kernel that ran, and each that is for all machines did."""
+    from benchmarks import random_problems
+
+    record = json.loads((random_problems.RECORDS / f"{name}_problems.json").read_text())
+    assert record["passed"] and not record["ended_without_report"] and not record["environment"]["dirty"]
+    assert record["problems"] == problems == record["per_part"] * len(set(record["seeds"]))
+    assert set(record["kinds"]) == {"int8"} and record.get("emulated", "int8") == name.removesuffix("_int8")
+    ran = {kernel: entry for kernel, entry in record["backends"].items() if entry["ok"]}
+    on_cpu = {f"conv_int8/{kernel}" for kernel in ("amx_int8_emulated", "avx2_int8", "portable_int8")}
+    assert ran.keys() >= (on_cpu if name == "int8" else {"triton/pointer", "cuda/conv_bn_act"})
+    for kernel, entry in ran.items():
+        assert entry["num_differing"] == 0 and entry["num_bytes"] > 100 * entry["ok"], kernel
+
+
 def test_emulated_parts_of_both_kinds(tmp_path, monkeypatch):
     from benchmarks import random_problems
     from fused_resnet.emulation import verify as emulated
