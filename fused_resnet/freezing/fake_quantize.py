@@ -1,6 +1,6 @@
 """Modules of quantization-aware training as the functions that they call in eval mode.
 
-These are torch.ao's FakeQuantize modules, its layers with rounded weights, and the hooks by which `prepare_qat` rounds
+These are torch.ao's FakeQuantize modules, its layers with rounded weights, and the hooks by which its eager mode rounds
 what a module returns. What they observe is left out. Nothing here imports torch.ao.
 """
 

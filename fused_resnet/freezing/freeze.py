@@ -47,12 +47,14 @@ def freeze(
     the contract's.
 
     calibrate: for int8 and e4m3, batches of 16 or more images as the model takes them, or (images, labels) pairs. Or
-    `Scales`, or the path of a file of them. keep: the convolutions and linear layers to leave in floats, by name or by
-    the name of a module that holds them. A number keeps so many of the most sensitive convolutions. In int8,
-    convolutions with their ReLU or ReLU6 and residual, max-poolings, global averages and, on a CPU, the classifier
-    compute by docs/int8.md's contract: all kernels of ours give the same bytes. What else there is computes in bf16
-    where that is fast, as on GPUs, and in fp32 elsewhere. e4m3 is for GPUs from sm_89 on. Its kernels give values
-    within a bound, and the first convolution is in bf16.
+    `Scales`, or the path of a file of them. In int8 a model with FakeQuantize modules, or with PT2E's quantize and
+    dequantize nodes, brings its own, which come first: calibrate may then be left out. keep: the convolutions and
+    linear layers to leave in floats, by name or by the name of a module that holds them. A number keeps so many of the
+    most sensitive convolutions. In int8, convolutions with their ReLU or ReLU6 and residual, max-poolings, global
+    averages and, on a CPU, the classifier compute by docs/int8.md's contract: all kernels of ours give the same
+    bytes. What
+    else there is computes in bf16 where that is fast, as on GPUs, and in fp32 elsewhere. e4m3 is for GPUs from sm_89
+    on. Its kernels give values within a bound, and the first convolution is in bf16.
 
     tune: what to do about convolutions that nobody has measured on this machine. "auto" checks every backend that can
     run them against the reference. It times the right ones as a plan runs them. What it finds is kept in the user's
@@ -89,9 +91,9 @@ def freeze(
 
     TypeError when weights are quantized, sparse or otherwise no plain tensors. TypeError and ValueError when the
     example does not fit the model or no part of it can be traced. ValueError for int8 and e4m3 without calibrate,
-    with no images or images unlike the example, and with scales of other weights or steps. Also for FakeQuantize
-    modules in any dtype but the model's. BackendError when `backend` cannot run one of
-    its convolutions, and where int8 or e4m3 cannot run.
+    with no images or images unlike the example, and with scales of other weights or steps. Also for FakeQuantize modules
+    in any dtype but the model's and int8, for those of a model in parts, and for roundings that int8 cannot be.
+    BackendError when `backend` cannot run one of its convolutions, and where int8 or e4m3 cannot run.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: expected an nn.Module, got {type(model).__name__}.")

@@ -76,8 +76,8 @@ def rounded_weight(layer: Optional[nn.Module]) -> Optional[RoundedWeight]:
 def take_scales(traced: fx.GraphModule) -> None:
     """Drop what rounds tensors from a graph. meta["rounded"] of a node: how its value was, by all that rounded it.
 
-    Raises ValueError for what int8 cannot be: scales that are computed in each call, of activations by channel, of
-    weights along another dimension than the first, or values of more than 8 bits.
+    Raises ValueError for what int8 cannot be: scales that are computed in each call, and values of more than 8 bits.
+    Also for scales of activations by channel, and of weights along another dimension than the first.
     """
     weights: dict[int, RoundedWeight] = {}
     found = [node for node in traced.graph.nodes if _arguments(node)]
@@ -109,7 +109,7 @@ def notes_of(subject: Subject) -> dict[str, tuple[Rounded, ...]]:
 
 
 def ranges_of(rounded: Mapping[str, tuple[Rounded, ...]], activations: Mapping[str, str]) -> Given:
-    """Of tensors, what their scales are in int8. activations: of those that convolutions give.
+    """What the scales of tensors are in int8. activations: of those that convolutions give.
 
     What is never negative is u8 of the model's scale, cut off where the model does. So is what ReLU gives. What fits s8
     is s8 of the model's scale, and is cut off at -128 and 127. Other zero points need longer steps: s8 over the range

@@ -127,7 +127,7 @@ def test_both_forms_are_one(exact):
 
 @pytest.mark.parametrize("kernel", RUNNING, ids=lambda kernel: kernel.name)
 def test_all_kernels_give_the_same_bytes(kernel, monkeypatch):
-    """Of weights down to -128 and of narrower limits, too."""
+    """With weights down to -128 and narrower limits, too."""
     monkeypatch.setattr("fused_resnet.freezing.frozen.beside_int8", lambda: torch.float32)
     fastest = kernels.fastest
     monkeypatch.setattr(kernels, "fastest", lambda dtype: kernel if dtype == torch.int8 else fastest(dtype))
