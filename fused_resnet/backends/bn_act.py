@@ -211,8 +211,8 @@ def _as_read(problem: BnActProblem, o: BnActOperands) -> BnActOperands:
     """Dense maps, x's own layout in the first place, and contiguous vectors in fp32."""
     x = layout.densely(o.x, problem.is_nhwc)
     residual = None if o.residual is None else layout.laid_out_as(o.residual, x)
-    vectors: Any = [None if vector is None else vector.float().contiguous() for vector in o.vectors.values()]
-    return BnActOperands(x, *vectors, residual, o.eps)
+    mean, var, weight, bias = (one if one is None else one.float().contiguous() for one in o.vectors.values())
+    return BnActOperands(x, mean, var, weight, bias, residual, o.eps)
 
 
 def _wide(x: Tensor) -> torch.dtype:
