@@ -196,7 +196,7 @@ struct Forward {
   const T *x, *residual;  // residual may be null
   const float *mean, *scale, *bias;
   Activation activation;
-  uint8_t* mask;  // null without an activation
+  uint8_t* mask;  // null where it is not wanted
   T* y;
 };
 
@@ -216,10 +216,11 @@ FUSED_RESNET_INLINE void forward_row(const Forward<T>& f, int64_t at, int64_t c,
       value += residual;
     }
     if (f.activation == Activation::kRelu) {
-      store_bits<kLanes>(~(value <= 0.f), left, mask + i / 8);  // NaN compares false: it passes, as in torch
+      // NaN compares false: it passes, as in torch
+      if (mask != nullptr) store_bits<kLanes>(~(value <= 0.f), left, mask + i / 8);
       value = value < 0.f ? V{} : value;
     } else if (f.activation == Activation::kRelu6) {
-      store_bits<kLanes>(~((value <= 0.f) | (value >= 6.f)), left, mask + i / 8);
+      if (mask != nullptr) store_bits<kLanes>(~((value <= 0.f) | (value >= 6.f)), left, mask + i / 8);
       value = value < 0.f ? V{} : value;
       value = value > 6.f ? V{} + 6.f : value;
     }
@@ -449,10 +450,8 @@ void check_alike(const char* op, const char* name, const Tensor& map, const Tens
                   layout_text(map), " of ", dtype_text(map));
 }
 
-void check_mask(const char* op, const std::optional<Tensor>& mask, const Layout& s, bool is_wanted) {
-  STD_TORCH_CHECK(mask.has_value() == is_wanted, op, ": ", is_wanted ? "a mask is needed" : "no mask is wanted",
-                  " for this activation");
-  if (!is_wanted) return;
+void check_mask(const char* op, const std::optional<Tensor>& mask, const Layout& s) {
+  if (!mask.has_value()) return;
   STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Byte && mask->is_contiguous(), op,
                   ": mask must be contiguous uint8, not ", layout_text(*mask), " of ", dtype_text(*mask));
   check_shape(op, "mask", *mask, {s.rows(), s.mask_bytes()});
@@ -528,7 +527,8 @@ void bn_act(Tensor x, Tensor mean, Tensor var, std::optional<Tensor> weight, std
   const float* biases = bias.has_value() ? vector_of(kOp, "bias", *bias, s.C) : nullptr;
   check_alike(kOp, "y", y, x);
   if (residual.has_value()) check_alike(kOp, "residual", *residual, x);
-  check_mask(kOp, mask, s, parsed != Activation::kNone);
+  check_mask(kOp, mask, s);
+  STD_TORCH_CHECK(!mask.has_value() || parsed != Activation::kNone, kOp, ": without an activation there is no mask");
   if (x.numel() == 0) return;
   float *scale = scratch(kOp, 2 * s.C), *shift = scale + s.C;
   for (int64_t c = 0; c < s.C; ++c) {
@@ -551,7 +551,7 @@ void bn_act_sums(Tensor grad, Tensor x, Tensor mean, std::optional<Tensor> mask,
   const Layout s = layout_of(kOp, x);
   check_alike(kOp, "grad", grad, x);
   const float* means = vector_of(kOp, "mean", mean, s.C);
-  check_mask(kOp, mask, s, mask.has_value());
+  check_mask(kOp, mask, s);
   float *sums = vector_to(kOp, "sum", sum, s.C), *dots = vector_to(kOp, "dot", dot, s.C);
   STD_TORCH_CHECK(x.numel() > 0, kOp, ": x has no values, its shape is ", shape_text(x));
   std::vector<double> results;
@@ -579,7 +579,7 @@ void bn_act_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, std::option
   check_alike(kOp, "grad", grad, x);
   const float *means = vector_of(kOp, "mean", mean, s.C), *vars = vector_of(kOp, "var", var, s.C);
   const float* weights = weight.has_value() ? vector_of(kOp, "weight", *weight, s.C) : nullptr;
-  check_mask(kOp, mask, s, mask.has_value());
+  check_mask(kOp, mask, s);
   STD_TORCH_CHECK(sum.has_value() == dot.has_value(), kOp, ": sum and dot come together");
   const float* sums = sum.has_value() ? vector_of(kOp, "sum", *sum, s.C) : nullptr;
   const float* dots = dot.has_value() ? vector_of(kOp, "dot", *dot, s.C) : nullptr;

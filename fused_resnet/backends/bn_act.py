@@ -24,11 +24,12 @@ class BnAct:
 
     forward: (problem, operands) -> y, the batch's mean and variance, the mask; as the operator's schema says.
     backward: (problem, y's gradient, operands, mask, needs_x, needs_residual) -> as the operator's schema says. The
-    operands' mean and var are those that the forward used.
+    operands' mean and var are those that the forward used. again: (problem, operands) -> y, with these mean and var.
     """
 
     forward: Callable[[BnActProblem, BnActOperands], Outputs]
     backward: Callable[[BnActProblem, Tensor, BnActOperands, Tensor, bool, bool], Outputs]
+    again: Callable[[BnActProblem, BnActOperands], Tensor]
 
     def __call__(self, problem: BnActProblem, operands: BnActOperands) -> Outputs:
         return self.forward(problem, operands)
@@ -55,6 +56,10 @@ def _eager_forward(problem: BnActProblem, operands: BnActOperands) -> Outputs:
     x = layout.densely(operands.x, problem.is_nhwc)
     y, mean, var = differentiable(problem, operands._replace(x=x))
     return layout.laid_out_as(y, x), mean, var, mask.packed(problem, y)
+
+
+def _eager_again(problem: BnActProblem, operands: BnActOperands) -> Tensor:
+    return _eager_forward(problem._replace(is_training=False), operands)[0]
 
 
 def _eager_backward(
@@ -194,15 +199,20 @@ def _by(kernels: _Kernels) -> BnAct:
         empty = o.x.new_empty
         return empty(0) if grad_x is None else grad_x, *vectors, empty(0) if grad_residual is None else grad_residual
 
-    return BnAct(forward, backward)
+    def again(problem: BnActProblem, operands: BnActOperands) -> Tensor:
+        o = _as_read(problem, operands)
+        kernels.forward(problem, o, None, y := torch.empty_like(o.x))
+        return y
+
+    return BnAct(forward, backward, again)
 
 
 def _as_read(problem: BnActProblem, o: BnActOperands) -> BnActOperands:
     """Dense maps, x's own layout in the first place, and contiguous vectors in fp32."""
     x = layout.densely(o.x, problem.is_nhwc)
     residual = None if o.residual is None else layout.laid_out_as(o.residual, x)
-    vectors = (None if vector is None else vector.float().contiguous() for vector in o[1:5])
-    return BnActOperands(x, *vectors, residual, o.eps)
+    mean, var, weight, bias = (one if one is None else one.float().contiguous() for one in o.vectors.values())
+    return BnActOperands(x, mean, var, weight, bias, residual, o.eps)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -230,7 +240,7 @@ def _as_vectors(o: BnActOperands, grad_weight: Tensor, grad_bias: Tensor) -> tup
 EAGER = Backend(
     "eager",
     lambda problem: None,
-    BnAct(_eager_forward, _eager_backward),
+    BnAct(_eager_forward, _eager_backward, _eager_again),
     auto=Auto(("cpu", "cuda")),
     origin="torch",
 )

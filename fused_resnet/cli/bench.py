@@ -1,4 +1,4 @@
-"""`fused-resnet bench ops|blocks|model`: measured, interleaved, checked first."""
+"""`fused-resnet bench ops|blocks|model|train`: measured, interleaved, checked first."""
 
 from __future__ import annotations
 
@@ -148,6 +148,35 @@ def bench_model(
     _measure_and_show(ctx, "bench model", settings, subjects, run, as_json)
 
 
+compile_option = click.option(
+    "--compile/--no-compile", "with_compile", default=True, show_default=True, help="Also train by torch.compile."
+)
+
+
+@bench_group.command("train")
+@_measuring(compile_option, batch="8", dtypes=dtypes_option)
+def bench_train(
+    ctx, names, batches, dtypes, with_compile, device, image, threads, budget_s, rounds, out, as_json, resume,
+    stop_after_s, chart,
+) -> None:  # fmt: skip
+    """A training step: eager, fused and torch.compile, in autocast for other dtypes than fp32; and the bytes it keeps.
+
+    The step is SGD's, with momentum, on one batch of random images. Kept bytes are of activations, for the backward.
+    """
+    prepare(device, threads)
+    settings = {"models": names, "batches": batches, "dtypes": dtypes, "compile": with_compile, "device": device,
+                "image": image, "rounds": rounds}  # fmt: skip
+    subjects = []
+    for name, (model, shape) in networks_of(names, image).items():
+        network = measuring.calibrated(model, shape).to(device)
+        for batch in batches:
+            title = f"{name}, batch {batch}, {shape[1]} px, training"
+            subject = (title, network, (batch, *shape), device, _torch_dtypes(dtypes), with_compile)
+            subjects.append(measuring.TrainingSubject(*subject))
+    run = Run(budget_s, rounds, stop_after_s, out, resume, chart)
+    _measure_and_show(ctx, "bench train", settings, subjects, run, as_json)
+
+
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
@@ -178,6 +207,8 @@ def _measure_and_show(
         print_json(record.as_json())
     elif kind == "bench ops":
         _show_ops(record)
+    elif kind == "bench train":
+        _show_training(record)
     else:
         _show_networks(record)
     ctx.exit(1 if record.mismatches or record.broken else 0)
@@ -224,6 +255,24 @@ def _show_networks(record: Record) -> None:
                 name, f"{one['ms']:.3g}", f"{one['p10'] / 1e3:.3g} - {one['p90'] / 1e3:.3g}",
                 f"{one['images_per_s']:.4g}", speedup_cell(one["ratio"]),
                 "-" if versus is None else speedup_cell(versus), "not finite" if error is None else f"{error:.1e}",
+            )  # fmt: skip
+        out.print(table)
+    _show_end(out, record)
+
+
+def _show_training(record: Record) -> None:
+    out = stdout_console()
+    for row in record.rows:
+        columns = ("variant", "ms", "p10 - p90", "img/s", "vs eager NHWC, same dtype", "vs compile, same dtype")
+        kept = ("kept MB", "of eager's", "gradients' error")
+        table = new_table(*columns, *kept, title=f"{row['problem']}, {record.device}")
+        for name, one in row["variants"].items():
+            versus = one["ratio_to_compile"]
+            table.add_row(
+                name, f"{one['ms']:.4g}", f"{one['p10'] / 1e3:.4g} - {one['p90'] / 1e3:.4g}",
+                f"{one['images_per_s']:.4g}", speedup_cell(one["ratio_to_eager"]),
+                "-" if versus is None else speedup_cell(versus), f"{one['saved_mb']:.1f}", f"{one['saved_ratio']:.0%}",
+                f"{one['max_rel_error']:.1e}",
             )  # fmt: skip
         out.print(table)
     _show_end(out, record)

@@ -47,6 +47,7 @@ from fused_resnet.measuring.summary import (
     summarise_tuning,
     with_auto,
 )
+from fused_resnet.measuring.training import Saved, TrainingSubject, saved_bytes
 from fused_resnet.measuring.turns import Measured, Run, Subject, in_turn, part_of
 from fused_resnet.measuring.variants import (
     BASELINES,
@@ -61,10 +62,10 @@ from fused_resnet.measuring.variants import (
 __all__ = [
     "AUTO", "BASELINES", "COMPETITORS", "COPY", "DEFAULT_BASELINES", "FOLDED", "LOSS_BELOW", "OURS", "THEIRS",
     "UNFUSED", "UNTUNED", "WITHOUT_REGIONS", "CannotGoOn", "CountedProblem", "Measured", "NetworkSubject",
-    "OperatorSubject", "Prepared", "Record", "Roofline", "Row", "Run", "Stats", "Subject", "add_relu_variants",
-    "as_before_regions", "blocks_of", "build_variants", "calibrated", "chosen_by_auto", "compared", "compared_case",
-    "compiled", "convs_of", "error_ratio", "folded_operands", "in_turn", "interleaved", "is_ours", "max_error",
-    "measure", "mismatches", "op_subjects", "op_variants", "part_of", "planned_call", "random_operands", "rival_of",
-    "roofline", "summarise", "summarise_networks", "summarise_ops", "summarise_rows", "summarise_tuning",
-    "variant_builders", "why_not_timed", "with_auto",
+    "OperatorSubject", "Prepared", "Record", "Roofline", "Row", "Run", "Saved", "Stats", "Subject", "TrainingSubject",
+    "add_relu_variants", "as_before_regions", "blocks_of", "build_variants", "calibrated", "chosen_by_auto", "compared",
+    "compared_case", "compiled", "convs_of", "error_ratio", "folded_operands", "in_turn", "interleaved", "is_ours",
+    "max_error", "measure", "mismatches", "op_subjects", "op_variants", "part_of", "planned_call", "random_operands",
+    "rival_of", "roofline", "saved_bytes", "summarise", "summarise_networks", "summarise_ops", "summarise_rows",
+    "summarise_tuning", "variant_builders", "why_not_timed", "with_auto",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ _ROWS = {
     "bench ops": "rows",
     "bench blocks": "rows",
     "bench model": "runs",
+    "bench train": "runs",
     "tune": "rows",
     "demo": "runs",
     "choices": "rows",

@@ -12,7 +12,7 @@ from fused_resnet.measuring.summary import Row
 
 
 class Subject(Protocol):
-    """What one row is about: a `networks.NetworkSubject` or an `operators.OperatorSubject`."""
+    """What one row is about: a `networks.NetworkSubject`, for one."""
 
     @property
     def name(self) -> str: ...

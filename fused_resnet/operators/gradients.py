@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -129,11 +129,14 @@ def keep_for_bn_act(ctx, inputs, output) -> None:
     # awaited: for how many gradients the output will be computed again; again: it, as long as others wait for it
     ctx.version, ctx.awaited, ctx.again, ctx.residual_node = y._version, 0, None, None
     if o.residual is not None and residual is None:
-        is_kept = getattr(o.residual.grad_fn, "is_repeatable", False)
-        ctx.residual_node = (
-            o.residual.grad_fn if is_kept and o.residual._version == o.residual.grad_fn.version else None
-        )
+        ctx.residual_node = repeatable(o.residual)
     ctx.is_repeatable = not is_checkpointed() and (o.residual is residual or ctx.residual_node is not None)
+
+
+def repeatable(y: Tensor) -> Any:
+    """The node of the bn_act that gave y, where what it keeps is enough to compute y again; else None."""
+    node: Any = y.grad_fn
+    return node if getattr(node, "is_repeatable", False) and y._version == node.version else None  # not written to
 
 
 def is_checkpointed() -> bool:

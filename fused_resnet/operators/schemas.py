@@ -42,7 +42,7 @@ KERNELS = {
         "cpu_affine_act": "(Tensor(a!) y, Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, "
         "float eps, Tensor? residual, str activation) -> ()",
         "cpu_bn_statistics": "(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()",
-        # mask: `BnActProblem.mask_shape`
+        # mask: `BnActProblem.mask_shape`, None where it is not wanted
         "cpu_bn_act": "(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, Tensor? residual, "
         "str activation, Tensor(a!)? mask, Tensor(b!) y) -> ()",
         # of g, the gradient behind the activation, and of g * (x - mean)

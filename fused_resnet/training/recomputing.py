@@ -11,12 +11,13 @@ more than twice.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 from torch import Tensor, nn
 
 from fused_resnet import choosing
+from fused_resnet.backends.bn_act import BnAct
 from fused_resnet.operators import composites, detours, gradients
 from fused_resnet.operators.describe import bn_act_problem, conv_problem
 from fused_resnet.operators.operands import ConvOperands
@@ -32,8 +33,9 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
         return conv(x)
     if torch.is_autocast_enabled(x.device.type):
         weight = weight.to(torch.get_autocast_dtype(x.device.type))
+    stride, padding, dilation = cast(tuple[Any, ...], (conv.stride, conv.padding, conv.dilation))
     try:
-        problem = conv_problem(ConvOperands(x, weight), conv.stride, conv.padding, conv.dilation, conv.groups, "none")
+        problem = conv_problem(ConvOperands(x, weight), stride, padding, dilation, conv.groups, "none")
     except (TypeError, ValueError):
         return conv(x)  # which takes it, or raises torch's own error
     return _Convolution.apply(problem, node, x, weight)
@@ -64,9 +66,7 @@ def _repeatable(x: Tensor) -> Optional[Any]:
         return None
     if composites.is_transformed() or torch._C._get_tracing_state() is not None or gradients.is_checkpointed():
         return None
-    node: Any = x.grad_fn
-    is_the_same = getattr(node, "is_repeatable", False) and x._version == node.version  # nobody has written to it
-    return node if is_the_same else None
+    return gradients.repeatable(x)
 
 
 def _output_again(node: Any) -> Tensor:
@@ -79,9 +79,8 @@ def _output_again(node: Any) -> Tensor:
     if torch.is_grad_enabled():  # create_graph
         live = o._replace(mean=None, var=None) if node.is_training else o
         return composites.bn_act(*live, node.activation, node.backend)[0]
-    problem = bn_act_problem(o, node.activation)
-    run = choosing.select(problem._replace(is_training=node.is_training), node.backend).backend.run
-    y = run(problem, o)[0]
+    problem = bn_act_problem(o, node.activation)._replace(is_training=node.is_training)
+    y = cast(BnAct, choosing.select(problem, node.backend).backend.run).again(problem, o)
     if node.awaited > 0:
         node.again = y
     return y

@@ -366,6 +366,23 @@ def test_bench_model():
         assert one["ratio_to_compile"] is None
 
 
+def test_bench_train(tmp_path):
+    command = ["bench", "train", "--model", "resnet20", "--batch", 4, "--dtype", "fp32,bf16", "--image", 16]
+    record = json_of(*command, "--no-compile", "--out", tmp_path / "train.json", *TINY)
+    check_environment(record, "bench train")
+    (row,) = record["runs"]
+    names = {f"{kind} {dtype}" for kind in ("eager NHWC", "fused") for dtype in ("fp32", "bf16")}
+    assert set(row["variants"]) == {"eager NCHW fp32", *names} and row["skipped"] == {}
+    for name, one in row["variants"].items():
+        assert one["images_per_s"] == pytest.approx(4e6 / one["median_us"]) and one["saved_mb"] > 0, name
+        assert one["max_rel_error"] < (0.5 if "bf16" in name else 1e-3), name
+        assert one["saved_ratio"] == pytest.approx(one["saved_mb"] / row["variants"][
+            f"eager NHWC {name.split()[-1]}"]["saved_mb"])  # fmt: skip
+    assert row["variants"]["fused bf16"]["saved_mb"] < 0.6 * row["variants"]["fused fp32"]["saved_mb"]
+    shown = run(*command, "--no-compile", *TINY).output
+    assert "kept MB" in shown and "fused bf16" in shown
+
+
 def test_bench_model_with_torch_compile_for_people():
     result = run(
         "bench", "model", "--model", "resnet20", "--batch", 1, "--dtype", "fp32", "--image", 8,

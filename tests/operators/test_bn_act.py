@@ -552,7 +552,7 @@ def test_what_is_refused_has_changed_nothing():
     ("cpu_bn_act", {6: X.permute(0, 1, 3, 2)}, "residual must have x's shape, layout and dtype"),
     ("cpu_bn_act", {7: "silu"}, "unknown activation silu"),
     ("cpu_bn_act", {8: torch.zeros(8, 1, dtype=torch.uint8)}, r"mask must have the shape \(8, 2\), not \(8, 1\)"),
-    ("cpu_bn_act", {8: None}, "a mask is needed"),
+    ("cpu_bn_act", {7: "none"}, "without an activation there is no mask"),
     ("cpu_bn_act_sums", {0: X[:1]}, "grad must have x's shape"),
     ("cpu_bn_act_backward", {7: None}, "sum and dot come together"),
     ("cpu_bn_act_backward", {9: X[:1].clone()}, "grad_x must have x's shape"),

@@ -39,7 +39,7 @@ def run(model, batches, dtype=torch.float32, order=slice(None)):
 
 
 def distances(one, other):
-    """Of the parameters, in relation to their size, after each step."""
+    """How far the parameters are apart after each step, in relation to their size."""
     return [((p - q).norm() / q.norm()).item() for (_, p), (_, q) in zip(one, other)]
 
 

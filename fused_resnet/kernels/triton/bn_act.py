@@ -71,7 +71,7 @@ def _total(values, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 @jit
 def _first_value(x, channels, live, COLUMNS, LAYOUT: tl.constexpr):
-    """Of each channel."""
+    """The first value of each channel."""
     place = channels if LAYOUT == "NHWC" else channels.to(tl.int64) * COLUMNS
     return tl.load(x + place, mask=live, other=0.0).to(tl.float32)
 
@@ -184,7 +184,7 @@ def _join_products_kernel(parts, sum_ptr, dot_ptr, C, num_parts, BLOCK: tl.const
 
 @jit
 def _first_column(COLUMNS, BLOCK_N: tl.constexpr):
-    """Of a program's tile."""
+    """The first column of a program's tile."""
     return tl.program_id(0) % tl.cdiv(COLUMNS, BLOCK_N) * BLOCK_N
 
 
