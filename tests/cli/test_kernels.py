@@ -30,6 +30,12 @@ arch = sm_90a
 """
 
 
+def put_in_place(monkeypatch, path):
+    """A stand-in for _C_cuda.so. What is remembered of the other library stays right."""
+    known = compiled.library_path
+    monkeypatch.setattr(compiled, "library_path", lambda library: path if library == "cuda" else known(library))
+
+
 @pytest.fixture
 def stand_in(monkeypatch, tmp_path):
     """A library of five kernels, as cuobjdump lists them."""
@@ -37,8 +43,8 @@ def stand_in(monkeypatch, tmp_path):
     tool.write_text(f"#!/bin/sh\ncat <<'END'\n{USAGE}END\n")
     tool.chmod(0o755)
     monkeypatch.setattr(resources, "cuobjdump", lambda: tool)
-    monkeypatch.setattr(compiled, "library_path", lambda library: tmp_path / "cuobjdump")
-    monkeypatch.setattr(compiled, "load", lambda library: "not asked for")
+    put_in_place(monkeypatch, tmp_path / "cuobjdump")
+    monkeypatch.setattr(micro_kernels, "table", lambda: ())
 
 
 def shown(*options: str) -> str:
@@ -79,7 +85,7 @@ def test_the_cpus_table_is_whole():
 
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(compiled, "library_path", lambda library: tmp_path / "_C_cuda.so")
+    put_in_place(monkeypatch, tmp_path / "_C_cuda.so")
     assert "CUDA: none are listed, _C_cuda.so is not built" in shown()
     (tmp_path / "_C_cuda.so").touch()
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
