@@ -52,9 +52,8 @@ def freeze(
     linear layers to leave in floats, by name or by the name of a module that holds them. A number keeps so many of the
     most sensitive convolutions. In int8, convolutions with their ReLU or ReLU6 and residual, max-poolings, global
     averages and, on a CPU, the classifier compute by docs/int8.md's contract: all kernels of ours give the same
-    bytes. What
-    else there is computes in bf16 where that is fast, as on GPUs, and in fp32 elsewhere. e4m3 is for GPUs from sm_89
-    on. Its kernels give values within a bound, and the first convolution is in bf16.
+    bytes. What else there is computes in bf16 where that is fast, as on GPUs, and in fp32 elsewhere. e4m3 is for GPUs
+    from sm_89 on. Its kernels give values within a bound, and the first convolution is in bf16.
 
     tune: what to do about convolutions that nobody has measured on this machine. "auto" checks every backend that can
     run them against the reference. It times the right ones as a plan runs them. What it finds is kept in the user's
@@ -91,8 +90,8 @@ def freeze(
 
     TypeError when weights are quantized, sparse or otherwise no plain tensors. TypeError and ValueError when the
     example does not fit the model or no part of it can be traced. ValueError for int8 and e4m3 without calibrate,
-    with no images or images unlike the example, and with scales of other weights or steps. Also for FakeQuantize modules
-    in any dtype but the model's and int8, for those of a model in parts, and for roundings that int8 cannot be.
+    with no images or images unlike the example, and with scales of other weights or steps. Also for FakeQuantize
+    modules in any dtype but the model's and int8, for those of a model in parts, and for roundings that int8 cannot be.
     BackendError when `backend` cannot run one of its convolutions, and where int8 or e4m3 cannot run.
     """
     if not isinstance(model, nn.Module):

@@ -154,9 +154,14 @@ class GraphedPlan(Plan):
         self._turns.end()
 
 
-@contextlib.contextmanager
-def plainly(device: torch.device) -> Iterator[None]:
+def plainly(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Without gradients and outside autocast: a plan's dtypes are its own."""
-    is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False) if is_on else contextlib.nullcontext():
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return _outside_autocast(device)
+    return torch.no_grad()  # by itself: each call enters it, out of cold caches
+
+
+@contextlib.contextmanager
+def _outside_autocast(device: torch.device) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield

@@ -79,22 +79,29 @@ FUSED_RESNET_INLINE void unfold_line(const Layout& l, const Unfolding& u, const 
   }
 }
 
-// The same for one of several rows that a pixel holds side by side in a single block, whose bytes begin at `to`. Where
-// they are few they are copied with what follows, which the next row writes over, or else meets weights of zero.
-FUSED_RESNET_INLINE void unfold_row(const Layout& l, const Unfolding& u, const char* from, int64_t line_bytes,
-                                    int64_t readable, char* to, int64_t room, int64_t pixel_bytes) {
+// What a window's row, from byte `at` on, meets of a line: zeros outside of it.
+FUSED_RESNET_INLINE void unfold_pixel(const char* from, int64_t line_bytes, int64_t at, int64_t bytes, char* to) {
+  const int64_t first = std::max<int64_t>(at, 0), last = std::min(at + bytes, line_bytes);
+  std::memset(to, 0, bytes);
+  if (first < last) std::memcpy(to + first - at, from + first, last - first);
+}
+
+// A line as one of several rows that a pixel holds side by side in a single block, whose bytes begin at `to`. Where
+// they are few they are copied with what follows, which the next row writes over, or else meets weights of zero. After
+// a line as many bytes as a pixel has can be read.
+FUSED_RESNET_INLINE void unfold_row(const Layout& l, const Unfolding& u, const char* from, int64_t line_bytes, char* to,
+                                    int64_t room, int64_t pixel_bytes) {
   constexpr int64_t kTogether = kPixelBytes / 2;
-  const int64_t bytes = u.taps * pixel_bytes, is_short = bytes <= kTogether && kTogether <= room;
-  int64_t at = -u.padding * pixel_bytes;
-  for (int64_t w = 0; w < l.W; ++w, at += u.stride * pixel_bytes, to += kPixelBytes) {
-    if (is_short && at >= 0 && at + bytes <= line_bytes && at + kTogether <= readable) {
-      std::memcpy(to, from + at, kTogether);
-    } else {
-      const int64_t first = std::max<int64_t>(at, 0), last = std::min(at + bytes, line_bytes);
-      std::memset(to, 0, bytes);
-      if (first < last) std::memcpy(to + first - at, from + first, last - first);
-    }
+  const int64_t bytes = u.taps * pixel_bytes, step = u.stride * pixel_bytes, before = u.padding * pixel_bytes;
+  int64_t begin = l.W, end = l.W;  // of the pixels that are copied so: those that meet the line alone
+  if (bytes <= kTogether && kTogether <= room && bytes <= line_bytes) {
+    begin = std::min((before + step - 1) / step, l.W);
+    end = std::clamp((before + line_bytes - bytes) / step + 1, begin, l.W);
   }
+  int64_t w = 0;
+  for (; w < begin; ++w) unfold_pixel(from, line_bytes, w * step - before, bytes, to + w * kPixelBytes);
+  for (; w < end; ++w) std::memcpy(to + w * kPixelBytes, from + w * step - before, kTogether);
+  for (; w < l.W; ++w) unfold_pixel(from, line_bytes, w * step - before, bytes, to + w * kPixelBytes);
 }
 
 // One channel of a line, every C-th of the pixels' values. Neighbours are converted together.
@@ -154,8 +161,7 @@ FUSED_RESNET_INLINE void read_rows(const Layout& l, const Unfolding& u, const Im
     const int64_t source = h * u.rows - u.padding_h + row;
     const bool is_inside = source >= 0 && source < image.H;
     if (is_inside) gather_bytes(image, n, source, line);
-    unfold_row(l, u, line, is_inside ? line_bytes : 0, line_bytes + kPixelBytes, to + row * bytes,
-               kPixelBytes - row * bytes, image.C);
+    unfold_row(l, u, line, is_inside ? line_bytes : 0, to + row * bytes, kPixelBytes - row * bytes, image.C);
   }
 }
 
