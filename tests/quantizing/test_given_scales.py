@@ -108,7 +108,7 @@ def test_answers_are_about_the_models(backend, exact):
 @pytest.mark.parametrize("form", (lambda model: model, as_qdq), ids=("modules", "nodes"))
 def test_what_is_rounded_as_int8_does_is_the_same(form, exact, monkeypatch):
     """But for values beside a tie, which fp32 sums of another order decide otherwise."""
-    monkeypatch.setattr("fused_resnet.freezing.frozen.beside_int8", lambda: torch.float32)
+    monkeypatch.setattr("fused_resnet.freezing.calibration.beside_int8", lambda: torch.float32)
     x = torch.randn(8, *X[1:])
     model = form(by_our_recipe(block(), x, ["conv2"]))
     frozen = fused_resnet.freeze(model, x, dtype=torch.int8)
@@ -128,7 +128,7 @@ def test_both_forms_are_one(exact):
 @pytest.mark.parametrize("kernel", RUNNING, ids=lambda kernel: kernel.name)
 def test_all_kernels_give_the_same_bytes(kernel, monkeypatch):
     """With weights down to -128 and narrower limits, too."""
-    monkeypatch.setattr("fused_resnet.freezing.frozen.beside_int8", lambda: torch.float32)
+    monkeypatch.setattr("fused_resnet.freezing.calibration.beside_int8", lambda: torch.float32)
     fastest = kernels.fastest
     monkeypatch.setattr(kernels, "fastest", lambda dtype: kernel if dtype == torch.int8 else fastest(dtype))
     x, other = torch.randn(X), torch.randn(3, 3, 17, 14) * 3
@@ -409,7 +409,7 @@ def test_bad_weights_are_refused(weight, operands, message):
 
 def test_a_weight_beyond_s8_stays_in_floats(exact, monkeypatch):
     """As of a channel without negative weights, to which torch's symmetric recipe gives a zero point."""
-    monkeypatch.setattr("fused_resnet.freezing.frozen.beside_int8", lambda: torch.float32)
+    monkeypatch.setattr("fused_resnet.freezing.calibration.beside_int8", lambda: torch.float32)
     q = torch.arange(8 * 3 * 9).view(8, 3, 3, 3).to(torch.uint8)
     model, x = graph_of(q, torch.ones(8) / 99, torch.zeros(8), 0, 0, 255, torch.uint8), torch.randn(X).clamp(-2, 2)
     frozen = fused_resnet.freeze(model, x, dtype=torch.int8, calibrate=[x])
