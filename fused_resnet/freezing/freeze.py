@@ -91,8 +91,8 @@ def freeze(
     TypeError when weights are quantized, sparse or otherwise no plain tensors. TypeError and ValueError when the
     example does not fit the model or no part of it can be traced. ValueError for int8 and e4m3 without calibrate,
     with no images or images unlike the example, and with scales of other weights or steps. Also for FakeQuantize
-    modules in any dtype but the model's and int8, and in parts. Also for roundings that int8 cannot be. BackendError when
-    `backend` cannot run one of its convolutions, and where int8 or e4m3 cannot run.
+    modules in any dtype but the model's and int8, and in parts. Also for roundings that int8 cannot be. BackendError
+    when `backend` cannot run one of its convolutions, and where int8 or e4m3 cannot run.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: expected an nn.Module, got {type(model).__name__}.")
