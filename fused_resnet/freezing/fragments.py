@@ -44,7 +44,7 @@ from fused_resnet.regions.program import Shape
 
 _LEAST = 2  # convolutions of a region
 _BY_PRODUCTS, _BY_WINOGRAD = "region", "region by Winograd"  # whose weights they are, in place of a backend's name
-_FLATTENS = (torch.flatten, torch.reshape, "flatten", "reshape")
+FLATTENS = (torch.flatten, torch.reshape, "flatten", "reshape")
 
 
 class Run(NamedTuple):
@@ -169,7 +169,7 @@ def flattens(draft: Draft, node: fx.Node) -> bool:
     if facts is None or source is None or facts.dtype != source.dtype or len(node.all_input_nodes) != 1:
         return False
     module = draft.called_by(node)
-    is_known = node.op != "get_attr" and node.target in _FLATTENS or type(module) is nn.Flatten
+    is_known = node.op != "get_attr" and node.target in FLATTENS or type(module) is nn.Flatten
     return is_known and has_stock_call(module or nn.Identity()) and tuple(source.shape) == (*facts.shape, 1, 1)
 
 
@@ -256,11 +256,12 @@ def pooling_of(draft: Draft, node: fx.Node) -> Optional[PoolStep]:
 
 def _is_mean(node: fx.Node) -> bool:
     """Whether it averages over pixels and leaves one of them."""
-    is_call = (node.op, node.target) in (("call_method", "mean"), ("call_function", torch.mean))
+    if (node.op, node.target) not in (("call_method", "mean"), ("call_function", torch.mean)):
+        return False
     asked = {**dict(zip(("input", "dim", "keepdim"), node.args)), **node.kwargs}
     dims = asked.get("dim")
     is_over_pixels = isinstance(dims, (list, tuple)) and {*dims} in ({2, 3}, {-2, -1}, {2, -1}, {-2, 3})
-    return is_call and is_over_pixels and asked.get("keepdim") is True and set(asked) <= {"input", "dim", "keepdim"}
+    return is_over_pixels and asked.get("keepdim") is True and set(asked) <= {"input", "dim", "keepdim"}
 
 
 def _average_pool(node: fx.Node) -> Optional[nn.AvgPool2d]:

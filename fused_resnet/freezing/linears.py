@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Optional, cast
+import functools
+from typing import Collection, Optional, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,21 +20,22 @@ from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.regions.layout import DTYPES, MOST_TAPS
 
 
-def lower_linears(draft: Draft, kept: frozenset[str] = frozenset()) -> None:
-    """Lower every flatten -> linear -> ReLU, and those that follow one so. kept: the names of nodes to leave alone.
+def lower_linears(draft: Draft, kept: Collection[fx.Node] = (), *, is_of_one_size: bool = True) -> None:
+    """Lower every flatten -> linear -> ReLU, and those that follow one so. kept: those to leave alone.
 
-    What reads the last one gets its mean, which is itself, as vectors: a classifier of means.
+    What reads the last one gets its mean, which is itself, as vectors: a classifier of means. is_of_one_size: whether
+    poolings that return a map of this size may be left out.
     """
     for node in list(draft.graph.nodes):
         layer, act = draft.called_by(node), only_user(node)
-        if act is None or activation_of(act, draft.modules) not in ("relu", "relu6") or node.name in kept:
+        if act is None or activation_of(act, draft.modules) not in ("relu", "relu6") or node in kept:
             continue
-        if (source := _source_of(draft, node)) is None or type(layer) is not nn.Linear:
-            continue
-        _lower(draft, node, act, layer, source)
+        source = _source_of(draft, node, is_of_one_size)
+        if source is not None and type(layer) is nn.Linear:
+            _lower(draft, node, act, layer, source)
 
 
-def _source_of(draft: Draft, node: fx.Node) -> Optional[fx.Node]:
+def _source_of(draft: Draft, node: fx.Node, is_of_one_size: bool) -> Optional[fx.Node]:
     """The map, that is no mean, which a plain linear layer reads flat, if it does."""
     layer, facts = draft.called_by(node), facts_of(node)
     if type(layer) is not nn.Linear or not has_stock_call(layer) or type(layer.weight) is not nn.Parameter:
@@ -45,12 +47,15 @@ def _source_of(draft: Draft, node: fx.Node) -> Optional[fx.Node]:
     if not (flat.op != "get_attr" and flat.target in FLATTENS or type(module) is nn.Flatten and has_stock_call(module)):
         return None
     source = flat.all_input_nodes[0] if len(flat.all_input_nodes) == 1 else node
-    while _returns_its_map(draft, source):
+    while is_of_one_size and _returns_its_map(draft, source) or _is_mean_of_one(draft, source):
         source = source.all_input_nodes[0]
     shape = tuple(getattr(facts_of(source), "shape", ()))
     found = [facts_of(one) for one in (source, flat)]
-    if len(shape) != 4 or 0 in shape or max(shape[2:]) > MOST_TAPS or any(
-        one is None or one.dtype != facts.dtype for one in found
+    if (
+        len(shape) != 4
+        or 0 in shape
+        or max(shape[2:]) > MOST_TAPS
+        or any(one is None or one.dtype != facts.dtype for one in found)
     ):
         return None
     is_mean = shape[2:] == (1, 1) and source not in draft.convs
@@ -67,12 +72,18 @@ def _returns_its_map(draft: Draft, node: fx.Node) -> bool:
     return facts is not None and source is not None and tuple(facts.shape) == tuple(source.shape)
 
 
+def _is_mean_of_one(draft: Draft, node: fx.Node) -> bool:
+    """Whether it is what `_lower` puts behind a linear layer."""
+    return _returns_its_map(draft, node) and node.all_input_nodes[0] in draft.convs
+
+
 def _lower(draft: Draft, node: fx.Node, act: fx.Node, layer: nn.Linear, source: fx.Node) -> None:
     facts, of_source = cast(Facts, facts_of(node)), cast(Facts, facts_of(source))
     (N, C, H, W), K, graph = of_source.shape, len(layer.weight), draft.graph
+    weight_of_layer = functools.partial(weight_of, layer)
 
     def fold(dtype: torch.dtype) -> tuple[Tensor, Optional[Tensor]]:
-        weight, bias = weight_of(layer, dtype)
+        weight, bias = weight_of_layer(dtype)
         return weight.view(K, C, H, W).contiguous(memory_format=torch.channels_last), bias
 
     weight, bias = fold(facts.dtype)
@@ -82,7 +93,7 @@ def _lower(draft: Draft, node: fx.Node, act: fx.Node, layer: nn.Linear, source: 
     problem = problem._replace(device=draft.device.type)
     flat = node.all_input_nodes[0]
     node.op, node.target, node.args = "call_function", lowered, (source,)
-    map_facts = facts._replace(shape=torch.Size((N, K, 1, 1)))
+    map_facts = facts._replace(shape=(N, K, 1, 1))
     node.meta = {**node.meta, "facts": map_facts}
     draft.convs[node] = Decision(problem, choosing.select(problem, draft.backend, in_plan=True), weight, bias)
     draft.folds[node] = fold

@@ -19,6 +19,7 @@ from fused_resnet.freezing.draft import Draft, Quantization
 from fused_resnet.freezing.dtypes import Conversion
 from fused_resnet.freezing.fragments import form_clear_regions, form_regions
 from fused_resnet.freezing.gates import join_gates
+from fused_resnet.freezing.linears import lower_linears
 from fused_resnet.freezing.lowering import (
     convert_the_rest,
     lower_convolutions,
@@ -102,6 +103,7 @@ def calibration_subject(traced: fx.GraphModule, x: Tensor, main: torch.dtype) ->
     draft = _draft_of(dtypes.propagated(traced, x, to), to, "eager", x.device, PackedWeights())
     lower_convolutions(draft)
     join_gates(draft)
+    lower_linears(draft, is_of_one_size=False)
     return observed(draft, x.dtype if to is None else to.input)
 
 

@@ -37,6 +37,7 @@ from fused_resnet.freezing.fragments import (
 )
 from fused_resnet.freezing.gates import gate_of
 from fused_resnet.freezing.given_scales import RoundedWeight, rounded_weight
+from fused_resnet.freezing.linears import lower_linears
 from fused_resnet.freezing.region import FrozenRegion, RegionConv
 from fused_resnet.freezing.steps import FrozenSteps
 from fused_resnet.graphs.memory import memory_of, writes_in_place, written
@@ -133,6 +134,9 @@ def form_quantized(draft: Draft) -> None:
     says of the others why, by node, and meta["effects"] what was found of each when it was calibrated."""
     if draft.quantization is None:
         return
+    if not runs_in_steps(draft):
+        kept = draft.quantization.kept
+        lower_linears(draft, [node for node, name in tensor_names(draft.graph).items() if name in kept])
     tensors = _Tensors(draft)
     reasons = {node: reason for node in draft.convs if (reason := tensors.why_not(node)) is not None}
     draft.module.meta["not_int8"] = {node.name: reason for node, reason in reasons.items()}

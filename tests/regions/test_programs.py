@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 from benchmarks.cpu_check.cores import threads
 from fused_resnet.kernels import compiled
+from fused_resnet.operators import quantized
 from fused_resnet.operators.quantized import Epilogue, Quantized, Wide
 from fused_resnet.regions.program import Pooling, Region, Requantizing, Segment, StepKind, packed_weights
-from tests.support.regions import call, channels_last, fastest, kernels, table
+from tests.support.regions import call, channels_last, fastest, int8_kernels, kernels, table
 
 if compiled.load("cpu") is not None:
     pytest.skip(compiled.load("cpu"), allow_module_level=True)
@@ -52,6 +53,32 @@ def test_poolings_are_those_of_aten(dtype, kernel, case):
     for counts, average in zip((False, True), averages):
         expected = F.avg_pool2d(x.double(), *window, count_include_pad=counts).to(dtype)
         torch.testing.assert_close(average, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype, kernel", FASTEST.items(), ids=str)
+def test_a_norm_with_its_activation(dtype, kernel, in_place):
+    x, scale, shift = channels_last(torch.randn(3, 37, 5, 7).to(dtype)), torch.randn(37), torch.randn(37)
+    for activation, act in (("none", lambda y: y), ("relu", F.relu), ("relu6", F.relu6), ("silu", F.silu)):
+        region = Region(dtype)
+        region.write(region.norm(region.read(x.shape), scale, shift, activation=activation, in_place=in_place))
+        (y,) = call(region, [x], kernel)
+        expected = act(x.double() * scale.double().view(-1, 1, 1) + shift.double().view(-1, 1, 1)).to(dtype)
+        torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_a_norm_of_bytes_is_the_contracts(is_signed):
+    x = torch.randint(-128 if is_signed else 0, 128, (3, 70, 5, 7)).float()
+    epilogue = Epilogue(torch.randn(70), torch.randn(70) * 20, 0.0, 0.0, 255.0, torch.uint8)
+    region, how = Region(torch.int8), Quantized(1.0, is_signed)
+    bounds = Requantizing(epilogue, is_signed)
+    y = region.norm(region.read(x.shape, how), epilogue.multiplier, epilogue.bias, requantizing=bounds)
+    region.write(y, Quantized(1.0, False))
+    compiled_region = region.compile()
+    for kernel in int8_kernels():
+        (y,) = compiled_region([x], compiled_region.empty_workspace().fill_(0xA5), kernel)
+        assert torch.equal(y, quantized.requantize(x.int(), epilogue).float()) and y.unique().numel() > 100
 
 
 def test_a_pooled_convolution_of_two_inputs():
