@@ -1,4 +1,4 @@
-"""Linear layers with a ReLU, of maps laid flat, as convolutions over whole maps: so int8 computes them like any other."""
+"""Linear layers with a ReLU, of maps laid flat, as convolutions over whole maps: int8 computes them like others."""
 
 from __future__ import annotations
 
