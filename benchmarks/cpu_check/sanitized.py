@@ -174,7 +174,7 @@ class _Draw(NamedTuple):
         return (self.normal(*shape) / math.prod(shape[1:]) ** 0.5).to(self.dtype)
 
     def linear(self, weight: Tensor) -> tuple[Tensor, Epilogue]:
-        """Of a weight (K, C, 1, 1): as it is packed, and the constants of vectors of about 1."""
+        """A weight (K, C, 1, 1) as it is packed, and the constants for vectors of about 1."""
         K, C, _, _ = weight.shape
         epilogue = Epilogue(self.normal(K).abs() / C / 1e4, self.normal(K), 0.0, -math.inf, math.inf, torch.float32)
         return program.packed_weights([weight], torch.int8), epilogue

@@ -815,7 +815,7 @@ class Region:
 
 
 def _around(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Of steps over single pixels between two of one size, that size: a gate's squeeze belongs to its map."""
+    """Steps over single pixels between two of one size have that size: a gate's squeeze belongs to its map."""
     found, begin = list(sizes), 0
     for size, some in itertools.groupby(sizes):
         end = begin + len(list(some))
