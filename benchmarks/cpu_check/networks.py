@@ -43,9 +43,14 @@ class Stage(NamedTuple):
     count: int
     stride: int
     dilation: int
+    gate: str  # behind its blocks, or none
 
     def __str__(self) -> str:
-        return f"{self.count} {self.block} {self.planes}/{self.stride}" + (f" d{self.dilation}" * (self.dilation > 1))
+        return (
+            f"{self.count} {self.block} {self.planes}/{self.stride}"
+            + (f" d{self.dilation}" * (self.dilation > 1))
+            + self.gate
+        )
 
 
 class Drawn(NamedTuple):
@@ -102,7 +107,20 @@ def _stage(stage: Stage, inplanes: int) -> nn.Sequential:
             downsample = nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), nn.BatchNorm2d(outplanes))
         blocks.append(block(inplanes, stage.planes, stride, downsample, dilation=stage.dilation))
         inplanes = outplanes
-    return nn.Sequential(*blocks)
+    return nn.Sequential(*blocks, *([Gate(inplanes, stage.gate)] if stage.gate else []))
+
+
+class Gate(nn.Module):
+    """Squeeze and excitation, with a sum behind the product: act(x * f(g(mean of x)) + x). kind: f's name."""
+
+    def __init__(self, channels: int, kind: str) -> None:
+        super().__init__()
+        self.squeeze, self.excite = nn.Conv2d(channels, 5, 1), nn.Conv2d(5, channels, 1)
+        self.act, self.function = nn.SiLU(), nn.Sigmoid() if kind == "sigmoid" else nn.Hardsigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.excite(self.act(self.squeeze(x.mean((2, 3), keepdim=True))))
+        return torch.relu(x * self.function(gate) + x)
 
 
 def drawn_at(seed: int, index: int) -> Drawn:
@@ -112,7 +130,8 @@ def drawn_at(seed: int, index: int) -> Drawn:
         block = rng.choice(tuple(BLOCKS))
         planes = rng.randint(1, 24) if block == "bottleneck" else rng.randint(3, 70)
         dilation = rng.choice((1, 1, 1, 2)) if block == "bottleneck" else 1
-        stages.append(Stage(block, planes, rng.randint(1, 3), rng.choice((1, 2)), dilation))
+        stages.append(Stage(block, planes, rng.randint(1, 3), rng.choice((1, 2)), dilation,
+                            rng.choice(("", "", "sigmoid", "hardsigmoid"))))  # fmt: skip
     stem = rng.choice(("3x3", "7x7/2", "7x7/2 and pooling"))
     size = rng.randint(5, 40), rng.randint(5, 40)
     batches = tuple(rng.sample((1, 2, 3, 5), 2))

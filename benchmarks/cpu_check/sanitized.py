@@ -33,7 +33,7 @@ from fused_resnet.freezing.freeze import freeze
 from fused_resnet.kernels import compiled, winograd
 from fused_resnet.operators.layout import channels_last
 from fused_resnet.operators.problem import FLOAT_DTYPES, SHORT_DTYPES
-from fused_resnet.operators.quantized import Epilogue, Quantized
+from fused_resnet.operators.quantized import GATES, Epilogue, Quantized, Wide
 from fused_resnet.regions import kernels, program
 from fused_resnet.regions.program import CompiledRegion, Map, Region, Segment
 from fused_resnet.testing import Outcome, Report
@@ -173,6 +173,12 @@ class _Draw(NamedTuple):
             return torch.randint(-127, 128, shape, generator=self.generator).to(torch.int8)
         return (self.normal(*shape) / math.prod(shape[1:]) ** 0.5).to(self.dtype)
 
+    def linear(self, weight: Tensor) -> tuple[Tensor, Epilogue]:
+        """A weight (K, C, 1, 1) as it is packed, and the constants for vectors of about 1."""
+        K, C, _, _ = weight.shape
+        epilogue = Epilogue(self.normal(K).abs() / C / 1e4, self.normal(K), 0.0, -math.inf, math.inf, torch.float32)
+        return program.packed_weights([weight], torch.int8), epilogue
+
     def requantizing(self, weight: Tensor, is_input_signed: bool = False) -> program.Requantizing:
         K, *reduced = weight.shape
         multiplier = torch.rand(K, generator=self.generator) / (math.prod(reduced) ** 0.5 * 74)
@@ -195,7 +201,13 @@ def _add_float_steps(d: _Draw) -> None:
     pooling = d.pooling(rng.choice(kinds))
     y = region.pool(y, *pooling[:4], count_include_pad=pooling.counts_padding)
     segment = Segment(y, d.weight(out, y.shape[1], 3, 3), (2, 2), (1, 1))
-    region.write(region.convolve([segment], d.normal(out), activation="relu6"))
+    y = region.convolve([segment], d.normal(out), activation="relu6")
+    y = region.norm(y, d.normal(out), d.normal(out), activation=rng.choice(problems.ACTIVATIONS))
+    mean = region.pool(y, "average", y.shape[2:], y.shape[2:])
+    gate = region.convolve([Segment(mean, d.weight(out, out, 1, 1))], d.normal(out), activation="silu")
+    residual = rng.choice((None, y))
+    function, activation = rng.choice([*GATES]), rng.choice(problems.ACTIVATIONS)
+    region.write(region.gate(y, gate, function, activation=activation, residual=residual, into=rng.choice((None, y))))
 
 
 def _add_int8_steps(d: _Draw) -> None:
@@ -214,11 +226,20 @@ def _add_int8_steps(d: _Draw) -> None:
     y = region.pool(y, *d.pooling("max")[:4], how=how)
     weight = d.weight(out, y.shape[1], 3, 3)
     y = region.convolve([Segment(y, weight, (2, 2), (1, 1))], None, requantizing=d.requantizing(weight))
+    bounds = d.requantizing(weight)
+    y = region.norm(y, d.normal(out), d.normal(out), requantizing=bounds)
+    hidden = rng.randint(1, 70)
+    first, last = d.weight(hidden, out, 1, 1), d.weight(out, hidden, 1, 1)
+    v = region.linear(region.means(y, how), out, *d.linear(first), Wide(0.02, False), rng.choice(("relu", "silu")))
+    v = region.linear(v, hidden, *d.linear(last), Wide(0.1, True))
+    kept = Epilogue(torch.tensor([1.5]), torch.zeros(1), 0.5, 0.0, 255.0, torch.uint8)
+    of_gate = program.Requantizing(kept, False)
+    y = region.gate(
+        y, v, rng.choice([*GATES]), residual=rng.choice((None, y)), into=rng.choice((None, y)), requantizing=of_gate
+    )
     region.write(y, how)
     region.write_means(y, how)
-    packed = program.packed_weights([d.weight(classes, out, 1, 1)], torch.int8)
-    linear = Epilogue(d.normal(classes).abs(), d.normal(classes), 0.0, -math.inf, math.inf, torch.float32)
-    region.write_linear(y, packed, linear)
+    region.write_linear(y, *d.linear(d.weight(classes, out, 1, 1)))
 
 
 def operators(count: int, seed: int) -> Report:

@@ -22,6 +22,7 @@ from fused_resnet.regions.fragment import (
     ConvStep,
     CopyStep,
     Fragment,
+    GateStep,
     PoolStep,
     by_winograd,
     compile_fragment,
@@ -80,6 +81,8 @@ class Material:
                 calls.append(_pooling_of_plans(f, step))
             elif isinstance(one, CopyStep):
                 calls.append(_copies_of_torch(one))
+            elif isinstance(one, GateStep):
+                calls.append(one.of)
             else:
                 calls.append(lambda x: x)
         return in_a_row(f, calls)
@@ -141,6 +144,8 @@ def _nodes(fragment: Fragment, convolution: Callable[[int, ConvProblem], Call]) 
             calls.append(_pooling_of_torch(step))
         elif isinstance(step, CopyStep):
             calls.append(_copies_of_torch(step))
+        elif isinstance(step, GateStep):
+            calls.append(_gate_rounded_once(step))
         else:
             calls.append(lambda x: x)
     return in_a_row(fragment, calls)
@@ -197,6 +202,14 @@ def _pooling_of_torch(step: PoolStep) -> Call:
     if step.kind == "max":
         return lambda x: F.max_pool2d(x, window, stride, padding)
     return lambda x: F.avg_pool2d(x, window, stride, padding, count_include_pad=counts)
+
+
+def _gate_rounded_once(step: GateStep) -> Call:
+    def run(*values: Tensor) -> Tensor:
+        finer = [value if value.dtype == torch.float64 else value.float() for value in values]
+        return step.of(*finer).to(values[0].dtype)
+
+    return run
 
 
 def _copies_of_torch(step: CopyStep) -> Call:

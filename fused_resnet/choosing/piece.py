@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Mapping, NamedTuple, Optional
+from typing import Any, Mapping, NamedTuple, Optional
 
 import torch
 
 from fused_resnet import backends
 from fused_resnet.choosing import winners
 from fused_resnet.choosing.choice import Selection
-from fused_resnet.regions.fragment import ConvStep, CopyStep, Fragment, Step
+from fused_resnet.regions.fragment import CopyStep, Fragment, Step
 
 
 class Separate(NamedTuple):
@@ -81,6 +81,6 @@ class Piece(NamedTuple):
 def _renamed(step: Step, renamed: Mapping[int, int]) -> Step:
     if isinstance(step, CopyStep):
         return step._replace(xs=tuple(renamed[x] for x in step.xs))
-    if not isinstance(step, ConvStep):
-        return step._replace(x=renamed[step.x])
-    return step._replace(x=renamed[step.x], residual=None if step.residual is None else renamed[step.residual])
+    read = {name: value for name, value in step._asdict().items() if name in ("x", "gate", "residual")}
+    changed: Any = {name: value if value is None else renamed[value] for name, value in read.items()}
+    return step._replace(**changed)

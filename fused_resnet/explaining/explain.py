@@ -76,7 +76,7 @@ def _region(call: calls.RegionCall, roofline: rooflines.Roofline) -> RegionRow:
     return RegionRow(
         call.name, len(r.convolutions), sum(conv.by_winograd for conv in r.convolutions), r.micro_kernel, r.why,
         r.fragment.bytes_at_seams, r.workspace_bytes, r.bytes_moved, r.flops,
-        roofline.least_us(r.bytes_moved, r.flops), call.time_us,
+        roofline.least_us(r.bytes_moved, r.flops), call.time_us, *r.fragment.gate_bytes,
     )  # fmt: skip
 
 

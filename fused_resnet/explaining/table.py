@@ -65,7 +65,7 @@ class RegionRow(NamedTuple):
     by_winograd: how many are computed by Winograd. kernel: the micro-kernel of the others. source: why they run
     together, and against what that was measured. bytes_converted: of inputs and outputs, from NHWC to blocks and back.
     bytes_workspace: for the maps between them. bytes_moved: inputs, weights and outputs once; least_us: the roofline's
-    time for that and for flops. time_us: as a row's.
+    time for that and for flops. time_us: as a row's. bytes_gated: what its gates read and write of maps.
     """
 
     name: str
@@ -79,6 +79,8 @@ class RegionRow(NamedTuple):
     flops: int
     least_us: float
     time_us: Optional[float]
+    gates: int = 0
+    bytes_gated: int = 0
 
     @property
     def calls(self) -> str:
@@ -87,9 +89,11 @@ class RegionRow(NamedTuple):
 
     def __str__(self) -> str:
         winograd = f", {self.by_winograd} of them by Winograd" if self.by_winograd else ""
+        gates = f", {self.gates} gates over {self.bytes_gated / 1e6:.2f} MB of maps" if self.gates else ""
         reached = "" if self.time_us is None else f", {100 * self.least_us / self.time_us:.0f} % of the roofline"
         return (
-            f"{self.name}: {self.convolutions} convolutions {self.calls} by {self.kernel}{winograd}: {self.source}; "
+            f"{self.name}: {self.convolutions} convolutions {self.calls} by {self.kernel}{winograd}{gates}: "
+            f"{self.source}; "
             f"{self.bytes_converted / 1e6:.2f} MB converted at its seams, {self.bytes_workspace / 1e6:.2f} MB of "
             f"workspace{reached}"
         )

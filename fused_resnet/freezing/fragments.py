@@ -18,6 +18,7 @@ from fused_resnet.choosing.piece import Piece, Separate
 from fused_resnet.freezing.copied_maps import copies_of, sources_of
 from fused_resnet.freezing.draft import Draft
 from fused_resnet.freezing.dtypes import facts_of
+from fused_resnet.freezing.gates import gate_of
 from fused_resnet.freezing.region import FrozenRegion, RegionConv
 from fused_resnet.graphs.memory import POOLS
 from fused_resnet.kernels import compiled
@@ -31,6 +32,7 @@ from fused_resnet.regions.fragment import (
     ConvStep,
     FlattenStep,
     Fragment,
+    GateStep,
     Packing,
     PoolStep,
     Step,
@@ -42,7 +44,7 @@ from fused_resnet.regions.program import Shape
 
 _LEAST = 2  # convolutions of a region
 _BY_PRODUCTS, _BY_WINOGRAD = "region", "region by Winograd"  # whose weights they are, in place of a backend's name
-_FLATTENS = (torch.flatten, torch.reshape, "flatten", "reshape")
+FLATTENS = (torch.flatten, torch.reshape, "flatten", "reshape")
 
 
 class Run(NamedTuple):
@@ -167,7 +169,7 @@ def flattens(draft: Draft, node: fx.Node) -> bool:
     if facts is None or source is None or facts.dtype != source.dtype or len(node.all_input_nodes) != 1:
         return False
     module = draft.called_by(node)
-    is_known = node.op != "get_attr" and node.target in _FLATTENS or type(module) is nn.Flatten
+    is_known = node.op != "get_attr" and node.target in FLATTENS or type(module) is nn.Flatten
     return is_known and has_stock_call(module or nn.Identity()) and tuple(source.shape) == (*facts.shape, 1, 1)
 
 
@@ -208,7 +210,8 @@ def _fits(draft: Draft, node: fx.Node) -> bool:
         return False
     conv = draft.convs.get(node)
     if conv is None:
-        return pooling_of(draft, node) is not None or copies_of(draft, node) is not None
+        others = (pooling_of(draft, node), copies_of(draft, node), gate_of(node))
+        return any(step is not None for step in others)
     problem = conv.problem
     if not problem.N or blocked.why_not_in_region(problem) is not None:
         return False
@@ -219,6 +222,8 @@ def pooling_of(draft: Draft, node: fx.Node) -> Optional[PoolStep]:
     """What a node pools, if it calls torch's own pooling of images as a region can do it. Its input: number 0."""
     pool, facts, source = draft.called_by(node), facts_of(node), facts_of(node.args[0]) if node.args else None
     is_called_plainly = not node.kwargs
+    if _is_mean(node):
+        pool, is_called_plainly = nn.AdaptiveAvgPool2d(1), True
     if node.op == "call_function" and node.target is F.adaptive_avg_pool2d:  # as exported models call it
         pool = nn.AdaptiveAvgPool2d(1)
     if node.op == "call_function" and node.target is F.avg_pool2d:
@@ -247,6 +252,16 @@ def pooling_of(draft: Draft, node: fx.Node) -> Optional[PoolStep]:
         return PoolStep("max", 0, window, stride, padding, False) if is_plain else None
     is_plain = pool.divisor_override is None
     return PoolStep("average", 0, window, stride, padding, pool.count_include_pad) if is_plain else None
+
+
+def _is_mean(node: fx.Node) -> bool:
+    """Whether it averages over pixels and leaves one of them."""
+    if (node.op, node.target) not in (("call_method", "mean"), ("call_function", torch.mean)):
+        return False
+    asked = {**dict(zip(("input", "dim", "keepdim"), node.args)), **node.kwargs}
+    dims = asked.get("dim")
+    is_over_pixels = isinstance(dims, (list, tuple)) and {*dims} in ({2, 3}, {-2, -1}, {2, -1}, {-2, 3})
+    return is_over_pixels and asked.get("keepdim") is True and set(asked) <= {"input", "dim", "keepdim"}
 
 
 def _average_pool(node: fx.Node) -> Optional[nn.AvgPool2d]:
@@ -282,6 +297,8 @@ def run_of(draft: Draft, nodes: list[fx.Node], places: tuple[int, ...]) -> Run:
                 steps.append(pooling._replace(x=x))
             elif (copies := copies_of(draft, node)) is not None:
                 steps.append(copies._replace(xs=reads))
+            elif (gate := gate_of(node)) is not None:
+                steps.append(gate._replace(x=x, gate=reads[1], residual=reads[2] if len(reads) > 2 else None))
             elif (problem := linear_of(draft, node)) is not None:
                 steps.append(ConvStep(problem, x, is_linear=True))
             else:
@@ -324,13 +341,17 @@ def _stages(fragment: Fragment) -> list[tuple[int, int]]:
         if len(needed) != 1 and place + 1 < len(fragment.steps):
             continue
         within = range(begin, place + 1)
-        sizes = [shapes[first + one][2:] for one in within if fragment.is_convolution(one)]
+        sizes = [shapes[first + one][2:] for one in within if fragment.is_convolution(one) or _is_gate(fragment, one)]
         if parts and (not sizes or sizes[-1] == size):
             parts[-1] = parts[-1][0], place + 1
         else:
             parts.append((begin, place + 1))
         begin, size = place + 1, sizes[-1] if sizes else size
     return parts
+
+
+def _is_gate(fragment: Fragment, place: int) -> bool:
+    return isinstance(fragment.steps[place], GateStep)
 
 
 # -------------------------------------------------------------------------------------------------------- which of them

@@ -18,6 +18,8 @@ from fused_resnet.freezing.biases import move_biases
 from fused_resnet.freezing.draft import Draft, Quantization
 from fused_resnet.freezing.dtypes import Conversion
 from fused_resnet.freezing.fragments import form_clear_regions, form_regions
+from fused_resnet.freezing.gates import join_gates
+from fused_resnet.freezing.linears import lower_linears
 from fused_resnet.freezing.lowering import (
     convert_the_rest,
     lower_convolutions,
@@ -36,6 +38,7 @@ from fused_resnet.quantizing.calibrate import Subject
 
 SETTLE_PROBLEMS: tuple[Callable[[Draft], None], ...] = (
     lower_convolutions,
+    join_gates,
     form_quantized,
     move_biases,
 )
@@ -99,6 +102,8 @@ def calibration_subject(traced: fx.GraphModule, x: Tensor, main: torch.dtype) ->
     to = dtypes.conversion(traced, x, main, None)
     draft = _draft_of(dtypes.propagated(traced, x, to), to, "eager", x.device, PackedWeights())
     lower_convolutions(draft)
+    join_gates(draft)
+    lower_linears(draft, is_of_one_size=False)
     return observed(draft, x.dtype if to is None else to.input)
 
 

@@ -12,6 +12,7 @@ from fused_resnet.choosing.decide import decide
 from fused_resnet.choosing.planned import Placed
 from fused_resnet.freezing import layouts
 from fused_resnet.freezing.draft import Draft
+from fused_resnet.freezing.gates import gated
 from fused_resnet.graphs.memory import POOL_FUNCTIONS, POOLS
 from fused_resnet.nn.stock import has_stock_call
 
@@ -76,4 +77,5 @@ def _owns_its_memory(draft: Draft, node: fx.Node) -> bool:
     module = draft.called_by(node)
     if module is not None:
         return isinstance(module, POOLS) and has_stock_call(module)
-    return node in draft.convs or node.op == "call_function" and node.target in POOL_FUNCTIONS
+    is_new = node.target in POOL_FUNCTIONS or node.target is gated
+    return node in draft.convs or node.op == "call_function" and is_new

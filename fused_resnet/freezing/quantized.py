@@ -20,7 +20,7 @@ from fused_resnet import backends
 from fused_resnet.backends import blocked
 from fused_resnet.choosing import exactness
 from fused_resnet.choosing import quantized as in_steps
-from fused_resnet.freezing.copied_maps import PADS, copies_of
+from fused_resnet.freezing.copied_maps import PADS, copies_of, sources_of
 from fused_resnet.freezing.draft import Draft
 from fused_resnet.freezing.dtypes import facts_of
 from fused_resnet.freezing.fragments import (
@@ -35,25 +35,30 @@ from fused_resnet.freezing.fragments import (
     share_packed,
     weight_of,
 )
+from fused_resnet.freezing.gates import gate_of
 from fused_resnet.freezing.given_scales import RoundedWeight, rounded_weight
+from fused_resnet.freezing.linears import lower_linears
 from fused_resnet.freezing.region import FrozenRegion, RegionConv
 from fused_resnet.freezing.steps import FrozenSteps
 from fused_resnet.graphs.memory import memory_of, writes_in_place, written
 from fused_resnet.operators import quantized
 from fused_resnet.operators.problem import FLOAT8, ConvProblem, dtype_name
-from fused_resnet.operators.quantized import Epilogue, Kept, Quantized
+from fused_resnet.operators.quantized import Epilogue, Kept, Quantized, Wide
 from fused_resnet.quantizing.calibrate import FloatConv, Subject
 from fused_resnet.quantizing.scales import Effect
 from fused_resnet.regions.fragment import (
     ConvStep,
     FlattenStep,
     Fragment,
+    GateStep,
     PoolStep,
     compile_fragment,
     map_of,
     packings,
 )
 from fused_resnet.regions.layout import DTYPES
+
+_IDLE = ("get_attr", "placeholder")  # nodes that compute nothing
 
 log = logging.getLogger("fused_resnet")
 
@@ -64,7 +69,7 @@ def observed(draft: Draft, dtype: torch.dtype) -> Subject:
     names = tensor_names(draft.graph)
     looked_at: dict[fx.Node, None] = {}
     for node in draft.graph.nodes:
-        if node in draft.convs or pooling_of(draft, node) is not None:
+        if node in draft.convs or pooling_of(draft, node) is not None or gate_of(node) is not None:
             looked_at.update(dict.fromkeys((*node.all_input_nodes, node)))
     for node in list(draft.convs):
         conv = draft.convs.pop(node)
@@ -129,6 +134,9 @@ def form_quantized(draft: Draft) -> None:
     says of the others why, by node, and meta["effects"] what was found of each when it was calibrated."""
     if draft.quantization is None:
         return
+    if not runs_in_steps(draft):
+        kept = draft.quantization.kept
+        lower_linears(draft, [node for node, name in tensor_names(draft.graph).items() if name in kept])
     tensors = _Tensors(draft)
     reasons = {node: reason for node in draft.convs if (reason := tensors.why_not(node)) is not None}
     draft.module.meta["not_int8"] = {node.name: reason for node, reason in reasons.items()}
@@ -174,6 +182,47 @@ class _Tensors:
         self._first = next((node for node in draft.graph.nodes if node in draft.convs), None)
         self._hows: dict[fx.Node, Optional[Kept]] = {}
         self._reasons: dict[fx.Node, Optional[str]] = {}
+        # of each gate that int8 can have, its mean and its two convolutions
+        self._squeezes: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        self._vectors: set[fx.Node] = set()  # all of these
+        gates = () if runs_in_steps(draft) else draft.graph.nodes
+        self._take({node: squeeze for node in gates if (squeeze := self._squeeze_of(node)) is not None})
+        while ended := {gate for gate in self._squeezes if not self._is_of_one_run(gate)}:
+            self._take({gate: squeeze for gate, squeeze in self._squeezes.items() if gate not in ended})
+
+    def _take(self, squeezes: dict[fx.Node, tuple[fx.Node, ...]]) -> None:
+        """What was found before these were known may be otherwise now."""
+        self._squeezes, self._vectors = squeezes, {one for squeeze in squeezes.values() for one in squeeze}
+        self._hows.clear()
+        self._reasons.clear()
+
+    def _squeeze_of(self, node: fx.Node) -> Optional[tuple[fx.Node, ...]]:
+        """The mean and the two convolutions that make a node's gate, if it has one and they do nothing else."""
+        gate, convs = gate_of(node), self._draft.convs
+        if gate is None or gate.activation not in quantized.ACTIVATIONS or not node.users:
+            return None
+        found: list[fx.Node] = []
+        one = node.all_input_nodes[1] if len(node.all_input_nodes) > 1 else node
+        for _ in range(2):
+            p = convs[one].problem if one in convs else None
+            if p is None or (p.H, p.W, p.R, p.S, p.groups, p.has_residual) != (1, 1, 1, 1, 1, False):
+                return None
+            if len(one.users) != 1 or self._why_not_asked(one) is not None:
+                return None
+            found.insert(0, one)
+            one = one.all_input_nodes[0]
+        if convs[found[1]].problem.activation != "none" or not self._is_mean(one) or len(one.users) != 1:
+            return None
+        source = one.all_input_nodes[0]
+        is_known = all(isinstance(self.how(value), Quantized) for value in (source, *_operands(node), node))
+        is_known &= self._ranges.get(self._names[found[0]]) is not None
+        return (one, *found) if is_known and source in convs else None
+
+    def _is_of_one_run(self, gate: fx.Node) -> bool:
+        """Whether nothing ends a run from the map whose mean is its squeeze to a gate."""
+        nodes, source = [*self._draft.graph.nodes], self._squeezes[gate][0].all_input_nodes[0]
+        within = (one for one in nodes[nodes.index(source) : nodes.index(gate) + 1] if one.op not in _IDLE)
+        return all(self.fits(one) and self.joins(one, [source]) for one in within)
 
     def how(self, node: fx.Node) -> Optional[Kept]:
         """None of what was not calibrated, and of means, which are fp32."""
@@ -182,6 +231,11 @@ class _Tensors:
         return self._hows[node]
 
     def _found(self, node: fx.Node) -> Optional[Kept]:
+        if node in self._vectors:
+            return self._found_of_vector(node)
+        if (gate := gate_of(node)) is not None and (known := self._ranges.get(self._names[node])) is not None:
+            is_none = gate.activation == "none"
+            return quantized.kept_over(*known, self._dtype, None if is_none else gate.activation)
         conv, pooling = self._draft.convs.get(node), pooling_of(self._draft, node)
         if pooling is not None and pooling.kind == "max" or _moves(node) or _casts(node):
             source = self.how(node.all_input_nodes[0])
@@ -195,6 +249,16 @@ class _Tensors:
         if known is None:
             return None
         return quantized.kept_over(*known, self._dtype, None if conv is None else conv.problem.activation)
+
+    def _found_of_vector(self, node: fx.Node) -> Optional[Wide]:
+        """A mean is as fine as its map. What gives the gate itself stays fp32."""
+        if node not in self._draft.convs:
+            how = self.how(node.all_input_nodes[0])
+            return None if how is None else Wide(how.scale, how.is_signed)
+        if next(iter(node.users)) in self._squeezes:
+            return None
+        how = quantized.quantized_over(*self._ranges[self._names[node]])
+        return Wide(how.scale, how.is_signed)
 
     def limit(self, node: fx.Node) -> float:
         """The largest byte of a value, where the model says so."""
@@ -215,25 +279,31 @@ class _Tensors:
 
     def _why_not(self, node: fx.Node) -> Optional[str]:
         p = self._draft.convs[node].problem
-        if self._names[node] in self._kept:
-            return "keep asked for it"
+        if node in self._vectors or (reason := self._why_not_asked(node)) is not None:
+            return None if node in self._vectors else reason
         if (reason := why_no_int8(p, self._dtype, self._draft.backend)) is not None:
             return reason
         if self._dtype == FLOAT8 and node is self._first:
             return "with e4m3 the first convolution is in bf16"
         if p.dtype not in DTYPES:
             return f"it computes in {p.dtype}".replace("torch.", "")
-        if not p.N:
-            return "the batch is empty"
-        if self._forms.get(self._names[node]) != (p.activation, p.has_residual):
-            return "it was calibrated with another sum or activation behind it"
-        rounded = self._draft.rounded.get(node)
-        if (reason := rounded and rounded.why_not or self._why_no_kernel(node, p)) is not None:
+        if (reason := self._why_no_kernel(node, p)) is not None:
             return reason
         unknown = [self._names[value] for value in (*node.all_input_nodes, node) if self.how(value) is None]
         if not unknown:
             return None
         return self._unknown.get(unknown[0], f"{unknown[0]} {self._missing}")
+
+    def _why_not_asked(self, node: fx.Node) -> Optional[str]:
+        """Why it stays in floats whatever computes it."""
+        p, rounded = self._draft.convs[node].problem, self._draft.rounded.get(node)
+        if self._names[node] in self._kept:
+            return "keep asked for it"
+        if not p.N:
+            return "the batch is empty"
+        if self._forms.get(self._names[node]) != (p.activation, p.has_residual):
+            return "it was calibrated with another sum or activation behind it"
+        return None if rounded is None else rounded.why_not
 
     def _why_no_kernel(self, node: fx.Node, p: ConvProblem) -> Optional[str]:
         if self._draft.backend != "auto":
@@ -249,6 +319,10 @@ class _Tensors:
             return False
         if node in self._draft.convs:
             return self.why_not(node) is None
+        if gate_of(node) is not None:
+            return node in self._squeezes
+        if node in self._vectors:
+            return True
         pooling, hows = pooling_of(self._draft, node), {self.how(source) for source in node.all_input_nodes}
         if copies_of(self._draft, node) is not None:  # of bytes that mean the same
             return not runs_in_steps(self._draft) and len(hows) == 1 and self.how(node) in hows - {None}
@@ -260,7 +334,8 @@ class _Tensors:
         """Whether it is of as many images, and reads no mean of the run."""
         facts, first = facts_of(node), facts_of(run[0])
         assert facts is not None and first is not None
-        is_float = any(source in run and self._is_float(source) for source in node.all_input_nodes)
+        is_float = node not in self._vectors and node not in self._squeezes
+        is_float &= any(source in run and self._is_float(source) for source in node.all_input_nodes)
         return facts.shape[0] == first.shape[0] and not is_float
 
     def goes_on(self, node: fx.Node, run: list[fx.Node]) -> bool:
@@ -318,7 +393,7 @@ def _quantized_fragment(fragment: Fragment, hows: Sequence[Optional[Kept]], dtyp
             problem = step.problem._replace(dtype=dtype)
             step = step._replace(problem=problem, by_winograd=False)
             scales[value] = None if step.is_linear else scales[value]
-        elif isinstance(step, PoolStep) and step.kind == "average":
+        elif isinstance(step, PoolStep) and step.kind == "average" and not isinstance(scales[value], Wide):
             scales[value] = None
         elif isinstance(step, FlattenStep):
             scales[value] = scales[step.x]
@@ -332,6 +407,9 @@ def made(draft: Draft, nodes: Sequence[fx.Node], fragment: Fragment, limits: Seq
     epilogues: dict[int, Epilogue] = {}
     convolutions = []
     for place, (node, step) in enumerate(zip(nodes, fragment.steps)):
+        if isinstance(step, GateStep):
+            epilogue = _gate_epilogue(fragment, place)
+            epilogues[place] = epilogue._replace(high=min(epilogue.high, limits[place]))
         if isinstance(step, ConvStep):
             if isinstance(layer := draft.called_by(node), nn.Linear):
                 folded, rounded = weight_of(layer, torch.float64), rounded_weight(layer)
@@ -405,9 +483,25 @@ def _quantized(
         assert isinstance(how, Quantized)
         return q, quantized.epilogue_of_linear(how, H * W, scales, bias)
     x, out = fragment.scales[step.x], fragment.scales[len(fragment.shapes) + place]
+    if isinstance(x, Wide):
+        return q, quantized.epilogue_of_vectors(x, scales, bias)
     residual = None if step.residual is None else fragment.scales[step.residual]
     assert x is not None and out is not None
     return q, quantized.epilogue_of(x, scales, out, bias, residual, step.problem.activation)
+
+
+def _gate_epilogue(fragment: Fragment, place: int) -> Epilogue:
+    step, out = fragment.steps[place], fragment.scales[len(fragment.shapes) + place]
+    assert isinstance(step, GateStep)
+    x, residual = fragment.scales[step.x], None if step.residual is None else fragment.scales[step.residual]
+    assert isinstance(x, Quantized) and isinstance(out, Quantized)
+    assert residual is None or isinstance(residual, Quantized)
+    return quantized.epilogue_of_gate(x, out, residual, step.activation)
+
+
+def _operands(gate: fx.Node) -> list[fx.Node]:
+    """The maps that it reads."""
+    return [source for index, source in enumerate(sources_of(gate)) if index != 1]
 
 
 def _is_written(draft: Draft, node: fx.Node) -> bool:

@@ -15,6 +15,16 @@ result is fp32:
     y = fma(float(low), M, B)        M = sx*sw/pixels,  B = bias
     y = fma(float(high), 256*M, y)
 
+Other linear layers are of vectors in fp32, whose values they take as 16 bits in two bytes. Result: fp32, too.
+
+    q = rint(min(max(v * (256/s), low), high))    low, high: -32768 and 32767, or 0 and 65535
+    y = act(fma(float(upper), 256*M, fma(float(lower), M, B)))        M = s/256*sw,  B = bias
+
+A gate is fp32. It is applied to a map of bytes:
+
+    y = float(x) * (f(gate) * G)     G = sx/sy,  f: `sigmoid` or `hardsigmoid`, whose operations are in one order
+    y = fma(float(skip), R, y), and then q as above
+
 In e4m3 (torch.float8_e4m3fn) tensors and weights have scales likewise, and a sum is rounded to fp32 once. The end is
 
     q = e4m3(min(max(y, low), high)) half to even;  NaN stays NaN
@@ -26,7 +36,7 @@ Nothing here is fast and nothing here is shared with a kernel.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +100,29 @@ class Float8(NamedTuple):
         return f"e4m3 {self.scale:.4g}"
 
 
-Kept = Union[Quantized, Float8]
+class Wide(NamedTuple):
+    """How a linear layer takes vectors, which are kept in fp32: as 16 bits, x is about scale / 256 * q."""
+
+    scale: float
+    is_signed: bool
+
+    @property
+    def low(self) -> float:
+        return -32768.0 if self.is_signed else 0.0
+
+    @property
+    def high(self) -> float:
+        return 32767.0 if self.is_signed else 65535.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def __str__(self) -> str:
+        return f"{'s16' if self.is_signed else 'u16'} {self.scale / 256:.4g}"
+
+
+Kept = Union[Quantized, Float8, Wide]
 
 
 class Epilogue(NamedTuple):
@@ -254,6 +286,96 @@ def linear_of_means(q: Tensor, weight: Tensor, epilogue: Epilogue) -> Tensor:
     low, high = (total % 256).to(torch.uint8), (total // 256).to(torch.uint8)
     multiplier, bias = (vector.to(q.device).view(1, -1, 1, 1) for vector in epilogue[:2])
     return fma(sums(high, weight).float(), 256 * multiplier, fma(sums(low, weight).float(), multiplier, bias))
+
+
+def epilogue_of_vectors(x: Wide, weight_scales: Tensor, bias: Optional[Tensor] = None) -> Epilogue:
+    """The constants of a linear layer of vectors: in fp64, rounded once to fp32.
+
+    Raises ValueError for constants that fp32 does not hold.
+    """
+    scales = weight_scales.double()
+    multiplier = (x.scale / 256 * scales).float()
+    shift = (torch.zeros_like(scales) if bias is None else bias.to(scales)).float()
+    if not ((256 * multiplier).isfinite().all() and shift.isfinite().all() and math.isfinite(_fp32(256 / x.scale))):
+        raise ValueError(f"epilogue_of_vectors: an input of scale {x.scale} has constants beyond fp32")
+    return Epilogue(multiplier, shift, 0.0, -math.inf, math.inf, torch.float32)
+
+
+def linear_of_vectors(v: Tensor, how: Wide, weight: Tensor, epilogue: Epilogue, activation: str = "none") -> Tensor:
+    """A linear layer of vectors in fp32, (N, C, 1, 1), taken as `how` says: fp32, (N, K, 1, 1).
+
+    weight: (K, C, 1, 1), s8. epilogue: of `epilogue_of_vectors`. activation: also "silu".
+    """
+    y = v.float() * _fp32(256 / how.scale)
+    y = torch.where(y > how.low, y, how.low)  # NaN is not, and gives low
+    q = torch.where(y < how.high, y, how.high).round().int()
+    low, high = (q & 255).to(torch.uint8), (q >> 8).to(torch.int8 if how.is_signed else torch.uint8)
+    multiplier, bias = (vector.to(v.device).view(1, -1, 1, 1) for vector in epilogue[:2])
+    y = fma(sums(high, weight).float(), 256 * multiplier, fma(sums(low, weight).float(), multiplier, bias))
+    return {"none": lambda: y, "relu": y.relu, "relu6": lambda: y.clamp(0, 6), "silu": lambda: y * sigmoid(y)}[
+        activation
+    ]()
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)) of fp32, within a few units in the last place: the operations of csrc/cpu/blocked/gating.h.
+
+    exp(y) = 2^n * exp(r) with |r| <= log(2) / 2 (Cody and Waite), and exp(r) by the polynomial of Cephes' expf.
+    """
+
+    def of(value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=x.device)
+
+    y = (-x).clamp(of(-88.02969), of(88.72283))  # NaN stays
+    shifted = fma(y, of(1.44269504), of(12582912.0))  # sums are integers, and n lies in their lowest bits
+    n = shifted - 12582912.0
+    r = fma(n, of(2.12194440e-4), fma(n, of(-0.693359375), y))
+    p = of(1.9875691500e-4)
+    for term in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = fma(p.expand_as(r), r, of(term))
+    exponential = fma(p, r * r, r) + 1
+    scale = (shifted.view(torch.int32) + 127 << 23).view(torch.float32)
+    return 1 / fma(exponential, scale, of(1.0))
+
+
+def hardsigmoid(x: Tensor) -> Tensor:
+    """min(max(fma(x, 1/6, 1/2), 0), 1) in fp32."""
+    return fma(x, torch.tensor(1 / 6, device=x.device), torch.tensor(0.5, device=x.device)).clamp(0, 1)
+
+
+def epilogue_of_gate(
+    x: Quantized, out: Quantized, residual: Optional[Quantized] = None, activation: str = "none"
+) -> Epilogue:
+    """The constants of act(x * f(gate) + residual), kept as `out`: G as the only multiplier, and R.
+
+    activation: "none", "relu" and "relu6", the latter two for u8. Raises ValueError for others, and for constants that
+    fp32 does not hold.
+    """
+    if activation not in ACTIVATIONS or activation != "none" and out.is_signed:
+        raise ValueError(f"epilogue_of_gate: activation {activation} does not give {out.dtype}")
+    multiplier, factor = torch.tensor([x.scale / out.scale]), 0.0 if residual is None else residual.scale / out.scale
+    if not (multiplier.isfinite().all() and math.isfinite(_fp32(factor))):
+        raise ValueError(f"epilogue_of_gate: an output of scale {out.scale} has constants beyond fp32")
+    high = min(out.high, _fp32(6 / out.scale)) if activation == "relu6" else out.high
+    return Epilogue(multiplier.float(), torch.zeros(1), _fp32(factor), out.low, high, out.dtype)
+
+
+def gate_act(
+    x: Tensor, gate: Tensor, epilogue: Epilogue, function: str = "sigmoid", residual: Optional[Tensor] = None
+) -> Tensor:
+    """The bytes of act(x * f(gate) + residual). x, residual: u8 or s8. gate: fp32, (N, C, 1, 1).
+
+    epilogue: of `epilogue_of_gate`. function: of `GATES`.
+    """
+    _check_kept("x", x)
+    y = x.float() * (GATES[function](gate) * epilogue.multiplier.to(x.device))
+    if residual is not None:
+        _check_kept("the residual", residual)
+        y = fma(residual.float(), torch.tensor(epilogue.residual, device=x.device), y)
+    return _kept(y, epilogue.low, epilogue.high, epilogue.dtype)
+
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": sigmoid, "hardsigmoid": hardsigmoid}
 
 
 def conv_act(

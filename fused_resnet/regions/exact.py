@@ -7,8 +7,8 @@ from typing import Mapping, Optional, Sequence
 from torch import Tensor
 
 from fused_resnet.operators import quantized
-from fused_resnet.operators.quantized import Epilogue
-from fused_resnet.regions.fragment import ConvStep, CopyStep, FlattenStep, Fragment, map_of
+from fused_resnet.operators.quantized import Epilogue, Wide
+from fused_resnet.regions.fragment import ConvStep, CopyStep, FlattenStep, Fragment, GateStep, map_of
 
 
 def run_reference(
@@ -26,6 +26,11 @@ def run_reference(
         x = values[step.reads[0]]
         if isinstance(step, ConvStep) and step.is_linear:
             y = quantized.linear_of_means(values[map_of(fragment, step.x)], weights[place], epilogues[place])
+        elif isinstance(step, ConvStep) and isinstance(how := fragment.scales[step.x], Wide):
+            y = quantized.linear_of_vectors(x, how, weights[place], epilogues[place], step.problem.activation)
+        elif isinstance(step, GateStep):
+            residual = None if step.residual is None else values[step.residual]
+            y = quantized.gate_act(x, values[step.gate], epilogues[place], step.function, residual)
         elif isinstance(step, ConvStep):
             p, residual = step.problem, None if step.residual is None else values[step.residual]
             window = (p.stride, p.padding, p.dilation, p.groups)

@@ -9,16 +9,16 @@ import functools
 import hashlib
 import math
 from pathlib import Path
-from typing import Mapping, NamedTuple, Optional, Sequence, Union, cast
+from typing import Callable, Mapping, NamedTuple, Optional, Sequence, Union, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.kernels import winograd
-from fused_resnet.operators import quantized
+from fused_resnet.operators import composites, quantized
 from fused_resnet.operators.problem import ConvProblem, dtype_name, output_size
-from fused_resnet.operators.quantized import Epilogue, Kept, Quantized
+from fused_resnet.operators.quantized import Epilogue, Kept, Quantized, Wide
 from fused_resnet.regions import layout
 from fused_resnet.regions.program import (
     CompiledRegion,
@@ -111,14 +111,40 @@ class CopyStep(NamedTuple):
         return F.pad(y, (0, 0, 0, 0, self.before, self.after))
 
 
-Step = Union[ConvStep, PoolStep, FlattenStep, CopyStep]
+class GateStep(NamedTuple):
+    """act(x * f(gate) + residual), f the function of that name in `quantized.GATES`. gate: a map of one pixel."""
+
+    x: int
+    gate: int
+    residual: Optional[int] = None
+    function: str = "sigmoid"
+    activation: str = "none"
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return (self.x, self.gate) if self.residual is None else (self.x, self.gate, self.residual)
+
+    def __str__(self) -> str:
+        return f"gate {self.function} {self.activation} of {', '.join(map(str, self.reads))}"
+
+    def of(self, x: Tensor, gate: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        """By torch, of floats, as new memory."""
+        y = x * GATE_FUNCTIONS[self.function](gate)
+        if residual is not None:
+            y += residual
+        return y.relu_() if self.activation == "relu" else composites.activate(y, self.activation)
+
+
+GATE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
+Step = Union[ConvStep, PoolStep, FlattenStep, CopyStep, GateStep]
 
 
 class Fragment(NamedTuple):
     """shapes: of the inputs. outputs: the steps' values that are read outside, in the order of the steps. Vectors count
     as maps of one pixel.
 
-    scales: in int8 and e4m3, how each value is kept, or None of a mean and of a linear layer of means, which are fp32.
+    scales: in int8 and e4m3, how each value is kept, or None of a mean and of a linear layer, which are fp32. `Wide`:
+    a mean or a linear layer's result within the region, of which another linear layer is.
     Such a region quantizes its inputs, and its outputs are fp32. e4m3 is for GPUs: `compile_fragment` does not take it.
     """
 
@@ -152,7 +178,7 @@ class Fragment(NamedTuple):
         for step in self.steps:
             if isinstance(step, ConvStep):
                 shapes.append(step.problem.output_shape)
-            elif isinstance(step, FlattenStep):
+            elif isinstance(step, (FlattenStep, GateStep)):
                 shapes.append(shapes[step.x])
             elif isinstance(step, CopyStep):
                 (N, _, H, W), C = shapes[step.xs[0]], sum(shapes[x][1] for x in step.xs)
@@ -170,6 +196,14 @@ class Fragment(NamedTuple):
         shapes = self.value_shapes
         values = (*range(len(self.shapes)), *self.outputs)
         return sum(math.prod(shapes[value]) for value in values) * layout.outside(self.dtype).itemsize
+
+    @property
+    def gate_bytes(self) -> tuple[int, int]:
+        """How many gates it has, and what they read and write of maps: x for its mean, and for the product with the
+        residual and the result."""
+        gates = [step for step in self.steps if isinstance(step, GateStep)]
+        maps = (math.prod(self.value_shapes[step.x]) * (len(step.reads) + 1) for step in gates)
+        return len(gates), sum(maps) * self.dtype.itemsize
 
     @property
     def text(self) -> str:
@@ -259,6 +293,22 @@ def replacing(fragment: Fragment) -> set[int]:
             replaced = map_of(fragment, step.residual)
             if last_read[replaced] == place and replaced != map_of(fragment, step.x):
                 found.add(place)
+    return found
+
+
+def gated_into(fragment: Fragment) -> dict[int, int]:
+    """{the place of a gate: the value whose map takes its result}: x or its residual, if nothing reads that later."""
+    last_read = {map_of(fragment, value): place for place, step in enumerate(fragment.steps) for value in step.reads}
+    for place, second in projections(fragment).items():  # which is read there
+        read = map_of(fragment, fragment.steps[second].reads[0])
+        last_read[read] = max(last_read[read], place)
+    found: dict[int, int] = {}
+    for place, step in enumerate(fragment.steps):
+        if isinstance(step, GateStep):
+            for value in (step.x,) if step.residual is None else (step.x, step.residual):
+                replaced = map_of(fragment, value)
+                if last_read[replaced] == place and replaced != map_of(fragment, step.gate):
+                    found.setdefault(place, value)
     return found
 
 
@@ -367,6 +417,7 @@ def _compile_int8(
 ) -> CompiledRegion:
     region, first, scales = Region(fragment.dtype), len(fragment.shapes), fragment.scales
     replaced, stem_of, pooled = replacing(fragment), stems(fragment), pooled_stems(fragment)
+    into = gated_into(fragment)
     maps: dict[int, Map] = {}
     stem_segments: dict[int, Segment] = {}
     requantizing = {
@@ -389,8 +440,12 @@ def _compile_int8(
         if isinstance(step, ConvStep) and step.is_linear:
             region.write_linear(maps[step.x], packed[place], epilogues[place])
             continue
+        how = scales[step.reads[0]]
         if place in pooled or value in maps:
             pass
+        elif isinstance(step, ConvStep) and isinstance(how, Wide):
+            p = step.problem
+            maps[value] = region.linear(maps[step.x], p.C, packed[place], epilogues[place], how, p.activation)
         elif isinstance(step, ConvStep):
             maps[value] = region.convolve(
                 [stem_segments[place] if place in stem_segments else _segment(step, maps)],
@@ -405,6 +460,11 @@ def _compile_int8(
             maps[value] = region.pool(maps[step.x], step.kind, *window, how=scales[value])
         elif isinstance(step, CopyStep):
             maps[value] = _copies(region, step, maps)
+        elif isinstance(step, GateStep):
+            signs = _is_signed(fragment, step.x), _is_signed(fragment, step.residual)
+            maps[value] = _gate(region, step, maps, into.get(place), "none", Requantizing(epilogues[place], *signs))
+        elif isinstance(scales[value], Wide):
+            maps[value] = region.means(maps[step.x], _scale_of_mean(fragment, step.x))
         else:
             maps[value] = maps[step.x]
         if value in fragment.outputs:
@@ -422,13 +482,23 @@ def _check_int8(fragment: Fragment, place: int) -> None:
     if isinstance(step, ConvStep) and step.is_linear:
         wrong = _why_no_linear(fragment, step)
         fits = scales[value] is None and scales[step.x] is None and value in fragment.outputs
+    elif isinstance(step, ConvStep) and isinstance(scales[step.x], Wide):
+        is_plain = (step.problem.R, step.problem.S, step.problem.groups, step.residual) == (1, 1, 1, None)
+        wrong = None if is_plain else "a linear layer of vectors that is none"
+        fits = (scales[value] is None or isinstance(scales[value], Wide)) and value not in fragment.outputs
+    elif isinstance(step, GateStep):
+        wrong = None if scales[step.gate] is None else "a gate of bytes"
+        fits = step.gate >= len(fragment.shapes) and all(
+            isinstance(scales[one], Quantized) for one in (step.x, step.residual, value) if one is not None
+        )
     elif isinstance(step, ConvStep):
         wrong = None
-        fits = None not in [scales[read] for read in (*step.reads, value)]
+        fits = all(isinstance(scales[one], Quantized) for one in (*step.reads, value))
     elif isinstance(step, PoolStep) and step.kind == "average":
         is_whole = step.window == shape[2:] and step.padding == (0, 0)
         wrong = None if is_whole else f"an average over {step.window} of {shape[2:]} pixels"
-        fits = scales[value] is None and scales[step.x] is not None
+        fits = scales[value] is None or isinstance(scales[value], Wide) and value not in fragment.outputs
+        fits &= isinstance(scales[step.x], Quantized)
     else:
         wrong, fits = None, all(scales[value] == scales[read] for read in step.reads)
         if isinstance(step, (PoolStep, CopyStep)) and scales[step.reads[0]] is None:
@@ -465,7 +535,7 @@ def _compile_floats(
 ) -> CompiledRegion:
     region, parts, first = Region(fragment.dtype), segments(fragment), len(fragment.shapes)
     replaced, stem_of, points = replacing(fragment), stems(fragment), by_winograd(fragment)
-    pooled = pooled_stems(fragment)
+    pooled, into = pooled_stems(fragment), gated_into(fragment)
     maps: dict[int, Map] = {}
     stem_segments: dict[int, Segment] = {}
     for value, shape in enumerate(fragment.shapes):
@@ -487,6 +557,8 @@ def _compile_floats(
             y = maps[step.x]
         elif isinstance(step, CopyStep):
             y = _copies(region, step, maps)
+        elif isinstance(step, GateStep):
+            y = _gate(region, step, maps, into.get(place), step.activation)
         elif place in points:
             y = region.winograd(
                 maps[step.x],
@@ -518,6 +590,25 @@ def _compile_floats(
 def _copies(region: Region, step: CopyStep, maps: Mapping[int, Map]) -> Map:
     how = step._asdict()
     return region.copy([maps[x] for x in how.pop("xs")], **how)
+
+
+def _gate(
+    region: Region,
+    step: GateStep,
+    maps: Mapping[int, Map],
+    into: Optional[int],
+    activation: str,
+    requantizing: Optional[Requantizing] = None,
+) -> Map:
+    return region.gate(
+        maps[step.x],
+        maps[step.gate],
+        step.function,
+        activation=activation,
+        residual=None if step.residual is None else maps[step.residual],
+        into=None if into is None else maps[into],
+        requantizing=requantizing,
+    )
 
 
 def _segment(step: Step, maps: Mapping[int, Map]) -> Segment:

@@ -24,10 +24,18 @@ from fused_resnet.kernels import compiled
 from fused_resnet.machine.devices import second_level_cache_bytes
 from fused_resnet.machine.malloc import LargePages
 from fused_resnet.operators.problem import ACTIVATIONS, output_size
-from fused_resnet.operators.quantized import Epilogue, Kept, Quantized, why_no_linear, why_not_reduced
+from fused_resnet.operators.quantized import (
+    GATES,
+    Epilogue,
+    Kept,
+    Quantized,
+    Wide,
+    why_no_linear,
+    why_not_reduced,
+)
 from fused_resnet.regions import layout
 
-_VERSION = 5
+_VERSION = 6
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 2, torch.int8: 3}  # of the dtypes
 _TILE = 16  # rows of the largest tile
 _FOR_MAPS = 0.75  # of the second-level caches
@@ -51,6 +59,10 @@ class StepKind(enum.IntEnum):
     POOLED_STEM = 8
     WRITE_LINEAR = 9
     COPY = 10
+    GATE = 11
+    MEANS = 12
+    LINEAR = 13
+    NORM = 14
 
 
 @dataclass(eq=False)
@@ -496,6 +508,117 @@ class Region:
             self._add(StepKind.COPY, integers, [x, *([out] if place else [])], None if place else out)
         return out
 
+    def means(self, x: Map, how: Kept) -> Map:
+        """The mean of each of x's maps as a vector in fp32: in int8, for `linear`."""
+        N, C, H, W = x.shape
+        tail, out = self._quantized("means", how, lambda scale: scale / (H * W)), self._new_vector(N, C)
+        self._add(StepKind.MEANS, lambda: [self._number(x), self._number(out), *tail], [x], out)
+        return out
+
+    def linear(
+        self, x: Map, channels: int, packed: Tensor, epilogue: Epilogue, how: Wide, activation: str = "none"
+    ) -> Map:
+        """A linear layer of a vector of so many channels, taken as `how` says, as another vector: in int8.
+
+        packed: its weight (K, C, 1, 1), as `packed_weights` gives it. Raises ValueError for what does not fit together.
+        """
+        K, wanted = len(epilogue.multiplier), self._vector_shape(x.shape[0], channels)
+        tail = self._quantized("linear", how, lambda scale: 256 / scale)
+        if x.shape != wanted or packed.shape[:2] != (-(-K // layout.PANEL), -(-channels // layout.lanes(self.dtype))):
+            raise ValueError(
+                f"linear: a vector of {channels} channels is {wanted}, not {x.shape}, and a weight packed as "
+                f"{tuple(packed.shape)} is of {K} outputs or not"
+            )
+        out = self._new_vector(x.shape[0], K)
+        numbers = (
+            self._keep(packed, self._weights),
+            self._keep(layout.pack_constants(epilogue, packed), self._biases),
+        )
+        rest = [*tail, ACTIVATIONS.index(activation), *numbers]
+        integers = lambda: [channels, K, self._number(x), self._number(out), *rest]  # noqa: E731
+        self._add(StepKind.LINEAR, integers, [x], out, packed)
+        return out
+
+    def gate(
+        self,
+        x: Map,
+        gate: Map,
+        function: str,
+        *,
+        activation: str = "none",
+        residual: Optional[Map] = None,
+        into: Optional[Map] = None,
+        requantizing: Optional[Requantizing] = None,
+    ) -> Map:
+        """act(x * f(gate) + residual), f the function of that name in `quantized.GATES`.
+
+        gate: a map of one pixel, in int8 a vector in fp32. into: x or the residual, whose map takes the result.
+        requantizing: in int8, with one multiplier and instead of an activation.
+
+        Raises ValueError for what does not fit together.
+        """
+        N, C, _, _ = x.shape
+        if gate.shape != (self._vector_shape(N, C) if self.dtype == torch.int8 else (N, C, 1, 1)):
+            raise ValueError(f"gate: gates of {gate.shape} are not those of {x.shape}")
+        if (requantizing is None) == (self.dtype == torch.int8):
+            raise ValueError(f"gate: constants of int8 belong to its regions alone, and this one is {self.dtype}")
+        if into is not None and into is not x and into is not residual or into is gate:
+            raise ValueError("gate: the map that takes the result is x or the residual")
+        _check_epilogue("gate", x.shape, None, activation, residual, [])
+        out = self._new_map(x.shape) if into is None else into
+        tail = [[*GATES].index(function), ACTIVATIONS.index(activation)]
+        if requantizing is not None:
+            constants, *signs = requantizing
+            numbers = (constants.multiplier.item(), constants.residual, constants.low, constants.high)
+            tail += [*map(_bits, numbers), *map(int, signs)]
+
+        def integers() -> list[int]:
+            added = -1 if residual is None else self._number(residual)
+            return [self._number(out), self._number(x), self._number(gate), added, *tail]
+
+        read = [gate, *([] if residual is None else [residual]), x]
+        self._add(StepKind.GATE, integers, read, out if into is None else None)
+        return out
+
+    def norm(
+        self,
+        x: Map,
+        scale: Tensor,
+        shift: Tensor,
+        *,
+        activation: str = "none",
+        in_place: bool = False,
+        requantizing: Optional[Requantizing] = None,
+    ) -> Map:
+        """act(x * scale + shift), both (C,). in_place: x's map takes the result.
+
+        requantizing: in int8, whose bounds stand for an activation. Raises ValueError for what does not fit together.
+        """
+        C = x.shape[1]
+        if scale.shape != (C,) or shift.shape != (C,):
+            raise ValueError(f"norm: vectors of {tuple(scale.shape)} and {tuple(shift.shape)} meet {C} channels")
+        if (requantizing is None) == (self.dtype == torch.int8):
+            raise ValueError(f"norm: constants of int8 belong to its regions alone, and this one is {self.dtype}")
+        _check_epilogue("norm", x.shape, None, activation, None, [])
+        out = x if in_place else self._new_map(x.shape)
+        vectors = torch.stack([scale.detach().float(), shift.detach().float()])
+        constants = self._keep(F.pad(vectors, (0, -C % layout.PIXEL_BYTES)).contiguous(), self._biases)
+        tail = [ACTIVATIONS.index(activation), constants]
+        if requantizing is not None:
+            epilogue, is_signed, _ = requantizing
+            tail += [*map(_bits, (epilogue.residual, epilogue.low, epilogue.high)), int(is_signed)]
+        integers = lambda: [self._number(out), self._number(x), *tail]  # noqa: E731
+        self._add(StepKind.NORM, integers, [x], None if in_place else out)
+        return out
+
+    @staticmethod
+    def _vector_shape(N: int, C: int) -> Shape:
+        """A vector of fp32 lies in a map of bytes, and has whole blocks of values."""
+        return N, 4 * -(-C // layout.PIXEL_BYTES) * layout.PIXEL_BYTES, 1, 1
+
+    def _new_vector(self, N: int, C: int) -> Map:
+        return self._new_map(self._vector_shape(N, C))
+
     def pooled_stem(
         self,
         shape: Shape,
@@ -577,7 +700,8 @@ class Region:
         instead of 27, in the same time (Xeon with AMX, one thread, 2026-11).
         """
         waves: list[_Wave] = []
-        for _, some in itertools.groupby(range(len(self._steps)), lambda index: self._steps[index].size):
+        sizes = _around([step.size for step in self._steps])
+        for _, some in itertools.groupby(range(len(self._steps)), sizes.__getitem__):
             stage = list(some)
             images = self._images_of([self._steps[index] for index in stage])
             if waves and waves[-1].images == images:
@@ -688,6 +812,17 @@ class Region:
                 place = max(place, upper)
             places[x] = place
         return places
+
+
+def _around(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Steps over single pixels between two of one size have that size: a gate's squeeze belongs to its map."""
+    found, begin = list(sizes), 0
+    for size, some in itertools.groupby(sizes):
+        end = begin + len(list(some))
+        if size == (1, 1) and 0 < begin and end < len(sizes) and sizes[begin - 1] == sizes[end]:
+            found[begin:end] = [sizes[end]] * (end - begin)
+        begin = end
+    return found
 
 
 def _bits(value: float) -> int:

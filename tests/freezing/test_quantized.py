@@ -18,10 +18,11 @@ from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.operators import quantized
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.quantized import Quantized, quantized_over
+from fused_resnet.operators.quantized import Quantized, Wide, quantized_over
 from fused_resnet.quantizing import Scales
 from fused_resnet.quantizing.calibrate import FloatConv
 from fused_resnet.regions import kernels
+from fused_resnet.regions.fragment import ConvStep, GateStep
 from tests.support import networks
 from tests.support.quantized import by_reference, int8_regions
 
@@ -66,6 +67,86 @@ class Forward(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ what becomes int8
+
+
+def test_gates_are_within_the_region(rest):
+    model, x = networks.randomize(networks.Gated()), torch.randn(X)
+    loader = images()
+    frozen = in_int8(model, x, calibrate=loader)
+    (region,) = int8_regions(frozen, x)
+    assert len(region.convolutions) == sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    gates = [step for step in region.fragment.steps if isinstance(step, GateStep)]
+    assert [(gate.function, gate.activation, gate.residual is None) for gate in gates] == [
+        ("sigmoid", "relu", False), ("sigmoid", "none", True),
+        ("hardsigmoid", "relu", False), ("sigmoid", "none", True),
+    ]  # fmt: skip
+    assert sqnr(model, frozen, x) > 20
+    scales = [str(how) for how in region.fragment.scales if isinstance(how, Wide)]
+    assert len(scales) == 8 and {how[:3] for how in scales} == {"s16", "u16"}
+    other = torch.randn(3, 3, 20, 13)
+    assert sqnr(model, frozen, other) > 18
+
+
+def test_gates_cost_no_accuracy(rest):
+    """With the gates' small convolutions in floats, as they were, the answers are no nearer."""
+    found = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, x, loader = networks.randomize(networks.Gated()), torch.randn(8, *X[1:]), images()
+        squeezes = [name for name, module in model.named_modules() if isinstance(module, networks.Squeeze)]
+        plain = in_int8(model, x, calibrate=loader, keep=squeezes)
+        assert all(region.fragment.steps != () and not any(isinstance(step, GateStep) for step in region.fragment.steps)
+                   for region in int8_regions(plain, x))  # fmt: skip
+        found.append((sqnr(model, in_int8(model, x, calibrate=loader), x), sqnr(model, plain, x)))
+    ours, floats = (sum(column) / len(found) for column in zip(*found))
+    assert ours > floats - 0.5, found
+
+
+class Perceptron(nn.Module):
+    """A map laid flat, as in VGG, and three linear layers."""
+
+    def __init__(self, sides=(3, 4), flatten=None):
+        super().__init__()
+        self.conv, self.pool, self.sides = nn.Conv2d(3, 33, 3, padding=1), nn.AdaptiveAvgPool2d(sides), sides
+        self.max, self.flatten = nn.MaxPool2d(4), flatten or nn.Flatten()
+        self.layers = nn.Sequential(
+            nn.Linear(33 * sides[0] * sides[1], 70), nn.ReLU(True), nn.Dropout(), nn.Linear(70, 40), nn.ReLU6()
+        )
+        self.fc = nn.Linear(40, 5)
+
+    def forward(self, x):
+        return self.fc(self.layers(self.flatten(self.pool(self.max(torch.relu(self.conv(x)))))))
+
+
+@pytest.mark.parametrize("flatten", [None, lambda x: torch.flatten(x, 1), lambda x: x.flatten(1)])
+def test_linear_layers_of_a_flat_map_are_within_the_region(flatten, rest):
+    model, x = Perceptron(flatten=flatten).eval(), torch.randn(3, 3, 12, 16)
+    frozen = in_int8(model, x)
+    (region,) = int8_regions(frozen, x)
+    steps = [step for step in region.fragment.steps if isinstance(step, ConvStep)]
+    assert [(step.problem.K, step.problem.R, step.problem.S, step.is_linear) for step in steps] == [
+        (33, 3, 3, False), (70, 3, 4, False), (40, 1, 1, False), (5, 1, 1, True),
+    ]  # fmt: skip
+    assert sqnr(model, frozen, x) > 25
+    kept = in_int8(model, x, keep=["layers.0"])
+    assert sqnr(model, kept, x) > 25
+    assert [len(region.convolutions) for region in int8_regions(kept, x)] == [1]
+
+
+def test_a_pooling_before_linear_layers_stays_in_floats(rest):
+    """One that returns another size: what it gives is made bytes again."""
+    model, x = Perceptron((2, 2)).eval(), torch.randn(3, 3, 12, 16)
+    frozen = in_int8(model, x)
+    assert [len(region.convolutions) for region in int8_regions(frozen, x)] == [1, 2]
+    assert sqnr(model, frozen, x) > 25
+
+
+@pytest.mark.parametrize("kept", ["3.se.fc1", "3.se.fc2", "3.conv2"])
+def test_a_gate_of_which_something_is_kept_stays_in_floats(kept, rest):
+    model, x = networks.randomize(networks.Gated()), torch.randn(X)
+    frozen = in_int8(model, x, keep=[kept])
+    counts = [sum(isinstance(step, GateStep) for step in one.fragment.steps) for one in int8_regions(frozen, x)]
+    assert sum(counts) == 3 and sqnr(model, frozen, x) > 18
 
 
 @pytest.mark.parametrize("block", (BasicBlock, Bottleneck))

@@ -101,6 +101,7 @@ NETWORKS = {
     "stem and poolings": stem_and_pools,
     "silu": silu,
     "groups": groups,
+    "gates": lambda: networks.randomize(networks.Gated()),
     "copies": lambda: networks.randomize(networks.Copies()),
 }
 

@@ -10,7 +10,7 @@ from fused_resnet.kernels import compiled
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.regions import fragment, program
-from fused_resnet.regions.fragment import ConvStep, CopyStep, FlattenStep, Fragment, PoolStep
+from fused_resnet.regions.fragment import ConvStep, CopyStep, FlattenStep, Fragment, GateStep, PoolStep
 from tests.support.regions import copied, draw_copies, draw_groups, kernels
 
 if compiled.load("cpu") is not None:
@@ -18,6 +18,7 @@ if compiled.load("cpu") is not None:
 
 KERNELS = kernels()
 LEAST = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-8}  # also of fp32's own sums, and of Winograd's
+ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}
 CHANNELS = (1, 3, 5, 17, 32, 32, 33, 40, 64, 70)
 
 
@@ -33,7 +34,8 @@ class Drawn:
         if self.draw.random() < 0.3:
             self.stem()
         for _ in range(self.draw.randint(2, 8)):
-            self.draw.choices((self.convolution, self.pooling, self.copies, self.classifier), (78, 9, 8, 5))[0]()
+            kinds = self.convolution, self.pooling, self.copies, self.classifier, self.gate
+            self.draw.choices(kinds, (70, 9, 8, 5, 12))[0]()
         first = len(self.shapes)
         kept = [value for value in range(first, len(self.values)) if self.draw.random() < 0.2]
         outputs = tuple(sorted({len(self.values) - 1, *kept}))
@@ -84,6 +86,20 @@ class Drawn:
         self.add(PoolStep("average", x, tuple(sides), tuple(sides), (0, 0), False), (N, C, 1, 1))
         self.add(FlattenStep(len(self.values) - 1), (N, C, 1, 1))
         self.weigh(len(self.values) - 1, self.draw.choice(CHANNELS), (1, 1), is_linear=True)
+
+    def gate(self):
+        """A map's means, two small convolutions, and the product with that map or another, mostly with a sum."""
+        x, draw = self.source(), self.draw
+        N, C, *sides = self.values[x]
+        self.add(PoolStep("average", x, tuple(sides), tuple(sides), (0, 0), False), (N, C, 1, 1))
+        hidden, activation = draw.choice((1, 4, 33)), draw.choice(("none", "relu", "silu"))
+        self.weigh(len(self.values) - 1, hidden, (1, 1), activation=activation)
+        gated = draw.choice([value for value, shape in self.known() if shape[2:] == tuple(sides)])
+        self.weigh(len(self.values) - 1, self.values[gated][1], (1, 1))
+        alike = [value for value, shape in self.known() if shape == self.values[gated]]
+        function, activation = draw.choice(("sigmoid", "hardsigmoid")), draw.choice(("none", "relu", "relu6", "silu"))
+        residual = draw.choice((None, *alike))
+        self.add(GateStep(gated, len(self.values) - 1, residual, function, activation), self.values[gated])
 
     def convolution(self):
         x, draw = self.source(), self.draw
@@ -142,12 +158,15 @@ class Drawn:
                 values.append(F.max_pool2d(x, step.window, step.stride, step.padding))
             elif isinstance(step, PoolStep):
                 values.append(F.avg_pool2d(x, step.window, step.stride, step.padding, False, step.counts_padding))
+            elif isinstance(step, GateStep):
+                y = x * {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}[step.function](values[step.gate])
+                values.append(ACTIVATIONS[step.activation](y if step.residual is None else y + values[step.residual]))
             else:
                 p, bias = step.problem, self.biases[place]
                 weight, bias = self.weights[place].double(), None if bias is None else bias.double()
                 y = F.conv2d(x, weight, bias, p.stride, p.padding, p.dilation, p.groups)
                 y = y if step.residual is None else y + values[step.residual]
-                values.append({"none": lambda y: y, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}[p.activation](y))
+                values.append(ACTIVATIONS[p.activation](y))
             values[-1] = rounded(values[-1])
         return [values[value] for value in self.fragment.outputs]
 
@@ -183,6 +202,7 @@ def test_random_fragments(monkeypatch, kernel, dtype, cache):
     for drawn in all_drawn:
         assert_right(drawn, kernel)
     assert any(fragment.pooled_stems(drawn.fragment) for drawn in all_drawn)
+    assert any(fragment.gated_into(drawn.fragment) for drawn in all_drawn)
 
 
 def problem_of(C, K, size, side=6, *, residual=False, activation="none", N=2):

@@ -11,10 +11,10 @@ from fused_resnet.kernels import compiled
 from fused_resnet.operators import quantized
 from fused_resnet.operators.describe import conv_problem
 from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.quantized import Epilogue, Quantized
+from fused_resnet.operators.quantized import Epilogue, Quantized, Wide
 from fused_resnet.regions import fragment, layout, program
 from fused_resnet.regions.exact import run_reference
-from fused_resnet.regions.fragment import ConvStep, FlattenStep, Fragment, PoolStep
+from fused_resnet.regions.fragment import ConvStep, FlattenStep, Fragment, GateStep, PoolStep
 from fused_resnet.regions.program import Region, Requantizing, Segment
 from tests.regions.test_exact import Block
 from tests.support.regions import draw_copies, draw_groups, int8_kernels
@@ -42,10 +42,11 @@ class Drawn:
         if self.draw.random() < 0.5:
             self.stem()
         for _ in range(self.draw.randint(1, steps)):
-            self.draw.choices((self.convolution, self.maximum, self.copies, self.means), (75, 12, 8, 5))[0]()
+            kinds = self.convolution, self.maximum, self.copies, self.means, self.gate
+            self.draw.choices(kinds, (67, 12, 8, 5, 12))[0]()
         first = len(self.shapes)
         kept = [value for value in range(first, len(self.values)) if self.draw.random() < 0.2]
-        kept = [value for value in kept if value not in self.taken]
+        kept = [value for value in kept if value not in self.taken and not self.is_vector(value)]
         outputs = tuple(sorted({len(self.values) - 1, *kept, *self.linears}))
         self.fragment = Fragment(tuple(self.shapes), tuple(self.steps), outputs, torch.int8, scales=tuple(self.scales))
 
@@ -56,7 +57,7 @@ class Drawn:
         return Quantized(self.draw.choice((1.0, 0.25, 0.0173, 3.1)), is_signed)
 
     def maps(self):
-        return [value for value, how in enumerate(self.scales) if how is not None and value not in self.taken]
+        return [value for value, how in enumerate(self.scales) if type(how) is Quantized and value not in self.taken]
 
     def source(self):
         """A map, of the last ones."""
@@ -103,6 +104,46 @@ class Drawn:
         self.add(FlattenStep(len(self.values) - 1), (N, C, 1, 1), None)
         if quantized.why_no_linear(self.scales[x], math.prod(sides)) is None and self.draw.random() < 0.7:
             self.linear(self.draw.choice(CHANNELS))
+
+    def is_vector(self, value):
+        """Whether it stays within the region: of a gate."""
+        is_wide = lambda one: type(self.scales[one]) is Wide  # noqa: E731
+        step = None if value < len(self.shapes) else self.steps[value - len(self.shapes)]
+        return is_wide(value) or step is not None and is_wide(step.reads[0])
+
+    def gate(self):
+        """A map's means, two linear layers of vectors, and the product with a map, mostly with a sum."""
+        x, draw = self.source(), self.draw
+        (N, C, *sides), how = self.values[x], self.scales[x]
+        wide = Wide(how.scale * draw.choice((1, 1, 0.01)), how.is_signed)  # the last cuts off
+        self.add(PoolStep("average", x, tuple(sides), tuple(sides), (0, 0), False), (N, C, 1, 1), wide)
+        activation = draw.choice(("none", "relu", "relu6", "silu"))
+        self.vector(
+            draw.choice((1, 4, 33, 70)), Wide(draw.choice((1.0, 0.07)), activation in ("none", "silu")), activation
+        )
+        gated = draw.choice([value for value in self.maps() if self.values[value][2:] == tuple(sides)])
+        self.vector(self.values[gated][1], None, "none")
+        alike = [value for value in self.maps() if self.values[value] == self.values[gated]]
+        residual = draw.choice((None, *alike))
+        out = self.kept(draw.random() < 0.5)
+        self.epilogues[len(self.steps)] = quantized.epilogue_of_gate(
+            self.scales[gated], out, None if residual is None else self.scales[residual],
+            "none" if out.is_signed else draw.choice(("none", "relu", "relu6")),
+        )  # fmt: skip
+        step = GateStep(gated, len(self.values) - 1, residual, draw.choice(("sigmoid", "hardsigmoid")))
+        self.add(step, self.values[gated], out)
+
+    def vector(self, K, how, activation):
+        """A linear layer of the vector that is there last. Mostly its results are of the size of its scale."""
+        x, place = len(self.values) - 1, len(self.steps)
+        N, C, *_ = self.values[x]
+        self.weights[place] = self.bytes((K, C, 1, 1), -127, 128)
+        scales = torch.rand(K, generator=self.generator) / (74 * C**0.5) * self.draw.choice((1, 1, 10, 1e30))
+        bias = torch.randn(K, generator=self.generator)
+        self.epilogues[place] = quantized.epilogue_of_vectors(self.scales[x], scales, bias)
+        operands = ConvOperands(torch.empty(N, C, 1, 1, device="meta"), self.weights[place].float().to("meta"))
+        problem = conv_problem(operands, (1, 1), (0, 0), (1, 1), 1, activation)
+        self.add(ConvStep(problem._replace(device="cpu", dtype=torch.int8), x), (N, K, 1, 1), how)
 
     def linear(self, K):
         """A layer of the vectors that are there last."""
@@ -225,17 +266,56 @@ def test_there_is_a_kernel_for_any_machine():
 @pytest.mark.parametrize("cache", [0, 2000, 30_000, 2**21], ids=lambda cache: f"{cache} bytes of cache")
 def test_no_byte_differs_in_random_fragments(monkeypatch, cache):
     monkeypatch.setattr(program, "second_level_cache_bytes", lambda: cache)
-    stems, pooled_stems = 0, 0
+    stems, pooled_stems, gates = 0, 0, 0
     for seed in range(40):
         drawn = Drawn(1000 * cache + seed)
         pooled = len(fragment.pooled_stems(drawn.fragment))
         stems, pooled_stems = stems + len(fragment.stems(drawn.fragment)) - pooled, pooled_stems + pooled
+        gates += sum(isinstance(step, GateStep) for step in drawn.steps)
         inputs, region = drawn.inputs(), drawn.region()
         expected = run_reference(drawn.fragment, drawn.weights, drawn.epilogues, inputs)
         assert len(expected) == len(region.output_shapes)
         for kernel in KERNELS:
             assert differing(call(region, inputs, kernel), expected) == 0, (kernel, seed, drawn.fragment)
-    assert stems >= 5 and pooled_stems >= 5
+    assert stems >= 5 and pooled_stems >= 5 and gates >= 10
+
+
+@pytest.mark.parametrize("function", ["sigmoid", "hardsigmoid"])
+@pytest.mark.parametrize("centre", [-15.0, -4.7, -0.8, 0.001, 1.3, 2.9])
+def test_no_bit_of_a_gate_differs(function, centre):
+    """Gates near one another, magnified until a byte shows their last bits: a residual takes the first ones away."""
+    if function == "hardsigmoid" and abs(centre) > 3:
+        return
+    K = 200
+    drawn = Drawn(3)
+    shape = (1, K, 1, 1)
+    drawn.N, drawn.shapes, drawn.values, drawn.steps, drawn.weights, drawn.epilogues = (
+        1,
+        [shape] * 2,
+        [shape] * 2,
+        [],
+        {},
+        {},
+    )
+    drawn.scales = [Quantized(1.0, False), Quantized(1.0, True)]
+    f = quantized.GATES[function](torch.tensor([centre]))
+    magnified = 2.0 ** (23 - math.floor(math.log2(f.item())))
+    step = f.item() * 2.0**-24 / (1 / 6 if function == "hardsigmoid" else f.item() * (1 - f.item()))
+    logits = centre + torch.linspace(-90 * step, 90 * step, K, dtype=torch.float64)
+    drawn.add(PoolStep("average", 0, (1, 1), (1, 1), (0, 0), False), shape, Wide(1.0, False))
+    drawn.vector(K, None, "none")
+    drawn.weights[1].zero_()
+    drawn.epilogues[1] = drawn.epilogues[1]._replace(bias=logits.float())
+    taken = Epilogue(torch.tensor([magnified]), torch.zeros(1), f.item() * magnified / 128, -128.0, 127.0, torch.int8)
+    drawn.epilogues[2] = taken
+    drawn.add(GateStep(0, 3, 1, function), shape, Quantized(1.0, True))
+    whole = Fragment(tuple(drawn.shapes), tuple(drawn.steps), (4,), torch.int8, tuple(drawn.scales))
+    inputs = [torch.ones(shape), torch.full(shape, -128.0)]
+    (expected,) = run_reference(whole, drawn.weights, drawn.epilogues, inputs)
+    assert expected.unique().numel() > 10 and expected.abs().max() < 127
+    for kernel in KERNELS:
+        (y,) = call(compile_(whole, drawn.weights, drawn.epilogues), inputs, kernel)
+        assert torch.equal(y, expected), kernel
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 from benchmarks.cpu_check.cores import threads
 from fused_resnet.kernels import compiled
-from fused_resnet.operators.quantized import Epilogue, Quantized
-from fused_resnet.regions.program import Pooling, Region, Requantizing, Segment, StepKind
-from tests.support.regions import call, channels_last, fastest, kernels, table
+from fused_resnet.operators import quantized
+from fused_resnet.operators.quantized import Epilogue, Quantized, Wide
+from fused_resnet.regions.program import Pooling, Region, Requantizing, Segment, StepKind, packed_weights
+from tests.support.regions import call, channels_last, fastest, int8_kernels, kernels, table
 
 if compiled.load("cpu") is not None:
     pytest.skip(compiled.load("cpu"), allow_module_level=True)
@@ -52,6 +53,32 @@ def test_poolings_are_those_of_aten(dtype, kernel, case):
     for counts, average in zip((False, True), averages):
         expected = F.avg_pool2d(x.double(), *window, count_include_pad=counts).to(dtype)
         torch.testing.assert_close(average, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype, kernel", FASTEST.items(), ids=str)
+def test_a_norm_with_its_activation(dtype, kernel, in_place):
+    x, scale, shift = channels_last(torch.randn(3, 37, 5, 7).to(dtype)), torch.randn(37), torch.randn(37)
+    for activation, act in (("none", lambda y: y), ("relu", F.relu), ("relu6", F.relu6), ("silu", F.silu)):
+        region = Region(dtype)
+        region.write(region.norm(region.read(x.shape), scale, shift, activation=activation, in_place=in_place))
+        (y,) = call(region, [x], kernel)
+        expected = act(x.double() * scale.double().view(-1, 1, 1) + shift.double().view(-1, 1, 1)).to(dtype)
+        torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_a_norm_of_bytes_is_the_contracts(is_signed):
+    x = torch.randint(-128 if is_signed else 0, 128, (3, 70, 5, 7)).float()
+    epilogue = Epilogue(torch.randn(70), torch.randn(70) * 20, 0.0, 0.0, 255.0, torch.uint8)
+    region, how = Region(torch.int8), Quantized(1.0, is_signed)
+    bounds = Requantizing(epilogue, is_signed)
+    y = region.norm(region.read(x.shape, how), epilogue.multiplier, epilogue.bias, requantizing=bounds)
+    region.write(y, Quantized(1.0, False))
+    compiled_region = region.compile()
+    for kernel in int8_kernels():
+        (y,) = compiled_region([x], compiled_region.empty_workspace().fill_(0xA5), kernel)
+        assert torch.equal(y, quantized.requantize(x.int(), epilogue).float()) and y.unique().numel() > 100
 
 
 def test_a_pooled_convolution_of_two_inputs():
@@ -164,7 +191,7 @@ def put(place, value):
 
 
 WRONG = {
-    "programs of version 5 are run": put(0, 1),
+    "programs of version 6 are run": put(0, 1),
     "dtype is 0, 2 or 3, for float32, bfloat16 and int8, not 1": put(1, 1),
     "has a header of 2 integers, not 1": lambda call: call.program.__delitem__(slice(1, None)),
     "number of buffers must be from": put(2, -1),
@@ -343,6 +370,74 @@ WRONG_COPIES = {
 }
 
 
+class CallOfGate(Call):
+    """A gated map with a sum. A step: out, x, gate, residual, function, activation."""
+
+    def __init__(self):
+        super().__init__()
+        region = Region(torch.float32)
+        x, gate, y = (region.read(shape) for shape in ((1, 32, 6, 6), (1, 32, 1, 1), (1, 32, 6, 6)))
+        region.write(region.gate(x, gate, "sigmoid", residual=y, activation="relu"))
+        self.region = region.compile()
+        self.program = self.region.program.tolist()
+        self.inputs = [channels_last(torch.randn(1, 32, *size)) for size in ((6, 6), (1, 1), (6, 6))]
+        self.weights, self.biases = [], []
+        self.workspace = self.region.empty_workspace()
+
+
+GATE = 3 + 4 * 7 + 3 * 7
+WRONG_GATES = {
+    "a gated map of \\(1, 32, 1, 1\\) does not give": put(GATE + 2, 1),
+    "gates of \\(1, 32, 6, 6\\) are not those of": put(GATE + 3, 2),
+    "a residual of \\(1, 32, 1, 1\\) does not give": put(GATE + 4, 1),
+    "gates of .* and the output of .* overlap": lambda call: put(BUFFER + 7 + 6, call.program[BUFFER + 21 + 6])(call),
+    "a gated map of .* and the output of .* overlap": lambda call: put(BUFFER + 6, call.program[BUFFER + 21 + 6])(call),
+    "a gate's function must be from 0 to 1": put(GATE + 5, 2),
+    "an activation must be from 0 to 3": put(GATE + 6, 4),
+}
+
+
+class CallOfVectors(Call):
+    """A gate in int8. Step 13: channels, vectors, factor, sign, activation, weight and constants."""
+
+    def __init__(self):
+        super().__init__()
+        region, how = Region(torch.int8), Quantized(0.5, False)
+        x = region.read((1, 32, 6, 6), how)
+        packed = packed_weights([torch.ones(32, 32, 1, 1).to(torch.int8)], torch.int8)
+        constants = Epilogue(torch.ones(32), torch.ones(32), 0.0, -1.0, 1.0, torch.float32)
+        gate = region.linear(region.means(x, how), 32, packed, constants, Wide(0.5, False))
+        bounds = Epilogue(torch.ones(1), torch.zeros(1), 1.0, 0.0, 255.0, torch.uint8)
+        y = region.gate(x, gate, "sigmoid", residual=x, requantizing=Requantizing(bounds, False))
+        constants = Requantizing(bounds, False)
+        region.write(region.norm(y, torch.ones(32), torch.ones(32), requantizing=constants), how)
+        self.region = region.compile()
+        self.program = self.region.program.tolist()
+        self.inputs = [channels_last(torch.randn(1, 32, 6, 6))]
+        self.weights, self.biases = self.region.weights, list(self.region.biases)
+        self.outputs = [torch.zeros(1, 32, 6, 6).contiguous(memory_format=torch.channels_last)]
+        self.workspace = self.region.empty_workspace()
+
+
+MEANS = 3 + 5 * 7 + 11
+LAYER, GATED, NORM = MEANS + 5, MEANS + 5 + 10, MEANS + 5 + 10 + 13
+WRONG_VECTORS = {
+    "means of 32 channels are a vector of 4 bytes for each of 64, not": put(MEANS + 2, 0),
+    "means of 32 channels are a vector of 4 bytes for each of 64, not ": put(BUFFER + 7 + 1, 255),
+    "the inputs of a linear layer of 65 channels are a vector": put(LAYER + 1, 65),
+    "the outputs of a linear layer of 65 channels are a vector": put(LAYER + 2, 65),
+    "a linear layer's|overlap": put(LAYER + 4, 1),
+    "256 / scale must be finite": put(LAYER + 5, 0x7F800000),
+    "a weight must have the shape": put(LAYER + 2, 33),
+    "gates of 32 channels are a vector": put(GATED + 3, 0),
+    "in int8 a gate has no activation, not relu": put(GATED + 6, 1),
+    "the bounds of bytes are": put(GATED + 9, 0x3F800000),
+    "in int8 a norm has no activation, not relu": put(NORM + 3, 1),
+    "a norm's constants must have the shape": put(NORM + 4, 0),
+    "a map before its norm of .* does not give": put(NORM + 2, 1),
+}
+
+
 class CallOfBytes(Call):
     """The same in int8, with two rows in a pixel."""
 
@@ -379,6 +474,7 @@ WRONG_BYTES = {
 
 OF_EACH = {
     **{Call: WRONG, CallOfPhases: WRONG_PHASES, CallOfWinograd: WRONG_WINOGRAD},
+    **{CallOfGate: WRONG_GATES, CallOfVectors: WRONG_VECTORS},
     **{CallOfPooledStem: WRONG_STEMS, CallOfBytes: WRONG_BYTES, CallOfCopy: WRONG_COPIES},
 }
 
@@ -396,7 +492,7 @@ def test_it_refuses(make, sentence):
     assert all(output.isnan().all() for output in call.outputs)
 
 
-@pytest.mark.parametrize("make", [Call, CallOfPooledStem])
+@pytest.mark.parametrize("make", [Call, CallOfPooledStem, CallOfVectors])
 def test_whatever_the_integers_nothing_outside_is_written(make):
     """Random ones in place of right ones, in a workspace between guards."""
     refused, size = 0, make().region.workspace_bytes

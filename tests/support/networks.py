@@ -14,8 +14,8 @@ from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.testing.networks import LUCK, allowed, error, has_winograd, in_fp64, randomize
 
 __all__ = [
-    "LUCK", "Network", "allowed", "blocks_of", "error", "has_winograd", "in_fp64", "randomize", "residual_block",
-    "single", "small", "torchvision_like",
+    "LUCK", "Gated", "Network", "Squeeze", "allowed", "blocks_of", "error", "has_winograd", "in_fp64", "randomize",
+    "residual_block", "single", "small", "torchvision_like",
 ]  # fmt: skip
 
 # torchvision's blocks as far as `fuse` sees them: their names, their attributes and a forward of this file's own.
@@ -141,3 +141,49 @@ def single(block: type[nn.Module] = BasicBlock, stride: int = 2, channels: int =
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, (BasicBlock, Bottleneck))]
+
+
+class Squeeze(nn.Module):
+    """Squeeze and excitation. how: as timm has it, as torchvision does, or with a hard sigmoid by its function."""
+
+    def __init__(self, channels, how):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(channels, 6, 1), nn.Conv2d(6, channels, 1)
+        self.pool, self.act, self.scale_activation, self.how = nn.AdaptiveAvgPool2d(1), nn.SiLU(), nn.Sigmoid(), how
+
+    def forward(self, x):
+        if self.how == "torchvision":
+            return self.scale_activation(self.fc2(self.act(self.fc1(self.pool(x))))) * x
+        y = self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=True))))
+        return x * (y.sigmoid() if self.how == "timm" else F.hardsigmoid(y))
+
+
+class GatedBlock(nn.Module):
+    """A block with a gate behind its last convolution, or before it as in RegNet's."""
+
+    def __init__(self, inputs, channels, stride, how):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
+        self.se, self.act, self.is_last = Squeeze(channels, how), nn.ReLU(inplace=True), how != "torchvision"
+        self.shortcut = nn.Sequential()
+        if stride > 1 or inputs != channels:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x):
+        y = self.act(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y if self.is_last else self.se(y)))
+        if self.is_last:
+            y = self.se(y)
+        y += self.shortcut(x)
+        return self.act(y)
+
+
+class Gated(nn.Sequential):
+    """A network with a gate of each kind, odd channels, and one block without a sum behind its gate."""
+
+    def __init__(self):
+        stem = nn.Conv2d(3, 33, 3, 1, 1, bias=False), nn.BatchNorm2d(33), nn.ReLU()
+        blocks = GatedBlock(33, 33, 1, "timm"), GatedBlock(33, 70, 2, "torchvision"), GatedBlock(70, 70, 1, "hard")
+        tail = nn.Conv2d(70, 40, 1), Squeeze(40, "timm"), nn.Conv2d(40, 20, 1), nn.ReLU()
+        super().__init__(*stem, *blocks, *tail, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 4))

@@ -153,36 +153,54 @@ FUSED_RESNET_INLINE void pool_bytes(const Pooling& s, int64_t begin, int64_t end
   }
 }
 
-// Sums of a map's bytes, times a factor: the mean of each channel of images [begin, end).
+// Sums of maps' bytes, times a factor: the mean of each channel.
+struct Averaging {
+  Layout layout;
+  const char* buffer;
+  float factor;
+  float* means;
+  int64_t stride;  // values from one image's means to the next
+
+  int64_t blocks() const { return layout.N * layout.used_blocks(); }
+};
+
+// Of blocks [begin, end), counted over all images. Of some pixels sums stay within 16 bits.
 template <class Byte>
-FUSED_RESNET_INLINE void average_bytes(const Layout& l, const char* buffer, float factor, int64_t begin, int64_t end,
-                                       float* means) {
-  for (int64_t image = begin; image < end; ++image) {
-    for (int64_t block = 0; block < l.used_blocks(); ++block) {
-      int32_t sums[kPixelBytes] = {};
-      for (int64_t h = 0; h < l.H; ++h) {
-        const auto* pixel = reinterpret_cast<const Byte*>(buffer + l.at(image, block, h, 0));
-        for (int64_t w = 0; w < l.W; ++w, pixel += kPixelBytes) {
-          for (int i = 0; i < kPixelBytes; ++i) sums[i] += pixel[i];
+FUSED_RESNET_INLINE void average_bytes(const Averaging& s, int64_t begin, int64_t end) {
+  constexpr int64_t kTogether = 128;
+  const Layout& l = s.layout;
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t image = index / l.used_blocks(), block = index % l.used_blocks();
+    int32_t sums[kPixelBytes] = {};
+    for (int64_t h = 0; h < l.H; ++h) {
+      const auto* pixel = reinterpret_cast<const Byte*>(s.buffer + l.at(image, block, h, 0));
+      for (int64_t w = 0; w < l.W;) {
+        int16_t some[kPixelBytes] = {};
+        for (const int64_t last = std::min(w + kTogether, l.W); w < last; ++w, pixel += kPixelBytes) {
+          for (int i = 0; i < kPixelBytes; ++i) some[i] = static_cast<int16_t>(some[i] + pixel[i]);
         }
+        for (int i = 0; i < kPixelBytes; ++i) sums[i] += some[i];
       }
-      float* to = means + image * l.C + block * l.lanes;
-      const int64_t count = std::min(l.C - block * l.lanes, l.lanes);
-      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(sums[i]) * factor;
     }
+    float* to = s.means + image * s.stride + block * l.lanes;
+    const int64_t count = std::min(l.C - block * l.lanes, l.lanes);
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(sums[i]) * s.factor;
   }
 }
 
-inline void average_anywhere(const Layout& l, const char* buffer, float factor, bool is_signed, int64_t begin,
-                             int64_t end, float* means) {
-  is_signed ? average_bytes<int8_t>(l, buffer, factor, begin, end, means)
-            : average_bytes<uint8_t>(l, buffer, factor, begin, end, means);
+template <class Byte>
+void average_anywhere(const Averaging& s, int64_t begin, int64_t end) {
+  average_bytes<Byte>(s, begin, end);
 }
 
-FUSED_RESNET_AVX2 inline void average_avx2(const Layout& l, const char* buffer, float factor, bool is_signed,
-                                           int64_t begin, int64_t end, float* means) {
-  is_signed ? average_bytes<int8_t>(l, buffer, factor, begin, end, means)
-            : average_bytes<uint8_t>(l, buffer, factor, begin, end, means);
+template <class Byte>
+FUSED_RESNET_AVX2 void average_avx2(const Averaging& s, int64_t begin, int64_t end) {
+  average_bytes<Byte>(s, begin, end);
+}
+
+template <class Byte>
+FUSED_RESNET_AVX512 void average_avx512(const Averaging& s, int64_t begin, int64_t end) {
+  average_bytes<Byte>(s, begin, end);
 }
 
 // The same lines compiled for each instruction set.

@@ -62,7 +62,7 @@ std::string text(const Layout& l) {
 template <class One>
 Convolution* convolution_of(One* step) {
   if constexpr (std::is_same_v<One, Convolve> || std::is_same_v<One, PooledStem> ||
-                std::is_same_v<One, LinearOfMeans>) {
+                std::is_same_v<One, LinearOfMeans> || std::is_same_v<One, LinearOfVectors>) {
     return &step->convolution;
   } else {
     return nullptr;
@@ -209,8 +209,9 @@ Program::Window Program::read_dilated_window() {
 }
 
 Step Program::read_step() {
-  const int64_t step = read_between("a step", 0, 10);
-  STD_TORCH_CHECK(is_int8() ? step != 6 : step != 7 && step != 9, kRegion, ": ", kernel_.name, " has no step ", step);
+  const int64_t step = read_between("a step", 0, 14);
+  const bool is_of_int8 = step == 7 || step == 9 || step == 12 || step == 13;
+  STD_TORCH_CHECK(is_int8() ? step != 6 : !is_of_int8, kRegion, ": ", kernel_.name, " has no step ", step);
   switch (step) {
     case 0:
       return read_input();
@@ -232,6 +233,14 @@ Step Program::read_step() {
       return read_pooled_stem();
     case 9:
       return read_linear();
+    case 11:
+      return read_gate();
+    case 12:
+      return read_means_within();
+    case 13:
+      return read_linear_of_vectors();
+    case 14:
+      return read_norm();
     default:
       return read_copy();
   }
@@ -303,8 +312,49 @@ Step Program::read_means() {
   const int64_t first = read_first_image("an output", output, l.C, 1, means);
   check_channels_last(kRegion, "an output", output);
   STD_TORCH_CHECK(l.H * l.W <= kMostSummed, kRegion, ": a mean is of at most ", kMostSummed, " pixels, not ", text(l));
-  ToMeans step{buffer, static_cast<float*>(output.mutable_data_ptr()) + first * l.C, 0.f, false};
-  step.scale = read_fp32("a scale"), step.is_signed = read_is_signed();
+  Averaging a{l, memory(buffer), 0.f, static_cast<float*>(output.mutable_data_ptr()) + first * l.C, l.C};
+  a.factor = read_fp32("a scale");
+  return ToMeans{a, read_is_signed()};
+}
+
+Step Program::read_means_within() {
+  const Buffer& buffer = read_buffer();
+  const Layout& l = buffer.layout;
+  const Buffer vector = read_vector("means", l.C);
+  STD_TORCH_CHECK(l.N == vector.layout.N && l.H * l.W <= kMostSummed, kRegion, ": means are of at most ", kMostSummed,
+                  " pixels and of as many images, not ", text(l), " to ", text(vector.layout));
+  check_disjoint("an input", buffer, vector);
+  Averaging a{l, memory(buffer), 0.f, reinterpret_cast<float*>(memory(vector)), values_of_vector(l.C)};
+  a.factor = read_fp32("a scale");
+  return ToMeans{a, read_is_signed()};
+}
+
+// Of so many values of fp32.
+Buffer Program::read_vector(const char* what, int64_t C) {
+  const Buffer& buffer = read_buffer();
+  const Layout& l = buffer.layout;
+  STD_TORCH_CHECK(l.C == 4 * values_of_vector(C) && l.H == 1 && l.W == 1 && l.halo == 0, kRegion, ": ", what, " of ", C,
+                  " channels are a vector of 4 bytes for each of ", values_of_vector(C), ", not ", text(l));
+  return buffer;
+}
+
+Step Program::read_linear_of_vectors() {
+  LinearOfVectors step{};
+  const int64_t C = read_between("a vector's channels", 1, kMostProducts);
+  const int64_t K = read_between("a vector's channels", 1, kMost);
+  const Buffer input = read_vector("the inputs of a linear layer", C);
+  const Buffer output = read_vector("the outputs of a linear layer", K);
+  const int64_t N = input.layout.N;
+  STD_TORCH_CHECK(N == output.layout.N, kRegion, ": a linear layer of ", N, " vectors does not give ", output.layout.N);
+  check_disjoint("an input", input, output);
+  step.input = reinterpret_cast<const float*>(memory(input));
+  step.output = reinterpret_cast<float*>(memory(output));
+  step.input_stride = values_of_vector(C), step.stride = values_of_vector(K);
+  const float factor = read_fp32("256 / scale");
+  step.is_signed = read_is_signed();
+  step.quantizer = step.is_signed ? Quantizer{factor, -32768.f, 32767.f} : Quantizer{factor, 0.f, 65535.f};
+  step.activation = read_activation();
+  set_linear(N, C, K, &step);
   return step;
 }
 
@@ -322,20 +372,84 @@ Step Program::read_linear() {
                   kMostPixelsOfAMean, " pixels, not of ", text(l), " to ", K, " outputs");
   step.input = memory(buffer);
   step.output = static_cast<float*>(output.mutable_data_ptr()) + first * K;
-  const int64_t pixels = 2 * std::max<int64_t>(l.N, 1);
-  step.halves = {1, l.C, 1, pixels, 0, pixels, l.lanes};
-  step.sums = {1, K, 1, pixels, 0, pixels, lanes_of(Dtype::kFloat32)};
-  Convolution& c = step.convolution;
-  c.images = 1, c.channels = K, c.panels = (K + kPanel - 1) / kPanel, c.steps = l.used_blocks();
+  step.stride = K;
+  set_linear(l.N, l.C, K, &step);
+  return step;
+}
+
+// Reads its weight and its constants.
+void Program::set_linear(int64_t N, int64_t C, int64_t K, Linear* linear) {
+  const int64_t pixels = 2 * std::max<int64_t>(N, 1), bytes = lanes_of(kInt8);
+  linear->images = N;
+  linear->halves = {1, C, 1, pixels, 0, pixels, bytes};
+  linear->sums = {1, K, 1, pixels, 0, pixels, lanes_of(Dtype::kFloat32)};
+  Convolution& c = linear->convolution;
+  c.images = 1, c.channels = K, c.panels = (K + kPanel - 1) / kPanel, c.steps = linear->halves.used_blocks();
   check_weights(read_tensor("a weight's number", tensors_.weights), &c);
   c.requantizing.constants = read_constants(c.panels);
   c.keeps_sums = c.panels_outermost = true;
   c.tiling = Tiling(1, pixels, pixels, true, kernel_.max_rows);
-  for (int64_t block = 0; block < c.steps; ++block) offsets_.push_back(block * step.halves.plane_bytes());
+  for (int64_t block = 0; block < c.steps; ++block) offsets_.push_back(block * linear->halves.plane_bytes());
   Segment& segment = c.segments[0];
   segment.blocks = segment.steps = c.steps;
   segment.offsets = keep(&offsets_);
   set_chunk(&c);
+}
+
+// Whether a map has the shape of `out`, and is it or lies apart from it.
+void Program::check_map(const char* what, const Buffer& map, const Buffer& out) const {
+  const Layout &m = map.layout, &l = out.layout;
+  STD_TORCH_CHECK(m.N == l.N && m.C == l.C && m.H == l.H && m.W == l.W, kRegion, ": ", what, " of ", text(m),
+                  " does not give ", text(l));
+  if (&map != &out) check_disjoint(what, map, out);
+}
+
+Step Program::read_norm() {
+  const Buffer &out = read_buffer(), &x = read_buffer();
+  check_map("a map before its norm", x, out);
+  Norm step{};
+  step.layout = out.layout, step.x = view(x), step.out = view(out);
+  step.activation = read_activation();
+  const Tensor& constants = read_tensor("the constants' number", tensors_.biases);
+  STD_TORCH_CHECK(constants.scalar_type() == ScalarType::Float && constants.is_contiguous(), kRegion,
+                  ": constants must be contiguous and float32, not ", layout_text(constants), " of ",
+                  dtype_text(constants));
+  check_shape(kRegion, "a norm's constants", constants, {2, values_of_vector(out.layout.C)});
+  step.scale = static_cast<const float*>(constants.const_data_ptr());
+  step.shift = step.scale + values_of_vector(out.layout.C);
+  if (!is_int8()) return step;
+  STD_TORCH_CHECK(step.activation == Activation::kNone, kRegion, ": in int8 a norm has no activation, not ",
+                  kActivationNames[static_cast<int>(step.activation)]);
+  read_bounds(&step.bytes);
+  step.bytes.is_input_signed = read_is_signed();
+  return step;
+}
+
+Step Program::read_gate() {
+  const Buffer &out = read_buffer(), &x = read_buffer();
+  const Layout& l = out.layout;
+  check_map("a gated map", x, out);
+  const Buffer gate = is_int8() ? read_vector("gates", l.C) : read_buffer();
+  const Layout& g = gate.layout;
+  STD_TORCH_CHECK(g.N == l.N && (is_int8() || (g.C == l.C && g.H == 1 && g.W == 1)), kRegion, ": gates of ", text(g),
+                  " are not those of ", text(l));
+  check_disjoint("gates", gate, out);
+  Gating step{};
+  step.layout = l, step.x = view(x), step.out = view(out), step.gates = view(gate).base;
+  step.gates_of_image = g.image_bytes(), step.gates_of_block = is_int8() ? 4 * kPixelBytes : g.plane_bytes();
+  const int64_t number = read_between("a residual's number", -1, static_cast<int64_t>(buffers_.size()) - 1);
+  if (number >= 0) {
+    check_map("a residual", buffers_[number], out);
+    step.residual = view(buffers_[number]);
+  }
+  step.function = static_cast<GateFunction>(read_between("a gate's function", 0, 1));
+  step.activation = read_activation();
+  if (!is_int8()) return step;
+  STD_TORCH_CHECK(step.activation == Activation::kNone, kRegion, ": in int8 a gate has no activation, not ",
+                  kActivationNames[static_cast<int>(step.activation)]);
+  step.scale = read_fp32("a scale");
+  read_bounds(&step.bytes);
+  step.bytes.is_input_signed = read_is_signed(), step.bytes.is_residual_signed = read_is_signed();
   return step;
 }
 
@@ -558,11 +672,17 @@ void Program::read_requantizing(const float* constants, Convolution* c) {
                   kActivationNames[static_cast<int>(c->activation)]);
   Requantizing& r = c->requantizing;
   r.constants = constants;
-  r.residual = read_fp32("a residual's factor"), r.low = read_fp32("a lower bound"), r.high = read_fp32("an upper one");
+  read_bounds(&r);
   r.fits_int32 = read_between("whether values fit int32", 0, 1) == 1;
   r.is_input_signed = read_is_signed(), r.is_residual_signed = read_is_signed();
-  STD_TORCH_CHECK((r.low == 0.f && r.high >= 0.f && r.high <= 255.f) || (r.low == -128.f && r.high == 127.f), kRegion,
-                  ": the bounds of bytes are 0 and at most 255, or -128 and 127, not ", r.low, " and ", r.high);
+}
+
+void Program::read_bounds(Requantizing* r) {
+  r->residual = read_fp32("a residual's factor");
+  r->low = read_fp32("a lower bound"), r->high = read_fp32("an upper one");
+  STD_TORCH_CHECK((r->low == 0.f && r->high >= 0.f && r->high <= 255.f) || (r->low == -128.f && r->high == 127.f),
+                  kRegion, ": the bounds of bytes are 0 and at most 255, or -128 and 127, not ", r->low, " and ",
+                  r->high);
 }
 
 Step Program::read_winograd() {

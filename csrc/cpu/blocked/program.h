@@ -16,6 +16,11 @@
 //           | 9, in, output tensor, first image, weight, constants               int8: a linear layer of means, in fp32
 //           | 10, in, out, first channel, height and width of the stride and of the factor, zeroes out
 //                                                                                pixels copied, see copying.h
+//           | 11, out, x, gate, residual or -1, function, activation             y = act(x * f(gate) + residual)
+//           | 12, in, vector, scale / pixels, is signed                          int8: as 7, within the region
+//           | 13, channels in and out, vectors in and out, 256 / scale, is signed, activation, weight, constants
+//                                                                                int8: a linear layer of vectors
+//           | 14, out, x, activation, constants                                  y = act(x * scale + shift)
 //   segment = in, channels of the map that `in` has the phases of or 0, window, dilation, groups
 //   window  = R, S, and height and width of the stride and of the padding
 //
@@ -24,7 +29,10 @@
 // and whether its bytes are signed, an output scale and the same, a pooling the same alone, and step 8 what an input
 // and a convolution say. A convolution has one segment and no activation, its bias are the constants of `Requantizing`,
 // and at its end stand R, low, high, whether what they bound surely fits int32, whether its input is signed, and
-// whether its residual is. Numbers that are no integers are the bits of their fp32.
+// whether its residual is. A gate is a vector there, has no activation, and says at its end the scale of x over that of
+// out, R, low, high, whether x is signed and whether its residual is. A norm has none either, and says R, low, high and
+// whether x is signed. A vector is a buffer (N, 4 C, 1, 1) of fp32, C a multiple of 64; a norm's constants are two.
+// Numbers that are no integers are the bits of their fp32.
 //
 // fused_resnet/regions/program.py writes it.
 #pragma once
@@ -39,9 +47,10 @@
 #include "cpu/blocked/bands.h"
 #include "cpu/blocked/convolution.h"
 #include "cpu/blocked/copying.h"
+#include "cpu/blocked/gating.h"
 #include "cpu/blocked/kernels.h"
 #include "cpu/blocked/layout.h"
-#include "cpu/blocked/linear_of_means.h"
+#include "cpu/blocked/linear.h"
 #include "cpu/blocked/pooling.h"
 #include "cpu/blocked/reading.h"
 #include "cpu/winograd.h"
@@ -50,7 +59,7 @@ namespace fused_resnet {
 namespace blocked {
 
 constexpr const char* kRegion = "cpu_region";
-constexpr int64_t kProgramVersion = 5;
+constexpr int64_t kProgramVersion = 6;
 
 struct Buffer {
   Layout layout;
@@ -69,9 +78,7 @@ struct ToNhwc {
   bool is_signed;
 };
 struct ToMeans {
-  Buffer buffer;
-  float* output;
-  float scale;
+  Averaging averaging;
   bool is_signed;
 };
 struct ZeroHalo {
@@ -103,7 +110,7 @@ struct ByWinograd {
   Activation activation;
 };
 using Step = std::variant<ReadInput, ToNhwc, ZeroHalo, Convolve, Pool, SplitPhases, ByWinograd, ToMeans, PooledStem,
-                          LinearOfMeans, Copy>;
+                          LinearOfMeans, Copy, Gating, LinearOfVectors, Norm>;
 
 struct RegionTensors {
   const std::vector<Tensor>&inputs, &weights, &biases;
@@ -162,6 +169,14 @@ class Program {
   Step read_convolution();
   Step read_means();
   Step read_linear();
+  Step read_gate();
+  Step read_norm();
+  void check_map(const char* what, const Buffer& map, const Buffer& out) const;
+  Step read_means_within();
+  Step read_linear_of_vectors();
+  Buffer read_vector(const char* what, int64_t C);
+  void set_linear(int64_t N, int64_t C, int64_t K, Linear* linear);
+  void read_bounds(Requantizing* r);
   void read_requantizing(const float* constants, Convolution* c);
   Step read_pooling();
   void read_kind(Pooling* p);

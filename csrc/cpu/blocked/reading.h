@@ -20,15 +20,18 @@ namespace blocked {
 struct Quantizer {
   float inverse, low, high;
 
-  FUSED_RESNET_INLINE uint8_t operator()(float x) const {
+  FUSED_RESNET_INLINE uint8_t operator()(float x) const { return static_cast<uint8_t>(bits(x)); }
+
+  // The lowest 22 of them are the number's.
+  FUSED_RESNET_INLINE uint32_t bits(float x) const {
     constexpr float kShift = 12582912.f;  // 1.5 * 2^23
     float y = x * inverse;
     y = y > low ? y : low;
     y = y < high ? y : high;
     y += kShift;
-    uint32_t bits;
-    std::memcpy(&bits, &y, 4);
-    return static_cast<uint8_t>(bits);
+    uint32_t found;
+    std::memcpy(&found, &y, 4);
+    return found;
   }
 };
 

@@ -75,30 +75,22 @@ class Runner {
   }
 
   void operator()(const ToMeans& step) const {
-    using Run = void (*)(const Layout&, const char*, float, bool, int64_t, int64_t, float*);
-    static const auto run = best_of<Run>(average_anywhere, average_avx2, nullptr);
-    const Layout& l = step.buffer.layout;
-    const char* from = program_.memory(step.buffer);
-    over(l.N, l.image_bytes(),
-         [&](int64_t begin, int64_t end) { run(l, from, step.scale, step.is_signed, begin, end, step.output); });
+    using Run = void (*)(const Averaging&, int64_t, int64_t);
+    static const auto s8 = best_of<Run>(average_anywhere<int8_t>, average_avx2<int8_t>, average_avx512<int8_t>);
+    static const auto u8 = best_of<Run>(average_anywhere<uint8_t>, average_avx2<uint8_t>, average_avx512<uint8_t>);
+    const Averaging& a = step.averaging;
+    const auto run = step.is_signed ? s8 : u8;
+    over(a.blocks(), a.layout.plane_bytes(), [&](int64_t begin, int64_t end) { run(a, begin, end); });
   }
 
-  void operator()(const LinearOfMeans& step) const {
-    using Halve = void (*)(const LinearOfMeans&, int64_t, int64_t, char*);
-    using Finish = void (*)(const LinearOfMeans&, const char*, int64_t, int64_t);
-    static const auto halve = best_of<Halve>(halve_sums_anywhere, halve_sums_avx2, nullptr);
-    static const auto finish = best_of<Finish>(finish_linear_anywhere, finish_linear_avx2, nullptr);
-    const int64_t images = step.maps.N;
-    if (images == 0) return;
-    char* halves = reinterpret_cast<char*>(scratch(kRegion, step.scratch_bytes() / 4));
-    char* sums = halves + step.halves.bytes();
-    over(images, step.maps.image_bytes(), [&](int64_t begin, int64_t end) { halve(step, begin, end, halves); });
-    Convolution c = step.convolution;
-    c.segments[0].input = View(step.halves, halves);
-    c.out = View(step.sums, sums);
-    convolve(c, true);
-    over(images, step.sums.bytes() / images, [&](int64_t begin, int64_t end) { finish(step, sums, begin, end); });
-  }
+  void operator()(const LinearOfMeans& step) const { linear(step, step.maps.image_bytes()); }
+
+  void operator()(const LinearOfVectors& step) const { linear(step, step.input_stride * sizeof(float)); }
+
+  // Each part of a plane applies its gates anew.
+  void operator()(const Gating& step) const { by_lines(step); }
+
+  void operator()(const Norm& step) const { by_lines(step); }
 
   void operator()(const ZeroHalo& step) const {
     const Layout& l = step.buffer.layout;
@@ -145,6 +137,41 @@ class Runner {
   void operator()(const Convolve& step) const { convolve(step.convolution, step.splits_channels); }
 
  private:
+  template <class One>
+  void by_lines(const One& step) const {
+    using Run = void (*)(const One&, int64_t, int64_t);
+    static const auto fp32 =
+        best_of<Run>(run_lines_anywhere<float, One>, run_lines_avx2<float, One>, run_lines_avx512<float, One>);
+    static const auto bf16 =
+        best_of<Run>(run_lines_anywhere<BFloat16, One>, run_lines_avx2<BFloat16, One>, run_lines_avx512<BFloat16, One>);
+    static const auto bytes =
+        best_of<Run>(run_lines_anywhere<uint8_t, One>, run_lines_avx2<uint8_t, One>, run_lines_avx512<uint8_t, One>);
+    const auto run = kernel_.dtype == kInt8 ? bytes : kernel_.dtype == Dtype::kBFloat16 ? bf16 : fp32;
+    over(step.lines(), step.layout.W * kPixelBytes, [&](int64_t begin, int64_t end) {
+      std::optional<FlushDenormals> flush;
+      if (kernel_.dtype != kInt8) flush.emplace();  // whose bytes depend on no mode
+      run(step, begin, end);
+    });
+  }
+
+  template <class Layer>
+  void linear(const Layer& step, int64_t input_bytes) const {
+    using Split = void (*)(const Layer&, int64_t, int64_t, char*);
+    using Finish = void (*)(const Linear&, const char*, int64_t, int64_t);
+    static const auto split = best_of<Split>(split_anywhere<Layer>, split_avx2<Layer>, nullptr);
+    static const auto finish = best_of<Finish>(finish_linear_anywhere, finish_linear_avx2, nullptr);
+    if (step.images == 0) return;
+    char* halves = reinterpret_cast<char*>(scratch(kRegion, step.scratch_bytes() / 4));
+    char* sums = halves + step.halves.bytes();
+    over(step.images, input_bytes, [&](int64_t begin, int64_t end) { split(step, begin, end, halves); });
+    Convolution c = step.convolution;
+    c.segments[0].input = View(step.halves, halves);
+    c.out = View(step.sums, sums);
+    convolve(c, true);
+    over(step.images, step.sums.bytes() / step.images,
+         [&](int64_t begin, int64_t end) { finish(step, sums, begin, end); });
+  }
+
   // Each thread has one share: a part of the pixels, or of the output channels; of both where there are too few.
   void convolve(const Convolution& c, bool splits_channels) const {
     const int64_t groups = (c.tiles() + kernel_.tiles - 1) / kernel_.tiles;
