@@ -21,6 +21,7 @@ from fused_resnet.freezing.fragments import form_clear_regions, form_regions
 from fused_resnet.freezing.lowering import (
     convert_the_rest,
     lower_convolutions,
+    lower_norms,
     make_convolutions,
     pack_linears,
     widen_what_is_wrong,
@@ -51,6 +52,7 @@ PASSES: tuple[Callable[[Draft], None], ...] = (
     make_convolutions,
     pack_linears,
     replace_max_pools,
+    lower_norms,
     convert_the_rest,
     widen_what_is_wrong,
 )

@@ -28,9 +28,9 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
     conv(x) is called for anything else, with a bias, in checkpoints, transforms, traces and graphs of a compiler.
     """
-    node, weight = _repeatable(x), conv.weight
-    if node is None or conv.bias is not None or not weight.requires_grad:
+    if not keeps_no_input(conv, x):
         return conv(x)
+    node, weight = _repeatable(x), conv.weight
     if torch.is_autocast_enabled(x.device.type):
         weight = weight.to(torch.get_autocast_dtype(x.device.type))
     stride, padding, dilation = cast(tuple[Any, ...], (conv.stride, conv.padding, conv.dilation))
@@ -39,6 +39,11 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     except (TypeError, ValueError):
         return conv(x)  # which takes it, or raises torch's own error
     return _Convolution.apply(problem, node, x, weight)
+
+
+def keeps_no_input(conv: nn.Conv2d, x: Any) -> bool:
+    """Whether `convolution` computes x again in the backward."""
+    return isinstance(x, Tensor) and conv.bias is None and conv.weight.requires_grad and _repeatable(x) is not None
 
 
 class _Convolution(torch.autograd.Function):

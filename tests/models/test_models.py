@@ -261,7 +261,7 @@ def test_shortcuts_of_preactivation_networks(create, activated):
 
 
 @pytest.mark.parametrize(
-    "name, convs", (("plain20", 19), ("seresnet50", 69), pytest.param("resnet1202", 1201, marks=full))
+    "name, convs", (("plain20", 19), ("preact20", 18), ("seresnet50", 69), pytest.param("resnet1202", 1201, marks=full))
 )
 def test_the_other_models_fuse_and_freeze(name, convs):
     model = networks.randomize(models.create(name, num_classes=10))
