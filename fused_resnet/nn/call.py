@@ -141,11 +141,13 @@ def fused_conv_bn_act(
             out = module(out)
         return out
     out = training.convolution(conv, x) if is_training or norm is None else conv(x)
-    if is_training and (residual is None or _lies_alike(residual, out)):
+    is_alone = is_training and residual is not None and not _lies_alike(residual, out)
+    if is_training and not is_alone:
         normalised = _by_bn_act(bn, out, residual, act, backend)
         if normalised is not None:
             return normalised
-    out = out if bn is None else bn(out)
+    if bn is not None:
+        out = bn_act(out, bn, None, backend) if is_alone else bn(out)
     if is_training and activation == "relu" and _is_alike(residual, out):
         return functional.add_relu(*((residual, out) if sum == "residual += out" else (out, residual)))
     return _activated(out if residual is None else _SUMS[sum](out, residual), act)

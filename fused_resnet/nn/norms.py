@@ -28,7 +28,7 @@ class Norm(NamedTuple):
     then: tuple[nn.Module, ...] = ()
     training: bool = False
     promotes: bool = False  # the result has the wider dtype of x's and the vectors', not x's
-    is_torchs: bool = False  # in training mode it takes and keeps statistics as nn.BatchNorm2d does
+    is_torchs: bool = False  # in training mode it takes and keeps statistics as nn.BatchNorm2d or nn.SyncBatchNorm do
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
@@ -67,7 +67,7 @@ _KNOWN_NORMS = (
         f"{_BATCH_NORM_READS} {_MODE_READS} _assert ndim drop act",
         _NormKind(_THEN, is_torchs=True),
     ),
-    ("timm.layers.norm_act.SyncBatchNormAct", "super forward hasattr drop act", _NormKind(_THEN)),
+    ("timm.layers.norm_act.SyncBatchNormAct", "super forward hasattr drop act", _NormKind(_THEN, is_torchs=True)),
     (
         "timm.layers.split_batchnorm.SplitBatchNorm2d",
         "training shape num_splits split super forward enumerate aux_bn append torch cat hasattr drop act",
@@ -158,7 +158,8 @@ def _kind_by_code(cls: Any, forward: Any) -> Optional[_NormKind]:
     if not is_called_plainly or any(hasattr(cls, name) for name in Norm._fields[:5]):
         return None
     if forward is nn.SyncBatchNorm.forward:
-        return _NormKind() if cls._check_input_dim is nn.SyncBatchNorm._check_input_dim else None
+        is_theirs = cls._check_input_dim is nn.SyncBatchNorm._check_input_dim
+        return _NormKind(is_torchs=True) if is_theirs else None
     if forward is nn.BatchNorm2d.forward:
         return _NormKind(is_torchs=True) if _takes_images(cls._check_input_dim) else None
     written: Any = next((base for base in cls.__mro__ if base.__dict__.get("forward") is forward), None)

@@ -79,6 +79,8 @@ def _output_again(node: Any) -> Tensor:
     if node.again is not None and not torch.is_grad_enabled():
         return node.again
     o, _ = gradients.kept_of_bn_act(node)
+    if torch.is_grad_enabled() and hasattr(node, "joined"):
+        raise RuntimeError("SyncBatchNorm of several processes can be differentiated once, not with create_graph=True.")
     if node.residual_node is not None:
         o = o._replace(residual=_output_again(node.residual_node))
     if torch.is_grad_enabled():  # create_graph
