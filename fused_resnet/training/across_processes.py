@@ -83,7 +83,7 @@ def bn_act(group: Any, operands: BnActOperands, activation: str, backend: str) -
 class _BnAct(torch.autograd.Function):
     @staticmethod
     def forward(joined, *args):
-        o, activation, backend = BnActOperands(*args[:7]), *args[7:]
+        o, (activation, backend) = BnActOperands(*args[:7]), args[7:]
         problem, run = _chosen(o, activation, backend)
         return run.forward(problem, o, joined.statistics)
 

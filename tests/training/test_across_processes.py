@@ -64,7 +64,7 @@ def synced_step(rank, model, x, sizes, own_kernels, autocast):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model).train()
     fused_resnet.fuse(model, backend="auto" if own_kernels else "eager")
     try:
-        with Small(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with Small(), torch.autocast("cpu", torch.bfloat16, enabled=autocast), fused_resnet.recompute_inputs():
             return *step(model, part_of(x, sizes, rank)), len(calls)
     finally:
         across_processes.Joined.statistics = stock
@@ -133,7 +133,7 @@ def test_under_autocast(processes):
 
 
 def test_a_large_mean(processes):
-    """Of 1e4 + 1e-2 * randn, in parts whose means differ."""
+    """Values of 1e4 + 1e-2 * randn, in parts whose means differ."""
     torch.manual_seed(0)
     plain = ConvBNAct(8, 8, 1)
     nn.init.dirac_(plain[0].weight)

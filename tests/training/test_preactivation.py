@@ -59,12 +59,14 @@ def twins(block, stride=2):
     return plain, fused_resnet.fuse(copy.deepcopy(plain), strict=True)
 
 
+@pytest.mark.parametrize("recomputes", (False, True))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stride", (1, 2))
 @pytest.mark.parametrize("block", BLOCKS)
-def test_outputs_and_gradients(block, stride, layout, calls):
+def test_outputs_and_gradients(block, stride, layout, recomputes, calls):
     plain, fused = twins(block, stride)
-    as_good_as_plain(fused, plain, image(layout=layout), torch.enable_grad)
+    with fused_resnet.recompute_inputs(recomputes):
+        as_good_as_plain(fused, plain, image(layout=layout), torch.enable_grad)
     assert calls == [("relu", True)] * 3 * (2 if block is PreActBasicBlock else 3)
 
 
@@ -90,7 +92,8 @@ def test_eval_mode_and_frozen_statistics(block, calls):
 def test_no_activation_is_kept(block):
     plain, fused = twins(block, 1)
     x = image().requires_grad_()
-    kept = [saved_bytes(model, lambda: model(x)).activations for model in (plain, fused)]  # noqa: B023
+    with fused_resnet.recompute_inputs():
+        kept = [saved_bytes(model, lambda: model(x)).activations for model in (plain, fused)]  # noqa: B023
     assert kept[1] < 0.57 * kept[0]  # a map for each norm, and masks, where there were two
 
 
@@ -168,7 +171,8 @@ def test_unknown_blocks_are_rewritten(calls):
     as_good_as_plain(fused, plain, image(), torch.enable_grad)
     assert calls == [("relu", True)] * 4
     x = image().requires_grad_()
-    kept = [saved_bytes(model, lambda: model(x)).activations for model in (plain, fused)]  # noqa: B023
+    with fused_resnet.recompute_inputs():
+        kept = [saved_bytes(model, lambda: model(x)).activations for model in (plain, fused)]  # noqa: B023
     assert kept[1] < 0.57 * kept[0]
 
 

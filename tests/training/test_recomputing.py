@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -20,8 +22,10 @@ from tests.support.fused import kernels_for_small_maps
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """Also of small maps."""
+    """Also of small maps, and with what is tested here."""
     kernels_for_small_maps(monkeypatch)
+    with fused_resnet.recompute_inputs():
+        yield
 
 
 @pytest.fixture
@@ -179,6 +183,35 @@ def test_gradients_of_gradients():
         found.append([*first, *second])
     for expected, actual in zip(*found):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8 * expected.abs().max().item())
+
+
+def test_the_switch(again):
+    """Off, every input is kept; on, until the end of the context, or for good."""
+    fused_resnet.recompute_inputs(False)
+    model, x = fused_resnet.fuse(stages()), image()
+    kept = gradients(copy.deepcopy(model), x)
+    assert not again
+    with fused_resnet.recompute_inputs(True):
+        with fused_resnet.recompute_inputs(False):
+            gradients(copy.deepcopy(model), x)
+        assert not again
+        found = gradients(copy.deepcopy(model), x)
+    assert len(again) >= 14 and all(torch.equal(one, other) for one, other in zip(found, kept))
+    again.clear()
+    y = model(x).sum()
+    with fused_resnet.recompute_inputs(True):  # which is about forwards
+        y.backward()
+    assert not again
+    fused_resnet.recompute_inputs()
+    gradients(copy.deepcopy(model), x)
+    assert again
+    with pytest.raises(TypeError, match="expected True or False, got 'on'"):
+        fused_resnet.recompute_inputs("on")
+
+
+def test_it_is_off_at_first():
+    code = "from fused_resnet.training import recomputing; assert recomputing._is_wanted is False"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- saved bytes
