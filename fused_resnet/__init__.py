@@ -19,6 +19,7 @@ from fused_resnet.fusing.convert import fuse, unfuse
 from fused_resnet.fusing.warm_up import warm_up
 from fused_resnet.measuring.agreement import agreement
 from fused_resnet.operators import reference as reference
+from fused_resnet.training import recompute_inputs
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "fuse",
     "models",
     "nn",
+    "recompute_inputs",
     "unfuse",
     "warm_up",
     "__version__",

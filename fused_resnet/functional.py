@@ -193,12 +193,24 @@ def bn_act(
             y, mean, var, _ = dispatch.bn_act(*args)
     else:
         y, mean, var, _ = torch.ops.fused_resnet.bn_act.default(*args)
-    if training and running_mean is not None and running_var is not None and x.numel():
-        count = x.numel() // x.shape[1]
+    if training and x.numel():
+        move_running(running_mean, running_var, mean, var, momentum, x.numel() // x.shape[1])
+    return y
+
+
+def move_running(
+    running_mean: Optional[Tensor],
+    running_var: Optional[Tensor],
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    count: int,
+) -> None:
+    """Move running statistics, where there are such, to those of a batch of `count` values per channel."""
+    if running_mean is not None and running_var is not None:
         with torch.no_grad():
             _move(running_mean, mean, momentum, 1.0)
             _move(running_var, var, momentum, count / (count - 1))
-    return y
 
 
 def _move(running: Tensor, batch: Tensor, momentum: float, factor: float) -> None:

@@ -16,19 +16,22 @@ from fused_resnet.operators.operands import BnActOperands
 from fused_resnet.operators.problem import BnActProblem, dtype_name
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class BnAct:
     """The kernels of bn_act, and itself the first of them: what `Backend.run` is here.
 
-    forward: (problem, operands) -> y, the batch's mean and variance, the mask; as the operator's schema says.
-    backward: (problem, y's gradient, operands, mask, needs_x, needs_residual) -> as the operator's schema says. The
-    operands' mean and var are those that the forward used. again: (problem, operands) -> y, with these mean and var.
+    forward: (problem, operands, join=None) -> y, the batch's mean and variance, the mask; as its schema says.
+    backward: (problem, y's gradient, operands, mask, needs_x, needs_residual, join=None) -> as the operator's schema
+    says. The operands' mean and var are those that the forward used. again: (problem, operands) -> y, with these mean
+    and var. join: for a batch of which this is a part. It makes the whole's statistics of the part's, and in the
+    backward what stands for the part's sums.
     """
 
-    forward: Callable[[BnActProblem, BnActOperands], Outputs]
-    backward: Callable[[BnActProblem, Tensor, BnActOperands, Tensor, bool, bool], Outputs]
+    forward: Callable[..., Outputs]
+    backward: Callable[..., Outputs]
     again: Callable[[BnActProblem, BnActOperands], Tensor]
 
     def __call__(self, problem: BnActProblem, operands: BnActOperands) -> Outputs:
@@ -52,9 +55,16 @@ def differentiable(problem: BnActProblem, operands: BnActOperands) -> tuple[Tens
     return composites.activate(y, problem.activation), mean, var
 
 
-def _eager_forward(problem: BnActProblem, operands: BnActOperands) -> Outputs:
+def _eager_forward(problem: BnActProblem, operands: BnActOperands, join: Optional[Join] = None) -> Outputs:
     x = layout.densely(operands.x, problem.is_nhwc)
-    y, mean, var = differentiable(problem, operands._replace(x=x))
+    if join is None:
+        y, mean, var = differentiable(problem, operands._replace(x=x))
+    else:
+        mean, var = (torch.zeros(problem.C, dtype=_wide(x), device=x.device) for _ in range(2))
+        if problem.values:
+            var, mean = torch.var_mean(x.to(_wide(x)), (0, 2, 3), correction=0)
+        mean, var = join(mean, var)
+        y, _, _ = differentiable(problem._replace(is_training=False), operands._replace(x=x, mean=mean, var=var))
     return layout.laid_out_as(y, x), mean, var, mask.packed(problem, y)
 
 
@@ -63,20 +73,32 @@ def _eager_again(problem: BnActProblem, operands: BnActOperands) -> Tensor:
 
 
 def _eager_backward(
-    problem: BnActProblem, grad: Tensor, operands: BnActOperands, bits: Tensor, needs_x: bool, needs_residual: bool
-) -> Outputs:
+    problem: BnActProblem, grad: Tensor, operands: BnActOperands, bits: Tensor, needs_x: bool, needs_residual: bool,
+    join: Optional[Join] = None,
+) -> Outputs:  # fmt: skip
     o, wide = operands, _wide(operands.x)
     x, before = layout.densely(o.x, problem.is_nhwc), o.x
     if problem.activation == "silu":
-        before = composites.normalised(o._replace(mean=None, var=None) if problem.is_training else o)
+        before = composites.normalised(o._replace(mean=None, var=None) if problem.is_training and join is None else o)
         before = before if o.residual is None else before + o.residual
     g = composites.behind_activation(grad, before, bits, problem.activation)
     weight = torch.ones(problem.C, dtype=wide, device=x.device) if o.weight is None else o.weight.to(wide)
     mean, var = (vector.to(wide) for vector in (_given(o.mean), _given(o.var)))
     inverse = torch.rsqrt(var + o.eps)
-    grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-        g, x, weight, mean, var, mean, inverse, problem.is_training, o.eps, [needs_x, True, True]
-    )
+    if join is None:
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            g, x, weight, mean, var, mean, inverse, problem.is_training, o.eps, [needs_x, True, True]
+        )
+    else:
+        each = (1, -1, 1, 1)
+        centred = x.to(wide) - mean.view(each)
+        sum, dot = g.to(wide).sum((0, 2, 3)), (g.to(wide) * centred).sum((0, 2, 3))
+        grad_weight, grad_bias = dot * inverse, sum
+        if needs_x:
+            sum, dot = (vector / max(problem.values, 1) for vector in join(sum, dot))
+            slope = (dot * inverse.square()).view(each)
+            grad_x = (weight * inverse).view(each) * (g.to(wide) - sum.view(each) - centred * slope)
+            grad_x = grad_x.to(x.dtype)
     return (
         layout.laid_out_as(grad_x, x) if needs_x else x.new_empty(0),
         *_as_vectors(o, grad_weight, grad_bias),
@@ -172,12 +194,14 @@ class _Kernels(NamedTuple):
 
 
 def _by(kernels: _Kernels) -> BnAct:
-    def forward(problem: BnActProblem, operands: BnActOperands) -> Outputs:
+    def forward(problem: BnActProblem, operands: BnActOperands, join: Optional[Join] = None) -> Outputs:
         o = _as_read(problem, operands)
         mean, var = _no_statistics(o.x)
         if problem.is_training:
             mean, var = (o.x.new_empty(problem.C, dtype=torch.float32) for _ in range(2))
             kernels.statistics(problem, o.x, mean, var)
+            if join is not None:
+                mean, var = join(mean, var)
             o = o._replace(mean=mean, var=var)
         y = torch.empty_like(o.x)
         bits = torch.empty(problem.mask_shape, dtype=torch.uint8, device=y.device)
@@ -185,15 +209,18 @@ def _by(kernels: _Kernels) -> BnAct:
         return y, mean, var, bits
 
     def backward(
-        problem: BnActProblem, grad: Tensor, operands: BnActOperands, bits: Tensor, needs_x: bool, needs_residual: bool
-    ) -> Outputs:
+        problem: BnActProblem, grad: Tensor, operands: BnActOperands, bits: Tensor, needs_x: bool, needs_residual: bool,
+        join: Optional[Join] = None,
+    ) -> Outputs:  # fmt: skip
         o = _as_read(problem, operands)
         grad, read = layout.laid_out_as(grad, o.x), bits if problem.has_mask else None
         sum, dot = (o.x.new_empty(problem.C, dtype=torch.float32) for _ in range(2))
         kernels.sums(problem, grad, o, read, sum, dot)
         grad_x, grad_residual = (torch.empty_like(o.x) if needed else None for needed in (needs_x, needs_residual))
         if needs_x or needs_residual:
-            sums = (sum, dot) if problem.is_training else (None, None)
+            sums: tuple = (sum, dot) if problem.is_training else (None, None)
+            if join is not None and needs_x:
+                sums = join(sum, dot)
             kernels.backward(problem, grad, o, read, *sums, grad_x, grad_residual)
         vectors = _as_vectors(operands, dot * torch.rsqrt(_given(o.var) + o.eps), sum)
         empty = o.x.new_empty

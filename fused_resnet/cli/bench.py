@@ -263,15 +263,17 @@ def _show_networks(record: Record) -> None:
 def _show_training(record: Record) -> None:
     out = stdout_console()
     for row in record.rows:
-        columns = ("variant", "ms", "p10 - p90", "img/s", "vs eager NHWC, same dtype", "vs compile, same dtype")
+        versus_both = ("vs eager NHWC, same dtype", "of which fusion alone", "vs compile, same dtype")
+        columns = ("variant", "ms", "p10 - p90", "img/s", *versus_both)
         kept = ("kept MB", "of eager's", "gradients' error")
         table = new_table(*columns, *kept, title=f"{row['problem']}, {record.device}")
         for name, one in row["variants"].items():
-            versus = one["ratio_to_compile"]
+            alone = one["fusion_alone"] if name.startswith("fused") else None
+            ratios = (one["ratio_to_eager"], alone, one["ratio_to_compile"])
             table.add_row(
                 name, f"{one['ms']:.4g}", f"{one['p10'] / 1e3:.4g} - {one['p90'] / 1e3:.4g}",
-                f"{one['images_per_s']:.4g}", speedup_cell(one["ratio_to_eager"]),
-                "-" if versus is None else speedup_cell(versus), f"{one['saved_mb']:.1f}", f"{one['saved_ratio']:.0%}",
+                f"{one['images_per_s']:.4g}", *("-" if ratio is None else speedup_cell(ratio) for ratio in ratios),
+                f"{one['saved_mb']:.1f}", f"{one['saved_ratio']:.0%}",
                 f"{one['max_rel_error']:.1e}",
             )  # fmt: skip
         out.print(table)

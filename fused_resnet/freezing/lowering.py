@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_resnet import backends, choosing
+from fused_resnet.backends.bn_act import BN_ACT, BnAct
 from fused_resnet.freezing import dtypes
 from fused_resnet.freezing.draft import Decision, Draft, lowered
 from fused_resnet.freezing.dtypes import facts_of
 from fused_resnet.freezing.given_scales import rounded_weight
-from fused_resnet.freezing.modules import LOWERED, FrozenConv, FrozenLinear, WideConv
-from fused_resnet.graphs.matching import Match, activation_of, matches, norm_at
+from fused_resnet.freezing.modules import LOWERED, FrozenConv, FrozenLinear, FrozenNorm, WideConv
+from fused_resnet.graphs.matching import Match, activation_of, matches, norm_at, norms_in_front
 from fused_resnet.graphs.spelling import CONVOLUTIONS, arguments_of
 from fused_resnet.nn.norms import Norm, norm_of
 from fused_resnet.nn.stock import has_stock_call
 from fused_resnet.operators import affine, detours
 from fused_resnet.operators.describe import conv_problem, pair
 from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import FLOAT_DTYPES, dtype_name
+from fused_resnet.operators.problem import FLOAT_DTYPES, BnActProblem, dtype_name
 
 
 def lower_convolutions(draft: Draft) -> None:
@@ -89,6 +90,32 @@ def make_convolutions(draft: Draft) -> None:
         frozen = FrozenConv(*draft.convs.pop(node))  # so that a weight goes once it is packed
         frozen.weight = draft.packed.shared(node.name, frozen.backend.name, frozen.weight)
         node.op, node.target = "call_module", draft.add(node.name, frozen)
+
+
+def lower_norms(draft: Draft) -> None:
+    """One node for every norm with an activation that stands in front of convolutions, where a kernel of ours runs."""
+    if draft.backend == "eager":
+        return
+    for match in norms_in_front(draft.graph, draft.modules, []):
+        norm, facts = cast(Norm, norm_of(draft.called_by(match.bn))), facts_of(match.bn)
+        activation, then = norm.activation
+        if match.act is not None:
+            activation = activation_of(match.act, draft.modules)
+        if then or facts is None or len(facts.shape) != 4 or not _keeps_dtype(match.bn) or norm.promotes:
+            continue
+        problem = BnActProblem(*facts.shape, activation, False, False, True, facts.dtype, draft.device.type)
+        chosen = [one for one in BN_ACT if one.why_not(problem) is None and draft.device.type in one.auto.devices]
+        if chosen[0].origin == "torch":
+            continue
+        with draft.graph.inserting_before(match.bn):
+            frozen = FrozenNorm(norm, activation, cast(BnAct, chosen[0].run).again)
+            name = draft.add(f"frozen_{match.bn.name}", frozen)
+            node = draft.graph.call_module(name, match.bn.args)
+            node.meta = dict(match.bn.meta)
+        for old in (match.act, match.bn):
+            if old is not None:
+                old.replace_all_uses_with(node)
+                draft.graph.erase_node(old)
 
 
 def pack_linears(draft: Draft) -> None:

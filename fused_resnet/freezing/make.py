@@ -23,6 +23,7 @@ from fused_resnet.freezing.linears import lower_linears
 from fused_resnet.freezing.lowering import (
     convert_the_rest,
     lower_convolutions,
+    lower_norms,
     make_convolutions,
     pack_linears,
     widen_what_is_wrong,
@@ -54,6 +55,7 @@ PASSES: tuple[Callable[[Draft], None], ...] = (
     make_convolutions,
     pack_linears,
     replace_max_pools,
+    lower_norms,
     convert_the_rest,
     widen_what_is_wrong,
 )

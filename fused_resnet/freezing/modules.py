@@ -13,7 +13,10 @@ from torch.utils import _pytree as pytree
 from fused_resnet import backends, choosing
 from fused_resnet.choosing import planned
 from fused_resnet.freezing.region import FrozenRegion
+from fused_resnet.nn.norms import Norm
+from fused_resnet.operators.describe import bn_act_problem
 from fused_resnet.operators.layout import channels_last, empty_output
+from fused_resnet.operators.operands import BnActOperands
 from fused_resnet.operators.problem import ConvProblem, MaxPoolProblem
 
 
@@ -55,6 +58,31 @@ class FrozenConv(nn.Module):
     @property
     def writes_row_space(self) -> bool:
         return self.placed is not None and self.placed.writes_row_space
+
+
+class FrozenNorm(nn.Module):
+    """act(bn(x)) of a norm in front of convolutions, in one pass. kernel: `BnAct.again` of a backend."""
+
+    def __init__(self, norm: Norm, activation: str, kernel: Callable[..., Tensor]) -> None:
+        super().__init__()
+        vectors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        self.vectors = [None if vector is None else vector.detach().float().clone() for vector in vectors]
+        self.eps, self.activation, self.kernel = norm.eps, activation, kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bound()(x)
+
+    def bound(self) -> Callable[[Tensor], Tensor]:
+        (mean, var, weight, bias), eps, activation, kernel = self.vectors, self.eps, self.activation, self.kernel
+
+        def run(x: Tensor) -> Tensor:
+            operands = BnActOperands(x, mean, var, weight, bias, None, eps)
+            return kernel(bn_act_problem(operands, activation), operands)
+
+        return run
+
+    def extra_repr(self) -> str:
+        return self.activation
 
 
 class FrozenLinear(nn.Module):
@@ -152,4 +180,4 @@ class PackedWeights:
         return any(key[:2] == (name, backend) for key in list(self._weights))
 
 
-LOWERED = (FrozenConv, FrozenLinear, FrozenMaxPool, FrozenRegion)
+LOWERED = (FrozenConv, FrozenLinear, FrozenMaxPool, FrozenNorm, FrozenRegion)

@@ -31,18 +31,22 @@ class Adapter(NamedTuple):
     forward: Callable[..., Any]
     reads: frozenset[str]
     convs: tuple[str, ...]
+    why_not: Callable[[Any], Optional[str]]
 
 
 _ADAPTERS: dict[str, Adapter] = {}
 
 
-def register(*classes: str, reads: str, convs: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def register(
+    *classes: str, reads: str, convs: str, why_not: Callable[[Any], Optional[str]] = lambda block: None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: `fuse` lets blocks of these classes compute by the decorated function, and `unfuse` undoes it.
 
     classes: "package.module.Class"; a subclass is not recognised. reads: the names that the class's own forward reads,
     of attributes, methods and globals (its __code__.co_names): a forward that was patched to do something else reads
     other names, and such a block is left alone. convs: patterns (fnmatch) of the convolutions that the function
     computes by `nn.conv_bn_act`, for counting; modules all of whose convolutions are among them are not fused again.
+    why_not(block): the reason for which a block of these classes is left alone, or None.
 
     The function gets the block and its forward's arguments. It reads weights through `nn.conv_bn_act`, which calls the
     children where they were hooked or replaced. It calls other children itself. For a call that it does not cover it
@@ -50,7 +54,7 @@ def register(*classes: str, reads: str, convs: str) -> Callable[[Callable[..., A
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        adapter = Adapter(function, frozenset(reads.split()), tuple(convs.split()))
+        adapter = Adapter(function, frozenset(reads.split()), tuple(convs.split()), why_not)
         _ADAPTERS.update(dict.fromkeys(classes, adapter))
         return function
 
@@ -69,7 +73,8 @@ def adapter_of(module: nn.Module) -> tuple[Optional[Adapter], Optional[str]]:
         return None, None
     if "forward" in module.__dict__ or not has_stock_code(cls, cls.forward, adapter.reads):
         return None, f"the forward of {cls.__qualname__} was replaced"
-    return adapter, None
+    reason = adapter.why_not(module)
+    return (adapter, None) if reason is None else (None, reason)
 
 
 class Adapted(Fused):

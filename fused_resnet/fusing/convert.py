@@ -23,7 +23,7 @@ from fused_resnet.nn import BasicBlock, Bottleneck, ConvBNAct, FusedBasicBlock, 
 from fused_resnet.nn.bypass import why_not_fused
 from fused_resnet.nn.fused import Fused, Fusion, fused_shortcut, plain_class_of, set_class
 from fused_resnet.nn.norms import may_be_norm
-from fused_resnet.nn.stock import has_stock_code
+from fused_resnet.nn.stock import has_stock_code, returns_its_input
 
 log = logging.getLogger("fused_resnet")
 
@@ -69,7 +69,8 @@ def fuse(
     Fused are:
 
     - our residual blocks and torchvision's
-    - blocks with an adapter (`adapters.register`); transformers' ResNet and torchvision's DenseNet have one
+    - blocks with an adapter (`adapters.register`): those of transformers' ResNet, of torchvision's DenseNet, of our and
+      timm's pre-activation ResNets
     - inside every other module with convolutions of its own, the sequences that torch.fx sees in its forward
       (`rewriting`): timm's blocks, stems, VGG, Inception, RegNet
 
@@ -236,13 +237,17 @@ def _rewritten(module: nn.Module) -> tuple[Optional[_Change], Optional[str]]:
         return None, None
     programs, error = rewriting.programs_of(module)
     if not programs:
-        others = [child for child in children if may_be_norm(child) or why_not_fused(child, []) is None]
+        others = [child for child in children if may_be_norm(child) or _is_activation(child)]
         return None, str(error) if others or isinstance(error, rewriting.NormUnfolded) else None
     reason = _why_not_reclassed(module, Rewritten)
     if reason is not None:
         return None, reason
     cls, eval_program = _class_of_kind(module, Rewritten), programs[False]
     return _Change(module, cls, Fusion(programs=programs), eval_program.has_norm, left=eval_program.left), None
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return why_not_fused(module, []) is None and not returns_its_input(module)
 
 
 def _class_of_kind(module: Any, kind: type[Fused]) -> Any:

@@ -1,8 +1,8 @@
 """A module's own forward with its conv -> BN -> (+ residual) -> activation sequences in one call each.
 
 `programs_of` traces one module's forward (`forward_graph`), its children as they are called. It replaces what
-`matching` finds by calls of `nn.conv_bn_act` that read the live children. Why the rewritten forward may stand for the
-original:
+`matching` finds by calls that read the live children: `nn.conv_bn_act`, and `nn.bn_act` for norms in front of
+convolutions. Why the rewritten forward may stand for the original:
 
 - The graph is all that the forward does, or it is refused (`forward_graph`), as long as what the forward read is as it
   was. That is compared on each call. The original forward runs where an attribute has changed, or a child became
@@ -23,10 +23,18 @@ from torch import Tensor, fx, nn
 from fused_resnet.fusing.forward_graph import graph_of
 from fused_resnet.fusing.reads import CONTAINERS, Reads
 from fused_resnet.fusing.watch import CannotRewrite
-from fused_resnet.graphs.matching import Match, activation_of, matches, norm_operands, unfolded_norms
+from fused_resnet.graphs.matching import (
+    Match,
+    NormMatch,
+    activation_of,
+    matches,
+    norm_operands,
+    norms_in_front,
+    unfolded_norms,
+)
 from fused_resnet.graphs.memory import writes_in_place
 from fused_resnet.graphs.nodes import function_of, module_of, skip_identities
-from fused_resnet.nn import conv_bn_act
+from fused_resnet.nn import bn_act, conv_bn_act
 from fused_resnet.nn.fused import Fused, plain_class_of
 from fused_resnet.nn.norms import Norm
 from fused_resnet.nn.stock import has_stock_call, returns_its_input
@@ -91,16 +99,23 @@ def _program_of(module: nn.Module, training: bool) -> Program:
     graph, reads = graph_of(module, training)
     modules = dict(module.named_modules())
     skipped = skip_identities(graph, modules)
-    found = [match for match in matches(graph, modules, is_write=_may_write) if match.bn or match.act]
+    every = matches(graph, modules, is_write=_may_write)
+    norms = norms_in_front(graph, modules, every)
+    found = [match for match in every if match.bn or match.act]
+    if training:  # so that the others keep no activated map for the backward
+        activated = {norm.act or norm.bn for norm in norms} | {match.nodes[-1] for match in found if match.bn}
+        found = [match for match in every if match in found or match.conv.args[0] in activated]
     left = tuple((str(conv.target), reason) for conv, reason in unfolded_norms(graph, modules, nn.Conv2d))
-    if not found:
+    if not found and not norms:
         if left:
             raise NormUnfolded(left[0][1])
         raise CannotRewrite("none of its convolutions is followed by a BN or an activation alone")
-    has_norm = any(match.bn for match in found)
+    has_norm = bool(norms) or any(match.bn for match in found)
     convs = tuple(dict.fromkeys(str(match.conv.target) for match in found))
     for match in found:
         _replace(graph, match, modules)
+    for norm in norms:
+        _replace_norm(graph, norm, modules)
     originals = _forwards(plain_class_of(module))
     return Program(function_of(graph), convs, originals, reads, tuple(skipped), has_norm, left)
 
@@ -129,16 +144,31 @@ def _replace(graph: fx.Graph, match: Match, modules: dict[str, nn.Module]) -> No
         functional = norm_operands(match.bn)
         bn = graph.create_node("get_attr", match.bn.target) if match.bn and not functional else None
         bn = graph.call_function(Norm, kwargs=functional) if functional else bn
-        if act is not None and act.op == "call_module":
-            activation: Any = graph.create_node("get_attr", act.target)
-        else:
-            activation = activation_of(act, modules) if act else None
         backend = graph.create_node("get_attr", "backend")
-        operands = (match.conv.args[0], conv, bn, activation, match.residual, backend)
+        operands = (match.conv.args[0], conv, bn, _read(graph, act, modules), match.residual, backend)
         fused = graph.call_function(conv_bn_act, (*operands, _sum_of(match, modules)))
     tail.replace_all_uses_with(fused)
     for node in reversed(match.nodes):
         graph.erase_node(node)
+
+
+def _replace_norm(graph: fx.Graph, match: NormMatch, modules: dict[str, nn.Module]) -> None:
+    """One call of `nn.bn_act` in the place of the norm."""
+    with graph.inserting_before(match.bn):
+        bn, act = graph.create_node("get_attr", match.bn.target), _read(graph, match.act, modules)
+        backend = graph.create_node("get_attr", "backend")
+        fused = graph.call_function(bn_act, (match.bn.args[0], bn, act, backend))
+    for node in (match.act, match.bn):
+        if node is not None:
+            node.replace_all_uses_with(fused)
+            graph.erase_node(node)
+
+
+def _read(graph: fx.Graph, act: Optional[fx.Node], modules: dict[str, nn.Module]) -> Any:
+    """An activation as an operand: the module, or the name of the function."""
+    if act is not None and act.op == "call_module":
+        return graph.create_node("get_attr", act.target)
+    return activation_of(act, modules) if act else None
 
 
 def _sum_of(match: Match, modules: dict[str, nn.Module]) -> str:

@@ -1,4 +1,5 @@
-"""Where a graph computes conv -> BN -> (+ residual) -> activation in a way that may become one call.
+"""Where a graph computes conv -> BN -> (+ residual) -> activation, or BN -> activation in front of convolutions, in a
+way that may become one call.
 
 In whole models, with shapes known, for `freezing`; in one module's forward, without them, for `fusing`.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Any, Callable, NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional, Union, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import fx, nn
 from fused_resnet.graphs.memory import memory_of, writes_in_place, written
 from fused_resnet.graphs.nodes import module_of, only_user
 from fused_resnet.graphs.spelling import arguments_of
-from fused_resnet.nn.bypass import why_not_fused
+from fused_resnet.nn.bypass import why_not_fused, why_not_norm
 from fused_resnet.nn.norms import Norm, is_norm, may_be_norm, norm_of, why_not_bn
 from fused_resnet.nn.stock import why_called
 
@@ -87,6 +88,31 @@ def matches(
     writes = [node for node in graph.nodes if node not in owned and is_write(node, modules)]
     memory = memory_of(graph, modules)
     return [_before_writes(match, order, writes, memory, modules) for match in found]
+
+
+class NormMatch(NamedTuple):
+    """bn -> activation?, the only user of the bn. Where there is none, the norm has an activation of its own."""
+
+    bn: fx.Node
+    act: Optional[fx.Node]
+
+
+def norms_in_front(graph: fx.Graph, modules: dict[str, nn.Module], found: list[Match]) -> list[NormMatch]:
+    """Every activated norm that can be bypassed and is in none of the matches that were found. Where it was, one call
+    may stand: what it reads and updates is read and updated when it was."""
+    owned = {node for match in found for node in match.nodes}
+    norms = []
+    for node in graph.nodes:
+        module = module_of(node, modules)
+        if node in owned or not is_norm(module) or len(node.args) != 1 or node.kwargs or why_not_norm(module, None):
+            continue
+        act = only_user(node)
+        if act is None or activation_of(act, modules) == "none":
+            act = None
+        then = cast(Norm, norm_of(module)).then
+        if bool(then) != (act is not None):  # an activation behind those of a norm's own is another pass
+            norms.append(NormMatch(node, act))
+    return norms
 
 
 def _heads(graph: fx.Graph, modules: dict[str, nn.Module], is_fit: Callable) -> dict[fx.Node, Match]:

@@ -33,6 +33,8 @@ _FAMILY = {
     cifar: (
         cifar.resnet20, cifar.resnet32, cifar.resnet44, cifar.resnet56, cifar.resnet110, cifar.resnet1202,
         cifar.plain20, cifar.plain32, cifar.plain44, cifar.plain56, cifar.plain110,
+        cifar.preact20, cifar.preact32, cifar.preact44, cifar.preact56, cifar.preact110, cifar.preact164,
+        cifar.preact1001,
     ),
 }  # fmt: skip
 _BUILDERS = {builder.__name__: (builder, family) for family, builders in _FAMILY.items() for builder in builders}

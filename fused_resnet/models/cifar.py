@@ -2,12 +2,13 @@
 
 ResNets, and the plain networks that they are compared with: the same layers without shortcuts, which get worse beyond
 some twenty layers. Option A shortcuts (zero-padded identity) are the paper's choice for CIFAR; option B projects with a
-1x1 convolution.
+1x1 convolution. The pre-activation ResNets are those of He et al. 2016 (arXiv 1603.05027): also of depth 9n + 2, in
+bottlenecks.
 """
 
 from __future__ import annotations
 
-from typing import Any, Optional, Sequence
+from typing import Any, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from fused_resnet.models.resnet import init_conv_and_norm, zero_last_norms
 from fused_resnet.models.weights import Source, load_weights
-from fused_resnet.nn import BasicBlock, ConvBNAct, conv1x1, conv3x3
+from fused_resnet.nn import BasicBlock, ConvBNAct, PreActBasicBlock, PreActBottleneck, conv1x1, conv3x3
 
 INPUT_SHAPE = (3, 32, 32)
 WIDTHS = (16, 32, 64)
@@ -136,8 +137,61 @@ class CifarPlain(nn.Module):
         return self.linear(torch.flatten(self.avgpool(x), 1))
 
 
+class CifarPreActResNet(nn.Module):
+    """A 3x3 stem, three stages of n pre-activation blocks, BN and ReLU, average pool, classifier.
+
+    x: (N, 3, H, W) -> (N, num_classes). block: PreActBasicBlock or PreActBottleneck, whose outputs are four times as
+    wide. option: "A" or "B", the shortcut where a stage changes shape. None is the paper's: A for basic blocks, B for
+    bottlenecks. A pads x, B projects the activated x with a 1x1 convolution. The first block's shortcut starts behind
+    its activation. The keys are our own, since there are no published weights with names that others share.
+    Raises ValueError for another option.
+    """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
+    def __init__(
+        self,
+        n: int,
+        num_classes: int = 10,
+        block: type[Union[PreActBasicBlock, PreActBottleneck]] = PreActBasicBlock,
+        option: Optional[str] = None,
+    ) -> None:
+        super().__init__()
+        if option not in (None, "A", "B"):
+            raise ValueError(f"CifarPreActResNet: option must be 'A' (zero padding) or 'B' (1x1 conv), got {option!r}.")
+        projects = (option or ("A" if block is PreActBasicBlock else "B")) == "B"
+        self.conv1 = conv3x3(3, WIDTHS[0])
+        inplanes = WIDTHS[0]
+        for stage, planes in enumerate(WIDTHS):
+            layer, stride, width = nn.Sequential(), 1 if stage == 0 else 2, planes * block.expansion
+            for index in range(n):
+                shortcut = None
+                if index == 0 and (stride, inplanes) != (1, width):
+                    added = width - inplanes
+                    pads = PadShortcut(stride, added // 2, added - added // 2)
+                    shortcut = conv1x1(inplanes, width, stride) if projects else pads
+                is_activated = stage == index == 0 or projects and shortcut is not None
+                step = stride if index == 0 else 1
+                layer.append(block(inplanes, planes, step, shortcut, activated_shortcut=is_activated))
+                inplanes = width
+            setattr(self, f"layer{stage + 1}", layer)
+        self.bn = nn.BatchNorm2d(inplanes)
+        self.relu = nn.ReLU(inplace=True)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.linear = nn.Linear(inplanes, num_classes)
+        init_conv_and_norm(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        x = self.relu(self.bn(x))
+        return self.linear(torch.flatten(self.avgpool(x), 1))
+
+
 def _cifar(network: type[nn.Module], depth: int, weights: Optional[Source], progress: bool, **kwargs) -> Any:
-    model = network((depth - 2) // 6, **kwargs)
+    of_a_block = 9 if kwargs.get("block") is PreActBottleneck else 6
+    model = network((depth - 2) // of_a_block, **kwargs)
     if weights is not None:
         load_weights(model, weights, progress=progress)
     return model
@@ -196,3 +250,38 @@ def plain56(*, weights: Optional[Source] = None, progress: bool = True, **kwargs
 def plain110(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarPlain:
     """The plain network of 110 layers, 1.7 M parameters. weights: what `load_weights` reads; kwargs: CifarPlain's."""
     return _cifar(CifarPlain, 110, weights, progress, **kwargs)
+
+
+def preact20(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarPreActResNet:
+    """Pre-activation ResNet-20, 0.27 M parameters. kwargs: CifarPreActResNet's."""
+    return _cifar(CifarPreActResNet, 20, weights, progress, **kwargs)
+
+
+def preact32(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarPreActResNet:
+    """Pre-activation ResNet-32, 0.46 M parameters. kwargs: CifarPreActResNet's."""
+    return _cifar(CifarPreActResNet, 32, weights, progress, **kwargs)
+
+
+def preact44(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarPreActResNet:
+    """Pre-activation ResNet-44, 0.66 M parameters. kwargs: CifarPreActResNet's."""
+    return _cifar(CifarPreActResNet, 44, weights, progress, **kwargs)
+
+
+def preact56(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarPreActResNet:
+    """Pre-activation ResNet-56, 0.85 M parameters. kwargs: CifarPreActResNet's."""
+    return _cifar(CifarPreActResNet, 56, weights, progress, **kwargs)
+
+
+def preact110(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarPreActResNet:
+    """Pre-activation ResNet-110, 1.7 M parameters. kwargs: CifarPreActResNet's."""
+    return _cifar(CifarPreActResNet, 110, weights, progress, **kwargs)
+
+
+def preact164(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarPreActResNet:
+    """Pre-activation ResNet-164, in bottlenecks, 1.7 M parameters. kwargs: CifarPreActResNet's."""
+    return _cifar(CifarPreActResNet, 164, weights, progress, block=PreActBottleneck, **kwargs)
+
+
+def preact1001(*, weights: Optional[Source] = None, progress: bool = True, **kwargs) -> CifarPreActResNet:
+    """Pre-activation ResNet-1001, in bottlenecks, 10.3 M parameters. kwargs: CifarPreActResNet's."""
+    return _cifar(CifarPreActResNet, 1001, weights, progress, block=PreActBottleneck, **kwargs)

@@ -97,3 +97,82 @@ class Bottleneck(nn.Module):
         out = self.bn3(self.conv3(out))
         out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
+
+
+class PreActBasicBlock(nn.Module):
+    """conv2(relu(bn2(conv1(a)))) + shortcut, a = relu(bn1(x)), both filters 3x3. He et al. 2016 (arXiv 1603.05027).
+
+    The shortcut is x, or downsample(x). With activated_shortcut it is a, or downsample(a): in a network's first block,
+    and where the downsample is a projection. The result is not activated: the next block's bn1 does that.
+    x: (N, inplanes, H, W) -> (N, planes, H/stride, W/stride).
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: Optional[nn.Module] = None,
+        norm_layer: Optional[Callable[..., nn.Module]] = None,
+        *,
+        activated_shortcut: bool = False,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.bn1 = norm_layer(inplanes)
+        self.conv1 = conv3x3(inplanes, planes, stride)
+        self.bn2 = norm_layer(planes)
+        self.conv2 = conv3x3(planes, planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride, self.activated_shortcut = stride, activated_shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.relu(self.bn1(x))
+        out = self.conv1(activated)
+        out = self.conv2(self.relu(self.bn2(out)))
+        shortcut = activated if self.activated_shortcut else x
+        out += shortcut if self.downsample is None else self.downsample(shortcut)
+        return out
+
+
+class PreActBottleneck(nn.Module):
+    """1x1 reduce, 3x3, 1x1 expand, each behind BN and ReLU, plus the shortcut. He et al. 2016 (arXiv 1603.05027).
+
+    The stride sits in the 3x3, the shortcut is as in PreActBasicBlock. x: (N, inplanes, H, W) -> (N, 4*planes, ...).
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: Optional[nn.Module] = None,
+        norm_layer: Optional[Callable[..., nn.Module]] = None,
+        *,
+        activated_shortcut: bool = False,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.bn1 = norm_layer(inplanes)
+        self.conv1 = conv1x1(inplanes, planes)
+        self.bn2 = norm_layer(planes)
+        self.conv2 = conv3x3(planes, planes, stride)
+        self.bn3 = norm_layer(planes)
+        self.conv3 = conv1x1(planes, planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride, self.activated_shortcut = stride, activated_shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.relu(self.bn1(x))
+        out = self.conv1(activated)
+        out = self.conv2(self.relu(self.bn2(out)))
+        out = self.conv3(self.relu(self.bn3(out)))
+        shortcut = activated if self.activated_shortcut else x
+        out += shortcut if self.downsample is None else self.downsample(shortcut)
+        return out

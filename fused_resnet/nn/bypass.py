@@ -32,6 +32,15 @@ def why_not_fused(act: Optional[nn.Module], stages: list) -> Optional[str]:
     return None
 
 
+def why_not_norm(bn: Union[nn.Module, Norm], act: Optional[nn.Module]) -> Optional[str]:
+    """None when this norm, which no convolution is in front of, and this activation may be bypassed, else the reason.
+    Cheap: runs every call."""
+    reason = why_not_fused(act, [])
+    if reason is None and type(bn) is not Norm:
+        reason = why_called(cast(nn.Module, bn))
+    return reason or why_not_bn(bn)
+
+
 def why_not_conv_bn(conv: nn.Module, bn: Union[nn.Module, Norm, None]) -> Optional[str]:
     """None when conv and bn are plain ones whose parameters may be read instead of calling them."""
     if type(conv) is not nn.Conv2d:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from fused_resnet import functional, training
 from fused_resnet.choosing import repeated
-from fused_resnet.nn.bypass import why_not_fused
+from fused_resnet.nn.bypass import why_not_fused, why_not_norm
 from fused_resnet.nn.norms import Norm, norm_of
 from fused_resnet.nn.stock import ACTIVATION_OF
 from fused_resnet.operators.library import AUTOCAST_DEVICES
@@ -47,6 +47,47 @@ def conv_bn_act(
     return _activated(out if residual is None else _SUMS[sum](out, residual), act)
 
 
+def bn_act(x: Tensor, bn: nn.Module, act: Union[nn.Module, str, None] = None, backend: str = "auto") -> Tensor:
+    """act(bn(x)), in one call where that is faster and these children may be bypassed, else by calling each of them.
+
+    For norms in front of convolutions, as `conv_bn_act` for those behind one. Convolutions that read the result keep
+    no input for the backward in training mode (`training.convolution`).
+    """
+    module = act if isinstance(act, nn.Module) else None
+    if isinstance(x, Tensor) and why_not_norm(bn, module) is None and _autocast_dtype(x) in (None, x.dtype):
+        out = _by_bn_act(bn, x, None, act, backend)
+        if out is not None:
+            return out
+    return _activated(bn(x), act)
+
+
+def _by_bn_act(
+    bn: Any, x: Tensor, residual: Optional[Tensor], act: Union[nn.Module, str, None], backend: str
+) -> Optional[Tensor]:
+    """act(bn(x) + residual) by `training.bn_act`, or None where the modules are to be called."""
+    norm = norm_of(bn)
+    merged = _merged(norm, _name_of(act), residual)
+    if norm is None or not norm.is_torchs or merged is None:
+        return None
+    activation, then = merged
+    out = training.bn_act(bn, x, residual, activation, backend)
+    for module in then if out is not None else ():
+        out = module(out)
+    return out
+
+
+def _name_of(act: Union[nn.Module, str, None]) -> str:
+    return act if isinstance(act, str) else "none" if act is None else ACTIVATION_OF[type(act)]
+
+
+def _merged(norm: Optional[Norm], activation: str, residual: Any) -> Optional[tuple[str, tuple[nn.Module, ...]]]:
+    """The activation to be computed with a norm, and the modules that it calls after that. None where a residual or an
+    activation comes after modules of the norm's own."""
+    if norm is None or not norm.then:
+        return activation, ()
+    return norm.activation if activation == "none" and residual is None else None
+
+
 def fused_conv_bn_act(
     x: Tensor,
     conv: Any,
@@ -64,18 +105,16 @@ def fused_conv_bn_act(
     before = _as_before(x, conv, bn, act, residual, backend, sum) if type(bn) is nn.BatchNorm2d else None
     if before is not None:
         return before
-    norm, acts = norm_of(bn), act
-    then: tuple[nn.Module, ...] = ()
-    activation = act if isinstance(act, str) else "none" if act is None else ACTIVATION_OF[type(act)]
+    norm, activation = norm_of(bn), _name_of(act)
     is_training = norm is not None and norm.training
+    merged = _merged(norm, activation, residual)
     # of an empty batch only the strides are left, and ATen's have rules of their own
-    fits = isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] > 0 and not is_training
-    if fits and norm is not None and norm.then:
-        fits = activation == "none" and residual is None  # which come after the norm's own
-        if fits:
-            activation, then = norm.activation
-            acts = norm.then[0] if len(then) < len(norm.then) else None
-    if fits:
+    fits = isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] > 0 and not is_training and merged is not None
+    if norm is None and training.keeps_no_input(conv, x):
+        fits = False
+    if fits and merged is not None:
+        activation, then = merged
+        acts = norm.then[0] if norm is not None and len(then) < len(norm.then) else act
         weight, bias, cast_to = conv.weight, conv.bias, _autocast_dtype(x)
         operands = (x, weight, *((None,) * 4 if norm is None else norm[:4]))
         options = dict(
@@ -101,12 +140,14 @@ def fused_conv_bn_act(
         for module in then:
             out = module(out)
         return out
-    out = training.convolution(conv, x) if is_training else conv(x)
-    if is_training and type(bn) is nn.BatchNorm2d and (residual is None or _lies_alike(residual, out)):
-        normalised = training.bn_act(bn, out, residual, activation, backend)
+    out = training.convolution(conv, x) if is_training or norm is None else conv(x)
+    is_alone = is_training and residual is not None and not _lies_alike(residual, out)
+    if is_training and not is_alone:
+        normalised = _by_bn_act(bn, out, residual, act, backend)
         if normalised is not None:
             return normalised
-    out = out if bn is None else bn(out)
+    if bn is not None:
+        out = bn_act(out, bn, None, backend) if is_alone else bn(out)
     if is_training and activation == "relu" and _is_alike(residual, out):
         return functional.add_relu(*((residual, out) if sum == "residual += out" else (out, residual)))
     return _activated(out if residual is None else _SUMS[sum](out, residual), act)

@@ -28,6 +28,7 @@ class Norm(NamedTuple):
     then: tuple[nn.Module, ...] = ()
     training: bool = False
     promotes: bool = False  # the result has the wider dtype of x's and the vectors', not x's
+    is_torchs: bool = False  # in training mode it takes and keeps statistics as nn.BatchNorm2d or nn.SyncBatchNorm do
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
@@ -44,11 +45,12 @@ class _NormKind(NamedTuple):
     """What the forward of a class of norms does. then: the children that it calls with the result, where it has them.
 
     has_modes: F.batch_norm, with the batch's statistics in training mode; others multiply by their buffers as they are.
-    eps: where the forward has it as a constant.
+    is_torchs: as Norm's. eps: where the forward has it as a constant.
     """
 
     then: tuple[str, ...] = ()
     has_modes: bool = True
+    is_torchs: bool = False
     eps: Optional[float] = None
 
 
@@ -63,9 +65,9 @@ _KNOWN_NORMS = (
     (
         "timm.layers.norm_act.BatchNormAct2d",
         f"{_BATCH_NORM_READS} {_MODE_READS} _assert ndim drop act",
-        _NormKind(_THEN),
+        _NormKind(_THEN, is_torchs=True),
     ),
-    ("timm.layers.norm_act.SyncBatchNormAct", "super forward hasattr drop act", _NormKind(_THEN)),
+    ("timm.layers.norm_act.SyncBatchNormAct", "super forward hasattr drop act", _NormKind(_THEN, is_torchs=True)),
     (
         "timm.layers.split_batchnorm.SplitBatchNorm2d",
         "training shape num_splits split super forward enumerate aux_bn append torch cat hasattr drop act",
@@ -86,7 +88,7 @@ def norm_of(bn: Any) -> Optional[Norm]:
         return bn
     if type(bn) is nn.BatchNorm2d:  # at once: this runs at every call
         weight, bias, mean, var, eps = _attributes(bn, Norm._fields[:5])
-        return Norm(weight, bias, mean, var, eps, (), bn.training)
+        return Norm(weight, bias, mean, var, eps, (), bn.training, False, True)
     kind = _norm_kind(bn)
     if kind is None:
         return None
@@ -94,7 +96,7 @@ def norm_of(bn: Any) -> Optional[Norm]:
     then = tuple(module for module in called if not returns_its_input(module))
     eps = bn.eps if kind.eps is None else kind.eps
     vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    return Norm(*vectors, eps, then, kind.has_modes and bn.training, not kind.has_modes)
+    return Norm(*vectors, eps, then, kind.has_modes and bn.training, not kind.has_modes, kind.is_torchs)
 
 
 def _attributes(module: nn.Module, names: tuple[str, ...]) -> list:
@@ -156,9 +158,10 @@ def _kind_by_code(cls: Any, forward: Any) -> Optional[_NormKind]:
     if not is_called_plainly or any(hasattr(cls, name) for name in Norm._fields[:5]):
         return None
     if forward is nn.SyncBatchNorm.forward:
-        return _NormKind() if cls._check_input_dim is nn.SyncBatchNorm._check_input_dim else None
+        is_theirs = cls._check_input_dim is nn.SyncBatchNorm._check_input_dim
+        return _NormKind(is_torchs=True) if is_theirs else None
     if forward is nn.BatchNorm2d.forward:
-        return _NormKind() if _takes_images(cls._check_input_dim) else None
+        return _NormKind(is_torchs=True) if _takes_images(cls._check_input_dim) else None
     written: Any = next((base for base in cls.__mro__ if base.__dict__.get("forward") is forward), None)
     for name, reads, kind in _KNOWN_NORMS if written is not None else ():
         is_named = fnmatch.fnmatchcase(f"{written.__module__}.{written.__qualname__}", name)

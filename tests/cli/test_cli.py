@@ -373,7 +373,8 @@ def test_bench_train(tmp_path):
     record = json_of(*command, "--no-compile", "--out", tmp_path / "train.json", *TINY)
     check_environment(record, "bench train")
     (row,) = record["runs"]
-    names = {f"{kind} {dtype}" for kind in ("eager NHWC", "fused") for dtype in ("fp32", "bf16")}
+    kinds = ("eager NHWC", "fused", "fused, less kept")
+    names = {f"{kind} {dtype}" for kind in kinds for dtype in ("fp32", "bf16")}
     assert set(row["variants"]) == {"eager NCHW fp32", *names} and row["skipped"] == {}
     for name, one in row["variants"].items():
         assert one["images_per_s"] == pytest.approx(4e6 / one["median_us"]) and one["saved_mb"] > 0, name
@@ -381,8 +382,12 @@ def test_bench_train(tmp_path):
         assert one["saved_ratio"] == pytest.approx(one["saved_mb"] / row["variants"][
             f"eager NHWC {name.split()[-1]}"]["saved_mb"])  # fmt: skip
     assert row["variants"]["fused bf16"]["saved_mb"] < 0.6 * row["variants"]["fused fp32"]["saved_mb"]
+    for dtype in ("fp32", "bf16"):
+        eager, fused, less = (row["variants"][f"{kind} {dtype}"] for kind in kinds)
+        assert fused["fusion_alone"] == less["fusion_alone"] == fused["ratio_to_eager"] != less["ratio_to_eager"]
+        assert less["saved_mb"] <= fused["saved_mb"]
     shown = run(*command, "--no-compile", *TINY).output
-    assert "kept MB" in shown and "fused bf16" in shown
+    assert "alone" in shown and "kept MB" in shown and "fused bf16" in shown
 
 
 def test_bench_model_with_torch_compile_for_people():

@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fused_resnet
@@ -11,7 +12,7 @@ from fused_resnet import models
 from fused_resnet.fusing.convert import fused_convs
 from fused_resnet.models import cifar
 from fused_resnet.models.resnet import SqueezeExcitation
-from fused_resnet.nn import BasicBlock, Bottleneck, FusedBasicBlock, FusedBlock, FusedBottleneck
+from fused_resnet.nn import BasicBlock, Bottleneck, FusedBasicBlock, FusedBlock, FusedBottleneck, PreActBottleneck
 from tests.support import networks, real_data
 
 full = pytest.mark.full
@@ -32,6 +33,9 @@ TORCHVISION = {
 # He et al. 2015, table 6, in millions
 CIFAR = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.7, "resnet1202": 19.4}
 PLAIN = ("plain20", "plain32", "plain44", "plain56", "plain110")
+# He et al. 2016, table 4, in millions: 1.7, 1.7 and 10.2 of the last three
+PREACT = {"preact20": 269_722, "preact32": 464_154, "preact44": 658_586, "preact56": 853_018, "preact110": 1_727_962,
+          "preact164": 1_703_258, "preact1001": 10_327_706}  # fmt: skip
 FIRST_TIER = ("resnet18", "resnet50", "resnext50_32x4d")
 SMALL_IMAGES = ("resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2")  # torchvision's choice for its own test
 
@@ -199,8 +203,65 @@ def test_plain_networks_are_the_resnets_without_shortcuts(name):
     assert [index for index, stride in enumerate(strides) if stride == 2] == [1 + 2 * n, 1 + 4 * n]
 
 
+@pytest.mark.parametrize("name", PREACT)
+def test_preactivation_networks_have_the_papers_depths(name):
+    with torch.device("meta"):
+        model = models.create(name)
+    named = model.named_modules()
+    layers = [one for key, one in named if isinstance(one, (nn.Conv2d, nn.Linear)) and "downsample" not in key]
+    assert len(layers) == int(name.removeprefix("preact"))
+    assert parameter_count(model) == PREACT[name]
+    assert [conv.out_channels for conv in layers[:-1] if conv.stride == (2, 2)] == [32, 64]
+
+
+def _by_hand(model, x):
+    """Every norm and ReLU in front of its convolution, and the shortcuts of option A."""
+
+    def normalised(bn, x):
+        return F.relu((x - bn.running_mean[:, None, None]) / (bn.running_var[:, None, None] + bn.eps).sqrt()
+                      * bn.weight[:, None, None] + bn.bias[:, None, None])  # fmt: skip
+
+    x = F.conv2d(x, model.conv1.weight, padding=1)
+    for stage in (model.layer1, model.layer2, model.layer3):
+        for block in stage:
+            a = normalised(block.bn1, x)
+            out = F.conv2d(a, block.conv1.weight, stride=block.stride, padding=1)
+            out = F.conv2d(normalised(block.bn2, out), block.conv2.weight, padding=1)
+            is_first = block is model.layer1[0]
+            shortcut = a if is_first else x[:, :, :: block.stride, :: block.stride]
+            missing = out.shape[1] - shortcut.shape[1]
+            zeros = torch.zeros_like(out[:, : missing // 2])
+            x = out + torch.cat((zeros, shortcut, zeros), 1)
+    return normalised(model.bn, x).mean((2, 3)) @ model.linear.weight.T + model.linear.bias
+
+
+def test_preactivation_by_hand():
+    model = networks.randomize(cifar.preact20()).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(model(x), _by_hand(model, x))
+
+
+@pytest.mark.parametrize("create, activated", (
+    (lambda: cifar.CifarPreActResNet(2), [True, False, False, False, False, False]),
+    (lambda: cifar.CifarPreActResNet(2, option="B"), [True, False, True, False, True, False]),
+    (lambda: cifar.CifarPreActResNet(2, block=PreActBottleneck), [True, False, True, False, True, False]),
+    (lambda: cifar.CifarPreActResNet(2, block=PreActBottleneck, option="A"), [True] + [False] * 5),
+))  # fmt: skip
+def test_shortcuts_of_preactivation_networks(create, activated):
+    """A projection starts behind the activation, as does the first block's shortcut. Other identities are of x."""
+    model = create().eval()
+    blocks = [block for stage in (model.layer1, model.layer2, model.layer3) for block in stage]
+    assert [block.activated_shortcut for block in blocks] == activated
+    for block in blocks:
+        nn.init.zeros_((block.conv3 if isinstance(block, PreActBottleneck) else block.conv2).weight)
+        x = torch.randn(2, block.bn1.num_features, 6, 6)
+        start = block.bn1(x).relu() if block.activated_shortcut else x
+        expected = start if block.downsample is None else block.downsample(start)
+        torch.testing.assert_close(block(x), expected)
+
+
 @pytest.mark.parametrize(
-    "name, convs", (("plain20", 19), ("seresnet50", 69), pytest.param("resnet1202", 1201, marks=full))
+    "name, convs", (("plain20", 19), ("preact20", 18), ("seresnet50", 69), pytest.param("resnet1202", 1201, marks=full))
 )
 def test_the_other_models_fuse_and_freeze(name, convs):
     model = networks.randomize(models.create(name, num_classes=10))
@@ -266,12 +327,14 @@ def test_inner_widths_change_only_what_is_inside_a_block():
 def test_cifar_refuses_bad_options():
     with pytest.raises(ValueError, match="option must be 'A'"):
         cifar.resnet20(option="C")
+    with pytest.raises(ValueError, match="option must be 'A'"):
+        cifar.preact20(option="C")
     with pytest.raises(ValueError, match="each of the 9 blocks, got 3"):
         cifar.resnet20(inner_widths=(8, 8, 8))
 
 
 def test_registry():
-    assert models.names() == (*TORCHVISION, "seresnet50", *CIFAR, *PLAIN)
+    assert models.names() == (*TORCHVISION, "seresnet50", *CIFAR, *PLAIN, *PREACT)
     assert models.input_shape("resnet50") == (3, 224, 224)
     assert models.input_shape("resnet56") == (3, 32, 32)
     for name in models.names():

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -14,14 +16,16 @@ from fused_resnet import functional, models, training
 from fused_resnet.measuring.training import saved_bytes
 from fused_resnet.nn import BasicBlock, Bottleneck
 from fused_resnet.training import recomputing
-from tests.support import networks
+from tests.support import networks, real_data
 from tests.support.fused import kernels_for_small_maps
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """Also of small maps."""
+    """Also of small maps, and with what is tested here."""
     kernels_for_small_maps(monkeypatch)
+    with fused_resnet.recompute_inputs():
+        yield
 
 
 @pytest.fixture
@@ -181,6 +185,35 @@ def test_gradients_of_gradients():
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8 * expected.abs().max().item())
 
 
+def test_the_switch(again):
+    """Off, every input is kept; on, until the end of the context, or for good."""
+    fused_resnet.recompute_inputs(False)
+    model, x = fused_resnet.fuse(stages()), image()
+    kept = gradients(copy.deepcopy(model), x)
+    assert not again
+    with fused_resnet.recompute_inputs(True):
+        with fused_resnet.recompute_inputs(False):
+            gradients(copy.deepcopy(model), x)
+        assert not again
+        found = gradients(copy.deepcopy(model), x)
+    assert len(again) >= 14 and all(torch.equal(one, other) for one, other in zip(found, kept))
+    again.clear()
+    y = model(x).sum()
+    with fused_resnet.recompute_inputs(True):  # which is about forwards
+        y.backward()
+    assert not again
+    fused_resnet.recompute_inputs()
+    gradients(copy.deepcopy(model), x)
+    assert again
+    with pytest.raises(TypeError, match="expected True or False, got 'on'"):
+        fused_resnet.recompute_inputs("on")
+
+
+def test_it_is_off_at_first():
+    code = "from fused_resnet.training import recomputing; assert recomputing._is_wanted is False"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 # ---------------------------------------------------------------------------------------------------------- saved bytes
 
 
@@ -210,3 +243,34 @@ def test_blocks_without_projections_keep_their_outputs():
     found = [saved_bytes(model, lambda: model(x)).activations  # noqa: B023
              for model in (plain, fused_resnet.fuse(copy.deepcopy(plain)))]  # fmt: skip
     assert found[1] < 0.85 * found[0]
+
+
+@pytest.mark.parametrize("name", ("FrozenBatchNorm2d", "BatchNorm2d"))
+def test_frozen_norms_keep_no_activations(name):
+    """As in detection backbones: weights are trained, norms are constant. Kept are inputs of convolutions, and the
+    stem's map and indices for its pooling."""
+    tv = real_data.torchvision()
+    norm = tv.ops.misc.FrozenBatchNorm2d if name == "FrozenBatchNorm2d" else nn.BatchNorm2d
+    plain = tv.models.resnet18(norm_layer=norm, num_classes=5).to(memory_format=torch.channels_last)
+    plain.train(norm is not nn.BatchNorm2d)
+    fused, x = fused_resnet.fuse(copy.deepcopy(plain)), image((2, 3, 64, 64))
+    inputs: dict[int, int] = {}
+    alive = []
+
+    def note(module, args):
+        inputs[args[0].data_ptr()] = args[0].nbytes
+        alive.append(args[0])
+
+    handles = [one.register_forward_pre_hook(note) for one in plain.modules() if isinstance(one, nn.Conv2d)]
+    y = plain(x)
+    for handle in handles:
+        handle.remove()
+    of_pooling = 2 * 64 * (32 * 32 * 4 + 16 * 16 * 8)
+    kept = saved_bytes(fused, lambda: fused(x)).activations
+    assert kept <= 1.05 * (sum(inputs.values()) + of_pooling)
+    if norm is nn.BatchNorm2d:
+        assert kept < 0.6 * saved_bytes(plain, lambda: plain(x)).activations
+    expected, actual = (torch.autograd.grad(one.square().sum(), list(model.parameters()))
+                        for one, model in ((y, plain), (fused(x), fused)))  # fmt: skip
+    for one, other in zip(expected, actual):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * one.abs().max().item())
