@@ -102,7 +102,7 @@ class Backend(NamedTuple):
 
     why_not: None, or why it cannot run a problem of its operator.
     run: (problem, *operands) -> output; with `configs` also config=, one of them or None. Of add_relu an `AddRelu`, of
-    bn_act a `BnAct`.
+    bn_act a `BnAct`. That of bottleneck_chain gives (y, reduced).
     auto: where `auto` may choose it unmeasured.
     takes_bn: False where no problem with live BN can ever run, on any device.
     origin: whose kernels these are: "ours", a "library"'s, or "torch"'s own, a pass over memory for each step. Or they
@@ -125,7 +125,7 @@ class Backend(NamedTuple):
     after_aten: bool = False
 
 
-_OPERATORS = ("conv_bn_act", "add_relu", "bn_act", "conv_int8", "conv_float8")
+_OPERATORS = ("conv_bn_act", "add_relu", "bn_act", "bottleneck_chain", "conv_int8", "conv_float8")
 REGISTRY: dict[str, dict[str, Backend]] = {op: {} for op in _OPERATORS}
 NEEDS_FOLDED_BN = "it takes only a bias, so it needs folded BN: use fused_resnet.freeze"
 

@@ -10,8 +10,8 @@ from fused_resnet.backends import bn_act as bn_act_backends
 from fused_resnet.backends.add_relu import AddRelu
 from fused_resnet.choosing.choice import select
 from fused_resnet.operators import layout, library
-from fused_resnet.operators.describe import add_relu_problem, bn_act_problem, conv_problem
-from fused_resnet.operators.operands import BnActOperands, ConvOperands, split_arguments
+from fused_resnet.operators.describe import add_relu_problem, bn_act_problem, chain_problem, conv_problem
+from fused_resnet.operators.operands import BnActOperands, ChainOperands, ConvOperands, split_arguments
 
 
 def conv_bn_act(operands: ConvOperands, window: tuple, backend: str, channels_last: bool = True) -> Tensor:
@@ -63,6 +63,14 @@ def _bn_act_backward(
     return run.backward(problem, grad, operands, bits, needs_x, needs_residual)
 
 
+def _bottleneck_chain(*args) -> tuple[Tensor, Tensor]:
+    operands, activation, backend = ChainOperands(*args[:8]), *args[8:]
+    problem = chain_problem(operands, activation)
+    chosen = select(problem, backend)
+    return chosen.backend.run(problem, operands) if problem.N else layout.empty_chain(problem, operands.x)
+
+
+library.LIBRARY.impl("bottleneck_chain", _bottleneck_chain, "CompositeExplicitAutograd")
 library.LIBRARY.impl("bn_act", bn_act, "CompositeExplicitAutograd")
 library.LIBRARY.impl("bn_act_backward", _bn_act_backward, "CompositeExplicitAutograd")
 library.LIBRARY.impl("conv_bn_act", conv_bn_act_in_a_row, "CompositeExplicitAutograd")

@@ -27,6 +27,7 @@ from fused_resnet.operators.problem import (
     SHORT_DTYPES,
     AddReluProblem,
     BnActProblem,
+    ChainProblem,
     ConvProblem,
     Problem,
     dtype_name,
@@ -216,6 +217,8 @@ def _example(op: str, dtype: torch.dtype, device: str) -> Problem:
     """A convolution with folded BN and ReLU as every ResNet has it, an addition, or BN and ReLU in training."""
     if op == "bn_act":
         return BnActProblem(8, 64, 56, 56, "relu", True, False, True, dtype, device)
+    if op == "bottleneck_chain":
+        return ChainProblem(1, 64, 56, 56, 256, 64, "relu", dtype, device)
     if op == "add_relu":
         return AddReluProblem((1, 64, 56, 56), True, dtype, device)
     return ConvProblem(

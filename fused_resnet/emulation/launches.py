@@ -12,13 +12,16 @@ from torch import Tensor
 from fused_resnet.emulation.kernel import CAPABILITIES, Kernel, Outcome
 from fused_resnet.emulation.tensor_map import SWIZZLES, TensorMap
 from fused_resnet.kernels.triton import add_relu, affine_act, aot, bn_act, max_pool
+from fused_resnet.kernels.triton.chain import shift
+from fused_resnet.kernels.triton.chain.shift import ChainConfig
 from fused_resnet.kernels.triton.conv import launch as conv
+from fused_resnet.kernels.triton.conv import row_space
 from fused_resnet.kernels.triton.conv.configs import TritonConfig
 from fused_resnet.kernels.triton.conv.epilogue import Epilogue, Int8Epilogue
 from fused_resnet.kernels.triton.conv.launch import Launch, Operands
 from fused_resnet.kernels.triton.runtime import TensorDescriptor, triton
-from fused_resnet.operators.operands import ConvOperands
-from fused_resnet.operators.problem import AddReluProblem, ConvProblem, MaxPoolProblem
+from fused_resnet.operators.operands import ChainOperands, ConvOperands
+from fused_resnet.operators.problem import AddReluProblem, ChainProblem, ConvProblem, MaxPoolProblem
 
 # The last parameters of every kernel of Triton's: memory where it may make tensor maps, and its profiler's
 _SCRATCH = 2
@@ -197,6 +200,17 @@ def conv_bn_act(
     if out is None:
         out = torch.full(p.output_shape, torch.nan, dtype=p.dtype).contiguous(memory_format=torch.channels_last)
     return out, run_conv(p, operands, out, arch, config, **how)
+
+
+def run_chain(
+    problem: ChainProblem, operands: ChainOperands, arch: int, config: ChainConfig, **how
+) -> tuple[Tensor, Optional[Tensor], Outcome]:
+    """`shift.launch` into new memory of NaN: y and reduced, in row space as x and the residual are."""
+    p, M = problem, row_space.num_rows(problem.N, problem.H, problem.W)
+    y = torch.full((M, p.K), torch.nan, dtype=p.dtype)
+    reduced = torch.full((M, p.L), torch.nan, dtype=p.dtype) if p.L else None
+    written = [y] if reduced is None else [y, reduced]
+    return y, reduced, run(shift.prepare(p, operands, y, reduced, config), arch, written, **how)
 
 
 def run_add_relu(

@@ -22,6 +22,11 @@ CUDA = ("csrc/common/*", "csrc/cuda/*")
 TRITON = (f"{_TRITON}/conv/*", f"{_TRITON}/add_relu.py", f"{_TRITON}/runtime.py")
 BN_ACT = (*_CPU, "csrc/cpu/bits.h", "csrc/cpu/bn_act.cpp")
 TRITON_BN_ACT = (f"{_TRITON}/bn_act.py", f"{_TRITON}/conv/epilogue.py", f"{_TRITON}/runtime.py")
+TRITON_CHAIN = (
+    f"{_TRITON}/chain/*",
+    *(f"{_TRITON}/conv/{name}.py" for name in ("epilogue", "row_space")),
+    f"{_TRITON}/runtime.py",
+)
 CPU_PASS = (*_CPU, "csrc/cpu/affine_act.cpp")
 PASS = (f"{_TRITON}/affine_act.py", f"{_TRITON}/conv/epilogue.py", f"{_TRITON}/runtime.py")
 WINOGRAD = (*_CPU, "csrc/cpu/winograd*", "csrc/cpu/denormals.h")

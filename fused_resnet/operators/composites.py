@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_resnet.operators import affine, detours, mask
-from fused_resnet.operators.describe import add_relu_problem, bn_act_problem, conv_problem
-from fused_resnet.operators.operands import BnActOperands, split_arguments
+from fused_resnet.operators.describe import add_relu_problem, bn_act_problem, chain_problem, conv_problem
+from fused_resnet.operators.operands import BnActOperands, ChainOperands, ConvOperands, split_arguments
+from fused_resnet.operators.problem import ConvProblem
 
 
 def is_transformed() -> bool:
@@ -49,6 +50,19 @@ def bn_act(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = o.x.detach().to(torch.promote_types(torch.float32, o.x.dtype))
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0) if problem.is_training else (x.new_empty(0), x.new_empty(0))
     return y, mean, var, mask.packed(problem, y.detach())
+
+
+def bottleneck_chain(*args) -> tuple[Tensor, Tensor]:
+    """bottleneck_chain by ATen, as conv_bn_act: its convolutions one behind the other."""
+    o, activation = ChainOperands(*args[:8]), args[8]
+    convolutions = chain_problem(o, activation).convolutions
+
+    def computed(problem: ConvProblem, operands: ConvOperands) -> Tensor:
+        window = (problem.stride, problem.padding, problem.dilation, problem.groups, activation)
+        return conv_bn_act(*operands, *window, args[9])
+
+    y = computed(convolutions[1], o.of_expansion(computed(convolutions[0], o.of_filter())))
+    return y, computed(convolutions[2], o.of_reduction(y)) if len(convolutions) > 2 else y.new_empty(0)
 
 
 def normalised(o: BnActOperands, statistics: Optional[tuple[Tensor, Tensor]] = None) -> Tensor:

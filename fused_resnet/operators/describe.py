@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.operators import layout, quantized
-from fused_resnet.operators.operands import VECTORS, BnActOperands, ConvOperands, Int8Operands
+from fused_resnet.operators.operands import VECTORS, BnActOperands, ChainOperands, ConvOperands, Int8Operands
 from fused_resnet.operators.problem import (
     ACTIVATIONS,
     BYTE_DTYPES,
@@ -19,6 +19,7 @@ from fused_resnet.operators.problem import (
     FLOAT_DTYPES,
     AddReluProblem,
     BnActProblem,
+    ChainProblem,
     ConvProblem,
     dtype_name,
     pair_text,
@@ -126,6 +127,35 @@ def bn_act_problem(operands: BnActOperands, activation: str) -> BnActProblem:
     except TypeError:
         pass
     return _describe_bn_act.__wrapped__(*facts, is_nhwc, activation)
+
+
+def chain_problem(operands: ChainOperands, activation: str) -> ChainProblem:
+    """Check the operands of bottleneck_chain and describe them. TypeError for dtypes and devices, else ValueError."""
+    op = "bottleneck_chain"
+    facts = {name: _as_facts(tensor) for name, tensor in operands._asdict().items() if tensor is not None}
+    x = facts["x"]
+    _check_dtypes(op, {name: one for name, one in facts.items() if not name.endswith("bias")})
+    _check_vector_dtypes(op, {name: one for name, one in facts.items() if name.endswith("bias")}, x)
+    _check_activation(op, activation)
+    _check_image(op, x)
+    if ("reduce_weight" in facts) != ("reduce_bias" in facts):
+        given = "reduce_weight" if "reduce_weight" in facts else "reduce_bias"
+        raise ValueError(f"{op}: only {given} is given: give both, or neither where no block follows.")
+    N, C, H, W = x.shape
+    K, L = (facts[name].shape[:1] if name in facts else () for name in ("expand_weight", "reduce_weight"))
+    wanted = {
+        "residual": (N, *K, H, W), "weight": (C, C, 3, 3), "bias": (C,), "expand_weight": (*K, C, 1, 1),
+        "expand_bias": K, "reduce_weight": (*L, *K, 1, 1), "reduce_bias": L,
+    }  # fmt: skip
+    for name, one in facts.items():
+        if name != "x" and tuple(one.shape) != tuple(wanted[name]):
+            raise ValueError(
+                f"{op}: {name} must have shape {tuple(wanted[name])}, got {tuple(one.shape)}: x has shape "
+                f"{tuple(x.shape)}, expand_weight {tuple(facts['expand_weight'].shape)}."
+            )
+    if 0 in (C, H, W, *K, *L):
+        raise ValueError(f"{op}: x of shape {tuple(x.shape)}, expand_weight or reduce_weight has an empty dimension.")
+    return ChainProblem(N, C, H, W, K[0], L[0] if L else 0, activation, x.dtype, x.device.type)
 
 
 def is_dense(tensor: Tensor) -> bool:

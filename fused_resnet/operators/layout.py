@@ -7,9 +7,10 @@ from typing import Any, TypeVar, Union
 import torch
 from torch import Tensor
 
-from fused_resnet.operators.operands import ConvOperands, Int8Operands
+from fused_resnet.operators.operands import ChainOperands, ConvOperands, Int8Operands
+from fused_resnet.operators.problem import ChainProblem
 
-Operands = TypeVar("Operands", bound=Union[ConvOperands, Int8Operands])
+Operands = TypeVar("Operands", bound=Union[ConvOperands, Int8Operands, ChainOperands])
 
 
 def empty_output(problem, like: Tensor, channels_last: bool = True) -> Tensor:
@@ -17,6 +18,14 @@ def empty_output(problem, like: Tensor, channels_last: bool = True) -> Tensor:
     return torch.empty(
         problem.output_shape, dtype=problem.output_dtype, device=like.device, memory_format=memory_format
     )
+
+
+def empty_chain(problem: ChainProblem, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for y and reduced, the latter without elements where no block follows."""
+    y = empty_output(problem, like)
+    if not problem.L:
+        return y, like.new_empty(0)
+    return y, torch.empty(problem.reduced_shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
 
 
 def all_channels_last(operands: Operands) -> Operands:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fused_resnet.machine.imports import when_imported
 from fused_resnet.operators import composites, gradients, schemas
-from fused_resnet.operators.describe import add_relu_problem, bn_act_problem, conv_problem
-from fused_resnet.operators.layout import densely, empty_output, is_nhwc
-from fused_resnet.operators.operands import NUM_OPERANDS, BnActOperands, ConvOperands, split_arguments
+from fused_resnet.operators.describe import add_relu_problem, bn_act_problem, chain_problem, conv_problem
+from fused_resnet.operators.layout import densely, empty_chain, empty_output, is_nhwc
+from fused_resnet.operators.operands import NUM_OPERANDS, BnActOperands, ChainOperands, ConvOperands, split_arguments
 
 LIBRARY = torch.library.Library("fused_resnet", "DEF")
 
@@ -65,6 +65,12 @@ def _bn_act_backward_fake(
     return grad_x, *vectors, grad_residual
 
 
+@torch.library.register_fake("fused_resnet::bottleneck_chain", lib=LIBRARY)
+def _bottleneck_chain_fake(*args) -> tuple[Tensor, Tensor]:
+    o = ChainOperands(*args[:8])
+    return empty_chain(chain_problem(o, args[8]), o.x)
+
+
 def _differentiable(name: str, setup: Callable, backward: Callable, composite: Callable) -> Any:
     """Make the operator differentiable, and give the autograd.Function that does it: apply(compute, *arguments).
 
@@ -112,6 +118,18 @@ _differentiable(
 
 BnAct = _differentiable("bn_act", gradients.keep_for_bn_act, gradients.bn_act_backward, composites.bn_act)
 
+
+def _bottleneck_chain(keys, *args) -> tuple[Tensor, Tensor]:
+    """Plans have no use for gradients. Whoever asks for them gets ATen's."""
+    if composites.is_transformed() or torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return composites.bottleneck_chain(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        op = torch.ops.fused_resnet.bottleneck_chain.default
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+
+LIBRARY.impl("bottleneck_chain", _bottleneck_chain, "Autograd", with_keyset=True)
+
 AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
@@ -143,6 +161,13 @@ def _register_autocast(device: str, key: str) -> None:
             x, residual = cast(x, device), cast(residual, device)
             return torch.ops.fused_resnet.bn_act(x, mean, var, weight, bias, residual, *rest)
 
+    def bottleneck_chain(*args):
+        operands = ChainOperands(*args[:8])
+        maps = {k: cast(v, device) for k, v in operands._asdict().items() if not k.endswith("bias")}
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            return torch.ops.fused_resnet.bottleneck_chain(*operands._replace(**maps), *args[8:])
+
+    LIBRARY.impl("bottleneck_chain", bottleneck_chain, key)
     LIBRARY.impl("bn_act", bn_act, key)
     LIBRARY.impl("conv_bn_act", conv_bn_act, key)
     LIBRARY.impl("add_relu", add_relu, key)
@@ -157,6 +182,13 @@ def _conv_bn_act_flops(x_shape, w_shape, *args, out_shape=None, **kwargs) -> int
     return 2 * math.prod(out_shape) * math.prod(w_shape[1:])
 
 
+def _bottleneck_chain_flops(x_shape, residual_shape, *args, out_shape=None, **kwargs) -> int:
+    """Of its convolutions, as theirs."""
+    N, C, H, W = x_shape
+    K, L = residual_shape[1], args[4][0] if args[4] else 0
+    return 2 * N * H * W * (9 * C * C + C * K + K * L)
+
+
 def _no_flops(*args, **kwargs) -> int:
     return 0
 
@@ -164,6 +196,7 @@ def _no_flops(*args, **kwargs) -> int:
 def _register_flops(flop_counter: Any) -> None:
     ops, register = torch.ops.fused_resnet, flop_counter.register_flop_formula
     register(ops.conv_bn_act)(_conv_bn_act_flops)
+    register(ops.bottleneck_chain)(_bottleneck_chain_flops)
     register([ops.add_relu, ops.add_relu_backward, ops.bn_act, ops.bn_act_backward])(_no_flops)
 
 

@@ -53,6 +53,36 @@ class BnActOperands(NamedTuple):
         return BnActOperands(*(fn(value) if isinstance(value, Tensor) else value for value in self))
 
 
+class ChainOperands(NamedTuple):
+    """The tensors of one bottleneck_chain call: folded weights, each with its bias. The last two come together."""
+
+    x: Tensor
+    residual: Tensor
+    weight: Tensor
+    bias: Tensor
+    expand_weight: Tensor
+    expand_bias: Tensor
+    reduce_weight: Optional[Tensor] = None
+    reduce_bias: Optional[Tensor] = None
+
+    def map(self, fn) -> "ChainOperands":
+        """The same operands with `fn` applied to every tensor among them."""
+        return ChainOperands(*(fn(value) if isinstance(value, Tensor) else value for value in self))
+
+    def of_filter(self) -> ConvOperands:
+        """The 3x3's."""
+        return ConvOperands(self.x, self.weight, bias=self.bias)
+
+    def of_expansion(self, t: Tensor) -> ConvOperands:
+        """The 1x1's behind it, t being its result."""
+        return ConvOperands(t, self.expand_weight, bias=self.expand_bias, residual=self.residual)
+
+    def of_reduction(self, y: Tensor) -> ConvOperands:
+        """The next block's 1x1's, where there is one."""
+        assert self.reduce_weight is not None
+        return ConvOperands(y, self.reduce_weight, bias=self.reduce_bias)
+
+
 class Int8Operands(NamedTuple):
     """The tensors of one convolution of bytes, `quantized.conv_act`'s: u8 or s8 activations, s8 weights. Or all e4m3.
 

@@ -239,6 +239,69 @@ class BnActProblem(NamedTuple):
         return f"{self.N}x{self.C}x{self.H}x{self.W} {layout} {dtype_name(self.dtype)} {added} {self.activation} {mode}"
 
 
+class ChainProblem(NamedTuple):
+    """A bottleneck from its 3x3 on, and the first 1x1 of the block behind it, as a value.
+
+        t = act(conv3x3(x) + bias),  y = act(conv1x1(t) + bias + residual),  reduced = act(conv1x1(y) + bias)
+
+    x and t have C channels, the residual and y K, and reduced L: 0 where there is no such block. The 3x3 has stride 1
+    and padding 1. All are dense NHWC. t and y are rounded to dtype before they are multiplied.
+    """
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    L: int
+    activation: str
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def op(self) -> str:
+        return "bottleneck_chain"
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        return (self.N, self.K, self.H, self.W)
+
+    @property
+    def reduced_shape(self) -> tuple[int, ...]:
+        return (self.N, self.L, self.H, self.W) if self.L else (0,)
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    @property
+    def convolutions(self) -> tuple[ConvProblem, ...]:
+        """The two or three of them one by one, in order."""
+
+        def conv(C: int, K: int, side: int, has_residual: bool) -> ConvProblem:
+            window = (side, side, (1, 1), (side // 2,) * 2, (1, 1), 1)
+            epilogue = (self.activation, False, True, has_residual)
+            return ConvProblem(self.N, C, self.H, self.W, K, *window, *epilogue, self.dtype, self.device)
+
+        both = (conv(self.C, self.C, 3, False), conv(self.C, self.K, 1, True))
+        return (*both, conv(self.K, self.L, 1, False)) if self.L else both
+
+    @property
+    def flops(self) -> int:
+        return sum(conv.flops for conv in self.convolutions)
+
+    @property
+    def bytes_moved(self) -> int:
+        """The least a kernel can move: x, the residual and the weights read once, y and reduced written once."""
+        weights = sum(conv.K * conv.reduction for conv in self.convolutions)
+        return self.dtype.itemsize * (self.N * self.H * self.W * (self.C + 2 * self.K + self.L) + weights)
+
+    def __str__(self) -> str:
+        behind = f" -> {self.L}" if self.L else ""
+        shape = f"{self.N}x{self.C}x{self.H}x{self.W} -> {self.K}{behind}"
+        return f"{shape} chain {dtype_name(self.dtype)} {self.activation}"
+
+
 class MaxPoolProblem(NamedTuple):
     """act(max_pool(x) + bias) in windows of R x S, of the plans alone: no operator of torch's registry."""
 
@@ -271,7 +334,7 @@ class MaxPoolProblem(NamedTuple):
         return f"{self.N}x{self.C}x{self.H}x{self.W} max {window} {dtype_name(self.dtype)} {epilogue}"
 
 
-Problem = Union[ConvProblem, AddReluProblem, BnActProblem]
+Problem = Union[ConvProblem, AddReluProblem, BnActProblem, ChainProblem]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.operators.operands import BnActOperands, ConvOperands
-from fused_resnet.operators.problem import BnActProblem, ConvProblem
+from fused_resnet.operators.operands import BnActOperands, ChainOperands, ConvOperands
+from fused_resnet.operators.problem import BnActProblem, ChainProblem, ConvProblem
 
 # |ours - ref| <= eps_out*|ref| + SLACK * K*eps_acc*(|scale|*conv(|x|,|w|) + |shift| + |residual|), per element.
 # K*eps is the worst case of a sum of K terms in any order; 2 covers the epilogue's own few roundings.
@@ -177,6 +177,53 @@ def bn_act_bound(
         )
     grad_x = grad_x + _per_channel(slack + 3 * by_var) * scale * _per_channel(inverse) * parts
     return BnAct(y, mean, var, grad_x, grad_weight, grad_bias, torch.zeros_like(g))
+
+
+class Chain(NamedTuple):
+    """What bottleneck_chain gives, or how far each may be from that. reduced: None without a next block."""
+
+    y: Tensor
+    reduced: Optional[Tensor]
+
+
+def bottleneck_chain(problem: ChainProblem, operands: ChainOperands) -> Chain:
+    """The convolutions of a chain one behind the other, in fp64, nothing rounded between them."""
+    _, y, reduced = _chain_steps(problem, operands)
+    return Chain(y, reduced)
+
+
+def bottleneck_chain_bound(
+    problem: ChainProblem, operands: ChainOperands, *, stored: Optional[torch.dtype] = None
+) -> Chain:
+    """How far a correct kernel may be from the reference, per element. stored: as `error_bound` has it.
+
+    Each convolution errs by its own bound, and by what its weights make of the error of its input. An activation
+    spreads no error by more than 1.1, the steepest slope of SiLU. So 1.1 also covers products of errors.
+    """
+    t, y, reduced = _chain_steps(problem, operands)
+    filtered, expanded, *rest = problem.convolutions
+    o = operands
+    of_t = error_bound(filtered, o.of_filter(), expected=t, stored=stored)
+    of_y = _carried(expanded, o.of_expansion(t), of_t, y, stored)
+    if reduced is None:
+        return Chain(of_y, None)
+    return Chain(of_y, _carried(rest[0], o.of_reduction(y), of_y, reduced, stored))
+
+
+def _chain_steps(problem: ChainProblem, o: ChainOperands) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    filtered, expanded, *rest = problem.convolutions
+    t = conv_bn_act(filtered, o.of_filter())
+    y = conv_bn_act(expanded, o.of_expansion(t))
+    return t, y, conv_bn_act(rest[0], o.of_reduction(y)) if rest else None
+
+
+def _carried(
+    problem: ConvProblem, operands: ConvOperands, off: Tensor, expected: Tensor, stored: Optional[torch.dtype]
+) -> Tensor:
+    """The bound of a convolution whose x is `off` by that much already."""
+    near = operands._replace(x=operands.x.abs() + off)
+    own = error_bound(problem, near, expected=expected, stored=stored)
+    return own + 1.1 * _conv(problem, off, operands.weight.detach().cpu().double().abs())
 
 
 def _statistics(o: BnActOperands) -> tuple[Tensor, Tensor]:

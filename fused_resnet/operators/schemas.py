@@ -22,6 +22,10 @@ PUBLIC = {
     # `BnActProblem.mask_shape`.
     "bn_act": "(Tensor x, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
     "str activation, str backend) -> (Tensor y, Tensor batch_mean, Tensor batch_var, Tensor mask)",
+    # y, and what the next block's 1x1 makes of it: empty without reduce_weight. Of folded weights, in frozen plans.
+    "bottleneck_chain": "(Tensor x, Tensor residual, Tensor weight, Tensor bias, Tensor expand_weight, "
+    "Tensor expand_bias, Tensor? reduce_weight, Tensor? reduce_bias, str activation, str backend) "
+    "-> (Tensor y, Tensor reduced)",
     # of x, weight, bias and residual; the first and the last are empty where they are not needed
     "bn_act_backward": "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
     "Tensor? residual, Tensor mask, float eps, bool is_training, str activation, bool needs_x, bool needs_residual, "

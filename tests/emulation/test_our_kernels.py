@@ -132,6 +132,46 @@ def test_a_register_operand_would_be_seen():
     assert [wgmma_with_registers(parse(kernel_text(text))) for text in texts] == [1, 0]
 
 
+# -------------------------------------------------------------------------------------------------------------- chains
+
+# N, C, H, W, K, L: tiles that end amid images, channels that fill no tile. And the config
+CHAINS = (
+    (90, "float16", (1, 64, 9, 11, 80, 64), "relu", (128, 64, 4, 2, True)),
+    (90, "bfloat16", (3, 32, 4, 5, 80, 48), "silu", (64, 64, 4, 3, True)),
+    (90, "float16", (5, 16, 1, 9, 48, 0), "relu6", (64, 64, 4, 2, True)),
+    (80, "float16", (1, 64, 5, 7, 96, 64), "relu", (64, 64, 4, 2, False)),
+    (80, "bfloat16", (2, 48, 3, 5, 80, 0), "none", (32, 64, 4, 2, False)),
+)
+# ResNet-50's and Wide-50-2's widths, inside a stage and to the next
+STAGES = (
+    (90, "float16", (4, 64, 9, 13, 256, 64), "relu", (128, 64, 4, 3, True)),
+    (90, "bfloat16", (1, 128, 9, 13, 512, 256), "relu", (64, 64, 4, 2, True)),
+    (90, "float16", (1, 256, 9, 13, 512, 256), "relu", (64, 64, 4, 2, True)),
+    (80, "float16", (1, 128, 9, 13, 512, 128), "relu", (64, 64, 4, 2, False)),
+)
+
+
+def check_chain(worker, case, number):
+    arch, dtype, shape, activation, config = case
+    answer = worker.ask(
+        "chain", dtype=dtype, shape=shape, activation=activation, config=config, arch=arch, number=number
+    )
+    check(answer)
+    assert answer["halo"] and answer["register_a"] == 0, REGISTER_A
+    assert (answer["bulk_copies"] > 0) == (answer["wgmma"] > 0) == (answer["mma"] == 0) == (arch == 90)
+
+
+@pytest.mark.parametrize("number", range(len(CHAINS)))
+def test_chains(worker, number):
+    check_chain(worker, CHAINS[number], number)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", range(len(STAGES)))
+def test_chains_of_real_widths(worker, number):
+    check_chain(worker, STAGES[number], number + 5)
+
+
 # ----------------------------------------------------------------------------------------------------------------- CUDA
 
 # Channels of 64 are copied in 16 bytes, four of half precision in 8, 5 element by element.

@@ -80,6 +80,49 @@ def test_default_configs(compiler_environment, arch):
         check(report, "float16")
 
 
+_CHAINS = """
+import json, sys, torch
+from fused_resnet.kernels.triton import aot
+from fused_resnet.kernels.triton.chain import shift
+from fused_resnet.operators.problem import ChainProblem
+
+reports = []
+for C, size, K, L in json.loads(sys.argv[2]):
+    problem = ChainProblem(32, C, size, size, K, L, "relu", getattr(torch, sys.argv[3]), "cuda")
+    configs = [config for config in shift.configs(problem, int(sys.argv[1])) if config.tma == (sys.argv[1] == "90")]
+    reports += [aot.compile_chain(problem, int(sys.argv[1]), config)._asdict() for config in configs]
+print(json.dumps(reports))
+"""
+# C, side, K, L: layer1 of ResNet-50, to layer2, layer2, to layer3; the last block of a network; layer2 of Wide-50-2
+CHAINS = ((64, 56, 256, 64), (64, 56, 256, 128), (128, 28, 512, 128), (128, 28, 512, 256))
+OTHER_CHAINS = ((64, 56, 256, 0), (256, 28, 512, 256))
+
+
+@pytest.mark.parametrize(
+    "arch, chains, dtype",
+    [
+        (90, CHAINS[:1], "float16"), (80, CHAINS[3:], "float16"),
+        pytest.param(90, CHAINS[1:] + OTHER_CHAINS, "float16", marks=pytest.mark.full),
+        pytest.param(90, CHAINS, "bfloat16", marks=pytest.mark.full),
+        pytest.param(80, CHAINS + OTHER_CHAINS, "float16", marks=pytest.mark.full),
+    ],
+)  # fmt: skip
+def test_chains(compiler_environment, arch, chains, dtype):
+    """No spills. On sm_90 TMA inside all loops, and wgmma that reads nothing from registers (Triton's issue 9433)."""
+    for report in json.loads(python(compiler_environment, "-c", _CHAINS, str(arch), json.dumps(chains), dtype)):
+        found, label = report["instructions"], f"sm_{arch} {report['problem']} {report['config']}"
+        assert report["stack_bytes"] == 0 and "spill" not in found and "max" not in found, label
+        assert report["registers"] <= 255 and report["shared_bytes"] <= (227 if arch == 90 else 99) * 1024, label
+        dots, register_dots, copies = report["loops"]
+        is_last = report["problem"].count("->") == 1
+        assert dots == (2 if is_last else 3), label
+        if arch == 90:
+            assert "HGMMA" in found and "HMMA" not in found and "UTMALDG" in found and "LDGSTS" not in found, label
+            assert (register_dots, copies) == (0, 4 if is_last else 5), label  # the 3x3's two, weights, the residual
+        else:
+            assert "HMMA" in found and "LDGSTS" in found and "UTMALDG" not in found, label
+
+
 _POOLINGS = """
 import json, sys, torch
 from fused_resnet.kernels.triton import aot

@@ -230,6 +230,27 @@ def add_relu(maker: str, dtype: str, numel: int, arch: int, number: int) -> dict
     return dict(exact=exact, reports=[report for outcome in outcomes for report in outcome.reports][:3])
 
 
+def chain(dtype: str, shape: list, activation: str, config: list, arch: int, number: int) -> dict:
+    """shape: N, C, H, W, K, L. config: [] for the first of the table."""
+    from fused_resnet.emulation import launches
+    from fused_resnet.kernels.triton.chain import shift
+    from fused_resnet.kernels.triton.conv import row_space
+    from fused_resnet.operators.describe import chain_problem
+    from tests.support.chains import chain_operands, errors_of
+
+    o = chain_operands(shape, DTYPES[dtype], seed=number)
+    p = chain_problem(o, activation)
+    c = shift.ChainConfig(*config) if config else shift.configs(p, arch)[0]
+    rows = o._replace(x=row_space.pack(o.x), residual=row_space.pack(o.residual))
+    with _Watched() as watched:
+        *outputs, outcome = launches.run_chain(p, rows, arch, c, **mode(number))
+    maps = [row_space.unpack(one, p.N, p.H, p.W) for one in outputs if one is not None]
+    has_halo = all(torch.equal(row_space.pack(one), out) for one, out in zip(maps, outputs) if not one.isnan().any())
+    counts = {name: getattr(outcome.counts, name) for name in ("mma", "wgmma", "bulk_copies", "cp_async")}
+    worst = max(errors_of(o, activation, maps))
+    return dict(worst=worst, reports=outcome.reports[:3], halo=has_halo, register_a=watched.register_a, **counts)
+
+
 def affine_act(
     dtype: str, shape: list, activation: str, nchw: bool, has_residual: bool, arch: int, number: int
 ) -> dict:
@@ -391,6 +412,7 @@ def made_descriptors(arch: int, number: int) -> dict:
 
 
 CASES = (
+    chain,
     conv_triton,
     conv_cuda,
     conv_int8,

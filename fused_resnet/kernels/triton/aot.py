@@ -20,11 +20,13 @@ from typing import Any, Iterator, NamedTuple, Optional
 import torch
 
 from fused_resnet.kernels.triton import add_relu, affine_act, bn_act, max_pool, runtime
+from fused_resnet.kernels.triton.chain import shift
+from fused_resnet.kernels.triton.chain.shift import ChainConfig
 from fused_resnet.kernels.triton.conv.configs import TritonConfig, configs, default_config
 from fused_resnet.kernels.triton.conv.launch import launches
 from fused_resnet.kernels.triton.runtime import triton
 from fused_resnet.operators.operands import BnActOperands, ConvOperands
-from fused_resnet.operators.problem import AddReluProblem, BnActProblem, ConvProblem, MaxPoolProblem
+from fused_resnet.operators.problem import AddReluProblem, BnActProblem, ChainProblem, ConvProblem, MaxPoolProblem
 
 ARCHITECTURES = (80, 90, 100)
 # What each kind of instruction looks like, and where. tcgen05 is Blackwell's tensor core, HGMMA Hopper's.
@@ -72,7 +74,7 @@ class Compiled(NamedTuple):
 
     kernel: str
     problem: str
-    config: Optional[TritonConfig]
+    config: Optional[Any]
     arch: int
     registers: int
     stack_bytes: int
@@ -98,6 +100,13 @@ def compile_add_relu(problem: AddReluProblem, arch: int, *, backward: bool = Fal
     kernel = add_relu._add_relu_backward_kernel if backward else add_relu._add_relu_kernel
     _, arguments, options = add_relu.flat_arguments(problem, tensor, tensor, tensor)
     return _compile(kernel, arguments, options, arch, str(problem), None)
+
+
+def compile_chain(problem: ChainProblem, arch: int, config: Optional[ChainConfig] = None) -> Compiled:
+    """The kernel that `chain.shift.launch` would start for fp32 vectors."""
+    config = config or shift.configs(problem, arch)[0]
+    (each,) = shift.launches(problem, config, torch.float32)
+    return _compile(each.kernel, each.arguments, each.options, arch, str(problem), config)
 
 
 def compile_max_pool(problem: MaxPoolProblem, arch: int) -> Compiled:

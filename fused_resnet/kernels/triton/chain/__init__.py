@@ -1,0 +1,1 @@
+"""Several convolutions of a bottleneck as one kernel."""
