@@ -24,10 +24,12 @@ from fused_resnet.reporting import charts
               help="CIFAR-10: its binary or Python folder, or an .npz.")  # fmt: skip
 @click.option("--test", type=click.Path(path_type=Path), default=None, help="An .npz of test images.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
-@click.option("--short", is_flag=True, help="Three networks, three seeds, 400 steps.")
+@click.option("--short", is_flag=True, help="Three networks, three seeds, 300 steps.")
 @click.option("--epochs", type=click.FloatRange(min=0, min_open=True), default=164.0, show_default=True,
               help="Of the full form; the paper's is 164.")  # fmt: skip
-@click.option("--steps", type=click.IntRange(min=1), default=400, show_default=True, help="Of the short form.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=degradation.SHORT_STEPS, show_default=True, help="Of the short form."
+)
 @click.option("--seeds", type=click.IntRange(min=1), default=None, help="How many; default, 1, and 3 with --short.")
 @device_option
 def main(

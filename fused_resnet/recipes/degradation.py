@@ -26,6 +26,7 @@ from fused_resnet.recipes.train import train
 NETWORKS = ("plain20", "plain32", "plain44", "plain56", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 SHORT_NETWORKS = ("plain20", "plain56", "resnet56")
 SHORT_SEEDS = (0, 1, 2)
+SHORT_STEPS = 300
 # the training error of a run is that of its last steps, on the images as they were trained on
 _LAST_STEPS = 100
 
@@ -65,8 +66,8 @@ def full(epochs: float, seeds: Sequence[int], images: Path, test_images: Optiona
     return Experiment(NETWORKS, seeds, settings, images, test_images, device)
 
 
-def short(images: Path, test_images: Optional[Path], device: str, steps: int = 400) -> Experiment:
-    """Three networks, three seeds, 400 steps of 64 images: minutes on two cores."""
+def short(images: Path, test_images: Optional[Path], device: str, steps: int = SHORT_STEPS) -> Experiment:
+    """Three networks, three seeds, a few hundred steps of 64 images: minutes on two cores."""
     settings = Settings(
         epochs=3, batch=64, lr=0.05, warm_up=0.5, milestones=(), dtype=short_dtype(), steps=steps, log_every=20,
         gradients=True,
@@ -132,13 +133,20 @@ def _rows(experiment: Experiment, out: Path, progress: Progress) -> Iterator[dic
         return
     context = multiprocessing.get_context("spawn")  # a forked child has no threads of OpenMP
     with concurrent.futures.ProcessPoolExecutor(experiment.workers, context) as pool:
-        waiting = [pool.submit(_row, experiment, out, name, seed) for name, seed in runs]
+        waiting = [pool.submit(_row, experiment, out, name, seed, _end_with_parent) for name, seed in runs]
         try:
             for done in concurrent.futures.as_completed(waiting):
                 yield done.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _end_with_parent(fraction: float, text: str) -> None:
+    """A worker's progress is nobody's, once the process that started it was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise SystemExit(1)
 
 
 def _part_of(progress: Progress, number: int, count: int, name: str) -> Progress:

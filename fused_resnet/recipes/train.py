@@ -31,6 +31,8 @@ class Log(Protocol):
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
 
+    def flush(self) -> None: ...
+
 
 def train(
     build: Callable[[], nn.Module],
@@ -175,6 +177,8 @@ class Run:
                     self._add_test(log)
                 if is_end or self.step % checkpoint_every == 0:
                     self._save(folder)
+                    if log is not None:
+                        log.flush()
         if self.processes.is_first:
             with files.replacing(folder / WEIGHTS) as file:
                 torch.save(self.model.state_dict(), file)
