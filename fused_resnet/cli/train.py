@@ -55,7 +55,7 @@ run_options = options(
 @click.option("--model", type=Listed("model", models.names), default=None,
               help="Default, resnet20 for CIFAR-10 and resnet50 for ImageNet.")  # fmt: skip
 @click.option("--data", "path", type=click.Path(path_type=Path), required=True,
-              help="CIFAR-10: a binary or Python folder, or an .npz. ImageNet: a folder with train and val.")  # fmt: skip
+              help="CIFAR-10: its folder, binary or Python, or an .npz. ImageNet: one with train and val.")  # fmt: skip
 @click.option("--test", type=click.Path(path_type=Path), default=None, help="CIFAR-10: an .npz of test images.")
 @click.option("--image", type=click.IntRange(min=1), default=None, help="Image size; default, the model's own.")
 @click.option("--workers", type=click.IntRange(min=0), default=4, show_default=True,

@@ -102,7 +102,7 @@ def killed_at_random(folder: Path, kills: int, seed: int, processes: int, durati
         own = folder / f"run{number}"
         while True:
             resumed += (own / checkpoint.NAME).exists()
-            children = forked(processes, lambda: trained(own))
+            children = forked(processes, lambda own=own: trained(own))
             if struck < kills:
                 time.sleep(draw.uniform(0, 2 * duration_s / kills))
                 for child in children:
