@@ -64,8 +64,8 @@ def test_refusals(weights, tmp_path):
 
 
 def test_the_example(weights, folder, tmp_path):
-    arguments = ["--model", "resnet20", "--weights", weights, "--data", folder, "--image", 32, "--workers", 1,
-                 "--batch", 8, "--epochs", 2, "--log-every", 1, "--device", "cpu", "--out", tmp_path / "out"]  # fmt: skip
+    arguments = ("--model", "resnet20", "--weights", weights, "--data", folder, "--image", 32, "--workers", 1,
+                 "--batch", 8, "--epochs", 2, "--log-every", 1, "--device", "cpu", "--out", tmp_path / "o")  # fmt: skip
     done = script("examples/finetune.py", *arguments, "--json")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
