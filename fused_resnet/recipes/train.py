@@ -103,7 +103,7 @@ class Run:
 
     def __init__(self, model: nn.Module, data: Data, settings: Settings, processes: Processes) -> None:
         self.settings, self.data, self.processes = settings, data, processes
-        device = processes.device
+        device, self._name = processes.device, type(model).__name__  # fuse makes it another one
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
         self.model = convert.fuse(model) if settings.fused else model
@@ -153,7 +153,7 @@ class Run:
         odd += [name for name in own if name in found and own[name].shape != found[name].shape]
         if odd:
             raise ValueError(
-                f"train: {folder / checkpoint.NAME} is of another architecture than {type(self.model).__name__}: "
+                f"train: {folder / checkpoint.NAME} is of another architecture than {self._name}: "
                 f"{len(odd)} tensors differ, {odd[0]} first. Give the model that it was of, or another folder."
             )
         self.model.load_state_dict(found)

@@ -116,7 +116,10 @@ def killed_at_random(folder: Path, kills: int, seed: int, processes: int, durati
 
 
 def killed_while_saving(folder: Path) -> dict:
-    """A process that kills itself in the middle of writing its third checkpoint, then before the file has its name."""
+    """A process that kills itself before its second checkpoint is on the disk, then before its third has its name.
+
+    A checkpoint takes two calls of fsync, of the file and of the folder.
+    """
     found, left = [], []
     for moment in ("fsync", "replace"):
         own = folder / moment
