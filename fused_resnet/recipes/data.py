@@ -232,7 +232,7 @@ def _cifar10(path: Path, split: str, count: Optional[int]) -> InMemory:
 
 
 def folders(path: Path, size: int, workers: int = 0) -> Data:
-    """A folder with `train` and `val`, each with a folder of images for each class, as ImageNet is unpacked.
+    """A folder with "train" and "val", each with a folder of images for each class, as ImageNet is unpacked.
 
     Raises FileNotFoundError and ValueError before anything is trained.
     """

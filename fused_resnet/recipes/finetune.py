@@ -16,8 +16,8 @@ def pretrained(name: str, weights: Source, classes: int) -> nn.Module:
     """The network called `name` with trained weights, and a new classifier.
 
     name: one of `models.names`, which take torchvision's weights, or timm/NAME or torchvision/NAME. weights: what
-    `load_weights` reads. Raises ValueError for an unknown network, one without a classifier, a library that is not
-    installed, and weights that do not fit; FileNotFoundError without the file.
+    `load_weights` reads. Raises ValueError for an unknown network, one without a classifier and a library that is not
+    installed, and what `load_weights` raises.
     """
     library, _, rest = name.rpartition("/")
     model = _of_library(library, rest) if library else models.create(name)

@@ -48,10 +48,10 @@ def train(
 ) -> dict[str, Any]:
     """Train what `build` makes, and return the history: {"points", "tests", "seconds"}, in the order of steps.
 
-    folder: holds the checkpoint, `model.pt` for `load_weights` and `history.json`. A checkpoint is written after every
+    folder: holds the checkpoint, the weights for `load_weights` and the history. A checkpoint is written after every
     `checkpoint_every` steps and each epoch. With `resume` a run goes on from there, or begins where there is none.
-    log: a writer of curves from this step on. Raises ValueError before any work is done for settings that do not fit,
-    a folder in use or with another run, and later where the loss is not finite.
+    log: a writer of curves from this step on. Raises ValueError before any work is done for settings that do not fit
+    and a folder with another run, OSError for one in use. Later it raises ValueError where the loss is not finite.
     """
     settings.checked(len(data.train), processes.device)
     processes.share_of(settings.batch)

@@ -86,7 +86,7 @@ def ended(children: list[int]) -> bool:
 
 
 def digests(folder: Path) -> list[str]:
-    """Of the weights to the last bit, and of the curves."""
+    """SHA-256 of the weights to the last bit, and of the curves."""
     weights = torch.load(folder / "model.pt", weights_only=True)
     history = json.loads((folder / "history.json").read_text())
     kept = json.dumps({name: history[name] for name in ("points", "tests")})
