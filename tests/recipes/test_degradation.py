@@ -35,6 +35,7 @@ def test_the_full_form_is_the_papers(tmp_path):
     assert (short.epochs, short.warm_up, short.milestones) == (2, 0.2, (0.5, 0.75))
 
 
+@pytest.mark.full
 def test_twenty_steps(tmp_path):
     """One command: three networks, two at a time, a record and a figure. A second call takes what is there."""
     arguments = ("examples/degradation.py", "--short", "--data", SAMPLE, "--test", SAMPLE, "--device", "cpu", "--out",
