@@ -104,7 +104,7 @@ def killed_at_random(folder: Path, kills: int, seed: int, processes: int, durati
             resumed += (own / checkpoint.NAME).exists()
             children = forked(processes, lambda own=own: trained(own))
             if struck < kills:
-                time.sleep(draw.uniform(0, 2 * duration_s / kills))
+                time.sleep(draw.uniform(0, duration_s))
                 for child in children:
                     os.kill(child, signal.SIGKILL)
             if ended(children):
