@@ -10,7 +10,6 @@ import torch
 from click.core import ParameterSource
 
 from fused_resnet import models
-from fused_resnet.cli import images
 from fused_resnet.cli.console import (
     Listed,
     as_json_option,
@@ -24,6 +23,7 @@ from fused_resnet.cli.console import (
 from fused_resnet.freezing.freeze import freeze
 from fused_resnet.measuring.agreement import agreement
 from fused_resnet.operators.problem import SHORT_DTYPES
+from fused_resnet.recipes import images
 
 _DTYPES = {**SHORT_DTYPES, "int8": torch.int8}
 

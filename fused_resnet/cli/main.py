@@ -17,6 +17,7 @@ from fused_resnet.cli.evaluate import evaluate
 from fused_resnet.cli.explain import explain
 from fused_resnet.cli.info import info
 from fused_resnet.cli.report import report
+from fused_resnet.cli.train import train
 from fused_resnet.cli.tune import tune
 from fused_resnet.cli.verify import verify
 
@@ -27,7 +28,7 @@ def cli() -> None:
     """Fused residual networks: what works here, is it right, is it fast."""
 
 
-for _command in (info, explain, verify, evaluate, tune, bench_group, report):
+for _command in (info, explain, verify, evaluate, train, tune, bench_group, report):
     cli.add_command(_command)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,11 @@ def device_name(device: str) -> str:
 
 def cpu_name() -> str:
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def core_count() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_flags() -> list[str]:

@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, BinaryIO, Callable, Optional
 
 from fused_resnet.machine.errors import one_line
 
@@ -40,19 +40,38 @@ def write_json(path: Path, record: Any) -> Path:
 
     Raises OSError where the folder cannot be written to, ValueError for a NaN or an infinity.
     """
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode())
+    return Path(path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file for what `path` is to hold. It takes the old one's place when the block ends, at once and whole.
+
+    It is on the disk by then, so neither a kill nor a power cut leaves half a file. A kill leaves `<path>*.part`.
+    Raises OSError where the folder cannot be written to.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
-    return path
+    if os.name == "posix":  # the name, too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def read_json(path: Path, understood: Callable[[Any], Any]) -> Optional[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fused_resnet.machine.devices import allows_tf32, cpu_flags, cpu_name
+from fused_resnet.machine.devices import allows_tf32, core_count, cpu_flags, cpu_name
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -22,7 +21,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "cpu_flags": cpu_flags(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": core_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

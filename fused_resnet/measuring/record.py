@@ -30,6 +30,7 @@ _ROWS = {
     "sanitizers": "rows",
     "soak": "rows",
     "accuracy": "rows",
+    "degradation": "rows",
 }
 # the form of the other fields; a summary is a list of contests, the tuner's one dictionary
 _FORMS: dict[str, Any] = {

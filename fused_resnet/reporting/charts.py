@@ -60,7 +60,11 @@ class Chart(NamedTuple):
 
 
 def charts_of(record: Record) -> list[Chart]:
-    """The charts of a record of `bench ops`, `bench blocks`, `bench model` or the demo; none of another kind."""
+    """The charts of a record of a benchmark, the demo or the degradation experiment; none of another kind."""
+    if record.kind == "degradation":
+        from fused_resnet.reporting import degradation  # which draws with what stands here
+
+        return degradation.charts_of(record.rows)
     if record.kind == "bench ops":
         return [*_op_speedups(record.rows), *_rooflines(record.rows)]
     return [_network_chart(row) for row in record.rows if "variants" in row]
@@ -151,7 +155,7 @@ def bar_chart(title: str, bars: Sequence[Bar], xlabel: str) -> Chart:
             axis.set_xlim(0, max(ends) * 1.02)
         axis.set_ylim(len(bars) - 0.4, -0.6)
         axis.set_yticks(range(len(bars)), [bar.name for bar in bars], fontsize=9.5)
-        _finish(axis, title, xlabel, "")
+        finish(axis, title, xlabel, "")
         axis.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
         axis.spines["left"].set_visible(False)
 
@@ -213,12 +217,12 @@ def roofline_chart(title: str, points: Sequence[Point], roof: dict[str, Any]) ->
             ticks.set_minor_locator(NullLocator())
         axis.legend(frameon=False, fontsize=9, loc="lower right", labelcolor=COLOURS["ink"])
         axis.grid(True, which="major", color=COLOURS["rule"], linewidth=0.5, zorder=0)
-        _finish(axis, title, "flops per byte of main memory", unit)
+        finish(axis, title, "flops per byte of main memory", unit)
 
     return Chart(title, 6.6, 4.4, draw, [point.hint for point in points])
 
 
-def _finish(axis: Any, title: str, xlabel: str, ylabel: str) -> None:
+def finish(axis: Any, title: str, xlabel: str, ylabel: str) -> None:
     axis.set_title(title, fontsize=11, loc="left", color=COLOURS["ink"], fontweight="bold")
     axis.set_xlabel(xlabel, fontsize=9, color=COLOURS["faint"])
     axis.set_ylabel(ylabel, fontsize=9, color=COLOURS["faint"])

@@ -8,9 +8,9 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from fused_resnet.cli import images
 from fused_resnet.cli.main import cli
 from fused_resnet.models import cifar
+from fused_resnet.recipes import images
 from tests.support import networks
 from tests.support.quantized import by_reference
 

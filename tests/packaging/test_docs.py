@@ -100,6 +100,27 @@ def test_command_lines_parse(page, line):
         context = command.make_context(name, list(arguments), parent=context)
 
 
+def examples_lines() -> list[tuple[str, str]]:
+    lines = [(page.stem, line) for page in PAGES for _, text in blocks(page, "console") for line in text.splitlines()]
+    return [(page, line) for page, line in lines if "examples/" in line]
+
+
+@pytest.mark.parametrize("page, line", examples_lines(), ids=lambda value: value[:60])
+def test_command_lines_of_examples_parse(page, line):
+    words = shlex.split(line)
+    place = next(index for index, word in enumerate(words) if word.startswith("examples/"))
+    name, arguments = Path(words[place]), words[place + 1 :]
+    if name.stem == "train":
+        command = cli.commands["train"]
+    else:
+        spec = importlib.util.spec_from_file_location(f"examples_{name.stem}", ROOT / name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        command = module.main
+    command.make_context(name.stem, arguments)
+    assert words[:place] in (["python"], ["torchrun", "--nproc-per-node", "2"])
+
+
 def test_command_lines_cover_every_verb():
     documented = " ".join(line for _, line in command_lines())
     assert [name for name in cli.commands if f"fused-resnet {name}" not in documented] == []
@@ -217,7 +238,11 @@ def docstrings(source: str) -> list[str]:
 
 @functools.cache
 def all_docstrings() -> list[tuple[Path, str]]:
-    files = [file for name in ("fused_resnet", "benchmarks", "tests") for file in sorted((ROOT / name).rglob("*.py"))]
+    files = [
+        file
+        for name in ("fused_resnet", "benchmarks", "examples", "tests")
+        for file in sorted((ROOT / name).rglob("*.py"))
+    ]
     return [(file, text) for file in files for text in docstrings(file.read_text())]
 
 
