@@ -113,9 +113,7 @@ def conv_text(dtype: torch.dtype, arch: int, instances: tuple[tuple[int, int], .
 
 
 @functools.cache
-def grouped_conv_text(
-    dtype: torch.dtype, arch: int, instances: tuple[tuple[int, int], ...], csrc: Path = CSRC
-) -> str:
+def grouped_conv_text(dtype: torch.dtype, arch: int, instances: tuple[tuple[int, int], ...], csrc: Path = CSRC) -> str:
     """The PTX of the grouped 3x3 convolution, of each (tile, width)."""
     element = _ELEMENTS[dtype]
     kernels = [f"grouped_conv_kernel<{element}, {tile - FIRST_GROUPED_TILE}, {width}>" for tile, width in instances]
@@ -262,9 +260,7 @@ def conv_bn_act(
         kernel = _kernel(text, f"conv_bn_act_kernelI{MANGLED[p.dtype]}Li{tile - FIRST_SM90_TILE}E")
     elif tile in GROUPED_TILES:
         text = text or grouped_conv_text(p.dtype, arch, ((tile, launch.width),))
-        kernel = _kernel(
-            text, f"grouped_conv_kernelI{MANGLED[p.dtype]}Li{tile - FIRST_GROUPED_TILE}ELi{launch.width}E"
-        )
+        kernel = _kernel(text, f"grouped_conv_kernelI{MANGLED[p.dtype]}Li{tile - FIRST_GROUPED_TILE}ELi{launch.width}E")
     else:
         text = text or conv_text(p.dtype, arch, instances or INSTANCES)
         kernel = _kernel(text, f"conv_bn_act_kernelI{MANGLED[p.dtype]}Li{tile}ELi{launch.copy_bytes}E")

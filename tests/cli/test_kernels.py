@@ -58,7 +58,17 @@ def shown(*options: str) -> str:
 
 def test_each_kernel_has_what_its_name_and_cuobjdump_say(stand_in):
     rows = json.loads(shown("--json"))["cuda"]["kernels"]
-    names = ("kernel", "dtype", "tile", "copy_bytes", "width", "arch", "registers", "stack_bytes", "static_shared_bytes")
+    names = (
+        "kernel",
+        "dtype",
+        "tile",
+        "copy_bytes",
+        "width",
+        "arch",
+        "registers",
+        "stack_bytes",
+        "static_shared_bytes",
+    )
     assert [tuple(row[name] for name in names) for row in rows] == [
         ("conv_bn_act", "uint8", 1, 8, None, "sm_80", 188, 16, 0),
         ("conv_bn_act", "uint8", 1, 8, None, "sm_86", 190, 0, 0),
@@ -104,7 +114,8 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
 @pytest.mark.skipif(resources.cuobjdump() is None, reason="needs cuobjdump")
 def test_no_kernel_of_the_library_spills():
     found = resources.of_library(LIBRARY)
-    assert {row.kernel for row in found} == {"conv_bn_act", "grouped_conv", "sum_splits", "add_relu", "add_relu_backward"}
+    kernels_there = {"conv_bn_act", "grouped_conv", "sum_splits", "add_relu", "add_relu_backward"}
+    assert {row.kernel for row in found} == kernels_there
     assert [row for row in found if row.stack_bytes] == []
     tiles = {row.tile for row in found if row.arch == "sm_90a"}
     assert not tiles or tiles == set(cuda_launches.SM90_TILES)

@@ -4,6 +4,7 @@ not finite, what it declines, and one line broken at a time. bf16, fp32 and whol
 
 import math
 import shutil
+
 import pytest
 import torch
 
@@ -188,7 +189,9 @@ BROKEN = {
     "NaN of other groups": ("if (total == total || ", "if (true || ", _TWO_TILES),
 }
 MORE_BROKEN = {
-    "the tile is read before it is whole": ("    sync_block();  // the tile is complete for everyone\n", "", _TWO_TILES),
+    "the tile is read before it is whole": (
+        "    sync_block();  // the tile is complete for everyone\n", "", _TWO_TILES,
+    ),
     "the next tile overwrites this one": (
         "    sync_block();  // everyone has finished with the stage that is filled next\n", "", _TWO_TILES,
     ),

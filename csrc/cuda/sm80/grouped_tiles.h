@@ -143,9 +143,13 @@ inline double estimated_cycles(const Tile& t, const ConvShape& s, int element_by
   const double arithmetic = fragments * 2 * (16 * 8 * 16) / rate.fma;
   const double shared = fragments * 512 / kBytesFromSmem;
   const double from_l2 = (stage_bytes(t) + strips * kStrip * kSpan) / rate.from_l2;
+  // Instructions, of a warp two a cycle: 60 to copy four pixels, 120 for a strip's sixteen filters.
+  const double instructions =
+      stage_bytes(t) / kSpan / 4 * 30.0 + strips * (slab_channels(element_bytes) / kFilters) * 60;
   const int64_t all = tiles * num_slabs(s, element_bytes);
-  const double tile_cycles = 600.0;  // barriers, and the first loads of a block
-  return static_cast<double>(ceil_div(all, device.num_sms)) * (std::max({arithmetic, shared, from_l2}) + tile_cycles);
+  const double tile_cycles = 300.0;  // barriers
+  const double each = std::max({arithmetic, shared, from_l2, instructions}) + tile_cycles;
+  return static_cast<double>(ceil_div(all, device.num_sms)) * each;
 }
 
 // What the device can run of this, with its estimate; empty where the problem is none of the kernel's.
