@@ -1,10 +1,10 @@
-"""What the timing model expects of csrc's convolution for sm_90a on each of ResNet-50's convolutions. No GPU is used.
+"""What the timing model expects of csrc's convolutions for sm_90 on those of a network. No GPU is used.
 
-    python -m benchmarks.sm90_predictions [--gpu h200] [--batch 1,32,256] [--dtype fp16] [--blocks 1] [--out FOLDER]
+    python -m benchmarks.sm90_predictions [--model resnet50] [--grouped] [--gpu h200] [--batch 1,32,256] [--dtype fp16]
 
-Of each convolution the tile that csrc's own estimate puts first among sm_90a's. A few of its blocks run in the
-emulator. Beside the time stands the roof: the longer of its products and its bytes, at the GPU's peaks. These are
-predictions.
+Of each convolution the tile that csrc's own estimate puts first among sm_90a's and those for groups. --grouped: of
+the convolutions with groups alone. A few of its blocks (--blocks) run in the emulator. Beside the time stands the
+roof: the longer of its products and its bytes, at the GPU's peaks. These are predictions.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ RESULTS = Path(__file__).parent / "results" / "predictions"
 
 def main(argv: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--grouped", action="store_true", help="only the convolutions with groups")
     parser.add_argument("--gpu", default="h200", choices=[name for name, gpu in GPUS.items() if gpu.arch == 90])
     parser.add_argument("--batch", default="1,32,256")
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"))
@@ -38,13 +40,15 @@ def main(argv: Optional[list[str]] = None) -> int:
         return 1
     gpu, dtype = GPUS[arguments.gpu], SHORT_DTYPES[arguments.dtype]
     record: dict[str, Any] = dict(
-        what="predictions, not measurements", gpu=gpu._asdict(), dtype=arguments.dtype, blocks=arguments.blocks,
-        kernels=sources.kernel_digest(sources.CUDA), rows=[],
+        what="predictions, not measurements", gpu=gpu._asdict(), model=arguments.model, dtype=arguments.dtype,
+        blocks=arguments.blocks, kernels=sources.kernel_digest(sources.CUDA), rows=[],
     )  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"{gpu.name}_sm90_resnet50.json"
+    path = arguments.out / f"{gpu.name}_sm90_{arguments.model}{'_grouped' * arguments.grouped}.json"
     for batch in map(int, arguments.batch.split(",")):
-        for problem, count in shapes.convs("resnet50", batch, dtype):
+        for problem, count in shapes.convs(arguments.model, batch, dtype):
+            if arguments.grouped and problem.groups == 1:
+                continue
             record["rows"].append(dict(row(problem, gpu, arguments.blocks), batch=batch, count=count))
             files.write_json(path, record)
             path.with_suffix(".md").write_text(markdown(record))
@@ -70,10 +74,11 @@ def roof_us(problem: ConvProblem, gpu: Gpu) -> float:
 
 
 def first_tile(problem: ConvProblem, gpu: Gpu) -> Optional[int]:
-    """The one for sm_90a that csrc's estimate puts first, or None."""
+    """The one for sm_90a or for groups that csrc's estimate puts first, or None."""
+    known = (*cuda_launches.GROUPED_TILES, *cuda_launches.SM90_TILES)
     limits = checks.DeviceLimits(gpu.num_sms, 227 * 1024, 228 * 1024, gpu.arch)
     ranked = checks.all_configs(_shape(problem), problem.dtype.itemsize, limits, True)
-    return next((tile for tile, _ in ranked if tile in cuda_launches.SM90_TILES), None)
+    return next((tile for tile, _ in ranked if tile in known), None)
 
 
 def why_none(problem: ConvProblem) -> str:
@@ -87,11 +92,12 @@ def _shape(p: ConvProblem):
 
 def markdown(record: dict[str, Any]) -> str:
     lines = [
-        f"# Predictions for an {record['gpu']['name']}: csrc's convolution for sm_90a, {record['dtype']}",
+        f"# Predictions for an {record['gpu']['name']}: csrc's convolutions for sm_90, {record['model']}, "
+        f"{record['dtype']}",
         "",
         "Nothing here was measured. Times are lower bounds by design, see docs/timing-model.md. The roof is the longer "
         "of the products and of the bytes, each at the GPU's peak; the launch is not in it. Totals count each "
-        "convolution as often as ResNet-50 has it.",
+        "convolution as often as the network has it.",
     ]
     for batch in dict.fromkeys(one["batch"] for one in record["rows"]):
         rows = [one for one in record["rows"] if one["batch"] == batch]

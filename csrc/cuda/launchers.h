@@ -7,6 +7,7 @@
 
 #include "common/dtype.h"
 #include "cuda/conv_arguments.h"
+#include "cuda/sm80/grouped_tiles.h"
 #include "cuda/sm80/tiles.h"
 #include "cuda/sm90/tiles.h"
 
@@ -34,6 +35,13 @@ void launch_conv_bn_act(const ConvArguments& args, int tile, Dtype dtype, int de
 void launch_conv_int8(const ConvArguments& args, int tile, bool is_signed, int device, void* stream);
 
 }  // namespace sm90
+
+namespace grouped {
+
+// Throws with the reason where a config is not legal.
+void launch_conv_bn_act(const ConvArguments& args, int tile, Dtype dtype, int device, void* stream);
+
+}  // namespace grouped
 
 void launch_add_relu(const void* a, const void* b, void* out, int64_t numel, Dtype dtype, void* stream);
 void launch_add_relu_backward(const void* grad, const void* out, void* grad_input, int64_t numel, Dtype dtype,

@@ -141,8 +141,9 @@ void set_tensors(const Tensor& x, const Tensor& weight, const std::optional<Tens
 }
 
 void check_tile(int64_t tile) {
-  STD_TORCH_CHECK((tile >= 0 && tile < kNumTiles) || sm90::is_tile(tile), kConv, ": there is no tile ", tile, " among ",
-                  kNumTiles, " from 0 and ", sm90::kNumTiles, " from ", sm90::kFirstTile);
+  STD_TORCH_CHECK((tile >= 0 && tile < kNumTiles) || grouped::is_tile(tile) || sm90::is_tile(tile), kConv,
+                  ": there is no tile ", tile, " among ", kNumTiles, " from 0, ", grouped::kNumTiles, " from ",
+                  grouped::kFirstTile, " and ", sm90::kNumTiles, " from ", sm90::kFirstTile);
 }
 
 void conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> bn_weight, std::optional<Tensor> bn_bias,

@@ -77,6 +77,20 @@ void bind_sm90(py::module_& m) {
       py::arg("shape"), py::arg("element_bytes"), py::arg("device"), py::arg("is_aligned"));
 }
 
+// The grouped convolution's tiles, and what it declines.
+void bind_grouped(py::module_& m) {
+  py::list tiles;
+  for (int i = 0; i < grouped::kNumTiles; ++i) tiles.append(grouped::kFirstTile + i);
+  m.attr("GROUPED_TILES") = tiles;
+  m.def("grouped_why_not", &grouped::why_not, py::arg("shape"), py::arg("element_bytes"), py::arg("is_aligned"));
+  m.def("grouped_blocks", [](int tile, const ConvShape& s, int element_bytes, const DeviceLimits& device) {
+    if (!grouped::is_tile(tile)) throw py::index_error("there is no tile " + std::to_string(tile));
+    const grouped::Tile& t = grouped::kTiles[tile - grouped::kFirstTile];
+    return std::make_tuple(grouped::num_blocks(t, s, element_bytes, device), grouped::num_slabs(s, element_bytes),
+                           grouped::num_tiles(t, s), grouped::blocks_per_sm(t, s, element_bytes, device));
+  });
+}
+
 const Tile& tile_at(int index) {
   if (index < 0 || index >= kNumTiles)
     throw py::index_error("there is no tile " + std::to_string(index) + " among " + std::to_string(kNumTiles));
@@ -88,6 +102,7 @@ const Tile& tile_at(int index) {
 PYBIND11_MODULE(_host_checks, m) {
   bind_tiles(m);
   bind_sm90(m);
+  bind_grouped(m);
   m.def("fast_divide", [](uint32_t n, uint32_t d) { return FastDivisor(d).divide(n); });
 
   py::class_<ConvShape>(m, "ConvShape")

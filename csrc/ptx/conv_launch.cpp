@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cuda/conv_arguments.h"
+#include "cuda/sm80/grouped_tiles.h"
 #include "cuda/sm80/tile_layout.h"
 #include "cuda/sm80/tiles.h"
 #include "cuda/sm90/tensor_maps.h"
@@ -89,20 +90,38 @@ std::string fill_sm90(const PtxConv& conv, const DeviceLimits& device, const Con
   return "";
 }
 
+// And sm80/grouped.cu.
+std::string fill_grouped(const PtxConv& conv, const DeviceLimits& device, ConvArguments* args, PtxConvLaunch* launch) {
+  const grouped::Tile& tile = grouped::kTiles[conv.tile - grouped::kFirstTile];
+  const int element = conv.element_bytes;
+  std::string reason = grouped::why_not_launched(*args, tile, element, device);
+  if (!reason.empty()) return reason;
+  args->has_vector_rows = grouped::has_whole_quads(*args, element);
+  launch->blocks = grouped::num_blocks(tile, args->shape, element, device);
+  launch->threads = grouped::kThreads, launch->cluster = 1;
+  launch->shared_bytes = grouped::smem_bytes(tile);
+  launch->width = grouped::width(args->shape.group_channels, element);
+  return "";
+}
+
 std::string fill(const PtxConv& conv, PtxConvLaunch* launch) {
   const int64_t* n = conv.sizes;
   const ConvSizes sizes{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13]};
   ConvShape shape{};
   if (std::string reason = derive(sizes, &shape); !reason.empty()) return reason;
-  const bool is_sm90 = sm90::is_tile(conv.tile);
-  if (!is_sm90 && (conv.tile < 0 || conv.tile >= kNumTiles)) return "there is no tile " + std::to_string(conv.tile);
+  const bool is_sm90 = sm90::is_tile(conv.tile), is_grouped = grouped::is_tile(conv.tile);
+  if (!is_sm90 && !is_grouped && (conv.tile < 0 || conv.tile >= kNumTiles))
+    return "there is no tile " + std::to_string(conv.tile);
   const DeviceLimits device{conv.num_sms, conv.smem_per_block, conv.smem_per_block + kReservedSmemPerBlock,
                             conv.capability};
-  const ConvArguments args = arguments_of(conv, shape);
+  ConvArguments args = arguments_of(conv, shape);
   static_assert(sizeof args <= sizeof launch->arguments, "the arguments fit");
+  const std::string reason = is_sm90      ? fill_sm90(conv, device, args, launch)
+                             : is_grouped ? fill_grouped(conv, device, &args, launch)
+                                          : fill_sm80(conv, device, args, launch);
   launch->argument_bytes = sizeof args;
   std::memcpy(launch->arguments, &args, sizeof args);
-  return is_sm90 ? fill_sm90(conv, device, args, launch) : fill_sm80(conv, device, args, launch);
+  return reason;
 }
 
 }  // namespace
@@ -119,6 +138,12 @@ extern "C" int32_t ptx_tile(int32_t index, int32_t element_bytes, PtxTile* tile)
   if (sm90::is_tile(index)) {
     const sm90::Tile& t = sm90::kTiles[index - sm90::kFirstTile];
     *tile = {t.block_m, t.block_n, t.stages, t.cluster, sm90::num_threads(t), sm90::smem_bytes(t, element_bytes)};
+    return 1;
+  }
+  if (grouped::is_tile(index)) {
+    const grouped::Tile& t = grouped::kTiles[index - grouped::kFirstTile];
+    const int channels = grouped::slab_channels(element_bytes);
+    *tile = {t.lines * t.columns, channels, grouped::kStages, 1, grouped::kThreads, grouped::smem_bytes(t)};
     return 1;
   }
   if (index < 0 || index >= kNumTiles) return 0;

@@ -25,6 +25,7 @@ struct PtxConvLaunch {
   int64_t blocks, sum_blocks;  // of the second kernel, which adds the parts up
   int32_t threads, sum_threads, shared_bytes, cluster;
   int32_t copy_bytes;  // the kernel's third template argument, of sm80's tiles
+  int32_t width;       // and of the grouped ones
   int32_t argument_bytes;
   uint8_t arguments[512];  // a ConvArguments, what both kernels are given
   int32_t

@@ -56,8 +56,9 @@ def why_not_here(problem: Problem) -> Optional[str]:
 class CudaConfig(NamedTuple):
     """How csrc's kernel computes a convolution.
 
-    tile: one of csrc/cuda/sm80/tiles.h's, by index, or from 90 on one of sm90/tiles.h's. splits: in how many parts the
-    reduction is summed, before a second kernel adds them up; sm90's tiles sum it in one.
+    tile: one of csrc/cuda/sm80/tiles.h's, by index; from 60 on one of sm80/grouped_tiles.h's, from 90 on one of
+    sm90/tiles.h's. splits: in how many parts the reduction is summed, before a second kernel adds them up. Tiles from
+    60 on sum it in one.
     """
 
     tile: int

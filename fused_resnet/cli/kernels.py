@@ -63,8 +63,8 @@ def _grouped(kernels: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """One kernel for its architectures together, in the order of names."""
 
     def key(row: dict[str, Any]) -> tuple:
-        tile, copied = (-1 if row[name] is None else row[name] for name in ("tile", "copy_bytes"))
-        return row["kernel"], row["dtype"], tile, -copied, "90a" in row["arch"]
+        tile, copied, width = (-1 if row[name] is None else row[name] for name in ("tile", "copy_bytes", "width"))
+        return row["kernel"], row["dtype"], tile, -copied, width, "90a" in row["arch"]
 
     return [list(rows) for _, rows in groupby(sorted(kernels, key=key), key)]
 
@@ -74,6 +74,8 @@ def _cells(same: list[dict[str, Any]]) -> list[Any]:
     tile = row["tile"]
     if row["copy_bytes"] is not None:
         tile = f"{tile}, copies of {row['copy_bytes'] or 'one element'}"
+    if row["width"] is not None:
+        tile = f"{tile}, {row['width']} channels wide"
     shape = row["block_m"] and f"{row['block_m']} x {row['block_n']}"
     spills = {each["stack_bytes"] for each in same}
     return [

@@ -27,6 +27,7 @@ from fused_resnet.operators.operands import VECTORS, ConvOperands, Int8Operands
 from fused_resnet.operators.problem import BYTE_DTYPES, ConvProblem
 
 NUM_TILES, ANY_ALIGNMENT = 5, (1, 3)  # csrc/cuda/sm80/tiles.h
+FIRST_GROUPED_TILE, GROUPED_TILES = 60, tuple(range(60, 63))  # csrc/cuda/sm80/grouped_tiles.h
 FIRST_SM90_TILE, SM90_TILES = 90, tuple(range(90, 96))  # csrc/cuda/sm90/tiles.h
 CSRC = ROOT / "csrc"
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common/dtype.h
@@ -112,6 +113,15 @@ def conv_text(dtype: torch.dtype, arch: int, instances: tuple[tuple[int, int], .
 
 
 @functools.cache
+def grouped_conv_text(dtype: torch.dtype, arch: int, instances: tuple[tuple[int, int], ...], csrc: Path = CSRC) -> str:
+    """The PTX of the grouped 3x3 convolution, of each (tile, width)."""
+    element = _ELEMENTS[dtype]
+    kernels = [f"grouped_conv_kernel<{element}, {tile - FIRST_GROUPED_TILE}, {width}>" for tile, width in instances]
+    declared = [f"{kernel}(const __grid_constant__ ConvArguments)" for kernel in kernels]
+    return _project(_instances("cuda/sm80/grouped.cuh", declared, "fused_resnet::grouped"), arch, csrc)
+
+
+@functools.cache
 def sm90_conv_text(dtype: torch.dtype, tiles: tuple[int, ...], csrc: Path = CSRC) -> str:
     """The PTX of the convolution for sm_90a, of each tile."""
     kernels = [f"conv_bn_act_kernel<{_ELEMENTS[dtype]}, {tile - FIRST_SM90_TILE}>" for tile in tiles]
@@ -193,7 +203,7 @@ def tile_of(index: int, element_bytes: int) -> Tile:
 
 def tiles_for(problem: ConvProblem, arch: int) -> list[int]:
     """The tiles that this GPU can run of it, where x and the weight are 16-byte aligned."""
-    tiles = [*range(NUM_TILES), *SM90_TILES]
+    tiles = [*range(NUM_TILES), *GROUPED_TILES, *SM90_TILES]
     return [tile for tile in tiles if _why_not_launched(_described(problem, tile, arch), PtxConvLaunch()) is None]
 
 
@@ -248,6 +258,9 @@ def conv_bn_act(
         given += [_tensor_map(launch.maps[i], array) for i, array in enumerate(mapped)]
         text = text or sm90_conv_text(p.dtype, (tile,))
         kernel = _kernel(text, f"conv_bn_act_kernelI{MANGLED[p.dtype]}Li{tile - FIRST_SM90_TILE}E")
+    elif tile in GROUPED_TILES:
+        text = text or grouped_conv_text(p.dtype, arch, ((tile, launch.width),))
+        kernel = _kernel(text, f"grouped_conv_kernelI{MANGLED[p.dtype]}Li{tile - FIRST_GROUPED_TILE}ELi{launch.width}E")
     else:
         text = text or conv_text(p.dtype, arch, instances or INSTANCES)
         kernel = _kernel(text, f"conv_bn_act_kernelI{MANGLED[p.dtype]}Li{tile}ELi{launch.copy_bytes}E")

@@ -153,8 +153,8 @@ class PtxConv(ctypes.Structure):
 class PtxConvLaunch(ctypes.Structure):
     _fields_ = [
         ("blocks", c_int64), ("sum_blocks", c_int64), ("threads", c_int32), ("sum_threads", c_int32),
-        ("shared_bytes", c_int32), ("cluster", c_int32), ("copy_bytes", c_int32), ("argument_bytes", c_int32),
-        ("arguments", c_uint8 * 512), ("num_maps", c_int32), ("maps", PtxTensorMap * 4),
+        ("shared_bytes", c_int32), ("cluster", c_int32), ("copy_bytes", c_int32), ("width", c_int32),
+        ("argument_bytes", c_int32), ("arguments", c_uint8 * 512), ("num_maps", c_int32), ("maps", PtxTensorMap * 4),
     ]  # fmt: skip
 
 

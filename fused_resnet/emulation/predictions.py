@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_resnet.choosing.cases import folded_operands, random_operands
 from fused_resnet.emulation import cuda_launches, launches
+from fused_resnet.emulation.interface import PtxConvLaunch
 from fused_resnet.emulation.kernel import Kernel, Outcome
 from fused_resnet.emulation.library import why_missing
 from fused_resnet.emulation.timing_model import Gpu, Prediction, Shape, predict
@@ -44,7 +45,7 @@ def why_not() -> Optional[str]:
 
 def ways(problem: ConvProblem, gpu: Gpu) -> Iterator[tuple[str, Union[Expected, str]]]:
     """(way, what to expect or why it cannot run): Triton's default and likeliest config, and each CUDA tile."""
-    tiles = (*range(cuda_launches.NUM_TILES), *(cuda_launches.SM90_TILES if gpu.arch == 90 else ()))
+    tiles = cuda_launches.tiles_for(problem, gpu.arch)
     configs = {default_config(problem): "default"}
     configs.setdefault(cost.likely_config(problem, gpu.arch, gpu.num_sms), "likely")
     for config, name in configs.items():
@@ -90,7 +91,7 @@ def of_cuda(problem: ConvProblem, tile: int, gpu: Gpu, blocks: int = SAMPLED_BLO
     o = _operands(problem)
     out = torch.empty(problem.output_shape, dtype=problem.dtype).contiguous(memory_format=torch.channels_last)
     launch = cuda_launches.prepare(problem, o, out, None, tile, 1, gpu.arch, gpu.num_sms)
-    text, kernel = _text_of(problem, tile, launch.copy_bytes, gpu)
+    text, kernel = _text_of(problem, tile, launch, gpu)
     sample = _sample(launch.blocks, blocks)
     run = functools.partial(cuda_launches.conv_bn_act, out=out, text=text, num_sms=gpu.num_sms)
     _, outcomes = run(problem, o, gpu.arch, tile, races=0, blocks=sample)
@@ -102,11 +103,15 @@ def of_cuda(problem: ConvProblem, tile: int, gpu: Gpu, blocks: int = SAMPLED_BLO
     return _all([_predicted(gpu, outcomes[0], ran, shape, problem, True)])
 
 
-def _text_of(problem: ConvProblem, tile: int, copied: int, gpu: Gpu) -> tuple[str, str]:
+def _text_of(problem: ConvProblem, tile: int, launch: PtxConvLaunch, gpu: Gpu) -> tuple[str, str]:
     """The PTX of a tile's kernel, and a part of its name. Compiled together: most of nvcc's time goes into headers."""
     if tile in cuda_launches.SM90_TILES:
         text = cuda_launches.sm90_conv_text(problem.dtype, cuda_launches.SM90_TILES)
         return text, f"Li{tile - cuda_launches.FIRST_SM90_TILE}E"
+    if tile in cuda_launches.GROUPED_TILES:
+        text = cuda_launches.grouped_conv_text(problem.dtype, gpu.arch, ((tile, launch.width),))
+        return text, f"Li{launch.width}E"
+    copied = launch.copy_bytes
     tiles = range(cuda_launches.NUM_TILES) if copied == 16 else (tile,)
     text = cuda_launches.conv_text(problem.dtype, gpu.arch, tuple((each, copied) for each in tiles))
     return text, f"Li{tile}ELi{copied}E"

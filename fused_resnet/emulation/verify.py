@@ -183,7 +183,7 @@ def _draw_cuda(p: ConvProblem, arch: int, form: str, rng: random.Random) -> tupl
     tile = rng.choice(cuda_launches.tiles_for(p, arch))
     steps = -(-p.reduction * p.dtype.itemsize // 128)
     splits = rng.randint(1, min(_MOST_SPLITS, steps))
-    return _CudaConfig(tile, 1 if tile in cuda_launches.SM90_TILES else splits), ""
+    return _CudaConfig(tile, splits if tile < cuda_launches.NUM_TILES else 1), ""
 
 
 def _run_triton(p, operands, arch, config, how) -> tuple[Tensor, list[Ran]]:

@@ -19,23 +19,26 @@ MANGLED = {
     torch.uint8: "h", torch.int8: "a",
 }  # fmt: skip
 _NAME = re.compile(
-    r"_ZN12fused_resnet(?:4sm90)?\d+(?P<kernel>\w+?)_kernelI(?P<element>N3c104HalfE|NS_8BFloat16E|[fha])"
-    r"(?:Li(?P<tile>\d+)E(?:Li(?P<copied>\d+)E)?|NS_\d+(?P<function>\w+?)E)?E"
+    r"_ZN12fused_resnet(?P<namespace>4sm90|7grouped)?\d+(?P<kernel>\w+?)_kernelI(?P<element>N3c104HalfE|NS_8BFloat16E|[fha])"
+    r"(?:Li(?P<tile>\d+)E(?:Li(?P<more>\d+)E)?|NS_\d+(?P<function>\w+?)E)?E"
 )
-_FIRST_SM90_TILE = 90  # csrc/cuda/sm90/tiles.h
+# by the namespace: csrc/cuda/sm80/grouped_tiles.h, csrc/cuda/sm90/tiles.h
+_FIRST_TILES = {"7grouped": 60, "4sm90": 90}
 
 
 class Resources(NamedTuple):
     """A kernel for one architecture.
 
-    dtype: of x and the output. tile: as configs name it, of convolutions; copy_bytes: at once, of sm_80's. stack_bytes:
-    a thread's spilled registers and arrays. static_shared_bytes: what a launch asks for comes on top.
+    dtype: of x and the output. tile: as configs name it, of convolutions; copy_bytes: at once, of sm_80's. width: how
+    many channels a filter is multiplied with, of grouped ones. stack_bytes: a thread's spilled registers and arrays.
+    static_shared_bytes: what a launch asks for comes on top.
     """
 
     kernel: str
     dtype: str
     tile: Optional[int]
     copy_bytes: Optional[int]
+    width: Optional[int]
     arch: str
     registers: int
     stack_bytes: int
@@ -85,10 +88,11 @@ def _read(text: str) -> Iterator[Resources]:
         name, used = _NAME.match(said[1]), dict(re.findall(r"(\w+):(\d+)", next(lines, "")))
         if name is None:
             raise RuntimeError(f"info: {said[1]} is no kernel of ours.")
-        tile = None if name["tile"] is None else int(name["tile"]) + _FIRST_SM90_TILE * ("4sm90" in said[1])
+        tile = None if name["tile"] is None else int(name["tile"]) + _FIRST_TILES.get(name["namespace"], 0)
         kernel = (
             name["kernel"] if name["function"] is None else re.sub(r"(?<!^)(?=[A-Z])", "_", name["function"]).lower()
         )
-        copied = None if name["copied"] is None else int(name["copied"])
-        yield Resources(kernel, elements[name["element"]], tile, copied, arch, int(used["REG"]), int(used["STACK"]),
-                        int(used["SHARED"]))  # fmt: skip
+        more = None if name["more"] is None else int(name["more"])
+        copied, width = (None, more) if name["namespace"] == "7grouped" else (more, None)
+        yield Resources(kernel, elements[name["element"]], tile, copied, width, arch, int(used["REG"]),
+                        int(used["STACK"]), int(used["SHARED"]))  # fmt: skip

@@ -20,6 +20,9 @@ arch = sm_80
 arch = sm_86
  Function _ZN12fused_resnet18conv_bn_act_kernelIhLi1ELi8EEEvNS_13ConvArgumentsE:
   REG:190 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:640
+arch = sm_80
+ Function _ZN12fused_resnet7grouped19grouped_conv_kernelINS_8BFloat16ELi2ELi32EEEvNS_13ConvArgumentsE:
+  REG:128 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:640
 arch = sm_90a
  Function _ZN12fused_resnet4sm9018conv_bn_act_kernelIN3c104HalfELi3EEEvNS_13ConvArgumentsENS0_9TensorMapES4_:
   REG:128 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[2]:12 CONSTANT[0]:1088
@@ -38,7 +41,7 @@ def put_in_place(monkeypatch, path):
 
 @pytest.fixture
 def stand_in(monkeypatch, tmp_path):
-    """A library of five kernels, as cuobjdump lists them."""
+    """A library of six kernels, as cuobjdump lists them."""
     tool = tmp_path / "cuobjdump"
     tool.write_text(f"#!/bin/sh\ncat <<'END'\n{USAGE}END\n")
     tool.chmod(0o755)
@@ -55,13 +58,24 @@ def shown(*options: str) -> str:
 
 def test_each_kernel_has_what_its_name_and_cuobjdump_say(stand_in):
     rows = json.loads(shown("--json"))["cuda"]["kernels"]
-    names = ("kernel", "dtype", "tile", "copy_bytes", "arch", "registers", "stack_bytes", "static_shared_bytes")
+    names = (
+        "kernel",
+        "dtype",
+        "tile",
+        "copy_bytes",
+        "width",
+        "arch",
+        "registers",
+        "stack_bytes",
+        "static_shared_bytes",
+    )
     assert [tuple(row[name] for name in names) for row in rows] == [
-        ("conv_bn_act", "uint8", 1, 8, "sm_80", 188, 16, 0),
-        ("conv_bn_act", "uint8", 1, 8, "sm_86", 190, 0, 0),
-        ("conv_bn_act", "float16", 93, None, "sm_90a", 128, 0, 1024),
-        ("add_relu_backward", "bfloat16", None, None, "sm_90a", 28, 0, 0),
-        ("sum_splits", "float32", None, None, "sm_90a", 40, 0, 0),
+        ("conv_bn_act", "uint8", 1, 8, None, "sm_80", 188, 16, 0),
+        ("conv_bn_act", "uint8", 1, 8, None, "sm_86", 190, 0, 0),
+        ("grouped_conv", "bfloat16", 62, None, 32, "sm_80", 128, 0, 0),
+        ("conv_bn_act", "float16", 93, None, None, "sm_90a", 128, 0, 1024),
+        ("add_relu_backward", "bfloat16", None, None, None, "sm_90a", 28, 0, 0),
+        ("sum_splits", "float32", None, None, None, "sm_90a", 40, 0, 0),
     ]
 
 
@@ -71,6 +85,10 @@ def test_a_kernels_architectures_share_a_line(stand_in):
     (conv,) = [line for line in lines if line[:2] == ["conv_bn_act", "uint8"]]
     assert " ".join(conv) == "conv_bn_act uint8 1, copies of 8 128 x 64 3 1 128 73728 80 86 188 190 16 0"
     (tma,) = [line for line in lines if line[:2] == ["conv_bn_act", "float16"]]
+    (grouped,) = [line for line in lines if line[:1] == ["grouped_conv"]]
+    tile = cuda_launches.tile_of(62, 2)
+    shape = f"64 x 64 2 1 256 {tile.shared_bytes}"
+    assert " ".join(grouped) == f"grouped_conv bfloat16 62, 32 channels wide {shape} 80 128 0"
     tile = cuda_launches.tile_of(93, 2)
     assert " ".join(tma) == f"conv_bn_act float16 93 64 x 128 3 1 256 {tile.shared_bytes} 90a 128 0"
 
@@ -96,7 +114,8 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
 @pytest.mark.skipif(resources.cuobjdump() is None, reason="needs cuobjdump")
 def test_no_kernel_of_the_library_spills():
     found = resources.of_library(LIBRARY)
-    assert {row.kernel for row in found} == {"conv_bn_act", "sum_splits", "add_relu", "add_relu_backward"}
+    kernels_there = {"conv_bn_act", "grouped_conv", "sum_splits", "add_relu", "add_relu_backward"}
+    assert {row.kernel for row in found} == kernels_there
     assert [row for row in found if row.stack_bytes] == []
     tiles = {row.tile for row in found if row.arch == "sm_90a"}
     assert not tiles or tiles == set(cuda_launches.SM90_TILES)

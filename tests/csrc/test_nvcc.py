@@ -210,6 +210,26 @@ def test_conv_kernels_have_eight_residual_loads_in_flight(compiled, arch):
         assert sum(count >= min(rows, 8) for count in loads) >= (1 if chunk == 16 else 2), (key, rows, loads)
 
 
+@needs_nvcc
+@pytest.mark.parametrize("arch", [arch if arch == "90" else pytest.param(arch, marks=pytest.mark.full)
+                                  for arch in (*FIRST_TIER, *SECOND_TIER)])  # fmt: skip
+def test_grouped_kernels_keep_their_weights_in_registers(compiled, arch):
+    checks = pytest.importorskip("fused_resnet._host_checks", reason="_host_checks is not built")
+    result = compiled("cuda/sm80/grouped.cu", arch)
+    code, found = sass(result.cubin), set()
+    for kernel in result.kernels:
+        element, tile, width = re.search(r"grouped_conv_kernelI(\w+?)Li(\d+)ELi(\d+)E", kernel.name).groups()
+        found.add((ELEMENTS[element], int(tile), int(width)))
+        assert (kernel.stack_bytes, kernel.spill_store_bytes, kernel.spill_load_bytes) == (0, 0, 0), kernel
+        per_tap = int(width) * (4 if element == "f" else 2) // 32
+        products = len(re.findall(r"\bHMMA\.", code[kernel.name]))
+        assert products == len(re.findall(r"LDSM\.16\.M88\.4", code[kernel.name])) * 2 == 9 * per_tap * 2, kernel
+        assert re.search(r"LDGSTS\.E\.BYPASS\.128", code[kernel.name]), "16 bytes at a time, past L1"
+    widths = {"float": (16, 32), "Half": (16, 32, 64), "BFloat16": (16, 32, 64)}
+    tiles = range(len(checks.GROUPED_TILES))
+    assert found == {(element, tile, width) for element in widths for tile in tiles for width in widths[element]}
+
+
 SM90_SOURCE = ("cuda/sm90/conv_bn_act.cu", "90a")
 
 
@@ -278,7 +298,7 @@ def test_pointwise_kernels_move_16_bytes_at_a_time(compiled):
 @pytest.mark.parametrize("header", [
     "common/activation.h", "common/divisor.h", "common/dtype.h", "common/inline.h", "cpu/dispatch.h",
     "cuda/conv_shape.h", "cuda/conv_arguments.h", "cuda/launchers.h", "cuda/sm80/tiles.h", "cuda/sm80/tile_layout.h",
-    "cuda/configs.h", "cuda/sm90/tiles.h", "cuda/sm90/tensor_maps.h",
+    "cuda/configs.h", "cuda/sm80/grouped_tiles.h", "cuda/sm90/tiles.h", "cuda/sm90/tensor_maps.h",
     "cpu/epilogue.h", "cpu/vectors.h", "cpu/winograd.h", "cpu/grouped.h", "cpu/direct.h",
 ])  # fmt: skip
 def test_headers_stand_alone_without_cuda_or_torch(header, tmp_path):

@@ -85,6 +85,7 @@ void launch_conv_bn_act(const ConvArguments& args, int tile, Dtype dtype, int de
   check_capability(device);
   if (num_rows(args.shape) == 0) return;
   if (sm90::is_tile(tile)) return sm90::launch_conv_bn_act(args, tile, dtype, device, stream);
+  if (grouped::is_tile(tile)) return grouped::launch_conv_bn_act(args, tile, dtype, device, stream);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (dtype) {
     case Dtype::kFloat32:
@@ -103,6 +104,10 @@ void launch_conv_int8(const ConvArguments& args, int tile, bool is_signed, int d
   check_capability(device);
   if (num_rows(args.shape) == 0) return;
   if (sm90::is_tile(tile)) return sm90::launch_conv_int8(args, tile, is_signed, device, stream);
+  if (grouped::is_tile(tile)) {
+    throw std::runtime_error("cuda_conv_bn_act: tile " + std::to_string(tile) +
+                             " cannot run this: it is not compiled for elements of one byte.");
+  }
   const auto launch = is_signed ? launch_element<int8_t> : launch_element<uint8_t>;
   launch(args, tile, device, static_cast<cudaStream_t>(stream));
 }
