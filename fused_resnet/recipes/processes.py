@@ -68,14 +68,14 @@ def joined(device: str) -> Iterator[Processes]:
         yield Processes(0, 1, torch.device(device))
         return
     local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-    own = torch.device(device)
-    if own.type == "cuda":
+    own_device = torch.device(device)
+    if own_device.type == "cuda":
         if local >= torch.cuda.device_count():
             raise ValueError(f"train: process {local} has no GPU of its own; there are {torch.cuda.device_count()}.")
-        own = torch.device("cuda", local)
-        torch.cuda.set_device(own)
-    torch.distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
+        own_device = torch.device("cuda", local)
+        torch.cuda.set_device(own_device)
+    torch.distributed.init_process_group("nccl" if own_device.type == "cuda" else "gloo")
     try:
-        yield Processes(int(os.environ["RANK"]), count, own)
+        yield Processes(int(os.environ["RANK"]), count, own_device)
     finally:
         torch.distributed.destroy_process_group()
