@@ -22,7 +22,7 @@ from fused_resnet.freezing.dtypes import check_fake_quantization, conversion, is
 from fused_resnet.freezing.fake_quantize import spelled_out
 from fused_resnet.freezing.given_scales import take_scales
 from fused_resnet.freezing.make import calibration_subject, make_plan
-from fused_resnet.freezing.modules import FrozenConv, PackedWeights
+from fused_resnet.freezing.modules import FrozenConv, FrozenRegion, PackedWeights
 from fused_resnet.freezing.parts import freeze_parts
 from fused_resnet.freezing.plan import Plan, Turns, plainly
 from fused_resnet.freezing.quantized import warn_without_int8
@@ -254,6 +254,17 @@ class FrozenModel(Frozen):
     def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
         return {(self.device, self.input_dtype)}
 
+    def extra_repr(self) -> str:
+        """What it was made from and computes in, then a line for each plan: the shape, and who computes how much."""
+        with self._lock:
+            plans = list(self._plans.items())
+        lines = [f"{type(self._original).__name__} in {dtype_name(self.dtype)} on {self.device}"]
+        for shape, plan in plans:
+            counts = collections.Counter(_backends(plan.module))
+            computed = ", ".join(f"{name} {count}" for name, count in counts.most_common())
+            lines.append(f"{'x'.join(map(str, shape))}: {computed or 'no convolutions'}")
+        return "\n".join(lines)
+
     def _reset_plans(self) -> None:
         self.__dict__.update(_lock=new_lock(), _making=new_lock())
         self.__dict__.update(_plans=collections.OrderedDict(), _refusals=collections.OrderedDict())
@@ -267,6 +278,17 @@ class FrozenModel(Frozen):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._reset_plans()
+
+
+def _backends(plan: fx.GraphModule) -> list[str]:
+    """The name of the backend that computes each convolution of a plan, in regions too."""
+    names: list[str] = []
+    for module in plan.modules():
+        if isinstance(module, FrozenConv):
+            names.append(module.backend.name)
+        elif isinstance(module, FrozenRegion):
+            names += [module.selection_of(conv).backend.name for conv in module.convolutions]
+    return names
 
 
 class _FrozenPart(FrozenModel):

@@ -6,7 +6,7 @@ from torch import nn
 
 import fused_resnet
 from tests.support import networks
-from tests.support.plans import Each, X
+from tests.support.plans import Each, X, problems_of
 from tests.support.snapshots import snapshot, unchanged
 
 
@@ -108,3 +108,26 @@ def test_a_frozen_model_has_no_state_and_is_not_frozen_again():
     for model in (frozen, nn.Sequential(frozen).eval()):
         with pytest.raises(ValueError, match="frozen already. Freeze what it was made from"):
             fused_resnet.freeze(model, x)
+
+
+def test_its_repr_says_what_computes_each_shape():
+    x = torch.randn(X)
+    frozen = fused_resnet.freeze(networks.small(), x, backend="eager")
+    frozen(torch.randn(5, 3, 16, 16))
+    count = len(problems_of(frozen, x))
+    first, *plans = [line.strip() for line in repr(frozen).splitlines()[1:-1]]
+    assert count > 1 and first == f"{type(frozen.unfreeze()).__name__} in float32 on cpu"
+    # asking for the plan of x has made it the one used last
+    assert plans == [f"5x3x16x16: eager {count}", f"2x3x16x16: eager {count}"]
+
+
+def test_its_repr_counts_convolutions_in_regions_too():
+    x = torch.randn(X)
+    for dtype in (torch.float32, torch.bfloat16):
+        frozen = fused_resnet.freeze(networks.small(), x, dtype=dtype)
+        rows = fused_resnet.explain(frozen, x).rows
+        (plan,) = [line.strip() for line in repr(frozen).splitlines()[2:-1]]
+        shape, counted = plan.split(": ")
+        found = {name: int(number) for name, number in (pair.split(" ") for pair in counted.split(", "))}
+        assert shape == "2x3x16x16" and sum(found.values()) == len(problems_of(frozen, x))
+        assert set(found) <= {row.backend for row in rows}
