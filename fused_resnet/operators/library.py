@@ -183,7 +183,7 @@ def _conv_bn_act_flops(x_shape, w_shape, *args, out_shape=None, **kwargs) -> int
 
 
 def _bottleneck_chain_flops(x_shape, residual_shape, *args, out_shape=None, **kwargs) -> int:
-    """Of its convolutions, as theirs."""
+    """As its convolutions are counted."""
     N, C, H, W = x_shape
     K, L = residual_shape[1], args[4][0] if args[4] else 0
     return 2 * N * H * W * (9 * C * C + C * K + K * L)

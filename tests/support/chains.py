@@ -8,7 +8,7 @@ from fused_resnet.operators.operands import ChainOperands
 
 
 def chain_operands(shape, dtype, seed=0) -> ChainOperands:
-    """Of values around 1 in every map. shape: N, C, H, W, K, L. Biases of half precision are fp32."""
+    """Values around 1 in every map. shape: N, C, H, W, K, L. Biases of half precision are fp32."""
     N, C, H, W, K, L = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -25,7 +25,7 @@ def chain_operands(shape, dtype, seed=0) -> ChainOperands:
 
 
 def errors_of(o: ChainOperands, activation: str, outputs, stored=None) -> list[float]:
-    """Of y and reduced the largest error as a part of the bound; infinite for NaN. stored: as the bound has it."""
+    """The largest error of y and of reduced, as a part of the bound; infinite for NaN. stored: as the bound has it."""
     problem = chain_problem(o, activation)
     expected = reference.bottleneck_chain(problem, o)
     bounds = reference.bottleneck_chain_bound(problem, o, stored=stored)

@@ -146,7 +146,7 @@ def why_not(problem: ChainProblem) -> Optional[str]:
     p, rows = problem, row_space.num_rows(problem.N, problem.H, problem.W)
     if p.C % 16 or p.K % 16 or p.L % 16:
         return f"channels must be multiples of 16, not {p.C}, {p.K} and {p.L}"
-    most_C, most_L = (max(row[place] for row in _TABLE) for place in (0, 1))
+    most_C, most_L = max(row.C for row in _TABLE), max(row.L for row in _TABLE)
     if p.C > most_C or p.L > most_L:
         return f"a program holds {most_C} channels of x and {most_L} of the reduction at most, not {p.C} and {p.L}"
     if rows > MAX_ROWS:
@@ -197,10 +197,10 @@ def prepare(
     block_l = max(block_l, _LEAST_WGMMA) if c.tma else block_l
     block_k = min(64, p.C & -p.C)  # a step leaves no tap
 
-    def matrix(tensor: Optional[Tensor], rows: int, columns: int, *block: int) -> Any:
+    def matrix(tensor: Optional[Tensor], rows: int, columns: int, height: int, width: int) -> Any:
         if tensor is None or not c.tma:
             return tensor
-        return runtime.descriptor(tensor, (rows, columns), block)
+        return runtime.descriptor(tensor, (rows, columns), (height, width))
 
     arguments = (
         matrix(o.x, M, p.C, c.BLOCK_M, block_k), matrix(o.weight, p.C, 9 * p.C, block_c, block_k), o.bias,
