@@ -94,7 +94,8 @@ def make_convolutions(draft: Draft) -> None:
 
 def lower_norms(draft: Draft) -> None:
     """One node for every norm with an activation that stands in front of convolutions, where a kernel of ours runs."""
-    if draft.backend == "eager":
+    asked = backends.known("conv_bn_act").get(draft.backend)
+    if asked is not None and asked.origin == "torch":
         return
     for match in norms_in_front(draft.graph, draft.modules, []):
         norm, facts = cast(Norm, norm_of(draft.called_by(match.bn))), facts_of(match.bn)

@@ -13,7 +13,7 @@ from fused_resnet.choosing import repeated
 from fused_resnet.nn.bypass import why_not_fused, why_not_norm
 from fused_resnet.nn.norms import Norm, norm_of
 from fused_resnet.nn.stock import ACTIVATION_OF
-from fused_resnet.operators.library import AUTOCAST_DEVICES
+from fused_resnet.operators.library import autocast_dtype
 from fused_resnet.operators.problem import output_size
 
 # How a forward adds a residual to out = bn(conv(x)). An augmented sum has the dtype and shape of what it writes to.
@@ -54,7 +54,7 @@ def bn_act(x: Tensor, bn: nn.Module, act: Union[nn.Module, str, None] = None, ba
     no input for the backward in training mode (`training.convolution`).
     """
     module = act if isinstance(act, nn.Module) else None
-    if isinstance(x, Tensor) and why_not_norm(bn, module) is None and _autocast_dtype(x) in (None, x.dtype):
+    if isinstance(x, Tensor) and why_not_norm(bn, module) is None and autocast_dtype(x) in (None, x.dtype):
         out = _by_bn_act(bn, x, None, act, backend)
         if out is not None:
             return out
@@ -115,7 +115,7 @@ def fused_conv_bn_act(
     if fits and merged is not None:
         activation, then = merged
         acts = norm.then[0] if norm is not None and len(then) < len(norm.then) else act
-        weight, bias, cast_to = conv.weight, conv.bias, _autocast_dtype(x)
+        weight, bias, cast_to = conv.weight, conv.bias, autocast_dtype(x)
         operands = (x, weight, *((None,) * 4 if norm is None else norm[:4]))
         options = dict(
             eps=1e-5 if norm is None else norm.eps, bias=bias, residual=residual, stride=conv.stride,
@@ -241,13 +241,6 @@ def _activated(out: Tensor, act: Union[nn.Module, str, None]) -> Tensor:
     return functional.activate(out, act) if isinstance(act, str) else out if act is None else act(out)
 
 
-def _autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
-    """What autocast casts a convolution's operands to, or None where it does not."""
-    device = x.device.type
-    casts = device in AUTOCAST_DEVICES and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if casts else None
-
-
 def _output_shape(x: Tensor, weight: Tensor, conv: Any) -> tuple[int, int, int, int]:
     """(N, K, P, Q). Raises TypeError or ValueError where a parameter of the convolution is no pair."""
     (N, _, H, W), (K, _, R, S) = x.shape, weight.shape
@@ -293,7 +286,7 @@ def _is_alike(residual: Any, out: Tensor) -> bool:
     """Whether an addition to out neither broadcasts nor converts, under autocast either."""
     if not isinstance(residual, Tensor) or residual.shape != out.shape or residual.device != out.device:
         return False
-    return residual.dtype == out.dtype == (_autocast_dtype(out) or out.dtype)
+    return residual.dtype == out.dtype == (autocast_dtype(out) or out.dtype)
 
 
 def _lies_alike(residual: Any, out: Any) -> bool:

@@ -6,7 +6,7 @@ Kernels are registered elsewhere: the public operators by `choosing.dispatch`, t
 from __future__ import annotations
 
 import math
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
@@ -131,6 +131,13 @@ def _bottleneck_chain(keys, *args) -> tuple[Tensor, Tensor]:
 LIBRARY.impl("bottleneck_chain", _bottleneck_chain, "Autograd", with_keyset=True)
 
 AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def autocast_dtype(x: Tensor) -> Optional[torch.dtype]:
+    """What autocast casts a convolution's operands to, or None where it does not."""
+    device = x.device.type
+    casts = device in AUTOCAST_DEVICES and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else None
 
 
 def cast(tensor, device: str):

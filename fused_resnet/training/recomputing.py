@@ -20,6 +20,7 @@ from fused_resnet import choosing
 from fused_resnet.backends.bn_act import BnAct
 from fused_resnet.operators import composites, detours, gradients
 from fused_resnet.operators.describe import bn_act_problem, conv_problem
+from fused_resnet.operators.library import autocast_dtype
 from fused_resnet.operators.operands import ConvOperands
 from fused_resnet.training import pointwise
 
@@ -59,8 +60,8 @@ def convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or conv.bias is not None or not conv.weight.requires_grad or not _is_plain_call(x):
         return conv(x)
     node, weight = _repeatable(x), conv.weight
-    if torch.is_autocast_enabled(x.device.type):
-        weight = weight.to(torch.get_autocast_dtype(x.device.type))
+    if (cast_to := autocast_dtype(x)) is not None:
+        weight = weight.to(cast_to)
     is_product = pointwise.pays(conv, x, weight)
     if node is None:
         return pointwise.convolution(x, weight) if is_product else conv(x)

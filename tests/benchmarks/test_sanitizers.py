@@ -103,7 +103,7 @@ def test_nothing_is_written_between_maps_that_lie_apart():
 @needs_kernels
 def test_chains_have_every_kind_of_step():
     """In each dtype all that it has: a new kind is to be run under sanitizers, too."""
-    of_int8 = {StepKind.WRITE_MEANS, StepKind.WRITE_LINEAR}
+    of_int8 = {StepKind.WRITE_MEANS, StepKind.WRITE_LINEAR, StepKind.MEANS, StepKind.LINEAR}
     for dtype, others in ((torch.float32, of_int8), (torch.bfloat16, of_int8), (torch.int8, {StepKind.WINOGRAD})):
         drawn = [sanitized.chain_at(0, index, dtype) for index in range(8)]
         for kind in set(StepKind) - others:
