@@ -263,7 +263,7 @@ def test_a_densenet_that_recomputes_or_drops_does_so_in_training(options, monkey
     )
     with torch.no_grad():
         model(images)
-    assert fused_convs(model) and called == [model.features.transition1.conv]  # which has a norm neither before nor behind
+    assert fused_convs(model) and called == [model.features.transition1.conv]  # in a Sequential, which is as it was
 
 
 # ------------------------------------------------------------------------------------- blocks as they are in the wild
