@@ -142,7 +142,7 @@ WILD = {
     "timm resnet18, dropping": Wild(timm("resnet18", drop_block_rate=0.1, drop_path_rate=0.1), 20, 20, (17, 8)),
     "timm cspresnet50": Wild(timm("cspresnet50"), 55, 55, (0, 13)),
     "timm inception_v3": Wild(timm("inception_v3"), 94, 94, (94, 0), 96),
-    "timm resnetv2_50": Wild(timm("resnetv2_50"), 54, 32, (32, 16)),
+    "timm resnetv2_50": Wild(timm("resnetv2_50"), 54, 48, (32, 16)),
     "torchvision fcn_resnet50": Wild(functools.partial(segmentation, "fcn_resnet50"), 55, 54, (50, 16)),
     "torchvision deeplabv3_resnet50": Wild(functools.partial(segmentation, "deeplabv3_resnet50"), 61, 60, (56, 16)),
     "torchvision fasterrcnn_resnet50_fpn, backbone": Wild(faster_rcnn_backbone, 61, 53, (49, 16)),
