@@ -8,7 +8,7 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet import training
-from fused_resnet.nn import Bottleneck
+from fused_resnet.nn import Bottleneck, PreActBottleneck
 from fused_resnet.testing.networks import error
 from fused_resnet.training import pointwise
 from tests.support import networks
@@ -111,3 +111,18 @@ def test_gradients_of_gradients(products):
         products.append(second)
     stock, _, ours = products
     torch.testing.assert_close(ours, stock, rtol=0.05, atol=0.02 * stock.abs().max().item())
+
+
+def test_what_recomputes_may_be_written_in_place():
+    """PreActBottleneck adds its shortcut in place to what a product gave."""
+    blocks = nn.Sequential(PreActBottleneck(64, 16), PreActBottleneck(64, 16)).to(torch.bfloat16)
+    model = fused_resnet.fuse(blocks.to(memory_format=torch.channels_last).train())
+    x = torch.randn(32, 64, 56, 56, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    found = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with fused_resnet.recompute_inputs(enabled):
+            model(x).float().square().mean().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for kept, again in zip(*found):
+        torch.testing.assert_close(again, kept, rtol=0.05, atol=0.05 * kept.abs().max().item())
